@@ -1,0 +1,42 @@
+"""The embedded editor and its adapters, and how a base or an adapter is found by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from slideredit_rt.errors import SliderEditError
+
+_HERE = Path(__file__).parent
+_BASES = {"shapes-kontext": _HERE / "shapes-kontext"}
+_ADAPTERS = {name: _HERE / f"{name}.safetensors" for name in ("shapes-st", "shapes-gst")}
+
+
+def resolve_base(source: str | Path) -> Path:
+    """Folder of a base checkpoint: an embedded name, a local folder, or a repository on the Hugging Face hub.
+
+    Raises:
+        SliderEditError: nothing of that name can be found.
+    """
+    text = str(source)
+    if text in _BASES:
+        return _BASES[text]
+    path = Path(text).expanduser()
+    looks_like_repository = text.count("/") == 1 and not text.startswith((".", "/", "~"))
+    if path.exists() or not looks_like_repository:
+        return path
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(text, ignore_patterns=["*.bin", "*.pt", "*.ckpt"]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise SliderEditError(
+            f"base {text!r} is neither a folder here nor a repository that can be downloaded ({reason}); "
+            f"give a folder saved with save_pretrained, or one of {', '.join(_BASES)}"
+        ) from None
+
+
+def resolve_adapter(source: str | Path) -> Path:
+    """File or folder of an adapter: an embedded name or a local path."""
+    return _ADAPTERS.get(str(source), Path(source).expanduser())

@@ -1,0 +1,377 @@
+"""The command `slideredit-rt`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from slideredit_rt.errors import SliderEditError
+from slideredit_rt.sliders import Slider, compose_prompt, normalise
+
+_MAX_SWEEP = 64
+
+
+def _print(text: str = "") -> None:
+    sys.stdout.write(f"{text}\n")
+
+
+def _emit(args: argparse.Namespace, result: dict[str, Any], lines: Sequence[str]) -> None:
+    """One JSON object with `--json`, else lines for a person."""
+    _print(json.dumps(result) if args.json else "\n".join(lines))
+
+
+def parse_slider(text: str) -> Slider:
+    """`INSTRUCTION=STRENGTH` or `INSTRUCTION` (strength 1)."""
+    instruction, separator, value = text.rpartition("=")
+    if not separator:
+        return Slider(text)
+    try:
+        return Slider(instruction, float(value))
+    except ValueError:
+        raise SliderEditError(f"slider {text!r} has the strength {value!r}; write it as 'make the circle red=0.5'") from None
+
+
+def parse_swept_slider(text: str) -> tuple[Slider, list[float] | None]:
+    """`INSTRUCTION=START:STOP:COUNT` for a swept slider, else a fixed one."""
+    instruction, _, value = text.rpartition("=")
+    if ":" not in value or not instruction:
+        return parse_slider(text), None
+    try:
+        first, last, number = value.split(":")
+        start, stop, count = float(first), float(last), int(number)
+    except ValueError:
+        raise SliderEditError(f"slider {text!r} has the range {value!r}; write it as start:stop:count, such as 0:1.5:7") from None
+    if not 2 <= count <= _MAX_SWEEP:
+        raise SliderEditError(f"slider {text!r} asks for {count} strengths; give 2 to {_MAX_SWEEP}")
+    strengths = [start + (stop - start) * i / (count - 1) for i in range(count)]
+    return Slider(instruction, strengths[0]), [Slider(instruction, s).strength for s in strengths]
+
+
+def _edit(args: argparse.Namespace) -> int:
+    from slideredit_rt.editor import SliderEditor
+    from slideredit_rt.images import open_image, save_image
+
+    sliders = [parse_slider(s) for s in args.slider]
+    image = open_image(args.image)
+    editor = SliderEditor.from_engine(args.engine, args.base, threads=args.threads)
+    edited = editor.edit(
+        image,
+        sliders,
+        prompt=args.prompt,
+        seed=args.seed,
+        steps=args.steps,
+        guidance_scale=args.guidance_scale,
+        progress=not args.quiet,
+    )
+    save_image(edited, args.out)
+    result = {
+        "out": str(args.out),
+        "prompt": args.prompt or compose_prompt([s.instruction for s in sliders]),
+        "sliders": [{"instruction": s.instruction, "strength": s.strength} for s in sliders],
+        "seed": args.seed,
+        "size": list(edited.size),
+    }
+    _emit(args, result, [f"wrote {args.out}"])
+    return 0
+
+
+def _sweep(args: argparse.Namespace) -> int:
+    from slideredit_rt.editor import SliderEditor
+    from slideredit_rt.files import atomic_file
+    from slideredit_rt.images import draw_grid, open_image, save_image
+
+    parsed = [parse_swept_slider(s) for s in args.slider]
+    sliders, swept = [s for s, _ in parsed], [(i, v) for i, (_, v) in enumerate(parsed) if v is not None]
+    if len(swept) not in (1, 2):
+        raise SliderEditError(f"{len(swept)} sliders are swept; give one (a strip) or two (a grid) as 'instruction=0:1.5:7'")
+    image = open_image(args.image)
+    editor = SliderEditor.from_engine(args.engine, args.base, threads=args.threads)
+    options = {
+        "prompt": args.prompt,
+        "seed": args.seed,
+        "steps": args.steps,
+        "guidance_scale": args.guidance_scale,
+        "progress": not args.quiet,
+    }
+    if len(swept) == 1:
+        (index, strengths), rows = swept[0], [("", 0.0)]
+        cells = [editor.sweep(image, sliders, index, strengths, **options)]
+        columns = [f"{s:g}" for s in strengths]
+        row_labels = [""]
+        title = sliders[index].instruction
+    else:
+        down, across = swept
+        cells = editor.grid(image, sliders, down, across, **options)
+        columns = [f"{s:g}" for s in across[1]]
+        row_labels = [f"{s:g}" for s in down[1]]
+        title = f"rows: {sliders[down[0]].instruction}    columns: {sliders[across[0]].instruction}"
+    save_image(draw_grid(cells, columns, row_labels, title), args.out)
+    beside = args.out.with_suffix(".json")
+    result = {
+        "out": str(args.out),
+        "prompt": args.prompt or compose_prompt([s.instruction for s in sliders]),
+        "sliders": [
+            {"instruction": s.instruction, "strengths" if v else "strength": v or s.strength} for s, v in parsed
+        ],
+        "image": str(args.image),
+        "engine": str(args.engine),
+        "seed": args.seed,
+        "steps": args.steps or editor.family.num_inference_steps,
+    }
+    with atomic_file(beside) as temporary:
+        temporary.write_text(json.dumps(result, indent=2) + "\n")
+    _emit(args, result, [f"wrote {args.out} and {beside}"])
+    return 0
+
+
+def _build(args: argparse.Namespace) -> int:
+    from slideredit_rt.export.build import build_engine
+
+    manifest = build_engine(
+        args.base,
+        args.adapter,
+        args.out,
+        backend=args.backend,
+        max_batch=args.max_batch,
+        max_sliders=args.max_sliders,
+        overwrite=args.overwrite,
+        progress=not args.quiet,
+    )
+    _emit(args, {"out": str(args.out), "manifest": manifest.to_json()}, [f"built {args.out} ({manifest.backend})"])
+    return 0
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from slideredit_rt.engines.manifest import read_manifest
+
+    manifest = read_manifest(args.engine)
+    adapter = manifest.adapter
+    lines = [
+        f"engine     {args.engine}",
+        f"family     {manifest.family}",
+        f"base       {manifest.base['source']}",
+        f"adapter    {adapter['source']} ({adapter['kind']}, rank {adapter['rank']}, {adapter['modules']} linears)" if adapter else "adapter    none",
+        f"backend    {manifest.backend} {manifest.backend_version}, lowering {manifest.lowering}",
+        f"limits     batch {manifest.max_batch}, sliders {manifest.max_sliders}",
+        *(f"input      {s.name} {s.dtype} [{', '.join(map(str, s.shape))}]" for s in manifest.inputs),
+        *(f"output     {s.name} {s.dtype} [{', '.join(map(str, s.shape))}]" for s in manifest.outputs),
+        *(f"file       {name} {info['bytes'] / 2**20:.1f} MiB" for name, info in manifest.files.items()),
+        f"created    {manifest.created}",
+    ]
+    _emit(args, manifest.to_json(), lines)
+    return 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from slideredit_rt.images import open_image
+    from slideredit_rt.training.shapes_evaluation import scene_image
+    from slideredit_rt.training.shapes_world import held_out_examples
+    from slideredit_rt.verify import MAX_ABS_TOLERANCE, verify_engine
+
+    image = open_image(args.image) if args.image else scene_image(held_out_examples(1, 1)[0])
+    sliders = [parse_slider(s) for s in args.slider or ["make the circle red"]]
+    report = verify_engine(args.engine, image, sliders, base=args.base, adapter=args.adapter)
+    lines = [f"{'case':<34} {'max abs':>10} {'rel. RMS':>10}"]
+    lines += [f"{c.case:<34} {c.max_abs_error:>10.2e} {c.relative_rms:>10.2e}" for c in report.comparisons]
+    lines += [f"final images, {name:<20} PSNR {value:.1f} dB" for name, value in report.psnr.items()]
+    lines += [f"{'passed' if report.passed else 'FAILED'}: max abs {report.max_abs_error:.2e}, tolerance {MAX_ABS_TOLERANCE:.0e}"]
+    _emit(args, report.to_json(), lines)
+    return 0 if report.passed else 1
+
+
+def _spans(args: argparse.Namespace) -> int:
+    from slideredit_rt.assets import resolve_base
+    from slideredit_rt.families import family_of
+    from slideredit_rt.sliders import find_spans
+
+    folder = resolve_base(args.base)
+    family = family_of(folder)
+    pipeline = family.load_pipeline(folder, transformer=False)
+    sliders = [parse_slider(s) for s in args.slider]
+    prompt = normalise(args.prompt) if args.prompt else compose_prompt([s.instruction for s in sliders])
+    tokens, rows = family.tokenize(pipeline, prompt), family.max_text_rows(pipeline)
+    owners = {row: i for i, span in enumerate(find_spans(prompt, sliders, tokens, rows)) for row in span}
+    table = [{"row": t.row, "token": t.text, "characters": prompt[t.start : t.end], "slider": owners.get(t.row)} for t in tokens]
+    lines = [f"{'row':>4}  {'token':<16} {'characters':<16} slider"]
+    for entry, token in zip(table, tokens, strict=True):
+        owner = owners.get(token.row)
+        name = "" if owner is None else f"{owner}: {sliders[owner].instruction}"
+        lines.append(f"{token.row:>4}  {token.text:<16} {entry['characters']!s:<16} {name}".rstrip())
+    lines.append(f"{rows} text rows in all; rows without a slider are never scaled by an ST adapter")
+    _emit(args, {"prompt": prompt, "text_rows": rows, "tokens": table}, lines)
+    return 0
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from slideredit_rt.demo import run_demo
+
+    report = run_demo(args.out, progress=not args.quiet)
+    lines = [f"{'kind':<4} {'image':<10} {'slider':<26} {'response at ' + ' '.join(f'{s:g}' for s in report['sliders'][0]['strengths']):<44} spearman  leak"]
+    for s in report["sliders"]:
+        curve = " ".join(f"{r:5.2f}" for r in s["response"])
+        leak = "" if s["leak"] is None else f"{s['leak']:.3f}"
+        lines.append(f"{s['kind']:<4} {s['image']:<10} {s['instruction']:<26} {curve:<44} {s['spearman']:<8}  {leak}")
+    lines += [f"wrote {', '.join(report['files'])} in {report['seconds']['total']:.0f} s"]
+    _emit(args, report, lines)
+    return 0
+
+
+def _train_editor(args: argparse.Namespace) -> int:
+    from slideredit_rt.training.shapes_editor import train_shapes_editor
+
+    report = train_shapes_editor(args.out, args.vae_steps, args.editor_steps)
+    lines = [f"{k}: {v['mse']:.5f}, unedited {v['mse_unedited']:.5f}, ratio {v['ratio']:.4f}" for k, v in report.items() if isinstance(v, dict)]
+    _emit(args, {"out": str(args.out), **report}, [*lines, f"wrote {args.out}"])
+    return 0
+
+
+def _train_adapter(args: argparse.Namespace) -> int:
+    import dataclasses
+
+    from slideredit_rt.assets import resolve_base
+    from slideredit_rt.families import family_of
+    from slideredit_rt.training.shapes_adapters import ShapesData, shapes_recipe
+    from slideredit_rt.training.suppression import Data, FolderData, SuppressionConfig, SuppressionTrainer
+
+    folder = resolve_base(args.base)
+    family = family_of(folder)
+    pipeline = family.load_pipeline(folder)
+    data: Data
+    if args.images is None:
+        data, recipe = ShapesData(), shapes_recipe(args.kind)
+    else:
+        if args.instructions is None:
+            raise SliderEditError("training on a folder of images needs --instructions, a text file with one edit per line")
+        images = sorted(p for p in args.images.iterdir() if p.is_file()) if args.images.is_dir() else []
+        edits = [line.strip() for line in args.instructions.read_text().splitlines() if line.strip()]
+        data = FolderData(images, edits, int(pipeline.vae.config.sample_size))
+        recipe = SuppressionConfig(kind=args.kind, target="remaining" if args.kind == "st" else "neutral")
+    chosen = {f.name: getattr(args, f.name, None) for f in dataclasses.fields(SuppressionConfig)}
+    config = dataclasses.replace(recipe, **{k: v for k, v in chosen.items() if v is not None})
+    adapter = SuppressionTrainer(family, pipeline, data, config, args.out).train(progress=not args.quiet)
+    _emit(args, {"out": str(args.out), "modules": len(adapter.pairs), **adapter.training}, [f"wrote {args.out}"])
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--json", action="store_true", help="print one JSON object on standard output")
+    common.add_argument("--quiet", action="store_true", help="no progress bars")
+    common.add_argument("--debug", action="store_true", help="show a traceback when something fails")
+
+    parser = argparse.ArgumentParser(prog="slideredit-rt", description="One compiled engine, every slider: inference for SliderEdit.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, run: Callable[[argparse.Namespace], int], text: str, to: Any = commands) -> argparse.ArgumentParser:
+        sub: argparse.ArgumentParser = to.add_parser(name, parents=[common], help=text, description=text)
+        sub.set_defaults(run=run)
+        return sub
+
+    def image_options(sub: argparse.ArgumentParser, example: str) -> None:
+        sub.add_argument("engine", type=Path, metavar="ENGINE", help="folder written by slideredit-rt build")
+        sub.add_argument("--image", required=True, help="picture to edit")
+        sub.add_argument("--slider", action="append", required=True, metavar=example, help="repeat for several sliders")
+        sub.add_argument("--prompt", help="holds every instruction; default: the instructions joined by ' and '")
+        sub.add_argument("--seed", type=int, default=0, help="of the initial noise (default: 0)")
+        sub.add_argument("--steps", type=int, help="denoising steps (default: the family's)")
+        sub.add_argument("--guidance-scale", type=float, help="embedded guidance (default: the family's)")
+        sub.add_argument("--base", help="where the base checkpoint is, if not where the manifest says")
+        sub.add_argument("--threads", type=int, help="CPU threads of the backend")
+        sub.add_argument("--out", type=Path, required=True, help="picture to write")
+
+    image_options(command("edit", _edit, "edit a picture at given strengths"), "INSTRUCTION=STRENGTH")
+    image_options(command("sweep", _sweep, "move one or two sliders and draw a strip or a grid"), "INSTRUCTION=START:STOP:COUNT")
+
+    build = command("build", _build, "build an engine from a checkpoint and an adapter")
+    build.add_argument("--base", required=True, help="shapes-kontext, a diffusers folder or a hub repository")
+    build.add_argument("--adapter", help="shapes-st, shapes-gst, a file or a PEFT folder; without it the frozen backbone is exported")
+    build.add_argument("--out", type=Path, required=True, help="engine folder to create")
+    build.add_argument("--backend", default="onnxruntime", help="onnxruntime (default)")
+    build.add_argument("--max-batch", type=int, default=16, help="largest batch (default: 16)")
+    build.add_argument("--max-sliders", type=int, default=8, help="most sliders in one prompt (default: 8)")
+    build.add_argument("--overwrite", action="store_true", help="replace an existing folder")
+
+    command("inspect", _inspect, "print what an engine is").add_argument("engine", type=Path, metavar="ENGINE")
+
+    verify = command("verify", _verify, "compare an engine with the eager reference")
+    verify.add_argument("engine", type=Path, metavar="ENGINE")
+    verify.add_argument("--image", help="a real picture (default: a generated scene)")
+    verify.add_argument("--slider", action="append", metavar="INSTRUCTION", help="(default: 'make the circle red')")
+    verify.add_argument("--base", help="where the base checkpoint is, if not where the manifest says")
+    verify.add_argument("--adapter", help="where the adapter is, if not where the manifest says")
+
+    spans = command("spans", _spans, "print the tokens of a prompt, their rows and which slider owns them")
+    spans.add_argument("--base", default="shapes-kontext", help="whose tokenizer (default: shapes-kontext)")
+    spans.add_argument("--slider", action="append", required=True, metavar="INSTRUCTION")
+    spans.add_argument("--prompt", help="default: the instructions joined by ' and '")
+
+    command("demo", _demo, "build the embedded engines, move sliders, measure what moved").add_argument(
+        "--out", type=Path, required=True, help="folder for engines, pictures and the report"
+    )
+
+    train = commands.add_parser("train", help="train an editor or an adapter")
+    kinds = train.add_subparsers(dest="what", required=True, metavar="WHAT")
+    editor = command("shapes-editor", _train_editor, "reproduce the embedded editor, shapes-kontext", kinds)
+    editor.add_argument("--out", type=Path, required=True, help="pipeline folder to write")
+    editor.add_argument("--vae-steps", type=int, default=2000)
+    editor.add_argument("--editor-steps", type=int, default=3000)
+
+    adapter = command("adapter", _train_adapter, "train an ST or GST adapter by partial prompt suppression", kinds)
+    adapter.add_argument("--base", default="shapes-kontext", help="shapes-kontext, a diffusers folder or a hub repository")
+    adapter.add_argument("--kind", choices=("st", "gst"), required=True)
+    adapter.add_argument("--images", type=Path, help="folder of source pictures (default: shapes scenes and the shipped recipe)")
+    adapter.add_argument("--instructions", type=Path, help="text file, one edit per line")
+    adapter.add_argument("--target", choices=("remaining", "empty", "neutral"), help="prompt of the frozen model")
+    adapter.add_argument("--alpha-sampling", choices=("uniform", "fixed"), help="fixed is the paper's loss; uniform makes a ramp")
+    adapter.add_argument("--timestep-sampling", choices=("uniform", "logit-normal"))
+    adapter.add_argument("--rank", type=int)
+    adapter.add_argument("--steps", type=int)
+    adapter.add_argument("--batch", type=int)
+    adapter.add_argument("--learning-rate", type=float)
+    adapter.add_argument("--schedule", choices=("constant", "cosine"))
+    adapter.add_argument("--seed", type=int)
+    adapter.add_argument("--out", type=Path, required=True, help="adapter file to write (.safetensors)")
+    return parser
+
+
+def _silence_libraries() -> None:
+    """Third-party notices about things that nobody here uses hide our own one sentence."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+
+
+def _terminate(signum: int, frame: Any) -> None:
+    # Lets clean-up run, so that a stopped build leaves nothing behind.
+    raise KeyboardInterrupt
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; 0 on success, 1 when a verification fails, 2 for bad input, 130 when interrupted."""
+    args = _parser().parse_args(argv)
+    _silence_libraries()
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        code: int = args.run(args)
+    except SliderEditError as error:
+        if args.debug:
+            traceback.print_exc()
+        sys.stderr.write(f"slideredit-rt: {error}\n")
+        return 2
+    except KeyboardInterrupt:
+        sys.stderr.write("slideredit-rt: interrupted; nothing was left half-written\n")
+        return 130
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

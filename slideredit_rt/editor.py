@@ -1,0 +1,259 @@
+"""SliderEditor: encode an image and a prompt once, then denoise any slider settings with one engine."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from slideredit_rt.adapters import load_adapter
+from slideredit_rt.assets import resolve_base
+from slideredit_rt.engines import Engine, open_engine
+from slideredit_rt.engines.manifest import fingerprint_base
+from slideredit_rt.errors import SliderEditError
+from slideredit_rt.families import Conditioning, Family, family_of, get_family
+from slideredit_rt.modules import SliderBackbone
+from slideredit_rt.sliders import Slider, compose_prompt, find_spans, normalise, row_mask
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """An image and a prompt, encoded, with the rows of each slider. Valid for any strengths.
+
+    `token_mask` is bool `[K, S]`; `spans` are the text rows of each slider, `prompt` what was encoded.
+    """
+
+    prompt: str
+    instructions: tuple[str, ...]
+    spans: tuple[tuple[int, ...], ...]
+    token_mask: Tensor
+    conditioning: Conditioning
+
+
+class SliderEditor:
+    """Edits images with sliders. Create one with `from_engine` or `from_pretrained`.
+
+    Attributes:
+        family: base-model family.
+        pipeline: the diffusers pipeline that encodes and decodes.
+        engine: runs the backbone; the same object for the life of the editor.
+        kind: `st` or `gst`.
+        max_batch, max_sliders: the engine's limits.
+    """
+
+    def __init__(
+        self,
+        family: Family,
+        pipeline: Any,
+        engine: Engine,
+        config: dict[str, Any],
+        kind: str,
+        max_batch: int,
+        max_sliders: int,
+    ) -> None:
+        self.family = family
+        self.pipeline = pipeline
+        self.engine = engine
+        self.config = config
+        self.kind = kind
+        self.max_batch = max_batch
+        self.max_sliders = max_sliders
+
+    @classmethod
+    def from_engine(cls, path: str | Path, base: str | Path | None = None, *, threads: int | None = None) -> SliderEditor:
+        """Open an engine folder.
+
+        Args:
+            path: written by `slideredit-rt build`.
+            base: where the encoders and the decoder are now, if not where the manifest says.
+            threads: CPU threads of the backend.
+
+        Raises:
+            SliderEditError: a damaged engine, or a base that is not the one it was built from.
+        """
+        manifest, engine = open_engine(Path(path), threads=threads)
+        if manifest.kind is None:
+            raise SliderEditError(f"engine {str(path)!r} was built without an adapter and has no sliders; rebuild it with --adapter")
+        family = get_family(manifest.family)
+        folder = resolve_base(base if base is not None else manifest.base["source"])
+        family_of(folder)
+        expected = {k: v for k, v in manifest.base["fingerprint"].items() if k != "transformer"}
+        actual = fingerprint_base(folder, skip="transformer")
+        changed = sorted(k for k in expected if actual.get(k) != expected[k])
+        if changed:
+            raise SliderEditError(
+                f"base {str(folder)!r} is not what engine {str(path)!r} was built from: {', '.join(changed)} differ; "
+                "pass the original base or rebuild the engine"
+            )
+        pipeline = family.load_pipeline(folder, transformer=False)
+        return cls(family, pipeline, engine, manifest.config, manifest.kind, manifest.max_batch, manifest.max_sliders)
+
+    @classmethod
+    def from_pretrained(
+        cls, base: str | Path, adapter: str | Path, *, max_batch: int = 16, max_sliders: int = 8
+    ) -> SliderEditor:
+        """Load a checkpoint and an adapter for eager torch: slower than an engine, and its reference."""
+        folder = resolve_base(base)
+        family = family_of(folder)
+        pipeline = family.load_pipeline(folder)
+        loaded = load_adapter(adapter, family)
+        backbone = SliderBackbone(family, pipeline.transformer.eval(), loaded)
+
+        @torch.no_grad()
+        def engine(inputs: Any) -> Tensor:
+            output: Tensor = backbone(inputs)
+            return output
+
+        return cls(family, pipeline, engine, dict(pipeline.transformer.config), loaded.kind, max_batch, max_sliders)
+
+    def prepare(
+        self,
+        image: Image.Image,
+        sliders: Sequence[Slider | str],
+        *,
+        prompt: str | None = None,
+        seed: int = 0,
+        guidance_scale: float | None = None,
+    ) -> Prepared:
+        """Encode an image and a prompt and find the rows of each slider.
+
+        Args:
+            image: the picture to edit, RGB.
+            sliders: instructions (or sliders; their strengths do not matter here).
+            prompt: holds every instruction; composed from them with " and " when not given. A GST adapter scales the whole
+                prompt with one slider, which may name any part of it.
+            seed: of the initial noise.
+            guidance_scale: the base model's embedded guidance; None takes the family's default.
+        """
+        wanted = [s if isinstance(s, Slider) else Slider(s) for s in sliders]
+        if len(wanted) > self.max_sliders:
+            raise SliderEditError(f"{len(wanted)} sliders were given, this engine takes at most {self.max_sliders}; rebuild it with --max-sliders")
+        if self.kind == "gst" and len(wanted) > 1:
+            raise SliderEditError(f"a GST adapter scales the whole prompt with one slider, got {len(wanted)}; use an ST engine for several")
+        text = normalise(prompt) if prompt is not None else compose_prompt([s.instruction for s in wanted])
+        if not wanted:
+            raise SliderEditError("no slider was given; name at least one instruction of the prompt")
+        if guidance_scale is not None and not math.isfinite(guidance_scale):
+            raise SliderEditError(f"guidance scale is {guidance_scale}; give a finite number")
+        text_rows = self.family.max_text_rows(self.pipeline)
+        spans = find_spans(text, wanted, self.family.tokenize(self.pipeline, text), text_rows)
+        conditioning = self.family.encode(
+            self.pipeline, image, text, seed, self.family.guidance_scale if guidance_scale is None else guidance_scale
+        )
+        if self.kind == "gst":
+            token_mask = torch.ones(1, conditioning.text_rows + conditioning.image_rows, dtype=torch.bool)
+        else:
+            token_mask = row_mask(spans, conditioning.text_rows)
+        return Prepared(text, tuple(s.instruction for s in wanted), tuple(map(tuple, spans)), token_mask, conditioning)
+
+    def render(
+        self, prepared: Prepared, strengths: Sequence[Sequence[float]], *, steps: int | None = None, progress: bool = False
+    ) -> list[Image.Image]:
+        """Denoise one image per slider setting, all from the same noise, in batches up to the engine's limit.
+
+        Args:
+            prepared: from `prepare`.
+            strengths: N settings of K strengths each.
+            steps: denoising steps; None takes the family's default.
+            progress: show a bar over all steps on standard error.
+        """
+        pixels = self.render_tensor(prepared, strengths, steps=steps, progress=progress)
+        images: list[Image.Image] = self.pipeline.image_processor.numpy_to_pil(self.pipeline.image_processor.pt_to_numpy(pixels))
+        return images
+
+    @torch.no_grad()
+    def render_tensor(
+        self, prepared: Prepared, strengths: Sequence[Sequence[float]], *, steps: int | None = None, progress: bool = False
+    ) -> Tensor:
+        """As `render`, but float32 `[N, 3, H, W]` in [0, 1] without rounding to 8 bits."""
+        settings = [
+            [Slider(i, s).alpha for i, s in zip(prepared.instructions, setting, strict=True)] for setting in strengths
+        ]
+        steps = self.family.num_inference_steps if steps is None else steps
+        if steps < 1:
+            raise SliderEditError(f"{steps} denoising steps were asked for; give at least 1")
+        conditioning = prepared.conditioning
+        chunks = [settings[i : i + self.max_batch] for i in range(0, len(settings), self.max_batch)]
+        images = []
+        with tqdm(total=steps * len(chunks), desc="denoise", disable=not progress, leave=False) as bar:
+            for chunk in chunks:
+                token_mask = prepared.token_mask.expand(len(chunk), -1, -1)
+                inputs = self.family.batch_inputs(self.config, conditioning, torch.tensor(chunk), token_mask)
+                latents = conditioning.latents.repeat(len(chunk), 1, 1)
+                scheduler = copy.deepcopy(self.pipeline.scheduler)
+                for timestep in self.family.set_timesteps(self.pipeline, scheduler, conditioning, steps):
+                    velocity = self.family.predict(self.engine, inputs, latents, timestep)
+                    latents = scheduler.step(velocity, timestep, latents, return_dict=False)[0]
+                    bar.update()
+                images.append(self.family.decode(self.pipeline, latents, conditioning.height, conditioning.width))
+        return torch.cat(images)
+
+    def edit(
+        self,
+        image: Image.Image,
+        sliders: Sequence[Slider],
+        *,
+        prompt: str | None = None,
+        seed: int = 0,
+        steps: int | None = None,
+        guidance_scale: float | None = None,
+        progress: bool = False,
+    ) -> Image.Image:
+        """Edit an image at the sliders' own strengths (see `prepare` and `render` for the arguments)."""
+        prepared = self.prepare(image, sliders, prompt=prompt, seed=seed, guidance_scale=guidance_scale)
+        return self.render(prepared, [[s.strength for s in sliders]], steps=steps, progress=progress)[0]
+
+    def sweep(
+        self,
+        image: Image.Image,
+        sliders: Sequence[Slider],
+        index: int,
+        strengths: Sequence[float],
+        *,
+        prompt: str | None = None,
+        seed: int = 0,
+        steps: int | None = None,
+        guidance_scale: float | None = None,
+        progress: bool = False,
+    ) -> list[Image.Image]:
+        """Move slider `index` through `strengths`, the others staying at their own: one image per strength."""
+        prepared = self.prepare(image, sliders, prompt=prompt, seed=seed, guidance_scale=guidance_scale)
+        settings = [[s.strength for s in with_strength(sliders, {index: value})] for value in strengths]
+        return self.render(prepared, settings, steps=steps, progress=progress)
+
+    def grid(
+        self,
+        image: Image.Image,
+        sliders: Sequence[Slider],
+        rows: tuple[int, Sequence[float]],
+        columns: tuple[int, Sequence[float]],
+        *,
+        prompt: str | None = None,
+        seed: int = 0,
+        steps: int | None = None,
+        guidance_scale: float | None = None,
+        progress: bool = False,
+    ) -> list[list[Image.Image]]:
+        """Move two sliders, each `(index, strengths)`: one image per pair, a list of rows."""
+        prepared = self.prepare(image, sliders, prompt=prompt, seed=seed, guidance_scale=guidance_scale)
+        settings = [
+            [s.strength for s in with_strength(sliders, {rows[0]: down, columns[0]: across})]
+            for down in rows[1]
+            for across in columns[1]
+        ]
+        images = self.render(prepared, settings, steps=steps, progress=progress)
+        width = len(columns[1])
+        return [images[i : i + width] for i in range(0, len(images), width)]
+
+
+def with_strength(sliders: Sequence[Slider], strengths: dict[int, float]) -> list[Slider]:
+    """The sliders with some of their strengths replaced, by index."""
+    return [replace(s, strength=strengths.get(i, s.strength)) for i, s in enumerate(sliders)]

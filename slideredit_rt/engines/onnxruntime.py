@@ -1,0 +1,91 @@
+"""ONNX Runtime: the default engine, and the one that needs no GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import torch
+from torch import Tensor
+
+from slideredit_rt.engines.manifest import Manifest
+from slideredit_rt.errors import SliderEditError
+
+_NUMPY = {"float32": np.float32, "bool": np.bool_}
+_TORCH = {"float32": torch.float32, "bool": torch.bool}
+_MAX_BINDINGS = 16
+
+
+class _Binding:
+    """One I/O binding per set of shapes: its output is allocated once, inputs are bound to the caller's own memory."""
+
+    def __init__(self, session: onnxruntime.InferenceSession, output: str, shape: tuple[int, ...]) -> None:
+        self.io = session.io_binding()
+        self.output = torch.empty(shape)
+        self.bound: dict[str, int] = {}
+        self.io.bind_output(output, "cpu", 0, np.float32, shape, self.output.data_ptr())
+
+
+class OnnxRuntimeEngine:
+    """Runs `model.onnx` of an engine folder on the CPU.
+
+    A step copies nothing and allocates no arrays on the Python side: inputs are bound where they lie, and the output
+    tensor of a set of shapes is reused by the next call with the same shapes.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest, *, threads: int | None = None) -> None:
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        if threads is not None:
+            options.intra_op_num_threads = threads
+        try:
+            self.session = onnxruntime.InferenceSession(folder / "model.onnx", options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime raises several unrelated classes
+            raise SliderEditError(f"ONNX Runtime cannot load {str(folder)!r} ({error}); build the engine again") from error
+        self.manifest = manifest
+        self._bindings: dict[tuple[tuple[int, ...], ...], _Binding] = {}
+
+    def _check(self, inputs: Mapping[str, Tensor]) -> dict[str, int]:
+        sizes: dict[str, int] = {}
+        for spec in self.manifest.inputs:
+            tensor = inputs.get(spec.name)
+            if tensor is None:
+                raise SliderEditError(f"engine input {spec.name!r} is missing; it takes {[s.name for s in self.manifest.inputs]}")
+            if tensor.dtype != _TORCH[spec.dtype] or tensor.ndim != len(spec.shape) or not tensor.is_contiguous():
+                raise SliderEditError(
+                    f"engine input {spec.name!r} must be contiguous {spec.dtype} {list(spec.shape)}, "
+                    f"got {tensor.dtype} {list(tensor.shape)}"
+                )
+            for axis, size in zip(spec.shape, tensor.shape, strict=True):
+                if (axis if isinstance(axis, int) else sizes.setdefault(axis, size)) != size:
+                    raise SliderEditError(
+                        f"engine input {spec.name!r} has shape {list(tensor.shape)}, expected {list(spec.shape)} with {sizes}"
+                    )
+        for axis, limit in (("batch", self.manifest.max_batch), ("sliders", self.manifest.max_sliders)):
+            if sizes.get(axis, 0) > limit:
+                raise SliderEditError(f"engine takes at most {limit} in the axis {axis!r}, got {sizes[axis]}; rebuild with a higher limit")
+        return sizes
+
+    def __call__(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """One prediction (see `slideredit_rt.engines.Engine`)."""
+        specs = self.manifest.inputs
+        key = tuple(tuple(inputs[s.name].shape) if s.name in inputs else () for s in specs)
+        binding = self._bindings.get(key)
+        if binding is None:
+            if len(self._bindings) == _MAX_BINDINGS:
+                del self._bindings[next(iter(self._bindings))]
+            output = self.manifest.outputs[0]
+            binding = _Binding(self.session, output.name, output.resolve(self._check(inputs)))
+            self._bindings[key] = binding
+        for spec in specs:
+            tensor = inputs[spec.name]
+            pointer = tensor.data_ptr()
+            if binding.bound.get(spec.name) != pointer:
+                if tensor.dtype != _TORCH[spec.dtype] or not tensor.is_contiguous():
+                    self._check(inputs)
+                binding.io.bind_input(spec.name, "cpu", 0, _NUMPY[spec.dtype], tuple(tensor.shape), pointer)
+                binding.bound[spec.name] = pointer
+        self.session.run_with_iobinding(binding.io)
+        return binding.output

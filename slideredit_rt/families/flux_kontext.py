@@ -1,0 +1,189 @@
+"""FLUX.1-Kontext: 19 dual-stream and 38 single-stream blocks, T5 text rows, a pooled CLIP vector, embedded guidance."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import FluxKontextPipeline
+from diffusers.pipelines.flux.pipeline_flux_kontext import (
+    PREFERRED_KONTEXT_RESOLUTIONS,
+    calculate_shift,
+    retrieve_timesteps,
+)
+from PIL import Image
+from torch import Tensor, nn
+
+from slideredit_rt.families.base import Conditioning, Family, Kind, RowSet, TensorSpec
+from slideredit_rt.sliders import PromptToken
+
+_TEXT_LINEARS = r"transformer_blocks\.\d+\.(attn\.(add_[qkv]_proj|to_add_out)|ff_context\.net\.(0\.proj|2))"
+_IMAGE_LINEARS = r"transformer_blocks\.\d+\.(attn\.(to_[qkv]|to_out\.0)|ff\.net\.(0\.proj|2))"
+_SINGLE_ATTENTION = r"single_transformer_blocks\.\d+\.attn\.to_[qkv]"
+_SINGLE_LINEARS = rf"({_SINGLE_ATTENTION}|single_transformer_blocks\.\d+\.proj_(mlp|out))"
+
+
+class FluxKontext(Family):
+    name = "flux_kontext"
+    pipeline_class = "FluxKontextPipeline"
+    # The paper's inference settings for FLUX.1-Kontext.
+    guidance_scale = 3.5
+    num_inference_steps = 28
+    neutral_prompt = "keep the image the same"
+
+    def load_pipeline(self, folder: Path, *, transformer: bool = True, dtype: torch.dtype = torch.float32) -> Any:
+        parts = {} if transformer else {"transformer": None}
+        return FluxKontextPipeline.from_pretrained(folder, torch_dtype=dtype, local_files_only=True, **parts)
+
+    def rows_of(self, module_name: str) -> RowSet | None:
+        patterns: tuple[tuple[str, RowSet], ...] = (
+            (_TEXT_LINEARS, "text"),
+            (_IMAGE_LINEARS, "image"),
+            (_SINGLE_LINEARS, "joint"),
+        )
+        return next((rows for pattern, rows in patterns if re.fullmatch(pattern, module_name)), None)
+
+    def targets(self, kind: Kind) -> re.Pattern[str]:
+        if kind == "st":
+            return re.compile(_TEXT_LINEARS)
+        # The released GST adapters' q/k/v suffixes also match the single-stream blocks: 342 modules on the full model.
+        return re.compile(rf"{_TEXT_LINEARS}|{_IMAGE_LINEARS}|{_SINGLE_ATTENTION}")
+
+    def input_specs(self, config: Mapping[str, Any]) -> list[TensorSpec]:
+        specs = [
+            TensorSpec("hidden_states", "float32", ("batch", "image_rows", config["in_channels"])),
+            TensorSpec("encoder_hidden_states", "float32", ("batch", "text_rows", config["joint_attention_dim"])),
+            TensorSpec("pooled_projections", "float32", ("batch", config["pooled_projection_dim"])),
+            TensorSpec("timestep", "float32", ("batch",)),
+            TensorSpec("img_ids", "float32", ("image_rows", 3)),
+            TensorSpec("txt_ids", "float32", ("text_rows", 3)),
+        ]
+        return [*specs, TensorSpec("guidance", "float32", ("batch",))] if config["guidance_embeds"] else specs
+
+    def output_spec(self, config: Mapping[str, Any]) -> TensorSpec:
+        channels = config.get("out_channels") or config["in_channels"]
+        return TensorSpec("sample", "float32", ("batch", "image_rows", channels))
+
+    def random_inputs(
+        self, config: Mapping[str, Any], batch: int, text_rows: int, image_rows: int, generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        sizes = {"batch": batch, "text_rows": text_rows, "image_rows": image_rows}
+        inputs = {s.name: torch.randn(s.resolve(sizes), generator=generator) for s in self.input_specs(config)}
+        inputs["timestep"] = torch.rand(batch, generator=generator)
+        inputs["txt_ids"] = torch.zeros(text_rows, 3)
+        side = max(1, int(image_rows**0.5))
+        row = torch.arange(image_rows)
+        inputs["img_ids"] = torch.stack([torch.zeros(image_rows), row // side, row % side], dim=1)
+        if "guidance" in inputs:
+            inputs["guidance"] = torch.full((batch,), self.guidance_scale)
+        return inputs
+
+    def run(self, transformer: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+        output: Tensor = transformer(**inputs, return_dict=False)[0]
+        return output
+
+    def max_text_rows(self, pipeline: Any) -> int:
+        # FLUX reads at most 512 T5 tokens; a smaller base says so in its tokenizer.
+        return min(512, int(pipeline.tokenizer_2.model_max_length))
+
+    def tokenize(self, pipeline: Any, prompt: str) -> list[PromptToken]:
+        tokenizer = pipeline.tokenizer_2
+        encoded = tokenizer(prompt, truncation=False, return_offsets_mapping=True, verbose=False)
+        texts = tokenizer.convert_ids_to_tokens(encoded["input_ids"])
+        offsets = encoded["offset_mapping"]
+        return [PromptToken(text, start, end, row) for row, (text, (start, end)) in enumerate(zip(texts, offsets, strict=True))]
+
+    def encode_prompt(self, pipeline: Any, prompts: list[str], text_rows: int) -> dict[str, Tensor]:
+        embeds, pooled, txt_ids = pipeline.encode_prompt(prompt=prompts, prompt_2=None, max_sequence_length=text_rows)
+        # Constants of the ids are float32 whatever the pipeline's dtype: bfloat16 cannot count past 256.
+        return {
+            "encoder_hidden_states": embeds.float(),
+            "pooled_projections": pooled.float(),
+            "txt_ids": txt_ids.float(),
+        }
+
+    def preprocess(self, pipeline: Any, image: Image.Image) -> Tensor:
+        side = int(pipeline.vae.config.sample_size)
+        multiple = pipeline.vae_scale_factor * 2
+        aspect = image.width / image.height
+        if side == 1024:
+            # The resolutions that Kontext was trained on.
+            _, width, height = min((abs(aspect - w / h), w, h) for w, h in PREFERRED_KONTEXT_RESOLUTIONS)
+        else:
+            width = max(1, round(side * aspect**0.5 / multiple)) * multiple
+            height = max(1, round(side / aspect**0.5 / multiple)) * multiple
+        processor = pipeline.image_processor
+        pixels: Tensor = processor.preprocess(processor.resize(image, height, width), height, width)
+        return pixels
+
+    def encode_image(self, pipeline: Any, images: Tensor) -> tuple[Tensor, Tensor]:
+        latents = pipeline._encode_vae_image(images.to(pipeline.vae.dtype), generator=None).float()
+        batch, channels, height, width = latents.shape
+        ids = pipeline._prepare_latent_image_ids(batch, height // 2, width // 2, latents.device, torch.float32)
+        return pipeline._pack_latents(latents, batch, channels, height, width), ids
+
+    def _reference_ids(self, ids: Tensor) -> Tensor:
+        # Kontext tells the reference picture from the noisy one by the first coordinate.
+        ids = ids.clone()
+        ids[:, 0] = 1
+        return ids
+
+    def training_inputs(
+        self, pipeline: Any, noisy: Tensor, reference: Tensor, ids: Tensor, text: Mapping[str, Tensor], sigma: Tensor
+    ) -> dict[str, Tensor]:
+        inputs = {
+            **text,
+            "hidden_states": torch.cat([noisy, reference], dim=1),
+            "timestep": sigma,
+            "img_ids": torch.cat([ids, self._reference_ids(ids)]),
+        }
+        if pipeline.transformer.config.guidance_embeds:
+            inputs["guidance"] = torch.full_like(sigma, self.guidance_scale)
+        return inputs
+
+    @torch.no_grad()
+    def encode(self, pipeline: Any, image: Image.Image, prompt: str, seed: int, guidance_scale: float) -> Conditioning:
+        pixels = self.preprocess(pipeline, image)
+        height, width = pixels.shape[-2:]
+        latents, reference, latent_ids, reference_ids = pipeline.prepare_latents(
+            pixels,
+            1,
+            pipeline.vae.config.latent_channels,
+            height,
+            width,
+            pipeline.vae.dtype,
+            pixels.device,
+            torch.Generator().manual_seed(seed),
+        )
+        text_rows = self.max_text_rows(pipeline)
+        inputs = self.encode_prompt(pipeline, [prompt], text_rows)
+        inputs["img_ids"] = torch.cat([latent_ids, reference_ids]).float()
+        inputs["guidance"] = torch.tensor([float(guidance_scale)])
+        return Conditioning(inputs, latents.float(), reference.float(), text_rows, height, width)
+
+    def set_timesteps(self, pipeline: Any, scheduler: Any, conditioning: Conditioning, steps: int) -> Tensor:
+        config = scheduler.config
+        mu = calculate_shift(
+            conditioning.latents.shape[1],
+            config.get("base_image_seq_len", 256),
+            config.get("max_image_seq_len", 4096),
+            config.get("base_shift", 0.5),
+            config.get("max_shift", 1.15),
+        )
+        sigmas = np.linspace(1.0, 1 / steps, steps)
+        timesteps: Tensor = retrieve_timesteps(scheduler, steps, "cpu", sigmas=sigmas, mu=mu)[0]
+        scheduler.set_begin_index(0)
+        return timesteps
+
+    @torch.no_grad()
+    def decode(self, pipeline: Any, latents: Tensor, height: int, width: int) -> Tensor:
+        vae = pipeline.vae
+        unpacked = pipeline._unpack_latents(latents, height, width, pipeline.vae_scale_factor)
+        unpacked = unpacked / vae.config.scaling_factor + vae.config.shift_factor
+        decoded = vae.decode(unpacked.to(vae.dtype), return_dict=False)[0]
+        images: Tensor = pipeline.image_processor.postprocess(decoded, output_type="pt")
+        return images

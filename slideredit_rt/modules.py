@@ -1,0 +1,163 @@
+"""The masked low-rank update inside a diffusers transformer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from slideredit_rt.adapters import Adapter
+from slideredit_rt.errors import SliderEditError
+from slideredit_rt.families import Family, Kind, RowSet, TensorSpec
+from slideredit_rt.kernels import masked_lora_linear
+from slideredit_rt.sliders import combine_row_scale
+
+
+class RowScales:
+    """The row scales of the call in flight, shared by every adapted linear of one backbone.
+
+    `row_scale` is float32 `[B, S]`: text rows first, then image rows for a GST adapter. None turns the adapter off.
+    """
+
+    def __init__(self) -> None:
+        self.row_scale: Tensor | None = None
+        self.text_rows = 0
+
+    def of(self, rows: RowSet) -> Tensor | None:
+        """The part of `row_scale` that belongs to text, image or joint rows."""
+        if self.row_scale is None or rows == "joint":
+            return self.row_scale
+        return self.row_scale[:, : self.text_rows] if rows == "text" else self.row_scale[:, self.text_rows :]
+
+
+class MaskedLoRALinear(nn.Linear):
+    """A frozen linear plus a low-rank update scaled per row.
+
+    Shares the wrapped linear's parameters under their own names, so that state-dict keys of the base do not change.
+
+    Args:
+        linear: the projection, weight `[N, K]`.
+        rows: which rows of the backbone it projects.
+        scales: where the row scales of a call are found.
+        lora_a: `[R, K]`.
+        lora_b: `[N, R]`, LoRA's `lora_alpha / r` folded in.
+    """
+
+    def __init__(self, linear: nn.Linear, rows: RowSet, scales: RowScales, lora_a: Tensor, lora_b: Tensor) -> None:
+        super().__init__(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
+        self.weight = linear.weight
+        self.bias = linear.bias
+        self.rows: RowSet = rows
+        self.scales = scales
+        self.lora_A = nn.Parameter(lora_a)
+        self.lora_B = nn.Parameter(lora_b)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, S, K]` to `[B, S, N]`."""
+        row_scale = self.scales.of(self.rows)
+        if row_scale is None:
+            return super().forward(x)
+        return masked_lora_linear(x, self.weight, self.bias, self.lora_A, self.lora_B, row_scale)
+
+
+class SliderBackbone(nn.Module):
+    """A diffusers transformer with an adapter injected: named inputs, `alpha` and `token_mask` in, prediction out.
+
+    The eager reference of every engine and the module that is exported. With `adapter=None` it is the frozen backbone
+    and takes no slider inputs. The transformer passed in is changed in place; `remove()` restores it.
+    """
+
+    def __init__(self, family: Family, transformer: nn.Module, adapter: Adapter | None) -> None:
+        super().__init__()
+        self.family = family
+        self.transformer = transformer
+        self.kind: Kind | None = adapter.kind if adapter else None
+        self.scales = RowScales()
+        self.adapted: dict[str, MaskedLoRALinear] = {}
+        if adapter is not None:
+            self._inject(adapter)
+
+    def _inject(self, adapter: Adapter) -> None:
+        linears = {name: m for name, m in self.transformer.named_modules() if isinstance(m, nn.Linear)}
+        missing = [name for name in adapter.pairs if name not in linears or self.family.rows_of(name) is None]
+        if missing:
+            matched = len(adapter.pairs) - len(missing)
+            raise SliderEditError(
+                f"adapter {adapter.source!r} fits {matched} of its {len(adapter.pairs)} modules onto this {self.family.name} "
+                f"transformer; not found: {', '.join(missing[:4])}{', …' if len(missing) > 4 else ''}; "
+                "use an adapter that was trained on this base"
+            )
+        for name, (lora_a, lora_b) in adapter.pairs.items():
+            linear = linears[name]
+            rows = self.family.rows_of(name)
+            assert rows is not None
+            if adapter.kind == "st" and rows != "text":
+                raise SliderEditError(f"adapter {adapter.source!r} is an ST adapter but updates {name}, which has no text rows of its own")
+            if lora_a.shape[1] != linear.in_features or lora_b.shape[0] != linear.out_features:
+                raise SliderEditError(
+                    f"adapter {adapter.source!r} has a {lora_b.shape[0]}×{lora_a.shape[1]} update for {name}, which is "
+                    f"{linear.out_features}×{linear.in_features}; use an adapter that was trained on this base"
+                )
+            device = linear.weight.device
+            self._replace(name, MaskedLoRALinear(linear, rows, self.scales, lora_a.to(device), lora_b.to(device)))
+
+    def _replace(self, name: str, module: nn.Linear) -> None:
+        parent, _, child = name.rpartition(".")
+        setattr(self.transformer.get_submodule(parent), child, module)
+        if isinstance(module, MaskedLoRALinear):
+            self.adapted[name] = module
+
+    def remove(self) -> None:
+        """Put the original linears back."""
+        for name, module in self.adapted.items():
+            linear = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
+            linear.weight, linear.bias = module.weight, module.bias
+            self._replace(name, linear)
+        self.adapted.clear()
+
+    def slider_specs(self) -> list[TensorSpec]:
+        """The slider inputs: none for a frozen backbone."""
+        if self.kind is None:
+            return []
+        rows = "text_rows" if self.kind == "st" else "rows"
+        return [
+            TensorSpec("alpha", "float32", ("batch", "sliders")),
+            TensorSpec("token_mask", "bool", ("batch", "sliders", rows)),
+        ]
+
+    def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """One prediction.
+
+        Args:
+            inputs: the family's inputs, and for an adapted backbone `alpha` (float32 `[B, K]`) and `token_mask`
+                (bool `[B, K, S]`). Without them the frozen backbone answers.
+
+        Returns:
+            `[B, image_rows, C]`.
+        """
+        backbone_inputs = dict(inputs)
+        alpha, token_mask = backbone_inputs.pop("alpha", None), backbone_inputs.pop("token_mask", None)
+        if alpha is not None and token_mask is not None:
+            self.scales.row_scale = combine_row_scale(alpha, token_mask)
+            self.scales.text_rows = inputs["encoder_hidden_states"].shape[1]
+        try:
+            return self.family.run(self.transformer, backbone_inputs)
+        finally:
+            self.scales.row_scale = None
+
+
+@torch.no_grad()
+def random_adapter_pairs(
+    family: Family, transformer: nn.Module, kind: Kind, rank: int, generator: torch.Generator, scale: float = 0.05
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Random A and B for every default target: for tests and for timing architectures without a trained adapter."""
+    pattern = family.targets(kind)
+    return {
+        name: (
+            torch.randn(rank, m.in_features, generator=generator) * scale,
+            torch.randn(m.out_features, rank, generator=generator) * scale,
+        )
+        for name, m in transformer.named_modules()
+        if isinstance(m, nn.Linear) and pattern.fullmatch(name)
+    }

@@ -1,0 +1,144 @@
+"""Sliders: an instruction with a strength, found in the tokenised prompt and turned into `alpha` and `token_mask`."""
+
+from __future__ import annotations
+
+import math
+import unicodedata
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from slideredit_rt.errors import SliderEditError
+
+JOINER = " and "
+
+
+def normalise(text: str) -> str:
+    """Unicode NFC, so that a composed and a decomposed accent are the same text to tokenizers and to span search."""
+    return unicodedata.normalize("NFC", text)
+
+
+@dataclass(frozen=True)
+class Slider:
+    """One instruction and its strength: 0 suppressed, 1 as the base model edits, above 1 exaggerated."""
+
+    instruction: str
+    strength: float = 1.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "instruction", normalise(self.instruction).strip())
+        if not self.instruction:
+            raise SliderEditError("a slider has an empty instruction; give it the words of the prompt that it scales")
+        if not math.isfinite(self.strength):
+            raise SliderEditError(f"slider {self.instruction!r} has strength {self.strength}; give a finite number, such as 0.5")
+
+    @property
+    def alpha(self) -> float:
+        """What engines take: the paper's α, `1 − strength`."""
+        return 1.0 - self.strength
+
+
+@dataclass(frozen=True)
+class PromptToken:
+    """One token of the prompt. `start`, `end`: its characters in the prompt; `row`: its index on the text rows.
+
+    Tokens that stand for no characters (end of sequence, padding, template words) have `start == end`.
+    """
+
+    text: str
+    start: int
+    end: int
+    row: int
+
+
+def compose_prompt(instructions: Sequence[str]) -> str:
+    """The instructions joined by " and ", as the adapters were trained (paper, section on training data)."""
+    if not instructions:
+        raise SliderEditError("no instruction was given; name at least one slider or a prompt")
+    return JOINER.join(normalise(i).strip() for i in instructions)
+
+
+def _occurrences(prompt: str, instruction: str) -> list[tuple[int, int]]:
+    found, start = [], prompt.find(instruction)
+    while start >= 0:
+        end = start + len(instruction)
+        # "make it red" must not match inside "make it reddish".
+        opens = start == 0 or not (prompt[start - 1].isalnum() and instruction[0].isalnum())
+        closes = end == len(prompt) or not (prompt[end].isalnum() and instruction[-1].isalnum())
+        if opens and closes:
+            found.append((start, end))
+        start = prompt.find(instruction, end if opens and closes else start + 1)
+    return found
+
+
+def find_spans(prompt: str, sliders: Sequence[Slider], tokens: Sequence[PromptToken], max_rows: int) -> list[list[int]]:
+    """The text rows that each slider owns.
+
+    A slider owns every token that holds a character of its instruction. The n-th slider with the same text takes the
+    n-th occurrence in the prompt.
+
+    Args:
+        prompt: the text that was tokenised.
+        sliders: K sliders.
+        tokens: the untruncated tokens of `prompt`.
+        max_rows: how many text rows the backbone sees (the last one is the end of sequence).
+
+    Returns:
+        K lists of row indices, none of them empty.
+
+    Raises:
+        SliderEditError: an instruction is not in the prompt, two share a token, or one was cut off by truncation.
+    """
+    seen: Counter[str] = Counter()
+    owner: dict[int, int] = {}
+    spans: list[list[int]] = []
+    for index, slider in enumerate(sliders):
+        occurrences, nth = _occurrences(prompt, slider.instruction), seen[slider.instruction]
+        seen[slider.instruction] += 1
+        if nth >= len(occurrences):
+            shown = " ".join(t.text for t in tokens if t.end > t.start)
+            how = f"{len(occurrences)} time(s), but {nth + 1} sliders ask for it" if occurrences else "nowhere"
+            raise SliderEditError(
+                f"slider {slider.instruction!r} appears {how} in the prompt {prompt!r} (tokens: {shown}); "
+                "write the instruction exactly as it stands in the prompt"
+            )
+        start, end = occurrences[nth]
+        rows = [t.row for t in tokens if t.end > start and t.start < end and t.end > t.start]
+        if not rows:
+            raise SliderEditError(f"no token of the prompt holds the slider {slider.instruction!r}; use letters or digits in it")
+        # The tokenizer keeps the last row for its end-of-sequence token.
+        if max(rows) >= max_rows - 1:
+            raise SliderEditError(
+                f"slider {slider.instruction!r} falls off the end of the prompt: it needs text row {max(rows)} and only "
+                f"{max_rows - 1} rows carry text; shorten the prompt or raise the maximum sequence length"
+            )
+        for row in rows:
+            if row in owner:
+                raise SliderEditError(
+                    f"sliders {sliders[owner[row]].instruction!r} and {slider.instruction!r} overlap on token "
+                    f"{next(t.text for t in tokens if t.row == row)!r}; a token can belong to one slider only"
+                )
+            owner[row] = index
+        spans.append(rows)
+    return spans
+
+
+def row_mask(spans: Sequence[Sequence[int]], rows: int) -> Tensor:
+    """Bool `[K, rows]`: which rows each slider owns. Refuses an empty span, which would be a silent no-op."""
+    mask = torch.zeros(len(spans), rows, dtype=torch.bool)
+    for index, span in enumerate(spans):
+        if not span:
+            raise SliderEditError(f"slider {index} owns no row; its mask would do nothing")
+        mask[index, list(span)] = True
+    return mask
+
+
+def combine_row_scale(alpha: Tensor, token_mask: Tensor) -> Tensor:
+    """`row_scale[b, s] = Σ_k alpha[b, k] · token_mask[b, k, s]`; float32 `[B, K]` and bool `[B, K, S]` to float32 `[B, S]`.
+
+    An alpha of 0 is exact, and K may be 0.
+    """
+    return (alpha.unsqueeze(-1) * token_mask.to(alpha.dtype)).sum(dim=1)

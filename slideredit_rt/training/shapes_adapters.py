@@ -1,0 +1,34 @@
+"""The recipes of `shapes-st` and `shapes-gst`, the adapters that the package ships."""
+
+from __future__ import annotations
+
+import random
+
+from torch import Tensor
+
+from slideredit_rt.families import Kind
+from slideredit_rt.training.shapes_world import draw_example, render
+from slideredit_rt.training.suppression import SuppressionConfig
+
+
+class ShapesData:
+    """Scenes drawn on the fly with one to three instructions each."""
+
+    def draw(self, rng: random.Random, batch: int) -> tuple[Tensor, list[list[str]]]:
+        examples = [draw_example(rng, rng.choice((1, 2, 2, 3))) for _ in range(batch)]
+        return render(e.scene for e in examples), [[i.text for i in e.instructions] for e in examples]
+
+
+def shapes_recipe(kind: Kind) -> SuppressionConfig:
+    """The settings that the shipped adapter of this kind was trained with."""
+    return SuppressionConfig(
+        kind=kind,
+        target="remaining" if kind == "st" else "neutral",
+        rank=16 if kind == "st" else 4,
+        alpha_sampling="uniform",
+        timestep_sampling="uniform",
+        steps=900,
+        batch=32,
+        learning_rate=2e-3,
+        schedule="cosine",
+    )

@@ -1,0 +1,387 @@
+"""The recipe of `shapes-kontext`: a FLUX-Kontext pipeline small enough to train on two CPU cores.
+
+Every part is the class that the real pipeline uses (`FluxTransformer2DModel`, `AutoencoderKL`, `T5EncoderModel`,
+`CLIPTextModel`, their tokenizers, the scheduler), so whatever works on the result meets the same code paths
+and key names as on FLUX.1-Kontext. Three choices keep the text side honest at this size:
+
+- FLUX gives text rows no positions, so binding "red" to "circle" is the T5 encoder's job. Its relative attention
+  is limited to the next two tokens: rows of one instruction then carry nothing of another one's.
+- The pooled CLIP vector of another prompt is shown during training. Nothing can mask a pooled vector, so the
+  instruction has to live in the text rows, as SliderEdit assumes (paper, section on selective tokens).
+- Prompt padding varies between steps, so any `max_sequence_length` from 17 to 40 works.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxKontextPipeline, FluxTransformer2DModel
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+from torch import Tensor
+from tqdm import tqdm
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
+
+from slideredit_rt.training.checkpoint import load_checkpoint, save_checkpoint
+from slideredit_rt.training.shapes_world import (
+    ALL_INSTRUCTIONS,
+    SHAPES,
+    SIZE,
+    Example,
+    Scene,
+    Shape,
+    draw_example,
+    draw_scene,
+    held_out_examples,
+    render,
+)
+
+NEUTRAL_PROMPT = "keep the image the same"
+MAX_SEQUENCE_LENGTH = 32
+_TEXT_WIDTH = 128
+_POOLED_WIDTH = 32
+# Share of training prompts with 0, 1, 2 and 3 instructions; half of the empty ones become the neutral sentence.
+_COUNT_WEIGHTS = (0.08, 0.42, 0.34, 0.16)
+
+# The world's words, some of them in two pieces as most words of a real prompt are.
+_PIECES = (
+    *("▁" + word for word in "make the and circle square red green blue yellow purple orange cyan white dark bright".split()),
+    *("▁back", "ground", "▁large", "▁small", "r", "er", "▁keep", "▁image", "▁same"),
+)
+
+# Gives the tokenizers letters and word pieces beyond the world's own few words.
+_CORPUS = """
+Turn the man's hair curly, then give him a beard and a warm smile. Make her look younger and remove the glasses.
+Add freckles, change the eye colour to green, and put a small silver ring on the left hand.
+Replace the sky with a dramatic sunset; keep the houses, the trees and the people exactly as they are.
+Convert this photograph into a watercolour painting with soft edges, muted tones and visible brush strokes.
+Zoom out until the whole mountain is visible, blur the background, and sharpen the face in the foreground.
+"Surprised" expression (mouth open), raised eyebrows: 30% stronger than before! What about 2 or 3 of them?
+Let the dog wear a red-and-white striped jumper while the cat sleeps quietly under the wooden kitchen table.
+Increase brightness, lower contrast, add fog; quickly fix the exposure of every pixel just below the horizon.
+""".strip()
+
+
+def _corpus() -> list[str]:
+    world = [f"{a.text} and {b.text}" for a in ALL_INSTRUCTIONS for b in ALL_INSTRUCTIONS if a.subject != b.subject]
+    return world + [NEUTRAL_PROMPT, *(line for line in _CORPUS.splitlines() for _ in range(20))]
+
+
+def build_t5_tokenizer() -> T5TokenizerFast:
+    """A Unigram tokenizer that behaves as T5's: word-start marks, NFKC, `</s>` appended, no byte fallback."""
+    trained = Tokenizer(models.Unigram())
+    trained.normalizer = normalizers.NFKC()
+    trained.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always")]
+    )
+    special = ["<pad>", "</s>", "<unk>"]
+    trainer = trainers.UnigramTrainer(vocab_size=400, special_tokens=special, unk_token="<unk>", show_progress=False)
+    trained.train_from_iterator(_corpus(), trainer)
+    pieces = {token: score for token, score in json.loads(trained.to_str())["model"]["vocab"] if token not in special}
+    pieces |= dict.fromkeys(_PIECES, -3.0)
+    tokenizer = T5TokenizerFast(
+        vocab=[(token, 0.0) for token in special] + list(pieces.items()), extra_ids=0, model_max_length=MAX_SEQUENCE_LENGTH
+    )
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFKC()
+    return tokenizer
+
+
+def build_clip_tokenizer() -> CLIPTokenizer:
+    """A byte-level BPE tokenizer with CLIP's rules: lower case, `</w>` at word ends, 77 positions."""
+    trained = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token="<|endoftext|>"))
+    trained.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+    words = Regex(r"[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+")
+    trained.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(words, "removed", invert=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=900,
+        special_tokens=["<|startoftext|>", "<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        end_of_word_suffix="</w>",
+        show_progress=False,
+    )
+    trained.train_from_iterator(_corpus(), trainer)
+    model = json.loads(trained.to_str())["model"]
+    vocab = dict(model["vocab"])
+    for token in [t for t in vocab if len(t) == 1]:
+        vocab.setdefault(f"{token}</w>", len(vocab))
+    return CLIPTokenizer(vocab=vocab, merges=[tuple(m) for m in model["merges"]], model_max_length=77)
+
+
+def build_text_encoders(t5: T5TokenizerFast, clip: CLIPTokenizer) -> tuple[T5EncoderModel, CLIPTextModel]:
+    """A one-layer T5 encoder that looks two tokens ahead, and a small random CLIP text model."""
+    text_encoder_2 = T5EncoderModel(
+        T5Config(
+            vocab_size=len(t5),
+            d_model=_TEXT_WIDTH,
+            d_kv=32,
+            d_ff=256,
+            num_layers=1,
+            num_heads=4,
+            relative_attention_num_buckets=32,
+            feed_forward_proj="gated-gelu",
+            dropout_rate=0.0,
+            pad_token_id=0,
+            eos_token_id=1,
+        )
+    )
+    attention = text_encoder_2.encoder.block[0].layer[0].SelfAttention
+    bias = attention.relative_attention_bias.weight.data
+    offsets = torch.tensor([0, 1, 2])
+    visible = attention._relative_position_bucket(offsets, bidirectional=True, num_buckets=32)
+    hidden = torch.ones(len(bias), dtype=torch.bool)
+    hidden[visible] = False
+    # Finite, so that the weights survive a cast to float16; the softmax still gives exactly 0.
+    bias[hidden] = -1e4
+    text_encoder = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(clip),
+            hidden_size=_POOLED_WIDTH,
+            intermediate_size=64,
+            projection_dim=_POOLED_WIDTH,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            max_position_embeddings=77,
+            bos_token_id=clip.bos_token_id,
+            eos_token_id=clip.eos_token_id,
+            pad_token_id=clip.pad_token_id,
+        )
+    )
+    return text_encoder_2, text_encoder
+
+
+def build_pipeline(seed: int = 0) -> FluxKontextPipeline:
+    """The untrained pipeline (2.1M-parameter transformer: 2 dual-stream and 3 single-stream blocks of width 128)."""
+    torch.manual_seed(seed)
+    t5, clip = build_t5_tokenizer(), build_clip_tokenizer()
+    text_encoder_2, text_encoder = build_text_encoders(t5, clip)
+    vae = AutoencoderKL(
+        block_out_channels=(16, 32, 64),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        latent_channels=16,
+        layers_per_block=1,
+        norm_num_groups=8,
+        sample_size=SIZE,
+        mid_block_add_attention=False,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        shift_factor=0.0,
+        scaling_factor=1.0,
+    )
+    transformer = FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=64,
+        num_layers=2,
+        num_single_layers=3,
+        attention_head_dim=32,
+        num_attention_heads=4,
+        joint_attention_dim=_TEXT_WIDTH,
+        pooled_projection_dim=_POOLED_WIDTH,
+        guidance_embeds=True,
+        axes_dims_rope=(8, 12, 12),
+    )
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True, base_image_seq_len=256, max_image_seq_len=4096)
+    return FluxKontextPipeline(
+        scheduler=scheduler,
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=clip,
+        text_encoder_2=text_encoder_2,
+        tokenizer_2=t5,
+        transformer=transformer,
+    ).to("cpu")
+
+
+def _learning_rate(step: int, steps: int, peak: float, warm_up: int = 100) -> float:
+    if step < warm_up:
+        return peak * (step + 1) / warm_up
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up)))
+
+
+def _varied_scene(rng: random.Random) -> Scene:
+    """A scene with colours and greys that no palette lists, as intermediate strengths will show them."""
+
+    def recolour(shape: Shape) -> Shape:
+        colour = (rng.random(), rng.random(), rng.random())
+        return Shape(shape.x, shape.y, shape.radius * rng.uniform(0.5, 1.45), colour)
+
+    scene = draw_scene(rng)
+    return Scene(rng.uniform(0.02, 0.98), recolour(scene.circle), recolour(scene.square))
+
+
+def _vae_batch(step: int, batch: int) -> Tensor:
+    rng = random.Random(f"vae/{step}")
+    half = batch // 2
+    examples = [draw_example(rng, rng.choice((1, 2, 3))) for _ in range(batch - half)]
+    varied = render(_varied_scene(rng) for _ in range(half))
+    # Blends are what a half-way strength looks like.
+    blend = torch.tensor([rng.choice((0.0, 1.0, rng.random())) for _ in examples])[:, None, None, None]
+    source, target = render(e.scene for e in examples), render(e.target for e in examples)
+    return torch.cat([varied, source + blend * (target - source)]) * 2 - 1
+
+
+class _Loop:
+    """Step counter, cosine schedule, gradient clipping, checkpoint every few hundred steps, progress bar, log."""
+
+    def __init__(self, name: str, modules: dict[str, torch.nn.Module], steps: int, peak: float, work: Path) -> None:
+        self.name, self.modules, self.steps, self.peak = name, modules, steps, peak
+        self.parameters = [p for m in modules.values() for p in m.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=peak, betas=(0.9, 0.99), weight_decay=1e-3)
+        self.path = work / f"{name}.pt"
+        self.start = 0
+        state = load_checkpoint(self.path)
+        if state is not None:
+            for key, module in modules.items():
+                module.load_state_dict(state[key])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.start = state["step"]
+
+    def __iter__(self) -> Iterator[int]:
+        with tqdm(range(self.start, self.steps), self.name, initial=self.start, total=self.steps, mininterval=1) as self.bar:
+            for step in self.bar:
+                for group in self.optimizer.param_groups:
+                    group["lr"] = _learning_rate(step, self.steps, self.peak)
+                yield step
+                if (step + 1) % 200 == 0 or step + 1 == self.steps:
+                    state = {key: module.state_dict() for key, module in self.modules.items()}
+                    save_checkpoint(self.path, state | {"optimizer": self.optimizer.state_dict(), "step": step + 1})
+
+    def update(self, loss: Tensor) -> None:
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
+
+
+def train_vae(vae: AutoencoderKL, steps: int, work: Path, batch: int = 32) -> None:
+    """Fit the autoencoder (reconstruction plus a light KL term), then set its shift and scale to its own statistics."""
+    vae.train()
+    for step in (loop := _Loop("vae", {"vae": vae}, steps, 2e-3, work)):
+        images = _vae_batch(step, batch)
+        # bfloat16 halves the time of the convolutions on processors with matrix units.
+        with torch.autocast("cpu", torch.bfloat16):
+            posterior = vae.encode(images).latent_dist
+            noise = torch.randn(posterior.mean.shape, generator=torch.Generator().manual_seed(step))
+            decoded = vae.decode(posterior.mean + posterior.std * noise).sample
+        error = decoded.float() - images
+        loop.update(error.abs().mean() + error.square().mean() + 1e-5 * posterior.kl().mean() / posterior.mean[0].numel())
+    vae.eval()
+    with torch.no_grad():
+        latents = vae.encode(_vae_batch(steps, 256)).latent_dist.mode()
+    vae.register_to_config(shift_factor=round(latents.mean().item(), 4), scaling_factor=round(1 / latents.std().item(), 4))
+
+
+def encode_latents(pipeline: FluxKontextPipeline, images: Tensor) -> Tensor:
+    """Packed, scaled latents of images in [0, 1]: `[N, 3, H, W]` to `[N, rows, channels]`."""
+    with torch.no_grad():
+        latents = pipeline._encode_vae_image(images * 2 - 1, generator=None)
+        n, channels, height, width = latents.shape
+        return pipeline._pack_latents(latents, n, channels, height, width)
+
+
+def _editor_batch(step: int, batch: int) -> tuple[list[Example], list[str], int]:
+    rng = random.Random(f"editor/{step}")
+    counts = rng.choices(range(4), _COUNT_WEIGHTS, k=batch)
+    examples = [draw_example(rng, count) for count in counts]
+    prompts = [e.prompt or rng.choice(("", NEUTRAL_PROMPT)) for e in examples]
+    return examples, prompts, rng.randint(17, 40)
+
+
+def train_editor(pipeline: FluxKontextPipeline, steps: int, work: Path, batch: int = 64) -> None:
+    """Flow matching on exact pairs: from `[noisy target, source]` and the prompt, predict `noise − target`."""
+    transformer, t5 = pipeline.transformer, pipeline.text_encoder_2
+    transformer.train()
+    t5.train()
+    side = SIZE // 8
+    ids = pipeline._prepare_latent_image_ids(1, side, side, "cpu", torch.float32)
+    reference_ids = ids.clone()
+    reference_ids[:, 0] = 1
+    img_ids = torch.cat([ids, reference_ids])
+    for step in (loop := _Loop("editor", {"transformer": transformer, "t5": t5}, steps, 1.2e-3, work)):
+        examples, prompts, length = _editor_batch(step, batch)
+        g = torch.Generator().manual_seed(step)
+        images = torch.cat([render(e.scene for e in examples), render(e.target for e in examples)])
+        with torch.autocast("cpu", torch.bfloat16):
+            source, target = encode_latents(pipeline, images).float().chunk(2)
+        with torch.no_grad():
+            pooled = pipeline._get_clip_prompt_embeds(prompts)[torch.randperm(batch, generator=g)]
+        tokens = pipeline.tokenizer_2(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        sigma = torch.sigmoid(torch.randn(batch, generator=g) + 0.3)
+        noise = torch.randn(target.shape, generator=g)
+        noisy = torch.lerp(target, noise, sigma[:, None, None])
+        velocity = transformer(
+            hidden_states=torch.cat([noisy, source], dim=1),
+            encoder_hidden_states=t5(tokens.input_ids).last_hidden_state,
+            pooled_projections=pooled,
+            timestep=sigma,
+            guidance=1 + 5 * torch.rand(batch, generator=g),
+            img_ids=img_ids,
+            txt_ids=torch.zeros(length, 3),
+            return_dict=False,
+        )[0][:, : target.shape[1]]
+        loop.update(F.mse_loss(velocity, noise - target))
+    transformer.eval()
+    t5.eval()
+
+
+def edit_examples(pipeline: FluxKontextPipeline, examples: list[Example], steps: int = 12, seed: int = 0) -> Tensor:
+    """Edit the examples' scenes with their prompts through diffusers' own pipeline; float32 `[N, 3, SIZE, SIZE]` in [0, 1]."""
+    pipeline.set_progress_bar_config(disable=True)
+    images = []
+    for start in range(0, len(examples), 64):
+        part = examples[start : start + 64]
+        images.append(
+            pipeline(
+                image=render(e.scene for e in part),
+                prompt=[e.prompt for e in part],
+                num_inference_steps=steps,
+                max_sequence_length=MAX_SEQUENCE_LENGTH,
+                height=SIZE,
+                width=SIZE,
+                max_area=SIZE * SIZE,
+                _auto_resize=False,
+                output_type="pt",
+                generator=torch.Generator().manual_seed(seed + start),
+            ).images
+        )
+    return torch.cat(images)
+
+
+def evaluate_editor(pipeline: FluxKontextPipeline, number: int = 256) -> dict[str, Any]:
+    """Mean squared error to the exact target, beside that of returning the source, in [0, 1] pixel units."""
+    report: dict[str, Any] = {"scenes": number}
+    for count in (1, 2, 3):
+        examples = held_out_examples(number, count)
+        target, source = render(e.target for e in examples), render(e.scene for e in examples)
+        edited = edit_examples(pipeline, examples)
+        error, unedited = F.mse_loss(edited, target).item(), F.mse_loss(source, target).item()
+        report[f"instructions={count}"] = {"mse": error, "mse_unedited": unedited, "ratio": error / unedited}
+    return report
+
+
+def train_shapes_editor(out: Path, vae_steps: int = 2000, editor_steps: int = 3000, number: int = 256) -> dict[str, Any]:
+    """Run the whole recipe into the pipeline folder `out`; an interrupted run continues from `out`.work.
+
+    Returns the evaluation on `number` held-out scenes, also written to `evaluation.json` in the folder.
+    """
+    work = out.with_name(f"{out.name}.work")
+    pipeline = build_pipeline()
+    train_vae(pipeline.vae, vae_steps, work)
+    pipeline.vae.requires_grad_(False)
+    pipeline.text_encoder.requires_grad_(False)
+    train_editor(pipeline, editor_steps, work)
+    report = evaluate_editor(pipeline, number)
+    pipeline.save_pretrained(out)
+    (out / "evaluation.json").write_text(json.dumps(report, indent=2) + "\n")
+    return report
+
+

@@ -1,0 +1,247 @@
+"""The shapes world: scenes whose every edit has an exact answer.
+
+A scene is a plain grey background with one circle and one square. An instruction changes one attribute
+of it, and because scenes are drawn from numbers, the edited image is known exactly and a rendered image
+can be measured back into numbers. That makes every claim about a slider checkable without a human eye.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+SIZE = 64
+"""Side of a rendered image in pixels."""
+
+SHAPES = ("circle", "square")
+
+# Channels stay inside [0.15, 0.92] so that a strength above 1 has room to show.
+COLOURS: dict[str, tuple[float, float, float]] = {
+    "red": (0.85, 0.20, 0.20),
+    "green": (0.20, 0.70, 0.25),
+    "blue": (0.20, 0.30, 0.85),
+    "yellow": (0.85, 0.80, 0.20),
+    "purple": (0.60, 0.20, 0.75),
+    "orange": (0.90, 0.55, 0.15),
+    "cyan": (0.20, 0.80, 0.85),
+    "white": (0.92, 0.92, 0.92),
+}
+BACKGROUNDS = {"dark": 0.20, "bright": 0.75}
+SIZES = {"larger": 1.35, "smaller": 0.70}
+_SOURCE_BACKGROUND = (0.40, 0.58)
+_RADIUS = (6.5, 10.0)
+# Shapes keep apart even when both are exaggerated beyond "larger".
+_CLEARANCE = 1.5
+
+HELD_OUT_SEED = 1 << 40
+"""Seeds from here on are never drawn by a training recipe."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A circle of `radius` pixels, or a square whose half side is `radius` pixels, centred at `x`, `y` (pixels)."""
+
+    x: float
+    y: float
+    radius: float
+    colour: tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One picture as numbers: grey level in [0, 1] and the two shapes."""
+
+    background: float
+    circle: Shape
+    square: Shape
+
+    def shape(self, name: str) -> Shape:
+        return self.circle if name == "circle" else self.square
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """`make the {subject} {change}`; `subject` is circle, square or background."""
+
+    subject: str
+    change: str
+
+    @property
+    def text(self) -> str:
+        return f"make the {self.subject} {self.change}"
+
+    @property
+    def attribute(self) -> str:
+        """What it changes: `"circle colour"`, `"square area"`, `"background"`, … (two of the same attribute conflict)."""
+        if self.subject == "background":
+            return "background"
+        return f"{self.subject} {'area' if self.change in SIZES else 'colour'}"
+
+    def apply(self, scene: Scene) -> Scene:
+        """The exact edit of `scene`."""
+        if self.subject == "background":
+            return replace(scene, background=BACKGROUNDS[self.change])
+        shape = scene.shape(self.subject)
+        if self.change in SIZES:
+            changed = replace(shape, radius=shape.radius * SIZES[self.change])
+        else:
+            changed = replace(shape, colour=COLOURS[self.change])
+        return replace(scene, circle=changed) if self.subject == "circle" else replace(scene, square=changed)
+
+
+ALL_INSTRUCTIONS: tuple[Instruction, ...] = tuple(
+    [Instruction(shape, change) for shape in SHAPES for change in (*COLOURS, *SIZES)]
+    + [Instruction("background", change) for change in BACKGROUNDS]
+)
+
+
+@dataclass(frozen=True)
+class Example:
+    """A source scene, the instructions to apply to it, and the exact result."""
+
+    scene: Scene
+    instructions: tuple[Instruction, ...]
+
+    @property
+    def prompt(self) -> str:
+        return " and ".join(i.text for i in self.instructions)
+
+    @property
+    def target(self) -> Scene:
+        scene = self.scene
+        for instruction in self.instructions:
+            scene = instruction.apply(scene)
+        return scene
+
+
+def draw_scene(rng: random.Random) -> Scene:
+    """A random scene; shapes never overlap, not even after both were made larger."""
+    while True:
+        radii = [rng.uniform(*_RADIUS) for _ in SHAPES]
+        reach = [r * _CLEARANCE for r in radii]
+        (cx, cy), (sx, sy) = [(rng.uniform(m, SIZE - m), rng.uniform(m, SIZE - m)) for m in reach]
+        if max(abs(cx - sx), abs(cy - sy)) > sum(reach) + 1:
+            break
+    colours = [rng.choice(list(COLOURS.values())) for _ in SHAPES]
+    return Scene(
+        background=rng.uniform(*_SOURCE_BACKGROUND),
+        circle=Shape(cx, cy, radii[0], colours[0]),
+        square=Shape(sx, sy, radii[1], colours[1]),
+    )
+
+
+def draw_example(rng: random.Random, count: int) -> Example:
+    """A random scene with `count` instructions on different attributes, each of which changes something."""
+    scene = draw_scene(rng)
+    chosen: dict[str, Instruction] = {}
+    attributes = rng.sample([f"{s} {k}" for s in SHAPES for k in ("colour", "area")] + ["background"], count)
+    for attribute in attributes:
+        candidates = [i for i in ALL_INSTRUCTIONS if i.attribute == attribute and i.apply(scene) != scene]
+        chosen[attribute] = rng.choice(candidates)
+    return Example(scene, tuple(chosen.values()))
+
+
+def held_out_examples(number: int, count: int, seed: int = 0) -> list[Example]:
+    """`number` examples of `count` instructions each that no recipe trains on; same `seed`, same examples."""
+    rng = random.Random(f"held-out/{HELD_OUT_SEED + seed}/{count}")
+    return [draw_example(rng, count) for _ in range(number)]
+
+
+def render(scenes: Iterable[Scene]) -> Tensor:
+    """Draw scenes with one-pixel anti-aliased edges.
+
+    Returns float32 `[N, 3, SIZE, SIZE]` in [0, 1].
+    """
+    scenes = list(scenes)
+    centre = torch.arange(SIZE, dtype=torch.float32) + 0.5
+    y, x = centre[:, None], centre[None, :]
+
+    def numbers(name: str) -> Iterator[Tensor]:
+        rows = [(s.shape(name).x, s.shape(name).y, s.shape(name).radius) for s in scenes]
+        return iter(torch.tensor(rows)[:, :, None, None].unbind(1))
+
+    image = torch.tensor([s.background for s in scenes])[:, None, None, None].expand(-1, 3, SIZE, SIZE)
+    for name in SHAPES:
+        px, py, radius = numbers(name)
+        dx, dy = (x - px).abs(), (y - py).abs()
+        if name == "circle":
+            cover = (radius - torch.hypot(dx, dy) + 0.5).clamp(0, 1)
+        else:
+            cover = (radius - dx + 0.5).clamp(0, 1) * (radius - dy + 0.5).clamp(0, 1)
+        colour = torch.tensor([s.shape(name).colour for s in scenes])[:, :, None, None]
+        image = image + cover[:, None] * (colour - image)
+    return image
+
+
+def area(name: str, shape: Shape) -> float:
+    """Exact area of a shape in square pixels."""
+    return math.pi * shape.radius**2 if name == "circle" else 4 * shape.radius**2
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What a rendered image shows where `Scene` says its shapes are.
+
+    `colour` is the mean RGB of each shape's core, `area` the soft area in square pixels (each pixel counts by
+    how far it has gone from the background to the core's colour), `position` the soft centroid (x, y).
+    """
+
+    background: float
+    colour: dict[str, tuple[float, float, float]]
+    area: dict[str, float]
+    position: dict[str, tuple[float, float]]
+
+
+def measure(images: Tensor, scenes: Sequence[Scene]) -> list[Measurement]:
+    """Read edited images back into numbers.
+
+    Args:
+        images: float `[N, 3, SIZE, SIZE]` in [0, 1].
+        scenes: the N source scenes; edits never move a shape, so they say where to look.
+    """
+    if images.shape[1:] != (3, SIZE, SIZE) or len(images) != len(scenes):
+        raise ValueError(f"expected {len(scenes)} images of [3, {SIZE}, {SIZE}], got {tuple(images.shape)}")
+    centre = torch.arange(SIZE, dtype=torch.float64) + 0.5
+    y, x = centre[:, None].expand(SIZE, SIZE), centre[None, :].expand(SIZE, SIZE)
+    result = []
+    for image, scene in zip(images.double(), scenes, strict=True):
+        distance = {}
+        for name in SHAPES:
+            s = scene.shape(name)
+            dx, dy = (x - s.x).abs() / s.radius, (y - s.y).abs() / s.radius
+            distance[name] = torch.hypot(dx, dy) if name == "circle" else torch.maximum(dx, dy)
+        outside = (distance["circle"] > 1.7) & (distance["square"] > 1.7)
+        background = image[:, outside].median(dim=1).values
+        colour, areas, position = {}, {}, {}
+        for name in SHAPES:
+            core = image[:, distance[name] < 0.45].mean(dim=1)
+            towards = core - background
+            window = distance[name] < 1.65
+            cover = ((image - background[:, None, None]) * towards[:, None, None]).sum(0) / towards.square().sum().clamp_min(1e-6)
+            cover = torch.where(window, cover, 0).clamp(-0.2, 1.2)
+            total = cover.sum().clamp_min(1e-6)
+            red, green, blue = core.tolist()
+            colour[name] = (red, green, blue)
+            areas[name] = cover.sum().item()
+            position[name] = ((cover * x).sum().div(total).item(), (cover * y).sum().div(total).item())
+        result.append(Measurement(background.mean().item(), colour, areas, position))
+    return result
+
+
+def response(measured: Measurement, instruction: Instruction, scene: Scene) -> float:
+    """How far an instruction was carried out on `scene`: 0 as in the source, 1 exactly as asked, above 1 beyond it."""
+    target = instruction.apply(scene)
+    if instruction.subject == "background":
+        return (measured.background - scene.background) / (target.background - scene.background)
+    before, after = scene.shape(instruction.subject), target.shape(instruction.subject)
+    if instruction.change in SIZES:
+        start, end = area(instruction.subject, before), area(instruction.subject, after)
+        return (measured.area[instruction.subject] - start) / (end - start)
+    step = [b - a for a, b in zip(before.colour, after.colour, strict=True)]
+    moved = [m - a for a, m in zip(before.colour, measured.colour[instruction.subject], strict=True)]
+    return sum(s * m for s, m in zip(step, moved, strict=True)) / sum(s * s for s in step)
