@@ -322,7 +322,7 @@ def _parser() -> argparse.ArgumentParser:
     editor = command("shapes-editor", _train_editor, "reproduce the embedded editor, shapes-kontext", kinds)
     editor.add_argument("--out", type=Path, required=True, help="pipeline folder to write")
     editor.add_argument("--vae-steps", type=int, default=2000)
-    editor.add_argument("--editor-steps", type=int, default=3000)
+    editor.add_argument("--editor-steps", type=int, default=2800)
 
     adapter = command("adapter", _train_adapter, "train an ST or GST adapter by partial prompt suppression", kinds)
     adapter.add_argument("--base", default="shapes-kontext", help="shapes-kontext, a diffusers folder or a hub repository")

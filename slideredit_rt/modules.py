@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor, nn
 
 from slideredit_rt.adapters import Adapter
@@ -88,19 +87,24 @@ class SliderBackbone(nn.Module):
                 f"transformer; not found: {', '.join(missing[:4])}{', …' if len(missing) > 4 else ''}; "
                 "use an adapter that was trained on this base"
             )
+        adapted = {}
         for name, (lora_a, lora_b) in adapter.pairs.items():
-            linear = linears[name]
-            rows = self.family.rows_of(name)
+            linear, rows = linears[name], self.family.rows_of(name)
             assert rows is not None
             if adapter.kind == "st" and rows != "text":
-                raise SliderEditError(f"adapter {adapter.source!r} is an ST adapter but updates {name}, which has no text rows of its own")
+                raise SliderEditError(
+                    f"adapter {adapter.source!r} says it is ST but updates {name}, which has no text rows of its own; use it as GST"
+                )
             if lora_a.shape[1] != linear.in_features or lora_b.shape[0] != linear.out_features:
                 raise SliderEditError(
                     f"adapter {adapter.source!r} has a {lora_b.shape[0]}×{lora_a.shape[1]} update for {name}, which is "
                     f"{linear.out_features}×{linear.in_features}; use an adapter that was trained on this base"
                 )
             device = linear.weight.device
-            self._replace(name, MaskedLoRALinear(linear, rows, self.scales, lora_a.to(device), lora_b.to(device)))
+            adapted[name] = MaskedLoRALinear(linear, rows, self.scales, lora_a.to(device), lora_b.to(device))
+        # Only now, so that a refused adapter leaves the transformer as it was.
+        for name, module in adapted.items():
+            self._replace(name, module)
 
     def _replace(self, name: str, module: nn.Linear) -> None:
         parent, _, child = name.rpartition(".")
@@ -145,19 +149,3 @@ class SliderBackbone(nn.Module):
             return self.family.run(self.transformer, backbone_inputs)
         finally:
             self.scales.row_scale = None
-
-
-@torch.no_grad()
-def random_adapter_pairs(
-    family: Family, transformer: nn.Module, kind: Kind, rank: int, generator: torch.Generator, scale: float = 0.05
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """Random A and B for every default target: for tests and for timing architectures without a trained adapter."""
-    pattern = family.targets(kind)
-    return {
-        name: (
-            torch.randn(rank, m.in_features, generator=generator) * scale,
-            torch.randn(m.out_features, rank, generator=generator) * scale,
-        )
-        for name, m in transformer.named_modules()
-        if isinstance(m, nn.Linear) and pattern.fullmatch(name)
-    }

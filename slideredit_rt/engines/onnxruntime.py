@@ -63,6 +63,11 @@ class OnnxRuntimeEngine:
                     raise SliderEditError(
                         f"engine input {spec.name!r} has shape {list(tensor.shape)}, expected {list(spec.shape)} with {sizes}"
                     )
+        if "rows" in sizes and sizes["rows"] != sizes["text_rows"] + sizes["image_rows"]:
+            raise SliderEditError(
+                f"engine input 'token_mask' covers {sizes['rows']} rows, expected {sizes['text_rows']} text rows "
+                f"and {sizes['image_rows']} image rows"
+            )
         for axis, limit in (("batch", self.manifest.max_batch), ("sliders", self.manifest.max_sliders)):
             if sizes.get(axis, 0) > limit:
                 raise SliderEditError(f"engine takes at most {limit} in the axis {axis!r}, got {sizes[axis]}; rebuild with a higher limit")

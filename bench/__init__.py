@@ -1,0 +1,1 @@
+"""Benchmarks: pytest-benchmark suites and the results that were measured with them."""

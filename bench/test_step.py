@@ -1,0 +1,95 @@
+"""One denoising step of the embedded editor: the engine beside eager torch, and beside an engine without sliders.
+
+Run with `make bench`. Everything compared is timed in one process with the same number of threads, in turns, because a
+shared machine drifts by more than the differences that matter.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from slideredit_rt.editor import SliderEditor
+from slideredit_rt.engines import open_engine
+from slideredit_rt.export.build import build_engine
+from slideredit_rt.training.shapes_evaluation import scene_image
+from slideredit_rt.training.shapes_world import held_out_examples
+
+THREADS = 2
+RESULTS = Path(__file__).parent / "results"
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Callable[[], Any]]:
+    """One step at the editor's own shapes (24 text rows, 64 + 64 image rows, batch 1), two sliders where ST has them."""
+    torch.set_num_threads(THREADS)
+    root = tmp_path_factory.mktemp("bench")
+    runs: dict[str, Callable[[], Any]] = {}
+    example = held_out_examples(1, 2)[0]
+    texts = [i.text for i in example.instructions]
+    build_engine("shapes-kontext", None, root / "frozen", progress=False)
+    _, frozen = open_engine(root / "frozen", threads=THREADS)
+    for kind in ("st", "gst"):
+        build_engine("shapes-kontext", f"shapes-{kind}", root / kind, progress=False)
+        engine = SliderEditor.from_engine(root / kind, threads=THREADS)
+        eager = SliderEditor.from_pretrained("shapes-kontext", f"shapes-{kind}")
+        prepared = engine.prepare(scene_image(example), texts if kind == "st" else texts[:1], prompt=example.prompt)
+        alpha = torch.full((1, len(prepared.instructions)), 0.5)
+        inputs = engine.family.batch_inputs(engine.config, prepared.conditioning, alpha, prepared.token_mask[None])
+        inputs["timestep"].fill_(0.5)
+        plain = {k: v for k, v in inputs.items() if k not in ("alpha", "token_mask")}
+        runs[f"engine {kind}"] = lambda e=engine, i=inputs: e.engine(i)
+        runs[f"eager {kind}"] = lambda e=eager, i=inputs: e.engine(i)
+        runs["engine frozen"] = lambda i=plain: frozen(i)
+    return runs
+
+
+@pytest.mark.parametrize("name", ["engine frozen", "engine st", "engine gst", "eager st", "eager gst"])
+def test_step(benchmark: Any, runs: dict[str, Callable[[], Any]], name: str) -> None:
+    benchmark.pedantic(runs[name], warmup_rounds=10, rounds=60, iterations=1)
+
+
+def measure_in_turns(runs: dict[str, Callable[[], Any]], rounds: int = 120) -> dict[str, float]:
+    """Median milliseconds of each, the candidates taking turns."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(rounds + 10):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            if turn >= 10:
+                times[name].append((time.perf_counter() - start) * 1e3)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def test_ratios(runs: dict[str, Callable[[], Any]]) -> None:
+    """Engine over eager at most 0.8; an engine with two sliders at most 1.10 of one without any."""
+    median = measure_in_turns(runs)
+    ratios = {
+        "engine st / eager st": median["engine st"] / median["eager st"],
+        "engine gst / eager gst": median["engine gst"] / median["eager gst"],
+        "engine st / engine frozen": median["engine st"] / median["engine frozen"],
+        "engine gst / engine frozen": median["engine gst"] / median["engine frozen"],
+    }
+    result = {
+        "command": "make bench",
+        "date": datetime.now(UTC).date().isoformat(),
+        "machine": f"{platform.machine()}, {THREADS} threads",
+        "versions": {name: version(name) for name in ("torch", "onnxruntime", "diffusers")},
+        "median_ms": {k: round(v, 3) for k, v in median.items()},
+        "ratios": {k: round(v, 3) for k, v in ratios.items()},
+    }
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "step_cpu.json").write_text(json.dumps(result, indent=2) + "\n")
+    assert ratios["engine st / eager st"] <= 0.8
+    assert ratios["engine gst / eager gst"] <= 0.8
+    assert ratios["engine st / engine frozen"] <= 1.10

@@ -1,0 +1,69 @@
+"""Shared fixtures: the embedded editor, its engines built once per session, and a scene to edit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from slideredit_rt.assets import resolve_base
+from slideredit_rt.editor import SliderEditor
+from slideredit_rt.export.build import build_engine
+from slideredit_rt.families import Family, get_family
+from slideredit_rt.training.shapes_evaluation import scene_image
+from slideredit_rt.training.shapes_world import held_out_examples
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="no CUDA device on this machine"))
+
+
+@pytest.fixture(scope="session")
+def family() -> Family:
+    return get_family("flux_kontext")
+
+
+@pytest.fixture
+def pipeline(family: Family) -> Any:
+    """A fresh copy of the embedded pipeline: tests may inject into its transformer."""
+    return family.load_pipeline(resolve_base("shapes-kontext"))
+
+
+@pytest.fixture(scope="session", params=["st", "gst"])
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="session")
+def engines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Both embedded engines, built for real."""
+    root = tmp_path_factory.mktemp("engines")
+    paths = {kind: root / kind for kind in ("st", "gst")}
+    for kind, path in paths.items():
+        build_engine("shapes-kontext", f"shapes-{kind}", path, progress=False)
+    return paths
+
+
+@pytest.fixture(scope="session")
+def st_editor(engines: dict[str, Path]) -> SliderEditor:
+    return SliderEditor.from_engine(engines["st"])
+
+
+@pytest.fixture(scope="session")
+def gst_editor(engines: dict[str, Path]) -> SliderEditor:
+    return SliderEditor.from_engine(engines["gst"])
+
+
+@pytest.fixture(scope="session")
+def scene() -> Image.Image:
+    return scene_image(held_out_examples(1, 1)[0])

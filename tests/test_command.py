@@ -1,0 +1,269 @@
+"""The command: what each verb writes, and one clear sentence with exit code 2 for bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from slideredit_rt.assets import resolve_base
+from slideredit_rt.cli import main
+
+RED = "make the circle red"
+
+
+@pytest.fixture
+def picture(tmp_path: Path, scene: Image.Image) -> Path:
+    scene.save(tmp_path / "in.png")
+    return tmp_path / "in.png"
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    code = main([str(a) for a in arguments])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """Run a command that must fail: exit code 2, one line on standard error, nothing on standard output."""
+    code, out, err = run(capsys, *arguments, "--quiet")
+    assert code == 2
+    assert out == ""
+    assert err.startswith("slideredit-rt: ")
+    assert err.count("\n") == 1
+    return err
+
+
+def test_edit_writes_a_picture_and_json(engines: dict[str, Path], picture: Path, tmp_path: Path, capsys: Any) -> None:
+    out = tmp_path / "out.png"
+    code, text, _ = run(capsys, "edit", engines["st"], "--image", picture, "--slider", f"{RED}=0.5", "--steps", 2, "--out", out, "--json", "--quiet")
+    assert code == 0
+    assert json.loads(text)["sliders"] == [{"instruction": RED, "strength": 0.5}]
+    assert Image.open(out).size == (64, 64)
+
+
+def test_sweep_writes_a_strip_and_its_description(engines: dict[str, Path], picture: Path, tmp_path: Path, capsys: Any) -> None:
+    out = tmp_path / "strip.png"
+    code, _, _ = run(capsys, "sweep", engines["st"], "--image", picture, "--slider", f"{RED}=0:1.5:4", "--steps", 2, "--out", out, "--quiet")
+    assert code == 0
+    assert json.loads((tmp_path / "strip.json").read_text())["sliders"] == [{"instruction": RED, "strengths": [0.0, 0.5, 1.0, 1.5]}]
+    assert Image.open(out).width > 4 * 64
+
+
+def test_two_swept_sliders_make_a_grid(engines: dict[str, Path], picture: Path, tmp_path: Path, capsys: Any) -> None:
+    sliders = ["--slider", f"{RED}=0:1:2", "--slider", "make the background dark=0:1:3"]
+    code, text, _ = run(capsys, "sweep", engines["st"], "--image", picture, *sliders, "--steps", 1, "--out", tmp_path / "g.png", "--json", "--quiet")
+    assert code == 0
+    assert [len(s["strengths"]) for s in json.loads(text)["sliders"]] == [2, 3]
+
+
+def test_inspect_prints_the_manifest(engines: dict[str, Path], capsys: Any) -> None:
+    code, text, _ = run(capsys, "inspect", engines["gst"], "--json")
+    manifest = json.loads(text)
+    assert (code, manifest["adapter"]["kind"], manifest["family"]) == (0, "gst", "flux_kontext")
+    assert {"alpha", "token_mask"} <= {i["name"] for i in manifest["inputs"]}
+    assert "token_mask bool" in run(capsys, "inspect", engines["st"])[1]
+
+
+def test_verify_compares_with_eager(engines: dict[str, Path], capsys: Any, kind: str) -> None:
+    code, text, _ = run(capsys, "verify", engines[kind], "--json")
+    report = json.loads(text)
+    assert code == 0
+    assert report["max_abs_error"] <= 1e-4
+    assert {c["case"] for c in report["comparisons"]} >= {"real inputs, mixed batch", "random inputs, alpha -0.50"}
+    assert all(v is None or v > 60 for v in report["psnr"].values())
+
+
+def test_spans_prints_who_owns_which_row(capsys: Any) -> None:
+    code, text, _ = run(capsys, "spans", "--slider", RED, "--slider", "make the square larger")
+    assert code == 0
+    owners = {line.split()[1]: line for line in text.splitlines()[1:-1]}
+    assert "0: make the circle red" in owners["▁circle"]
+    assert "1: make the square larger" in owners["▁square"]
+    assert not any(mark in owners["▁and"] for mark in "01:"[2:])
+
+
+@pytest.mark.parametrize(
+    ("slider", "message"),
+    [
+        (f"{RED}=nan", "finite"),
+        (f"{RED}=inf", "finite"),
+        (f"{RED}=strong", "strength 'strong'"),
+        ("=0.5", "empty instruction"),
+        ("make the circle pink=0.5=", "strength ''"),
+    ],
+)
+def test_bad_sliders(engines: dict[str, Path], picture: Path, tmp_path: Path, capsys: Any, slider: str, message: str) -> None:
+    out = tmp_path / "o.png"
+    assert message in refused(capsys, "edit", engines["st"], "--image", picture, "--slider", slider, "--out", out)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("value", ["0:1", "0:1:1", "0:1:1000", "a:b:c", "0:nan:3"])
+def test_bad_sweeps(engines: dict[str, Path], picture: Path, tmp_path: Path, capsys: Any, value: str) -> None:
+    refused(capsys, "sweep", engines["st"], "--image", picture, "--slider", f"{RED}={value}", "--out", tmp_path / "o.png")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in.png"]
+
+
+def test_instruction_that_is_not_in_the_prompt(engines: dict[str, Path], picture: Path, tmp_path: Path, capsys: Any) -> None:
+    options = ["--prompt", "make the square red", "--slider", RED, "--out", tmp_path / "o.png"]
+    assert "nowhere in the prompt" in refused(capsys, "edit", engines["st"], "--image", picture, *options)
+
+
+def test_unreadable_and_enormous_pictures(engines: dict[str, Path], tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "text.png").write_text("not a picture")
+    Image.new("1", (9000, 9000)).save(tmp_path / "huge.png")
+    Image.new("RGB", (64, 64)).save(tmp_path / "cut.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:60])
+    cases = {"missing.png": "does not exist", "text.png": "cannot be read", "huge.png": "megapixels", "cut.png": "cannot be read"}
+    for name, message in cases.items():
+        arguments = ["edit", engines["st"], "--image", tmp_path / name, "--slider", RED, "--out", tmp_path / "o.png"]
+        assert message in refused(capsys, *arguments)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "LA", "CMYK", "I;16"])
+def test_other_colour_modes_are_converted(engines: dict[str, Path], scene: Image.Image, tmp_path: Path, capsys: Any, mode: str) -> None:
+    path = tmp_path / ("in.tiff" if mode in ("CMYK", "I;16") else "in.png")
+    (Image.new("I;16", (64, 64), 30000) if mode == "I;16" else scene.convert(mode)).save(path)
+    code, _, _ = run(capsys, "edit", engines["st"], "--image", path, "--slider", RED, "--steps", 1, "--out", tmp_path / "o.png", "--quiet")
+    assert code == 0
+    assert Image.open(tmp_path / "o.png").mode == "RGB"
+
+
+def test_output_name_without_a_format(engines: dict[str, Path], picture: Path, tmp_path: Path, capsys: Any) -> None:
+    assert "picture format" in refused(capsys, "edit", engines["st"], "--image", picture, "--slider", RED, "--steps", 1, "--out", tmp_path / "o.xyz")
+
+
+def test_bad_bases(tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "empty").mkdir()
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "model_index.json").write_text("{")
+    cases = {"nowhere": "does not exist", "empty": "not a diffusers checkpoint", "other": "no family", "broken": "not a diffusers model index"}
+    for name, message in cases.items():
+        out = tmp_path / "engine"
+        assert message in refused(capsys, "build", "--base", tmp_path / name, "--adapter", "shapes-st", "--out", out)
+        assert not out.exists()
+
+
+def test_a_base_with_damaged_weights(tmp_path: Path, capsys: Any) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(resolve_base("shapes-kontext"), base)
+    weights = base / "transformer" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    assert "cannot load the transformer" in refused(capsys, "build", "--base", base, "--adapter", "shapes-st", "--out", tmp_path / "engine")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["base"]
+
+
+def test_an_adapter_that_matches_some_or_none_of_the_modules(tmp_path: Path, capsys: Any) -> None:
+    a, b = torch.zeros(4, 128), torch.zeros(128, 4)
+    for name, modules in {"none": ["unet.to_q"], "some": ["transformer_blocks.0.attn.to_q", "transformer_blocks.9.attn.to_q"]}.items():
+        file = tmp_path / f"{name}.safetensors"
+        save_file({f"{m}.lora_{p}.weight": (a if p == "A" else b).clone() for m in modules for p in "AB"}, file)
+        message = refused(capsys, "build", "--base", "shapes-kontext", "--adapter", file, "--out", tmp_path / "engine")
+        assert f"{len(modules) - 1} of its {len(modules)} modules" in message
+        assert not (tmp_path / "engine").exists()
+
+
+def test_unknown_backend_and_existing_output(engines: dict[str, Path], capsys: Any) -> None:
+    base = ["build", "--base", "shapes-kontext", "--adapter", "shapes-st", "--out"]
+    assert "unknown backend 'coreml'" in refused(capsys, *base, "x", "--backend", "coreml")
+    assert "exists already" in refused(capsys, *base, engines["st"])
+
+
+@pytest.fixture
+def copied(engines: dict[str, Path], tmp_path: Path) -> Path:
+    shutil.copytree(engines["st"], tmp_path / "engine")
+    return tmp_path / "engine"
+
+
+def rewrite(manifest: Path, **changes: Any) -> None:
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | changes))
+
+
+def test_damaged_engines(copied: Path, capsys: Any) -> None:
+    data, manifest = copied / "model.onnx.data", copied / "manifest.json"
+    original, text = data.read_bytes(), manifest.read_text()
+    data.write_bytes(original[:-8])
+    assert "bytes instead of" in refused(capsys, "inspect", copied)
+    data.write_bytes(original[:-1] + bytes([original[-1] ^ 1]))
+    assert "was changed after the build" in refused(capsys, "inspect", copied)
+    data.unlink()
+    assert "lacks its file" in refused(capsys, "inspect", copied)
+    data.write_bytes(original)
+    rewrite(manifest, schema_version=99)
+    assert "schema 99" in refused(capsys, "inspect", copied)
+    manifest.write_text(text[:100])
+    assert "damaged" in refused(capsys, "inspect", copied)
+    manifest.unlink()
+    assert "not an engine folder" in refused(capsys, "inspect", copied)
+    assert "does not exist" in refused(capsys, "inspect", copied / "nothing")
+
+
+def test_engine_of_an_unknown_family_or_backend_or_another_base(copied: Path, picture: Path, tmp_path: Path, capsys: Any) -> None:
+    arguments = ["edit", copied, "--image", picture, "--slider", RED, "--out", tmp_path / "o.png"]
+    manifest = copied / "manifest.json"
+    text = manifest.read_text()
+    rewrite(manifest, family="sdxl")
+    assert "unknown family 'sdxl'" in refused(capsys, *arguments)
+    manifest.write_text(text)
+    rewrite(manifest, backend="coreml")
+    assert "needs the backend 'coreml'" in refused(capsys, *arguments)
+    manifest.write_text(text)
+    base = tmp_path / "base"
+    shutil.copytree(resolve_base("shapes-kontext"), base)
+    (base / "scheduler" / "scheduler_config.json").write_text("{}")
+    assert "scheduler differ" in refused(capsys, *arguments, "--base", base)
+
+
+def test_an_engine_without_an_adapter_has_no_sliders(tmp_path: Path, picture: Path, capsys: Any) -> None:
+    code, _, _ = run(capsys, "build", "--base", "shapes-kontext", "--out", tmp_path / "frozen", "--quiet")
+    assert code == 0
+    arguments = ["edit", tmp_path / "frozen", "--image", picture, "--slider", RED, "--out", tmp_path / "o.png"]
+    assert "has no sliders" in refused(capsys, *arguments)
+
+
+def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("slideredit_rt.export.build.export_onnx", full)
+    message = refused(capsys, "build", "--base", "shapes-kontext", "--adapter", "shapes-st", "--out", tmp_path / "engine")
+    assert "No space left on device" in message
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_a_killed_build_leaves_nothing_that_loads(tmp_path: Path, capsys: Any, how: signal.Signals) -> None:
+    out = tmp_path / "engine"
+    command = [sys.executable, "-m", "slideredit_rt.cli", "build", "--base", "shapes-kontext", "--adapter", "shapes-st", "--out", str(out)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob(".engine.*.tmp")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(how)
+    process.wait(timeout=60)
+    assert not out.exists()
+    if how == signal.SIGTERM:
+        assert list(tmp_path.iterdir()) == []
+    assert "does not exist" in refused(capsys, "inspect", out)
+
+
+def test_debug_shows_the_traceback(tmp_path: Path, capsys: Any) -> None:
+    code, _, err = run(capsys, "inspect", tmp_path / "x", "--debug")
+    assert code == 2
+    assert "Traceback" in err

@@ -1,0 +1,112 @@
+"""The editor: same pictures as diffusers' own pipeline, encodings shared by every setting, both back ends alike."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from slideredit_rt.editor import SliderEditor
+from slideredit_rt.errors import SliderEditError
+from slideredit_rt.sliders import Slider
+
+PROMPT = "make the circle red and make the background dark"
+PARTS = PROMPT.split(" and ")
+
+
+def diffusers_edit(pipeline: Any, image: Image.Image, steps: int) -> torch.Tensor:
+    pipeline.set_progress_bar_config(disable=True)
+    output: torch.Tensor = pipeline(
+        image=image,
+        prompt=PROMPT,
+        num_inference_steps=steps,
+        guidance_scale=3.5,
+        max_sequence_length=24,
+        height=64,
+        width=64,
+        max_area=64 * 64,
+        _auto_resize=False,
+        output_type="pt",
+        generator=torch.Generator().manual_seed(7),
+    ).images[0]
+    return output
+
+
+def test_eager_at_strength_one_is_the_base_pipeline_bit_for_bit(pipeline: Any, kind: str, scene: Image.Image) -> None:
+    expected = diffusers_edit(pipeline, scene, steps=3)
+    editor = SliderEditor.from_pretrained("shapes-kontext", f"shapes-{kind}")
+    sliders = PARTS if kind == "st" else PARTS[:1]
+    prepared = editor.prepare(scene, sliders, prompt=PROMPT, seed=7)
+    assert torch.equal(editor.render_tensor(prepared, [[1.0] * len(sliders)], steps=3)[0], expected)
+
+
+def test_engine_and_eager_draw_the_same_pictures(st_editor: SliderEditor, scene: Image.Image) -> None:
+    eager = SliderEditor.from_pretrained("shapes-kontext", "shapes-st")
+    settings = [[0.0, 1.0], [0.5, 0.5], [1.5, 0.0]]
+    pictures = [e.render_tensor(e.prepare(scene, PARTS), settings, steps=4) for e in (st_editor, eager)]
+    assert (pictures[0] - pictures[1]).abs().max() <= 1e-3
+
+
+def test_an_edit_is_the_same_alone_and_inside_a_sweep(st_editor: SliderEditor, scene: Image.Image) -> None:
+    prepared = st_editor.prepare(scene, PARTS)
+    together = st_editor.render_tensor(prepared, [[s, 1.0] for s in (0.0, 0.5, 1.0)], steps=3)
+    alone = st_editor.render_tensor(prepared, [[0.5, 1.0]], steps=3)
+    assert (together[1] - alone[0]).abs().max() <= 1e-4
+
+
+def test_batches_beyond_the_engines_limit_are_split(st_editor: SliderEditor, scene: Image.Image, monkeypatch: Any) -> None:
+    prepared = st_editor.prepare(scene, PARTS[:1])
+    settings = [[s / 4] for s in range(5)]
+    whole = st_editor.render_tensor(prepared, settings, steps=2)
+    monkeypatch.setattr(st_editor, "max_batch", 2)
+    assert (st_editor.render_tensor(prepared, settings, steps=2) - whole).abs().max() <= 1e-4
+
+
+def test_edit_sweep_and_grid_agree(st_editor: SliderEditor, scene: Image.Image) -> None:
+    sliders = [Slider(PARTS[0], 0.5), Slider(PARTS[1], 1.0)]
+    edited = st_editor.edit(scene, sliders, steps=2, seed=3)
+    swept = st_editor.sweep(scene, sliders, 0, [0.0, 0.5], steps=2, seed=3)
+    grid = st_editor.grid(scene, sliders, (0, [0.0, 0.5]), (1, [1.0]), steps=2, seed=3)
+    pixels = [torch.frombuffer(bytearray(i.tobytes()), dtype=torch.uint8).int() for i in (edited, swept[1], grid[1][0])]
+    assert edited.size == (64, 64)
+    assert max((p - pixels[0]).abs().max().item() for p in pixels) <= 1
+
+
+def test_the_same_seed_gives_the_same_picture_and_another_seed_another(st_editor: SliderEditor, scene: Image.Image) -> None:
+    noise = [st_editor.prepare(scene, PARTS[:1], seed=s).conditioning.latents for s in (1, 1, 2)]
+    assert torch.equal(noise[0], noise[1])
+    assert not torch.equal(noise[0], noise[2])
+
+
+def test_other_aspect_ratios_keep_their_shape(st_editor: SliderEditor) -> None:
+    wide = Image.new("RGB", (300, 150), (120, 120, 120))
+    assert st_editor.edit(wide, [Slider(PARTS[0])], steps=1).size == (88, 48)
+
+
+@pytest.mark.parametrize(
+    ("sliders", "options", "message"),
+    [
+        ([], {"prompt": PROMPT}, "no slider"),
+        ([], {}, "no instruction"),
+        (["make the square red"], {"prompt": PROMPT}, "nowhere"),
+        (["make the circle red"] * 9, {}, "at most 8"),
+        (["make the circle red"], {"guidance_scale": float("nan")}, "guidance"),
+    ],
+)
+def test_bad_requests_are_refused(
+    st_editor: SliderEditor, scene: Image.Image, sliders: list[str], options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(SliderEditError, match=message):
+        st_editor.prepare(scene, sliders, **options)
+
+
+def test_a_gst_engine_has_one_slider(gst_editor: SliderEditor, scene: Image.Image) -> None:
+    with pytest.raises(SliderEditError, match="one slider"):
+        gst_editor.prepare(scene, PARTS)
+
+
+def test_zero_steps_are_refused(st_editor: SliderEditor, scene: Image.Image) -> None:
+    with pytest.raises(SliderEditError, match="at least 1"):
+        st_editor.render(st_editor.prepare(scene, PARTS[:1]), [[1.0]], steps=0)

@@ -1,0 +1,155 @@
+"""The adapter trainer: the paper's loss, masks that must exist, resuming that changes nothing."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from slideredit_rt.adapters import load_adapter
+from slideredit_rt.errors import SliderEditError
+from slideredit_rt.families import Family
+from slideredit_rt.training.shapes_adapters import ShapesData, shapes_recipe
+from slideredit_rt.training.suppression import FolderData, SuppressionConfig, SuppressionTrainer
+
+TINY = SuppressionConfig(kind="st", rank=4, steps=4, batch=4, learning_rate=1e-3)
+
+
+@pytest.fixture
+def trainer(family: Family, pipeline: Any, tmp_path: Path) -> Any:
+    def make(config: SuppressionConfig = TINY, data: Any = None, name: str = "a.safetensors") -> SuppressionTrainer:
+        return SuppressionTrainer(family, pipeline, data or ShapesData(), config, tmp_path / name)
+
+    return make
+
+
+def test_a_fresh_adapter_predicts_what_the_frozen_model_predicts(trainer: Any) -> None:
+    """B starts at zero, so the first loss is the distance between the frozen predictions of the two prompts."""
+    fixed = trainer(replace(TINY, alpha_sampling="fixed"))
+    batch = fixed._batch(0)
+    assert fixed.loss(0).item() > 0
+    same = replace(batch, target=batch.full)
+    fixed._batch = lambda step: same
+    assert fixed.loss(0).item() == pytest.approx(0, abs=1e-10)
+
+
+def test_uniform_alpha_moves_the_target_along(trainer: Any) -> None:
+    """At the start the loss with α is α² of the loss at α = 1, example by example."""
+    config = replace(TINY, batch=1)
+    generator = torch.Generator().manual_seed(config.seed * 1_000_003)
+    torch.rand(1, generator=generator)
+    torch.randn((1, 64, 64), generator=generator)
+    alpha = torch.rand(1, 1, generator=generator).item()
+    uniform, fixed = trainer(config), trainer(replace(config, alpha_sampling="fixed"), name="b.safetensors")
+    assert uniform.loss(0).item() == pytest.approx(alpha**2 * fixed.loss(0).item(), rel=1e-3)
+
+
+def test_only_the_adapter_learns(trainer: Any, pipeline: Any, tmp_path: Path, family: Family) -> None:
+    before = {n: p.clone() for n, p in pipeline.transformer.named_parameters()}
+    adapter = trainer().train(progress=False)
+    after = dict(pipeline.transformer.named_parameters())
+    assert all(torch.equal(before[n], after[n]) for n in before)
+    assert any(b.abs().sum() > 0 for _, b in adapter.pairs.values())
+    loaded = load_adapter(tmp_path / "a.safetensors", family)
+    assert loaded.fingerprint == adapter.fingerprint
+    assert loaded.training["alpha_sampling"] == "uniform"
+    assert list(tmp_path.glob("*.state.pt")) == []
+
+
+def test_training_lowers_the_loss(trainer: Any) -> None:
+    run = trainer(replace(TINY, steps=30, batch=8, learning_rate=3e-3, schedule="cosine"))
+    with torch.no_grad():
+        before = sum(run.loss(10_000 + i).item() for i in range(4))
+    run.train(progress=False)
+    with torch.no_grad():
+        after = sum(run.loss(10_000 + i).item() for i in range(4))
+    assert after < 0.8 * before
+
+
+def test_a_resumed_run_ends_where_an_uninterrupted_one_does(trainer: Any) -> None:
+    class Interrupted(Exception):
+        pass
+
+    def stop(step: int, adapter: Any) -> None:
+        raise Interrupted
+
+    whole = trainer(name="whole.safetensors").train(progress=False)
+    with pytest.raises(Interrupted):
+        trainer(name="cut.safetensors").train(progress=False, checkpoint_every=2, on_checkpoint=stop)
+    resumed = trainer(name="cut.safetensors").train(progress=False)
+    for name, (a, b) in whole.pairs.items():
+        torch.testing.assert_close(resumed.pairs[name][0], a)
+        torch.testing.assert_close(resumed.pairs[name][1], b)
+
+
+def test_resuming_with_other_settings_is_refused(trainer: Any) -> None:
+    run = trainer()
+    run._save_state(2)
+    with pytest.raises(SliderEditError, match="other settings"):
+        trainer(replace(TINY, learning_rate=1.0)).train(progress=False)
+
+
+@pytest.mark.parametrize(
+    ("instruction", "message"), [("make the circle red " * 9, "falls off"), ("​", "no token|empty|nowhere")]
+)
+def test_training_does_not_start_when_an_instruction_has_no_rows(trainer: Any, instruction: str, message: str) -> None:
+    class Data:
+        def draw(self, rng: random.Random, batch: int) -> tuple[torch.Tensor, list[list[str]]]:
+            return torch.zeros(batch, 3, 64, 64), [[instruction]] * batch
+
+    with pytest.raises(SliderEditError, match=message):
+        trainer(data=Data())
+
+
+def test_gst_covers_every_row_and_shows_the_neutral_prompt(trainer: Any, family: Family, pipeline: Any) -> None:
+    run = trainer(replace(TINY, kind="gst", target="neutral"))
+    batch = run._batch(0)
+    assert batch.token_mask.all()
+    assert batch.token_mask.shape == (4, 1, 24 + 2 * 64)
+    neutral = family.encode_prompt(pipeline, [family.neutral_prompt] * 4, 24)
+    assert torch.equal(batch.target["encoder_hidden_states"], neutral["encoder_hidden_states"])
+
+
+def test_st_masks_only_the_suppressed_instructions(trainer: Any) -> None:
+    run = trainer()
+    mask = run._mask(["make the circle red", "make the background dark"], {1})
+    assert mask.nonzero()[:, 1].tolist() == [5, 6, 7, 8, 9][: int(mask.sum())]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"kind": "gst"}, "neutral or empty"),
+        ({"target": "nothing"}, "target is 'nothing'"),
+        ({"alpha_sampling": "sometimes"}, "alpha_sampling"),
+        ({"rank": 0}, "rank is 0"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(SliderEditError, match=message):
+        replace(TINY, **change)
+
+
+def test_folder_of_images(tmp_path: Path) -> None:
+    Image.new("RGB", (90, 70), (255, 0, 0)).save(tmp_path / "a.png")
+    data = FolderData([tmp_path / "a.png"], ["make it blue", "add a hat"], 64)
+    images, prompts = data.draw(random.Random(0), 3)
+    assert images.shape == (3, 3, 64, 64)
+    assert images[:, 0].min() == 1
+    assert all(1 <= len(p) <= 2 for p in prompts)
+    with pytest.raises(SliderEditError, match="needs images"):
+        FolderData([], ["x"], 64)
+
+
+@torch.no_grad()
+def test_the_shipped_adapters_come_from_the_shipped_recipes(family: Family, kind: Any) -> None:
+    adapter = load_adapter(f"shapes-{kind}", family)
+    recipe = shapes_recipe(kind)
+    assert adapter.training == recipe.__dict__
+    assert F.mse_loss(torch.cat([b.flatten() for _, b in adapter.pairs.values()]), torch.zeros(1)) > 0
