@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -48,9 +49,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Callable[[], Any
         inputs = engine.family.batch_inputs(engine.config, prepared.conditioning, alpha, prepared.token_mask[None])
         inputs["timestep"].fill_(0.5)
         plain = {k: v for k, v in inputs.items() if k not in ("alpha", "token_mask")}
-        runs[f"engine {kind}"] = lambda e=engine, i=inputs: e.engine(i)
-        runs[f"eager {kind}"] = lambda e=eager, i=inputs: e.engine(i)
-        runs["engine frozen"] = lambda i=plain: frozen(i)
+        runs[f"engine {kind}"] = partial(engine.engine, inputs)
+        runs[f"eager {kind}"] = partial(eager.engine, inputs)
+        runs["engine frozen"] = partial(frozen, plain)
     return runs
 
 

@@ -7,6 +7,7 @@ import json
 import warnings
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -110,7 +111,7 @@ def build_engine(
     return manifest
 
 
-def load_transformer(base: Path) -> torch.nn.Module:
+def load_transformer(base: Path) -> Any:
     """The float32 transformer of a diffusers checkpoint folder.
 
     Raises:
@@ -119,10 +120,10 @@ def load_transformer(base: Path) -> torch.nn.Module:
     from diffusers import AutoModel
 
     try:
-        transformer: torch.nn.Module = AutoModel.from_pretrained(
-            base / "transformer", torch_dtype=torch.float32, local_files_only=True
-        )
+        transformer = AutoModel.from_pretrained(base / "transformer", torch_dtype=torch.float32, local_files_only=True)
     except Exception as error:  # diffusers and safetensors raise several unrelated classes
         reason = str(error).strip().splitlines()[0]
-        raise SliderEditError(f"cannot load the transformer of {str(base)!r} ({reason}); download the checkpoint again") from error
+        raise SliderEditError(
+            f"cannot load the transformer of {str(base)!r} ({reason}); download the checkpoint again"
+        ) from error
     return transformer.eval()

@@ -25,7 +25,7 @@ _slideredit = onnxscript.values.Opset(DOMAIN, 1)
 
 
 @onnxscript.script(_slideredit, default_opset=op)
-def MaskedLoRA(y: _T, x: _T, lora_a: _T, lora_b: _T, row_scale: _T) -> _T:  # type: ignore[valid-type]  # noqa: N802
+def MaskedLoRA(y: _T, x: _T, lora_a: _T, lora_b: _T, row_scale: _T) -> _T:  # type: ignore  # noqa: N802
     """`y + row_scale · (x Aᵀ) Bᵀ`; y `[B, S, N]`, x `[B, S, K]`, A `[R, K]`, B `[N, R]`, row_scale float32 `[B, S]`."""
     low = op.MatMul(x, op.Transpose(lora_a, perm=[1, 0]))
     scale = op.Unsqueeze(row_scale, op.Constant(value_ints=[-1]))

@@ -49,4 +49,5 @@ def masked_lora_linear(
 
     Gradients flow to `x`, `lora_a` and `lora_b`; the projection and the scales are constants.
     """
-    return _masked_lora_linear(x, weight, bias, lora_a, lora_b, row_scale)
+    y: Tensor = _masked_lora_linear(x, weight, bias, lora_a, lora_b, row_scale)
+    return y

@@ -1,0 +1,22 @@
+"""slideredit-rt: one compiled engine, every slider."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from slideredit_rt.errors import SliderEditError
+from slideredit_rt.sliders import Slider
+
+if TYPE_CHECKING:
+    from slideredit_rt.editor import SliderEditor
+
+__all__ = ["Slider", "SliderEditError", "SliderEditor"]
+
+
+def __getattr__(name: str) -> Any:
+    # diffusers takes seconds to import; a command that needs none of it should not wait.
+    if name == "SliderEditor":
+        from slideredit_rt.editor import SliderEditor
+
+        return SliderEditor
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -70,10 +70,13 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError):
         raise SliderEditError(
-            f"adapter {str(path)!r} is not a file of plain tensors; it was not unpickled, convert it to safetensors where you trust it"
+            f"adapter {str(path)!r} is not a file of plain tensors and was not unpickled; "
+            "convert it to safetensors on a machine where you trust it"
         ) from None
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise SliderEditError(f"adapter {str(path)!r} holds no dictionary of tensors; give the dictionary that the trainer saved")
+        raise SliderEditError(
+            f"adapter {str(path)!r} holds no dictionary of tensors; give the dictionary that the trainer saved"
+        )
     return state
 
 
@@ -103,7 +106,9 @@ def load_adapter(source: str | Path, family: Family) -> Adapter:
             settings = json.loads(config.read_text())
         found = next((path / name for name in _FOLDER_FILES if (path / name).exists()), None)
         if found is None:
-            raise SliderEditError(f"folder {str(path)!r} holds none of {', '.join(_FOLDER_FILES)}; give the adapter's file or folder")
+            raise SliderEditError(
+                f"folder {str(path)!r} holds none of {', '.join(_FOLDER_FILES)}; give the adapter's file or folder"
+            )
         path = found
     if not path.exists():
         raise SliderEditError(f"adapter {str(source)!r} does not exist; give a file, a PEFT folder, shapes-st or shapes-gst")
@@ -134,7 +139,9 @@ def load_adapter(source: str | Path, family: Family) -> Adapter:
         scale = alphas[module] / rank if module in alphas else _stored_scale(module, rank, settings)
         pairs[module] = (parts["A"].contiguous(), (parts["B"] * scale).contiguous())
         if not all(torch.isfinite(t).all() for t in pairs[module]):
-            raise SliderEditError(f"adapter {str(source)!r} has values at {module} that are not finite; train or download it again")
+            raise SliderEditError(
+                f"adapter {str(source)!r} has values at {module} that are not finite; train or download it again"
+            )
     only_text = all(family.rows_of(module) == "text" for module in pairs)
     kind: Kind = "st" if metadata.get("kind", "st" if only_text else "gst") == "st" else "gst"
     if metadata.get("family", family.name) != family.name:

@@ -48,7 +48,9 @@ def parse_swept_slider(text: str) -> tuple[Slider, list[float] | None]:
         first, last, number = value.split(":")
         start, stop, count = float(first), float(last), int(number)
     except ValueError:
-        raise SliderEditError(f"slider {text!r} has the range {value!r}; write it as start:stop:count, such as 0:1.5:7") from None
+        raise SliderEditError(
+            f"slider {text!r} has the range {value!r}; write it as start:stop:count, such as 0:1.5:7"
+        ) from None
     if not 2 <= count <= _MAX_SWEEP:
         raise SliderEditError(f"slider {text!r} asks for {count} strengths; give 2 to {_MAX_SWEEP}")
     strengths = [start + (stop - start) * i / (count - 1) for i in range(count)]
@@ -102,7 +104,7 @@ def _sweep(args: argparse.Namespace) -> int:
         "progress": not args.quiet,
     }
     if len(swept) == 1:
-        (index, strengths), rows = swept[0], [("", 0.0)]
+        index, strengths = swept[0]
         cells = [editor.sweep(image, sliders, index, strengths, **options)]
         columns = [f"{s:g}" for s in strengths]
         row_labels = [""]
@@ -118,9 +120,7 @@ def _sweep(args: argparse.Namespace) -> int:
     result = {
         "out": str(args.out),
         "prompt": args.prompt or compose_prompt([s.instruction for s in sliders]),
-        "sliders": [
-            {"instruction": s.instruction, "strengths" if v else "strength": v or s.strength} for s, v in parsed
-        ],
+        "sliders": [{"instruction": s.instruction, "strengths" if v else "strength": v or s.strength} for s, v in parsed],
         "image": str(args.image),
         "engine": str(args.engine),
         "seed": args.seed,
@@ -158,7 +158,9 @@ def _inspect(args: argparse.Namespace) -> int:
         f"engine     {args.engine}",
         f"family     {manifest.family}",
         f"base       {manifest.base['source']}",
-        f"adapter    {adapter['source']} ({adapter['kind']}, rank {adapter['rank']}, {adapter['modules']} linears)" if adapter else "adapter    none",
+        f"adapter    {adapter['source']} ({adapter['kind']}, rank {adapter['rank']}, {adapter['modules']} linears)"
+        if adapter
+        else "adapter    none",
         f"backend    {manifest.backend} {manifest.backend_version}, lowering {manifest.lowering}",
         f"limits     batch {manifest.max_batch}, sliders {manifest.max_sliders}",
         *(f"input      {s.name} {s.dtype} [{', '.join(map(str, s.shape))}]" for s in manifest.inputs),
@@ -182,7 +184,9 @@ def _verify(args: argparse.Namespace) -> int:
     lines = [f"{'case':<34} {'max abs':>10} {'rel. RMS':>10}"]
     lines += [f"{c.case:<34} {c.max_abs_error:>10.2e} {c.relative_rms:>10.2e}" for c in report.comparisons]
     lines += [f"final images, {name:<20} PSNR {value:.1f} dB" for name, value in report.psnr.items()]
-    lines += [f"{'passed' if report.passed else 'FAILED'}: max abs {report.max_abs_error:.2e}, tolerance {MAX_ABS_TOLERANCE:.0e}"]
+    lines += [
+        f"{'passed' if report.passed else 'FAILED'}: max abs {report.max_abs_error:.2e}, tolerance {MAX_ABS_TOLERANCE:.0e}"
+    ]
     _emit(args, report.to_json(), lines)
     return 0 if report.passed else 1
 
@@ -199,7 +203,9 @@ def _spans(args: argparse.Namespace) -> int:
     prompt = normalise(args.prompt) if args.prompt else compose_prompt([s.instruction for s in sliders])
     tokens, rows = family.tokenize(pipeline, prompt), family.max_text_rows(pipeline)
     owners = {row: i for i, span in enumerate(find_spans(prompt, sliders, tokens, rows)) for row in span}
-    table = [{"row": t.row, "token": t.text, "characters": prompt[t.start : t.end], "slider": owners.get(t.row)} for t in tokens]
+    table = [
+        {"row": t.row, "token": t.text, "characters": prompt[t.start : t.end], "slider": owners.get(t.row)} for t in tokens
+    ]
     lines = [f"{'row':>4}  {'token':<16} {'characters':<16} slider"]
     for entry, token in zip(table, tokens, strict=True):
         owner = owners.get(token.row)
@@ -214,11 +220,14 @@ def _demo(args: argparse.Namespace) -> int:
     from slideredit_rt.demo import run_demo
 
     report = run_demo(args.out, progress=not args.quiet)
-    lines = [f"{'kind':<4} {'image':<10} {'slider':<26} {'response at ' + ' '.join(f'{s:g}' for s in report['sliders'][0]['strengths']):<44} spearman  leak"]
+    strengths = " ".join(f"{s:5g}" for s in report["sliders"][0]["strengths"])
+    lines = [f"{'kind':<4} {'image':<10} {'slider':<26} response at {strengths}  spearman   leak"]
     for s in report["sliders"]:
         curve = " ".join(f"{r:5.2f}" for r in s["response"])
         leak = "" if s["leak"] is None else f"{s['leak']:.3f}"
-        lines.append(f"{s['kind']:<4} {s['image']:<10} {s['instruction']:<26} {curve:<44} {s['spearman']:<8}  {leak}")
+        lines.append(
+            f"{s['kind']:<4} {s['image']:<10} {s['instruction']:<26} {'':<11} {curve}  {s['spearman']:8.3f}  {leak:>5}"
+        )
     lines += [f"wrote {', '.join(report['files'])} in {report['seconds']['total']:.0f} s"]
     _emit(args, report, lines)
     return 0
@@ -228,7 +237,11 @@ def _train_editor(args: argparse.Namespace) -> int:
     from slideredit_rt.training.shapes_editor import train_shapes_editor
 
     report = train_shapes_editor(args.out, args.vae_steps, args.editor_steps)
-    lines = [f"{k}: {v['mse']:.5f}, unedited {v['mse_unedited']:.5f}, ratio {v['ratio']:.4f}" for k, v in report.items() if isinstance(v, dict)]
+    lines = [
+        f"{k}: {v['mse']:.5f}, unedited {v['mse_unedited']:.5f}, ratio {v['ratio']:.4f}"
+        for k, v in report.items()
+        if isinstance(v, dict)
+    ]
     _emit(args, {"out": str(args.out), **report}, [*lines, f"wrote {args.out}"])
     return 0
 
@@ -267,7 +280,9 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument("--quiet", action="store_true", help="no progress bars")
     common.add_argument("--debug", action="store_true", help="show a traceback when something fails")
 
-    parser = argparse.ArgumentParser(prog="slideredit-rt", description="One compiled engine, every slider: inference for SliderEdit.")
+    parser = argparse.ArgumentParser(
+        prog="slideredit-rt", description="One compiled engine, every slider: inference for SliderEdit."
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, run: Callable[[argparse.Namespace], int], text: str, to: Any = commands) -> argparse.ArgumentParser:
@@ -288,11 +303,15 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--out", type=Path, required=True, help="picture to write")
 
     image_options(command("edit", _edit, "edit a picture at given strengths"), "INSTRUCTION=STRENGTH")
-    image_options(command("sweep", _sweep, "move one or two sliders and draw a strip or a grid"), "INSTRUCTION=START:STOP:COUNT")
+    image_options(
+        command("sweep", _sweep, "move one or two sliders and draw a strip or a grid"), "INSTRUCTION=START:STOP:COUNT"
+    )
 
     build = command("build", _build, "build an engine from a checkpoint and an adapter")
     build.add_argument("--base", required=True, help="shapes-kontext, a diffusers folder or a hub repository")
-    build.add_argument("--adapter", help="shapes-st, shapes-gst, a file or a PEFT folder; without it the frozen backbone is exported")
+    build.add_argument(
+        "--adapter", help="shapes-st, shapes-gst, a file or a PEFT folder; without it the frozen backbone is exported"
+    )
     build.add_argument("--out", type=Path, required=True, help="engine folder to create")
     build.add_argument("--backend", default="onnxruntime", help="onnxruntime (default)")
     build.add_argument("--max-batch", type=int, default=16, help="largest batch (default: 16)")
@@ -322,15 +341,19 @@ def _parser() -> argparse.ArgumentParser:
     editor = command("shapes-editor", _train_editor, "reproduce the embedded editor, shapes-kontext", kinds)
     editor.add_argument("--out", type=Path, required=True, help="pipeline folder to write")
     editor.add_argument("--vae-steps", type=int, default=2000)
-    editor.add_argument("--editor-steps", type=int, default=2800)
+    editor.add_argument("--editor-steps", type=int, default=2400)
 
     adapter = command("adapter", _train_adapter, "train an ST or GST adapter by partial prompt suppression", kinds)
     adapter.add_argument("--base", default="shapes-kontext", help="shapes-kontext, a diffusers folder or a hub repository")
     adapter.add_argument("--kind", choices=("st", "gst"), required=True)
-    adapter.add_argument("--images", type=Path, help="folder of source pictures (default: shapes scenes and the shipped recipe)")
+    adapter.add_argument(
+        "--images", type=Path, help="folder of source pictures (default: shapes scenes and the shipped recipe)"
+    )
     adapter.add_argument("--instructions", type=Path, help="text file, one edit per line")
     adapter.add_argument("--target", choices=("remaining", "empty", "neutral"), help="prompt of the frozen model")
-    adapter.add_argument("--alpha-sampling", choices=("uniform", "fixed"), help="fixed is the paper's loss; uniform makes a ramp")
+    adapter.add_argument(
+        "--alpha-sampling", choices=("uniform", "fixed"), help="fixed is the paper's loss; uniform makes a ramp"
+    )
     adapter.add_argument("--timestep-sampling", choices=("uniform", "logit-normal"))
     adapter.add_argument("--rank", type=int)
     adapter.add_argument("--steps", type=int)

@@ -70,10 +70,18 @@ def run_demo(out: Path, *, progress: bool = True) -> dict[str, Any]:
                 # A GST slider scales the whole prompt, so each of its prompts holds one instruction.
                 example = pair if kind == "st" else Example(pair.scene, (pair.instructions[index],))
                 sweep, images = sweep_example(editor, example, index if kind == "st" else 0, STRENGTHS, STEPS)
-                entry = {"kind": kind, "image": where, "prompt": example.prompt, "instruction": sweep.instruction}
-                entry |= {"strengths": sweep.strengths, "response": [round(r, 4) for r in sweep.response]}
-                entry |= {"spearman": round(sweep.spearman, 4), "leak": None if sweep.leak is None else round(sweep.leak, 4)}
-                sliders.append(entry)
+                sliders.append(
+                    {
+                        "kind": kind,
+                        "image": where,
+                        "prompt": example.prompt,
+                        "instruction": sweep.instruction,
+                        "strengths": list(sweep.strengths),
+                        "response": [round(r, 4) for r in sweep.response],
+                        "spearman": round(sweep.spearman, 4),
+                        "leak": None if sweep.leak is None else round(sweep.leak, 4),
+                    }
+                )
                 rows.append([scene_image(example), *_pictures(editor, images)])
                 labels.append(f"{kind.upper()}  {sweep.instruction}")
         lap(f"sweep {kind}")
@@ -91,11 +99,17 @@ def run_demo(out: Path, *, progress: bool = True) -> dict[str, Any]:
             )
             save_image(grid, out / "grid.png")
             lap("grid")
-        verification = verify_engine(path, scene_image(examples["generated"]), [Slider(examples["generated"].instructions[0].text)])
+        verification = verify_engine(
+            path, scene_image(examples["generated"]), [Slider(examples["generated"].instructions[0].text)]
+        )
         engines.append({"path": str(path), "backend": "onnxruntime", "max_abs_error": verification.max_abs_error})
         lap(f"verify {kind}")
     strip = draw_grid(
-        rows, ["source", *(f"strength {s:g}" for s in STRENGTHS)], labels, "One engine per adapter, every strength at run time", 110
+        rows,
+        ["source", *(f"strength {s:g}" for s in STRENGTHS)],
+        labels,
+        "One engine per adapter, every strength at run time",
+        110,
     )
     save_image(strip, out / "strip.png")
     seconds["total"] = round(sum(seconds.values()), 2)

@@ -81,7 +81,9 @@ class SliderEditor:
         """
         manifest, engine = open_engine(Path(path), threads=threads)
         if manifest.kind is None:
-            raise SliderEditError(f"engine {str(path)!r} was built without an adapter and has no sliders; rebuild it with --adapter")
+            raise SliderEditError(
+                f"engine {str(path)!r} was built without an adapter and has no sliders; rebuild it with --adapter"
+            )
         family = get_family(manifest.family)
         folder = resolve_base(base if base is not None else manifest.base["source"])
         family_of(folder)
@@ -135,9 +137,13 @@ class SliderEditor:
         """
         wanted = [s if isinstance(s, Slider) else Slider(s) for s in sliders]
         if len(wanted) > self.max_sliders:
-            raise SliderEditError(f"{len(wanted)} sliders were given, this engine takes at most {self.max_sliders}; rebuild it with --max-sliders")
+            raise SliderEditError(
+                f"{len(wanted)} sliders were given, this engine takes at most {self.max_sliders}; rebuild it with --max-sliders"
+            )
         if self.kind == "gst" and len(wanted) > 1:
-            raise SliderEditError(f"a GST adapter scales the whole prompt with one slider, got {len(wanted)}; use an ST engine for several")
+            raise SliderEditError(
+                f"a GST adapter scales the whole prompt with one slider, got {len(wanted)}; use an ST engine for several"
+            )
         text = normalise(prompt) if prompt is not None else compose_prompt([s.instruction for s in wanted])
         if not wanted:
             raise SliderEditError("no slider was given; name at least one instruction of the prompt")
@@ -166,7 +172,9 @@ class SliderEditor:
             progress: show a bar over all steps on standard error.
         """
         pixels = self.render_tensor(prepared, strengths, steps=steps, progress=progress)
-        images: list[Image.Image] = self.pipeline.image_processor.numpy_to_pil(self.pipeline.image_processor.pt_to_numpy(pixels))
+        images: list[Image.Image] = self.pipeline.image_processor.numpy_to_pil(
+            self.pipeline.image_processor.pt_to_numpy(pixels)
+        )
         return images
 
     @torch.no_grad()
@@ -174,9 +182,7 @@ class SliderEditor:
         self, prepared: Prepared, strengths: Sequence[Sequence[float]], *, steps: int | None = None, progress: bool = False
     ) -> Tensor:
         """As `render`, but float32 `[N, 3, H, W]` in [0, 1] without rounding to 8 bits."""
-        settings = [
-            [Slider(i, s).alpha for i, s in zip(prepared.instructions, setting, strict=True)] for setting in strengths
-        ]
+        settings = [[Slider(i, s).alpha for i, s in zip(prepared.instructions, setting, strict=True)] for setting in strengths]
         steps = self.family.num_inference_steps if steps is None else steps
         if steps < 1:
             raise SliderEditError(f"{steps} denoising steps were asked for; give at least 1")

@@ -24,7 +24,7 @@ def open_image(path: str | Path) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(path)
+            image: Image.Image = Image.open(path)
         if image.width * image.height > MAX_PIXELS:
             raise SliderEditError(
                 f"image {str(path)!r} has {image.width}×{image.height} pixels, more than the {MAX_PIXELS // 1_000_000} "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slideredit_rt.adapters import Adapter
@@ -56,7 +57,7 @@ class MaskedLoRALinear(nn.Linear):
         """`[B, S, K]` to `[B, S, N]`."""
         row_scale = self.scales.of(self.rows)
         if row_scale is None:
-            return super().forward(x)
+            return F.linear(x, self.weight, self.bias)
         return masked_lora_linear(x, self.weight, self.bias, self.lora_A, self.lora_B, row_scale)
 
 
@@ -93,7 +94,8 @@ class SliderBackbone(nn.Module):
             assert rows is not None
             if adapter.kind == "st" and rows != "text":
                 raise SliderEditError(
-                    f"adapter {adapter.source!r} says it is ST but updates {name}, which has no text rows of its own; use it as GST"
+                    f"adapter {adapter.source!r} says it is ST but updates {name}, which has no text rows of its own; "
+                    "use an ST adapter, or mark this one as gst in its metadata"
                 )
             if lora_a.shape[1] != linear.in_features or lora_b.shape[0] != linear.out_features:
                 raise SliderEditError(

@@ -33,7 +33,9 @@ class Slider:
         if not self.instruction:
             raise SliderEditError("a slider has an empty instruction; give it the words of the prompt that it scales")
         if not math.isfinite(self.strength):
-            raise SliderEditError(f"slider {self.instruction!r} has strength {self.strength}; give a finite number, such as 0.5")
+            raise SliderEditError(
+                f"slider {self.instruction!r} has strength {self.strength}; give a finite number, such as 0.5"
+            )
 
     @property
     def alpha(self) -> float:
@@ -108,7 +110,9 @@ def find_spans(prompt: str, sliders: Sequence[Slider], tokens: Sequence[PromptTo
         start, end = occurrences[nth]
         rows = [t.row for t in tokens if t.end > start and t.start < end and t.end > t.start]
         if not rows:
-            raise SliderEditError(f"no token of the prompt holds the slider {slider.instruction!r}; use letters or digits in it")
+            raise SliderEditError(
+                f"no token of the prompt holds the slider {slider.instruction!r}; use letters or digits in it"
+            )
         # The tokenizer keeps the last row for its end-of-sequence token.
         if max(rows) >= max_rows - 1:
             raise SliderEditError(

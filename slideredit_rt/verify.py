@@ -68,7 +68,13 @@ def _random_inputs(editor: SliderEditor, like: Mapping[str, Tensor], batch: int)
 
 
 def verify_engine(
-    path: Path, image: Image.Image, sliders: list[Slider], *, base: str | None = None, adapter: str | None = None, steps: int = 4
+    path: Path,
+    image: Image.Image,
+    sliders: list[Slider],
+    *,
+    base: str | None = None,
+    adapter: str | None = None,
+    steps: int = 4,
 ) -> Verification:
     """Run an engine and the eager backbone on the same inputs.
 

@@ -95,7 +95,9 @@ def test_removal_restores_linears_parameters_and_keys(family: Family, pipeline: 
 
 
 def _random_adapter(family: Family, names: list[str], k: int = 128, n: int = 128, rank: int = 4, kind: Any = "gst") -> Adapter:
-    return Adapter(family.name, kind, rank, {name: (torch.ones(rank, k), torch.ones(n, rank)) for name in names}, "test-adapter")
+    return Adapter(
+        family.name, kind, rank, {name: (torch.ones(rank, k), torch.ones(n, rank)) for name in names}, "test-adapter"
+    )
 
 
 @pytest.mark.parametrize(
@@ -104,7 +106,12 @@ def _random_adapter(family: Family, names: list[str], k: int = 128, n: int = 128
         (["unet.mid.to_q"], 128, "gst", "fits 0 of its 1 modules"),
         (["transformer_blocks.0.attn.to_q", "transformer_blocks.7.attn.to_q"], 128, "gst", "fits 1 of its 2 modules"),
         (["transformer_blocks.0.norm1.linear"], 128, "gst", "fits 0"),
-        (["transformer_blocks.0.attn.to_q"], 3072, "gst", re.escape("128×3072 update for transformer_blocks.0.attn.to_q, which is 128×128")),
+        (
+            ["transformer_blocks.0.attn.to_q"],
+            3072,
+            "gst",
+            re.escape("128×3072 update for transformer_blocks.0.attn.to_q, which is 128×128"),
+        ),
         (["transformer_blocks.0.attn.to_q"], 128, "st", "no text rows"),
     ],
 )

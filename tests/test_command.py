@@ -47,7 +47,21 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
 
 def test_edit_writes_a_picture_and_json(engines: dict[str, Path], picture: Path, tmp_path: Path, capsys: Any) -> None:
     out = tmp_path / "out.png"
-    code, text, _ = run(capsys, "edit", engines["st"], "--image", picture, "--slider", f"{RED}=0.5", "--steps", 2, "--out", out, "--json", "--quiet")
+    code, text, _ = run(
+        capsys,
+        "edit",
+        engines["st"],
+        "--image",
+        picture,
+        "--slider",
+        f"{RED}=0.5",
+        "--steps",
+        2,
+        "--out",
+        out,
+        "--json",
+        "--quiet",
+    )
     assert code == 0
     assert json.loads(text)["sliders"] == [{"instruction": RED, "strength": 0.5}]
     assert Image.open(out).size == (64, 64)
@@ -55,15 +69,32 @@ def test_edit_writes_a_picture_and_json(engines: dict[str, Path], picture: Path,
 
 def test_sweep_writes_a_strip_and_its_description(engines: dict[str, Path], picture: Path, tmp_path: Path, capsys: Any) -> None:
     out = tmp_path / "strip.png"
-    code, _, _ = run(capsys, "sweep", engines["st"], "--image", picture, "--slider", f"{RED}=0:1.5:4", "--steps", 2, "--out", out, "--quiet")
+    code, _, _ = run(
+        capsys, "sweep", engines["st"], "--image", picture, "--slider", f"{RED}=0:1.5:4", "--steps", 2, "--out", out, "--quiet"
+    )
     assert code == 0
-    assert json.loads((tmp_path / "strip.json").read_text())["sliders"] == [{"instruction": RED, "strengths": [0.0, 0.5, 1.0, 1.5]}]
+    assert json.loads((tmp_path / "strip.json").read_text())["sliders"] == [
+        {"instruction": RED, "strengths": [0.0, 0.5, 1.0, 1.5]}
+    ]
     assert Image.open(out).width > 4 * 64
 
 
 def test_two_swept_sliders_make_a_grid(engines: dict[str, Path], picture: Path, tmp_path: Path, capsys: Any) -> None:
     sliders = ["--slider", f"{RED}=0:1:2", "--slider", "make the background dark=0:1:3"]
-    code, text, _ = run(capsys, "sweep", engines["st"], "--image", picture, *sliders, "--steps", 1, "--out", tmp_path / "g.png", "--json", "--quiet")
+    code, text, _ = run(
+        capsys,
+        "sweep",
+        engines["st"],
+        "--image",
+        picture,
+        *sliders,
+        "--steps",
+        1,
+        "--out",
+        tmp_path / "g.png",
+        "--json",
+        "--quiet",
+    )
     assert code == 0
     assert [len(s["strengths"]) for s in json.loads(text)["sliders"]] == [2, 3]
 
@@ -126,23 +157,34 @@ def test_unreadable_and_enormous_pictures(engines: dict[str, Path], tmp_path: Pa
     Image.new("1", (9000, 9000)).save(tmp_path / "huge.png")
     Image.new("RGB", (64, 64)).save(tmp_path / "cut.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:60])
-    cases = {"missing.png": "does not exist", "text.png": "cannot be read", "huge.png": "megapixels", "cut.png": "cannot be read"}
+    cases = {
+        "missing.png": "does not exist",
+        "text.png": "cannot be read",
+        "huge.png": "megapixels",
+        "cut.png": "cannot be read",
+    }
     for name, message in cases.items():
         arguments = ["edit", engines["st"], "--image", tmp_path / name, "--slider", RED, "--out", tmp_path / "o.png"]
         assert message in refused(capsys, *arguments)
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "LA", "CMYK", "I;16"])
-def test_other_colour_modes_are_converted(engines: dict[str, Path], scene: Image.Image, tmp_path: Path, capsys: Any, mode: str) -> None:
+def test_other_colour_modes_are_converted(
+    engines: dict[str, Path], scene: Image.Image, tmp_path: Path, capsys: Any, mode: str
+) -> None:
     path = tmp_path / ("in.tiff" if mode in ("CMYK", "I;16") else "in.png")
     (Image.new("I;16", (64, 64), 30000) if mode == "I;16" else scene.convert(mode)).save(path)
-    code, _, _ = run(capsys, "edit", engines["st"], "--image", path, "--slider", RED, "--steps", 1, "--out", tmp_path / "o.png", "--quiet")
+    code, _, _ = run(
+        capsys, "edit", engines["st"], "--image", path, "--slider", RED, "--steps", 1, "--out", tmp_path / "o.png", "--quiet"
+    )
     assert code == 0
     assert Image.open(tmp_path / "o.png").mode == "RGB"
 
 
 def test_output_name_without_a_format(engines: dict[str, Path], picture: Path, tmp_path: Path, capsys: Any) -> None:
-    assert "picture format" in refused(capsys, "edit", engines["st"], "--image", picture, "--slider", RED, "--steps", 1, "--out", tmp_path / "o.xyz")
+    assert "picture format" in refused(
+        capsys, "edit", engines["st"], "--image", picture, "--slider", RED, "--steps", 1, "--out", tmp_path / "o.xyz"
+    )
 
 
 def test_bad_bases(tmp_path: Path, capsys: Any) -> None:
@@ -153,7 +195,12 @@ def test_bad_bases(tmp_path: Path, capsys: Any) -> None:
     broken = tmp_path / "broken"
     broken.mkdir()
     (broken / "model_index.json").write_text("{")
-    cases = {"nowhere": "does not exist", "empty": "not a diffusers checkpoint", "other": "no family", "broken": "not a diffusers model index"}
+    cases = {
+        "nowhere": "does not exist",
+        "empty": "not a diffusers checkpoint",
+        "other": "no family",
+        "broken": "not a diffusers model index",
+    }
     for name, message in cases.items():
         out = tmp_path / "engine"
         assert message in refused(capsys, "build", "--base", tmp_path / name, "--adapter", "shapes-st", "--out", out)
@@ -165,13 +212,18 @@ def test_a_base_with_damaged_weights(tmp_path: Path, capsys: Any) -> None:
     shutil.copytree(resolve_base("shapes-kontext"), base)
     weights = base / "transformer" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    assert "cannot load the transformer" in refused(capsys, "build", "--base", base, "--adapter", "shapes-st", "--out", tmp_path / "engine")
+    assert "cannot load the transformer" in refused(
+        capsys, "build", "--base", base, "--adapter", "shapes-st", "--out", tmp_path / "engine"
+    )
     assert sorted(p.name for p in tmp_path.iterdir()) == ["base"]
 
 
 def test_an_adapter_that_matches_some_or_none_of_the_modules(tmp_path: Path, capsys: Any) -> None:
     a, b = torch.zeros(4, 128), torch.zeros(128, 4)
-    for name, modules in {"none": ["unet.to_q"], "some": ["transformer_blocks.0.attn.to_q", "transformer_blocks.9.attn.to_q"]}.items():
+    for name, modules in {
+        "none": ["unet.to_q"],
+        "some": ["transformer_blocks.0.attn.to_q", "transformer_blocks.9.attn.to_q"],
+    }.items():
         file = tmp_path / f"{name}.safetensors"
         save_file({f"{m}.lora_{p}.weight": (a if p == "A" else b).clone() for m in modules for p in "AB"}, file)
         message = refused(capsys, "build", "--base", "shapes-kontext", "--adapter", file, "--out", tmp_path / "engine")
@@ -214,7 +266,9 @@ def test_damaged_engines(copied: Path, capsys: Any) -> None:
     assert "does not exist" in refused(capsys, "inspect", copied / "nothing")
 
 
-def test_engine_of_an_unknown_family_or_backend_or_another_base(copied: Path, picture: Path, tmp_path: Path, capsys: Any) -> None:
+def test_engine_of_an_unknown_family_or_backend_or_another_base(
+    copied: Path, picture: Path, tmp_path: Path, capsys: Any
+) -> None:
     arguments = ["edit", copied, "--image", picture, "--slider", RED, "--out", tmp_path / "o.png"]
     manifest = copied / "manifest.json"
     text = manifest.read_text()
@@ -250,8 +304,21 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, capsys: Any, monkeypa
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
 def test_a_killed_build_leaves_nothing_that_loads(tmp_path: Path, capsys: Any, how: signal.Signals) -> None:
     out = tmp_path / "engine"
-    command = [sys.executable, "-m", "slideredit_rt.cli", "build", "--base", "shapes-kontext", "--adapter", "shapes-st", "--out", str(out)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    command = [
+        sys.executable,
+        "-m",
+        "slideredit_rt.cli",
+        "build",
+        "--base",
+        "shapes-kontext",
+        "--adapter",
+        "shapes-st",
+        "--out",
+        str(out),
+    ]
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
     deadline = time.monotonic() + 120
     while not list(tmp_path.glob(".engine.*.tmp")) and time.monotonic() < deadline:
         time.sleep(0.02)

@@ -28,7 +28,9 @@ def backbone(family: Family, pipeline: Any, kind: str) -> SliderBackbone:
 
 @torch.no_grad()
 @pytest.mark.parametrize("alpha", [-0.5, 0.0, 0.5, 1.0])
-def test_one_step_agrees_with_eager_within_1e_4(engines: dict[str, Path], backbone: SliderBackbone, kind: str, alpha: float) -> None:
+def test_one_step_agrees_with_eager_within_1e_4(
+    engines: dict[str, Path], backbone: SliderBackbone, kind: str, alpha: float
+) -> None:
     manifest, engine = open_engine(engines[kind])
     inputs = example_inputs(backbone, manifest.config, 2, 24, 128, 1)
     inputs["alpha"].fill_(alpha)
@@ -45,7 +47,9 @@ def test_batch_rows_and_sliders_are_dynamic(
     assert (engine(inputs) - backbone(inputs)).abs().max() <= 1e-4
 
 
-def test_row_of_a_mixed_batch_equals_the_same_request_alone(engines: dict[str, Path], backbone: SliderBackbone, kind: str) -> None:
+def test_row_of_a_mixed_batch_equals_the_same_request_alone(
+    engines: dict[str, Path], backbone: SliderBackbone, kind: str
+) -> None:
     manifest, engine = open_engine(engines[kind])
     inputs = example_inputs(backbone, manifest.config, 4, 24, 128, 3)
     mixed = engine(inputs).clone()
@@ -64,7 +68,9 @@ def test_the_graph_holds_one_slider_node_per_adapted_linear_with_a_body(engines:
     assert (engines[kind] / "model.onnx").stat().st_size < (engines[kind] / "model.onnx.data").stat().st_size
 
 
-def test_a_step_reuses_its_output_and_binds_inputs_where_they_lie(engines: dict[str, Path], backbone: SliderBackbone, kind: str) -> None:
+def test_a_step_reuses_its_output_and_binds_inputs_where_they_lie(
+    engines: dict[str, Path], backbone: SliderBackbone, kind: str
+) -> None:
     manifest, engine = open_engine(engines[kind])
     inputs = example_inputs(backbone, manifest.config, 2, 24, 128, 1)
     first = engine(inputs)

@@ -12,7 +12,9 @@ from torch import Tensor
 from slideredit_rt.kernels import masked_lora_linear, masked_lora_linear_reference
 
 
-def problem(batch: int, rows: int, k: int, n: int, rank: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> dict[str, Tensor]:
+def problem(
+    batch: int, rows: int, k: int, n: int, rank: int, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> dict[str, Tensor]:
     g = torch.Generator().manual_seed(seed)
     return {
         "x": torch.randn(batch, rows, k, generator=g).to(dtype),
@@ -86,9 +88,7 @@ def test_two_dimensional_input_and_missing_bias(bias: bool) -> None:
 def test_gradients_equal_those_of_the_reference() -> None:
     p = {name: t.double() for name, t in problem(2, 5, 12, 10, 3).items()}
     leaves = [p[name].requires_grad_() for name in ("x", "lora_a", "lora_b")]
-    assert torch.autograd.gradcheck(
-        lambda x, a, b: masked_lora_linear(x, p["weight"], p["bias"], a, b, p["row_scale"]), leaves
-    )
+    assert torch.autograd.gradcheck(lambda x, a, b: masked_lora_linear(x, p["weight"], p["bias"], a, b, p["row_scale"]), leaves)
 
 
 def test_operator_passes_torch_library_opcheck() -> None:

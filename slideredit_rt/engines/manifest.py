@@ -108,7 +108,8 @@ def read_manifest(folder: Path) -> Manifest:
             raise SliderEditError(f"engine {str(folder)!r} lacks its file {name}; build the engine again")
         if file.stat().st_size != expected["bytes"]:
             raise SliderEditError(
-                f"engine file {str(file)!r} has {file.stat().st_size} bytes instead of {expected['bytes']}; build the engine again"
+                f"engine file {str(file)!r} has {file.stat().st_size} bytes instead of {expected['bytes']}; "
+                "build the engine again"
             )
         if sha256(file) != expected["sha256"]:
             raise SliderEditError(f"engine file {str(file)!r} was changed after the build; build the engine again")

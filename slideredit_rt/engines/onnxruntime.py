@@ -52,7 +52,9 @@ class OnnxRuntimeEngine:
         for spec in self.manifest.inputs:
             tensor = inputs.get(spec.name)
             if tensor is None:
-                raise SliderEditError(f"engine input {spec.name!r} is missing; it takes {[s.name for s in self.manifest.inputs]}")
+                raise SliderEditError(
+                    f"engine input {spec.name!r} is missing; it takes {[s.name for s in self.manifest.inputs]}"
+                )
             if tensor.dtype != _TORCH[spec.dtype] or tensor.ndim != len(spec.shape) or not tensor.is_contiguous():
                 raise SliderEditError(
                     f"engine input {spec.name!r} must be contiguous {spec.dtype} {list(spec.shape)}, "
@@ -70,7 +72,9 @@ class OnnxRuntimeEngine:
             )
         for axis, limit in (("batch", self.manifest.max_batch), ("sliders", self.manifest.max_sliders)):
             if sizes.get(axis, 0) > limit:
-                raise SliderEditError(f"engine takes at most {limit} in the axis {axis!r}, got {sizes[axis]}; rebuild with a higher limit")
+                raise SliderEditError(
+                    f"engine takes at most {limit} in the axis {axis!r}, got {sizes[axis]}; rebuild with a higher limit"
+                )
         return sizes
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> Tensor:

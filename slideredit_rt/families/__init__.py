@@ -28,9 +28,13 @@ def family_of(base: Path) -> Family:
         pipeline_class = json.loads(index.read_text())["_class_name"]
     except FileNotFoundError:
         what = "is not a diffusers checkpoint: model_index.json is missing" if base.exists() else "does not exist"
-        raise SliderEditError(f"base {str(base)!r} {what}; give a folder saved with save_pretrained, or shapes-kontext") from None
+        raise SliderEditError(
+            f"base {str(base)!r} {what}; give a folder saved with save_pretrained, or shapes-kontext"
+        ) from None
     except (KeyError, ValueError, UnicodeDecodeError) as error:
-        raise SliderEditError(f"{str(index)!r} is not a diffusers model index ({error}); download the checkpoint again") from None
+        raise SliderEditError(
+            f"{str(index)!r} is not a diffusers model index ({error}); download the checkpoint again"
+        ) from None
     for family in FAMILIES.values():
         if family.pipeline_class == pipeline_class:
             return family

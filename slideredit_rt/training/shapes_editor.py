@@ -20,6 +20,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -32,9 +33,12 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
 
+from slideredit_rt.families.flux_kontext import FluxKontext
 from slideredit_rt.training.checkpoint import load_checkpoint, save_checkpoint
 from slideredit_rt.training.shapes_world import (
     ALL_INSTRUCTIONS,
+    BACKGROUNDS,
+    COLOURS,
     SHAPES,
     SIZE,
     Example,
@@ -46,7 +50,6 @@ from slideredit_rt.training.shapes_world import (
     render,
 )
 
-NEUTRAL_PROMPT = "keep the image the same"
 MAX_SEQUENCE_LENGTH = 24
 _TEXT_WIDTH = 128
 _POOLED_WIDTH = 32
@@ -55,7 +58,7 @@ _COUNT_WEIGHTS = (0.08, 0.42, 0.34, 0.16)
 
 # The world's words, some of them in two pieces as most words of a real prompt are.
 _PIECES = (
-    *("▁" + word for word in "make the and circle square red green blue yellow purple orange cyan white dark bright".split()),
+    *("▁" + word for word in ("make", "the", "and", *SHAPES, *COLOURS, *BACKGROUNDS)),
     *("▁back", "ground", "▁large", "▁small", "r", "er", "▁keep", "▁image", "▁same"),
 )
 
@@ -74,7 +77,7 @@ Increase brightness, lower contrast, add fog; quickly fix the exposure of every 
 
 def _corpus() -> list[str]:
     world = [f"{a.text} and {b.text}" for a in ALL_INSTRUCTIONS for b in ALL_INSTRUCTIONS if a.subject != b.subject]
-    return world + [NEUTRAL_PROMPT, *(line for line in _CORPUS.splitlines() for _ in range(20))]
+    return [*world, FluxKontext.neutral_prompt, *(line for line in _CORPUS.splitlines() for _ in range(20))]
 
 
 def build_t5_tokenizer() -> T5TokenizerFast:
@@ -87,7 +90,9 @@ def build_t5_tokenizer() -> T5TokenizerFast:
     special = ["<pad>", "</s>", "<unk>"]
     trainer = trainers.UnigramTrainer(vocab_size=400, special_tokens=special, unk_token="<unk>", show_progress=False)
     trained.train_from_iterator(_corpus(), trainer)
-    pieces = {token: score for token, score in json.loads(trained.to_str())["model"]["vocab"] if token not in special}
+    scored = [(token, round(score, 6)) for token, score in json.loads(trained.to_str())["model"]["vocab"]]
+    # The trainer orders equal scores at random; ids must not depend on the run.
+    pieces = {token: score for token, score in sorted(scored, key=lambda p: (-p[1], p[0])) if token not in special}
     pieces |= dict.fromkeys(_PIECES, -3.0)
     tokenizer = T5TokenizerFast(
         vocab=[(token, 0.0) for token in special] + list(pieces.items()), extra_ids=0, model_max_length=MAX_SEQUENCE_LENGTH
@@ -113,10 +118,13 @@ def build_clip_tokenizer() -> CLIPTokenizer:
     )
     trained.train_from_iterator(_corpus(), trainer)
     model = json.loads(trained.to_str())["model"]
-    vocab = dict(model["vocab"])
-    for token in [t for t in vocab if len(t) == 1]:
-        vocab.setdefault(f"{token}</w>", len(vocab))
-    return CLIPTokenizer(vocab=vocab, merges=[tuple(m) for m in model["merges"]], model_max_length=77)
+    special = ["<|startoftext|>", "<|endoftext|>"]
+    tokens = set(model["vocab"]) - set(special)
+    tokens |= {f"{token}</w>" for token in tokens if len(token) == 1}
+    # Sorted, since the trainer's order differs between runs; the special tokens come last, as in CLIP's own vocabulary.
+    ordered = sorted(tokens, key=lambda t: (len(t), t)) + special
+    merges = sorted((tuple(m) for m in model["merges"]), key=lambda m: (len(m[0] + m[1]), m))
+    return CLIPTokenizer(vocab={t: i for i, t in enumerate(ordered)}, merges=merges, model_max_length=77)
 
 
 def build_text_encoders(t5: T5TokenizerFast, clip: CLIPTokenizer) -> tuple[T5EncoderModel, CLIPTextModel]:
@@ -190,9 +198,15 @@ def build_pipeline(seed: int = 0) -> FluxKontextPipeline:
         joint_attention_dim=_TEXT_WIDTH,
         pooled_projection_dim=_POOLED_WIDTH,
         guidance_embeds=True,
-        axes_dims_rope=(8, 12, 12),
+        axes_dims_rope=(4, 14, 14),
     )
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True, base_image_seq_len=256, max_image_seq_len=4096)
+    for name, parameter in transformer.named_parameters():
+        # Copying a picture needs sharp attention from the first step on; with 32 dimensions a head starts too soft for it.
+        if re.search(r"norm_(added_)?[qk]\.weight$", name):
+            torch.nn.init.constant_(parameter, 1.5)
+    scheduler = FlowMatchEulerDiscreteScheduler(
+        shift=3.0, use_dynamic_shifting=True, base_image_seq_len=256, max_image_seq_len=4096
+    )
     return FluxKontextPipeline(
         scheduler=scheduler,
         vae=vae,
@@ -218,7 +232,7 @@ def _patch_filters() -> Tensor:
     colours = torch.tensor([[1.0, 1, 1], [1, 0, -1], [1, -2, 1]])
     colours = colours / colours.norm(dim=1, keepdim=True)
     low = [(0, 0), (0, 1), (1, 0), (1, 1)]
-    frequencies = [low + [(0, 2), (2, 0), (1, 2), (2, 1)], low, low]
+    frequencies = [[*low, (0, 2), (2, 0), (1, 2), (2, 1)], low, low]
     filters = [
         # Flat colour varies far more than detail; the gains bring both nearer to unit variance.
         (0.7 if u == v == 0 else 1.2) * colours[c][:, None, None] * torch.outer(basis[u], basis[v])
@@ -230,7 +244,8 @@ def _patch_filters() -> Tensor:
 
 def ideal_latents(images: Tensor) -> Tensor:
     """The map that the autoencoder learns: `[N, 3, H, W]` in [−1, 1] to `[N, 16, H/4, W/4]`."""
-    return F.conv2d(images, _patch_filters(), stride=4)
+    latents: Tensor = F.conv2d(images, _patch_filters(), stride=4)
+    return latents
 
 
 def _learning_rate(step: int, steps: int, peak: float, warm_up: int = 100) -> float:
@@ -316,7 +331,7 @@ def _editor_batch(step: int, batch: int) -> tuple[list[Example], list[str], int]
     rng = random.Random(f"editor/{step}")
     counts = rng.choices(range(4), _COUNT_WEIGHTS, k=batch)
     examples = [draw_example(rng, count) for count in counts]
-    prompts = [e.prompt or rng.choice(("", NEUTRAL_PROMPT)) for e in examples]
+    prompts = [e.prompt or rng.choice(("", FluxKontext.neutral_prompt)) for e in examples]
     return examples, prompts, rng.randint(17, 31)
 
 
@@ -339,7 +354,9 @@ def train_editor(pipeline: FluxKontextPipeline, steps: int, work: Path, batch: i
         with torch.no_grad():
             pooled = pipeline._get_clip_prompt_embeds(prompts)[torch.randperm(batch, generator=g)]
         tokens = pipeline.tokenizer_2(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-        sigma = torch.sigmoid(torch.randn(batch, generator=g) + 0.3)
+        # Uniform timesteps shifted by 3: what an edit becomes is decided where the noise is high.
+        uniform = torch.rand(batch, generator=g)
+        sigma = 3 * uniform / (1 + 2 * uniform)
         noise = torch.randn(target.shape, generator=g)
         noisy = torch.lerp(target, noise, sigma[:, None, None])
         velocity = transformer(
@@ -347,7 +364,7 @@ def train_editor(pipeline: FluxKontextPipeline, steps: int, work: Path, batch: i
             encoder_hidden_states=t5(tokens.input_ids).last_hidden_state,
             pooled_projections=pooled,
             timestep=sigma,
-            guidance=1 + 5 * torch.rand(batch, generator=g),
+            guidance=torch.full((batch,), FluxKontext.guidance_scale),
             img_ids=img_ids,
             txt_ids=torch.zeros(length, 3),
             return_dict=False,
@@ -392,7 +409,7 @@ def evaluate_editor(pipeline: FluxKontextPipeline, number: int = 256, counts: tu
     return report
 
 
-def train_shapes_editor(out: Path, vae_steps: int = 2000, editor_steps: int = 2800, number: int = 256) -> dict[str, Any]:
+def train_shapes_editor(out: Path, vae_steps: int = 2000, editor_steps: int = 2400, number: int = 256) -> dict[str, Any]:
     """Run the whole recipe into the pipeline folder `out`; an interrupted run continues from `out`.work.
 
     Returns the evaluation on `number` held-out scenes, also written to `evaluation.json` in the folder.
@@ -407,5 +424,3 @@ def train_shapes_editor(out: Path, vae_steps: int = 2000, editor_steps: int = 28
     pipeline.save_pretrained(out)
     (out / "evaluation.json").write_text(json.dumps(report, indent=2) + "\n")
     return report
-
-

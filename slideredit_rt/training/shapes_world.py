@@ -34,9 +34,10 @@ COLOURS: dict[str, tuple[float, float, float]] = {
 BACKGROUNDS = {"dark": 0.20, "bright": 0.75}
 SIZES = {"larger": 1.35, "smaller": 0.70}
 _SOURCE_BACKGROUND = (0.40, 0.58)
-_RADIUS = (6.5, 10.0)
+_RADIUS = (7.0, 10.0)
 # Shapes keep apart even when both are exaggerated beyond "larger".
 _CLEARANCE = 1.5
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -218,7 +219,9 @@ def measure(images: Tensor, scenes: Sequence[Scene]) -> list[Measurement]:
             core = image[:, distance[name] < 0.45].mean(dim=1)
             towards = core - background
             window = distance[name] < 1.65
-            cover = ((image - background[:, None, None]) * towards[:, None, None]).sum(0) / towards.square().sum().clamp_min(1e-6)
+            cover = ((image - background[:, None, None]) * towards[:, None, None]).sum(0) / towards.square().sum().clamp_min(
+                1e-6
+            )
             cover = torch.where(window, cover, 0).clamp(-0.2, 1.2)
             total = cover.sum().clamp_min(1e-6)
             red, green, blue = core.tolist()

@@ -70,7 +70,9 @@ class SuppressionConfig:
             if getattr(self, name) not in get_args(choices):
                 raise SliderEditError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(get_args(choices))}")
         if self.kind == "gst" and self.target == "remaining":
-            raise SliderEditError("a GST adapter scales every row and cannot keep a part of the prompt; use --target neutral or empty")
+            raise SliderEditError(
+                "a GST adapter scales every row and cannot keep a part of the prompt; use --target neutral or empty"
+            )
         for name in ("rank", "steps", "batch"):
             if getattr(self, name) < 1:
                 raise SliderEditError(f"{name} is {getattr(self, name)}; give at least 1")
@@ -236,7 +238,14 @@ class SuppressionTrainer:
         """
         start = self._resume()
         average = None
-        with tqdm(range(start, self.config.steps), f"train {self.config.kind}", initial=start, total=self.config.steps, disable=not progress, mininterval=1) as bar:
+        with tqdm(
+            range(start, self.config.steps),
+            f"train {self.config.kind}",
+            initial=start,
+            total=self.config.steps,
+            disable=not progress,
+            mininterval=1,
+        ) as bar:
             for step in bar:
                 loss = self.loss(step)
                 self.accelerator.backward(loss)
@@ -267,7 +276,8 @@ class SuppressionTrainer:
             return 0
         if state["config"] != dataclasses.asdict(self.config):
             raise SliderEditError(
-                f"{str(self.state_path)!r} holds an unfinished run with other settings; delete it, or continue with the same settings"
+                f"{str(self.state_path)!r} holds an unfinished run with other settings; "
+                "delete it, or continue with the same settings"
             )
         for name, module in self.accelerator.unwrap_model(self.backbone).adapted.items():
             module.lora_A.data.copy_(state["pairs"][name][0])
