@@ -249,6 +249,8 @@ def _train_editor(args: argparse.Namespace) -> int:
 def _train_adapter(args: argparse.Namespace) -> int:
     import dataclasses
 
+    import torch
+
     from slideredit_rt.assets import resolve_base
     from slideredit_rt.families import family_of
     from slideredit_rt.training.shapes_adapters import ShapesData, shapes_recipe
@@ -256,7 +258,7 @@ def _train_adapter(args: argparse.Namespace) -> int:
 
     folder = resolve_base(args.base)
     family = family_of(folder)
-    pipeline = family.load_pipeline(folder)
+    pipeline = family.load_pipeline(folder, dtype=getattr(torch, args.dtype))
     data: Data
     if args.images is None:
         data, recipe = ShapesData(), shapes_recipe(args.kind)
@@ -269,7 +271,9 @@ def _train_adapter(args: argparse.Namespace) -> int:
         recipe = SuppressionConfig(kind=args.kind, target="remaining" if args.kind == "st" else "neutral")
     chosen = {f.name: getattr(args, f.name, None) for f in dataclasses.fields(SuppressionConfig)}
     config = dataclasses.replace(recipe, **{k: v for k, v in chosen.items() if v is not None})
-    adapter = SuppressionTrainer(family, pipeline, data, config, args.out).train(progress=not args.quiet)
+    sample_every = max(1, config.steps // 4) if args.sample_every is None else args.sample_every
+    trainer = SuppressionTrainer(family, pipeline, data, config, args.out)
+    adapter = trainer.train(progress=not args.quiet, sample_every=sample_every)
     _emit(args, {"out": str(args.out), "modules": len(adapter.pairs), **adapter.training}, [f"wrote {args.out}"])
     return 0
 
@@ -361,6 +365,11 @@ def _parser() -> argparse.ArgumentParser:
     adapter.add_argument("--learning-rate", type=float)
     adapter.add_argument("--schedule", choices=("constant", "cosine"))
     adapter.add_argument("--seed", type=int)
+    adapter.add_argument("--gradient-checkpointing", action="store_const", const=True, help="less memory, more time")
+    adapter.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the frozen base")
+    adapter.add_argument(
+        "--sample-every", type=int, help="steps between sample pictures (default: a quarter of the run; 0: none)"
+    )
     adapter.add_argument("--out", type=Path, required=True, help="adapter file to write (.safetensors)")
     return parser
 

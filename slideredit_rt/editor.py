@@ -182,6 +182,9 @@ class SliderEditor:
         self, prepared: Prepared, strengths: Sequence[Sequence[float]], *, steps: int | None = None, progress: bool = False
     ) -> Tensor:
         """As `render`, but float32 `[N, 3, H, W]` in [0, 1] without rounding to 8 bits."""
+        count = len(prepared.instructions)
+        if not strengths or any(len(setting) != count for setting in strengths):
+            raise SliderEditError(f"give one or more settings of {count} strength(s) each, got {[list(s) for s in strengths]}")
         settings = [[Slider(i, s).alpha for i, s in zip(prepared.instructions, setting, strict=True)] for setting in strengths]
         steps = self.family.num_inference_steps if steps is None else steps
         if steps < 1:

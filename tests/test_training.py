@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from slideredit_rt.adapters import load_adapter
+from slideredit_rt.assets import resolve_base
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.families import Family
 from slideredit_rt.training.shapes_adapters import ShapesData, shapes_recipe
@@ -72,20 +73,37 @@ def test_training_lowers_the_loss(trainer: Any) -> None:
     assert after < 0.8 * before
 
 
-def test_a_resumed_run_ends_where_an_uninterrupted_one_does(trainer: Any) -> None:
+def test_a_resumed_run_ends_where_an_uninterrupted_one_does(trainer: Any, monkeypatch: Any) -> None:
     class Interrupted(Exception):
         pass
 
-    def stop(step: int, adapter: Any) -> None:
+    def stop(self: SuppressionTrainer, step: int) -> None:
         raise Interrupted
 
     whole = trainer(name="whole.safetensors").train(progress=False)
-    with pytest.raises(Interrupted):
-        trainer(name="cut.safetensors").train(progress=False, checkpoint_every=2, on_checkpoint=stop)
+    with monkeypatch.context() as patch:
+        patch.setattr(SuppressionTrainer, "sample", stop)
+        cut = trainer(name="cut.safetensors")
+        with pytest.raises(Interrupted):
+            cut.train(progress=False, checkpoint_every=2, sample_every=2)
     resumed = trainer(name="cut.safetensors").train(progress=False)
     for name, (a, b) in whole.pairs.items():
         torch.testing.assert_close(resumed.pairs[name][0], a)
         torch.testing.assert_close(resumed.pairs[name][1], b)
+
+
+def test_samples_are_drawn_on_the_way(trainer: Any, tmp_path: Path) -> None:
+    trainer(replace(TINY, steps=2)).train(progress=False, sample_every=2)
+    (strip,) = (tmp_path / "a.safetensors.samples").iterdir()
+    assert strip.name == "step-000002.png"
+    assert Image.open(strip).width > 6 * 64
+
+
+def test_a_bfloat16_base_and_gradient_checkpointing_train_too(family: Family, tmp_path: Path) -> None:
+    half = family.load_pipeline(resolve_base("shapes-kontext"), dtype=torch.bfloat16)
+    config = replace(TINY, steps=1, gradient_checkpointing=True)
+    adapter = SuppressionTrainer(family, half, ShapesData(), config, tmp_path / "a.safetensors").train(progress=False)
+    assert all(a.dtype == torch.float32 and b.abs().sum() > 0 for a, b in adapter.pairs.values())
 
 
 def test_resuming_with_other_settings_is_refused(trainer: Any) -> None:

@@ -159,8 +159,9 @@ class Family(ABC):
                 inputs[spec.name] = (value.expand(batch, *value.shape[1:]) if spec.shape[0] == "batch" else value).contiguous()
         latents = torch.cat([conditioning.latents, conditioning.reference], dim=1)
         inputs["hidden_states"] = latents.expand(batch, -1, -1).contiguous()
-        inputs["timestep"] = torch.zeros(batch)
-        return inputs | {"alpha": alpha.contiguous(), "token_mask": token_mask.contiguous()}
+        device = latents.device
+        inputs["timestep"] = torch.zeros(batch, device=device)
+        return inputs | {"alpha": alpha.to(device).contiguous(), "token_mask": token_mask.to(device).contiguous()}
 
     def predict(self, backbone: Backbone, inputs: dict[str, Tensor], latents: Tensor, timestep: Tensor) -> Tensor:
         """The velocity for `latents` `[B, latent_rows, C]` at a scheduler timestep in [0, 1000].

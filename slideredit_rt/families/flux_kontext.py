@@ -83,7 +83,9 @@ class FluxKontext(Family):
         return inputs
 
     def run(self, transformer: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
-        output: Tensor = transformer(**inputs, return_dict=False)[0]
+        dtype = next(transformer.parameters()).dtype
+        cast = {name: inputs[name].to(dtype) for name in ("hidden_states", "encoder_hidden_states", "pooled_projections")}
+        output: Tensor = transformer(**{**inputs, **cast}, return_dict=False)[0]
         return output
 
     def max_text_rows(self, pipeline: Any) -> int:
@@ -147,7 +149,8 @@ class FluxKontext(Family):
 
     @torch.no_grad()
     def encode(self, pipeline: Any, image: Image.Image, prompt: str, seed: int, guidance_scale: float) -> Conditioning:
-        pixels = self.preprocess(pipeline, image)
+        device, dtype = pipeline.vae.device, pipeline.vae.dtype
+        pixels = self.preprocess(pipeline, image).to(device)
         height, width = pixels.shape[-2:]
         latents, reference, latent_ids, reference_ids = pipeline.prepare_latents(
             pixels,
@@ -155,14 +158,14 @@ class FluxKontext(Family):
             pipeline.vae.config.latent_channels,
             height,
             width,
-            pipeline.vae.dtype,
-            pixels.device,
+            dtype,
+            device,
             torch.Generator().manual_seed(seed),
         )
         text_rows = self.max_text_rows(pipeline)
         inputs = self.encode_prompt(pipeline, [prompt], text_rows)
         inputs["img_ids"] = torch.cat([latent_ids, reference_ids]).float()
-        inputs["guidance"] = torch.tensor([float(guidance_scale)])
+        inputs["guidance"] = torch.tensor([float(guidance_scale)], device=device)
         return Conditioning(inputs, latents.float(), reference.float(), text_rows, height, width)
 
     def set_timesteps(self, pipeline: Any, scheduler: Any, conditioning: Conditioning, steps: int) -> Tensor:

@@ -62,11 +62,9 @@ def summarise(example: Example, index: int, strengths: Sequence[float], images: 
     leak = None
     if len(example.instructions) == 2:
         other = [response(measured[i], example.instructions[1 - index], example.scene) for i in inner]
-        # The other instruction stays at strength 1 throughout, so its own full range is its response here.
-        leak = max(
-            abs(value - curve_at_one) for value, curve_at_one in zip(other, [other[inner.index(one)]] * len(other), strict=True)
-        )
-        leak /= max(abs(other[inner.index(one)]), 1e-6)
+        # The other instruction stays at strength 1 throughout, so its own full range is its response at our strength 1.
+        full = other[inner.index(one)]
+        leak = max(abs(value - full) for value in other) / max(abs(full), 1e-6)
     above = [i for i, s in enumerate(strengths) if s > 1]
     return SliderSweep(
         instruction=example.instructions[index].text,

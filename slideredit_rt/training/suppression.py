@@ -23,12 +23,15 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from slideredit_rt.adapters import Adapter, save_adapter
+from slideredit_rt.editor import SliderEditor
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.families import Family, Kind
-from slideredit_rt.images import open_image
+from slideredit_rt.images import draw_grid, open_image, save_image
 from slideredit_rt.modules import SliderBackbone
 from slideredit_rt.sliders import Slider, compose_prompt, find_spans, row_mask
 from slideredit_rt.training.checkpoint import load_checkpoint, save_checkpoint
+
+_SAMPLE_STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)
 
 TargetPrompt = Literal["remaining", "empty", "neutral"]
 AlphaSampling = Literal["uniform", "fixed"]
@@ -51,6 +54,7 @@ class SuppressionConfig:
         steps, batch: length and batch size.
         learning_rate, schedule: AdamW's, with betas 0.9 and 0.999, weight decay 1e-4 and gradient norm clipped to 1.
         seed: of data, noise and initial weights.
+        gradient_checkpointing: recompute activations in the backward pass; a full-size base needs it.
     """
 
     kind: Kind = "st"
@@ -63,6 +67,7 @@ class SuppressionConfig:
     learning_rate: float = 5e-5
     schedule: str = "constant"
     seed: int = 0
+    gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
         allowed = {"target": TargetPrompt, "alpha_sampling": AlphaSampling, "timestep_sampling": TimestepSampling, "kind": Kind}
@@ -135,9 +140,12 @@ class SuppressionTrainer:
         self.family, self.pipeline, self.data, self.config, self.out = family, pipeline, data, config, out
         self.accelerator = Accelerator(cpu=not torch.cuda.is_available())
         self.state_path = out.with_name(f"{out.name}.state.pt")
+        pipeline.to(self.accelerator.device)
         for part in ("transformer", "vae", "text_encoder", "text_encoder_2"):
             if (module := getattr(pipeline, part, None)) is not None:
                 module.requires_grad_(False).eval()
+        if config.gradient_checkpointing:
+            pipeline.transformer.enable_gradient_checkpointing()
         self.backbone = SliderBackbone(family, pipeline.transformer, self._initial_adapter())
         self._check_masks()
         parameters = [p for p in self.backbone.parameters() if p.requires_grad]
@@ -228,13 +236,29 @@ class SuppressionTrainer:
         prediction = self.backbone(inputs(batch.full) | {"alpha": alpha, "token_mask": batch.token_mask.to(device)})
         return F.mse_loss(prediction[:, :rows].float(), target)
 
-    def train(self, *, progress: bool = True, checkpoint_every: int = 100, on_checkpoint: Any = None) -> Adapter:
+    def sample(self, step: int) -> Path:
+        """Draw one data example at several strengths with the adapter as it is; returns the picture's path in `OUT.samples`."""
+        images, instructions = self.data.draw(random.Random(f"{self.config.seed}/sample"), 1)
+        pixels = (images[0].permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
+        backbone = self.accelerator.unwrap_model(self.backbone)
+        config = dict(self.pipeline.transformer.config)
+        editor = SliderEditor(self.family, self.pipeline, backbone, config, self.config.kind, max_batch=1, max_sliders=8)
+        sliders = [Slider(i) for i in instructions[0]]
+        chosen = sliders if self.config.kind == "st" else sliders[:1]
+        prompt = compose_prompt(instructions[0])
+        strip = editor.sweep(Image.fromarray(pixels), chosen, 0, _SAMPLE_STRENGTHS, prompt=prompt)
+        title = f"step {step}: {chosen[0].instruction}"
+        path = self.out.with_name(f"{self.out.name}.samples") / f"step-{step:06d}.png"
+        save_image(draw_grid([strip], [f"{s:g}" for s in _SAMPLE_STRENGTHS], [""], title), path)
+        return path
+
+    def train(self, *, progress: bool = True, checkpoint_every: int = 100, sample_every: int = 0) -> Adapter:
         """Run to the end, continuing from an interrupted run's state; writes and returns the adapter.
 
         Args:
             progress: show a bar with the loss on standard error.
             checkpoint_every: steps between saved states.
-            on_checkpoint: called with the step and the adapter so far at each saved state, to draw samples.
+            sample_every: steps between sample pictures; 0 draws none.
         """
         start = self._resume()
         average = None
@@ -257,8 +281,8 @@ class SuppressionTrainer:
                 bar.set_postfix(loss=f"{average:.5f}", refresh=False)
                 if (step + 1) % checkpoint_every == 0 and step + 1 < self.config.steps:
                     self._save_state(step + 1)
-                    if on_checkpoint is not None:
-                        on_checkpoint(step + 1, self.adapter())
+                if sample_every and (step + 1) % sample_every == 0:
+                    self.sample(step + 1)
         adapter = self.adapter()
         save_adapter(adapter, self.out)
         self.state_path.unlink(missing_ok=True)
