@@ -120,7 +120,7 @@ def load_transformer(base: Path) -> Any:
     from diffusers import AutoModel
 
     try:
-        transformer = AutoModel.from_pretrained(base / "transformer", torch_dtype=torch.float32, local_files_only=True)
+        transformer = AutoModel.from_pretrained(base / "transformer", dtype=torch.float32, local_files_only=True)
     except Exception as error:  # diffusers and safetensors raise several unrelated classes
         reason = str(error).strip().splitlines()[0]
         raise SliderEditError(

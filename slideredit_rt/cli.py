@@ -344,8 +344,8 @@ def _parser() -> argparse.ArgumentParser:
     kinds = train.add_subparsers(dest="what", required=True, metavar="WHAT")
     editor = command("shapes-editor", _train_editor, "reproduce the embedded editor, shapes-kontext", kinds)
     editor.add_argument("--out", type=Path, required=True, help="pipeline folder to write")
-    editor.add_argument("--vae-steps", type=int, default=2000)
-    editor.add_argument("--editor-steps", type=int, default=2400)
+    editor.add_argument("--vae-steps", type=int, default=1600)
+    editor.add_argument("--editor-steps", type=int, default=2800)
 
     adapter = command("adapter", _train_adapter, "train an ST or GST adapter by partial prompt suppression", kinds)
     adapter.add_argument("--base", default="shapes-kontext", help="shapes-kontext, a diffusers folder or a hub repository")

@@ -15,7 +15,7 @@ from slideredit_rt.sliders import combine_row_scale
 
 
 class RowScales:
-    """The row scales of the call in flight, shared by every adapted linear of one backbone.
+    """The row scales of the latest call, shared by every adapted linear of one backbone.
 
     `row_scale` is float32 `[B, S]`: text rows first, then image rows for a GST adapter. None turns the adapter off.
     """
@@ -144,10 +144,8 @@ class SliderBackbone(nn.Module):
         """
         backbone_inputs = dict(inputs)
         alpha, token_mask = backbone_inputs.pop("alpha", None), backbone_inputs.pop("token_mask", None)
-        if alpha is not None and token_mask is not None:
-            self.scales.row_scale = combine_row_scale(alpha, token_mask)
-            self.scales.text_rows = inputs["encoder_hidden_states"].shape[1]
-        try:
-            return self.family.run(self.transformer, backbone_inputs)
-        finally:
-            self.scales.row_scale = None
+        # Stays set after the call: with gradient checkpointing the linears run again during the backward pass.
+        self.scales.text_rows = inputs["encoder_hidden_states"].shape[1]
+        sliders = alpha is not None and token_mask is not None
+        self.scales.row_scale = combine_row_scale(alpha, token_mask) if sliders else None
+        return self.family.run(self.transformer, backbone_inputs)

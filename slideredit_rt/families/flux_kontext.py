@@ -37,7 +37,7 @@ class FluxKontext(Family):
 
     def load_pipeline(self, folder: Path, *, transformer: bool = True, dtype: torch.dtype = torch.float32) -> Any:
         parts = {} if transformer else {"transformer": None}
-        return FluxKontextPipeline.from_pretrained(folder, torch_dtype=dtype, local_files_only=True, **parts)
+        return FluxKontextPipeline.from_pretrained(folder, dtype=dtype, local_files_only=True, **parts)
 
     def rows_of(self, module_name: str) -> RowSet | None:
         patterns: tuple[tuple[str, RowSet], ...] = (

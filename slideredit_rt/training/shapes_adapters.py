@@ -27,7 +27,7 @@ def shapes_recipe(kind: Kind) -> SuppressionConfig:
         rank=16 if kind == "st" else 4,
         alpha_sampling="uniform",
         timestep_sampling="uniform",
-        steps=900,
+        steps=600,
         batch=32,
         learning_rate=2e-3,
         schedule="cosine",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -149,27 +149,27 @@ def held_out_examples(number: int, count: int, seed: int = 0) -> list[Example]:
     return [draw_example(rng, count) for _ in range(number)]
 
 
-def render(scenes: Iterable[Scene]) -> Tensor:
-    """Draw scenes with one-pixel anti-aliased edges.
-
-    Returns float32 `[N, 3, SIZE, SIZE]` in [0, 1].
-    """
-    scenes = list(scenes)
+def coverage(scenes: Sequence[Scene]) -> Tensor:
+    """How much of each pixel the circle and the square cover: float32 `[N, 2, SIZE, SIZE]` in [0, 1], one-pixel soft edges."""
     centre = torch.arange(SIZE, dtype=torch.float32) + 0.5
     y, x = centre[:, None], centre[None, :]
-
-    def numbers(name: str) -> Iterator[Tensor]:
-        rows = [(s.shape(name).x, s.shape(name).y, s.shape(name).radius) for s in scenes]
-        return iter(torch.tensor(rows)[:, :, None, None].unbind(1))
-
-    image = torch.tensor([s.background for s in scenes])[:, None, None, None].expand(-1, 3, SIZE, SIZE)
+    covers = []
     for name in SHAPES:
-        px, py, radius = numbers(name)
+        numbers = torch.tensor([(s.shape(name).x, s.shape(name).y, s.shape(name).radius) for s in scenes])
+        px, py, radius = numbers[:, :, None, None].unbind(1)
         dx, dy = (x - px).abs(), (y - py).abs()
         if name == "circle":
-            cover = (radius - torch.hypot(dx, dy) + 0.5).clamp(0, 1)
+            covers.append((radius - torch.hypot(dx, dy) + 0.5).clamp(0, 1))
         else:
-            cover = (radius - dx + 0.5).clamp(0, 1) * (radius - dy + 0.5).clamp(0, 1)
+            covers.append((radius - dx + 0.5).clamp(0, 1) * (radius - dy + 0.5).clamp(0, 1))
+    return torch.stack(covers, dim=1)
+
+
+def render(scenes: Iterable[Scene]) -> Tensor:
+    """Draw scenes; float32 `[N, 3, SIZE, SIZE]` in [0, 1]."""
+    scenes = list(scenes)
+    image = torch.tensor([s.background for s in scenes])[:, None, None, None].expand(-1, 3, SIZE, SIZE)
+    for name, cover in zip(SHAPES, coverage(scenes).unbind(1), strict=True):
         colour = torch.tensor([s.shape(name).colour for s in scenes])[:, :, None, None]
         image = image + cover[:, None] * (colour - image)
     return image

@@ -150,7 +150,9 @@ class SuppressionTrainer:
         self._check_masks()
         parameters = [p for p in self.backbone.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, betas=(0.9, 0.999), weight_decay=1e-4)
-        scheduler = get_scheduler(config.schedule, optimizer, config.steps // 20, config.steps)
+        scheduler = get_scheduler(
+            config.schedule, optimizer, num_warmup_steps=config.steps // 20, num_training_steps=config.steps
+        )
         self.backbone, self.optimizer, self.scheduler = self.accelerator.prepare(self.backbone, optimizer, scheduler)
 
     def _initial_adapter(self) -> Adapter:
