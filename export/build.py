@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 from slideredit_rt.adapters import Adapter, load_adapter
@@ -120,8 +121,8 @@ def load_transformer(base: Path) -> Any:
     from diffusers import AutoModel
 
     try:
-        transformer = AutoModel.from_pretrained(base / "transformer", dtype=torch.float32, local_files_only=True)
-    except Exception as error:  # diffusers and safetensors raise several unrelated classes
+        transformer = AutoModel.from_pretrained(str(base / "transformer"), dtype=torch.float32, local_files_only=True)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise SliderEditError(
             f"cannot load the transformer of {str(base)!r} ({reason}); download the checkpoint again"

@@ -59,8 +59,9 @@ def parse_swept_slider(text: str) -> tuple[Slider, list[float] | None]:
 
 def _edit(args: argparse.Namespace) -> int:
     from slideredit_rt.editor import SliderEditor
-    from slideredit_rt.images import open_image, save_image
+    from slideredit_rt.images import open_image, picture_format, save_image
 
+    picture_format(args.out)
     sliders = [parse_slider(s) for s in args.slider]
     image = open_image(args.image)
     editor = SliderEditor.from_engine(args.engine, args.base, threads=args.threads)
@@ -88,8 +89,9 @@ def _edit(args: argparse.Namespace) -> int:
 def _sweep(args: argparse.Namespace) -> int:
     from slideredit_rt.editor import SliderEditor
     from slideredit_rt.files import atomic_file
-    from slideredit_rt.images import draw_grid, open_image, save_image
+    from slideredit_rt.images import draw_grid, open_image, picture_format, save_image
 
+    picture_format(args.out)
     parsed = [parse_swept_slider(s) for s in args.slider]
     sliders, swept = [s for s, _ in parsed], [(i, v) for i, (_, v) in enumerate(parsed) if v is not None]
     if len(swept) not in (1, 2):

@@ -16,6 +16,18 @@ def _temporary(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
+def _remove_leftovers(path: Path) -> None:
+    """Remove temporary folders of earlier writers of `path` that were killed before they could."""
+    for leftover in path.parent.glob(f".{path.name}.*.tmp"):
+        pid = leftover.name.split(".")[-2]
+        try:
+            os.kill(int(pid), 0)
+        except (ProcessLookupError, ValueError):
+            shutil.rmtree(leftover, ignore_errors=True)
+        except PermissionError:
+            continue
+
+
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
     """Yield a temporary name beside `path`; rename it into place if the block succeeds, remove it if not."""
@@ -36,7 +48,7 @@ def atomic_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     if path.exists() and not overwrite:
         raise SliderEditError(f"{str(path)!r} exists already; choose another name or pass --overwrite")
     temporary = _temporary(path)
-    shutil.rmtree(temporary, ignore_errors=True)
+    _remove_leftovers(path)
     try:
         temporary.mkdir(parents=True)
         yield temporary

@@ -41,13 +41,19 @@ def open_image(path: str | Path) -> Image.Image:
         raise SliderEditError(f"image {str(path)!r} cannot be read ({error}); give a PNG, JPEG or WebP file") from None
 
 
+def picture_format(path: Path) -> str:
+    """Pillow's name of the format that a file name asks for."""
+    known = Image.registered_extensions()
+    if path.suffix.lower() not in known:
+        raise SliderEditError(f"cannot tell a picture format from {path.name!r}; end the name in .png, .jpg or .webp")
+    return known[path.suffix.lower()]
+
+
 def save_image(image: Image.Image, path: Path) -> None:
     """Write a picture whole or not at all; the format follows the file name."""
-    suffix = path.suffix.lower()
-    if suffix not in Image.registered_extensions():
-        raise SliderEditError(f"cannot tell a picture format from {path.name!r}; end the name in .png, .jpg or .webp")
+    wanted = picture_format(path)
     with atomic_file(path) as temporary:
-        image.save(temporary, format=Image.registered_extensions()[suffix])
+        image.save(temporary, format=wanted)
 
 
 def draw_grid(

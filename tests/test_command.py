@@ -330,6 +330,18 @@ def test_a_killed_build_leaves_nothing_that_loads(tmp_path: Path, capsys: Any, h
     assert "does not exist" in refused(capsys, "inspect", out)
 
 
+def test_the_next_build_removes_what_a_killed_one_left(tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
+    gone, alive = tmp_path / ".engine.999999999.tmp", tmp_path / f".engine.{os.getppid()}.tmp"
+    for folder in (gone, alive):
+        folder.mkdir()
+    monkeypatch.setattr("slideredit_rt.export.build.export_onnx", lambda *_: [])
+    code, _, _ = run(
+        capsys, "build", "--base", "shapes-kontext", "--adapter", "shapes-st", "--out", tmp_path / "engine", "--quiet"
+    )
+    assert code == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == [alive.name, "engine"]
+
+
 def test_debug_shows_the_traceback(tmp_path: Path, capsys: Any) -> None:
     code, _, err = run(capsys, "inspect", tmp_path / "x", "--debug")
     assert code == 2

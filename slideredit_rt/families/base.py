@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import diffusers
 import torch
+import transformers
 from PIL import Image
 from torch import Tensor, nn
 
@@ -63,6 +66,21 @@ class Conditioning:
 
 Backbone = Callable[[Mapping[str, Tensor]], Tensor]
 """Runs the backbone once: named inputs (with `alpha` and `token_mask`) to its prediction `[batch, image_rows, C]`."""
+
+
+@contextmanager
+def no_progress_bars() -> Iterator[None]:
+    """Hide the bars that diffusers and transformers draw per file; a command shows one of its own where work is long."""
+    libraries = (diffusers.utils.logging, transformers.utils.logging)
+    shown = [library.is_progress_bar_enabled() for library in libraries]
+    for library in libraries:
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library, was_shown in zip(libraries, shown, strict=True):
+            if was_shown:
+                library.enable_progress_bar()
 
 
 class Family(ABC):

@@ -18,7 +18,7 @@ from diffusers.pipelines.flux.pipeline_flux_kontext import (
 from PIL import Image
 from torch import Tensor, nn
 
-from slideredit_rt.families.base import Conditioning, Family, Kind, RowSet, TensorSpec
+from slideredit_rt.families.base import Conditioning, Family, Kind, RowSet, TensorSpec, no_progress_bars
 from slideredit_rt.sliders import PromptToken
 
 _TEXT_LINEARS = r"transformer_blocks\.\d+\.(attn\.(add_[qkv]_proj|to_add_out)|ff_context\.net\.(0\.proj|2))"
@@ -37,7 +37,8 @@ class FluxKontext(Family):
 
     def load_pipeline(self, folder: Path, *, transformer: bool = True, dtype: torch.dtype = torch.float32) -> Any:
         parts = {} if transformer else {"transformer": None}
-        return FluxKontextPipeline.from_pretrained(folder, dtype=dtype, local_files_only=True, **parts)
+        with no_progress_bars():
+            return FluxKontextPipeline.from_pretrained(folder, dtype=dtype, local_files_only=True, **parts)
 
     def rows_of(self, module_name: str) -> RowSet | None:
         patterns: tuple[tuple[str, RowSet], ...] = (
