@@ -32,7 +32,7 @@ def MaskedLoRA(y: _T, x: _T, lora_a: _T, lora_b: _T, row_scale: _T) -> _T:  # ty
     # Scaling the R-wide product instead of the N-wide one costs R/N of the multiplications.
     scaled = op.CastLike(op.Mul(op.CastLike(low, scale), scale), lora_b)
     update = op.MatMul(scaled, op.Transpose(lora_b, perm=[1, 0]))
-    return op.Add(y, op.CastLike(update, y))
+    return op.Add(y, op.CastLike(update, y))  # type: ignore[no-any-return]
 
 
 def _schema() -> onnx.defs.OpSchema:

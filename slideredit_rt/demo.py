@@ -91,12 +91,8 @@ def run_demo(out: Path, *, progress: bool = True) -> dict[str, Any]:
             cells = editor.grid(
                 scene_image(example), [Slider(t) for t in texts], (0, GRID_STRENGTHS), (1, GRID_STRENGTHS), steps=STEPS
             )
-            grid = draw_grid(
-                cells,
-                [f"{texts[1]} = {s:g}" for s in GRID_STRENGTHS],
-                [f"{texts[0]} = {s:g}" for s in GRID_STRENGTHS],
-                "Two sliders, one engine",
-            )
+            labels_of = [f"{s:g}" for s in GRID_STRENGTHS]
+            grid = draw_grid(cells, labels_of, labels_of, f"rows: {texts[0]}    columns: {texts[1]}")
             save_image(grid, out / "grid.png")
             lap("grid")
         verification = verify_engine(

@@ -146,6 +146,5 @@ class SliderBackbone(nn.Module):
         alpha, token_mask = backbone_inputs.pop("alpha", None), backbone_inputs.pop("token_mask", None)
         # Stays set after the call: with gradient checkpointing the linears run again during the backward pass.
         self.scales.text_rows = inputs["encoder_hidden_states"].shape[1]
-        sliders = alpha is not None and token_mask is not None
-        self.scales.row_scale = combine_row_scale(alpha, token_mask) if sliders else None
+        self.scales.row_scale = None if alpha is None or token_mask is None else combine_row_scale(alpha, token_mask)
         return self.family.run(self.transformer, backbone_inputs)

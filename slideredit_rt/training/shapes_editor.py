@@ -254,7 +254,7 @@ def build_pipeline(seed: int = 0) -> FluxKontextPipeline:
 def _cosine_basis(size: int = 4) -> Tensor:
     """The orthonormal DCT-II, `[frequency, position]`."""
     k, n = torch.arange(size)[:, None], torch.arange(size)[None, :]
-    basis = torch.cos(math.pi * (n + 0.5) * k / size) * (2 / size) ** 0.5
+    basis: Tensor = torch.cos(math.pi * (n + 0.5) * k / size) * (2 / size) ** 0.5
     basis[0] /= 2**0.5
     return basis
 
