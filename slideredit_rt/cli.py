@@ -238,7 +238,7 @@ def _demo(args: argparse.Namespace) -> int:
 def _train_editor(args: argparse.Namespace) -> int:
     from slideredit_rt.training.shapes_editor import train_shapes_editor
 
-    report = train_shapes_editor(args.out, args.vae_steps, args.editor_steps)
+    report = train_shapes_editor(args.out, args.vae_steps, args.decoder_steps, args.editor_steps)
     lines = [
         f"{k}: {v['mse']:.5f}, unedited {v['mse_unedited']:.5f}, ratio {v['ratio']:.4f}"
         for k, v in report.items()
@@ -347,6 +347,7 @@ def _parser() -> argparse.ArgumentParser:
     editor = command("shapes-editor", _train_editor, "reproduce the embedded editor, shapes-kontext", kinds)
     editor.add_argument("--out", type=Path, required=True, help="pipeline folder to write")
     editor.add_argument("--vae-steps", type=int, default=1600)
+    editor.add_argument("--decoder-steps", type=int, default=800)
     editor.add_argument("--editor-steps", type=int, default=2800)
 
     adapter = command("adapter", _train_adapter, "train an ST or GST adapter by partial prompt suppression", kinds)
