@@ -60,15 +60,19 @@ def test_step(benchmark: Any, runs: dict[str, Callable[[], Any]], name: str) -> 
     benchmark.pedantic(runs[name], warmup_rounds=10, rounds=60, iterations=1)
 
 
-def measure_in_turns(runs: dict[str, Callable[[], Any]], rounds: int = 120) -> dict[str, float]:
-    """Median milliseconds of each, the candidates taking turns."""
+def measure_in_turns(runs: dict[str, Callable[[], Any]], turns: int = 15) -> dict[str, float]:
+    """Median milliseconds of each, the candidates taking turns of thirteen calls.
+
+    The first three of a turn do not count: the thread pool of the candidate before still spins while they run.
+    """
     times: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in range(rounds + 10):
+    for _ in range(turns):
         for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            if turn >= 10:
-                times[name].append((time.perf_counter() - start) * 1e3)
+            for call in range(13):
+                start = time.perf_counter()
+                run()
+                if call >= 3:
+                    times[name].append((time.perf_counter() - start) * 1e3)
     return {name: statistics.median(values) for name, values in times.items()}
 
 
