@@ -64,13 +64,13 @@ def test_only_the_adapter_learns(trainer: Any, pipeline: Any, tmp_path: Path, fa
 
 
 def test_training_lowers_the_loss(trainer: Any) -> None:
-    run = trainer(replace(TINY, steps=30, batch=8, learning_rate=3e-3, schedule="cosine"))
+    run = trainer(replace(TINY, steps=60, batch=8, learning_rate=5e-3, schedule="cosine"))
     with torch.no_grad():
         before = sum(run.loss(10_000 + i).item() for i in range(4))
     run.train(progress=False)
     with torch.no_grad():
         after = sum(run.loss(10_000 + i).item() for i in range(4))
-    assert after < 0.8 * before
+    assert after < 0.8 * before, (after, before)
 
 
 def test_a_resumed_run_ends_where_an_uninterrupted_one_does(trainer: Any, monkeypatch: Any) -> None:
