@@ -1,6 +1,48 @@
-"""The masked low-rank update: `y = x Wᵀ + bias + row_scale · (x Aᵀ) Bᵀ`, as an operator that torch and ONNX can carry."""
+"""The masked low-rank update: `y = x Wᵀ + bias + row_scale · (x Aᵀ) Bᵀ`.
 
-from slideredit_rt.kernels.ops import masked_lora_linear
-from slideredit_rt.kernels.reference import masked_lora_linear_reference
+Each operation comes three times: under its name (dispatched by device and shape), as `…_reference` (the plain
+expression) and as `…_triton` (the kernel, whatever the dispatch table says).
+"""
 
-__all__ = ["masked_lora_linear", "masked_lora_linear_reference"]
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from slideredit_rt.kernels.ops import masked_lora_linear, masked_lora_qkv, masked_lora_update_
+from slideredit_rt.kernels.reference import (
+    masked_lora_linear_reference,
+    masked_lora_qkv_reference,
+    masked_lora_update_reference_,
+)
+
+if TYPE_CHECKING:
+    from slideredit_rt.kernels.triton_ops import (
+        masked_lora_accumulate_triton,
+        masked_lora_addmm_triton,
+        masked_lora_linear_triton,
+        masked_lora_qkv_triton,
+        masked_lora_update_triton_,
+    )
+
+__all__ = [
+    "masked_lora_accumulate_triton",
+    "masked_lora_addmm_triton",
+    "masked_lora_linear",
+    "masked_lora_linear_reference",
+    "masked_lora_linear_triton",
+    "masked_lora_qkv",
+    "masked_lora_qkv_reference",
+    "masked_lora_qkv_triton",
+    "masked_lora_update_",
+    "masked_lora_update_reference_",
+    "masked_lora_update_triton_",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # Triton exists on Linux only and takes a second to import; the reference needs neither.
+    if name in __all__:
+        from slideredit_rt.kernels import triton_ops
+
+        return getattr(triton_ops, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,6 +1,8 @@
-"""Plain expressions of the masked low-rank update, written to be read."""
+"""Plain expressions of the masked low-rank update, written to be read. They are what CPU tensors run and what tests compare with."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +25,38 @@ def masked_lora_linear_reference(
     Returns:
         `[..., S, N]` in the dtype of `x`. The update is computed and added in float32 (float64 for float64 inputs).
     """
-    y = F.linear(x, weight, bias)
+    return _updated(F.linear(x, weight, bias), x, lora_a, lora_b, row_scale)
+
+
+def masked_lora_update_reference_(y: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, row_scale: Tensor) -> Tensor:
+    """`y += row_scale · (x Aᵀ) Bᵀ` in place on the rows whose scale is not 0; the others keep their bits. Returns `y`.
+
+    Args:
+        y: `[..., S, N]`, dtype of `x`.
+        x, lora_a, lora_b, row_scale: as in `masked_lora_linear_reference`.
+    """
+    return y.copy_(_updated(y, x, lora_a, lora_b, row_scale))
+
+
+def masked_lora_qkv_reference(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    lora_as: Sequence[Tensor],
+    lora_bs: Sequence[Tensor],
+    row_scale: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Three projections of the same rows, each as `masked_lora_linear_reference`."""
+    q, k, v = (
+        masked_lora_linear_reference(x, weights[i], biases[i], lora_as[i], lora_bs[i], row_scale)
+        for i in range(3)
+    )
+    return q, k, v
+
+
+def _updated(y: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, row_scale: Tensor) -> Tensor:
     wide = torch.promote_types(x.dtype, torch.float32)
+    scale = row_scale.to(wide).unsqueeze(-1)
     update = F.linear(F.linear(x.to(wide), lora_a.to(wide)), lora_b.to(wide))
-    return (y.to(wide) + row_scale.to(wide).unsqueeze(-1) * update).to(x.dtype)
+    # Not y + 0 · update: an inactive row may hold a NaN or an infinity.
+    return torch.where(scale != 0, (y.to(wide) + scale * update).to(x.dtype), y)

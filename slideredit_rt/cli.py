@@ -342,6 +342,26 @@ def _parser() -> argparse.ArgumentParser:
         "--out", type=Path, required=True, help="folder for engines, pictures and the report"
     )
 
+    kernel_commands = commands.add_parser("kernels", help="compile the Triton kernels ahead of time").add_subparsers(
+        dest="what", required=True, metavar="WHAT"
+    )
+    kernels = command("build", _kernels_build, "write PTX and launch descriptions; needs no GPU", kernel_commands)
+    kernels.add_argument(
+        "--targets",
+        type=_listed(str),
+        default="sm80,sm86,sm89,sm90,sm100,sm120",
+        help="compute capabilities, comma-separated (default: %(default)s)",
+    )
+    kernels.add_argument("--dtypes", type=_listed(str), default="bfloat16,float16", help="(default: %(default)s)")
+    kernels.add_argument("--ranks", type=_listed(int), default="16", help="1 to 128, padded (default: %(default)s)")
+    kernels.add_argument(
+        "--ptx-isa", default="8.7", help="PTX version; newer ones need newer drivers (default: %(default)s)"
+    )
+    kernels.add_argument("--processes", type=int, help="(default: one per core)")
+    kernels.add_argument("--out", type=Path, required=True, help="folder to write; what is up to date stays")
+    listing = command("list", _kernels_list, "show the kernels of a folder and what they use", kernel_commands)
+    listing.add_argument("folder", type=Path, metavar="DIR")
+
     train = commands.add_parser("train", help="train an editor or an adapter")
     kinds = train.add_subparsers(dest="what", required=True, metavar="WHAT")
     editor = command("shapes-editor", _train_editor, "reproduce the embedded editor, shapes-kontext", kinds)
@@ -375,6 +395,37 @@ def _parser() -> argparse.ArgumentParser:
     )
     adapter.add_argument("--out", type=Path, required=True, help="adapter file to write (.safetensors)")
     return parser
+
+
+def _kernels_build(args: argparse.Namespace) -> int:
+    from slideredit_rt.kernels import aot
+
+    work = aot.jobs(args.targets, args.dtypes, args.ranks, args.ptx_isa)
+    compiled, kept = aot.build(work, args.out, processes=args.processes, progress=not args.quiet)
+    result = {"out": str(args.out), "compiled": compiled, "up_to_date": kept}
+    _emit(args, result, [f"{args.out}: {compiled} kernels compiled, {kept} were up to date"])
+    return 0
+
+
+def _kernels_list(args: argparse.Namespace) -> int:
+    from slideredit_rt.kernels import aot
+
+    found = aot.built(args.folder)
+    columns = ("target", "registers", "spill_bytes", "shared_bytes", "num_warps", "ptx_isa")
+    width = max(len(k["file"]) for k in found)
+    lines = [f"{'file':{width}}  " + "  ".join(columns)]
+    lines += [f"{k['file']:{width}}  " + "  ".join(f"{k[c]!s:>{len(c)}}" for c in columns) for k in found]
+    _emit(args, {"kernels": found}, lines)
+    return 0
+
+
+def _listed(convert: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+    """Comma-separated values."""
+
+    def parse(text: str) -> list[Any]:
+        return [convert(part.strip()) for part in text.split(",") if part.strip()]
+
+    return parse
 
 
 def _silence_libraries() -> None:

@@ -1,0 +1,286 @@
+"""Kernels compiled to PTX ahead of time, without a GPU, each with a JSON file that says how to launch it.
+
+`<name>.<target>.ptx` has the parameters that its `arguments` list, and no others. To launch it through the CUDA driver:
+the grid of `grid` (in programs), a block of `num_warps` · 32 threads, and `shared_bytes` of dynamic shared memory, allowed
+by `CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import sympy
+import torch
+import triton
+from tqdm import tqdm
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from slideredit_rt.errors import SliderEditError
+from slideredit_rt.files import atomic_file
+from slideredit_rt.kernels import triton_accumulate, triton_linear, triton_qkv, triton_update
+from slideredit_rt.kernels.arguments import MAX_RANK
+from slideredit_rt.kernels.dispatch import SHARED_KIB, Configuration, configurations, padded_rank
+from slideredit_rt.kernels.spec import KernelSpec
+
+SPECS = (
+    triton_linear.SPEC,
+    triton_qkv.SPEC,
+    triton_update.SPEC,
+    triton_accumulate.LOW_RANK_SPEC,
+    triton_accumulate.LINEAR_SPEC,
+)
+DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+TARGETS = tuple(f"sm{capability}" for capability in SHARED_KIB)
+# Newer PTX needs newer drivers; 8.7 is the first that knows sm_120 and is taken by CUDA 12.8's driver.
+DEFAULT_PTX_ISA = "8.7"
+# Pointers that cudaMalloc and torch return are aligned to more than this.
+ALIGNMENT = 16
+
+
+@dataclass(frozen=True)
+class Job:
+    """One file to build. `rank` is padded; `ptx_isa` such as 8.7."""
+
+    spec_name: str
+    configuration: Configuration
+    dtype: str
+    rank: int
+    target: str
+    ptx_isa: str
+
+    @property
+    def spec(self) -> KernelSpec:
+        """The kernel."""
+        return next(spec for spec in SPECS if spec.name == self.spec_name)
+
+    @property
+    def name(self) -> str:
+        """File name without target and ending."""
+        return f"{self.spec_name}-{DTYPES[self.dtype]}-r{self.rank}-{self.configuration.name}"
+
+
+def jobs(targets: Sequence[str], dtypes: Sequence[str], ranks: Iterable[int], ptx_isa: str = DEFAULT_PTX_ISA) -> list[Job]:
+    """Every configuration that the dispatch table may choose for these targets, dtypes and ranks.
+
+    Raises:
+        SliderEditError: an unknown target or dtype, a rank out of range, a PTX ISA that is no version.
+    """
+    if unknown := [t for t in targets if t not in TARGETS]:
+        raise SliderEditError(f"unknown target {unknown[0]!r}; choose from {', '.join(TARGETS)}")
+    if unknown := [d for d in dtypes if d not in DTYPES]:
+        raise SliderEditError(f"unknown dtype {unknown[0]!r}; choose from {', '.join(DTYPES)}")
+    if out := [r for r in ranks if not 1 <= r <= MAX_RANK]:
+        raise SliderEditError(f"rank {out[0]} is outside the kernels' range 1 to {MAX_RANK}")
+    if not re.fullmatch(r"[789]\.\d", ptx_isa):
+        raise SliderEditError(f"PTX ISA {ptx_isa!r} is not a version; write it as {DEFAULT_PTX_ISA}")
+    return [
+        Job(spec.name, configuration, dtype, rank, target, ptx_isa)
+        for target in targets
+        for spec in SPECS
+        for dtype in dtypes
+        for rank in sorted({padded_rank(r) for r in ranks})
+        for configuration in configurations(spec.name, rank, getattr(torch, dtype), int(target[2:]))
+    ]
+
+
+def argument_types(spec: KernelSpec, dtype: str) -> list[dict[str, str]]:
+    """`[{name, type}]` in launch order: `*bf16` is a pointer, `i32` a 32-bit integer. Scales and low-rank products are float32."""
+
+    def kind(name: str) -> str:
+        if name in spec.scalars:
+            return "i32"
+        return "*fp32" if name in ("row_scale", "low") else f"*{DTYPES[dtype]}"
+
+    return [{"name": name, "type": kind(name)} for name in (*spec.inputs, *spec.scalars, *spec.outputs)]
+
+
+def compile_job(job: Job) -> tuple[str, dict[str, Any]]:
+    """PTX and its description.
+
+    Raises:
+        SliderEditError: the process interprets kernels, the kernel would need scratch memory, or ptxas refuses it.
+    """
+    if triton.knobs.runtime.interpret:
+        raise SliderEditError("TRITON_INTERPRET is set, so there is nothing to compile; unset it")
+    spec, function = job.spec, job.spec.function
+    arguments = argument_types(spec, job.dtype)
+    constants = job.configuration.constants(even_k=True, rank=job.rank)
+    # Row counts differ from call to call; everything else of a projection is a multiple of 16.
+    aligned = [a["name"] for a in arguments if a["name"] != "rows"]
+    position = {name: i for i, name in enumerate(function.arg_names)}
+    source = ASTSource(
+        fn=function,
+        signature={**{a["name"]: a["type"] for a in arguments}, **dict.fromkeys(constants, "constexpr")},
+        constexprs={(position[name],): value for name, value in constants.items()},
+        attrs={(position[name],): [["tt.divisibility", ALIGNMENT]] for name in aligned},
+    )
+    compiled = triton.compile(
+        source,
+        target=GPUTarget("cuda", int(job.target[2:]), 32),
+        options={
+            "num_warps": job.configuration.num_warps,
+            "num_stages": job.configuration.num_stages,
+            "ptx_version": int(job.ptx_isa.replace(".", "")),
+            "enable_fp_fusion": True,
+        },
+    )
+    metadata = compiled.metadata
+    scratch = {"global_scratch_bytes": metadata.global_scratch_size, "profile_scratch_bytes": metadata.profile_scratch_size}
+    if any(scratch.values()):
+        raise SliderEditError(
+            f"{job.name} for {job.target} needs scratch memory ({scratch}), which no launcher outside Triton gives; "
+            "choose another configuration in dispatch.json"
+        )
+    ptx = _without_scratch_pointers(compiled.asm["ptx"], len(arguments), job)
+    rows, n = sympy.symbols("rows N", integer=True)
+    return ptx, {
+        "kernel": spec.name,
+        "target": job.target,
+        "entry": str(metadata.name),
+        "arguments": arguments,
+        "grid": [str(size) for size in spec.grid(job.configuration, rows, n)],
+        "num_warps": metadata.num_warps,
+        "shared_bytes": metadata.shared,
+        "ptx_isa": job.ptx_isa,
+        **_resources(ptx, job),
+        **scratch,
+        "dtype": job.dtype,
+        "rank": job.rank,
+        "configuration": job.configuration.name,
+        "multiples": {
+            "address": ALIGNMENT,
+            **{name: ALIGNMENT for name in spec.scalars if name != "rows"},
+            "K": job.configuration.block_k,
+        },
+        "triton": triton.__version__,
+        "source_sha256": content_hash(job),
+    }
+
+
+def parameters(ptx: str) -> list[str]:
+    """Types of the entry's parameters, such as `u64` and `u32`, in order."""
+    header = ptx[ptx.index(".visible .entry") : ptx.index("{", ptx.index(".visible .entry"))]
+    return re.findall(r"\.param \.(\w+)", header)
+
+
+def _without_scratch_pointers(ptx: str, count: int, job: Job) -> str:
+    """Drop the two scratch pointers that Triton appends, so that a launcher passes what the description lists."""
+    extra = re.compile(r",\s*\.param [^,()]*_param_(\d+)(?=\s*\))")
+    for index in reversed(range(count, len(parameters(ptx)))):
+        match = extra.search(ptx)
+        if match is None or int(match[1]) != index or len(re.findall(rf"_param_{index}\b", ptx)) != 1:
+            raise SliderEditError(f"{job.name} for {job.target} reads a parameter that Triton added; report this with your Triton version")
+        ptx = ptx[: match.start()] + ptx[match.end() :]
+    return ptx
+
+
+def _resources(ptx: str, job: Job) -> dict[str, int]:
+    """Registers per thread and spilled bytes, as the assembler reports them."""
+    arch = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)
+    assert arch is not None
+    tools = triton.knobs.nvidia
+    tool = tools.ptxas_blackwell if int(job.target[2:]) >= 100 and hasattr(tools, "ptxas_blackwell") else tools.ptxas
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "kernel.ptx"
+        source.write_text(ptx)
+        command = [tool.path, "-v", f"--gpu-name={arch[1]}", str(source), "-o", str(source.with_suffix(".cubin"))]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    registers = re.search(r"Used (\d+) registers", done.stderr)
+    spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)
+    if done.returncode or registers is None or spills is None:
+        raise SliderEditError(f"ptxas refuses {job.name} for {job.target}: {done.stderr.strip()[:300]}")
+    return {"registers": int(registers[1]), "spill_bytes": max(int(spills[1]), int(spills[2]))}
+
+
+def content_hash(job: Job) -> str:
+    """SHA-256 over everything that decides the PTX: the kernel's source and what it calls, options, target, Triton."""
+    parts = (job.spec.function.cache_key, repr(job), triton.__version__, Path(__file__).read_text())
+    return hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()
+
+
+def _paths(job: Job, folder: Path) -> tuple[Path, Path]:
+    return folder / f"{job.name}.{job.target}.ptx", folder / f"{job.name}.{job.target}.json"
+
+
+def _up_to_date(job: Job, folder: Path) -> bool:
+    ptx, description = _paths(job, folder)
+    try:
+        known = json.loads(description.read_text())
+        return bool(
+            known["source_sha256"] == content_hash(job) and known["ptx_sha256"] == hashlib.sha256(ptx.read_bytes()).hexdigest()
+        )
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def _build_one(job: Job, folder: Path) -> None:
+    ptx, description = compile_job(job)
+    ptx_path, json_path = _paths(job, folder)
+    with atomic_file(ptx_path) as temporary:
+        temporary.write_text(ptx)
+    # The description last: without it the PTX does not count as built.
+    with atomic_file(json_path) as temporary:
+        description["ptx_sha256"] = hashlib.sha256(ptx.encode()).hexdigest()
+        temporary.write_text(json.dumps(description, indent=2) + "\n")
+
+
+def build(work: Sequence[Job], folder: Path, *, processes: int | None = None, progress: bool = True) -> tuple[int, int]:
+    """Compile what is missing or out of date in `folder`; how many were compiled and how many were there already."""
+    folder.mkdir(parents=True, exist_ok=True)
+    pending = [job for job in work if not _up_to_date(job, folder)]
+    workers = min(processes or os.cpu_count() or 1, len(pending))
+    bar = tqdm(total=len(pending), desc="kernels", unit="kernel", disable=not progress or not pending)
+    with bar:
+        for name in _build_all(pending, folder, workers):
+            bar.set_postfix_str(name)
+            bar.update()
+    return len(pending), len(work) - len(pending)
+
+
+def _build_all(pending: Sequence[Job], folder: Path, workers: int) -> Iterator[str]:
+    if workers <= 1:
+        for job in pending:
+            _build_one(job, folder)
+            yield job.name
+        return
+    # Spawned, not forked: the compiler starts threads.
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        futures = {pool.submit(_build_one, job, folder): job for job in pending}
+        try:
+            for future in as_completed(futures):
+                future.result()
+                yield futures[future].name
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def built(folder: Path) -> list[dict[str, Any]]:
+    """Descriptions of the kernels in `folder`, with their `file`, sorted by name.
+
+    Raises:
+        SliderEditError: no such folder, no kernels in it, or a description that cannot be read.
+    """
+    if not folder.is_dir():
+        raise SliderEditError(f"no folder {str(folder)!r}; build kernels with 'slideredit-rt kernels build --out {folder}'")
+    found = []
+    for path in sorted(folder.glob("*.sm*.json")):
+        try:
+            found.append({"file": path.with_suffix(".ptx").name} | json.loads(path.read_text()))
+        except ValueError as error:
+            raise SliderEditError(f"{str(path)!r} is not a kernel description ({error}); build it again") from error
+    if not found:
+        raise SliderEditError(f"no kernels in {str(folder)!r}; build them with 'slideredit-rt kernels build --out {folder}'")
+    return found

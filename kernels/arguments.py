@@ -1,0 +1,88 @@
+"""What the operators accept, checked before anything is launched."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from slideredit_rt.errors import SliderEditError
+
+MAX_RANK = 128
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise SliderEditError(message)
+
+
+def _check_low_rank(x: Tensor, n: int, lora_a: Tensor, lora_b: Tensor, row_scale: Tensor) -> None:
+    k, rank = x.shape[-1], lora_a.shape[0]
+    _require(
+        lora_a.shape == (rank, k) and lora_b.shape == (n, rank),
+        f"lora_a {tuple(lora_a.shape)} and lora_b {tuple(lora_b.shape)} do not fit a projection from {k} to {n}; "
+        f"give [R, {k}] and [{n}, R]",
+    )
+    _require(
+        row_scale.shape == x.shape[:-1],
+        f"row_scale has shape {tuple(row_scale.shape)}; give one scale per row of x, {tuple(x.shape[:-1])}",
+    )
+    _require(
+        row_scale.dtype == torch.promote_types(x.dtype, torch.float32) or row_scale.dtype == torch.float32,
+        f"row_scale is {row_scale.dtype}; give float32, since 16 bits would round the strengths",
+    )
+    _require(1 <= rank <= MAX_RANK or not x.is_cuda, f"rank {rank} is outside the kernels' range 1 to {MAX_RANK}")
+    for name, tensor in (("lora_a", lora_a), ("lora_b", lora_b), ("row_scale", row_scale)):
+        _require(tensor.device == x.device, f"{name} is on {tensor.device} and x on {x.device}; move them to one device")
+
+
+def _check_projection(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    _require(
+        weight.ndim == 2 and weight.shape[1] == x.shape[-1],
+        f"weight has shape {tuple(weight.shape)}; give [N, {x.shape[-1]}] for x of shape {tuple(x.shape)}",
+    )
+    _require(weight.dtype == x.dtype, f"weight is {weight.dtype} and x {x.dtype}; give both the same dtype")
+    _require(
+        bias is None or bias.shape == (weight.shape[0],),
+        f"bias has shape {None if bias is None else tuple(bias.shape)}; give [{weight.shape[0]}]",
+    )
+
+
+def check_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, row_scale: Tensor
+) -> None:
+    """Raise `SliderEditError` unless these are the arguments of one `masked_lora_linear`."""
+    _check_projection(x, weight, bias)
+    _check_low_rank(x, weight.shape[0], lora_a, lora_b, row_scale)
+
+
+def check_update(y: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, row_scale: Tensor) -> None:
+    """Raise `SliderEditError` unless these are the arguments of one `masked_lora_update_`."""
+    _require(
+        y.shape[:-1] == x.shape[:-1] and y.dtype == x.dtype,
+        f"y is {y.dtype} {tuple(y.shape)} and x {x.dtype} {tuple(x.shape)}; give them the same rows and dtype",
+    )
+    _require(y.is_contiguous(), "y is not contiguous; an update in place needs rows that follow each other in memory")
+    _check_low_rank(x, y.shape[-1], lora_a, lora_b, row_scale)
+
+
+def check_qkv(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    lora_as: Sequence[Tensor],
+    lora_bs: Sequence[Tensor],
+    row_scale: Tensor,
+) -> None:
+    """Raise `SliderEditError` unless these are three projections of equal sizes and ranks."""
+    _require(len(biases) == 3, f"biases has {len(biases)} entries; give three, each a tensor or None")
+    groups = {"weights": weights, "lora_as": lora_as, "lora_bs": lora_bs}
+    for name, group in groups.items():
+        _require(len(group) == 3, f"{name} has {len(group)} tensors; give three, for query, key and value")
+        _require(
+            all(t.shape == group[0].shape for t in group),
+            f"{name} have shapes {', '.join(str(tuple(t.shape)) for t in group)}; give equal ones, or call masked_lora_linear thrice",
+        )
+    for i in range(3):
+        check_linear(x, weights[i], biases[i], lora_as[i], lora_bs[i], row_scale)

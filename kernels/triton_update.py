@@ -1,0 +1,83 @@
+"""The update alone, added in place on the active rows of a projection that a vendor GEMM has made.
+
+The launch depends on shapes only. Each program gathers the active rows of its chunk into dense tiles on the device, so a
+captured CUDA graph replays with any other mask and any other alpha.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.library import wrap_triton
+
+from slideredit_rt.kernels.dispatch import Configuration
+from slideredit_rt.kernels.spec import KernelSpec, cdiv
+from slideredit_rt.kernels.triton_tiles import cast, load_lora_b, load_scale, multiply_low, project_low, scaled
+
+# Rows compacted together, and programs that share the tiles of one chunk and one column range.
+CHUNK: tl.constexpr = tl.constexpr(256)
+SPLIT: tl.constexpr = tl.constexpr(4)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def masked_lora_update_kernel(
+    x,
+    lora_a,
+    lora_b,
+    row_scale,
+    rows,
+    K,
+    N,
+    rank,
+    y,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    RANK: tl.constexpr,
+    EVEN_K: tl.constexpr,
+):
+    chunk = tl.arange(0, CHUNK)
+    chunk_start = (tl.program_id(1) // SPLIT).to(tl.int64) * CHUNK
+    chunk_scale = load_scale(row_scale, chunk_start + chunk, rows)
+    active = chunk_scale != 0
+    # Position of each active row among the active ones of the chunk.
+    position = tl.cumsum(active.to(tl.int32), axis=0) - 1
+    count = tl.sum(active.to(tl.int32), axis=0)
+    first = (tl.program_id(1) % SPLIT) * BLOCK_M
+    if first < count:
+        column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+        b = load_lora_b(lora_b, column, N, rank, RANK)
+        for start in range(first, count, SPLIT * BLOCK_M):
+            wanted = start + tl.arange(0, BLOCK_M)
+            hit = active[None, :] & (position[None, :] == wanted[:, None])
+            # Places past the last active row hit nothing: they read the chunk's first row and are not stored.
+            row = chunk_start + tl.sum(tl.where(hit, chunk[None, :], 0), axis=1)
+            scale = tl.sum(tl.where(hit, chunk_scale[None, :], 0.0), axis=1)
+            y_tile = y + row[:, None] * N + column[None, :]
+            mask = (wanted[:, None] < count) & (column[None, :] < N)
+            base = tl.load(y_tile, mask=mask, other=0.0)
+            low = project_low(x + row * K, lora_a, rank, K, BLOCK_M, BLOCK_K, RANK, EVEN_K)
+            updated = multiply_low(scaled(scale, low), b, base.to(tl.float32), x.dtype.element_ty)
+            tl.store(y_tile, cast(updated, y.dtype.element_ty), mask=mask)
+
+
+def grid(configuration: Configuration, rows: int, n: int) -> tuple[int, int]:
+    """Programs of a launch over `rows` rows and `n` output columns."""
+    return cdiv(n, configuration.block_n), cdiv(rows, CHUNK.value) * SPLIT.value
+
+
+SPEC = KernelSpec(
+    function=masked_lora_update_kernel,
+    inputs=("x", "lora_a", "lora_b", "row_scale"),
+    outputs=("y",),
+    grid=grid,
+)
+
+
+def launch(x: Tensor, lora_a: Tensor, lora_b: Tensor, row_scale: Tensor, configuration: Configuration, y: Tensor) -> None:
+    """Add to `y` in place. Everything contiguous: x `[M, K]`, lora_a `[R, K]`, lora_b `[N, R]`, row_scale `[M]`, y `[M, N]`."""
+    (rows, k), n, rank = x.shape, y.shape[1], lora_a.shape[0]
+    wrap_triton(masked_lora_update_kernel)[grid(configuration, rows, n)](
+        x, lora_a, lora_b, row_scale, rows, k, n, rank, y, **configuration.meta(k, rank)
+    )
