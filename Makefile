@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint bench gpu-test marks clean
+.PHONY: demo test lint bench gpu-test gpu-bench marks clean
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; set PYTHON=python3.11"; exit 2; }
@@ -33,8 +33,22 @@ bench: $(STAMP)
 marks: $(STAMP)
 	$(BIN)/python -m slideredit_rt.bench.marks
 
-gpu-test: $(STAMP)
-	$(BIN)/python -m pytest -m gpu -rs
+# The GPU targets install nothing: they run in a Python that has torch with CUDA, triton, numpy, pytest and hypothesis,
+# on a copy of the package laid out as it would be installed.
+GPU_PYTHON ?= $(PYTHON)
+STAGE := build/stage
+
+$(STAGE): FORCE
+	rm -rf $@ && mkdir -p $@
+	cp -r slideredit_rt $@/ && cp -r kernels export bench $@/slideredit_rt/
+
+FORCE:
+
+gpu-test: $(STAGE)
+	PYTHONPATH=$(STAGE) $(GPU_PYTHON) -m pytest --noconftest -rs -p no:cacheprovider tests/test_gpu.py tests/test_triton_kernels.py
+
+gpu-bench: $(STAGE)
+	PYTHONPATH=$(STAGE) $(GPU_PYTHON) -m slideredit_rt.bench.gpu_kernels --out bench/results --write-dispatch kernels/dispatch.json $(BENCH_OPTIONS)
 
 clean:
 	rm -rf $(VENV) demo build *.egg-info

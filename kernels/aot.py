@@ -96,7 +96,7 @@ def jobs(targets: Sequence[str], dtypes: Sequence[str], ranks: Iterable[int], pt
 
 
 def argument_types(spec: KernelSpec, dtype: str) -> list[dict[str, str]]:
-    """`[{name, type}]` in launch order: `*bf16` is a pointer, `i32` a 32-bit integer. Scales and low-rank products are float32."""
+    """`[{name, type}]` in launch order: `*bf16` is a pointer, `i32` a 32-bit integer. Scales stay float32."""
 
     def kind(name: str) -> str:
         if name in spec.scalars:
@@ -181,7 +181,9 @@ def _without_scratch_pointers(ptx: str, count: int, job: Job) -> str:
     for index in reversed(range(count, len(parameters(ptx)))):
         match = extra.search(ptx)
         if match is None or int(match[1]) != index or len(re.findall(rf"_param_{index}\b", ptx)) != 1:
-            raise SliderEditError(f"{job.name} for {job.target} reads a parameter that Triton added; report this with your Triton version")
+            raise SliderEditError(
+                f"{job.name} for {job.target} reads a parameter that Triton added; report this with your Triton version"
+            )
         ptx = ptx[: match.start()] + ptx[match.end() :]
     return ptx
 

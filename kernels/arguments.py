@@ -49,9 +49,7 @@ def _check_projection(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     )
 
 
-def check_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, row_scale: Tensor
-) -> None:
+def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, row_scale: Tensor) -> None:
     """Raise `SliderEditError` unless these are the arguments of one `masked_lora_linear`."""
     _check_projection(x, weight, bias)
     _check_low_rank(x, weight.shape[0], lora_a, lora_b, row_scale)
@@ -82,7 +80,7 @@ def check_qkv(
         _require(len(group) == 3, f"{name} has {len(group)} tensors; give three, for query, key and value")
         _require(
             all(t.shape == group[0].shape for t in group),
-            f"{name} have shapes {', '.join(str(tuple(t.shape)) for t in group)}; give equal ones, or call masked_lora_linear thrice",
+            f"{name} have shapes {', '.join(str(tuple(t.shape)) for t in group)}; give equal ones, or call masked_lora_linear",
         )
     for i in range(3):
         check_linear(x, weights[i], biases[i], lora_as[i], lora_bs[i], row_scale)

@@ -15,6 +15,8 @@ from typing import Any, Literal
 import torch
 
 Path = Literal["update", "addmm", "accumulate", "fused"]
+# Paths that begin with the vendor's own projection.
+EXACT_PATHS: tuple[Path, ...] = ("update", "addmm")
 TABLE = FilePath(__file__).parent / "dispatch.json"
 # Shared memory that one thread block can use, in KiB, by compute capability (CUDA C++ Programming Guide, technical
 # specifications). Cards that are not listed are taken for the smallest.
@@ -83,25 +85,29 @@ def configurations(kernel: str, rank: int, dtype: torch.dtype, capability: int, 
     found = []
     for rule in table()["configurations"][kernel]:
         if _fits(rule, rows, rank, dtype, capability):
-            found.append(Configuration(*rule["blocks"], rule["num_warps"], rule["num_stages"]))
+            block_m, block_n, block_k = rule["blocks"]
+            found.append(Configuration(block_m, block_n, block_k, rule["num_warps"], rule["num_stages"]))
             if not rule.get("min_rows"):
                 # Holds for any number of rows, so that the rules after it are never reached.
                 break
     return found
 
 
-def path(rows: int, n: int, k: int, dtype: torch.dtype, gpu: str) -> Path:
-    """How `masked_lora_linear` computes a projection of `rows` rows from `k` to `n` columns on this card.
+def path(rows: int, n: int, k: int, dtype: torch.dtype, gpu: str, *, exact: bool) -> Path:
+    """How a projection of `rows` rows from `k` to `n` columns is computed on this card.
 
     Rules measured on a card of that name win; among them, the nearest measured shape decides. Without any, the defaults.
+
+    Args:
+        exact: choose among the paths that leave rows of scale 0 with the vendor's bits.
     """
     measured = table()["paths"].get(gpu)
     name = str(dtype).removeprefix("torch.")
     if measured is not None and name == measured["dtype"]:
         nearest = min(measured["shapes"], key=lambda s: (abs(s["rows"] - rows), abs(s["n"] - n) + abs(s["k"] - k)))
-        chosen: Path = nearest["path"]
+        chosen: Path = nearest["exact_path" if exact else "path"]
         return chosen
-    rules = table()["paths"]["default"]["rules"]
     # The last rule has no condition.
+    rules = table()["paths"]["default"]["rules"]
     by_rule: Path = next(r["path"] for r in rules if rows >= r.get("min_rows", 0) and name in r.get("dtypes", [name]))
     return by_rule

@@ -1,8 +1,8 @@
 """Operators of the `slideredit` namespace: eager, autograd, `torch.compile`, `torch.export`.
 
 On CPU tensors they run the reference, on CUDA tensors the path that `dispatch.json` names for the card and shape.
-`masked_lora_linear` is one opaque node, so that an exporter can give it a body of its own; the `…_triton` operators are
-transparent to the compiler.
+`masked_lora_linear` is one opaque node, so that an exporter can give it a body of its own; the `…_triton` operators that
+write whole outputs are transparent to the compiler.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Plain expressions of the masked low-rank update, written to be read. They are what CPU tensors run and what tests compare with."""
+"""Plain expressions of the masked low-rank update, written to be read: what CPU tensors run and tests compare with."""
 
 from __future__ import annotations
 
@@ -47,10 +47,7 @@ def masked_lora_qkv_reference(
     row_scale: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Three projections of the same rows, each as `masked_lora_linear_reference`."""
-    q, k, v = (
-        masked_lora_linear_reference(x, weights[i], biases[i], lora_as[i], lora_bs[i], row_scale)
-        for i in range(3)
-    )
+    q, k, v = (masked_lora_linear_reference(x, weights[i], biases[i], lora_as[i], lora_bs[i], row_scale) for i in range(3))
     return q, k, v
 
 

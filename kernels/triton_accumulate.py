@@ -12,7 +12,17 @@ from torch.library import wrap_triton
 
 from slideredit_rt.kernels.dispatch import Configuration
 from slideredit_rt.kernels.spec import KernelSpec, cdiv
-from slideredit_rt.kernels.triton_tiles import add_low_rank, cast, any_active, load_scale, project, project_low, scaled, store_tile, tile_of
+from slideredit_rt.kernels.triton_tiles import (
+    add_low_rank,
+    any_active,
+    cast,
+    load_scale,
+    project,
+    project_low,
+    scaled,
+    store_tile,
+    tile_of,
+)
 
 
 @triton.jit(do_not_specialize=["rows"])

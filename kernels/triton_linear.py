@@ -108,7 +108,7 @@ def launch(
     configuration: Configuration,
     y: Tensor,
 ) -> None:
-    """Fill `y`. Everything contiguous: x `[M, K]`, weight `[N, K]`, lora_a `[R, K]`, lora_b `[N, R]`, row_scale `[M]`, y `[M, N]`."""
+    """Fill `y` `[M, N]`. All contiguous: x `[M, K]`, weight `[N, K]`, lora_a `[R, K]`, lora_b `[N, R]`, row_scale `[M]`."""
     (rows, k), n, rank = x.shape, weight.shape[0], lora_a.shape[0]
     wrap_triton(masked_lora_linear_kernel)[grid(configuration, rows, n)](
         x, weight, bias, lora_a, lora_b, row_scale, rows, k, n, rank, y, **configuration.meta(k, rank)

@@ -25,10 +25,10 @@ from slideredit_rt.kernels.triton_update import launch as launch_masked_lora_upd
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 
-def _operator(name: str, mutates_args: tuple[str, ...] = ()) -> Callable[[Callable[..., Any]], Any]:
+def _operator(name: str) -> Callable[[Callable[..., Any]], Any]:
     """A transparent operator; an opaque one under the interpreter, whose kernels no compiler can trace."""
     define = torch.library.custom_op if INTERPRETED else torch.library.triton_op
-    decorator: Callable[[Callable[..., Any]], Any] = define(f"slideredit::{name}", mutates_args=mutates_args)
+    decorator: Callable[[Callable[..., Any]], Any] = define(f"slideredit::{name}", mutates_args=())
     return decorator
 
 
@@ -51,10 +51,12 @@ def _configuration(kernel: str, x: Tensor, rank: int) -> dispatch.Configuration:
 
 def _require_launchable(x: Tensor) -> None:
     if x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        raise SliderEditError(f"the Triton kernels take bfloat16, float16 or float32, not {x.dtype}; use the …_reference operator")
+        raise SliderEditError(
+            f"the Triton kernels take bfloat16, float16 or float32, not {x.dtype}; use the …_reference operator"
+        )
     if not x.is_cuda and not INTERPRETED:
         raise SliderEditError(
-            "the Triton kernels run on CUDA tensors; on CPU tensors only under the interpreter: start Python with TRITON_INTERPRET=1"
+            "the Triton kernels run on CUDA tensors; for CPU tensors start Python with TRITON_INTERPRET=1 (slow, for tests)"
         )
 
 
@@ -96,7 +98,9 @@ def _masked_lora_addmm_triton(
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
-@_operator("masked_lora_update_triton_", mutates_args=("y",))
+# Opaque on purpose: the rows that the kernel stores to come out of `row_scale`, which torch's analysis of Triton kernels
+# therefore takes for written and would clone before each launch.
+@torch.library.custom_op("slideredit::masked_lora_update_triton_", mutates_args=("y",))
 def _masked_lora_update_triton_(y: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, row_scale: Tensor) -> None:
     flat = _flat(x)
     configuration = _configuration("masked_lora_update", flat, lora_a.shape[0])
@@ -230,9 +234,7 @@ def masked_lora_qkv_triton(
     return q, k, v
 
 
-def _by_update(
-    x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, row_scale: Tensor
-) -> Tensor:
+def _by_update(x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, row_scale: Tensor) -> Tensor:
     """The vendor's GEMM, then the active rows in place."""
     y = F.linear(x, weight, bias).contiguous()
     _masked_lora_update_triton_(y, x, lora_a, lora_b, row_scale)
@@ -250,8 +252,12 @@ PATHS: dict[dispatch.Path, Callable[..., Tensor]] = {
 def linear_by_dispatch(
     x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, row_scale: Tensor
 ) -> Tensor:
-    """`masked_lora_linear` of CUDA tensors by the path that `dispatch.json` names for this card and shape."""
-    path = dispatch.path(row_scale.numel(), *weight.shape, x.dtype, torch.cuda.get_device_name(x.device))
+    """`masked_lora_linear` of CUDA tensors by the path that `dispatch.json` names for this card and shape.
+
+    Only paths that keep the vendor's bits: with every scale 0 the result is the base model's, bit for bit.
+    """
+    n, k = weight.shape
+    path = dispatch.path(row_scale.numel(), n, k, x.dtype, torch.cuda.get_device_name(x.device), exact=True)
     return PATHS[path](x, weight, bias, lora_a, lora_b, row_scale)
 
 
@@ -265,11 +271,9 @@ def qkv_by_dispatch(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`masked_lora_qkv` of CUDA tensors: one launch where the fused kernel is the best path, else three projections."""
     n, k = weights[0].shape
-    path = dispatch.path(row_scale.numel(), n, k, x.dtype, torch.cuda.get_device_name(x.device))
+    path = dispatch.path(row_scale.numel(), n, k, x.dtype, torch.cuda.get_device_name(x.device), exact=False)
     if path == "fused":
         q, k_, v = _masked_lora_qkv_triton(x, weights, biases, lora_as, lora_bs, row_scale)
     else:
-        q, k_, v = (
-            PATHS[path](x, weights[i], biases[i], lora_as[i], lora_bs[i], row_scale) for i in range(3)
-        )
+        q, k_, v = (PATHS[path](x, weights[i], biases[i], lora_as[i], lora_bs[i], row_scale) for i in range(3))
     return q, k_, v

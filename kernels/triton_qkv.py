@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.library import wrap_triton
 
 from slideredit_rt.kernels.dispatch import Configuration
-from slideredit_rt.kernels.triton_linear import masked_lora_tile
 from slideredit_rt.kernels.spec import KernelSpec, cdiv
+from slideredit_rt.kernels.triton_linear import masked_lora_tile
 from slideredit_rt.kernels.triton_tiles import tile_of
 
 

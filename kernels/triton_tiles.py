@@ -85,9 +85,7 @@ def load_lora_b(lora_b, column, N, rank, RANK: tl.constexpr):
 
 
 @triton.jit
-def project(
-    x_rows, weight_rows, K, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr
-):
+def project(x_rows, weight_rows, K, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr):
     """`x Wᵀ`, float32 `[BLOCK_M, BLOCK_N]`. `x_rows` and `weight_rows` point to the first element of each row."""
     accumulator = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(0, K, BLOCK_K):

@@ -354,9 +354,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     kernels.add_argument("--dtypes", type=_listed(str), default="bfloat16,float16", help="(default: %(default)s)")
     kernels.add_argument("--ranks", type=_listed(int), default="16", help="1 to 128, padded (default: %(default)s)")
-    kernels.add_argument(
-        "--ptx-isa", default="8.7", help="PTX version; newer ones need newer drivers (default: %(default)s)"
-    )
+    kernels.add_argument("--ptx-isa", default="8.7", help="PTX version; newer ones need newer drivers (default: %(default)s)")
     kernels.add_argument("--processes", type=int, help="(default: one per core)")
     kernels.add_argument("--out", type=Path, required=True, help="folder to write; what is up to date stays")
     listing = command("list", _kernels_list, "show the kernels of a folder and what they use", kernel_commands)

@@ -15,20 +15,24 @@ from slideredit_rt.sliders import combine_row_scale
 
 
 class RowScales:
-    """The row scales of the latest call, shared by every adapted linear of one backbone.
-
-    `row_scale` is float32 `[B, S]`: text rows first, then image rows for a GST adapter. None turns the adapter off.
-    """
+    """The row scales of the latest call, shared by every adapted linear of one backbone."""
 
     def __init__(self) -> None:
-        self.row_scale: Tensor | None = None
-        self.text_rows = 0
+        self._parts: dict[RowSet, Tensor] = {}
+
+    def set(self, row_scale: Tensor | None, text_rows: int) -> None:
+        """Float32 `[B, S]`, text rows first, then image rows for a GST adapter. None turns the adapter off.
+
+        The parts are laid out once here and not by each of the linears that ask for them.
+        """
+        self._parts = {}
+        if row_scale is not None:
+            text, image = row_scale[:, :text_rows], row_scale[:, text_rows:]
+            self._parts = {"joint": row_scale, "text": text.contiguous(), "image": image.contiguous()}
 
     def of(self, rows: RowSet) -> Tensor | None:
-        """The part of `row_scale` that belongs to text, image or joint rows."""
-        if self.row_scale is None or rows == "joint":
-            return self.row_scale
-        return self.row_scale[:, : self.text_rows] if rows == "text" else self.row_scale[:, self.text_rows :]
+        """The scales of text, image or joint rows; None while the adapter is off."""
+        return self._parts.get(rows)
 
 
 class MaskedLoRALinear(nn.Linear):
@@ -145,6 +149,6 @@ class SliderBackbone(nn.Module):
         backbone_inputs = dict(inputs)
         alpha, token_mask = backbone_inputs.pop("alpha", None), backbone_inputs.pop("token_mask", None)
         # Stays set after the call: with gradient checkpointing the linears run again during the backward pass.
-        self.scales.text_rows = inputs["encoder_hidden_states"].shape[1]
-        self.scales.row_scale = None if alpha is None or token_mask is None else combine_row_scale(alpha, token_mask)
+        row_scale = None if alpha is None or token_mask is None else combine_row_scale(alpha, token_mask)
+        self.scales.set(row_scale, text_rows=inputs["encoder_hidden_states"].shape[1])
         return self.family.run(self.transformer, backbone_inputs)

@@ -9,7 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from slideredit_rt.kernels import masked_lora_linear, masked_lora_linear_reference
+from slideredit_rt import SliderEditError
+from slideredit_rt.kernels import (
+    masked_lora_linear,
+    masked_lora_linear_reference,
+    masked_lora_qkv,
+    masked_lora_qkv_reference,
+    masked_lora_update_,
+    masked_lora_update_reference_,
+)
 
 
 def problem(
@@ -91,10 +99,102 @@ def test_gradients_equal_those_of_the_reference() -> None:
     assert torch.autograd.gradcheck(lambda x, a, b: masked_lora_linear(x, p["weight"], p["bias"], a, b, p["row_scale"]), leaves)
 
 
-def test_operator_passes_torch_library_opcheck() -> None:
+def arguments_of(name: str, p: dict[str, Tensor]) -> tuple[object, ...]:
+    if name == "masked_lora_update_":
+        return (torch.zeros(*p["x"].shape[:-1], p["weight"].shape[0]), p["x"], p["lora_a"], p["lora_b"], p["row_scale"])
+    if name == "masked_lora_qkv":
+        return (p["x"], *([p[n]] * 3 for n in ("weight", "bias", "lora_a", "lora_b")), p["row_scale"])
+    return tuple(p.values())
+
+
+OPERATORS = {
+    "masked_lora_linear": masked_lora_linear,
+    "masked_lora_update_": masked_lora_update_,
+    "masked_lora_qkv": masked_lora_qkv,
+}
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_operator_passes_torch_library_opcheck(name: str) -> None:
     p = problem(2, 5, 12, 10, 3)
-    p["lora_a"].requires_grad_()
-    torch.library.opcheck(torch.ops.slideredit.masked_lora_linear.default, tuple(p.values()))
+    if name == "masked_lora_linear":
+        p["lora_a"].requires_grad_()
+    torch.library.opcheck(getattr(torch.ops.slideredit, name).default, arguments_of(name, p))
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_compiles_as_one_graph_and_exports(name: str) -> None:
+    class Module(torch.nn.Module):
+        def forward(self, *arguments: object) -> object:
+            # A new y, as after a projection: the caller's would be changed twice.
+            first = arguments[0] + 1  # type: ignore[operator]
+            return OPERATORS[name](first, *arguments[1:])  # type: ignore[operator]
+
+    arguments = arguments_of(name, problem(2, 5, 12, 10, 3))
+    expected = Module()(*arguments)
+    compiled = torch.compile(Module(), backend="aot_eager", fullgraph=True)(*arguments)
+    exported = torch.export.export(Module(), arguments)
+    torch.testing.assert_close(compiled, expected, atol=0, rtol=0)
+    torch.testing.assert_close(exported.module()(*arguments), expected, atol=0, rtol=0)
+    assert name in str(exported.graph), "the operator stays one node"
+
+
+def test_update_in_place_keeps_the_bits_of_inactive_rows() -> None:
+    p = problem(1, 9, 24, 20, 4)
+    p["row_scale"][0, ::2] = 0
+    p["x"][0, 2] = float("nan")
+    y = F.linear(p["x"], p["weight"], p["bias"]).nan_to_num(7.0)
+    before = y.clone()
+    returned = masked_lora_update_(y, p["x"], p["lora_a"], p["lora_b"], p["row_scale"])
+    assert returned is y
+    assert torch.equal(y[0, ::2], before[0, ::2])
+    assert torch.equal(y, masked_lora_update_reference_(before, p["x"], p["lora_a"], p["lora_b"], p["row_scale"]))
+    assert (y[0, 1::2] != F.linear(p["x"], p["weight"], p["bias"])[0, 1::2]).any(dim=-1).all()
+
+
+def test_qkv_is_three_projections() -> None:
+    p, other = problem(2, 7, 24, 20, 4), problem(2, 7, 24, 20, 4, seed=1)
+    three = {n: [p[n], other[n], p[n] - other[n]] for n in ("weight", "bias", "lora_a", "lora_b")}
+    three["bias"][1] = None  # type: ignore[call-overload]
+    arguments = (p["x"], *three.values(), p["row_scale"])
+    for i, y in enumerate(masked_lora_qkv(*arguments)):
+        one = (p["x"], *(group[i] for group in three.values()), p["row_scale"])
+        assert torch.equal(y, masked_lora_linear(*one))
+        assert torch.equal(y, masked_lora_qkv_reference(*arguments)[i])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"weight": torch.zeros(10, 11)}, r"weight has shape \(10, 11\); give \[N, 12\]"),
+        ({"weight": torch.zeros(10, 12, dtype=torch.float16)}, "give both the same dtype"),
+        ({"bias": torch.zeros(9)}, r"bias has shape \(9,\); give \[10\]"),
+        ({"lora_a": torch.zeros(3, 11)}, "do not fit a projection from 12 to 10"),
+        ({"row_scale": torch.zeros(2, 4)}, "give one scale per row of x"),
+        ({"row_scale": torch.zeros(2, 5, dtype=torch.bfloat16)}, "16 bits would round the strengths"),
+        ({"row_scale": torch.zeros(2, 5, device="meta")}, "row_scale is on meta and x on cpu"),
+    ],
+)
+def test_arguments_that_do_not_belong_together_get_one_sentence(change: dict[str, Tensor], message: str) -> None:
+    with pytest.raises(SliderEditError, match=message):
+        masked_lora_linear(**problem(2, 5, 12, 10, 3) | change)
+
+
+def test_update_refuses_an_output_that_it_could_not_write_in_place() -> None:
+    p = problem(2, 5, 12, 10, 3)
+    rest = (p["x"], p["lora_a"], p["lora_b"], p["row_scale"])
+    with pytest.raises(SliderEditError, match="y is not contiguous"):
+        masked_lora_update_(torch.zeros(2, 5, 20)[..., ::2], *rest)
+    with pytest.raises(SliderEditError, match="give them the same rows and dtype"):
+        masked_lora_update_(torch.zeros(2, 4, 10), *rest)
+
+
+def test_qkv_refuses_projections_of_different_sizes() -> None:
+    p = problem(2, 5, 12, 10, 3)
+    arguments = list(arguments_of("masked_lora_qkv", p))
+    arguments[1] = [p["weight"], p["weight"], p["weight"][:8]]
+    with pytest.raises(SliderEditError, match="weights have shapes"):
+        masked_lora_qkv(*arguments)  # type: ignore[arg-type]
 
 
 def test_reference_is_what_the_operator_runs_on_the_cpu() -> None:

@@ -1,0 +1,383 @@
+"""The masked low-rank projection on a GPU, beside every other way to compute it (`make gpu-bench`).
+
+Every candidate is captured in a CUDA graph together with a write that evicts L2, ten times over; the time of the same
+graph without the candidate is subtracted. So launches cost what they cost in a replayed graph, and nobody reads warm data.
+A candidate whose result is wrong gets no time. `--rehearse` runs every path once on small shapes, on any machine
+(`TRITON_INTERPRET=1` on a CPU), and times nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import triton
+from torch import Tensor
+
+from slideredit_rt import kernels
+from slideredit_rt.files import atomic_file
+from slideredit_rt.kernels import dispatch
+
+RANK = 16
+REPEATS = 10
+TEXT_ROWS, IMAGE_ROWS = 512, 8192
+# Inner and outer widths. FLUX.1-Kontext and Qwen-Image-Edit are both 3072 wide with an MLP of 12288.
+PROJECTIONS = {"q, k, v, out": (3072, 3072), "MLP up": (3072, 12288), "MLP down": (12288, 3072)}
+SINGLE_PROJECTIONS = {"q, k, v": (3072, 3072), "MLP up": (3072, 12288), "out": (15360, 3072)}
+PATHS = {
+    "update": "vendor GEMM, then the active rows in place",
+    "addmm": "vendor GEMM, low-rank product by Triton, vendor addmm",
+    "accumulate": "low-rank product, then one more inner step of our GEMM",
+    "fused": "one kernel",
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One projection: `rows` per batch item, of which `active` are scaled."""
+
+    kind: str
+    stream: str
+    projection: str
+    batch: int
+    rows: int
+    active: int
+    k: int
+    n: int
+
+    @property
+    def flops(self) -> int:
+        """Of the base product alone."""
+        return 2 * self.batch * self.rows * self.k * self.n
+
+    @property
+    def bytes(self) -> int:
+        """That the base product must move once, in 16-bit elements."""
+        return 2 * (self.batch * self.rows * (self.k + self.n) + self.k * self.n)
+
+
+@dataclass
+class Measurement:
+    """One line of the result. `microseconds` is None where the result was wrong or the path was not run, with the reason."""
+
+    case: Case
+    candidate: str
+    error: float
+    allowed_error: float
+    microseconds: float | None = None
+    ratio_to_base: float | None = None
+    tflops: float | None = None
+    gbytes_per_s: float | None = None
+    note: str = ""
+
+
+def cases(batches: tuple[int, ...] = (1, 2, 4)) -> Iterator[Case]:
+    """ST on text rows with few active ones, GST on every row of each stream."""
+    for batch in batches:
+        for name, (k, n) in PROJECTIONS.items():
+            for active in (8, 32, 128):
+                yield Case("ST", "text", name, batch, TEXT_ROWS, active, k, n)
+            yield Case("GST", "text", name, batch, TEXT_ROWS, TEXT_ROWS, k, n)
+            yield Case("GST", "image", name, batch, IMAGE_ROWS, IMAGE_ROWS, k, n)
+        for name, (k, n) in SINGLE_PROJECTIONS.items():
+            rows = TEXT_ROWS + IMAGE_ROWS
+            yield Case("GST", "joint", name, batch, rows, rows, k, n)
+
+
+def rehearsal_cases() -> Iterator[Case]:
+    """Small and odd."""
+    yield Case("ST", "text", "rehearsal", 2, 33, 5, 72, 40)
+    yield Case("GST", "image", "rehearsal", 1, 150, 150, 64, 48)
+
+
+def inputs(case: Case, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
+    """A projection's arguments; the active rows are one span per batch item, as an instruction's are."""
+    g = torch.Generator(device).manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g, device=device)
+
+    scale = torch.zeros(case.batch, case.rows, device=device)
+    start = (case.rows - case.active) // 2
+    scale[:, start : start + case.active] = 0.5
+    return {
+        "x": normal(case.batch, case.rows, case.k).to(dtype),
+        "weight": (normal(case.n, case.k) / case.k**0.5).to(dtype),
+        "bias": normal(case.n).to(dtype),
+        "lora_a": (normal(RANK, case.k) / case.k**0.5).to(dtype),
+        "lora_b": (normal(case.n, RANK) / RANK**0.5).to(dtype),
+        "row_scale": scale,
+    }
+
+
+def base(p: dict[str, Tensor]) -> Tensor:
+    """The limit: the frozen projection alone."""
+    return F.linear(p["x"], p["weight"], p["bias"])
+
+
+def peft(p: dict[str, Tensor]) -> Tensor:
+    """`peft.tuners.lora.Linear.forward`, with a mask where its scaling is."""
+    y = F.linear(p["x"], p["weight"], p["bias"])
+    return y + F.linear(F.linear(p["x"], p["lora_a"]), p["lora_b"]) * p["row_scale"].to(y.dtype).unsqueeze(-1)
+
+
+def peft_addmm(p: dict[str, Tensor]) -> Tensor:
+    """The same with the second product added into the first one's output."""
+    y = F.linear(p["x"], p["weight"], p["bias"])
+    low = F.linear(p["x"], p["lora_a"]) * p["row_scale"].to(y.dtype).unsqueeze(-1)
+    return y.view(-1, y.shape[-1]).addmm_(low.view(-1, RANK), p["lora_b"].T).view_as(y)
+
+
+def upcast(p: dict[str, Tensor]) -> Tensor:
+    """As the authors' ST code does: input and update in float32, then back."""
+    y = F.linear(p["x"], p["weight"], p["bias"])
+    update = F.linear(F.linear(p["x"].float(), p["lora_a"].float()), p["lora_b"].float())
+    return (y.float() + p["row_scale"].unsqueeze(-1) * update).to(y.dtype)
+
+
+def by_update(p: dict[str, Tensor]) -> Tensor:
+    """Our path `update`."""
+    return kernels.masked_lora_update_triton_(base(p), p["x"], p["lora_a"], p["lora_b"], p["row_scale"])
+
+
+OURS: dict[str, Callable[[dict[str, Tensor]], Tensor]] = {
+    "update": by_update,
+    "addmm": lambda p: kernels.masked_lora_addmm_triton(**p),
+    "accumulate": lambda p: kernels.masked_lora_accumulate_triton(**p),
+    "fused": lambda p: kernels.masked_lora_linear_triton(**p),
+}
+OTHERS: dict[str, Callable[[dict[str, Tensor]], Tensor]] = {
+    "PEFT eager": peft,
+    "PEFT addmm": peft_addmm,
+    "upcast": upcast,
+}
+
+
+def exact(p: dict[str, Tensor], rows: slice) -> Tensor:
+    """The formula in float64, on some rows of the first batch item."""
+    d = {name: t.double() for name, t in p.items()}
+    x, scale = d["x"][0, rows], d["row_scale"][0, rows]
+    return x @ d["weight"].T + d["bias"] + scale.unsqueeze(-1) * (x @ d["lora_a"].T @ d["lora_b"].T)
+
+
+class GraphTimer:
+    """Microseconds of a call inside a replayed CUDA graph, L2 cold."""
+
+    def __init__(self) -> None:
+        # Four times the largest L2 there is.
+        self.evict = torch.empty(4 * torch.cuda.get_device_properties(0).L2_cache_size, dtype=torch.uint8, device="cuda")
+        self.empty = self._replays(lambda: None)
+
+    def _replays(self, call: Callable[[], object]) -> float:
+        side = torch.cuda.Stream()
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                call()
+        side.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(REPEATS):
+                self.evict.zero_()
+                call()
+        times: list[float] = []
+        spent = time.perf_counter()
+        while len(times) < 5 or (len(times) < 30 and time.perf_counter() - spent < 0.25):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            times.append(begin.elapsed_time(end) * 1e3 / REPEATS)
+        return statistics.median(times)
+
+    def __call__(self, call: Callable[[], object]) -> float:
+        """Median over replays."""
+        return self._replays(call) - self.empty
+
+
+@dataclass
+class Bench:
+    """Runs the cases and keeps the measurements."""
+
+    device: str
+    dtype: torch.dtype
+    timer: Callable[[Callable[[], object]], float] | None
+    deadline: float
+    measurements: list[Measurement] = field(default_factory=list)
+    # Compiled once more for each new shape.
+    compiled_peft: Callable[[dict[str, Tensor]], Tensor] = field(default_factory=lambda: torch.compile(peft, dynamic=False))
+
+    def run(self, case: Case) -> None:
+        """Every candidate on one case, the right ones timed."""
+        p = inputs(case, self.dtype, self.device)
+        # An eighth of the rows, the active span's middle among them, keeps float64 short.
+        middle, count = case.rows // 2, max(1, case.rows // 8)
+        rows = slice(max(0, middle - count // 2), middle + count // 2 + 1)
+        expected = exact(p, rows)
+        allowed = 2 * float((peft(p)[0, rows].double() - expected).abs().max())
+        candidates = {"base": base, **OURS, **OTHERS}
+        if self.timer is not None and case.batch == 1 and time.monotonic() < self.deadline:
+            candidates["PEFT compiled"] = self.compiled_peft
+        base_time: float | None = None
+        for name, candidate in candidates.items():
+            measurement = Measurement(case, name, 0.0, allowed)
+            if name != "base":
+                measurement.error = float((candidate(p)[0, rows].double() - expected).abs().max())
+            if not measurement.error <= allowed:
+                measurement.note = "wrong result, not timed"
+            elif self.timer is not None:
+                elapsed = self.timer(partial(candidate, p))
+                base_time = elapsed if name == "base" else base_time
+                assert base_time is not None
+                measurement.microseconds = round(elapsed, 2)
+                measurement.ratio_to_base = round(elapsed / base_time, 4)
+                measurement.tflops = round(case.flops / elapsed / 1e6, 1)
+                measurement.gbytes_per_s = round(case.bytes / elapsed / 1e3, 1)
+            self.measurements.append(measurement)
+
+
+def table(measurements: list[Measurement]) -> str:
+    """Markdown: one line a case, one column a candidate, ratios to the base GEMM."""
+    names = list(dict.fromkeys(m.candidate for m in measurements))
+    lines = [
+        "| kind | stream | projection | B | rows | active | base µs | base TFLOP/s | " + " | ".join(names[1:]) + " |",
+        "|" + "---|" * (8 + len(names) - 1),
+    ]
+    for case in dict.fromkeys(m.case for m in measurements):
+        of = {m.candidate: m for m in measurements if m.case == case}
+
+        def cell(name: str, of: dict[str, Measurement] = of) -> str:
+            if name not in of:
+                return "–"
+            m = of[name]
+            return f"{m.ratio_to_base:.3f}" if m.ratio_to_base is not None else m.note or "right"
+
+        head = (case.kind, case.stream, case.projection, case.batch, case.rows, case.active)
+        limit = (of["base"].microseconds, of["base"].tflops)
+        lines.append("| " + " | ".join(map(str, (*head, *limit, *(cell(n) for n in names[1:])))) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def marks(measurements: list[Measurement]) -> dict[str, object]:
+    """The three figures that the kernels are judged by, each the worst over its cases."""
+    timed = [m for m in measurements if m.ratio_to_base is not None]
+
+    def best(case: Case, names: Iterable[str]) -> float:
+        return min(m.ratio_to_base or 0.0 for m in timed if m.case == case and m.candidate in names)
+
+    st = [c for c in dict.fromkeys(m.case for m in timed) if c.kind == "ST" and c.active == 32 and c.batch == 1]
+    gst = [c for c in dict.fromkeys(m.case for m in timed) if c.kind == "GST" and c.stream != "text"]
+    every = list(dict.fromkeys(m.case for m in timed))
+    return {
+        "ST, 32 of 512 rows, worst ratio to the base GEMM (mark 1.03)": max(best(c, OURS) for c in st),
+        "GST, image and joint rows, worst ratio to the base GEMM (mark 1.05)": max(best(c, OURS) for c in gst),
+        "ours over the best alternative, worst case (mark 1.00 + noise)": max(
+            best(c, OURS) / best(c, {*OTHERS, "PEFT compiled"}) for c in every
+        ),
+    }
+
+
+def dispatch_rules(measurements: list[Measurement]) -> list[dict[str, object]]:
+    """The fastest path per shape: ST's cases with 32 active rows decide for text rows, GST's for the others."""
+    rules: list[dict[str, object]] = []
+    for case in dict.fromkeys(m.case for m in measurements):
+        if (case.kind == "ST" and case.active == 32) or (case.kind == "GST" and case.stream != "text"):
+            of = {m.candidate: m.microseconds for m in measurements if m.case == case and m.microseconds is not None}
+            ranking = sorted((name for name in OURS if name in of), key=lambda name: of[name])
+            exact_path = next(name for name in ranking if name in dispatch.EXACT_PATHS)
+            shape = {"rows": case.batch * case.rows, "n": case.n, "k": case.k}
+            rules.append(shape | {"path": ranking[0], "exact_path": exact_path})
+    return rules
+
+
+def write_dispatch(rules: list[dict[str, object]], about: dict[str, str], file: Path) -> None:
+    """Put a card's rules into a `dispatch.json` beside the defaults."""
+    content = json.loads(file.read_text())
+    content["paths"][about["gpu"]] = {"dtype": "bfloat16", "source": "make gpu-bench", **about, "shapes": rules}
+    with atomic_file(file) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def heading(about: dict[str, str]) -> str:
+    """What the table below it holds, where it comes from, and what our columns mean."""
+    lines = [f"# Masked low-rank projections on {about['gpu']}", "", "Ratios to the base GEMM alone, cold L2, graph-replayed."]
+    lines += [f"{', '.join(f'{k} {v}' for k, v in about.items() if k != 'gpu')}. Reproduce: `make gpu-bench`.", ""]
+    return "\n".join(lines + [f"- `{name}`: {meaning}" for name, meaning in PATHS.items()]) + "\n"
+
+
+def commit() -> str:
+    """Of the working tree, or what the environment says where there is no repository."""
+    line = ["git", "rev-parse", "--short", "HEAD"]
+    done = subprocess.run(line, capture_output=True, text=True, check=False, cwd=Path(__file__).parent)
+    return os.environ.get("COMMIT") or done.stdout.strip() or "unknown"
+
+
+def main() -> int:
+    """Run the bench; exit 1 if a path of ours computed something wrong."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("bench/results"), help="results folder (default: %(default)s)")
+    parser.add_argument("--rehearse", action="store_true", help="every path once, small shapes, nothing timed")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--compile-seconds", type=float, default=240, help="no torch.compile column after this long")
+    parser.add_argument("--write-dispatch", type=Path, metavar="FILE", help="put the fastest paths into this dispatch.json")
+    args = parser.parse_args()
+    cuda = torch.cuda.is_available()
+    if not cuda and not args.rehearse:
+        sys.stderr.write("gpu_kernels: no CUDA device here; pass --rehearse to check every path without timing\n")
+        return 2
+    bench = Bench(
+        device="cuda" if cuda else "cpu",
+        dtype=torch.bfloat16,
+        timer=None if args.rehearse else GraphTimer(),
+        deadline=time.monotonic() + args.compile_seconds,
+    )
+    torch._dynamo.config.recompile_limit = 64
+    with torch.inference_mode():
+        for case in rehearsal_cases() if args.rehearse else cases(tuple(args.batches)):
+            bench.run(case)
+            sys.stderr.write(f"{case.kind} {case.stream} {case.projection} B={case.batch} active={case.active}: done\n")
+    now = datetime.now(UTC).date().isoformat()
+    about = {
+        "gpu": torch.cuda.get_device_name() if cuda else "none",
+        "date": now,
+        "commit": commit(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+    }
+    text = table(bench.measurements)
+    sys.stdout.write(text)
+    if not args.rehearse:
+        folder = args.out / about["gpu"].lower().replace(" ", "-")
+        content = {
+            **about,
+            "command": "make gpu-bench",
+            "marks": marks(bench.measurements),
+            "measurements": [asdict(m) for m in bench.measurements],
+        }
+        with atomic_file(folder / f"{now}-kernels.json") as temporary:
+            temporary.write_text(json.dumps(content, indent=1) + "\n")
+        with atomic_file(folder / f"{now}-kernels.md") as temporary:
+            temporary.write_text(f"{heading(about)}\n{text}")
+        sys.stdout.write(json.dumps(content["marks"], indent=2) + "\n")
+        if args.write_dispatch:
+            write_dispatch(dispatch_rules(bench.measurements), about, args.write_dispatch)
+    wrong = [m for m in bench.measurements if m.candidate in OURS and m.note]
+    for m in wrong:
+        sys.stderr.write(f"WRONG: {m.candidate} on {m.case}: error {m.error:.2e}, allowed {m.allowed_error:.2e}\n")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,157 @@
+"""Kernels compiled ahead of time: the PTX, its description, and the command that writes both."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from math import floor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from slideredit_rt import cli
+from slideredit_rt.kernels import aot
+from slideredit_rt.kernels.dispatch import SHARED_KIB
+
+TARGETS = ("sm80", "sm86", "sm89", "sm90", "sm100", "sm120")
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """The real command in a process that compiles instead of interpreting."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    line = [sys.executable, "-m", "slideredit_rt.cli", "kernels", *arguments]
+    return subprocess.run(line, capture_output=True, text=True, env=environment, check=False)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Everything that is shipped in bfloat16 at rank 16, for every capability."""
+    out = tmp_path_factory.mktemp("kernels")
+    done = command("build", "--targets", ",".join(TARGETS), "--dtypes", "bfloat16", "--out", str(out), "--quiet")
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+@pytest.fixture(scope="module")
+def descriptions(folder: Path) -> list[dict[str, Any]]:
+    return aot.built(folder)
+
+
+def test_every_shipped_configuration_is_built_for_every_target(folder: Path, descriptions: list[dict[str, Any]]) -> None:
+    expected = {f"{job.name}.{job.target}.ptx" for job in aot.jobs(TARGETS, ["bfloat16"], [16])}
+    assert {d["file"] for d in descriptions} == expected
+    assert {d["kernel"] for d in descriptions} == {spec.name for spec in aot.SPECS}
+    assert {d["target"] for d in descriptions} == set(TARGETS)
+    assert not [p.name for p in folder.iterdir() if p.name.startswith(".")]
+
+
+def test_nothing_shipped_spills_or_needs_scratch_memory(descriptions: list[dict[str, Any]]) -> None:
+    for d in descriptions:
+        assert (d["spill_bytes"], d["global_scratch_bytes"], d["profile_scratch_bytes"]) == (0, 0, 0), d["file"]
+        assert 0 < d["registers"] <= 255
+
+
+def test_shared_memory_fits_the_card(descriptions: list[dict[str, Any]]) -> None:
+    for d in descriptions:
+        assert 0 < d["shared_bytes"] <= SHARED_KIB[int(d["target"][2:])] * 1024, d["file"]
+
+
+def test_ptx_takes_exactly_the_declared_arguments(folder: Path, descriptions: list[dict[str, Any]]) -> None:
+    for d in descriptions:
+        ptx = (folder / d["file"]).read_text()
+        declared = ["u32" if a["type"] == "i32" else "u64" for a in d["arguments"]]
+        assert aot.parameters(ptx) == declared, d["file"]
+        assert re.search(r"\.visible \.entry (\w+)", ptx)[1] == d["entry"]  # type: ignore[index]
+        assert f".version {d['ptx_isa']}\n" in ptx
+        assert re.search(rf"\.target sm_{d['target'][2:]}a?\b", ptx)
+        assert f".reqntid {32 * d['num_warps']}" in ptx
+
+
+def test_arguments_are_inputs_then_sizes_then_outputs(descriptions: list[dict[str, Any]]) -> None:
+    """The order that TensorRT's ahead-of-time plugins pass them in."""
+    d = next(d for d in descriptions if d["kernel"] == "masked_lora_linear")
+    assert [a["name"] for a in d["arguments"]] == [
+        *("x", "weight", "bias", "lora_a", "lora_b", "row_scale"),
+        *("rows", "K", "N", "rank"),
+        "y",
+    ]
+    assert {a["type"] for a in d["arguments"] if a["name"] not in ("row_scale", "rows", "K", "N", "rank")} == {"*bf16"}
+    assert next(a["type"] for a in d["arguments"] if a["name"] == "row_scale") == "*fp32", "strengths are never rounded"
+
+
+def test_grid_covers_the_output(descriptions: list[dict[str, Any]]) -> None:
+    for d in descriptions:
+        rows, n = 1000, 3072
+        programs = [eval(size, {"floor": floor, "rows": rows, "N": n}) for size in d["grid"]]
+        block_m, block_n, _ = map(int, d["configuration"].split("-")[0].split("x"))
+        if d["kernel"] in ("masked_lora_linear", "accumulate_linear"):
+            assert programs == [-(-rows // block_m) * -(-n // block_n), 1]
+        if d["kernel"] == "masked_lora_qkv":
+            assert programs == [3 * -(-rows // block_m) * -(-n // block_n), 1]
+
+
+def test_a_second_build_compiles_nothing_and_a_damaged_file_is_built_again(folder: Path) -> None:
+    arguments = ("build", "--targets", "sm90", "--dtypes", "bfloat16", "--out", str(folder), "--quiet", "--json")
+    assert json.loads(command(*arguments).stdout)["compiled"] == 0
+    victim = next(folder.glob("masked_low_rank*.sm90.ptx"))
+    victim.write_text(victim.read_text()[:100])
+    assert json.loads(command(*arguments).stdout)["compiled"] == 1
+    assert aot.parameters(victim.read_text())
+
+
+def test_newer_ptx_only_when_asked_for(tmp_path: Path) -> None:
+    job = next(j for j in aot.jobs(["sm90"], ["bfloat16"], [16], "8.8") if j.spec_name == "masked_low_rank")
+    script = (
+        "from slideredit_rt.kernels import aot;"
+        "j = next(j for j in aot.jobs(['sm90'], ['bfloat16'], [16], '8.8') if j.spec_name == 'masked_low_rank');"
+        "print(aot.compile_job(j)[0])"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    ptx = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=True).stdout
+    assert job.ptx_isa == "8.8"
+    assert ".version 8.8\n" in ptx
+
+
+def test_list_shows_what_each_kernel_uses(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["kernels", "list", str(folder)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["file", "target", "registers", "spill_bytes", "shared_bytes", "num_warps", "ptx_isa"]
+    assert len(lines) == 1 + len(aot.built(folder))
+    assert cli.main(["kernels", "list", str(folder), "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["kernels"]) == len(lines) - 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["build", "--targets", "sm75"], "unknown target 'sm75'; choose from sm80"),
+        (["build", "--dtypes", "int8"], "unknown dtype 'int8'; choose from bfloat16"),
+        (["build", "--ranks", "200"], "rank 200 is outside the kernels' range 1 to 128"),
+        (["build", "--ptx-isa", "new"], "PTX ISA 'new' is not a version"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_writes_nothing(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["kernels", *arguments, "--out", str(tmp_path / "out")]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_interpreting_process_refuses_to_compile(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("this process compiles")
+    assert cli.main(["kernels", "build", "--targets", "sm90", "--out", str(tmp_path), "--processes", "1"]) == 2
+    assert "TRITON_INTERPRET is set" in capsys.readouterr().err
+
+
+def test_folder_without_kernels_says_how_to_build_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["kernels", "list", str(tmp_path)]) == 2
+    assert "slideredit-rt kernels build --out" in capsys.readouterr().err
+    (tmp_path / "broken.sm90.json").write_text("{")
+    assert cli.main(["kernels", "list", str(tmp_path)]) == 2
+    assert "is not a kernel description" in capsys.readouterr().err

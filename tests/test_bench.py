@@ -1,0 +1,91 @@
+"""The GPU bench on a machine without a GPU: every path once, the table, the marks and the dispatch rules."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from slideredit_rt.bench import gpu_kernels
+from slideredit_rt.bench.gpu_kernels import Case, Measurement
+from slideredit_rt.kernels import dispatch
+
+
+def run(*arguments: str, interpret: bool = True) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"TRITON_INTERPRET": "1" if interpret else "0"}
+    line = [sys.executable, "-m", "slideredit_rt.bench.gpu_kernels", *arguments]
+    return subprocess.run(line, capture_output=True, text=True, env=environment, check=False)
+
+
+@pytest.fixture
+def measured() -> list[Measurement]:
+    """Two shapes; `fused` is fastest on the first, `accumulate` on the second, and `addmm` was wrong there."""
+    st = Case("ST", "text", "q", 1, 512, 32, 3072, 3072)
+    gst = Case("GST", "joint", "q", 1, 8704, 8704, 3072, 3072)
+    times = {
+        st: {"base": 16.0, "update": 18.0, "addmm": 20.0, "accumulate": 19.0, "fused": 17.0, "PEFT eager": 24.0},
+        gst: {"base": 250.0, "update": 400.0, "addmm": None, "accumulate": 255.0, "fused": 270.0, "PEFT eager": 350.0},
+    }
+    found = []
+    for case, row in times.items():
+        for name, elapsed in row.items():
+            m = Measurement(case, name, 0.0, 0.1, elapsed, elapsed and round(elapsed / row["base"], 4))  # type: ignore[operator]
+            m.note = "" if elapsed else "wrong result, not timed"
+            found.append(m)
+    return found
+
+
+def test_rehearsal_computes_every_path_and_times_none() -> None:
+    done = run("--rehearse")
+    assert done.returncode == 0, done.stderr
+    header, _, *rows = done.stdout.strip().splitlines()
+    assert all(name in header for name in (*gpu_kernels.OURS, *gpu_kernels.OTHERS))
+    assert len(rows) == 2
+    assert all(row.count("right") == len(gpu_kernels.OURS) + len(gpu_kernels.OTHERS) for row in rows)
+
+
+def test_without_a_gpu_the_bench_says_so_and_writes_nothing(tmp_path: Path) -> None:
+    done = run("--out", str(tmp_path))
+    if done.returncode == 0:
+        pytest.skip("there is a GPU here")
+    assert done.returncode == 2
+    assert "no CUDA device here; pass --rehearse" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_cases_cover_every_projection_batch_and_number_of_active_rows() -> None:
+    cases = list(gpu_kernels.cases())
+    assert {c.batch for c in cases} == {1, 2, 4}
+    assert {c.active for c in cases if c.kind == "ST"} == {8, 32, 128}
+    assert {c.rows for c in cases if c.kind == "GST"} == {512, 8192, 8704}
+    assert {(c.k, c.n) for c in cases} == {(3072, 3072), (3072, 12288), (12288, 3072), (15360, 3072)}
+    assert len(cases) == len(set(cases))
+
+
+def test_a_wrong_result_shows_no_speed(measured: list[Measurement]) -> None:
+    row = gpu_kernels.table(measured).splitlines()[3]
+    assert "wrong result, not timed" in row
+    assert "1.020" in row
+
+
+def test_marks_are_the_worst_cases_of_the_best_path(measured: list[Measurement]) -> None:
+    assert list(gpu_kernels.marks(measured).values()) == [1.0625, 1.02, pytest.approx(255 / 350, abs=1e-3)]
+
+
+def test_dispatch_takes_the_fastest_right_path_per_shape(measured: list[Measurement], tmp_path: Path) -> None:
+    rules = gpu_kernels.dispatch_rules(measured)
+    assert rules == [
+        {"rows": 512, "n": 3072, "k": 3072, "path": "fused", "exact_path": "update"},
+        {"rows": 8704, "n": 3072, "k": 3072, "path": "accumulate", "exact_path": "update"},
+    ]
+    copy = tmp_path / "dispatch.json"
+    copy.write_text(dispatch.TABLE.read_text())
+    gpu_kernels.write_dispatch(rules, {"gpu": "Card", "date": "2026-11-23", "commit": "abc"}, copy)
+    written = json.loads(copy.read_text())["paths"]
+    assert written["Card"]["shapes"] == rules
+    assert written["Card"]["commit"] == "abc"
+    assert written["default"] == dispatch.table()["paths"]["default"]

@@ -1,0 +1,170 @@
+"""What only a GPU can show: the ahead-of-time PTX, replayed CUDA graphs, compiled graphs, and memory errors.
+
+`make gpu-test` runs this beside `test_triton_kernels.py`; it needs torch, triton, numpy, pytest and hypothesis only.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from slideredit_rt import kernels
+from slideredit_rt.kernels import aot
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")]
+
+# CUfunction_attribute in cuda.h.
+MAX_DYNAMIC_SHARED_SIZE_BYTES = 8
+
+
+def target() -> str:
+    major, minor = torch.cuda.get_device_capability()
+    return f"sm{major}{minor}"
+
+
+def tensors(rows: int, k: int, n: int, rank: int, dtype: torch.dtype, seed: int = 0) -> dict[str, Tensor]:
+    """Every pointer argument of every kernel, by name; outputs hold NaN."""
+    g = torch.Generator().manual_seed(seed)
+    scale = torch.randn(rows, generator=g) * (torch.rand(rows, generator=g) < 0.3)
+    found = {"x": torch.randn(rows, k, generator=g).to(dtype), "row_scale": scale}
+    for suffix in ("", "_q", "_k", "_v"):
+        found |= {
+            f"weight{suffix}": (torch.randn(n, k, generator=g) / k**0.5).to(dtype),
+            f"bias{suffix}": torch.randn(n, generator=g).to(dtype),
+            f"lora_a{suffix}": (torch.randn(rank, k, generator=g) / k**0.5).to(dtype),
+            f"lora_b{suffix}": (torch.randn(n, rank, generator=g) / rank**0.5).to(dtype),
+            f"y{suffix}": torch.full((rows, n), float("nan"), dtype=dtype),
+        }
+    return {name: tensor.cuda() for name, tensor in found.items()}
+
+
+def expected(t: dict[str, Tensor], suffix: str = "", *, low_rank_only: bool = False) -> Tensor:
+    """The formula in float64."""
+    x, scale = t["x"].double(), t["row_scale"].double()[:, None]
+    low = scale * (x @ t[f"lora_a{suffix}"].double().T)
+    if low_rank_only:
+        return low
+    return x @ t[f"weight{suffix}"].double().T + t[f"bias{suffix}"].double() + low @ t[f"lora_b{suffix}"].double().T
+
+
+def check(code: int) -> None:
+    assert code == 0, f"CUDA driver error {code}"
+
+
+def launch(ptx: str, d: dict[str, Any], grid: tuple[int, int], values: list[Tensor | int]) -> None:
+    """Launch PTX through the CUDA driver with exactly the declared arguments."""
+    cuda = ctypes.CDLL("libcuda.so.1")
+    module, function = ctypes.c_void_p(), ctypes.c_void_p()
+    check(cuda.cuModuleLoadData(ctypes.byref(module), ctypes.c_char_p(ptx.encode())))
+    check(cuda.cuModuleGetFunction(ctypes.byref(function), module, ctypes.c_char_p(d["entry"].encode())))
+    check(cuda.cuFuncSetAttribute(function, MAX_DYNAMIC_SHARED_SIZE_BYTES, d["shared_bytes"]))
+    boxes = [ctypes.c_int32(v) if isinstance(v, int) else ctypes.c_uint64(v.data_ptr()) for v in values]
+    arguments = (ctypes.c_void_p * len(boxes))(*(ctypes.addressof(box) for box in boxes))
+    stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+    threads = 32 * d["num_warps"]
+    check(cuda.cuLaunchKernel(function, *grid, 1, threads, 1, 1, d["shared_bytes"], stream, arguments, None))
+    torch.cuda.synchronize()
+    check(cuda.cuModuleUnload(module))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("spec", aot.SPECS, ids=lambda spec: spec.name)
+def test_ahead_of_time_ptx_computes_the_formula(spec: Any, dtype: str) -> None:
+    jobs = [j for j in aot.jobs([target()], [dtype], [16]) if j.spec_name == spec.name]
+    assert jobs
+    for job in jobs:
+        ptx, d = aot.compile_job(job)
+        rows, k, n, rank = 333, 768, 528, 16
+        t = tensors(rows, k, n, rank, getattr(torch, dtype))
+        low_rank_only = spec.name == "masked_low_rank"
+        t["low"] = torch.full((rows, rank), float("nan"), device="cuda")
+        if spec.name == "accumulate_linear":
+            t["low"] = expected(t, low_rank_only=True).float()
+        if spec.name == "masked_lora_update":
+            t["y"] = F.linear(t["x"], t["weight"], t["bias"])
+        sizes = {"rows": rows, "K": k, "N": n, "rank": rank}
+        values = [sizes[a["name"]] if a["type"] == "i32" else t[a["name"]] for a in d["arguments"]]
+        launch(ptx, d, spec.grid(job.configuration, rows, n), values)
+        for name in spec.outputs:
+            want = expected(t, name.removeprefix("y") if name != "low" else "", low_rank_only=low_rank_only)
+            error = (t[name].double() - want).abs().max() / want.abs().max()
+            assert error <= 2 * torch.finfo(t[name].dtype).eps + 2**-11, f"{job.name}: {name} is off by {error:.2e}"
+
+
+@pytest.mark.parametrize("rows", [512, 8704])
+def test_captured_graph_replays_with_other_masks_and_alphas(rows: int) -> None:
+    """One capture, twenty settings, each bit-equal to an eager call: strengths live in a buffer, not in the graph."""
+    t = tensors(rows, 768, 512, 16, torch.bfloat16)
+    scale = t["row_scale"][None]
+    arguments = [t["x"][None], t["weight"], t["bias"], t["lora_a"], t["lora_b"], scale]
+    kernels.masked_lora_linear(*arguments)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = kernels.masked_lora_linear(*arguments)
+    g = torch.Generator().manual_seed(1)
+    for setting in range(20):
+        share = 0.0 if setting == 0 else 1.0 if setting == 1 else float(torch.rand(1, generator=g))
+        scale.copy_(2 * torch.randn(1, rows, generator=g) * (torch.rand(1, rows, generator=g) < share))
+        y.fill_(float("nan"))
+        graph.replay()
+        assert torch.equal(y, kernels.masked_lora_linear(*arguments)), f"setting {setting}"
+
+
+def test_alpha_zero_on_every_row_is_the_frozen_projection_bit_for_bit() -> None:
+    for rows in (512, 8704):
+        t = tensors(rows, 768, 512, 16, torch.bfloat16)
+        y = kernels.masked_lora_linear(
+            t["x"], t["weight"], t["bias"], t["lora_a"], t["lora_b"], torch.zeros_like(t["row_scale"])
+        )
+        assert torch.equal(y, F.linear(t["x"], t["weight"], t["bias"]))
+
+
+@pytest.mark.parametrize("name", ["linear", "accumulate", "addmm", "update"])
+def test_compiled_graph_gives_what_eager_gives(name: str) -> None:
+    t = tensors(300, 768, 528, 16, torch.bfloat16)
+
+    def block(x: Tensor, row_scale: Tensor) -> Tensor:
+        if name == "update":
+            y = F.linear(x, t["weight"], t["bias"])
+            return F.gelu(kernels.masked_lora_update_triton_(y, x, t["lora_a"], t["lora_b"], row_scale))
+        operator = getattr(kernels, f"masked_lora_{name}_triton")
+        return F.gelu(operator(x, t["weight"], t["bias"], t["lora_a"], t["lora_b"], row_scale))
+
+    compiled = torch.compile(block, fullgraph=True)(t["x"], t["row_scale"])
+    torch.testing.assert_close(compiled, block(t["x"], t["row_scale"]), atol=2**-6, rtol=2**-6)
+
+
+def test_kernels_touch_no_memory_that_is_not_theirs() -> None:
+    tool = shutil.which("compute-sanitizer")
+    if tool is None:
+        pytest.skip("compute-sanitizer is not installed")
+    script = """
+        import torch
+        from slideredit_rt import kernels
+        x, s = torch.randn(129, 60, device="cuda").bfloat16(), torch.zeros(129, device="cuda")
+        s[[0, 77, 128]] = 0.5
+        w, b = torch.randn(100, 60, device="cuda").bfloat16(), torch.randn(100, device="cuda").bfloat16()
+        a, lb = torch.randn(4, 60, device="cuda").bfloat16(), torch.randn(100, 4, device="cuda").bfloat16()
+        for f in (kernels.masked_lora_linear_triton, kernels.masked_lora_accumulate_triton, kernels.masked_lora_addmm_triton):
+            f(x, w, b, a, lb, s)
+        kernels.masked_lora_update_triton_(torch.zeros(129, 100, device="cuda").bfloat16(), x, a, lb, s)
+        kernels.masked_lora_qkv_triton(x, [w] * 3, [b] * 3, [a] * 3, [lb] * 3, s)
+        torch.cuda.synchronize()
+    """
+    line = [tool, "--error-exitcode", "9", sys.executable, "-c", textwrap.dedent(script)]
+    # Without torch's caching every tensor is an allocation of its own, whose ends the tool knows.
+    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    done = subprocess.run(line, capture_output=True, text=True, env=environment, check=False)
+    if "Device not supported" in done.stdout:
+        pytest.skip("compute-sanitizer does not support this device")
+    assert done.returncode == 0, done.stdout[-3000:]
