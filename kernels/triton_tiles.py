@@ -11,7 +11,7 @@ GROUP_M: tl.constexpr = tl.constexpr(8)
 
 
 @triton.jit
-def multiply(a, b, accumulator, PRECISION: tl.constexpr = "ieee"):
+def multiply(a, b, accumulator, PRECISION: tl.constexpr):
     """`accumulator + a @ b` in float32. `PRECISION` concerns float32 operands only."""
     if INTERPRETED:
         # The interpreter would multiply the raw bits of bfloat16; products of 16-bit floats are exact in float32.
@@ -92,7 +92,7 @@ def project(x_rows, weight_rows, K, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
         inner = start + tl.arange(0, BLOCK_K)
         x = load_rows(x_rows, inner, K, EVEN_K)
         w = load_rows(weight_rows, inner, K, EVEN_K)
-        accumulator = multiply(x, w.T, accumulator)
+        accumulator = multiply(x, w.T, accumulator, "ieee")
     return accumulator
 
 
@@ -106,7 +106,7 @@ def project_low(
         inner = start + tl.arange(0, BLOCK_K)
         x = load_rows(x_rows, inner, K, EVEN_K)
         a = cast(load_lora_a(lora_a, inner, K, rank, RANK, EVEN_K), x.dtype)
-        low = multiply(x, a.T, low)
+        low = multiply(x, a.T, low, "ieee")
     return low
 
 
@@ -131,8 +131,8 @@ def project_both(
         x = load_rows(x_rows, inner, K, EVEN_K)
         w = load_rows(weight_rows, inner, K, EVEN_K)
         a = cast(load_lora_a(lora_a, inner, K, rank, RANK, EVEN_K), x.dtype)
-        accumulator = multiply(x, w.T, accumulator)
-        low = multiply(x, a.T, low)
+        accumulator = multiply(x, w.T, accumulator, "ieee")
+        low = multiply(x, a.T, low, "ieee")
     return accumulator, low
 
 
