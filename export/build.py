@@ -15,9 +15,20 @@ from tqdm import tqdm
 
 from slideredit_rt.adapters import Adapter, load_adapter
 from slideredit_rt.assets import resolve_base
+from slideredit_rt.engines import BACKENDS
 from slideredit_rt.engines.manifest import Manifest, describe_files, fingerprint_base, write_manifest
+from slideredit_rt.engines.tensorrt import PLAN_FILE
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.export.onnx_graph import export_onnx
+from slideredit_rt.export.tensorrt_engine import (
+    LOG_FILE,
+    Profile,
+    TensorRTOptions,
+    build_plan,
+    compute_capabilities,
+    image_rows_of,
+    load_tensorrt_rtx,
+)
 from slideredit_rt.families import family_of
 from slideredit_rt.files import atomic_folder
 from slideredit_rt.modules import SliderBackbone
@@ -35,6 +46,7 @@ def build_engine(
     backend: str = "onnxruntime",
     max_batch: int = MAX_BATCH,
     max_sliders: int = MAX_SLIDERS,
+    tensorrt: TensorRTOptions | None = None,
     overwrite: bool = False,
     progress: bool = True,
 ) -> Manifest:
@@ -46,17 +58,22 @@ def build_engine(
         out: folder to create. It appears whole when everything in it is written, or not at all.
         backend: what will execute it.
         max_batch, max_sliders: the largest B and K that the engine accepts.
+        tensorrt: targets, sizes and builder settings, for the backend `tensorrt-rtx` only.
         overwrite: replace an existing folder.
         progress: show a progress bar on standard error.
 
     Raises:
         SliderEditError: the base, the adapter or the target folder cannot be used.
     """
-    if backend != "onnxruntime":
-        raise SliderEditError(f"unknown backend {backend!r}; known: onnxruntime")
+    if backend not in BACKENDS:
+        raise SliderEditError(f"unknown backend {backend!r}; known: {', '.join(BACKENDS)}")
+    options = tensorrt or TensorRTOptions() if backend == "tensorrt-rtx" else None
+    if options is not None:
+        # Refuse before minutes of tracing.
+        compute_capabilities(load_tensorrt_rtx(), options.targets)
     if max_batch < 1 or max_sliders < 1:
         raise SliderEditError(f"an engine needs room for one batch row and one slider, got {max_batch} and {max_sliders}")
-    with tqdm(total=4, desc="build", disable=not progress, bar_format="{desc}: {bar} {n_fmt}/{total_fmt} [{elapsed}]") as bar:
+    with tqdm(total=5, desc="build", disable=not progress, bar_format="{desc}: {bar} {n_fmt}/{total_fmt} [{elapsed}]") as bar:
 
         def stage(name: str) -> None:
             bar.set_description(f"build: {name}")
@@ -76,6 +93,21 @@ def build_engine(
                 warnings.simplefilter("ignore")
                 names = export_onnx(backbone, config, folder)
             bar.update()
+            inputs = [*family.input_specs(config), *backbone.slider_specs()]
+            profile = None
+            if options is not None:
+                stage(f"compile for {', '.join(options.targets)}")
+                profile = Profile(
+                    batch=(1, 1, max_batch),
+                    text_rows=(1, options.max_text_rows, options.max_text_rows),
+                    image_rows=image_rows_of(path, options.resolution),
+                    sliders=(1, min(2, max_sliders), max_sliders),
+                )
+                build_plan(folder / names[0], folder, inputs, profile, options, progress=progress)
+                for name in names:
+                    (folder / name).unlink()
+                names = [PLAN_FILE, LOG_FILE]
+            bar.update()
             stage("fingerprint the base")
             fingerprint = fingerprint_base(path)
             bar.update()
@@ -94,13 +126,14 @@ def build_engine(
                     "training": adapter.training,
                 },
                 backend=backend,
-                backend_version=version("onnxruntime"),
+                backend_version=version("onnxruntime" if options is None else "tensorrt_rtx"),
                 lowering="native",
-                targets=[],
+                targets=[] if options is None else list(options.targets),
+                ranges={} if profile is None else {axis: list(sizes) for axis, sizes in profile.ranges().items()},
                 max_batch=max_batch,
                 max_sliders=max_sliders,
                 config=config,
-                inputs=[*family.input_specs(config), *backbone.slider_specs()],
+                inputs=inputs,
                 outputs=[family.output_spec(config)],
                 files=describe_files(folder, names),
                 created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

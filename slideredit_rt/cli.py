@@ -136,7 +136,16 @@ def _sweep(args: argparse.Namespace) -> int:
 
 def _build(args: argparse.Namespace) -> int:
     from slideredit_rt.export.build import build_engine
+    from slideredit_rt.export.tensorrt_engine import TensorRTOptions
 
+    fields = ("targets", "resolution", "max_text_rows", "optimization_level", "workspace_mib", "weight_streaming")
+    given = {name: value for name in fields if (value := getattr(args, name)) is not None}
+    if "targets" in given:
+        given["targets"] = tuple(given["targets"])
+    if given and args.backend != "tensorrt-rtx":
+        option = f"--{next(iter(given)).replace('_', '-')}"
+        raise SliderEditError(f"{option} is for --backend tensorrt-rtx; the backend {args.backend} takes any size")
+    options = TensorRTOptions(**given) if args.backend == "tensorrt-rtx" else None
     manifest = build_engine(
         args.base,
         args.adapter,
@@ -144,6 +153,7 @@ def _build(args: argparse.Namespace) -> int:
         backend=args.backend,
         max_batch=args.max_batch,
         max_sliders=args.max_sliders,
+        tensorrt=options,
         overwrite=args.overwrite,
         progress=not args.quiet,
     )
@@ -165,6 +175,8 @@ def _inspect(args: argparse.Namespace) -> int:
         else "adapter    none",
         f"backend    {manifest.backend} {manifest.backend_version}, lowering {manifest.lowering}",
         f"limits     batch {manifest.max_batch}, sliders {manifest.max_sliders}",
+        *([f"targets    {', '.join(manifest.targets)}"] if manifest.targets else []),
+        *(f"profile    {axis} {low} to {high}, usually {usual}" for axis, (low, usual, high) in manifest.ranges.items()),
         *(f"input      {s.name} {s.dtype} [{', '.join(map(str, s.shape))}]" for s in manifest.inputs),
         *(f"output     {s.name} {s.dtype} [{', '.join(map(str, s.shape))}]" for s in manifest.outputs),
         *(f"file       {name} {info['bytes'] / 2**20:.1f} MiB" for name, info in manifest.files.items()),
@@ -319,9 +331,16 @@ def _parser() -> argparse.ArgumentParser:
         "--adapter", help="shapes-st, shapes-gst, a file or a PEFT folder; without it the frozen backbone is exported"
     )
     build.add_argument("--out", type=Path, required=True, help="engine folder to create")
-    build.add_argument("--backend", default="onnxruntime", help="onnxruntime (default)")
+    build.add_argument("--backend", default="onnxruntime", help="onnxruntime (default) or tensorrt-rtx")
     build.add_argument("--max-batch", type=int, default=16, help="largest batch (default: 16)")
     build.add_argument("--max-sliders", type=int, default=8, help="most sliders in one prompt (default: 8)")
+    rtx = build.add_argument_group("for --backend tensorrt-rtx")
+    rtx.add_argument("--targets", type=_listed(str), help="compute capabilities (default: sm86,sm89,sm120)")
+    rtx.add_argument("--resolution", type=int, help="usual width and height in pixels (default: 1024)")
+    rtx.add_argument("--max-text-rows", type=int, help="most text rows of a prompt (default: 512)")
+    rtx.add_argument("--optimization-level", type=int, choices=range(6), help="the builder's (default: its own)")
+    rtx.add_argument("--workspace-mib", type=int, help="limit of the builder's scratch memory on the device")
+    rtx.add_argument("--weight-streaming", action="store_const", const=True, help="let the runtime stream weights")
     build.add_argument("--overwrite", action="store_true", help="replace an existing folder")
 
     command("inspect", _inspect, "print what an engine is").add_argument("engine", type=Path, metavar="ENGINE")

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from slideredit_rt.engines.manifest import Manifest, read_manifest
 from slideredit_rt.engines.onnxruntime import OnnxRuntimeEngine
+from slideredit_rt.engines.tensorrt import TensorRTEngine
 from slideredit_rt.errors import SliderEditError
 
 __all__ = ["BACKENDS", "Engine", "Manifest", "open_engine", "read_manifest"]
@@ -30,7 +31,7 @@ class Engine(Protocol):
         ...
 
 
-BACKENDS: dict[str, Callable[..., Engine]] = {"onnxruntime": OnnxRuntimeEngine}
+BACKENDS: dict[str, Callable[..., Engine]] = {"onnxruntime": OnnxRuntimeEngine, "tensorrt-rtx": TensorRTEngine}
 
 
 def open_engine(folder: Path, *, threads: int | None = None) -> tuple[Manifest, Engine]:

@@ -33,6 +33,7 @@ class Manifest:
         files: name to SHA-256 and size in bytes.
         created: UTC, ISO 8601.
         versions: packages that it was built with.
+        ranges: smallest, usual and largest size of each axis, where the backend compiles for a range.
     """
 
     family: str
@@ -50,6 +51,7 @@ class Manifest:
     files: dict[str, dict[str, Any]]
     created: str
     versions: dict[str, str]
+    ranges: dict[str, list[int]] = dataclasses.field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
 
     @property

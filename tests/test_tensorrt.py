@@ -1,0 +1,194 @@
+"""TensorRT-RTX: real builds on a machine without a GPU, and the checks that stand before a GPU is needed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from slideredit_rt import SliderEditError, cli
+from slideredit_rt.assets import resolve_base
+from slideredit_rt.engines import open_engine
+from slideredit_rt.engines.manifest import Manifest, read_manifest
+from slideredit_rt.engines.tensorrt import Environment, axis_sizes, check_environment, check_profile
+from slideredit_rt.export import tensorrt_engine
+from slideredit_rt.export.tensorrt_engine import Profile, check_memory, image_rows_of
+
+BUILD = ["build", "--base", "shapes-kontext", "--backend", "tensorrt-rtx", "--quiet"]
+SIZES = ["--resolution", "64", "--max-text-rows", "24", "--max-batch", "4"]
+
+
+@pytest.fixture(scope="module", params=["st", "gst"])
+def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded editor with each adapter, built for real by the command."""
+    out = tmp_path_factory.mktemp("rtx") / "engine"
+    assert cli.main([*BUILD, *SIZES, "--adapter", f"shapes-{request.param}", "--targets", "sm86,sm120", "--out", str(out)]) == 0
+    return out
+
+
+def test_build_writes_a_plan_its_log_and_a_manifest_and_nothing_else(engine: Path) -> None:
+    assert sorted(p.name for p in engine.iterdir()) == ["build.log", "manifest.json", "model.engine"]
+    assert (engine / "model.engine").stat().st_size > 10_000_000, "weights are in the plan"
+    assert "Adding 1 engine(s) to plan file" in (engine / "build.log").read_text()
+
+
+def test_manifest_says_what_the_engine_takes_and_where_it_runs(engine: Path) -> None:
+    manifest = read_manifest(engine)
+    assert (manifest.backend, manifest.lowering, manifest.targets) == ("tensorrt-rtx", "native", ["sm86", "sm120"])
+    assert manifest.backend_version == manifest.versions.get("tensorrt_rtx", manifest.backend_version)
+    assert manifest.ranges["batch"] == [1, 1, 4]
+    assert manifest.ranges["text_rows"] == [1, 24, 24]
+    assert manifest.ranges["image_rows"] == [32, 128, 131]
+    assert manifest.ranges["rows"] == [33, 152, 155]
+    assert {s.name for s in manifest.inputs} >= {"alpha", "token_mask"}
+
+
+def test_inspect_shows_targets_and_profile(engine: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["inspect", str(engine)]) == 0
+    out = capsys.readouterr().out
+    assert "targets    sm86, sm120" in out
+    assert "profile    image_rows 32 to 131, usually 128" in out
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_without_a_gpu_the_engine_says_so_in_one_sentence(engine: Path) -> None:
+    with pytest.raises(SliderEditError, match=r"runs on NVIDIA GPUs \(sm86, sm120\) and none is visible here"):
+        open_engine(engine)
+
+
+def test_truncated_plan_is_refused_before_anything_is_loaded(engine: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "engine"
+    copy.mkdir()
+    for file in engine.iterdir():
+        (copy / file.name).write_bytes(file.read_bytes()[: -100 if file.suffix == ".engine" else None])
+    with pytest.raises(SliderEditError, match=r"model\.engine' has \d+ bytes instead of"):
+        open_engine(copy)
+
+
+@pytest.fixture
+def manifest(engine: Path) -> Manifest:
+    return read_manifest(engine)
+
+
+@pytest.mark.parametrize(
+    ("package", "capability", "message"),
+    [
+        (None, "sm86", r"pip install 'slideredit-rt\[tensorrt-rtx\]'"),
+        ("1.0.0", "sm86", r"was built by TensorRT-RTX .* and 1\.0\.0 is installed; build it again"),
+        ("same", None, "none is visible here; build one with --backend onnxruntime"),
+        ("same", "sm90", "was built for sm86, sm120 and this GPU is sm90; build it again with --targets sm90"),
+    ],
+)
+def test_machine_that_cannot_run_the_engine(
+    manifest: Manifest, package: str | None, capability: str | None, message: str
+) -> None:
+    here = Environment(manifest.backend_version if package == "same" else package, capability)
+    with pytest.raises(SliderEditError, match=message):
+        check_environment(manifest, here)
+
+
+def test_machine_that_can_run_the_engine(manifest: Manifest) -> None:
+    check_environment(manifest, Environment(manifest.backend_version, "sm120"))
+
+
+@pytest.mark.parametrize(
+    ("axis", "size", "message"),
+    [
+        ("batch", 5, "built for 1 to 4 in the axis 'batch', got 5"),
+        ("text_rows", 25, "built for 1 to 24 in the axis 'text_rows', got 25"),
+        ("image_rows", 31, "built for 32 to 131 in the axis 'image_rows', got 31"),
+        ("sliders", 9, "built for 1 to 8 in the axis 'sliders', got 9"),
+    ],
+)
+def test_request_outside_the_profile_names_the_axis_the_size_and_the_range(
+    manifest: Manifest, axis: str, size: int, message: str
+) -> None:
+    sizes = {"batch": 4, "text_rows": 24, "image_rows": 128, "sliders": 2}
+    check_profile(sizes, manifest.ranges)
+    with pytest.raises(SliderEditError, match=message):
+        check_profile(sizes | {axis: size}, manifest.ranges)
+
+
+def test_axes_of_a_request_must_agree(manifest: Manifest) -> None:
+    sizes = {"batch": 2, "text_rows": 24, "image_rows": 128, "sliders": 3, "rows": 152}
+    shapes = {s.name: s.resolve(sizes) for s in manifest.inputs}
+    assert axis_sizes(manifest.inputs, shapes).items() <= sizes.items()
+    with pytest.raises(SliderEditError, match=r"'alpha' has shape \[1, 3\], expected \['batch', 'sliders'\]"):
+        axis_sizes(manifest.inputs, shapes | {"alpha": (1, 3)})
+    with pytest.raises(SliderEditError, match="'token_mask' is missing"):
+        axis_sizes(manifest.inputs, {k: v for k, v in shapes.items() if k != "token_mask"})
+
+
+def test_profile_gives_every_input_three_shapes(manifest: Manifest) -> None:
+    profile = Profile((1, 1, 4), (1, 24, 24), (32, 128, 131), (1, 2, 8))
+    shapes = {s.name: profile.shapes(s) for s in manifest.inputs}
+    assert shapes["hidden_states"] == [(1, 32, 64), (1, 128, 64), (4, 131, 64)]
+    assert shapes["alpha"] == [(1, 1), (1, 2), (4, 8)]
+
+
+def test_image_rows_follow_the_autoencoder(tmp_path: Path) -> None:
+    assert image_rows_of(resolve_base("shapes-kontext"), 64) == (32, 128, 131)
+    flux = tmp_path / "flux"
+    (flux / "vae").mkdir(parents=True)
+    (flux / "vae" / "config.json").write_text(json.dumps({"block_out_channels": [128, 256, 512, 512]}))
+    low, usual, high = image_rows_of(flux, 1024)
+    assert usual == 8192
+    # Kontext's preferred sizes (diffusers, PREFERRED_KONTEXT_RESOLUTIONS): the widest, the tallest, and some between.
+    for width, height in ((672, 1568), (688, 1504), (720, 1456), (880, 1184), (1024, 1024), (1248, 832), (1568, 672)):
+        assert low <= 2 * (width // 16) * (height // 16) <= high
+    with pytest.raises(SliderEditError, match="resolution 1000 is not a multiple of 16"):
+        image_rows_of(flux, 1000)
+
+
+def test_build_that_would_not_fit_into_memory_is_refused_with_the_figures() -> None:
+    assert check_memory(2 * 2**30, 8 * 2**30) == "about 5.4 GiB of host memory for 2.0 GiB of weights"
+    with pytest.raises(
+        SliderEditError, match=r"about 53\.8 GiB of host memory for 24\.0 GiB of weights, and 16\.0 GiB are free"
+    ):
+        check_memory(24 * 2**30, 16 * 2**30)
+
+
+def test_memory_is_checked_before_the_build_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    free = dataclasses.make_dataclass("free", [("available", int)])(10)
+    monkeypatch.setattr(tensorrt_engine.psutil, "virtual_memory", lambda: free)
+    out = tmp_path / "engine"
+    assert cli.main([*BUILD, *SIZES, "--adapter", "shapes-st", "--out", str(out)]) == 2
+    assert "the build needs about" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([*BUILD, "--targets", "sm90"], "does not build for 'sm90'; choose from sm120"),
+        ([*BUILD, "--resolution", "63"], "resolution 63 is not a multiple of 8"),
+        (["build", "--base", "shapes-kontext", "--targets", "sm86"], "--targets is for --backend tensorrt-rtx"),
+        (["build", "--base", "shapes-kontext", "--backend", "openvino"], "unknown backend 'openvino'; known: onnxruntime"),
+    ],
+)
+def test_bad_build_options_are_one_sentence_and_write_nothing(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main([*arguments, "--out", str(tmp_path / "engine")]) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_node_that_the_parser_refuses_is_named(tmp_path: Path) -> None:
+    import onnx
+    from onnx import TensorProto, helper
+
+    x, y = (helper.make_tensor_value_info(n, TensorProto.FLOAT, [1]) for n in "xy")
+    graph = helper.make_graph([helper.make_node("Mystery", ["x"], ["y"], "the_node", domain="nobody")], "g", [x], [y])
+    imports = [helper.make_opsetid("", 20), helper.make_opsetid("nobody", 1)]
+    path = tmp_path / "model.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=imports), path)
+    profile = Profile((1, 1, 1), (1, 1, 1), (1, 1, 1), (1, 1, 1))
+    with pytest.raises(SliderEditError, match=r"TensorRT-RTX refuses node 'the_node' \(Mystery\)"):
+        tensorrt_engine.build_plan(path, tmp_path, [], profile, tensorrt_engine.TensorRTOptions(), progress=False)
+    assert not (tmp_path / "model.engine").exists()
