@@ -98,7 +98,7 @@ def check_memory(weight_bytes: int, available: int) -> str:
         SliderEditError: the machine does not have it.
     """
     needed = memory_needed(weight_bytes)
-    sentence = f"about {needed / 2**30:.1f} GiB of host memory for {weight_bytes / 2**30:.1f} GiB of weights"
+    sentence = f"about {needed / 2**30:.1f} GiB of host memory for {weight_bytes / 2**20:,.0f} MiB of weights"
     if needed > available:
         raise SliderEditError(
             f"the build needs {sentence}, and {available / 2**30:.1f} GiB are free; build on a larger machine or free memory"

@@ -144,9 +144,9 @@ def test_image_rows_follow_the_autoencoder(tmp_path: Path) -> None:
 
 
 def test_build_that_would_not_fit_into_memory_is_refused_with_the_figures() -> None:
-    assert check_memory(2 * 2**30, 8 * 2**30) == "about 5.4 GiB of host memory for 2.0 GiB of weights"
+    assert check_memory(2 * 2**30, 8 * 2**30) == "about 5.4 GiB of host memory for 2,048 MiB of weights"
     with pytest.raises(
-        SliderEditError, match=r"about 53\.8 GiB of host memory for 24\.0 GiB of weights, and 16\.0 GiB are free"
+        SliderEditError, match=r"about 53\.8 GiB of host memory for 24,576 MiB of weights, and 16\.0 GiB are free"
     ):
         check_memory(24 * 2**30, 16 * 2**30)
 
