@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint bench gpu-test gpu-bench marks clean
+.PHONY: demo test slow-test lint bench gpu-test gpu-bench marks clean
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; set PYTHON=python3.11"; exit 2; }
@@ -19,6 +19,9 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
+
+slow-test: $(STAMP)
+	$(BIN)/python -m pytest -m slow -s
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -19,6 +19,7 @@ from slideredit_rt.modules import SliderBackbone
 
 DOMAIN = "slideredit"
 OPSET = 20
+MODEL_FILE = "model.onnx"
 WEIGHTS_FILE = "model.onnx.data"
 _T = onnxscript.onnx_types.TensorType
 _slideredit = onnxscript.values.Opset(DOMAIN, 1)
@@ -80,6 +81,45 @@ def example_inputs(
     return inputs
 
 
+def trace(backbone: SliderBackbone, config: Any, *, optimize: bool = True) -> torch.onnx.ONNXProgram:
+    """The backbone as an ONNX program whose batch, text rows, image rows and sliders are dynamic.
+
+    Args:
+        backbone: with or without an adapter, its weights real or on the `meta` device.
+        config: the transformer's configuration.
+        optimize: let the exporter fold constants; it cannot without the weights' values.
+
+    Returns:
+        A program without the body of `MaskedLoRA`, which `add_body` puts in: functions do not survive an optimiser.
+    """
+    # Sizes that differ from each other, so that tracing cannot mistake one axis for another.
+    inputs = example_inputs(backbone, config, batch=2, text_rows=11, image_rows=24, sliders=3)
+    specs = [*backbone.family.input_specs(config), *backbone.slider_specs()]
+    device = next(backbone.parameters()).device
+    inputs = {spec.name: inputs[spec.name].to(device) for spec in specs}
+    program = torch.onnx.export(
+        backbone.eval(),
+        kwargs={"inputs": inputs},
+        dynamo=True,
+        optimize=optimize,
+        opset_version=OPSET,
+        input_names=list(inputs),
+        output_names=[backbone.family.output_spec(config).name],
+        dynamic_shapes={"inputs": _dynamic_shapes(backbone, config)},
+        custom_translation_table={torch.ops.slideredit.masked_lora_linear.default: _translate},
+        verbose=False,
+    )
+    assert program is not None
+    return program
+
+
+def add_body(model: onnx_ir.Model) -> None:
+    """Give the `slideredit::MaskedLoRA` nodes of a model their body."""
+    body = onnx_ir.serde.deserialize_function(MaskedLoRA.to_function_proto())
+    model.functions[body.identifier()] = body
+    model.opset_imports[DOMAIN] = 1
+
+
 def export_onnx(backbone: SliderBackbone, config: Any, folder: Path) -> list[str]:
     """Write `model.onnx` and its weights as external data into `folder`.
 
@@ -91,28 +131,10 @@ def export_onnx(backbone: SliderBackbone, config: Any, folder: Path) -> list[str
     Returns:
         The names of the files written. Batch, text rows, image rows and sliders are dynamic in the graph.
     """
-    # Sizes that differ from each other, so that tracing cannot mistake one axis for another.
-    inputs = example_inputs(backbone, config, batch=2, text_rows=11, image_rows=24, sliders=3)
-    specs = [*backbone.family.input_specs(config), *backbone.slider_specs()]
-    inputs = {spec.name: inputs[spec.name] for spec in specs}
-    program = torch.onnx.export(
-        backbone.eval(),
-        kwargs={"inputs": inputs},
-        dynamo=True,
-        opset_version=OPSET,
-        input_names=list(inputs),
-        output_names=[backbone.family.output_spec(config).name],
-        dynamic_shapes={"inputs": _dynamic_shapes(backbone, config)},
-        custom_translation_table={torch.ops.slideredit.masked_lora_linear.default: _translate},
-        verbose=False,
-    )
-    assert program is not None
+    program = trace(backbone, config)
     if backbone.kind is not None:
-        # Added last: the exporter would inline it.
-        body = onnx_ir.serde.deserialize_function(MaskedLoRA.to_function_proto())
-        program.model.functions[body.identifier()] = body
-        program.model.opset_imports[DOMAIN] = 1
-    path = folder / "model.onnx"
+        add_body(program.model)
+    path = folder / MODEL_FILE
     program.save(path, external_data=True)
     onnx.checker.check_model(path)
     return [path.name, WEIGHTS_FILE]

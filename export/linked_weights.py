@@ -1,0 +1,399 @@
+"""Export without loading the weights: traced on the `meta` device, initializers point into the checkpoint's own files.
+
+ONNX external data is (file, offset, length), and so is a tensor in a safetensors file. The checkpoint's shards are linked
+beside `model.onnx` and nothing of them is read but their headers. The adapter lies in a small file of its own, which
+`replace_adapter` swaps.
+
+ONNX Runtime (1.32) and TensorRT-RTX's parser (1.7) follow hard links. A hard link cannot cross file systems; the symbolic
+link that takes its place there is followed by TensorRT-RTX and refused by ONNX Runtime, which wants the data inside the
+model's folder. `onnx.load` and `onnx.checker` (1.23) refuse both: read such a graph with `load_external_data=False`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import diffusers
+import onnx_ir
+import onnxscript.optimizer
+import torch
+from accelerate import init_empty_weights
+from onnx_ir.passes import common as passes
+from torch import Tensor, nn
+
+from slideredit_rt.adapters import Adapter
+from slideredit_rt.errors import SliderEditError
+from slideredit_rt.export.onnx_graph import MODEL_FILE, add_body, trace
+from slideredit_rt.families import Family, TensorSpec
+from slideredit_rt.files import atomic_file
+from slideredit_rt.modules import SliderBackbone
+
+ADAPTER_FILE = "adapter.safetensors"
+CONVERTED_FILE = "converted.safetensors"
+_OWN_FILES = (MODEL_FILE, ADAPTER_FILE, CONVERTED_FILE)
+_WEIGHTS = "diffusion_pytorch_model.safetensors"
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_CODES = {dtype: code for code, dtype in _DTYPES.items()}
+_NO_FLOAT16 = {"flux_kontext": "its activations exceed 65504, the largest float16, and turn into infinities"}
+# Elements: enough for shapes, slices and the tables of position frequencies, far below any weight matrix.
+_FOLD_LIMIT = 1024
+_MAX_HEADER = 100_000_000  # what the safetensors library accepts, in bytes
+
+Link = Literal["hard", "symbolic"]
+
+
+@dataclass(frozen=True)
+class LinkedExport:
+    """What `export_linked` put into a folder.
+
+    Attributes:
+        config: the transformer's configuration.
+        dtype: of the weights, torch's name. The graph computes in it.
+        inputs, outputs: names, dtypes and shapes; float32 at the boundary whatever `dtype` is.
+        files: names of the files written, `model.onnx` first.
+        links: name of each linked checkpoint file and how it was linked. Without entries, every weight was converted.
+        bytes_written: size of `files`.
+    """
+
+    config: dict[str, Any]
+    dtype: str
+    inputs: list[TensorSpec]
+    outputs: list[TensorSpec]
+    files: list[str]
+    links: dict[str, Link]
+    bytes_written: int
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """Where a tensor lies: `length` bytes from `offset` in `file`."""
+
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+    length: int
+
+
+def export_linked(
+    family: Family,
+    checkpoint: Path,
+    adapter: Adapter | None,
+    folder: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    symbolic_links: bool = True,
+) -> LinkedExport:
+    """Write `model.onnx` and the adapter's file into `folder` and link the checkpoint's weights beside them.
+
+    Inputs and outputs of the graph are float32 (`token_mask` bool) whatever the weights are: it casts at its boundary,
+    so that callers keep latents, timesteps and position ids in float32. Batch, text rows, image rows and sliders are
+    dynamic.
+
+    Args:
+        checkpoint: folder of a diffusers pipeline whose `transformer` is stored as safetensors, in one file or in shards.
+        adapter: None exports the frozen backbone without slider inputs.
+        folder: an existing folder, on the checkpoint's file system if links are to be hard.
+        dtype: converts the weights. Those stored in another dtype are copied, converted, into a file of their own.
+            None keeps the checkpoint's.
+        symbolic_links: link symbolically where a hard link is impossible. ONNX Runtime does not follow such a link.
+
+    Raises:
+        SliderEditError: the checkpoint is incomplete, damaged, not safetensors or of mixed dtypes; the family cannot
+            compute in the dtype; the adapter does not fit; a hard link is impossible and no other is allowed.
+    """
+    source = checkpoint / "transformer"
+    stored = _read_checkpoint(source)
+    transformer = _meta_transformer(source)
+    parameters = dict(transformer.named_parameters())
+    _check_complete(parameters, stored, source)
+    dtype = _choose_dtype(family, {name: stored[name] for name in parameters}, dtype, source)
+    # Not the model's own `to`, which warns about modules that a family would keep in float32 even where it has none.
+    nn.Module.to(transformer, dtype)
+    if adapter is not None:
+        adapter = _cast(adapter, dtype)
+    on_meta = adapter and dataclasses.replace(
+        adapter, pairs={name: (a.to("meta"), b.to("meta")) for name, (a, b) in adapter.pairs.items()}
+    )
+    backbone = SliderBackbone(family, transformer, on_meta)
+    config = json.loads(json.dumps({k: v for k, v in transformer.config.items() if not k.startswith("_")}))
+
+    places = {name: stored[name] for name in parameters}
+    foreign = {name: place for name, place in places.items() if place.dtype != dtype}
+    links: dict[str, Link] = {}
+    for file in sorted({place.file for name, place in places.items() if name not in foreign}):
+        links[file.name] = _link(file, folder / file.name, symbolic_links)
+    files = [MODEL_FILE]
+    if foreign:
+        files.append(CONVERTED_FILE)
+        _write(folder / CONVERTED_FILE, _header(foreign, dtype), (_read(place).to(dtype) for place in foreign.values()))
+        places |= _read_header(folder / CONVERTED_FILE)[0]
+    if adapter is not None:
+        files.append(ADAPTER_FILE)
+        tensors = _adapter_tensors(adapter)
+        _write(folder / ADAPTER_FILE, _header(tensors, dtype, {"kind": adapter.kind}), tensors.values())
+        for key, place in _read_header(folder / ADAPTER_FILE)[0].items():
+            module, _, part = key.removeprefix("transformer.").rpartition(".lora_")
+            places[f"{module}.lora_{part.removesuffix('.weight')}"] = place
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = trace(backbone, config, optimize=False).model
+    _finish(model, {f"transformer.{name}": place for name, place in places.items()})
+    if adapter is not None:
+        add_body(model)
+    with atomic_file(folder / MODEL_FILE) as temporary:
+        onnx_ir.save(model, temporary)
+    return LinkedExport(
+        config=config,
+        dtype=str(dtype).removeprefix("torch."),
+        inputs=[*family.input_specs(config), *backbone.slider_specs()],
+        outputs=[family.output_spec(config)],
+        files=files,
+        links=links,
+        bytes_written=sum((folder / name).stat().st_size for name in files),
+    )
+
+
+def replace_adapter(folder: Path, adapter: Adapter) -> None:
+    """Swap the adapter of a linked export: its small file is written anew, the graph stays.
+
+    The new file has the old one's layout, byte for byte, so the graph's offsets still hold. It is renamed into place;
+    a session that has the old file open keeps the old adapter.
+
+    Args:
+        folder: written by `export_linked` with an adapter.
+        adapter: of the same modules, ranks and kind; converted to the dtype of the export.
+
+    Raises:
+        SliderEditError: no such export, or an adapter of other modules, ranks or kind.
+    """
+    path = folder / ADAPTER_FILE
+    if not path.is_file():
+        raise SliderEditError(
+            f"{str(folder)!r} holds no {ADAPTER_FILE}, so there is no adapter to replace; give an export with linked weights"
+        )
+    places, header = _read_header(path)
+    kind = _metadata(header).get("kind")
+    if adapter.kind != kind:
+        raise SliderEditError(
+            f"adapter {adapter.source!r} is {adapter.kind} and the export in {str(folder)!r} is {kind}; export again for it"
+        )
+    tensors = _adapter_tensors(adapter)
+    if tensors.keys() != places.keys():
+        different = sorted(tensors.keys() ^ places.keys())
+        raise SliderEditError(
+            f"adapter {adapter.source!r} updates {len(adapter.pairs)} modules and the export in {str(folder)!r} "
+            f"{len(places) // 2}, not the same ones ({different[0]}); export again for it"
+        )
+    for key, place in places.items():
+        if tuple(tensors[key].shape) != place.shape:
+            raise SliderEditError(
+                f"adapter {adapter.source!r} has {key} of shape {list(tensors[key].shape)} and the export in "
+                f"{str(folder)!r} holds {list(place.shape)}: another rank or base; export again for it"
+            )
+    _write(path, header, (tensors[key].to(place.dtype) for key, place in places.items()))
+
+
+def _meta_transformer(source: Path) -> Any:
+    path = source / "config.json"
+    try:
+        config = json.loads(path.read_text())
+        model_class = getattr(diffusers, config["_class_name"])
+        if not issubclass(model_class, diffusers.ModelMixin):
+            raise TypeError(f"{config['_class_name']} is not a model")
+        with init_empty_weights():
+            return model_class.from_config(config).eval()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise SliderEditError(
+            f"cannot build the transformer that {str(path)!r} describes ({error}); download the checkpoint again"
+        ) from error
+
+
+def _read_checkpoint(source: Path) -> dict[str, _Stored]:
+    """Every tensor of a transformer folder, by name; only headers are read."""
+    index = source / f"{_WEIGHTS}.index.json"
+    if (source / _WEIGHTS).exists():
+        return _read_header(source / _WEIGHTS)[0]
+    try:
+        weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
+        names = sorted(set(weight_map.values()))
+    except FileNotFoundError:
+        raise SliderEditError(
+            f"{str(source)!r} holds neither {_WEIGHTS} nor its index; give a diffusers checkpoint stored as safetensors"
+        ) from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise SliderEditError(f"{str(index)!r} is not an index of shards ({error}); download the checkpoint again") from error
+    stored: dict[str, _Stored] = {}
+    for name in names:
+        # The name becomes the link's: it must not lead out of the folder or onto a file of the export.
+        if Path(name).name != name or name in _OWN_FILES:
+            raise SliderEditError(f"{str(index)!r} names a shard {name!r}, which is no plain file name; download it again")
+        stored |= _read_header(source / name)[0]
+    return stored
+
+
+def _read_header(path: Path) -> tuple[dict[str, _Stored], bytes]:
+    """The tensors of a safetensors file in the order of their data, and the header's bytes with its length in front."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            prefix = file.read(8)
+            length = int.from_bytes(prefix, "little")
+            if len(prefix) < 8 or length > min(size - 8, _MAX_HEADER):
+                raise ValueError(f"its {size} bytes do not hold the header")
+            raw = file.read(length)
+        start = 8 + length
+        entries = {name: entry for name, entry in json.loads(raw).items() if name != "__metadata__"}
+        places = {}
+        for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
+            first, last = entry["data_offsets"]
+            if entry["dtype"] not in _DTYPES:
+                raise ValueError(f"{name} is {entry['dtype']}, where only {', '.join(_DTYPES)} can be exported")
+            place = _Stored(path, _DTYPES[entry["dtype"]], tuple(entry["shape"]), start + first, last - first)
+            if first < 0 or start + last > size or place.length != math.prod(place.shape) * place.dtype.itemsize:
+                raise ValueError(f"{name} is not whole")
+            places[name] = place
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise SliderEditError(f"cannot read the weights in {str(path)!r} ({error}); download or build them again") from error
+    return places, prefix + raw
+
+
+def _metadata(header: bytes) -> dict[str, str]:
+    metadata: dict[str, str] = json.loads(header[8:]).get("__metadata__", {})
+    return metadata
+
+
+def _check_complete(parameters: Mapping[str, Tensor], stored: Mapping[str, _Stored], source: Path) -> None:
+    for name, parameter in parameters.items():
+        if name not in stored:
+            raise SliderEditError(f"checkpoint {str(source)!r} lacks the tensor {name}; download it again")
+        if stored[name].shape != tuple(parameter.shape):
+            raise SliderEditError(
+                f"checkpoint {str(source)!r} stores {name} as {list(stored[name].shape)} and its configuration says "
+                f"{list(parameter.shape)}; download it again"
+            )
+
+
+def _choose_dtype(family: Family, places: Mapping[str, _Stored], dtype: torch.dtype | None, source: Path) -> torch.dtype:
+    if dtype is None:
+        found = sorted({str(place.dtype).removeprefix("torch.") for place in places.values()})
+        if len(found) > 1:
+            raise SliderEditError(f"checkpoint {str(source)!r} mixes {' and '.join(found)}; choose one with --dtype")
+        dtype = next(iter(places.values())).dtype
+    if dtype not in _CODES:
+        raise SliderEditError(f"cannot export weights as {dtype}; choose float32, bfloat16 or float16")
+    if dtype == torch.float16 and family.name in _NO_FLOAT16:
+        raise SliderEditError(
+            f"{family.name} cannot run in float16: {_NO_FLOAT16[family.name]}; use bfloat16 or float32 (--dtype)"
+        )
+    return dtype
+
+
+def _cast(adapter: Adapter, dtype: torch.dtype) -> Adapter:
+    return dataclasses.replace(adapter, pairs={name: (a.to(dtype), b.to(dtype)) for name, (a, b) in adapter.pairs.items()})
+
+
+def _adapter_tensors(adapter: Adapter) -> dict[str, Tensor]:
+    """Under the key names of `save_adapter`."""
+    return {
+        f"transformer.{module}.lora_{part}.weight": tensor
+        for module, pair in adapter.pairs.items()
+        for part, tensor in zip("AB", pair, strict=True)
+    }
+
+
+def _header(tensors: Mapping[str, Tensor | _Stored], dtype: torch.dtype, metadata: Mapping[str, str] | None = None) -> bytes:
+    """A safetensors header, its length in front, for tensors that follow in this order."""
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name, tensor in tensors.items():
+        start, end = end, end + math.prod(tensor.shape) * dtype.itemsize
+        entries[name] = {"dtype": _CODES[dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    raw = json.dumps(entries, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)  # keeps the data aligned
+    return len(raw).to_bytes(8, "little") + raw
+
+
+def _write(path: Path, header: bytes, tensors: Iterable[Tensor]) -> None:
+    """Not with `safetensors.torch.save_file`, which needs every tensor at once and chooses their order itself."""
+    with atomic_file(path) as temporary, temporary.open("wb") as file:
+        file.write(header)
+        for tensor in tensors:
+            file.write(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+
+
+def _read(place: _Stored) -> Tensor:
+    # Read and not mapped: pages of a mapped shard would count as memory of this process.
+    with place.file.open("rb") as file:
+        file.seek(place.offset)
+        data = bytearray(file.read(place.length))
+    return torch.frombuffer(data, dtype=place.dtype).reshape(place.shape)
+
+
+def _link(source: Path, target: Path, symbolic: bool) -> Link:
+    # Files in the hub's cache are symbolic links themselves.
+    source = source.resolve()
+    try:
+        os.link(source, target)
+        return "hard"
+    except OSError as error:
+        if not symbolic:
+            raise SliderEditError(
+                f"cannot make a hard link to {str(source)!r} in {str(target.parent)!r} ({error.strerror}), and ONNX Runtime "
+                "reads no weights through a symbolic one; put the engine on the checkpoint's file system"
+            ) from error
+    target.symlink_to(source)
+    return "symbolic"
+
+
+def _finish(model: onnx_ir.Model, places: Mapping[str, _Stored]) -> None:
+    """Give the weights their places in the files, fold what tracing left over, and make the output float32."""
+    graph = model.graph
+    weights = [value for name, value in graph.initializers.items() if name in places]
+    for name, value in graph.initializers.items():
+        raw = getattr(value.const_value, "raw", None)
+        if name not in places and isinstance(raw, Tensor) and raw.is_meta:
+            raise SliderEditError(f"the graph needs {name}, which the checkpoint does not hold; this base cannot be linked")
+    result = graph.outputs[0]
+    if result.dtype != onnx_ir.DataType.FLOAT:
+        name, result.name = result.name, f"{result.name}_{result.dtype}"
+        cast = onnx_ir.node("Cast", [result], {"to": onnx_ir.DataType.FLOAT})
+        graph.append(cast)
+        graph.outputs[0] = cast.outputs[0]
+        graph.outputs[0].name, graph.outputs[0].type = name, onnx_ir.TensorType(onnx_ir.DataType.FLOAT)
+        graph.outputs[0].shape = result.shape
+    # Weights are graph inputs for a while: no pass may read, fold or copy them.
+    for value in weights:
+        graph.initializers.pop(str(value.name))
+        value.const_value = None
+    inputs = list(graph.inputs)
+    graph.inputs.extend(weights)
+    onnxscript.optimizer.fold_constants(
+        model, onnx_shape_inference=True, input_size_limit=_FOLD_LIMIT, output_size_limit=_FOLD_LIMIT
+    )
+    # Not the whole of `onnxscript.optimizer.optimize`: its rewriting takes minutes on a graph of this size and gains little.
+    for one in (
+        passes.RemoveUnusedNodesPass(),
+        passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        passes.DeduplicateInitializersPass(),
+        passes.CommonSubexpressionEliminationPass(),
+    ):
+        one(model)
+    graph.inputs[:] = inputs
+    for value in (value for value in weights if value.uses()):
+        place = places[str(value.name)]
+        assert value.shape is not None
+        assert value.dtype is not None
+        value.const_value = onnx_ir.ExternalTensor(
+            place.file.name, place.offset, place.length, value.dtype, shape=onnx_ir.Shape(place.shape), name=str(value.name)
+        )
+        graph.register_initializer(value)
