@@ -328,7 +328,7 @@ def _write(path: Path, header: bytes, tensors: Iterable[Tensor]) -> None:
     with atomic_file(path) as temporary, temporary.open("wb") as file:
         file.write(header)
         for tensor in tensors:
-            file.write(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+            file.write(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
 
 
 def _read(place: _Stored) -> Tensor:
@@ -365,7 +365,8 @@ def _finish(model: onnx_ir.Model, places: Mapping[str, _Stored]) -> None:
             raise SliderEditError(f"the graph needs {name}, which the checkpoint does not hold; this base cannot be linked")
     result = graph.outputs[0]
     if result.dtype != onnx_ir.DataType.FLOAT:
-        name, result.name = result.name, f"{result.name}_{result.dtype}"
+        name = str(result.name)
+        result.name = f"{name}_{result.dtype}"
         cast = onnx_ir.node("Cast", [result], {"to": onnx_ir.DataType.FLOAT})
         graph.append(cast)
         graph.outputs[0] = cast.outputs[0]
