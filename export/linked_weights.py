@@ -101,7 +101,7 @@ def export_linked(
     Args:
         checkpoint: folder of a diffusers pipeline whose `transformer` is stored as safetensors, in one file or in shards.
         adapter: None exports the frozen backbone without slider inputs.
-        folder: an existing folder, on the checkpoint's file system if links are to be hard.
+        folder: an existing, empty folder, on the checkpoint's file system if links are to be hard.
         dtype: converts the weights. Those stored in another dtype are copied, converted, into a file of their own.
             None keeps the checkpoint's.
         symbolic_links: link symbolically where a hard link is impossible. ONNX Runtime does not follow such a link.
@@ -345,13 +345,20 @@ def _link(source: Path, target: Path, symbolic: bool) -> Link:
     try:
         os.link(source, target)
         return "hard"
+    except FileExistsError:
+        raise SliderEditError(f"{str(target)!r} exists already; export into an empty folder") from None
     except OSError as error:
-        if not symbolic:
-            raise SliderEditError(
-                f"cannot make a hard link to {str(source)!r} in {str(target.parent)!r} ({error.strerror}), and ONNX Runtime "
-                "reads no weights through a symbolic one; put the engine on the checkpoint's file system"
-            ) from error
-    target.symlink_to(source)
+        refused = error
+    where = f"to {str(source)!r} in {str(target.parent)!r} ({refused.strerror})"
+    if not symbolic:
+        raise SliderEditError(
+            f"cannot make a hard link {where}, and ONNX Runtime reads no weights through a symbolic one; "
+            "put the engine on the checkpoint's file system"
+        ) from refused
+    try:
+        target.symlink_to(source)
+    except OSError as error:
+        raise SliderEditError(f"cannot make a link {where}; put the engine on the checkpoint's file system") from error
     return "symbolic"
 
 

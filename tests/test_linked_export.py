@@ -305,6 +305,14 @@ def test_across_file_systems_the_link_is_symbolic_or_refused(
         _run(tmp_path, {})
 
 
+def test_a_folder_that_holds_the_link_already_is_refused(two_blocks: Path, tmp_path: Path, family: Family) -> None:
+    taken = tmp_path / sorted((two_blocks / "transformer").glob("*.safetensors"))[0].name
+    taken.write_bytes(b"mine")
+    with pytest.raises(SliderEditError, match="export into an empty folder"):
+        export_linked(family, two_blocks, None, tmp_path)
+    assert taken.read_bytes() == b"mine"
+
+
 def test_a_checkpoint_reached_through_links_is_linked_at_its_real_files(
     two_blocks: Path, tmp_path: Path, family: Family
 ) -> None:
