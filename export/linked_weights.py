@@ -113,9 +113,10 @@ def export_linked(
     source = checkpoint / "transformer"
     stored = _read_checkpoint(source)
     transformer = _meta_transformer(source)
-    parameters = dict(transformer.named_parameters())
-    _check_complete(parameters, stored, source)
-    dtype = _choose_dtype(family, {name: stored[name] for name in parameters}, dtype, source)
+    state = transformer.state_dict()
+    _check_complete(state, stored, source)
+    places = {name: stored[name] for name in state}
+    dtype = _choose_dtype(family, places, dtype, source)
     # Not the model's own `to`, which warns about modules that a family would keep in float32 even where it has none.
     nn.Module.to(transformer, dtype)
     if adapter is not None:
@@ -126,7 +127,6 @@ def export_linked(
     backbone = SliderBackbone(family, transformer, on_meta)
     config = json.loads(json.dumps({k: v for k, v in transformer.config.items() if not k.startswith("_")}))
 
-    places = {name: stored[name] for name in parameters}
     foreign = {name: place for name, place in places.items() if place.dtype != dtype}
     links: dict[str, Link] = {}
     for file in sorted({place.file for name, place in places.items() if name not in foreign}):
@@ -272,14 +272,14 @@ def _metadata(header: bytes) -> dict[str, str]:
     return metadata
 
 
-def _check_complete(parameters: Mapping[str, Tensor], stored: Mapping[str, _Stored], source: Path) -> None:
-    for name, parameter in parameters.items():
+def _check_complete(state: Mapping[str, Tensor], stored: Mapping[str, _Stored], source: Path) -> None:
+    for name, tensor in state.items():
         if name not in stored:
             raise SliderEditError(f"checkpoint {str(source)!r} lacks the tensor {name}; download it again")
-        if stored[name].shape != tuple(parameter.shape):
+        if stored[name].shape != tuple(tensor.shape):
             raise SliderEditError(
                 f"checkpoint {str(source)!r} stores {name} as {list(stored[name].shape)} and its configuration says "
-                f"{list(parameter.shape)}; download it again"
+                f"{list(tensor.shape)}; download it again"
             )
 
 

@@ -13,6 +13,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,13 @@ def linked(
 ) -> tuple[Path, LinkedExport]:
     folder = tmp_path_factory.mktemp(f"linked-{kind}")
     return folder, export_linked(family, sharded[torch.float32], load_adapter(f"shapes-{kind}", family), folder)
+
+
+@pytest.fixture
+def scratch(tmp_path: Path) -> Iterator[Path]:
+    """For gigabytes: gone after the test, where pytest keeps the folders of three runs."""
+    yield tmp_path
+    shutil.rmtree(tmp_path)
 
 
 def _graph(folder: Path) -> onnx.ModelProto:
@@ -382,14 +390,14 @@ def test_a_checkpoint_of_mixed_dtypes_needs_a_choice(sharded: dict[torch.dtype, 
 
 
 @torch.no_grad()
-def test_a_full_width_checkpoint_in_shards_runs_from_where_it_lies(tmp_path: Path, family: Family) -> None:
+def test_a_full_width_checkpoint_in_shards_runs_from_where_it_lies(scratch: Path, family: Family) -> None:
     with init_empty_weights():
         transformer = FluxTransformer2DModel(num_layers=1, num_single_layers=1, guidance_embeds=True).eval()
     transformer.to_empty(device="cpu")
     torch.manual_seed(4)
     for parameter in transformer.parameters():
         parameter.uniform_(-0.03, 0.03)
-    transformer.save_pretrained(tmp_path / "base" / "transformer", max_shard_size="600MB")
+    transformer.save_pretrained(scratch / "base" / "transformer", max_shard_size="600MB")
     cases = {}
     for kind in KINDS:
         adapter = _adapter_for(family, transformer, kind)
@@ -403,9 +411,9 @@ def test_a_full_width_checkpoint_in_shards_runs_from_where_it_lies(tmp_path: Pat
     del backbone, transformer
     gc.collect()
     for kind, (adapter, inputs, adapted, effect) in cases.items():
-        folder = tmp_path / kind
+        folder = scratch / kind
         folder.mkdir()
-        result = export_linked(family, tmp_path / "base", adapter, folder)
+        result = export_linked(family, scratch / "base", adapter, folder)
         assert len(result.links) > 2
         assert result.bytes_written < 0.02 * sum((folder / name).stat().st_size for name in result.links)
         error = (_run(folder, inputs) - adapted).abs().max()
@@ -460,21 +468,21 @@ print(json.dumps({"seconds": seconds, "peak_bytes": peak, "bytes_written": resul
 
 @pytest.mark.slow
 def test_the_full_12b_transformer_exports_in_three_minutes_3_gb_and_200_mb(
-    tmp_path: Path, family: Family, kind: Kind, capsys: pytest.CaptureFixture[str]
+    scratch: Path, family: Family, kind: Kind, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    if shutil.disk_usage(tmp_path).free < 4 * 2**30:
+    if shutil.disk_usage(scratch).free < 4 * 2**30:
         pytest.skip("needs 4 GiB of free disk")
-    _sparse_checkpoint(tmp_path / "base" / "transformer")
+    _sparse_checkpoint(scratch / "base" / "transformer")
     with init_empty_weights():
         transformer = FluxTransformer2DModel(guidance_embeds=True)
     adapter = _adapter_for(family, transformer, kind)
     assert len(adapter.pairs) == {"st": 114, "gst": 342}[kind]
-    save_adapter(adapter, tmp_path / "adapter.safetensors")
-    folder = tmp_path / "engine"
+    save_adapter(adapter, scratch / "adapter.safetensors")
+    folder = scratch / "engine"
     folder.mkdir()
     # A process of its own: its peak memory is the export's.
     run = subprocess.run(
-        [sys.executable, "-c", FULL_SIZE, tmp_path / "base", tmp_path / "adapter.safetensors", folder],
+        [sys.executable, "-c", FULL_SIZE, scratch / "base", scratch / "adapter.safetensors", folder],
         stdout=subprocess.PIPE,
         check=True,
         text=True,
@@ -496,7 +504,7 @@ def test_the_full_12b_transformer_exports_in_three_minutes_3_gb_and_200_mb(
     assert nodes["MaskedLoRA"] == len(adapter.pairs)
     assert not SEQUENCE_OPERATORS & set(nodes)
     places = _places(model)
-    weight_map = json.loads((tmp_path / "base" / "transformer" / INDEX).read_text())["weight_map"]
+    weight_map = json.loads((scratch / "base" / "transformer" / INDEX).read_text())["weight_map"]
     with contextlib.ExitStack() as stack:
         shards = {n: stack.enter_context(safe_open(folder / n, framework="pt")) for n in set(weight_map.values())}
         for name in [n for n in weight_map if n.endswith(("bias", "norm_q.weight"))]:
