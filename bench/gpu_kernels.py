@@ -275,7 +275,8 @@ def marks(measurements: list[Measurement]) -> dict[str, object]:
     timed = [m for m in measurements if m.ratio_to_base is not None]
 
     def best(case: Case, names: Iterable[str]) -> float:
-        return min(m.ratio_to_base or 0.0 for m in timed if m.case == case and m.candidate in names)
+        ratios = (m.ratio_to_base or 0.0 for m in timed if m.case == case and m.candidate in names)
+        return min(ratios, default=float("nan"))
 
     st = [c for c in dict.fromkeys(m.case for m in timed) if c.kind == "ST" and c.active == 32 and c.batch == 1]
     gst = [c for c in dict.fromkeys(m.case for m in timed) if c.kind == "GST" and c.stream != "text"]
@@ -356,6 +357,7 @@ def main() -> int:
         "torch": torch.__version__,
         "triton": triton.__version__,
     }
+    wrong = [m for m in bench.measurements if m.candidate in OURS and m.note]
     text = table(bench.measurements)
     sys.stdout.write(text)
     if not args.rehearse:
@@ -371,9 +373,8 @@ def main() -> int:
         with atomic_file(folder / f"{now}-kernels.md") as temporary:
             temporary.write_text(f"{heading(about)}\n{text}")
         sys.stdout.write(json.dumps(content["marks"], indent=2) + "\n")
-        if args.write_dispatch:
+        if args.write_dispatch and not wrong:
             write_dispatch(dispatch_rules(bench.measurements), about, args.write_dispatch)
-    wrong = [m for m in bench.measurements if m.candidate in OURS and m.note]
     for m in wrong:
         sys.stderr.write(f"WRONG: {m.candidate} on {m.case}: error {m.error:.2e}, allowed {m.allowed_error:.2e}\n")
     return 1 if wrong else 0

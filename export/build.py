@@ -68,11 +68,19 @@ def build_engine(
     if backend not in BACKENDS:
         raise SliderEditError(f"unknown backend {backend!r}; known: {', '.join(BACKENDS)}")
     options = tensorrt or TensorRTOptions() if backend == "tensorrt-rtx" else None
+    if max_batch < 1 or max_sliders < 1:
+        raise SliderEditError(f"an engine needs room for one batch row and one slider, got {max_batch} and {max_sliders}")
+    path = resolve_base(base)
+    profile = None
     if options is not None:
         # Refuse before minutes of tracing.
         compute_capabilities(load_tensorrt_rtx(), options.targets)
-    if max_batch < 1 or max_sliders < 1:
-        raise SliderEditError(f"an engine needs room for one batch row and one slider, got {max_batch} and {max_sliders}")
+        profile = Profile(
+            batch=(1, 1, max_batch),
+            text_rows=(1, options.max_text_rows, options.max_text_rows),
+            image_rows=image_rows_of(path, options.resolution),
+            sliders=(1, min(2, max_sliders), max_sliders),
+        )
     with tqdm(total=5, desc="build", disable=not progress, bar_format="{desc}: {bar} {n_fmt}/{total_fmt} [{elapsed}]") as bar:
 
         def stage(name: str) -> None:
@@ -80,7 +88,6 @@ def build_engine(
 
         with atomic_folder(out, overwrite=overwrite) as folder:
             stage("load the base and the adapter")
-            path = resolve_base(base)
             family = family_of(path)
             if isinstance(adapter, str | Path):
                 adapter = load_adapter(adapter, family)
@@ -94,15 +101,8 @@ def build_engine(
                 names = export_onnx(backbone, config, folder)
             bar.update()
             inputs = [*family.input_specs(config), *backbone.slider_specs()]
-            profile = None
-            if options is not None:
+            if options is not None and profile is not None:
                 stage(f"compile for {', '.join(options.targets)}")
-                profile = Profile(
-                    batch=(1, 1, max_batch),
-                    text_rows=(1, options.max_text_rows, options.max_text_rows),
-                    image_rows=image_rows_of(path, options.resolution),
-                    sliders=(1, min(2, max_sliders), max_sliders),
-                )
                 build_plan(folder / names[0], folder, inputs, profile, options, progress=progress)
                 for name in names:
                     (folder / name).unlink()

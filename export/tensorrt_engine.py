@@ -189,7 +189,7 @@ def build_plan(
     options: TensorRTOptions,
     *,
     progress: bool = True,
-) -> dict[str, Any]:
+) -> None:
     """Build `model.engine` from an ONNX model whose slider nodes are local functions, and log the build to `build.log`.
 
     Strongly typed: tensors keep the dtypes of the graph. Needs no GPU; the result runs on the `targets` only.
@@ -201,9 +201,6 @@ def build_plan(
         profile: sizes of the dynamic axes.
         options: targets and builder settings.
         progress: a bar on standard error.
-
-    Returns:
-        Facts for the manifest: `weight_bytes`, `layers`.
 
     Raises:
         SliderEditError: package missing, target unknown, too little memory, a node that the parser refuses (with its name),
@@ -242,7 +239,6 @@ def build_plan(
             reason = logger.errors[-1] if logger.errors else "no reason given"
             raise SliderEditError(f"TensorRT-RTX could not build the engine: {reason}")
         (folder / PLAN_FILE).write_bytes(plan)
-        return {"weight_bytes": weight_bytes, "layers": network.num_layers}
 
 
 def _refused(parser: Any) -> str:

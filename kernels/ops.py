@@ -43,7 +43,10 @@ def _masked_lora_linear(
 
 
 @_masked_lora_linear.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, row_scale: Tensor) -> Tensor:
+def empty_projection(
+    x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, row_scale: Tensor
+) -> Tensor:
+    """`[..., S, N]` without values: what a compiler traces with."""
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
@@ -91,7 +94,7 @@ def _masked_lora_qkv(
 
 
 @_masked_lora_qkv.register_fake
-def _(
+def empty_qkv(
     x: Tensor,
     weights: Sequence[Tensor],
     biases: Sequence[Tensor | None],
@@ -99,6 +102,7 @@ def _(
     lora_bs: Sequence[Tensor],
     row_scale: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Three times `[..., S, N]` without values."""
     q, k, v = (x.new_empty(*x.shape[:-1], weight.shape[0]) for weight in weights)
     return q, k, v
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.kernels import dispatch
 from slideredit_rt.kernels.arguments import check_linear, check_qkv, check_update
+from slideredit_rt.kernels.ops import empty_projection, empty_qkv
 from slideredit_rt.kernels.triton_accumulate import launch_linear as launch_accumulate_linear
 from slideredit_rt.kernels.triton_accumulate import launch_low_rank
 from slideredit_rt.kernels.triton_linear import launch as launch_masked_lora_linear
@@ -134,32 +135,14 @@ def _masked_lora_qkv_triton(
     return q, k, v
 
 
-def _empty_projection(
-    x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, row_scale: Tensor
-) -> Tensor:
-    return x.new_empty(*x.shape[:-1], weight.shape[0])
-
-
 for _projection in (_masked_lora_linear_triton, _masked_lora_accumulate_triton, _masked_lora_addmm_triton):
-    _projection.register_fake(_empty_projection)
+    _projection.register_fake(empty_projection)
+_masked_lora_qkv_triton.register_fake(empty_qkv)
 
 
 @_masked_lora_update_triton_.register_fake
 def _(y: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, row_scale: Tensor) -> None:
     return None
-
-
-@_masked_lora_qkv_triton.register_fake
-def _(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    lora_as: Sequence[Tensor],
-    lora_bs: Sequence[Tensor],
-    row_scale: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v = (x.new_empty(*x.shape[:-1], weight.shape[0]) for weight in weights)
-    return q, k, v
 
 
 def masked_lora_linear_triton(

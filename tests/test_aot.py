@@ -92,6 +92,11 @@ def test_grid_covers_the_output(descriptions: list[dict[str, Any]]) -> None:
             assert programs == [-(-rows // block_m) * -(-n // block_n), 1]
         if d["kernel"] == "masked_lora_qkv":
             assert programs == [3 * -(-rows // block_m) * -(-n // block_n), 1]
+        if d["kernel"] == "masked_low_rank":
+            assert programs == [-(-rows // block_m), 1]
+        if d["kernel"] == "masked_lora_update":
+            # Four chunks of 256 rows, four programs each.
+            assert programs == [-(-n // block_n), 16]
 
 
 def test_a_second_build_compiles_nothing_and_a_damaged_file_is_built_again(folder: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,8 @@ from slideredit_rt import SliderEditError, cli
 from slideredit_rt.assets import resolve_base
 from slideredit_rt.engines import open_engine
 from slideredit_rt.engines.manifest import Manifest, read_manifest
-from slideredit_rt.engines.tensorrt import Environment, axis_sizes, check_environment, check_profile
+from slideredit_rt.engines.request import check_request
+from slideredit_rt.engines.tensorrt import Environment, check_environment
 from slideredit_rt.export import tensorrt_engine
 from slideredit_rt.export.tensorrt_engine import Profile, check_memory, image_rows_of
 
@@ -38,7 +40,7 @@ def test_build_writes_a_plan_its_log_and_a_manifest_and_nothing_else(engine: Pat
 def test_manifest_says_what_the_engine_takes_and_where_it_runs(engine: Path) -> None:
     manifest = read_manifest(engine)
     assert (manifest.backend, manifest.lowering, manifest.targets) == ("tensorrt-rtx", "native", ["sm86", "sm120"])
-    assert manifest.backend_version == manifest.versions.get("tensorrt_rtx", manifest.backend_version)
+    assert manifest.backend_version == version("tensorrt_rtx")
     assert manifest.ranges["batch"] == [1, 1, 4]
     assert manifest.ranges["text_rows"] == [1, 24, 24]
     assert manifest.ranges["image_rows"] == [32, 128, 131]
@@ -107,19 +109,23 @@ def test_request_outside_the_profile_names_the_axis_the_size_and_the_range(
     manifest: Manifest, axis: str, size: int, message: str
 ) -> None:
     sizes = {"batch": 4, "text_rows": 24, "image_rows": 128, "sliders": 2}
-    check_profile(sizes, manifest.ranges)
+    assert check_request(manifest, request_of(manifest, sizes)).items() >= sizes.items()
     with pytest.raises(SliderEditError, match=message):
-        check_profile(sizes | {axis: size}, manifest.ranges)
+        check_request(manifest, request_of(manifest, sizes | {axis: size}))
+
+
+def request_of(manifest: Manifest, sizes: dict[str, int]) -> dict[str, torch.Tensor]:
+    """Tensors of these sizes, a GST mask covering text and image rows."""
+    sizes = sizes | {"rows": sizes["text_rows"] + sizes["image_rows"]}
+    return {s.name: torch.empty(s.resolve(sizes), dtype=getattr(torch, s.dtype)) for s in manifest.inputs}
 
 
 def test_axes_of_a_request_must_agree(manifest: Manifest) -> None:
-    sizes = {"batch": 2, "text_rows": 24, "image_rows": 128, "sliders": 3, "rows": 152}
-    shapes = {s.name: s.resolve(sizes) for s in manifest.inputs}
-    assert axis_sizes(manifest.inputs, shapes).items() <= sizes.items()
+    request = request_of(manifest, {"batch": 2, "text_rows": 24, "image_rows": 128, "sliders": 3})
     with pytest.raises(SliderEditError, match=r"'alpha' has shape \[1, 3\], expected \['batch', 'sliders'\]"):
-        axis_sizes(manifest.inputs, shapes | {"alpha": (1, 3)})
+        check_request(manifest, request | {"alpha": torch.empty(1, 3)})
     with pytest.raises(SliderEditError, match="'token_mask' is missing"):
-        axis_sizes(manifest.inputs, {k: v for k, v in shapes.items() if k != "token_mask"})
+        check_request(manifest, {k: v for k, v in request.items() if k != "token_mask"})
 
 
 def test_profile_gives_every_input_three_shapes(manifest: Manifest) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from slideredit_rt.engines.manifest import Manifest
+from slideredit_rt.engines.request import check_request
 from slideredit_rt.errors import SliderEditError
 
 _NUMPY = {"float32": np.float32, "bool": np.bool_}
@@ -47,36 +48,6 @@ class OnnxRuntimeEngine:
         self.manifest = manifest
         self._bindings: dict[tuple[tuple[int, ...], ...], _Binding] = {}
 
-    def _check(self, inputs: Mapping[str, Tensor]) -> dict[str, int]:
-        sizes: dict[str, int] = {}
-        for spec in self.manifest.inputs:
-            tensor = inputs.get(spec.name)
-            if tensor is None:
-                raise SliderEditError(
-                    f"engine input {spec.name!r} is missing; it takes {[s.name for s in self.manifest.inputs]}"
-                )
-            if tensor.dtype != _TORCH[spec.dtype] or tensor.ndim != len(spec.shape) or not tensor.is_contiguous():
-                raise SliderEditError(
-                    f"engine input {spec.name!r} must be contiguous {spec.dtype} {list(spec.shape)}, "
-                    f"got {tensor.dtype} {list(tensor.shape)}"
-                )
-            for axis, size in zip(spec.shape, tensor.shape, strict=True):
-                if (axis if isinstance(axis, int) else sizes.setdefault(axis, size)) != size:
-                    raise SliderEditError(
-                        f"engine input {spec.name!r} has shape {list(tensor.shape)}, expected {list(spec.shape)} with {sizes}"
-                    )
-        if "rows" in sizes and sizes["rows"] != sizes["text_rows"] + sizes["image_rows"]:
-            raise SliderEditError(
-                f"engine input 'token_mask' covers {sizes['rows']} rows, expected {sizes['text_rows']} text rows "
-                f"and {sizes['image_rows']} image rows"
-            )
-        for axis, limit in (("batch", self.manifest.max_batch), ("sliders", self.manifest.max_sliders)):
-            if sizes.get(axis, 0) > limit:
-                raise SliderEditError(
-                    f"engine takes at most {limit} in the axis {axis!r}, got {sizes[axis]}; rebuild with a higher limit"
-                )
-        return sizes
-
     def __call__(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """One prediction (see `slideredit_rt.engines.Engine`)."""
         specs = self.manifest.inputs
@@ -86,14 +57,14 @@ class OnnxRuntimeEngine:
             if len(self._bindings) == _MAX_BINDINGS:
                 del self._bindings[next(iter(self._bindings))]
             output = self.manifest.outputs[0]
-            binding = _Binding(self.session, output.name, output.resolve(self._check(inputs)))
+            binding = _Binding(self.session, output.name, output.resolve(check_request(self.manifest, inputs)))
             self._bindings[key] = binding
         for spec in specs:
             tensor = inputs[spec.name]
             pointer = tensor.data_ptr()
             if binding.bound.get(spec.name) != pointer:
                 if tensor.dtype != _TORCH[spec.dtype] or not tensor.is_contiguous():
-                    self._check(inputs)
+                    check_request(self.manifest, inputs)
                 binding.io.bind_input(spec.name, "cpu", 0, _NUMPY[spec.dtype], tuple(tensor.shape), pointer)
                 binding.bound[spec.name] = pointer
         self.session.run_with_iobinding(binding.io)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from slideredit_rt.engines.manifest import Manifest
+from slideredit_rt.engines.request import check_request
 from slideredit_rt.errors import SliderEditError
-from slideredit_rt.families import TensorSpec
 
 PLAN_FILE = "model.engine"
 _MAX_BINDINGS = 8
@@ -66,40 +66,6 @@ def check_environment(manifest: Manifest, environment: Environment) -> None:
         )
 
 
-def axis_sizes(specs: Sequence[TensorSpec], shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
-    """Sizes of the named axes of a request.
-
-    Raises:
-        SliderEditError: an input is missing, has another rank, or contradicts another input.
-    """
-    sizes: dict[str, int] = {}
-    for spec in specs:
-        if spec.name not in shapes:
-            raise SliderEditError(f"engine input {spec.name!r} is missing; it takes {[s.name for s in specs]}")
-        shape = list(shapes[spec.name])
-        fits = len(shape) == len(spec.shape) and all(
-            (axis if isinstance(axis, int) else sizes.setdefault(axis, size)) == size
-            for axis, size in zip(spec.shape, shape, strict=True)
-        )
-        if not fits:
-            raise SliderEditError(f"engine input {spec.name!r} has shape {shape}, expected {list(spec.shape)} with {sizes}")
-    return sizes
-
-
-def check_profile(sizes: Mapping[str, int], ranges: Mapping[str, Sequence[int]]) -> None:
-    """Check the axes of a request against the engine's optimization profile.
-
-    Raises:
-        SliderEditError: names the axis, its size and the range.
-    """
-    for axis, size in sizes.items():
-        low, _, high = ranges[axis]
-        if not low <= size <= high:
-            raise SliderEditError(
-                f"the engine was built for {low} to {high} in the axis {axis!r}, got {size}; build it with more room"
-            )
-
-
 @dataclass
 class _Binding:
     """Device buffers of one set of shapes, written in place by every call, and the context that knows their addresses."""
@@ -132,8 +98,7 @@ class TensorRTEngine:
 
     def _bind(self, inputs: Mapping[str, Tensor]) -> _Binding:
         specs = self.manifest.inputs
-        sizes = axis_sizes(specs, {name: tensor.shape for name, tensor in inputs.items()})
-        check_profile(sizes, self.manifest.ranges)
+        sizes = check_request(self.manifest, inputs)
         config = self._engine.create_runtime_config()
         config.cuda_graph_strategy = self._trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
         context = self._engine.create_execution_context(config)

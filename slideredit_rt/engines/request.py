@@ -1,0 +1,54 @@
+"""Whether the tensors of a call are what an engine takes; the same sentences for every backend."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from slideredit_rt.engines.manifest import Manifest
+from slideredit_rt.errors import SliderEditError
+
+
+def check_request(manifest: Manifest, inputs: Mapping[str, Tensor]) -> dict[str, int]:
+    """Compare a call's tensors with the manifest.
+
+    Args:
+        manifest: its `inputs` give names, dtypes and shapes; its `ranges`, or `max_batch` and `max_sliders`, the limits.
+        inputs: on any device.
+
+    Returns:
+        The size of each named axis.
+
+    Raises:
+        SliderEditError: a tensor is missing, has another dtype or layout, contradicts another one, or is outside the limits.
+    """
+    sizes: dict[str, int] = {}
+    for spec in manifest.inputs:
+        tensor = inputs.get(spec.name)
+        if tensor is None:
+            raise SliderEditError(f"engine input {spec.name!r} is missing; it takes {[s.name for s in manifest.inputs]}")
+        if tensor.dtype != getattr(torch, spec.dtype) or tensor.ndim != len(spec.shape) or not tensor.is_contiguous():
+            raise SliderEditError(
+                f"engine input {spec.name!r} must be contiguous {spec.dtype} {list(spec.shape)}, "
+                f"got {tensor.dtype} {list(tensor.shape)}"
+            )
+        for axis, size in zip(spec.shape, tensor.shape, strict=True):
+            if (axis if isinstance(axis, int) else sizes.setdefault(axis, size)) != size:
+                raise SliderEditError(
+                    f"engine input {spec.name!r} has shape {list(tensor.shape)}, expected {list(spec.shape)} with {sizes}"
+                )
+    if "rows" in sizes and sizes["rows"] != sizes["text_rows"] + sizes["image_rows"]:
+        raise SliderEditError(
+            f"engine input 'token_mask' covers {sizes['rows']} rows, expected {sizes['text_rows']} text rows "
+            f"and {sizes['image_rows']} image rows"
+        )
+    limits = manifest.ranges or {"batch": [1, 1, manifest.max_batch], "sliders": [1, 1, manifest.max_sliders]}
+    for axis, size in sizes.items():
+        low, _, high = limits.get(axis, [size] * 3)
+        if not low <= size <= high:
+            raise SliderEditError(
+                f"the engine was built for {low} to {high} in the axis {axis!r}, got {size}; build it with more room"
+            )
+    return sizes
