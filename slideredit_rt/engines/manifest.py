@@ -25,7 +25,7 @@ class Manifest:
         base: `source` (embedded name, hub repository or folder) and `fingerprint`, SHA-256 per pipeline component.
         adapter: `source`, `fingerprint`, `kind`, `rank`, `modules`; None for an engine of the frozen backbone.
         backend, backend_version: what executes it.
-        lowering: how the masked update is expressed (`native`: standard operators).
+        lowering: how the masked update was asked to be expressed: `native`, `folded` or `plugin`.
         targets: CUDA compute capabilities it was built for; empty for a CPU engine.
         max_batch, max_sliders: the largest B and K that it accepts.
         config: the transformer's configuration.
@@ -34,6 +34,13 @@ class Manifest:
         created: UTC, ISO 8601.
         versions: packages that it was built with.
         ranges: smallest, usual and largest size of each axis, where the backend compiles for a range.
+        dtype: torch's name of the weights' type, in which the graph computes; its floating-point inputs and outputs stay float32.
+        updates: number of adapted linears by the lowering that each ended in.
+        layers: number of layers by type in the network that the builder was given, before it fused them.
+        compatibility: what beside the build machine's own TensorRT version and GPU a plan takes: `versions` (bool, later ones
+            of the same major) and `hardware` (`none`, `ampere_plus` or `same_compute_capability`).
+        links: checkpoint files that lie in the folder as links: name to size in bytes and `kind`, `hard` or `symbolic`.
+            Not hashed again: the base's fingerprint covers them.
     """
 
     family: str
@@ -52,6 +59,11 @@ class Manifest:
     created: str
     versions: dict[str, str]
     ranges: dict[str, list[int]] = dataclasses.field(default_factory=dict)
+    dtype: str = "float32"
+    updates: dict[str, int] = dataclasses.field(default_factory=dict)
+    layers: dict[str, int] = dataclasses.field(default_factory=dict)
+    compatibility: dict[str, Any] = dataclasses.field(default_factory=dict)
+    links: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
 
     @property
@@ -115,4 +127,11 @@ def read_manifest(folder: Path) -> Manifest:
             )
         if sha256(file) != expected["sha256"]:
             raise SliderEditError(f"engine file {str(file)!r} was changed after the build; build the engine again")
+    for name, expected in manifest.links.items():
+        file = folder / name
+        if not file.is_file() or file.stat().st_size != expected["bytes"]:
+            raise SliderEditError(
+                f"engine {str(folder)!r} needs the checkpoint's file {name} as it was at the build, and it is gone or changed; "
+                "build the engine again"
+            )
     return manifest
