@@ -11,10 +11,13 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.sliders import Slider, compose_prompt, normalise
+
+if TYPE_CHECKING:
+    from slideredit_rt.engines import RuntimeOptions
 
 _MAX_SWEEP = 64
 
@@ -57,6 +60,18 @@ def parse_swept_slider(text: str) -> tuple[Slider, list[float] | None]:
     return Slider(instruction, strengths[0]), [Slider(instruction, s).strength for s in strengths]
 
 
+def _runtime_options(args: argparse.Namespace) -> RuntimeOptions | None:
+    """How a TensorRT engine is to be run; None if nothing was asked."""
+    from slideredit_rt.engines import RuntimeOptions
+
+    given: dict[str, Any] = {}
+    if args.weight_budget_mib is not None:
+        given["weight_budget"] = "auto" if args.weight_budget_mib == "auto" else args.weight_budget_mib * 2**20
+    if args.cuda_graphs is not None:
+        given["cuda_graphs"] = args.cuda_graphs == "on"
+    return RuntimeOptions(**given) if given else None
+
+
 def _edit(args: argparse.Namespace) -> int:
     from slideredit_rt.editor import SliderEditor
     from slideredit_rt.images import open_image, picture_format, save_image
@@ -64,7 +79,7 @@ def _edit(args: argparse.Namespace) -> int:
     picture_format(args.out)
     sliders = [parse_slider(s) for s in args.slider]
     image = open_image(args.image)
-    editor = SliderEditor.from_engine(args.engine, args.base, threads=args.threads)
+    editor = SliderEditor.from_engine(args.engine, args.base, threads=args.threads, options=_runtime_options(args))
     edited = editor.edit(
         image,
         sliders,
@@ -97,7 +112,7 @@ def _sweep(args: argparse.Namespace) -> int:
     if len(swept) not in (1, 2):
         raise SliderEditError(f"{len(swept)} sliders are swept; give one (a strip) or two (a grid) as 'instruction=0:1.5:7'")
     image = open_image(args.image)
-    editor = SliderEditor.from_engine(args.engine, args.base, threads=args.threads)
+    editor = SliderEditor.from_engine(args.engine, args.base, threads=args.threads, options=_runtime_options(args))
     options = {
         "prompt": args.prompt,
         "seed": args.seed,
@@ -308,6 +323,16 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(run=run)
         return sub
 
+    def runtime_options(sub: argparse.ArgumentParser) -> None:
+        tensorrt = sub.add_argument_group("for engines of --backend tensorrt-rtx and tensorrt")
+        tensorrt.add_argument(
+            "--weight-budget-mib",
+            type=_budget,
+            metavar="N|auto",
+            help="weights to keep on the GPU, the rest is streamed (default: all)",
+        )
+        tensorrt.add_argument("--cuda-graphs", choices=("on", "off"), help="replay captured graphs (default: on)")
+
     def image_options(sub: argparse.ArgumentParser, example: str) -> None:
         sub.add_argument("engine", type=Path, metavar="ENGINE", help="folder written by slideredit-rt build")
         sub.add_argument("--image", required=True, help="picture to edit")
@@ -318,6 +343,7 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--guidance-scale", type=float, help="embedded guidance (default: the family's)")
         sub.add_argument("--base", help="where the base checkpoint is, if not where the manifest says")
         sub.add_argument("--threads", type=int, help="CPU threads of the backend")
+        runtime_options(sub)
         sub.add_argument("--out", type=Path, required=True, help="picture to write")
 
     image_options(command("edit", _edit, "edit a picture at given strengths"), "INSTRUCTION=STRENGTH")
@@ -443,6 +469,13 @@ def _listed(convert: Callable[[str], Any]) -> Callable[[str], list[Any]]:
         return [convert(part.strip()) for part in text.split(",") if part.strip()]
 
     return parse
+
+
+def _budget(text: str) -> int | str:
+    """A number of MiB, or `auto`."""
+    if text == "auto" or text.isdecimal():
+        return text if text == "auto" else int(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is neither a number of MiB nor 'auto'")
 
 
 def _silence_libraries() -> None:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from slideredit_rt.adapters import load_adapter
 from slideredit_rt.assets import resolve_base
-from slideredit_rt.engines import Engine, open_engine
+from slideredit_rt.engines import Engine, RuntimeOptions, open_engine
 from slideredit_rt.engines.manifest import fingerprint_base
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.families import Conditioning, Family, family_of, get_family
@@ -68,18 +68,26 @@ class SliderEditor:
         self.max_sliders = max_sliders
 
     @classmethod
-    def from_engine(cls, path: str | Path, base: str | Path | None = None, *, threads: int | None = None) -> SliderEditor:
+    def from_engine(
+        cls,
+        path: str | Path,
+        base: str | Path | None = None,
+        *,
+        threads: int | None = None,
+        options: RuntimeOptions | None = None,
+    ) -> SliderEditor:
         """Open an engine folder.
 
         Args:
             path: written by `slideredit-rt build`.
             base: where the encoders and the decoder are now, if not where the manifest says.
             threads: CPU threads of the backend.
+            options: of the TensorRT backends; None takes their defaults.
 
         Raises:
-            SliderEditError: a damaged engine, or a base that is not the one it was built from.
+            SliderEditError: a damaged engine, one that cannot run here, or a base that is not the one it was built from.
         """
-        manifest, engine = open_engine(Path(path), threads=threads)
+        manifest, engine = open_engine(Path(path), threads=threads, options=options)
         if manifest.kind is None:
             raise SliderEditError(
                 f"engine {str(path)!r} was built without an adapter and has no sliders; rebuild it with --adapter"

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from slideredit_rt.engines.manifest import Manifest, read_manifest
 from slideredit_rt.engines.onnxruntime import OnnxRuntimeEngine
-from slideredit_rt.engines.tensorrt import TensorRTEngine
+from slideredit_rt.engines.tensorrt import PACKAGES, RuntimeOptions, open_tensorrt
 from slideredit_rt.errors import SliderEditError
 
-__all__ = ["BACKENDS", "Engine", "Manifest", "open_engine", "read_manifest"]
+__all__ = ["BACKENDS", "Engine", "Manifest", "RuntimeOptions", "open_engine", "read_manifest"]
 
 
 class Engine(Protocol):
@@ -31,17 +31,32 @@ class Engine(Protocol):
         ...
 
 
-BACKENDS: dict[str, Callable[..., Engine]] = {"onnxruntime": OnnxRuntimeEngine, "tensorrt-rtx": TensorRTEngine}
+BACKENDS: dict[str, Callable[..., Engine]] = {
+    "onnxruntime": OnnxRuntimeEngine,
+    "tensorrt": open_tensorrt,
+    "tensorrt-rtx": open_tensorrt,
+}
 
 
-def open_engine(folder: Path, *, threads: int | None = None) -> tuple[Manifest, Engine]:
+def open_engine(folder: Path, *, threads: int | None = None, options: RuntimeOptions | None = None) -> tuple[Manifest, Engine]:
     """Check an engine folder and load it into its backend.
 
     Args:
         folder: written by `slideredit-rt build`.
         threads: CPU threads of the backend; None leaves the choice to it.
+        options: of the TensorRT backends; None takes their defaults.
+
+    Raises:
+        SliderEditError: a damaged engine, one that cannot run here, or options that its backend does not have.
     """
     manifest = read_manifest(folder)
     if manifest.backend not in BACKENDS:
         raise SliderEditError(f"engine {str(folder)!r} needs the backend {manifest.backend!r}; known: {', '.join(BACKENDS)}")
-    return manifest, BACKENDS[manifest.backend](folder, manifest, threads=threads)
+    if options is None:
+        return manifest, BACKENDS[manifest.backend](folder, manifest, threads=threads)
+    if manifest.backend not in PACKAGES:
+        raise SliderEditError(
+            f"engine {str(folder)!r} runs in {manifest.backend}, which has no weight budget and no CUDA graphs; "
+            "leave these options out"
+        )
+    return manifest, open_tensorrt(folder, manifest, threads=threads, options=options)

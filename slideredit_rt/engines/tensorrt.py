@@ -1,12 +1,19 @@
-"""TensorRT-RTX: runs `model.engine` of an engine folder on an NVIDIA GPU."""
+"""TensorRT and TensorRT-RTX: run `model.engine` of an engine folder on an NVIDIA GPU."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import mmap
+import os
+import re
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
+from functools import partial
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -14,24 +21,32 @@ from torch import Tensor
 from slideredit_rt.engines.manifest import Manifest
 from slideredit_rt.engines.request import check_request
 from slideredit_rt.errors import SliderEditError
+from slideredit_rt.files import atomic_file
 
 PLAN_FILE = "model.engine"
-_MAX_BINDINGS = 8
+RTX = "tensorrt-rtx"
+PACKAGES = {"tensorrt": "tensorrt", RTX: "tensorrt_rtx"}
+NAMES = {"tensorrt": "TensorRT", RTX: "TensorRT-RTX"}
 
 
 @dataclass(frozen=True)
 class Environment:
-    """What of this machine decides whether an engine can run. `capability` is such as `sm89`, None without a GPU."""
+    """What of this machine decides whether an engine can run.
+
+    Attributes:
+        package_version: of the backend's Python package; None if it cannot be imported.
+        capability: of the GPU, such as `sm89`; None without one.
+    """
 
     package_version: str | None
     capability: str | None
 
     @classmethod
-    def here(cls) -> Environment:
-        """Of this process."""
+    def here(cls, backend: str) -> Environment:
+        """Of this process and its current CUDA device."""
         try:
-            package: str | None = version("tensorrt_rtx")
-        except PackageNotFoundError:
+            package: str | None = import_module(PACKAGES[backend]).__version__
+        except (ImportError, OSError):  # OSError: the package is there and a library that it loads is not
             package = None
         if not torch.cuda.is_available():
             return cls(package, None)
@@ -43,91 +58,372 @@ def check_environment(manifest: Manifest, environment: Environment) -> None:
     """Refuse an engine that cannot run here, before anything is allocated.
 
     Raises:
-        SliderEditError: package missing or of another version, no GPU, or a GPU that the engine was not built for.
+        SliderEditError: package missing or of a version that cannot read the plan, no GPU, or one that it was not built for.
     """
-    if environment.package_version is None:
+    backend, name, installed = manifest.backend, NAMES[manifest.backend], environment.package_version
+    if installed is None:
         raise SliderEditError(
-            "the backend 'tensorrt-rtx' needs the package tensorrt-rtx; pip install 'slideredit-rt[tensorrt-rtx]'"
+            f"the backend {backend!r} needs the package {backend}, which cannot be imported here; "
+            f"pip install 'slideredit-rt[{backend}]'"
         )
-    if environment.package_version != manifest.backend_version:
+    if not _reads(manifest, installed):
+        later = " or a later one of the same major" if manifest.compatibility.get("versions") else ""
         raise SliderEditError(
-            f"the engine was built by TensorRT-RTX {manifest.backend_version} and {environment.package_version} is installed; "
-            "build it again or install that version"
+            f"the engine was built by {name} {manifest.backend_version} and {installed} is installed; "
+            f"build it again or install that version{later}"
         )
-    if environment.capability is None:
+    targets, card = ", ".join(manifest.targets), environment.capability
+    if card is None:
         raise SliderEditError(
-            f"the engine runs on NVIDIA GPUs ({', '.join(manifest.targets)}) and none is visible here; "
+            f"the engine runs on NVIDIA GPUs ({targets}) and none is visible here; "
             "build one with --backend onnxruntime for the CPU"
         )
-    if environment.capability not in manifest.targets:
-        raise SliderEditError(
-            f"the engine was built for {', '.join(manifest.targets)} and this GPU is {environment.capability}; "
-            f"build it again with --targets {environment.capability}"
-        )
+    if manifest.compatibility.get("hardware", "none") == "ampere_plus":
+        if int(card.removeprefix("sm")) < 80:
+            raise SliderEditError(
+                f"the engine runs on GPUs of sm80 and later and this GPU is {card}; build it again on this GPU"
+            )
+    elif card not in manifest.targets:
+        how = f"with --targets {card}" if backend == RTX else "on this GPU, or with --hardware-compatibility ampere_plus"
+        raise SliderEditError(f"the engine was built for {targets} and this GPU is {card}; build it again {how}")
+
+
+def _reads(manifest: Manifest, installed: str) -> bool:
+    """Whether the installed version can read the plan."""
+    if not manifest.compatibility.get("versions"):
+        return installed == manifest.backend_version
+    here, there = ([int(n) for n in re.findall(r"\d+", v)] for v in (installed, manifest.backend_version))
+    return here[0] == there[0] and here >= there
+
+
+@dataclass(frozen=True)
+class RuntimeOptions:
+    """How a TensorRT engine is run.
+
+    Attributes:
+        weight_budget: bytes of weights that stay on the GPU while the rest is streamed from host memory in every step; `auto`
+            fits them to the free memory, None keeps them all. The plan must have been built with weight streaming.
+        cuda_graphs: replay one captured CUDA graph per set of shapes.
+        specialization: when TensorRT-RTX compiles kernels for a new set of shapes: `lazy` in the background while general ones
+            run, `eager` before the first step, or `none`.
+        max_contexts: sets of shapes that stay ready; the least recently used goes first.
+    """
+
+    weight_budget: int | Literal["auto"] | None = None
+    cuda_graphs: bool = True
+    specialization: Literal["lazy", "eager", "none"] = "lazy"
+    max_contexts: int = 8
+
+
+class CudaDevice:
+    """What an engine asks of CUDA: where buffers lie, a stream that can be captured, and graphs."""
+
+    def __init__(self) -> None:
+        self.device = torch.device("cuda", torch.cuda.current_device())
+        self.name = torch.cuda.get_device_name(self.device)
+        self._own = self._last = torch.cuda.Stream(self.device)
+
+    @contextmanager
+    def stream(self) -> Iterator[int]:
+        """The handle of the caller's stream, behind whatever ran before: contexts share their scratch memory.
+
+        In place of the default stream, which cannot be captured, stands one of our own that the default one then waits for.
+        """
+        caller = torch.cuda.current_stream(self.device)
+        stream = self._own if caller == torch.cuda.default_stream(self.device) else caller
+        for earlier in {caller, self._last} - {stream}:
+            stream.wait_stream(earlier)
+        self._last = stream
+        with torch.cuda.stream(stream):
+            yield stream.cuda_stream
+        if stream != caller:
+            caller.wait_stream(stream)
+
+    def capture(self, enqueue: Callable[[int], None]) -> Callable[[], None]:
+        """Record what `enqueue(stream)` launches, without running it; the result replays it on the current stream."""
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            enqueue(stream.cuda_stream)
+        return graph.replay
+
+    def wait(self) -> None:
+        """Until everything that was enqueued has run."""
+        self._last.synchronize()
 
 
 @dataclass
 class _Binding:
-    """Device buffers of one set of shapes, written in place by every call, and the context that knows their addresses."""
+    """One set of shapes: its context, and the buffers whose addresses the context and its captured graph hold."""
 
     context: Any
+    config: Any
     inputs: dict[str, Tensor]
     output: Tensor
-    stream: torch.cuda.Stream = field(default_factory=torch.cuda.Stream)
+    scratch: Tensor
+    warm: bool = False
+    replay: Callable[[], None] | None = None
+
+    def release(self) -> None:
+        self.replay = None
+        self.context = None
+
+
+@dataclass
+class _Loaded:
+    """A plan in device memory. Released from the graphs down to the runtime: each refers to what comes after it."""
+
+    device: CudaDevice
+    logger: Any  # TensorRT keeps a bare pointer to it
+    runtime: Any
+    engine: Any
+    cache: Any = None
+    cache_file: Path | None = None
+    scratch: Tensor | None = None
+    bindings: OrderedDict[tuple[int, ...], _Binding] = field(default_factory=OrderedDict)
+
+    def release(self) -> None:
+        self.device.wait()
+        if self.cache_file is not None:
+            save_runtime_cache(self.cache, self.cache_file)
+        while self.bindings:
+            self.bindings.popitem()[1].release()
+        self.scratch = self.cache = None
+        self.engine = None
+        self.runtime = None
 
 
 class TensorRTEngine:
-    """Runs a TensorRT-RTX plan; contexts of several shapes share one engine.
+    """Runs a plan; several execution contexts, one per set of shapes, share its weights and their scratch memory.
 
-    Inputs may lie on the CPU or on the GPU: they are copied into the buffers whose addresses the context holds, so that a
-    CUDA graph that TensorRT-RTX captured for a shape replays with new alphas and masks.
+    Inputs may lie on the CPU or on the GPU: they are copied into buffers whose addresses stay the same, so that a captured
+    CUDA graph replays with new alphas and masks. Calls run on the caller's CUDA stream, one after the other; one thread at a
+    time. A context manager; without `close()` it is released when it is collected, or when the interpreter exits.
+
+    Args:
+        plan: the serialized engine.
+        manifest: what it takes.
+        trt: the module `tensorrt` or `tensorrt_rtx`.
+        device: where it runs.
+        options: see `RuntimeOptions`.
+        threads: most CPU threads of TensorRT; None leaves the choice to it.
+
+    Raises:
+        SliderEditError: the plan is damaged, does not fit into the device's memory, or cannot stream weights.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, *, threads: int | None = None) -> None:
-        check_environment(manifest, Environment.here())
-        import tensorrt_rtx as trt
-
+    def __init__(
+        self, plan: Path, manifest: Manifest, trt: Any, device: CudaDevice, options: RuntimeOptions, threads: int | None = None
+    ) -> None:
         self.manifest = manifest
-        self._trt = trt
-        self._logger = trt.Logger(trt.Logger.ERROR)  # TensorRT keeps a bare pointer to it
-        self._runtime = trt.Runtime(self._logger)
-        self._engine = self._runtime.deserialize_cuda_engine((folder / PLAN_FILE).read_bytes())
-        if self._engine is None:
-            raise SliderEditError(f"TensorRT-RTX cannot read {str(folder / PLAN_FILE)!r}; build the engine again")
-        self._bindings: dict[tuple[tuple[int, ...], ...], _Binding] = {}
+        self._name = NAMES[manifest.backend]
+        self._trt, self._device, self._options = trt, device, options
+        self._logger = _logger(trt)
+        try:
+            runtime = trt.Runtime(self._logger)
+        except (TypeError, RuntimeError):  # pybind11's words for a constructor that gave nothing
+            raise SliderEditError(f"{self._name} cannot start here ({self._logger.why()}); update the NVIDIA driver") from None
+        if threads is not None:
+            runtime.max_threads = threads
+        if manifest.compatibility.get("versions"):
+            runtime.engine_host_code_allowed = True  # such a plan carries its own runtime
+        # Mapped: the file's pages are the only host copy.
+        with plan.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            engine = runtime.deserialize_cuda_engine(content)
+        if engine is None:
+            reason = self._logger.why()
+            todo = "free GPU memory, or build with --weight-streaming" if _is_memory(reason) else "build the engine again"
+            raise SliderEditError(f"{self._name} cannot load {str(plan)!r} ({reason}); {todo}")
+        if options.weight_budget is not None:
+            _set_weight_budget(engine, options.weight_budget)
+        self._loaded = _Loaded(device, self._logger, runtime, engine)
+        self._release = weakref.finalize(self, self._loaded.release)
+        if manifest.backend == RTX:
+            self._loaded.cache = engine.create_runtime_config().create_runtime_cache()
+            self._loaded.cache_file = runtime_cache_file(manifest, device.name)
+            load_runtime_cache(self._loaded.cache, self._loaded.cache_file)
 
-    def _bind(self, inputs: Mapping[str, Tensor]) -> _Binding:
-        specs = self.manifest.inputs
-        sizes = check_request(self.manifest, inputs)
-        config = self._engine.create_runtime_config()
-        config.cuda_graph_strategy = self._trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
-        context = self._engine.create_execution_context(config)
-        if context is None:
-            raise SliderEditError(f"the GPU has no memory left for the sizes {sizes}; use a smaller batch or resolution")
-        output = self.manifest.outputs[0]
-        buffers = {s.name: torch.empty(s.resolve(sizes), dtype=getattr(torch, s.dtype), device="cuda") for s in specs}
-        result = torch.empty(output.resolve(sizes), dtype=getattr(torch, output.dtype), device="cuda")
-        for name, buffer in buffers.items():
-            context.set_input_shape(name, tuple(buffer.shape))
-        for name, buffer in (*buffers.items(), (output.name, result)):
-            context.set_tensor_address(name, buffer.data_ptr())
-        return _Binding(context, buffers, result)
+    def close(self) -> None:
+        """Release graphs, contexts, weights and the runtime, and keep what TensorRT-RTX compiled; twice is once."""
+        self._release()
+
+    def __enter__(self) -> TensorRTEngine:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
     @torch.no_grad()
     def __call__(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """One prediction (see `slideredit_rt.engines.Engine`), on the device of the inputs."""
-        key = tuple(tuple(inputs[s.name].shape) if s.name in inputs else () for s in self.manifest.inputs)
-        binding = self._bindings.get(key)
-        if binding is None:
-            if len(self._bindings) == _MAX_BINDINGS:
-                del self._bindings[next(iter(self._bindings))]
-            binding = self._bindings[key] = self._bind(inputs)
-        # A stream of its own: the default one cannot be captured.
-        binding.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(binding.stream):
+        """One prediction (see `slideredit_rt.engines.Engine`), on the device of the inputs.
+
+        Raises:
+            SliderEditError: the engine is closed, a tensor is not what it takes, or the device's memory is used up.
+        """
+        if not self._release.alive:
+            raise SliderEditError("the engine was closed; open it again")
+        sizes = check_request(self.manifest, inputs)
+        key, bindings = tuple(sizes.values()), self._loaded.bindings
+        with self._device.stream() as stream:
+            if key not in bindings:
+                while len(bindings) >= self._options.max_contexts:
+                    self._device.wait()
+                    bindings.popitem(last=False)[1].release()
+                bindings[key] = self._bind(sizes)
+            bindings.move_to_end(key)
+            binding = bindings[key]
             for name, buffer in binding.inputs.items():
-                buffer.copy_(inputs[name], non_blocking=True)
-            if not binding.context.execute_async_v3(binding.stream.cuda_stream):
-                raise SliderEditError("TensorRT-RTX failed to run the engine; see its log on standard error")
-        torch.cuda.current_stream().wait_stream(binding.stream)
+                buffer.copy_(inputs[name])
+            self._run(binding, stream)
         return binding.output.to(inputs[self.manifest.inputs[0].name].device)
+
+    def _bind(self, sizes: dict[str, int]) -> _Binding:
+        """A context for one set of shapes, with its buffers."""
+        full = SliderEditError(
+            f"the GPU has no memory left for the sizes {sizes}; use a smaller batch or resolution, or --weight-budget-mib"
+        )
+        config = self._runtime_config()
+        context = self._loaded.engine.create_execution_context(config)
+        if context is None:
+            raise full
+        spec = self.manifest.outputs[0]
+        try:
+            buffers = {s.name: self._empty(s.resolve(sizes), s.dtype) for s in self.manifest.inputs}
+            output = self._empty(spec.resolve(sizes), spec.dtype)
+            for name, buffer in buffers.items():
+                if not context.set_input_shape(name, tuple(buffer.shape)):
+                    raise SliderEditError(
+                        f"{self._name} refuses the sizes {sizes} ({self._logger.why()}); build the engine again"
+                    )
+            scratch = self._scratch(context.update_device_memory_size_for_shapes())
+        except torch.OutOfMemoryError:
+            raise full from None
+        context.set_device_memory(scratch.data_ptr(), scratch.numel())
+        for name, buffer in (*buffers.items(), (spec.name, output)):
+            context.set_tensor_address(name, buffer.data_ptr())
+        return _Binding(context, config, buffers, output, scratch)
+
+    def _empty(self, shape: tuple[int, ...], dtype: str) -> Tensor:
+        return torch.empty(shape, dtype=getattr(torch, dtype), device=self._device.device)
+
+    def _scratch(self, size: int) -> Tensor:
+        """Memory for activations, which contexts share. When it grows, older contexts keep what their graphs refer to."""
+        scratch = self._loaded.scratch
+        if scratch is None or scratch.numel() < size:
+            scratch = self._loaded.scratch = self._empty((max(size, 1),), "uint8")
+        return scratch
+
+    def _runtime_config(self) -> Any:
+        trt, options = self._trt, self._options
+        config = self._loaded.engine.create_runtime_config()
+        config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+        if self.manifest.backend == RTX:
+            graphs, kernels = trt.CudaGraphStrategy, trt.DynamicShapesKernelSpecializationStrategy
+            config.cuda_graph_strategy = graphs.WHOLE_GRAPH_CAPTURE if options.cuda_graphs else graphs.DISABLED
+            config.dynamic_shapes_kernel_specialization_strategy = getattr(kernels, options.specialization.upper())
+            config.set_runtime_cache(self._loaded.cache)
+        return config
+
+    def _run(self, binding: _Binding, stream: int) -> None:
+        # TensorRT-RTX captures by itself, once its kernels for the shapes are compiled. TensorRT's first enqueue of a context
+        # initialises what may not be initialised during a capture.
+        if self._options.cuda_graphs and self.manifest.backend != RTX and binding.warm:
+            if binding.replay is None:
+                binding.replay = self._capture(binding)
+            binding.replay()
+        else:
+            self._enqueue(binding, stream)
+            binding.warm = True
+
+    def _enqueue(self, binding: _Binding, stream: int) -> None:
+        if not binding.context.execute_async_v3(stream):
+            reason = self._logger.why()
+            todo = "use a smaller batch or resolution" if _is_memory(reason) else "build the engine again"
+            raise SliderEditError(f"{self._name} failed to run the engine ({reason}); {todo}")
+
+    def _capture(self, binding: _Binding) -> Callable[[], None]:
+        try:
+            return self._device.capture(partial(self._enqueue, binding))
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[0]
+            raise SliderEditError(
+                f"the engine cannot be captured in a CUDA graph ({reason}); run it with --cuda-graphs off"
+            ) from error
+
+
+def open_tensorrt(
+    folder: Path, manifest: Manifest, *, threads: int | None = None, options: RuntimeOptions | None = None
+) -> TensorRTEngine:
+    """Check that an engine can run here, and load it onto the current CUDA device.
+
+    Args:
+        folder: with `model.engine`.
+        manifest: of that folder.
+        threads: most CPU threads of TensorRT; None leaves the choice to it.
+        options: None takes the defaults.
+
+    Raises:
+        SliderEditError: see `check_environment` and `TensorRTEngine`.
+    """
+    check_environment(manifest, Environment.here(manifest.backend))
+    trt = import_module(PACKAGES[manifest.backend])
+    return TensorRTEngine(folder / PLAN_FILE, manifest, trt, CudaDevice(), options or RuntimeOptions(), threads)
+
+
+def runtime_cache_file(manifest: Manifest, card: str) -> Path:
+    """Where the kernels that TensorRT-RTX compiles for an engine on a card are kept: in the user's cache, not in the engine.
+
+    Args:
+        manifest: its plan's hash and its backend's version are part of the name.
+        card: the GPU's name.
+    """
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    plan = manifest.files[PLAN_FILE]["sha256"][:16]
+    slug = re.sub(r"[^a-z0-9]+", "-", card.lower()).strip("-")
+    return cache / "slideredit-rt" / manifest.backend / f"{plan}-{slug}-{manifest.backend_version}.bin"
+
+
+def load_runtime_cache(cache: Any, file: Path) -> None:
+    """Fill an `IRuntimeCache`; a file that is missing, damaged or from another driver leaves it empty."""
+    with suppress(OSError):
+        cache.deserialize(file.read_bytes())
+
+
+def save_runtime_cache(cache: Any, file: Path) -> None:
+    """Write an `IRuntimeCache` as a whole file; nothing is lost but time where it cannot be written."""
+    content = cache.serialize()
+    if content is not None and content.nbytes:
+        with suppress(SliderEditError), atomic_file(file) as temporary:
+            temporary.write_bytes(content)
+
+
+def _set_weight_budget(engine: Any, budget: int | Literal["auto"]) -> None:
+    if not engine.streamable_weights_size:
+        raise SliderEditError(
+            "the engine keeps all its weights on the GPU; build it again with --weight-streaming to give it a budget"
+        )
+    engine.weight_streaming_budget_v2 = engine.get_weight_streaming_automatic_budget() if budget == "auto" else budget
+
+
+def _is_memory(reason: str) -> bool:
+    """Whether TensorRT or CUDA complains about device memory."""
+    return "outofmemory" in reason.lower().replace(" ", "")
+
+
+def _logger(trt: Any) -> Any:
+    class Errors(trt.ILogger):
+        """Keeps what TensorRT calls an error, for the sentence that a person sees."""
+
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.errors: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
+                self.errors.append(message)
+
+        def why(self) -> str:
+            """The first error since the last question: those after it are mostly its consequences."""
+            errors, self.errors = self.errors, []
+            return errors[0].strip() if errors else "it gives no reason"
+
+    return Errors()
