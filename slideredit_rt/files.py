@@ -6,7 +6,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from slideredit_rt.errors import SliderEditError
@@ -39,7 +39,8 @@ def atomic_file(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise SliderEditError(f"cannot write {str(path)!r}: {error.strerror or error}; nothing was left behind") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # of a folder that does not exist; what kept the file from being written is the news
+            temporary.unlink()
 
 
 @contextmanager

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -73,3 +76,39 @@ def gst_editor(engines: dict[str, Path]) -> SliderEditor:
 @pytest.fixture(scope="session")
 def scene() -> Image.Image:
     return scene_image(held_out_examples(1, 1)[0])
+
+
+def _library(package: str, name: str) -> Path:
+    """A shared library inside an installed package, found without importing it."""
+    spec = find_spec(package)
+    folders = list(spec.submodule_search_locations or []) if spec else []
+    found = [path for folder in folders for path in sorted(Path(folder).glob(f"{name}.so*"))]
+    if not found:
+        pytest.skip(f"the package {package!r} with {name}.so is not installed")
+    return found[0]
+
+
+@pytest.fixture(scope="session")
+def nvidia_bindings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Environment of a process in which `import tensorrt` finds NVIDIA's bindings (`tensorrt-cu13-bindings`).
+
+    They ask for TensorRT's libraries, which are not installed. TensorRT-RTX's export the same symbols, so links by TensorRT's
+    names let the bindings import.
+    """
+    bindings = _library("tensorrt_bindings", "tensorrt").parent
+    inference = _library("tensorrt_rtx_libs", "libtensorrt_rtx")
+    parser = _library("tensorrt_rtx_libs", "libtensorrt_onnxparser_rtx")
+    compiler = shutil.which("cc")
+    if compiler is None:
+        pytest.skip("needs a C compiler for a library of one function")
+    scratch = tmp_path_factory.mktemp("tensorrt")
+    (scratch / "libnvinfer.so.11").symlink_to(inference)
+    (scratch / "libnvonnxparser.so.11").symlink_to(parser)
+    source = "int initLibNvInferPlugins(void *logger, const char *name_space) { return 1; }"
+    target = ["-shared", "-fPIC", "-o", str(scratch / "libnvinfer_plugin.so.11"), "-xc", "-"]
+    subprocess.run([compiler, *target], input=source, text=True, check=True)
+    (scratch / "tensorrt").symlink_to(bindings)
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    for variable in ("LD_LIBRARY_PATH", "PYTHONPATH"):
+        environment[variable] = os.pathsep.join(filter(None, [str(scratch), environment.get(variable)]))
+    return environment

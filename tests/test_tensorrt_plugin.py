@@ -1,21 +1,16 @@
 """The TensorRT plugin: what it declares, what it launches, and that NVIDIA's own Python bindings accept it.
 
-The bindings (`tensorrt-cu13-bindings`, in the environment or on PYTHONPATH) ask for TensorRT's libraries, which are not
-installed. TensorRT-RTX's export the same symbols, so links by TensorRT's names let the bindings import in a process of their
-own, where their Python half validates, tunes and compiles the plugin as a builder would. Engines need real TensorRT.
+The bindings (fixture `nvidia_bindings`) run in a process of their own, where their Python half validates, tunes and compiles
+the plugin as a builder would. Engines need real TensorRT.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from importlib.util import find_spec
 from math import floor
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -134,37 +129,10 @@ class Received(dict[int, Any]):
 # --- In the process of the tests ---------------------------------------------------------------------------------------
 
 
-def library(package: str, name: str) -> Path:
-    """A shared library inside an installed package, found without importing it."""
-    spec = find_spec(package)
-    folders = list(spec.submodule_search_locations or []) if spec else []
-    found = [path for folder in folders for path in sorted(Path(folder).glob(f"{name}.so*"))]
-    if not found:
-        pytest.skip(f"the package {package!r} with {name}.so is not installed")
-    return found[0]
-
-
 @pytest.fixture(scope="module")
-def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """`drive()`, from a process in which `import tensorrt` finds NVIDIA's bindings over TensorRT-RTX's libraries."""
-    bindings = library("tensorrt_bindings", "tensorrt").parent
-    inference = library("tensorrt_rtx_libs", "libtensorrt_rtx")
-    parser = library("tensorrt_rtx_libs", "libtensorrt_onnxparser_rtx")
-    compiler = shutil.which("cc")
-    if compiler is None:
-        pytest.skip("needs a C compiler for a library of one function")
-    scratch = tmp_path_factory.mktemp("tensorrt")
-    (scratch / "libnvinfer.so.11").symlink_to(inference)
-    (scratch / "libnvonnxparser.so.11").symlink_to(parser)
-    source = "int initLibNvInferPlugins(void *logger, const char *name_space) { return 1; }"
-    target = ["-shared", "-fPIC", "-o", str(scratch / "libnvinfer_plugin.so.11"), "-xc", "-"]
-    subprocess.run([compiler, *target], input=source, text=True, check=True)
-    (scratch / "tensorrt").symlink_to(bindings)
-
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    for variable, first in (("LD_LIBRARY_PATH", scratch), ("PYTHONPATH", scratch)):
-        environment[variable] = os.pathsep.join(filter(None, [str(first), environment.get(variable)]))
-    done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, env=environment, check=False)
+def report(nvidia_bindings: dict[str, str]) -> dict[str, Any]:
+    """`drive()`, from a process in which `import tensorrt` finds NVIDIA's bindings."""
+    done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, env=nvidia_bindings, check=False)
     assert done.returncode == 0, done.stderr
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
