@@ -1,5 +1,5 @@
-"""From a backbone with sliders to the graphs that engines are built of."""
+"""From a checkpoint and an adapter to an engine folder: ONNX graph, linked weights, TensorRT plugin and builders."""
 
-from slideredit_rt.export.onnx_graph import export_onnx
+from slideredit_rt.export.build import build_engine
 
-__all__ = ["export_onnx"]
+__all__ = ["build_engine"]

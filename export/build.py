@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import datetime
-import json
-import warnings
-from importlib.metadata import version
+import sys
+import tempfile
+from contextlib import nullcontext, suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
 from tqdm import tqdm
 
 from slideredit_rt.adapters import Adapter, load_adapter
@@ -19,23 +19,27 @@ from slideredit_rt.engines import BACKENDS
 from slideredit_rt.engines.manifest import Manifest, describe_files, fingerprint_base, write_manifest
 from slideredit_rt.engines.tensorrt import PLAN_FILE
 from slideredit_rt.errors import SliderEditError
-from slideredit_rt.export.onnx_graph import export_onnx
+from slideredit_rt.export.linked_weights import export_linked
+from slideredit_rt.export.lowering import choose
+from slideredit_rt.export.onnx_graph import MODEL_FILE
 from slideredit_rt.export.tensorrt_engine import (
     LOG_FILE,
+    PACKAGES,
     Profile,
+    Range,
     TensorRTOptions,
     build_plan,
-    compute_capabilities,
     image_rows_of,
-    load_tensorrt_rtx,
+    plugin_target,
+    targets_of,
 )
 from slideredit_rt.families import family_of
 from slideredit_rt.files import atomic_folder
-from slideredit_rt.modules import SliderBackbone
 
-MAX_BATCH = 16
+BATCH: Range = (1, 1, 16)
 MAX_SLIDERS = 8
-_VERSIONS = ("slideredit-rt", "torch", "diffusers", "onnx", "onnxscript", "onnxruntime")
+DType = Literal["float32", "bfloat16", "float16"]
+_VERSIONS = ("slideredit-rt", "torch", "triton", "diffusers", "onnx", "onnxscript", "onnxruntime", "tensorrt", "tensorrt_rtx")
 
 
 def build_engine(
@@ -44,7 +48,9 @@ def build_engine(
     out: Path,
     *,
     backend: str = "onnxruntime",
-    max_batch: int = MAX_BATCH,
+    lowering: str = "auto",
+    dtype: DType | None = None,
+    batch: Range = BATCH,
     max_sliders: int = MAX_SLIDERS,
     tensorrt: TensorRTOptions | None = None,
     overwrite: bool = False,
@@ -57,87 +63,112 @@ def build_engine(
         adapter: embedded name, file, folder or a loaded adapter; None exports the frozen backbone without slider inputs.
         out: folder to create. It appears whole when everything in it is written, or not at all.
         backend: what will execute it.
-        max_batch, max_sliders: the largest B and K that the engine accepts.
-        tensorrt: targets, sizes and builder settings, for the backend `tensorrt-rtx` only.
+        lowering: how the masked update is expressed: `auto`, `native`, `folded` or `plugin` (`slideredit_rt.export.lowering`).
+        dtype: of the weights and the arithmetic. None keeps the checkpoint's, and is float32 for ONNX Runtime.
+        batch: smallest, usual and largest B. Backends that compile for no range only take the largest.
+        max_sliders: the largest K.
+        tensorrt: sizes, targets and builder settings, for the backends `tensorrt` and `tensorrt-rtx` only.
         overwrite: replace an existing folder.
         progress: show a progress bar on standard error.
 
     Raises:
-        SliderEditError: the base, the adapter or the target folder cannot be used.
+        SliderEditError: the base, the adapter, the target folder or an option cannot be used.
     """
     if backend not in BACKENDS:
         raise SliderEditError(f"unknown backend {backend!r}; known: {', '.join(BACKENDS)}")
-    options = tensorrt or TensorRTOptions() if backend == "tensorrt-rtx" else None
-    if max_batch < 1 or max_sliders < 1:
-        raise SliderEditError(f"an engine needs room for one batch row and one slider, got {max_batch} and {max_sliders}")
+    if not 1 <= batch[0] <= batch[1] <= batch[2]:
+        raise SliderEditError(f"the batch sizes {','.join(map(str, batch))} do not rise from 1 or more; give MIN,OPT,MAX")
+    if max_sliders < 1:
+        raise SliderEditError(f"an engine needs room for one slider or more, got {max_sliders}")
+    if backend == "onnxruntime":
+        dtype = dtype or "float32"
+        if dtype == "bfloat16":
+            raise SliderEditError("ONNX Runtime multiplies no bfloat16 matrices on the CPU; use --dtype float32")
+    options = tensorrt or TensorRTOptions() if backend in PACKAGES else None
     path = resolve_base(base)
-    profile = None
+    family = family_of(path)
+    if isinstance(adapter, str | Path):
+        adapter = load_adapter(adapter, family)
+    form = choose(lowering, adapter.kind if adapter else None, backend)
+    profile, targets = None, ()
     if options is not None:
         # Refuse before minutes of tracing.
-        compute_capabilities(load_tensorrt_rtx(), options.targets)
+        targets = targets_of(backend, options)
         profile = Profile(
-            batch=(1, 1, max_batch),
+            batch=batch,
             text_rows=(1, options.max_text_rows, options.max_text_rows),
             image_rows=image_rows_of(path, options.resolution),
             sliders=(1, min(2, max_sliders), max_sliders),
         )
-    with tqdm(total=5, desc="build", disable=not progress, bar_format="{desc}: {bar} {n_fmt}/{total_fmt} [{elapsed}]") as bar:
+    with tqdm(total=4, desc="build", disable=not progress, bar_format="{desc}: {bar} {n_fmt}/{total_fmt} [{elapsed}]") as bar:
 
         def stage(name: str) -> None:
             bar.set_description(f"build: {name}")
 
         with atomic_folder(out, overwrite=overwrite) as folder:
-            stage("load the base and the adapter")
-            family = family_of(path)
-            if isinstance(adapter, str | Path):
-                adapter = load_adapter(adapter, family)
-            transformer = load_transformer(path)
-            backbone = SliderBackbone(family, transformer, adapter)
-            config = json.loads(json.dumps({k: v for k, v in transformer.config.items() if not k.startswith("_")}))
-            bar.update()
             stage("trace the backbone and write the graph")
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                names = export_onnx(backbone, config, folder)
+            # A compiled plan holds the weights, so what it is compiled from goes away again.
+            with tempfile.TemporaryDirectory(dir=folder) if options else nullcontext(folder) as graph_folder:
+                exported = export_linked(
+                    family,
+                    path,
+                    adapter,
+                    Path(graph_folder),
+                    dtype=None if dtype is None else getattr(torch, dtype),
+                    lowering=form,
+                    target=plugin_target(targets, options) if options and form == "plugin" else None,
+                    # ONNX Runtime reads nothing through a symbolic link.
+                    symbolic_links=options is not None,
+                )
+                bar.update()
+                files, layers = exported.files, {}
+                if options is not None and profile is not None:
+                    stage(f"compile for {', '.join(targets)}")
+                    layers = build_plan(
+                        backend,
+                        Path(graph_folder) / MODEL_FILE,
+                        folder,
+                        exported.inputs,
+                        profile,
+                        options,
+                        targets,
+                        form,
+                        progress=progress,
+                    )
+                    files = [PLAN_FILE, LOG_FILE]
             bar.update()
-            inputs = [*family.input_specs(config), *backbone.slider_specs()]
-            if options is not None and profile is not None:
-                stage(f"compile for {', '.join(options.targets)}")
-                build_plan(folder / names[0], folder, inputs, profile, options, progress=progress)
-                for name in names:
-                    (folder / name).unlink()
-                names = [PLAN_FILE, LOG_FILE]
-            bar.update()
+            if progress:
+                for note in exported.notes:
+                    tqdm.write(note, file=sys.stderr)
             stage("fingerprint the base")
             fingerprint = fingerprint_base(path)
             bar.update()
             stage("write the manifest")
+            links = {} if options else exported.links
             manifest = Manifest(
                 family=family.name,
                 base={"source": str(base) if str(base) != str(path) else str(path.resolve()), "fingerprint": fingerprint},
-                adapter=None
-                if adapter is None
-                else {
-                    "source": adapter.source,
-                    "fingerprint": adapter.fingerprint,
-                    "kind": adapter.kind,
-                    "rank": adapter.rank,
-                    "modules": len(adapter.pairs),
-                    "training": adapter.training,
-                },
+                adapter=describe_adapter(adapter) if adapter else None,
                 backend=backend,
-                backend_version=version("onnxruntime" if options is None else "tensorrt_rtx"),
-                lowering="native",
-                targets=[] if options is None else list(options.targets),
+                backend_version=version(PACKAGES.get(backend, backend)),
+                lowering=form,
+                targets=list(targets),
                 ranges={} if profile is None else {axis: list(sizes) for axis, sizes in profile.ranges().items()},
-                max_batch=max_batch,
+                max_batch=batch[2],
                 max_sliders=max_sliders,
-                config=config,
-                inputs=inputs,
-                outputs=[family.output_spec(config)],
-                files=describe_files(folder, names),
+                config=exported.config,
+                inputs=exported.inputs,
+                outputs=exported.outputs,
+                files=describe_files(folder, files),
                 created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-                versions={name: version(name) for name in _VERSIONS},
+                versions=_versions(),
+                dtype=exported.dtype,
+                updates=exported.updates,
+                layers=layers,
+                compatibility={}
+                if backend != "tensorrt" or options is None
+                else {"versions": options.version_compatible, "hardware": options.hardware_compatibility},
+                links={name: {"bytes": (folder / name).stat().st_size, "kind": kind} for name, kind in links.items()},
             )
             write_manifest(manifest, folder)
             bar.update()
@@ -145,19 +176,22 @@ def build_engine(
     return manifest
 
 
-def load_transformer(base: Path) -> Any:
-    """The float32 transformer of a diffusers checkpoint folder.
+def describe_adapter(adapter: Adapter) -> dict[str, Any]:
+    """The manifest's section about an adapter."""
+    return {
+        "source": adapter.source,
+        "fingerprint": adapter.fingerprint,
+        "kind": adapter.kind,
+        "rank": adapter.rank,
+        "modules": len(adapter.pairs),
+        "training": adapter.training,
+    }
 
-    Raises:
-        SliderEditError: the folder lacks it, or its weights are damaged.
-    """
-    from diffusers import AutoModel
 
-    try:
-        transformer = AutoModel.from_pretrained(str(base / "transformer"), dtype=torch.float32, local_files_only=True)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise SliderEditError(
-            f"cannot load the transformer of {str(base)!r} ({reason}); download the checkpoint again"
-        ) from error
-    return transformer.eval()
+def _versions() -> dict[str, str]:
+    """Of the packages that are installed, of those that shape an engine."""
+    found = {}
+    for name in _VERSIONS:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found

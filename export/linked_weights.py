@@ -6,7 +6,8 @@ beside `model.onnx` and nothing of them is read but their headers. The adapter l
 
 ONNX Runtime (1.32) and TensorRT-RTX's parser (1.7) follow hard links. A hard link cannot cross file systems; the symbolic
 link that takes its place there is followed by TensorRT-RTX and refused by ONNX Runtime, which wants the data inside the
-model's folder. `onnx.load` and `onnx.checker` (1.23) refuse both: read such a graph with `load_external_data=False`.
+model's folder and therefore gets a copy. `onnx.load` and `onnx.checker` (1.23) refuse both: read such a graph with
+`load_external_data=False`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -31,7 +33,9 @@ from torch import Tensor, nn
 
 from slideredit_rt.adapters import Adapter
 from slideredit_rt.errors import SliderEditError
-from slideredit_rt.export.onnx_graph import MODEL_FILE, add_body, trace
+from slideredit_rt.export.lowering import Lowering, lower
+from slideredit_rt.export.onnx_graph import MODEL_FILE, trace
+from slideredit_rt.export.tensorrt_plugin import graph_rank
 from slideredit_rt.families import Family, TensorSpec
 from slideredit_rt.files import atomic_file
 from slideredit_rt.modules import SliderBackbone
@@ -59,8 +63,10 @@ class LinkedExport:
         dtype: of the weights, torch's name. The graph computes in it.
         inputs, outputs: names, dtypes and shapes; float32 at the boundary whatever `dtype` is.
         files: names of the files written, `model.onnx` first.
-        links: name of each linked checkpoint file and how it was linked. Without entries, every weight was converted.
+        links: name of each linked checkpoint file and how it was linked. Without entries, every weight was converted or copied.
         bytes_written: size of `files`.
+        updates: how many adapted linears ended in each lowering.
+        notes: a sentence for each linear that could not get the lowering that was asked for.
     """
 
     config: dict[str, Any]
@@ -70,6 +76,8 @@ class LinkedExport:
     files: list[str]
     links: dict[str, Link]
     bytes_written: int
+    updates: dict[str, int]
+    notes: list[str]
 
 
 @dataclass(frozen=True)
@@ -90,6 +98,8 @@ def export_linked(
     folder: Path,
     *,
     dtype: torch.dtype | None = None,
+    lowering: Lowering = "native",
+    target: str | None = None,
     symbolic_links: bool = True,
 ) -> LinkedExport:
     """Write `model.onnx` and the adapter's file into `folder` and link the checkpoint's weights beside them.
@@ -101,14 +111,16 @@ def export_linked(
     Args:
         checkpoint: folder of a diffusers pipeline whose `transformer` is stored as safetensors, in one file or in shards.
         adapter: None exports the frozen backbone without slider inputs.
-        folder: an existing, empty folder, on the checkpoint's file system if links are to be hard.
+        folder: an existing, empty folder; on the checkpoint's file system, links are hard.
         dtype: converts the weights. Those stored in another dtype are copied, converted, into a file of their own.
             None keeps the checkpoint's.
-        symbolic_links: link symbolically where a hard link is impossible. ONNX Runtime does not follow such a link.
+        lowering, target: what becomes of the slider nodes (`lowering.lower`). Plugins get an adapter whose ranks are filled up
+            with zeros to a multiple of 16.
+        symbolic_links: link symbolically where a hard link is impossible, instead of copying.
 
     Raises:
         SliderEditError: the checkpoint is incomplete, damaged, not safetensors or of mixed dtypes; the family cannot
-            compute in the dtype; the adapter does not fit; a hard link is impossible and no other is allowed.
+            compute in the dtype; the adapter does not fit; the folder takes neither links nor copies.
     """
     source = checkpoint / "transformer"
     stored = _read_checkpoint(source)
@@ -121,6 +133,8 @@ def export_linked(
     nn.Module.to(transformer, dtype)
     if adapter is not None:
         adapter = _cast(adapter, dtype)
+        if lowering == "plugin":
+            adapter = _fill_ranks(adapter)
     on_meta = adapter and dataclasses.replace(
         adapter, pairs={name: (a.to("meta"), b.to("meta")) for name, (a, b) in adapter.pairs.items()}
     )
@@ -129,9 +143,12 @@ def export_linked(
 
     foreign = {name: place for name, place in places.items() if place.dtype != dtype}
     links: dict[str, Link] = {}
-    for file in sorted({place.file for name, place in places.items() if name not in foreign}):
-        links[file.name] = _link(file, folder / file.name, symbolic_links)
     files = [MODEL_FILE]
+    for file in sorted({place.file for name, place in places.items() if name not in foreign}):
+        if link := _link(file, folder / file.name, symbolic_links):
+            links[file.name] = link
+        else:
+            files.append(file.name)
     if foreign:
         files.append(CONVERTED_FILE)
         _write(folder / CONVERTED_FILE, _header(foreign, dtype), (_read(place).to(dtype) for place in foreign.values()))
@@ -146,10 +163,9 @@ def export_linked(
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = trace(backbone, config, optimize=False).model
+        model = trace(backbone, config).model
     _finish(model, {f"transformer.{name}": place for name, place in places.items()})
-    if adapter is not None:
-        add_body(model)
+    updates, notes = lower(model, lowering, target)
     with atomic_file(folder / MODEL_FILE) as temporary:
         onnx_ir.save(model, temporary)
     return LinkedExport(
@@ -160,6 +176,8 @@ def export_linked(
         files=files,
         links=links,
         bytes_written=sum((folder / name).stat().st_size for name in files),
+        updates=updates,
+        notes=notes,
     )
 
 
@@ -302,6 +320,15 @@ def _cast(adapter: Adapter, dtype: torch.dtype) -> Adapter:
     return dataclasses.replace(adapter, pairs={name: (a.to(dtype), b.to(dtype)) for name, (a, b) in adapter.pairs.items()})
 
 
+def _fill_ranks(adapter: Adapter) -> Adapter:
+    """Rows of zeros below each A, columns of zeros beside each B: the same update, of a rank that the kernels take."""
+    pairs = {}
+    for name, (a, b) in adapter.pairs.items():
+        more = graph_rank(len(a)) - len(a)
+        pairs[name] = nn.functional.pad(a, (0, 0, 0, more)), nn.functional.pad(b, (0, more))
+    return dataclasses.replace(adapter, pairs=pairs)
+
+
 def _adapter_tensors(adapter: Adapter) -> dict[str, Tensor]:
     """Under the key names of `save_adapter`."""
     return {
@@ -339,27 +366,26 @@ def _read(place: _Stored) -> Tensor:
     return torch.frombuffer(data, dtype=place.dtype).reshape(place.shape)
 
 
-def _link(source: Path, target: Path, symbolic: bool) -> Link:
+def _link(source: Path, target: Path, symbolic: bool) -> Link | None:
+    """Link `target` to `source`; None if it had to be copied."""
     # Files in the hub's cache are symbolic links themselves.
     source = source.resolve()
+    if target.exists():
+        raise SliderEditError(f"{str(target)!r} exists already; export into an empty folder")
     try:
         os.link(source, target)
         return "hard"
-    except FileExistsError:
-        raise SliderEditError(f"{str(target)!r} exists already; export into an empty folder") from None
-    except OSError as error:
-        refused = error
-    where = f"to {str(source)!r} in {str(target.parent)!r} ({refused.strerror})"
-    if not symbolic:
-        raise SliderEditError(
-            f"cannot make a hard link {where}, and ONNX Runtime reads no weights through a symbolic one; "
-            "put the engine on the checkpoint's file system"
-        ) from refused
-    try:
-        target.symlink_to(source)
-    except OSError as error:
-        raise SliderEditError(f"cannot make a link {where}; put the engine on the checkpoint's file system") from error
-    return "symbolic"
+    except OSError:
+        try:
+            if symbolic:
+                target.symlink_to(source)
+                return "symbolic"
+            shutil.copyfile(source, target)
+            return None
+        except OSError as error:
+            raise SliderEditError(
+                f"cannot put the weights {str(source)!r} into {str(target.parent)!r} ({error.strerror}); choose another folder"
+            ) from error
 
 
 def _finish(model: onnx_ir.Model, places: Mapping[str, _Stored]) -> None:

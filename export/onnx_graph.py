@@ -1,59 +1,40 @@
-"""The ONNX graph of a slider backbone: standard operators plus one `slideredit::MaskedLoRA` node per adapted linear.
+"""The ONNX graph of a slider backbone: standard operators plus one `slideredit::MaskedLoRALinear` node per adapted linear.
 
-The node is an ONNX local function. A runtime that does not know it runs its body; a TensorRT plugin can take its place.
+`lowering` says what becomes of those nodes before the graph is written.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import onnx
-import onnx_ir
 import onnxscript
 import torch
-from onnxscript import opset20 as op
 from torch.export import Dim
 
+from slideredit_rt.export.lowering import DOMAIN, LINEAR
 from slideredit_rt.modules import SliderBackbone
 
-DOMAIN = "slideredit"
 OPSET = 20
 MODEL_FILE = "model.onnx"
-WEIGHTS_FILE = "model.onnx.data"
-_T = onnxscript.onnx_types.TensorType
-_slideredit = onnxscript.values.Opset(DOMAIN, 1)
-
-
-@onnxscript.script(_slideredit, default_opset=op)
-def MaskedLoRA(y: _T, x: _T, lora_a: _T, lora_b: _T, row_scale: _T) -> _T:  # type: ignore  # noqa: N802
-    """`y + row_scale · (x Aᵀ) Bᵀ`; y `[B, S, N]`, x `[B, S, K]`, A `[R, K]`, B `[N, R]`, row_scale float32 `[B, S]`."""
-    low = op.MatMul(x, op.Transpose(lora_a, perm=[1, 0]))
-    scale = op.Unsqueeze(row_scale, op.Constant(value_ints=[-1]))
-    # Scaling the R-wide product instead of the N-wide one costs R/N of the multiplications.
-    scaled = op.CastLike(op.Mul(op.CastLike(low, scale), scale), lora_b)
-    update = op.MatMul(scaled, op.Transpose(lora_b, perm=[1, 0]))
-    return op.Add(y, op.CastLike(update, y))  # type: ignore[no-any-return]
 
 
 def _schema() -> onnx.defs.OpSchema:
-    names = ("y", "x", "lora_a", "lora_b", "row_scale")
-    parameter = onnx.defs.OpSchema.FormalParameter
-    kinds = [parameter(name, "S" if name == "row_scale" else "T") for name in names]
+    parameter, optional = onnx.defs.OpSchema.FormalParameter, onnx.defs.OpSchema.FormalParameterOption.Optional
+    names = ("x", "weight", "bias", "lora_a", "lora_b", "row_scale")
+    kinds = [
+        parameter(n, "S" if n == "row_scale" else "T", **({"param_option": optional} if n == "bias" else {})) for n in names
+    ]
     floats = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"]
     constraints = [("T", floats, "the backbone's dtype"), ("S", ["tensor(float)"], "float32")]
-    outputs = [parameter("output", "T")]
-    return onnx.defs.OpSchema("MaskedLoRA", DOMAIN, 1, inputs=kinds, outputs=outputs, type_constraints=constraints)
+    return onnx.defs.OpSchema(LINEAR, DOMAIN, 1, inputs=kinds, outputs=[parameter("y", "T")], type_constraints=constraints)
 
 
-_masked_lora_node = onnxscript.values.Op(_slideredit, "MaskedLoRA", _schema())
+_linear = onnxscript.values.Op(onnxscript.values.Opset(DOMAIN, 1), LINEAR, _schema())
 
 
 def _translate(x, weight, bias, lora_a, lora_b, row_scale):  # type: ignore[no-untyped-def]
-    y = op.MatMul(x, op.Transpose(weight, perm=[1, 0]))
-    if bias is not None:
-        y = op.Add(y, bias)
-    return _masked_lora_node(y, x, lora_a, lora_b, row_scale)
+    return _linear(x, weight, bias, lora_a, lora_b, row_scale)
 
 
 def _dynamic_shapes(backbone: SliderBackbone, config: Any) -> dict[str, dict[int, Any]]:
@@ -81,16 +62,16 @@ def example_inputs(
     return inputs
 
 
-def trace(backbone: SliderBackbone, config: Any, *, optimize: bool = True) -> torch.onnx.ONNXProgram:
+def trace(backbone: SliderBackbone, config: Any) -> torch.onnx.ONNXProgram:
     """The backbone as an ONNX program whose batch, text rows, image rows and sliders are dynamic.
 
     Args:
         backbone: with or without an adapter, its weights real or on the `meta` device.
         config: the transformer's configuration.
-        optimize: let the exporter fold constants; it cannot without the weights' values.
 
     Returns:
-        A program without the body of `MaskedLoRA`, which `add_body` puts in: functions do not survive an optimiser.
+        A program as it was traced: nothing is folded yet, since that needs the weights' values, and its slider nodes still have
+        to be lowered.
     """
     # Sizes that differ from each other, so that tracing cannot mistake one axis for another.
     inputs = example_inputs(backbone, config, batch=2, text_rows=11, image_rows=24, sliders=3)
@@ -101,7 +82,7 @@ def trace(backbone: SliderBackbone, config: Any, *, optimize: bool = True) -> to
         backbone.eval(),
         kwargs={"inputs": inputs},
         dynamo=True,
-        optimize=optimize,
+        optimize=False,
         opset_version=OPSET,
         input_names=list(inputs),
         output_names=[backbone.family.output_spec(config).name],
@@ -111,30 +92,3 @@ def trace(backbone: SliderBackbone, config: Any, *, optimize: bool = True) -> to
     )
     assert program is not None
     return program
-
-
-def add_body(model: onnx_ir.Model) -> None:
-    """Give the `slideredit::MaskedLoRA` nodes of a model their body."""
-    body = onnx_ir.serde.deserialize_function(MaskedLoRA.to_function_proto())
-    model.functions[body.identifier()] = body
-    model.opset_imports[DOMAIN] = 1
-
-
-def export_onnx(backbone: SliderBackbone, config: Any, folder: Path) -> list[str]:
-    """Write `model.onnx` and its weights as external data into `folder`.
-
-    Args:
-        backbone: float32, on the CPU; with or without an adapter.
-        config: the transformer's configuration.
-        folder: an existing folder.
-
-    Returns:
-        The names of the files written. Batch, text rows, image rows and sliders are dynamic in the graph.
-    """
-    program = trace(backbone, config)
-    if backbone.kind is not None:
-        add_body(program.model)
-    path = folder / MODEL_FILE
-    program.save(path, external_data=True)
-    onnx.checker.check_model(path)
-    return [path.name, WEIGHTS_FILE]

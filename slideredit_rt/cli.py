@@ -150,29 +150,36 @@ def _sweep(args: argparse.Namespace) -> int:
 
 
 def _build(args: argparse.Namespace) -> int:
-    from slideredit_rt.export.build import build_engine
-    from slideredit_rt.export.tensorrt_engine import TensorRTOptions
+    import dataclasses
 
-    fields = ("targets", "resolution", "max_text_rows", "optimization_level", "workspace_mib", "weight_streaming")
+    from slideredit_rt.export.build import BATCH, MAX_SLIDERS, build_engine
+    from slideredit_rt.export.tensorrt_engine import PACKAGES, TensorRTOptions
+
+    fields = [f.name for f in dataclasses.fields(TensorRTOptions)]
     given = {name: value for name in fields if (value := getattr(args, name)) is not None}
     if "targets" in given:
         given["targets"] = tuple(given["targets"])
-    if given and args.backend != "tensorrt-rtx":
+    if given and args.backend not in PACKAGES:
         option = f"--{next(iter(given)).replace('_', '-')}"
-        raise SliderEditError(f"{option} is for --backend tensorrt-rtx; the backend {args.backend} takes any size")
-    options = TensorRTOptions(**given) if args.backend == "tensorrt-rtx" else None
+        raise SliderEditError(f"{option} is for --backend tensorrt or tensorrt-rtx; the backend {args.backend} takes any size")
+    batch = BATCH if args.batch is None else (1, 1, *args.batch) if len(args.batch) == 1 else tuple(args.batch)
+    if len(batch) != 3:
+        raise SliderEditError(f"--batch takes the largest batch or MIN,OPT,MAX, got {len(batch)} numbers")
     manifest = build_engine(
         args.base,
         args.adapter,
         args.out,
         backend=args.backend,
-        max_batch=args.max_batch,
-        max_sliders=args.max_sliders,
-        tensorrt=options,
+        lowering=args.lowering,
+        dtype=args.dtype,
+        batch=batch,
+        max_sliders=MAX_SLIDERS if args.max_sliders is None else args.max_sliders,
+        tensorrt=TensorRTOptions(**given) if args.backend in PACKAGES else None,
         overwrite=args.overwrite,
         progress=not args.quiet,
     )
-    _emit(args, {"out": str(args.out), "manifest": manifest.to_json()}, [f"built {args.out} ({manifest.backend})"])
+    ends = ", ".join(f"{count} {name}" for name, count in manifest.updates.items()) or "no sliders"
+    _emit(args, {"out": str(args.out), "manifest": manifest.to_json()}, [f"built {args.out} ({manifest.backend}; {ends})"])
     return 0
 
 
@@ -357,16 +364,38 @@ def _parser() -> argparse.ArgumentParser:
         "--adapter", help="shapes-st, shapes-gst, a file or a PEFT folder; without it the frozen backbone is exported"
     )
     build.add_argument("--out", type=Path, required=True, help="engine folder to create")
-    build.add_argument("--backend", default="onnxruntime", help="onnxruntime (default) or tensorrt-rtx")
-    build.add_argument("--max-batch", type=int, default=16, help="largest batch (default: 16)")
-    build.add_argument("--max-sliders", type=int, default=8, help="most sliders in one prompt (default: 8)")
-    rtx = build.add_argument_group("for --backend tensorrt-rtx")
-    rtx.add_argument("--targets", type=_listed(str), help="compute capabilities (default: sm86,sm89,sm120)")
-    rtx.add_argument("--resolution", type=int, help="usual width and height in pixels (default: 1024)")
-    rtx.add_argument("--max-text-rows", type=int, help="most text rows of a prompt (default: 512)")
-    rtx.add_argument("--optimization-level", type=int, choices=range(6), help="the builder's (default: its own)")
-    rtx.add_argument("--workspace-mib", type=int, help="limit of the builder's scratch memory on the device")
-    rtx.add_argument("--weight-streaming", action="store_const", const=True, help="let the runtime stream weights")
+    build.add_argument("--backend", default="onnxruntime", help="onnxruntime (default), tensorrt-rtx or tensorrt")
+    build.add_argument(
+        "--lowering",
+        default="auto",
+        metavar="{auto,native,folded,plugin}",
+        help="how the masked update is expressed (default: folded for GST, native for ST)",
+    )
+    build.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="of weights and arithmetic (default: the checkpoint's; float32 for onnxruntime)",
+    )
+    build.add_argument("--batch", type=_listed(int), metavar="MAX or MIN,OPT,MAX", help="batch sizes (default: 1,1,16)")
+    build.add_argument("--max-sliders", type=int, help="most sliders in one prompt (default: 8)")
+    compiled = build.add_argument_group("for --backend tensorrt-rtx and tensorrt")
+    compiled.add_argument("--resolution", type=int, help="usual width and height in pixels (default: 1024)")
+    compiled.add_argument("--max-text-rows", type=int, help="most text rows of a prompt (default: 512)")
+    compiled.add_argument("--optimization-level", type=int, choices=range(6), help="the builder's (default: its own)")
+    compiled.add_argument("--workspace-mib", type=int, help="limit of the builder's scratch memory on the device")
+    compiled.add_argument("--weight-streaming", action="store_const", const=True, help="let the runtime stream weights")
+    compiled.add_argument(
+        "--targets", type=_listed(str), help="compute capabilities, tensorrt-rtx only (default: sm86,sm89,sm120)"
+    )
+    compiled.add_argument(
+        "--version-compatible", action="store_const", const=True, help="later versions run the engine, tensorrt only"
+    )
+    compiled.add_argument(
+        "--hardware-compatibility",
+        choices=("ampere_plus", "same_compute_capability"),
+        help="other cards run the engine, tensorrt only (default: none)",
+    )
+    compiled.add_argument("--timing-cache", type=Path, help="file to read and write the builder's timings, tensorrt only")
     build.add_argument("--overwrite", action="store_true", help="replace an existing folder")
 
     command("inspect", _inspect, "print what an engine is").add_argument("engine", type=Path, metavar="ENGINE")

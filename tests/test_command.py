@@ -212,7 +212,7 @@ def test_a_base_with_damaged_weights(tmp_path: Path, capsys: Any) -> None:
     shutil.copytree(resolve_base("shapes-kontext"), base)
     weights = base / "transformer" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    assert "cannot load the transformer" in refused(
+    assert "cannot read the weights" in refused(
         capsys, "build", "--base", base, "--adapter", "shapes-st", "--out", tmp_path / "engine"
     )
     assert sorted(p.name for p in tmp_path.iterdir()) == ["base"]
@@ -248,15 +248,15 @@ def rewrite(manifest: Path, **changes: Any) -> None:
 
 
 def test_damaged_engines(copied: Path, capsys: Any) -> None:
-    data, manifest = copied / "model.onnx.data", copied / "manifest.json"
-    original, text = data.read_bytes(), manifest.read_text()
-    data.write_bytes(original[:-8])
+    adapter, manifest = copied / "adapter.safetensors", copied / "manifest.json"
+    original, text = adapter.read_bytes(), manifest.read_text()
+    adapter.write_bytes(original[:-8])
     assert "bytes instead of" in refused(capsys, "inspect", copied)
-    data.write_bytes(original[:-1] + bytes([original[-1] ^ 1]))
+    adapter.write_bytes(original[:-1] + bytes([original[-1] ^ 1]))
     assert "was changed after the build" in refused(capsys, "inspect", copied)
-    data.unlink()
+    adapter.unlink()
     assert "lacks its file" in refused(capsys, "inspect", copied)
-    data.write_bytes(original)
+    adapter.write_bytes(original)
     rewrite(manifest, schema_version=99)
     assert "schema 99" in refused(capsys, "inspect", copied)
     manifest.write_text(text[:100])
@@ -264,6 +264,16 @@ def test_damaged_engines(copied: Path, capsys: Any) -> None:
     manifest.unlink()
     assert "not an engine folder" in refused(capsys, "inspect", copied)
     assert "does not exist" in refused(capsys, "inspect", copied / "nothing")
+
+
+def test_engine_whose_linked_weights_are_gone_or_of_another_size(copied: Path, capsys: Any) -> None:
+    name, size = "diffusion_pytorch_model.safetensors", 1000
+    (copied / name).write_bytes(bytes(size))
+    rewrite(copied / "manifest.json", links={name: {"bytes": size, "kind": "hard"}}, files={})
+    assert run(capsys, "inspect", copied)[0] == 0
+    for damage in (lambda: (copied / name).write_bytes(bytes(size - 1)), (copied / name).unlink):
+        damage()
+        assert f"needs the checkpoint's file {name} as it was at the build" in refused(capsys, "inspect", copied)
 
 
 def test_engine_of_an_unknown_family_or_backend_or_another_base(
@@ -295,7 +305,7 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, capsys: Any, monkeypa
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("slideredit_rt.export.build.export_onnx", full)
+    monkeypatch.setattr("slideredit_rt.export.build.export_linked", full)
     message = refused(capsys, "build", "--base", "shapes-kontext", "--adapter", "shapes-st", "--out", tmp_path / "engine")
     assert "No space left on device" in message
     assert list(tmp_path.iterdir()) == []
@@ -330,11 +340,10 @@ def test_a_killed_build_leaves_nothing_that_loads(tmp_path: Path, capsys: Any, h
     assert "does not exist" in refused(capsys, "inspect", out)
 
 
-def test_the_next_build_removes_what_a_killed_one_left(tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
+def test_the_next_build_removes_what_a_killed_one_left(tmp_path: Path, capsys: Any) -> None:
     gone, alive = tmp_path / ".engine.999999999.tmp", tmp_path / f".engine.{os.getppid()}.tmp"
     for folder in (gone, alive):
         folder.mkdir()
-    monkeypatch.setattr("slideredit_rt.export.build.export_onnx", lambda *_: [])
     code, _, _ = run(
         capsys, "build", "--base", "shapes-kontext", "--adapter", "shapes-st", "--out", tmp_path / "engine", "--quiet"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from slideredit_rt.adapters import load_adapter
+from slideredit_rt.assets import resolve_base
 from slideredit_rt.editor import SliderEditor
 from slideredit_rt.engines import open_engine
 from slideredit_rt.errors import SliderEditError
@@ -58,14 +60,24 @@ def test_row_of_a_mixed_batch_equals_the_same_request_alone(
         assert (mixed[row] - engine(alone)[0]).abs().max() <= 1e-5
 
 
-def test_the_graph_holds_one_slider_node_per_adapted_linear_with_a_body(engines: dict[str, Path], kind: str) -> None:
-    model = onnx.load(engines[kind] / "model.onnx", load_external_data=False)
-    nodes = collections.Counter((n.domain, n.op_type) for n in model.graph.node)
+def test_the_manifest_counts_what_became_of_every_adapted_linear(engines: dict[str, Path], kind: str) -> None:
     manifest, _ = open_engine(engines[kind])
     assert manifest.adapter is not None
-    assert nodes["slideredit", "MaskedLoRA"] == manifest.adapter["modules"]
-    assert [(f.domain, f.name) for f in model.functions] == [("slideredit", "MaskedLoRA")]
-    assert (engines[kind] / "model.onnx").stat().st_size < (engines[kind] / "model.onnx.data").stat().st_size
+    nodes = collections.Counter(n.op_type for n in onnx.load(engines[kind] / "model.onnx", load_external_data=False).graph.node)
+    form = {"st": "native", "gst": "folded"}[kind]
+    assert (manifest.lowering, manifest.updates) == (form, {form: manifest.adapter["modules"]})
+    assert nodes["MaskedLoRA"] == manifest.updates.get("native", 0)
+    assert nodes["MaskedLoRALinear"] == 0
+
+
+def test_weights_of_the_base_are_linked_and_not_copied(engines: dict[str, Path], kind: str) -> None:
+    manifest, _ = open_engine(engines[kind])
+    source = resolve_base("shapes-kontext") / "transformer"
+    for name, link in manifest.links.items():
+        size = (source / name).stat().st_size
+        assert link == {"bytes": size, "kind": "hard"}
+    written = sum(file["bytes"] for name, file in manifest.files.items() if name not in os.listdir(source))
+    assert written < sum(f.stat().st_size for f in source.glob("*.safetensors")) / 4
 
 
 def test_a_step_reuses_its_output_and_binds_inputs_where_they_lie(

@@ -30,7 +30,6 @@ from safetensors import safe_open
 
 from slideredit_rt.adapters import Adapter, load_adapter, save_adapter
 from slideredit_rt.assets import resolve_base
-from slideredit_rt.engines import open_engine
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.export.linked_weights import (
     ADAPTER_FILE,
@@ -39,7 +38,8 @@ from slideredit_rt.export.linked_weights import (
     export_linked,
     replace_adapter,
 )
-from slideredit_rt.export.onnx_graph import MaskedLoRA, example_inputs
+from slideredit_rt.export.lowering import LOWERINGS, Lowering, MaskedLoRA
+from slideredit_rt.export.onnx_graph import example_inputs
 from slideredit_rt.families import KINDS, Family, Kind
 from slideredit_rt.modules import SliderBackbone
 
@@ -137,15 +137,25 @@ def _adapter_for(family: Family, transformer: torch.nn.Module, kind: Kind, scale
 
 @torch.no_grad()
 def test_linked_export_computes_what_the_copied_export_does(
-    engines: dict[str, Path], linked: tuple[Path, LinkedExport], pipeline: Any, family: Family, kind: str
+    sharded: dict[torch.dtype, Path],
+    linked: tuple[Path, LinkedExport],
+    pipeline: Any,
+    family: Family,
+    kind: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    manifest, engine = open_engine(engines[kind])
-    backbone = SliderBackbone(family, pipeline.transformer.eval(), load_adapter(f"shapes-{kind}", family))
+    monkeypatch.setattr(os, "link", _no_hard_links)
+    adapter = load_adapter(f"shapes-{kind}", family)
+    copied = export_linked(family, sharded[torch.float32], adapter, tmp_path, symbolic_links=False)
+    assert copied.links == {}
+    assert set(linked[1].links) <= set(copied.files), "the weights are files of its own"
+    backbone = SliderBackbone(family, pipeline.transformer.eval(), adapter)
     for sizes in ((2, 24, 128, 2), (1, 7, 60, 1), (3, 31, 96, 5)):
-        inputs = example_inputs(backbone, manifest.config, *sizes)
-        assert (_run(linked[0], inputs) - engine(inputs)).abs().max() <= 1e-4
-    assert linked[1].config == manifest.config
-    assert (linked[1].inputs, linked[1].outputs) == (manifest.inputs, manifest.outputs)
+        inputs = example_inputs(backbone, copied.config, *sizes)
+        found = _run(linked[0], inputs)
+        assert torch.equal(found, _run(tmp_path, inputs))
+        assert (found - backbone(inputs)).abs().max() <= 1e-4
 
 
 def test_initializers_point_into_the_shards_and_nothing_is_copied(
@@ -194,11 +204,13 @@ def test_no_sequence_operators_remain_and_each_linear_has_its_slider_node(
     assert [(f.domain, f.name) for f in model.functions] == [("slideredit", "MaskedLoRA")]
 
 
+@pytest.mark.parametrize("form", LOWERINGS)
 def test_a_bfloat16_checkpoint_stays_bfloat16_between_float32_inputs_and_output(
-    sharded: dict[torch.dtype, Path], tmp_path: Path, family: Family
+    sharded: dict[torch.dtype, Path], tmp_path: Path, family: Family, form: Lowering
 ) -> None:
-    result = export_linked(family, sharded[torch.bfloat16], load_adapter("shapes-gst", family), tmp_path)
-    assert result.dtype == "bfloat16"
+    adapter = load_adapter("shapes-gst", family)
+    result = export_linked(family, sharded[torch.bfloat16], adapter, tmp_path, lowering=form, target="sm90")
+    assert (result.dtype, result.updates, result.notes) == ("bfloat16", {form: len(adapter.pairs)}, [])
     model = _graph(tmp_path)
     # Raises where the types of a node's inputs do not belong together.
     inferred = onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True)
@@ -206,6 +218,8 @@ def test_a_bfloat16_checkpoint_stays_bfloat16_between_float32_inputs_and_output(
     types |= {v.name: v.type.tensor_type.elem_type for v in [*inferred.graph.value_info, *inferred.graph.input]}
     assert {types[name] for name in _places(model)} == {onnx.TensorProto.BFLOAT16}
     for node in model.graph.node:
+        if node.op_type == "MaskedLoRALinear":
+            assert [types[name] for name in node.input] == [onnx.TensorProto.BFLOAT16] * 5 + [onnx.TensorProto.FLOAT]
         if node.op_type in ("MatMul", "Gemm"):
             assert {types[name] for name in node.input} == {onnx.TensorProto.BFLOAT16}, node.name
         if node.op_type == "MaskedLoRA":
@@ -300,17 +314,27 @@ def _no_hard_links(*_: Any) -> None:
     raise OSError(errno.EXDEV, "Invalid cross-device link")
 
 
-def test_across_file_systems_the_link_is_symbolic_or_refused(
+def test_across_file_systems_the_link_is_symbolic_and_onnx_runtime_would_refuse_it(
     two_blocks: Path, tmp_path: Path, family: Family, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "link", _no_hard_links)
-    with pytest.raises(SliderEditError, match="put the engine on the checkpoint's file system"):
-        export_linked(family, two_blocks, None, tmp_path, symbolic_links=False)
     result = export_linked(family, two_blocks, None, tmp_path)
     assert set(result.links.values()) == {"symbolic"}
     assert all((tmp_path / name).readlink().samefile(tmp_path / name) for name in result.links)
     with pytest.raises(Exception, match="escapes model directory"):
         _run(tmp_path, {})
+
+
+def test_a_folder_that_takes_neither_links_nor_copies_says_so(
+    two_blocks: Path, tmp_path: Path, family: Family, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "link", _no_hard_links)
+    monkeypatch.setattr(shutil, "copyfile", full)
+    with pytest.raises(SliderEditError, match=r"cannot put the weights .*No space left on device.*choose another folder"):
+        export_linked(family, two_blocks, None, tmp_path, symbolic_links=False)
 
 
 def test_a_folder_that_holds_the_link_already_is_refused(two_blocks: Path, tmp_path: Path, family: Family) -> None:

@@ -20,7 +20,7 @@ from slideredit_rt.export import tensorrt_engine
 from slideredit_rt.export.tensorrt_engine import Profile, check_memory, image_rows_of
 
 BUILD = ["build", "--base", "shapes-kontext", "--backend", "tensorrt-rtx", "--quiet"]
-SIZES = ["--resolution", "64", "--max-text-rows", "24", "--max-batch", "4"]
+SIZES = ["--resolution", "64", "--max-text-rows", "24", "--batch", "4"]
 
 
 @pytest.fixture(scope="module", params=["st", "gst"])
@@ -39,7 +39,11 @@ def test_build_writes_a_plan_its_log_and_a_manifest_and_nothing_else(engine: Pat
 
 def test_manifest_says_what_the_engine_takes_and_where_it_runs(engine: Path) -> None:
     manifest = read_manifest(engine)
-    assert (manifest.backend, manifest.lowering, manifest.targets) == ("tensorrt-rtx", "native", ["sm86", "sm120"])
+    assert (manifest.backend, manifest.targets, manifest.dtype) == ("tensorrt-rtx", ["sm86", "sm120"], "float32")
+    assert manifest.adapter is not None
+    form = "native" if manifest.kind == "st" else "folded"
+    assert (manifest.lowering, manifest.updates) == (form, {form: manifest.adapter["modules"]})
+    assert manifest.layers["MATRIX_MULTIPLY"] > manifest.adapter["modules"]
     assert manifest.backend_version == version("tensorrt_rtx")
     assert manifest.ranges["batch"] == [1, 1, 4]
     assert manifest.ranges["text_rows"] == [1, 24, 24]
@@ -173,7 +177,7 @@ def test_memory_is_checked_before_the_build_starts(
     [
         ([*BUILD, "--targets", "sm90"], "does not build for 'sm90'; choose from sm120"),
         ([*BUILD, "--resolution", "63"], "resolution 63 is not a multiple of 8"),
-        (["build", "--base", "shapes-kontext", "--targets", "sm86"], "--targets is for --backend tensorrt-rtx"),
+        (["build", "--base", "shapes-kontext", "--targets", "sm86"], "--targets is for --backend tensorrt or tensorrt-rtx"),
         (["build", "--base", "shapes-kontext", "--backend", "openvino"], "unknown backend 'openvino'; known: onnxruntime"),
     ],
 )
@@ -196,5 +200,7 @@ def test_node_that_the_parser_refuses_is_named(tmp_path: Path) -> None:
     onnx.save(helper.make_model(graph, opset_imports=imports), path)
     profile = Profile((1, 1, 1), (1, 1, 1), (1, 1, 1), (1, 1, 1))
     with pytest.raises(SliderEditError, match=r"TensorRT-RTX refuses node 'the_node' \(Mystery\)"):
-        tensorrt_engine.build_plan(path, tmp_path, [], profile, tensorrt_engine.TensorRTOptions(), progress=False)
+        tensorrt_engine.build_plan(
+            "tensorrt-rtx", path, tmp_path, [], profile, tensorrt_engine.TensorRTOptions(), ["sm89"], progress=False
+        )
     assert not (tmp_path / "model.engine").exists()

@@ -34,7 +34,7 @@ class Manifest:
         created: UTC, ISO 8601.
         versions: packages that it was built with.
         ranges: smallest, usual and largest size of each axis, where the backend compiles for a range.
-        dtype: torch's name of the weights' type, in which the graph computes; its floating-point inputs and outputs stay float32.
+        dtype: of the weights and the arithmetic, torch's name; floating-point inputs and outputs stay float32.
         updates: number of adapted linears by the lowering that each ended in.
         layers: number of layers by type in the network that the builder was given, before it fused them.
         compatibility: what beside the build machine's own TensorRT version and GPU a plan takes: `versions` (bool, later ones
