@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import signal
+import subprocess
+import sys
+import time
+import typing
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -178,6 +184,14 @@ def test_memory_is_checked_before_the_build_starts(
         ([*BUILD, "--targets", "sm90"], "does not build for 'sm90'; choose from sm120"),
         ([*BUILD, "--resolution", "63"], "resolution 63 is not a multiple of 8"),
         (["build", "--base", "shapes-kontext", "--targets", "sm86"], "--targets is for --backend tensorrt or tensorrt-rtx"),
+        ([*BUILD, "--targets", ""], "an engine is built for one target or more; choose from"),
+        ([*BUILD, "--timing-cache", "t"], "--timing-cache is for --backend tensorrt; TensorRT-RTX takes --targets"),
+        ([*BUILD, "--lowering", "plugin"], "the backend tensorrt-rtx has no plugins"),
+        ([*BUILD, "--batch", "4,2,8"], "the batch sizes 4,2,8 do not rise"),
+        ([*BUILD, "--batch", "1,2"], "--batch takes the largest batch or MIN,OPT,MAX, got 2 numbers"),
+        ([*BUILD, "--max-sliders", "0"], "room for one slider or more, got 0"),
+        (["build", "--base", "shapes-kontext", "--dtype", "bfloat16"], "multiplies no bfloat16 matrices on the CPU"),
+        (["build", "--base", "shapes-kontext", "--dtype", "float16"], "cannot run in float16: its activations exceed"),
         (["build", "--base", "shapes-kontext", "--backend", "openvino"], "unknown backend 'openvino'; known: onnxruntime"),
     ],
 )
@@ -204,3 +218,87 @@ def test_node_that_the_parser_refuses_is_named(tmp_path: Path) -> None:
             "tensorrt-rtx", path, tmp_path, [], profile, tensorrt_engine.TensorRTOptions(), ["sm89"], progress=False
         )
     assert not (tmp_path / "model.engine").exists()
+
+
+def configured(backend: str, options: tensorrt_engine.TensorRTOptions, targets: tuple[str, ...] = ()) -> Any:
+    """A real builder configuration; TensorRT-RTX's has every option of TensorRT's, though it ignores the hardware level."""
+    trt = tensorrt_engine.load_tensorrt("tensorrt-rtx")
+    config = trt.Builder(trt.Logger(trt.Logger.INTERNAL_ERROR)).create_builder_config()
+    tensorrt_engine._configure(trt, config, backend, options, targets)
+    return config
+
+
+def test_options_reach_the_builder(tmp_path: Path) -> None:
+    options = tensorrt_engine.TensorRTOptions(
+        optimization_level=2,
+        workspace_mib=64,
+        weight_streaming=True,
+        version_compatible=True,
+        hardware_compatibility="ampere_plus",
+        timing_cache=tmp_path / "timings",
+    )
+    import tensorrt_rtx as trt
+
+    config = configured("tensorrt", options)
+    assert config.builder_optimization_level == 2
+    assert config.get_memory_pool_limit(trt.MemoryPoolType.WORKSPACE) == 64 * 2**20
+    assert config.get_flag(trt.BuilderFlag.WEIGHT_STREAMING)
+    assert config.get_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
+    levels = {level.upper() for level in typing.get_args(tensorrt_engine.HardwareCompatibility)}
+    assert levels <= set(trt.HardwareCompatibilityLevel.__members__)
+    assert config.get_timing_cache() is not None
+    plain = configured("tensorrt-rtx", tensorrt_engine.TensorRTOptions(), ("sm86", "sm120"))
+    assert [plain.get_compute_capability(i) for i in range(plain.num_compute_capabilities)] == [
+        trt.ComputeCapability.SM86,
+        trt.ComputeCapability.SM120,
+    ]
+    assert not plain.get_flag(trt.BuilderFlag.WEIGHT_STREAMING)
+
+
+def test_plugins_of_an_engine_for_every_card_since_ampere_are_compiled_for_ampere() -> None:
+    options = tensorrt_engine.TensorRTOptions
+    assert tensorrt_engine.plugin_target(["sm120"], options(hardware_compatibility="ampere_plus")) == "sm80"
+    assert tensorrt_engine.plugin_target(["sm120"], options(hardware_compatibility="same_compute_capability")) == "sm120"
+    assert tensorrt_engine.plugin_target(["sm90"], options()) == "sm90"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_tensorrt_builds_for_the_card_at_hand_and_says_so_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(tensorrt_engine.PACKAGES, "tensorrt", "tensorrt_rtx")  # stands for the package that is not here
+    with pytest.raises(SliderEditError, match="no CUDA device is visible, and TensorRT builds for the device at hand"):
+        tensorrt_engine.targets_of("tensorrt", tensorrt_engine.TensorRTOptions())
+    with pytest.raises(SliderEditError, match="--targets is for --backend tensorrt-rtx; TensorRT builds for the card"):
+        tensorrt_engine.targets_of("tensorrt", tensorrt_engine.TensorRTOptions(targets=("sm89",)))
+
+
+def test_interrupted_build_stops_the_builder_and_leaves_nothing(tmp_path: Path) -> None:
+    out = tmp_path / "engine"
+    command = [sys.executable, "-m", "slideredit_rt.cli", *BUILD, *SIZES, "--adapter", "shapes-st", "--out", str(out)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+        # The log grows while the builder works.
+        if any(log.stat().st_size > 100_000 for log in tmp_path.glob(".engine.*.tmp/build.log")):
+            process.send_signal(signal.SIGINT)
+            break
+        time.sleep(0.02)
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (130, "slideredit-rt: interrupted; nothing was left half-written\n")
+    assert not list(tmp_path.iterdir())
+
+
+def test_refused_node_of_an_exported_model_is_said_to_come_from_its_module(tmp_path: Path) -> None:
+    import onnx
+    from onnx import TensorProto, helper
+
+    x, y = (helper.make_tensor_value_info(n, TensorProto.FLOAT, [1]) for n in "xy")
+    node = helper.make_node("Mystery", ["x"], ["y"], "node_mystery", domain="nobody")
+    node.metadata_props.add(key="pkg.torch.onnx.name_scopes", value="['', 'transformer', 'transformer.norm_out', 'mystery']")
+    imports = [helper.make_opsetid("", 20), helper.make_opsetid("nobody", 1)]
+    path = tmp_path / "model.onnx"
+    onnx.save(helper.make_model(helper.make_graph([node], "g", [x], [y]), opset_imports=imports), path)
+    profile = Profile((1, 1, 1), (1, 1, 1), (1, 1, 1), (1, 1, 1))
+    with pytest.raises(SliderEditError, match=r"refuses node 'node_mystery' \(Mystery\) in transformer.norm_out: "):
+        tensorrt_engine.build_plan(
+            "tensorrt-rtx", path, tmp_path, [], profile, tensorrt_engine.TensorRTOptions(), ["sm89"], progress=False
+        )
