@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test slow-test lint bench gpu-test gpu-bench marks clean
+.PHONY: demo test slow-test lint bench gpu-test gpu-bench gpu-trt marks clean
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; set PYTHON=python3.11"; exit 2; }
@@ -52,6 +52,10 @@ gpu-test: $(STAGE)
 
 gpu-bench: $(STAGE)
 	PYTHONPATH=$(STAGE) $(GPU_PYTHON) -m slideredit_rt.bench.gpu_kernels --out bench/results --write-dispatch kernels/dispatch.json $(BENCH_OPTIONS)
+
+# Needs slideredit-rt's own dependencies as well (diffusers, onnx, onnxruntime, …), and tensorrt or tensorrt-rtx.
+gpu-trt: $(STAGE)
+	PYTHONPATH=$(STAGE) $(GPU_PYTHON) -m slideredit_rt.bench.gpu_tensorrt --out bench/results $(BENCH_OPTIONS)
 
 clean:
 	rm -rf $(VENV) demo build *.egg-info

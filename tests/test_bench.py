@@ -1,4 +1,4 @@
-"""The GPU bench on a machine without a GPU: every path once, the table, the marks and the dispatch rules."""
+"""The GPU benches on a machine without a GPU: every path once, the tables, the marks and the dispatch rules."""
 
 from __future__ import annotations
 
@@ -9,15 +9,17 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from slideredit_rt.bench import gpu_kernels
+from slideredit_rt.bench import gpu_kernels, gpu_tensorrt
 from slideredit_rt.bench.gpu_kernels import Case, Measurement
 from slideredit_rt.kernels import dispatch
 
 
-def run(*arguments: str, interpret: bool = True) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"TRITON_INTERPRET": "1" if interpret else "0"}
-    line = [sys.executable, "-m", "slideredit_rt.bench.gpu_kernels", *arguments]
+def run(*arguments: str, bench: str = "gpu_kernels") -> subprocess.CompletedProcess[str]:
+    # One thread: on small matrices several wait for each other longer than they compute.
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    line = [sys.executable, "-m", f"slideredit_rt.bench.{bench}", *arguments]
     return subprocess.run(line, capture_output=True, text=True, env=environment, check=False)
 
 
@@ -48,8 +50,9 @@ def test_rehearsal_computes_every_path_and_times_none() -> None:
     assert all(row.count("right") == len(gpu_kernels.OURS) + len(gpu_kernels.OTHERS) for row in rows)
 
 
-def test_without_a_gpu_the_bench_says_so_and_writes_nothing(tmp_path: Path) -> None:
-    done = run("--out", str(tmp_path))
+@pytest.mark.parametrize("bench", ["gpu_kernels", "gpu_tensorrt"])
+def test_without_a_gpu_the_bench_says_so_and_writes_nothing(bench: str, tmp_path: Path) -> None:
+    done = run("--out", str(tmp_path), bench=bench)
     if done.returncode == 0:
         pytest.skip("there is a GPU here")
     assert done.returncode == 2
@@ -89,3 +92,49 @@ def test_dispatch_takes_the_fastest_right_path_per_shape(measured: list[Measurem
     assert written["Card"]["shapes"] == rules
     assert written["Card"]["commit"] == "abc"
     assert written["default"] == dispatch.table()["paths"]["default"]
+
+
+def test_tensorrt_rehearsal_builds_plans_and_compares_the_same_graphs_in_onnx_runtime(tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    done = run("--rehearse", "--out", str(tmp_path), bench="gpu_tensorrt")
+    assert done.returncode == 0, done.stderr
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in done.stdout.strip().splitlines()[2:]]
+    assert [row[:4] for row in rows] == [
+        ["embedded editor", "st", "tensorrt-rtx", "native"],
+        ["embedded editor", "st", "onnxruntime", "native"],
+        ["FLUX 1+1, narrow", "gst", "tensorrt-rtx", "folded"],
+        ["FLUX 1+1, narrow", "gst", "onnxruntime", "folded"],
+    ]
+    assert [row[4] for row in rows] == ["12 native", "12 native", "15 folded", "15 folded"]
+    for _, _, backend, *_, error, allowed, step, eager, note in rows:
+        assert (step, eager) == ("–", "–"), "nothing is timed"
+        if backend == "onnxruntime":
+            assert float(error) <= float(allowed) == 1e-5
+        else:
+            assert (error, note) == ("–", "built, not run")
+    assert not list(tmp_path.iterdir())
+
+
+def test_tensorrt_bench_records_a_refusal_and_marks_what_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    monkeypatch.setattr(gpu_tensorrt, "SETTINGS", 1)
+    case = gpu_tensorrt.Case("embedded editor", "shapes-kontext", "shapes-st", 64, 24, 128, ("plugin",))
+    reference = gpu_tensorrt.Reference(case, torch.float32, "cpu")
+    m = gpu_tensorrt.measure(case, reference, "tensorrt", "plugin", "bfloat16", tmp_path / "engine", run=True)
+    assert "pip install 'slideredit-rt[tensorrt]'" in m.note
+    assert not m.wrong
+    m.error = 2 * reference.allowed_error
+    assert m.wrong
+    assert "WRONG" in gpu_tensorrt.table([m])
+    m.error = float("nan")
+    assert m.wrong
+    m.error = reference.allowed_error
+    m.graph_equals_enqueue = False
+    assert m.wrong
+
+
+def test_a_missing_package_is_one_sentence(tmp_path: Path) -> None:
+    code = "import sys; sys.modules['diffusers'] = None; import slideredit_rt.bench.gpu_tensorrt"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("gpu_tensorrt: this Python lacks diffusers; install")

@@ -1,0 +1,358 @@
+"""TensorRT engines with sliders on a GPU: are they right, and what does a step take (`make gpu-trt`).
+
+For every TensorRT flavour that is installed, the embedded editor (and with `--full-width` a FLUX of 2 + 2 blocks at 1024²) is
+built in bfloat16 with every lowering, run with twenty slider settings through one captured graph, compared with eager torch,
+and timed. `--rehearse` does the same on any machine as far as that goes: plans are built but not run, and the same graphs are
+compared in ONNX Runtime; nothing is timed or written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import logging
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    from diffusers import AutoModel, FluxTransformer2DModel
+
+    from slideredit_rt.adapters import Adapter, load_adapter
+    from slideredit_rt.assets import resolve_base
+    from slideredit_rt.bench.gpu_kernels import commit
+    from slideredit_rt.engines import RuntimeOptions, open_engine
+    from slideredit_rt.engines.manifest import read_manifest
+    from slideredit_rt.engines.tensorrt import (
+        NAMES,
+        PACKAGES,
+        PLAN_FILE,
+        RTX,
+        CudaDevice,
+        Environment,
+        TensorRTEngine,
+    )
+    from slideredit_rt.errors import SliderEditError
+    from slideredit_rt.export.build import DType, build_engine
+    from slideredit_rt.export.lowering import LOWERINGS
+    from slideredit_rt.export.onnx_graph import example_inputs
+    from slideredit_rt.export.tensorrt_engine import TensorRTOptions
+    from slideredit_rt.families import KINDS, Kind, family_of, get_family
+    from slideredit_rt.files import atomic_file
+    from slideredit_rt.modules import SliderBackbone
+except ModuleNotFoundError as missing:
+    sys.exit(f"gpu_tensorrt: this Python lacks {missing.name}; install slideredit-rt's dependencies into GPU_PYTHON")
+
+SETTINGS = 20
+STEPS = 50
+# A plan may round at other places than eager torch does: it gets twice eager's error. In float32 both are the last bits.
+FACTOR, FLOOR = 2.0, 1e-5
+FULL_WIDTH = {"num_layers": 2, "num_single_layers": 2, "guidance_embeds": True}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A base with an adapter, None for the frozen backbone, at one size, and the lowerings that it is built with."""
+
+    name: str
+    base: str
+    adapter: str | Adapter | None
+    resolution: int
+    text_rows: int
+    image_rows: int
+    lowerings: tuple[str, ...]
+
+    @property
+    def kind(self) -> str:
+        if self.adapter is None:
+            return "frozen"
+        return self.adapter.kind if isinstance(self.adapter, Adapter) else self.adapter.removeprefix("shapes-")
+
+
+@dataclass
+class Measurement:
+    """One engine. Errors are RMS differences from a reference of higher precision, relative to its RMS.
+
+    `milliseconds` is the median of a step, `eager_milliseconds` of eager torch in the same dtype; None where nothing was timed,
+    with the reason in `note`.
+    """
+
+    case: str
+    kind: str
+    backend: str
+    version: str
+    lowering: str
+    updates: dict[str, int] = field(default_factory=dict)
+    build_seconds: float | None = None
+    plan_mib: float | None = None
+    error: float | None = None
+    allowed_error: float | None = None
+    graph_equals_enqueue: bool | None = None
+    milliseconds: float | None = None
+    eager_milliseconds: float | None = None
+    note: str = ""
+
+    @property
+    def wrong(self) -> bool:
+        """Whether it ran and computed something else."""
+        too_far = self.error is not None and self.allowed_error is not None and not self.error <= self.allowed_error
+        return too_far or self.graph_equals_enqueue is False
+
+
+def random_checkpoint(folder: Path, config: Mapping[str, Any]) -> Path:
+    """A FLUX of random bfloat16 weights, with as much of a pipeline around it as a build reads."""
+    torch.manual_seed(0)
+    FluxTransformer2DModel(**config).to(torch.bfloat16).save_pretrained(folder / "transformer")
+    (folder / "vae").mkdir()
+    (folder / "vae" / "config.json").write_text(json.dumps({"block_out_channels": [128, 256, 512, 512]}))
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": get_family("flux_kontext").pipeline_class}))
+    return folder
+
+
+def random_adapter(base: Path, kind: Kind) -> Adapter:
+    """Rank 16 on the linears that adapters of this kind are trained on; its update is about a tenth of the projection."""
+    family = family_of(base)
+    transformer = AutoModel.from_pretrained(str(base / "transformer"), dtype=torch.bfloat16, local_files_only=True)
+    linears = {n: m for n, m in transformer.named_modules() if isinstance(m, torch.nn.Linear)}
+    g = torch.Generator().manual_seed(0)
+    pairs = {
+        name: (
+            torch.randn(16, m.in_features, generator=g) / m.in_features**0.5,
+            0.02 * torch.randn(m.out_features, 16, generator=g),
+        )
+        for name, m in linears.items()
+        if family.targets(kind).fullmatch(name)
+    }
+    return Adapter(family.name, kind, 16, pairs, f"random {kind}")
+
+
+def cases(folder: Path, *, full_width: bool) -> Iterator[Case]:
+    """What is built; random checkpoints go into `folder`."""
+    for adapter in (None, "shapes-st", "shapes-gst"):
+        yield Case("embedded editor", "shapes-kontext", adapter, 64, 24, 128, LOWERINGS if adapter else ("native",))
+    if full_width:
+        base = random_checkpoint(folder / "base", FULL_WIDTH)
+        yield Case("FLUX 2+2, full width", str(base), None, 1024, 512, 8192, ("native",))
+        for kind in KINDS:
+            yield Case("FLUX 2+2, full width", str(base), random_adapter(base, kind), 1024, 512, 8192, LOWERINGS)
+
+
+def rehearsal_cases(folder: Path) -> Iterator[Case]:
+    """Every path once: the embedded editor, and random narrow blocks in the place of the wide ones."""
+    yield Case("embedded editor", "shapes-kontext", "shapes-st", 64, 24, 128, ("native",))
+    narrow = FluxTransformer2DModel.load_config(resolve_base("shapes-kontext") / "transformer")
+    base = random_checkpoint(folder / "base", narrow | {"num_layers": 1, "num_single_layers": 1})
+    yield Case("FLUX 1+1, narrow", str(base), random_adapter(base, "gst"), 128, 24, 128, ("folded",))
+
+
+class Reference:
+    """Eager torch in the engine's dtype and in a wider one, on the settings that engines are tried with.
+
+    Args:
+        case: base, adapter and size.
+        dtype: the engine's.
+        device: `cuda` or `cpu`.
+    """
+
+    @torch.no_grad()
+    def __init__(self, case: Case, dtype: torch.dtype, device: str) -> None:
+        path = resolve_base(case.base)
+        family = family_of(path)
+        adapter = load_adapter(case.adapter, family) if isinstance(case.adapter, str) else case.adapter
+        transformer = AutoModel.from_pretrained(str(path / "transformer"), dtype=dtype, local_files_only=True)
+        backbone = SliderBackbone(family, transformer, adapter).to(device, dtype).eval()
+        sizes = (1, case.text_rows, case.image_rows, 2)
+        made = [example_inputs(backbone, transformer.config, *sizes, seed=seed) for seed in range(SETTINGS)]
+        self.inputs = [{name: tensor.to(device) for name, tensor in inputs.items()} for inputs in made]
+        eager = [backbone(inputs) for inputs in self.inputs]
+        self.milliseconds = milliseconds(lambda: backbone(self.inputs[0])) if device == "cuda" else None
+        wide = torch.float32 if dtype == torch.bfloat16 else torch.float64
+        exact = copy.deepcopy(backbone).to(wide)
+        self.exact = [exact(inputs) for inputs in self.inputs]
+        self.allowed_error = max(FACTOR * self.error(eager), FLOOR)
+
+    def error(self, outputs: list[Tensor]) -> float:
+        """Relative RMS of the outputs of all settings."""
+        actual, exact = torch.stack(outputs).double(), torch.stack(self.exact).double()
+        return ((actual - exact).square().mean() / exact.square().mean()).sqrt().item()
+
+
+def milliseconds(call: Callable[[], object]) -> float:
+    """Median of a call between two CUDA events."""
+    times = []
+    for step in range(STEPS + 5):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        call()
+        end.record()
+        end.synchronize()
+        if step >= 5:
+            times.append(begin.elapsed_time(end))
+    return statistics.median(times)
+
+
+def measure(
+    case: Case, reference: Reference, backend: str, lowering: str, dtype: DType, folder: Path, *, run: bool
+) -> Measurement:
+    """Build one engine; run it, compare it and, on a GPU, time it. What is refused is recorded with the sentence that says why.
+
+    Args:
+        case: what to build.
+        reference: its outputs.
+        backend, lowering: how.
+        dtype: of the engine.
+        folder: for the engine.
+        run: False leaves it at the build.
+    """
+    version = str(Environment.here(backend).package_version) if backend in PACKAGES else ""
+    m = Measurement(case.name, case.kind, backend, version, lowering, allowed_error=reference.allowed_error)
+    options = None
+    if backend in PACKAGES:
+        targets = (str(Environment.here(backend).capability),) if backend == RTX and run else None
+        options = TensorRTOptions(targets=targets, resolution=case.resolution, max_text_rows=case.text_rows)
+    started = time.perf_counter()
+    try:
+        manifest = build_engine(
+            case.base,
+            case.adapter,
+            folder,
+            backend=backend,
+            lowering=lowering,
+            dtype=dtype,
+            batch=(1, 1, 1),
+            max_sliders=2,
+            tensorrt=options,
+            progress=False,
+        )
+        m.build_seconds, m.updates = round(time.perf_counter() - started, 1), manifest.updates
+        m.plan_mib = round(sum(f["bytes"] for f in manifest.files.values()) / 2**20, 1)
+        if not run:
+            m.note = "built, not run"
+            return m
+        _, engine = open_engine(folder)
+        outputs = [engine(inputs).clone() for inputs in reference.inputs]
+        m.error = reference.error(outputs)
+        if backend in PACKAGES:
+            _, plain = open_engine(folder, options=RuntimeOptions(cuda_graphs=False))
+            m.graph_equals_enqueue = all(
+                torch.equal(plain(inputs), output) for inputs, output in zip(reference.inputs, outputs, strict=True)
+            )
+            m.milliseconds = milliseconds(lambda: engine(reference.inputs[0]))
+            m.eager_milliseconds = reference.milliseconds
+    except SliderEditError as error:
+        m.note = str(error)
+    return m
+
+
+def refusal(folder: Path) -> str | None:
+    """What TensorRT-RTX says to an engine on a card that it builds none for; None for a card that it knows."""
+    card = str(Environment.here(RTX).capability)
+    trt = import_module(PACKAGES[RTX])
+    if card.upper() in trt.ComputeCapability.__members__:
+        return None
+    options = TensorRTOptions(resolution=64, max_text_rows=24)
+    try:
+        build_engine("shapes-kontext", "shapes-st", folder, backend=RTX, tensorrt=options, progress=False)
+        TensorRTEngine(folder / PLAN_FILE, read_manifest(folder), trt, CudaDevice(), RuntimeOptions()).close()
+    except SliderEditError as error:
+        return str(error)
+    return f"it builds nothing for {card}, yet loads an engine for other cards"
+
+
+def table(measurements: list[Measurement]) -> str:
+    """Markdown: one line an engine."""
+    lines = [
+        "| engine | adapter | backend | lowering | updates | build s | MiB | error | allowed | step ms | eager ms | note |",
+        "|" + "---|" * 12,
+    ]
+    for m in measurements:
+        updates = ", ".join(f"{count} {name}" for name, count in m.updates.items())
+        numbers = [
+            "–" if n is None else form.format(n)
+            for n, form in (
+                (m.build_seconds, "{:.1f}"),
+                (m.plan_mib, "{:.1f}"),
+                (m.error, "{:.2e}"),
+                (m.allowed_error, "{:.2e}"),
+                (m.milliseconds, "{:.3f}"),
+                (m.eager_milliseconds, "{:.3f}"),
+            )
+        ]
+        wrong = "WRONG " if m.wrong else ""
+        lines.append("| " + " | ".join([m.case, m.kind, m.backend, m.lowering, updates, *numbers, wrong + m.note]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    """Run the bench; exit 1 if an engine computed something wrong."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("bench/results"), help="results folder (default: %(default)s)")
+    parser.add_argument("--full-width", action="store_true", help="a FLUX of 2+2 full-width blocks at 1024² as well")
+    parser.add_argument("--rehearse", action="store_true", help="build plans, compare in ONNX Runtime, time nothing")
+    args = parser.parse_args()
+    rehearse: bool = args.rehearse
+    if not torch.cuda.is_available() and not rehearse:
+        sys.stderr.write("gpu_tensorrt: no CUDA device here; pass --rehearse to build plans and compare them on the CPU\n")
+        return 2
+    flavours = [backend for backend, package in PACKAGES.items() if find_spec(package)]
+    if not flavours and not rehearse:
+        sys.stderr.write("gpu_tensorrt: no TensorRT here; pip install tensorrt or tensorrt-rtx into GPU_PYTHON\n")
+        return 2
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    dtype: DType = "float32" if rehearse else "bfloat16"
+    measurements: list[Measurement] = []
+    refused: dict[str, str] = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        if rehearse:
+            flavours = [*(f for f in flavours if f == RTX), "onnxruntime"]
+        elif RTX in flavours and (words := refusal(folder / "refused")):
+            refused[NAMES[RTX]] = words
+            flavours.remove(RTX)
+        for case in rehearsal_cases(folder) if rehearse else cases(folder, full_width=args.full_width):
+            reference = Reference(case, getattr(torch, dtype), "cpu" if rehearse else "cuda")
+            for backend in flavours:
+                for lowering in case.lowerings:
+                    if lowering == "plugin" and backend != "tensorrt":
+                        continue
+                    run = not (rehearse and backend in PACKAGES)
+                    target = folder / f"engine-{len(measurements)}"
+                    measurements.append(measure(case, reference, backend, lowering, dtype, target, run=run))
+                    sys.stderr.write(f"{case.name} {case.kind} {backend} {lowering}: done\n")
+        about = {
+            "gpu": "none" if rehearse else torch.cuda.get_device_name(),
+            "date": datetime.now(UTC).date().isoformat(),
+            "commit": commit(),
+            "torch": torch.__version__,
+            "triton": triton.__version__,
+        }
+    about |= {NAMES[m.backend]: m.version for m in measurements if m.backend in PACKAGES}
+    text = table(measurements) + "".join(f"\n{name} refuses this card: {words}\n" for name, words in refused.items())
+    sys.stdout.write(text)
+    if not rehearse:
+        content = {**about, "command": "make gpu-trt", "refused": refused, "measurements": [asdict(m) for m in measurements]}
+        heading = f"# TensorRT engines on {about['gpu']}\n\n" + ", ".join(f"{k} {v}" for k, v in about.items() if k != "gpu")
+        results = args.out / about["gpu"].lower().replace(" ", "-")
+        with atomic_file(results / "tensorrt.json") as temporary:
+            temporary.write_text(json.dumps(content, indent=1) + "\n")
+        with atomic_file(results / "tensorrt.md") as temporary:
+            temporary.write_text(f"{heading}. Batch 1, median of {STEPS} steps. Reproduce: `make gpu-trt`.\n\n{text}")
+    failed = any(m.wrong or (m.error is None and m.note != "built, not run") for m in measurements)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
