@@ -173,3 +173,20 @@ def test_kernels_touch_no_memory_that_is_not_theirs() -> None:
     if "Device not supported" in done.stdout:
         pytest.skip("compute-sanitizer does not support this device")
     assert done.returncode == 0, done.stdout[-3000:]
+
+
+def test_engine_calls_follow_each_other_across_streams_and_replay_a_capture() -> None:
+    for package in ("diffusers", "onnxruntime"):
+        pytest.importorskip(package)
+    from slideredit_rt.engines.tensorrt import CudaDevice
+
+    device, x = CudaDevice(), torch.zeros(2**24, device="cuda")
+    with device.stream() as handle:
+        assert handle == torch.cuda.current_stream().cuda_stream != torch.cuda.default_stream().cuda_stream
+        replay = device.capture(lambda stream: x.mul_(2).add_(1))
+    assert x.count_nonzero() == 0, "capturing runs nothing"
+    for caller in (torch.cuda.default_stream(), torch.cuda.Stream(), torch.cuda.Stream(), torch.cuda.default_stream()):
+        with torch.cuda.stream(caller), device.stream() as handle:
+            assert caller == torch.cuda.default_stream() or handle == caller.cuda_stream
+            replay()
+    assert (x == 15).all(), "the default stream waits for the last one"

@@ -139,7 +139,7 @@ class CudaDevice:
         if stream != caller:
             caller.wait_stream(stream)
 
-    def capture(self, enqueue: Callable[[int], None]) -> Callable[[], None]:
+    def capture(self, enqueue: Callable[[int], object]) -> Callable[[], None]:
         """Record what `enqueue(stream)` launches, without running it; the result replays it on the current stream."""
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
         with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
