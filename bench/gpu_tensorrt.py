@@ -187,12 +187,12 @@ class Reference:
     def error(self, outputs: list[Tensor]) -> float:
         """Relative RMS of the outputs of all settings."""
         actual, exact = torch.stack(outputs).double(), torch.stack(self.exact).double()
-        return ((actual - exact).square().mean() / exact.square().mean()).sqrt().item()
+        return float(((actual - exact).square().mean() / exact.square().mean()).sqrt())
 
 
 def milliseconds(call: Callable[[], object]) -> float:
     """Median of a call between two CUDA events."""
-    times = []
+    times: list[float] = []
     for step in range(STEPS + 5):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()

@@ -185,6 +185,26 @@ def test_options_of_tensorrt_are_refused_for_another_backend(
         open_engine(engines["st"], options=RuntimeOptions(cuda_graphs=False))
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ([], None),
+        (["--weight-budget-mib", "auto"], RuntimeOptions(weight_budget="auto")),
+        (["--weight-budget-mib", "3", "--cuda-graphs", "on"], RuntimeOptions(weight_budget=3 * 2**20)),
+        (["--cuda-graphs", "off"], RuntimeOptions(cuda_graphs=False)),
+    ],
+)
+def test_options_reach_the_engine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: list[str], expected: RuntimeOptions | None
+) -> None:
+    def open_nothing(folder: Path, **options: Any) -> None:
+        assert options == {"threads": None, "options": expected}
+        raise SliderEditError("asked for")
+
+    monkeypatch.setattr("slideredit_rt.editor.open_engine", open_nothing)
+    assert edit(tmp_path, tmp_path, *given) == 2
+
+
 def test_weight_budget_is_a_number_or_auto(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         edit(tmp_path, tmp_path, "--weight-budget-mib", "-3")
