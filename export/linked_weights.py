@@ -46,7 +46,6 @@ _OWN_FILES = (MODEL_FILE, ADAPTER_FILE, CONVERTED_FILE)
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
-_NO_FLOAT16 = {"flux_kontext": "its activations exceed 65504, the largest float16, and turn into infinities"}
 # Elements: enough for shapes, slices and the tables of position frequencies, far below any weight matrix.
 _FOLD_LIMIT = 1024
 _MAX_HEADER = 100_000_000  # what the safetensors library accepts, in bytes
@@ -134,7 +133,7 @@ def export_linked(
     if adapter is not None:
         adapter = _cast(adapter, dtype)
         if lowering == "plugin":
-            adapter = _fill_ranks(adapter)
+            adapter = _fill_ranks(adapter, {name: graph_rank(len(a)) for name, (a, _) in adapter.pairs.items()})
     on_meta = adapter and dataclasses.replace(
         adapter, pairs={name: (a.to("meta"), b.to("meta")) for name, (a, b) in adapter.pairs.items()}
     )
@@ -189,10 +188,11 @@ def replace_adapter(folder: Path, adapter: Adapter) -> None:
 
     Args:
         folder: written by `export_linked` with an adapter.
-        adapter: of the same modules, ranks and kind; converted to the dtype of the export.
+        adapter: of the same modules and kind; converted to the dtype of the export. Lower ranks than the export's are filled
+            up with zeros.
 
     Raises:
-        SliderEditError: no such export, or an adapter of other modules, ranks or kind.
+        SliderEditError: no such export, or an adapter of other modules, another kind or a higher rank.
     """
     path = folder / ADAPTER_FILE
     if not path.is_file():
@@ -212,11 +212,13 @@ def replace_adapter(folder: Path, adapter: Adapter) -> None:
             f"adapter {adapter.source!r} updates {len(adapter.pairs)} modules and the export in {str(folder)!r} "
             f"{len(places) // 2}, not the same ones ({different[0]}); export again for it"
         )
+    ranks = {name: places[f"transformer.{name}.lora_A.weight"].shape[0] for name in adapter.pairs}
+    tensors = _adapter_tensors(_fill_ranks(adapter, ranks))
     for key, place in places.items():
         if tuple(tensors[key].shape) != place.shape:
             raise SliderEditError(
                 f"adapter {adapter.source!r} has {key} of shape {list(tensors[key].shape)} and the export in "
-                f"{str(folder)!r} holds {list(place.shape)}: another rank or base; export again for it"
+                f"{str(folder)!r} holds {list(place.shape)}: a higher rank or another base; export again for it"
             )
     _write(path, header, (tensors[key].to(place.dtype) for key, place in places.items()))
 
@@ -309,10 +311,8 @@ def _choose_dtype(family: Family, places: Mapping[str, _Stored], dtype: torch.dt
         dtype = next(iter(places.values())).dtype
     if dtype not in _CODES:
         raise SliderEditError(f"cannot export weights as {dtype}; choose float32, bfloat16 or float16")
-    if dtype == torch.float16 and family.name in _NO_FLOAT16:
-        raise SliderEditError(
-            f"{family.name} cannot run in float16: {_NO_FLOAT16[family.name]}; use bfloat16 or float32 (--dtype)"
-        )
+    if dtype == torch.float16 and family.no_float16 is not None:
+        raise SliderEditError(f"{family.name} cannot run in float16: {family.no_float16}; use bfloat16 or float32 (--dtype)")
     return dtype
 
 
@@ -320,11 +320,11 @@ def _cast(adapter: Adapter, dtype: torch.dtype) -> Adapter:
     return dataclasses.replace(adapter, pairs={name: (a.to(dtype), b.to(dtype)) for name, (a, b) in adapter.pairs.items()})
 
 
-def _fill_ranks(adapter: Adapter) -> Adapter:
-    """Rows of zeros below each A, columns of zeros beside each B: the same update, of a rank that the kernels take."""
+def _fill_ranks(adapter: Adapter, ranks: Mapping[str, int]) -> Adapter:
+    """Rows of zeros below each A, columns of zeros beside each B: the same update, of a higher rank."""
     pairs = {}
     for name, (a, b) in adapter.pairs.items():
-        more = graph_rank(len(a)) - len(a)
+        more = max(ranks[name] - len(a), 0)
         pairs[name] = nn.functional.pad(a, (0, 0, 0, more)), nn.functional.pad(b, (0, more))
     return dataclasses.replace(adapter, pairs=pairs)
 

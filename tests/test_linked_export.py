@@ -261,12 +261,13 @@ def test_conversion_writes_a_file_of_its_own_and_links_nothing(
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("less", [0, 3])
 def test_replacing_the_adapter_gives_the_other_adapters_results(
-    sharded: dict[torch.dtype, Path], linked: tuple[Path, LinkedExport], family: Family, kind: str
+    sharded: dict[torch.dtype, Path], linked: tuple[Path, LinkedExport], family: Family, kind: str, less: int
 ) -> None:
     folder, result = linked
     first = load_adapter(f"shapes-{kind}", family)
-    other = _adapter_like(first, 0.2)
+    other = _adapter_like(first, 0.2, first.rank - less)
     graph = (folder / "model.onnx").read_bytes()
     transformer = FluxTransformer2DModel.from_pretrained(sharded[torch.float32] / "transformer")
     inputs = example_inputs(SliderBackbone(family, transformer, other), result.config, 2, 24, 128, 2)
@@ -285,12 +286,12 @@ def test_replacing_the_adapter_gives_the_other_adapters_results(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda a: _adapter_like(a, 0.1, rank=8), "another rank or base"),
+        (lambda a: _adapter_like(a, 0.1, rank=17), "a higher rank or another base"),
         (lambda a: dataclasses.replace(a, kind="gst" if a.kind == "st" else "st"), "export again for it"),
         (lambda a: dataclasses.replace(a, pairs=dict(list(a.pairs.items())[1:])), "not the same ones"),
     ],
 )
-def test_another_rank_kind_or_set_of_modules_is_refused_and_the_file_stays(
+def test_a_higher_rank_another_kind_or_set_of_modules_is_refused_and_the_file_stays(
     linked: tuple[Path, LinkedExport], family: Family, kind: str, change: Any, message: str
 ) -> None:
     before = (linked[0] / ADAPTER_FILE).read_bytes()

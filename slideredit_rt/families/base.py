@@ -84,13 +84,18 @@ def no_progress_bars() -> Iterator[None]:
 
 
 class Family(ABC):
-    """One base-model architecture. A family holds no weights; it works on a loaded diffusers pipeline."""
+    """One base-model architecture. A family holds no weights; it works on a loaded diffusers pipeline.
+
+    Attributes:
+        no_float16: why the family cannot compute in float16; None where it can.
+    """
 
     name: ClassVar[str]
     pipeline_class: ClassVar[str]
     guidance_scale: ClassVar[float]
     num_inference_steps: ClassVar[int]
     neutral_prompt: ClassVar[str]
+    no_float16: ClassVar[str | None] = None
 
     @abstractmethod
     def load_pipeline(self, folder: Path, *, transformer: bool = True, dtype: torch.dtype = torch.float32) -> Any:

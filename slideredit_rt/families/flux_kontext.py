@@ -34,6 +34,7 @@ class FluxKontext(Family):
     guidance_scale = 3.5
     num_inference_steps = 28
     neutral_prompt = "keep the image the same"
+    no_float16 = "its activations exceed 65504, the largest float16, and turn into infinities"
 
     def load_pipeline(self, folder: Path, *, transformer: bool = True, dtype: torch.dtype = torch.float32) -> Any:
         parts = {} if transformer else {"transformer": None}
