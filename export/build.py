@@ -17,19 +17,19 @@ from slideredit_rt.adapters import Adapter, load_adapter
 from slideredit_rt.assets import resolve_base
 from slideredit_rt.engines import BACKENDS
 from slideredit_rt.engines.manifest import Manifest, describe_files, fingerprint_base, write_manifest
-from slideredit_rt.engines.tensorrt import PLAN_FILE
+from slideredit_rt.engines.tensorrt import PACKAGES, PLAN_FILE
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.export.linked_weights import export_linked
 from slideredit_rt.export.lowering import choose
 from slideredit_rt.export.onnx_graph import MODEL_FILE
 from slideredit_rt.export.tensorrt_engine import (
     LOG_FILE,
-    PACKAGES,
     Profile,
     Range,
     TensorRTOptions,
     build_plan,
     image_rows_of,
+    load_tensorrt,
     plugin_target,
     targets_of,
 )
@@ -90,7 +90,8 @@ def build_engine(
     if isinstance(adapter, str | Path):
         adapter = load_adapter(adapter, family)
     form = choose(lowering, adapter.kind if adapter else None, backend)
-    profile, targets = None, ()
+    profile: Profile | None = None
+    targets: tuple[str, ...] = ()
     if options is not None:
         # Refuse before minutes of tracing.
         targets = targets_of(backend, options)
@@ -150,7 +151,8 @@ def build_engine(
                 base={"source": str(base) if str(base) != str(path) else str(path.resolve()), "fingerprint": fingerprint},
                 adapter=describe_adapter(adapter) if adapter else None,
                 backend=backend,
-                backend_version=version(PACKAGES.get(backend, backend)),
+                # TensorRT's metadata may belong to a package of another name.
+                backend_version=load_tensorrt(backend).__version__ if options else version(backend),
                 lowering=form,
                 targets=list(targets),
                 ranges={} if profile is None else {axis: list(sizes) for axis, sizes in profile.ranges().items()},

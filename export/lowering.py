@@ -168,7 +168,7 @@ def _last_axis(graph: ir.Graph) -> ir.Value:
 
 
 def _add_initializer(graph: ir.Graph, tensor: ir.TensorProtocol) -> None:
-    kind, shape = ir.TensorType(tensor.dtype), ir.Shape(tensor.shape)
+    kind, shape = ir.TensorType(tensor.dtype), ir.Shape(tensor.shape.numpy())
     graph.register_initializer(ir.Value(name=tensor.name, type=kind, shape=shape, const_value=tensor))
 
 

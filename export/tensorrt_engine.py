@@ -22,7 +22,7 @@ import onnx_ir
 import psutil
 from tqdm import tqdm
 
-from slideredit_rt.engines.tensorrt import PLAN_FILE
+from slideredit_rt.engines.tensorrt import NAMES, PACKAGES, PLAN_FILE
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.export import tensorrt_plugin
 from slideredit_rt.export.lowering import Lowering
@@ -36,8 +36,6 @@ MEMORY_BASE = 2**30
 Range = tuple[int, int, int]
 HardwareCompatibility = Literal["none", "ampere_plus", "same_compute_capability"]
 RTX_TARGETS = ("sm86", "sm89", "sm120")
-PACKAGES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
-NAMES = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT-RTX"}
 
 
 @dataclass(frozen=True)
@@ -352,6 +350,9 @@ def _configure(trt: Any, config: Any, backend: str, options: TensorRTOptions, ta
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_mib * 2**20)
     if options.weight_streaming:
         config.set_flag(trt.BuilderFlag.WEIGHT_STREAMING)
+    if backend == "tensorrt":
+        # Scratch memory then follows the sizes of a request instead of the profile's largest.
+        config.set_preview_feature(trt.PreviewFeature.RUNTIME_ACTIVATION_RESIZE_10_10, True)
     if options.version_compatible:
         config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
     if options.hardware_compatibility != "none":

@@ -252,6 +252,15 @@ def _spans(args: argparse.Namespace) -> int:
     return 0
 
 
+def _adapter_replace(args: argparse.Namespace) -> int:
+    from slideredit_rt.export.replace import replace_engine_adapter
+
+    manifest = replace_engine_adapter(args.engine, args.adapter)
+    result = {"engine": str(args.engine), "manifest": manifest.to_json()}
+    _emit(args, result, [f"{args.engine} now has the adapter {args.adapter}"])
+    return 0
+
+
 def _demo(args: argparse.Namespace) -> int:
     from slideredit_rt.demo import run_demo
 
@@ -406,6 +415,13 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--slider", action="append", metavar="INSTRUCTION", help="(default: 'make the circle red')")
     verify.add_argument("--base", help="where the base checkpoint is, if not where the manifest says")
     verify.add_argument("--adapter", help="where the adapter is, if not where the manifest says")
+
+    adapter_commands = commands.add_parser("adapter", help="change the adapter of an engine").add_subparsers(
+        dest="what", required=True, metavar="WHAT"
+    )
+    replacement = command("replace", _adapter_replace, "give an engine another adapter without a build", adapter_commands)
+    replacement.add_argument("engine", type=Path, metavar="ENGINE")
+    replacement.add_argument("adapter", metavar="ADAPTER", help="of the same kind and modules, of the same rank or a lower one")
 
     spans = command("spans", _spans, "print the tokens of a prompt, their rows and which slider owns them")
     spans.add_argument("--base", default="shapes-kontext", help="whose tokenizer (default: shapes-kontext)")

@@ -108,14 +108,26 @@ class SliderEditor:
 
     @classmethod
     def from_pretrained(
-        cls, base: str | Path, adapter: str | Path, *, max_batch: int = 16, max_sliders: int = 8
+        cls,
+        base: str | Path,
+        adapter: str | Path,
+        *,
+        max_batch: int = 16,
+        max_sliders: int = 8,
+        dtype: torch.dtype = torch.float32,
     ) -> SliderEditor:
-        """Load a checkpoint and an adapter for eager torch: slower than an engine, and its reference."""
+        """Load a checkpoint and an adapter for eager torch: slower than an engine, and its reference.
+
+        Args:
+            base, adapter: as for `slideredit_rt.export.build.build_engine`.
+            max_batch, max_sliders: limits, as an engine has them.
+            dtype: of all weights and the arithmetic.
+        """
         folder = resolve_base(base)
         family = family_of(folder)
-        pipeline = family.load_pipeline(folder)
+        pipeline = family.load_pipeline(folder, dtype=dtype)
         loaded = load_adapter(adapter, family)
-        backbone = SliderBackbone(family, pipeline.transformer.eval(), loaded)
+        backbone = SliderBackbone(family, pipeline.transformer.eval(), loaded).to(dtype)
 
         @torch.no_grad()
         def engine(inputs: Any) -> Tensor:

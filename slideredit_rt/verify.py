@@ -13,29 +13,48 @@ from PIL import Image
 from torch import Tensor
 
 from slideredit_rt.adapters import load_adapter
-from slideredit_rt.editor import SliderEditor
+from slideredit_rt.editor import Prepared, SliderEditor
+from slideredit_rt.engines import Engine
 from slideredit_rt.engines.manifest import read_manifest
+from slideredit_rt.engines.tensorrt import RuntimeOptions
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.families import get_family
 from slideredit_rt.sliders import Slider
 
 ALPHAS = (-0.5, 0.0, 0.5, 1.0)
 MAX_ABS_TOLERANCE = 1e-4
+# A half-precision engine may err this much more than eager torch does in the same dtype.
+MAX_RMS_RATIO = 2.0
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One pair of predictions: largest absolute difference, and RMS difference over the reference's RMS."""
+    """A prediction beside the float32 eager one, measured in float64.
+
+    Attributes:
+        case: what was compared.
+        max_abs_error: largest absolute difference.
+        relative_rms: RMS difference over the RMS of the reference.
+        same_dtype_rms: the same for eager torch in the engine's dtype; None for a float32 engine.
+    """
 
     case: str
     max_abs_error: float
     relative_rms: float
+    same_dtype_rms: float | None = None
+
+    @property
+    def passed(self) -> bool:
+        if self.same_dtype_rms is None:
+            return self.max_abs_error <= MAX_ABS_TOLERANCE
+        return self.relative_rms <= MAX_RMS_RATIO * self.same_dtype_rms
 
 
 @dataclass(frozen=True)
 class Verification:
     """`psnr` is in dB between the final images, per alpha; infinite where they are equal."""
 
+    dtype: str
     comparisons: list[Comparison]
     psnr: dict[str, float]
 
@@ -45,18 +64,62 @@ class Verification:
 
     @property
     def passed(self) -> bool:
-        return self.max_abs_error <= MAX_ABS_TOLERANCE
+        return all(c.passed for c in self.comparisons)
+
+    @property
+    def verdict(self) -> str:
+        """One line: the worst case and the limit that it is held against."""
+        word = "passed" if self.passed else "FAILED"
+        if self.dtype == "float32":
+            return f"{word}: max abs {self.max_abs_error:.2e}, tolerance {MAX_ABS_TOLERANCE:.0e}"
+        ratio = max(c.relative_rms / c.same_dtype_rms if c.same_dtype_rms else math.inf for c in self.comparisons)
+        return f"{word}: errs {ratio:.2f} times as much as eager {self.dtype}, limit {MAX_RMS_RATIO:g}"
 
     def to_json(self) -> dict[str, Any]:
         psnr = {k: v if math.isfinite(v) else None for k, v in self.psnr.items()}
         return asdict(self) | {"psnr": psnr, "max_abs_error": self.max_abs_error, "passed": self.passed}
 
 
-def compare(case: str, actual: Tensor, expected: Tensor) -> Comparison:
-    """Measure `actual` against `expected` in float64."""
-    difference = actual.double() - expected.double()
-    relative = difference.square().mean().sqrt() / expected.double().square().mean().sqrt().clamp_min(1e-30)
-    return Comparison(case, difference.abs().max().item(), relative.item())
+def compare(case: str, actual: Tensor, expected: Tensor, same_dtype: Tensor | None = None) -> Comparison:
+    """Measure `actual` against `expected` in float64, and `same_dtype` with it; tensors on any device."""
+    exact = expected.double().cpu()
+
+    def relative_rms(tensor: Tensor) -> float:
+        difference = tensor.double().cpu() - exact
+        return (difference.square().mean().sqrt() / exact.square().mean().sqrt().clamp_min(1e-30)).item()
+
+    largest = (actual.double().cpu() - exact).abs().max().item()
+    return Comparison(case, largest, relative_rms(actual), None if same_dtype is None else relative_rms(same_dtype))
+
+
+def compare_backbones(
+    editor: SliderEditor, eager: Engine, same_dtype: Engine | None, prepared: Prepared, max_batch: int
+) -> list[Comparison]:
+    """Run an editor's engine and the eager backbones on a real edit and on random inputs, over `ALPHAS` and a mixed batch.
+
+    Args:
+        editor: whose engine is verified.
+        eager: in float32.
+        same_dtype: eager in the engine's dtype; None for a float32 engine.
+        prepared: a real edit.
+        max_batch: the engine's.
+    """
+    comparisons = []
+    count = len(prepared.token_mask)
+    batches: dict[str, list[float]] = {f"alpha {a:+.2f}": [a] for a in ALPHAS}
+    batches["mixed batch"] = list(ALPHAS[:max_batch])
+    for name, alphas in batches.items():
+        alpha = torch.tensor(alphas)[:, None].repeat(1, count)
+        token_mask = prepared.token_mask.expand(len(alphas), -1, -1)
+        real = editor.family.batch_inputs(editor.config, prepared.conditioning, alpha, token_mask)
+        real["timestep"].fill_(0.7)
+        random = _random_inputs(editor, real, len(alphas)) | {"alpha": alpha[:, :1].contiguous()}
+        for kind, inputs in (("real", real), ("random", random)):
+            # An engine's output is a buffer that its next call writes.
+            actual = editor.engine(inputs).clone()
+            half = None if same_dtype is None else same_dtype(inputs)
+            comparisons.append(compare(f"{kind} inputs, {name}", actual, eager(inputs), half))
+    return comparisons
 
 
 def _random_inputs(editor: SliderEditor, like: Mapping[str, Tensor], batch: int) -> dict[str, Tensor]:
@@ -74,14 +137,19 @@ def verify_engine(
     *,
     base: str | None = None,
     adapter: str | None = None,
+    options: RuntimeOptions | None = None,
     steps: int = 4,
 ) -> Verification:
     """Run an engine and the eager backbone on the same inputs.
+
+    A float32 engine passes within `MAX_ABS_TOLERANCE`. A half-precision one is measured against float32 eager, too, and passes
+    where its error is at most `MAX_RMS_RATIO` times that of eager torch in the same dtype.
 
     Args:
         path: engine folder.
         image, sliders: a real edit; random inputs are tried as well.
         base, adapter: where they are now, if not where the manifest says.
+        options: of the TensorRT backends.
         steps: denoising steps of the final images.
 
     Raises:
@@ -94,24 +162,15 @@ def verify_engine(
     adapter = adapter or manifest.adapter["source"]
     if load_adapter(adapter, get_family(manifest.family)).fingerprint != manifest.adapter["fingerprint"]:
         raise SliderEditError(f"adapter {adapter!r} is not the one in engine {str(path)!r}; pass the original with --adapter")
-    engine = SliderEditor.from_engine(path, base)
+    engine = SliderEditor.from_engine(path, base, options=options)
     eager = SliderEditor.from_pretrained(base, adapter)
+    same_dtype = None
+    if manifest.dtype != "float32":
+        same_dtype = SliderEditor.from_pretrained(base, adapter, dtype=getattr(torch, manifest.dtype)).engine
     prepared = engine.prepare(image, sliders)
-
-    comparisons = []
-    count = len(sliders)
-    batches: dict[str, list[float]] = {f"alpha {a:+.2f}": [a] for a in ALPHAS}
-    batches["mixed batch"] = list(ALPHAS[: manifest.max_batch])
-    for name, alphas in batches.items():
-        alpha = torch.tensor(alphas)[:, None].repeat(1, count)
-        token_mask = prepared.token_mask.expand(len(alphas), -1, -1)
-        real = engine.family.batch_inputs(engine.config, prepared.conditioning, alpha, token_mask)
-        real["timestep"].fill_(0.7)
-        random = _random_inputs(engine, real, len(alphas)) | {"alpha": alpha[:, :1].contiguous()}
-        for kind, inputs in (("real", real), ("random", random)):
-            comparisons.append(compare(f"{kind} inputs, {name}", engine.engine(inputs).clone(), eager.engine(inputs)))
-    settings = [[1 - a] * count for a in ALPHAS]
+    comparisons = compare_backbones(engine, eager.engine, same_dtype, prepared, manifest.max_batch)
+    settings = [[1 - a] * len(sliders) for a in ALPHAS]
     finals = [editor.render_tensor(prepared, settings, steps=steps) for editor in (engine, eager)]
     errors = (finals[0] - finals[1]).double().square().flatten(1).mean(1)
     psnr = {f"alpha {a:+.2f}": -10 * math.log10(e) if e > 0 else math.inf for a, e in zip(ALPHAS, errors.tolist(), strict=True)}
-    return Verification(comparisons, psnr)
+    return Verification(manifest.dtype, comparisons, psnr)
