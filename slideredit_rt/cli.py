@@ -212,17 +212,18 @@ def _verify(args: argparse.Namespace) -> int:
     from slideredit_rt.images import open_image
     from slideredit_rt.training.shapes_evaluation import scene_image
     from slideredit_rt.training.shapes_world import held_out_examples
-    from slideredit_rt.verify import MAX_ABS_TOLERANCE, verify_engine
+    from slideredit_rt.verify import verify_engine
 
     image = open_image(args.image) if args.image else scene_image(held_out_examples(1, 1)[0])
     sliders = [parse_slider(s) for s in args.slider or ["make the circle red"]]
-    report = verify_engine(args.engine, image, sliders, base=args.base, adapter=args.adapter)
-    lines = [f"{'case':<34} {'max abs':>10} {'rel. RMS':>10}"]
-    lines += [f"{c.case:<34} {c.max_abs_error:>10.2e} {c.relative_rms:>10.2e}" for c in report.comparisons]
+    report = verify_engine(args.engine, image, sliders, base=args.base, adapter=args.adapter, options=_runtime_options(args))
+    half = report.dtype != "float32"
+    lines = [f"{'case':<34} {'max abs':>10} {'rel. RMS':>10}" + (f" {'eager ' + report.dtype:>15}" if half else "")]
+    for c in report.comparisons:
+        beside = "" if c.same_dtype_rms is None else f" {c.same_dtype_rms:>15.2e}"
+        lines.append(f"{c.case:<34} {c.max_abs_error:>10.2e} {c.relative_rms:>10.2e}{beside}")
     lines += [f"final images, {name:<20} PSNR {value:.1f} dB" for name, value in report.psnr.items()]
-    lines += [
-        f"{'passed' if report.passed else 'FAILED'}: max abs {report.max_abs_error:.2e}, tolerance {MAX_ABS_TOLERANCE:.0e}"
-    ]
+    lines.append(report.verdict)
     _emit(args, report.to_json(), lines)
     return 0 if report.passed else 1
 
@@ -415,6 +416,7 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--slider", action="append", metavar="INSTRUCTION", help="(default: 'make the circle red')")
     verify.add_argument("--base", help="where the base checkpoint is, if not where the manifest says")
     verify.add_argument("--adapter", help="where the adapter is, if not where the manifest says")
+    runtime_options(verify)
 
     adapter_commands = commands.add_parser("adapter", help="change the adapter of an engine").add_subparsers(
         dest="what", required=True, metavar="WHAT"
