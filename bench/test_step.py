@@ -52,10 +52,17 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Callable[[], Any
         runs[f"engine {kind}"] = partial(engine.engine, inputs)
         runs[f"eager {kind}"] = partial(eager.engine, inputs)
         runs["engine frozen"] = partial(frozen, plain)
+        # The lowering that `auto` does not take for this kind.
+        other = {"st": "folded", "gst": "native"}[kind]
+        build_engine("shapes-kontext", f"shapes-{kind}", root / other, lowering=other, progress=False)
+        runs[f"engine {kind}, {other}"] = partial(open_engine(root / other, threads=THREADS)[1], inputs)
     return runs
 
 
-@pytest.mark.parametrize("name", ["engine frozen", "engine st", "engine gst", "eager st", "eager gst"])
+@pytest.mark.parametrize(
+    "name",
+    ["engine frozen", "engine st", "engine st, folded", "engine gst", "engine gst, native", "eager st", "eager gst"],
+)
 def test_step(benchmark: Any, runs: dict[str, Callable[[], Any]], name: str) -> None:
     benchmark.pedantic(runs[name], warmup_rounds=10, rounds=60, iterations=1)
 
@@ -84,6 +91,8 @@ def test_ratios(runs: dict[str, Callable[[], Any]]) -> None:
         "engine gst / eager gst": median["engine gst"] / median["eager gst"],
         "engine st / engine frozen": median["engine st"] / median["engine frozen"],
         "engine gst / engine frozen": median["engine gst"] / median["engine frozen"],
+        "engine st, folded / engine st": median["engine st, folded"] / median["engine st"],
+        "engine gst, native / engine gst": median["engine gst, native"] / median["engine gst"],
     }
     result = {
         "command": "make bench",
