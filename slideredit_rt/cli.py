@@ -17,7 +17,7 @@ from slideredit_rt.errors import SliderEditError
 from slideredit_rt.sliders import Slider, compose_prompt, normalise
 
 if TYPE_CHECKING:
-    from slideredit_rt.engines import RuntimeOptions
+    from slideredit_rt.engines import Manifest, RuntimeOptions
 
 _MAX_SWEEP = 64
 
@@ -185,9 +185,12 @@ def _build(args: argparse.Namespace) -> int:
 
 def _inspect(args: argparse.Namespace) -> int:
     from slideredit_rt.engines.manifest import read_manifest
+    from slideredit_rt.engines.tensorrt import PACKAGES
 
     manifest = read_manifest(args.engine)
-    adapter = manifest.adapter
+    adapter, compatibility = manifest.adapter, manifest.compatibility
+    later = ", or a later one of the same major" if compatibility.get("versions") else ""
+    hardware = compatibility.get("hardware", "none")
     lines = [
         f"engine     {args.engine}",
         f"family     {manifest.family}",
@@ -195,17 +198,50 @@ def _inspect(args: argparse.Namespace) -> int:
         f"adapter    {adapter['source']} ({adapter['kind']}, rank {adapter['rank']}, {adapter['modules']} linears)"
         if adapter
         else "adapter    none",
-        f"backend    {manifest.backend} {manifest.backend_version}, lowering {manifest.lowering}",
+        f"backend    {manifest.backend} {manifest.backend_version}{later}",
+        f"dtype      {manifest.dtype}",
+        f"lowering   {manifest.lowering}; updates: {_counts(manifest.updates) or 'none'}",
         f"limits     batch {manifest.max_batch}, sliders {manifest.max_sliders}",
         *([f"targets    {', '.join(manifest.targets)}"] if manifest.targets else []),
+        *([f"hardware   {hardware}"] if hardware != "none" else []),
         *(f"profile    {axis} {low} to {high}, usually {usual}" for axis, (low, usual, high) in manifest.ranges.items()),
         *(f"input      {s.name} {s.dtype} [{', '.join(map(str, s.shape))}]" for s in manifest.inputs),
         *(f"output     {s.name} {s.dtype} [{', '.join(map(str, s.shape))}]" for s in manifest.outputs),
-        *(f"file       {name} {info['bytes'] / 2**20:.1f} MiB" for name, info in manifest.files.items()),
+        *([f"layers     before fusion: {_counts(manifest.layers)}"] if manifest.layers else []),
+        *(f"file       {name} {_mib(info['bytes'])}" for name, info in manifest.files.items()),
+        *(f"link       {name} {_mib(info['bytes'])} ({info['kind']})" for name, info in manifest.links.items()),
         f"created    {manifest.created}",
     ]
-    _emit(args, manifest.to_json(), lines)
+    result = manifest.to_json()
+    if manifest.backend in PACKAGES:
+        result["device"], found = _on_device(args.engine, manifest)
+        lines += found
+    _emit(args, result, lines)
     return 0
+
+
+def _on_device(folder: Path, manifest: Manifest) -> tuple[dict[str, Any], list[str]]:
+    """What only the GPU tells about a compiled engine, as JSON and as lines; without one, why not."""
+    from slideredit_rt.engines.tensorrt_report import engine_report
+
+    try:
+        report = engine_report(folder, manifest)
+    except SliderEditError as error:
+        return {"unavailable": str(error)}, [f"device     memory and fused layers need the GPU: {error}"]
+    types = _counts(report["layer_types"]) or "of types that the plan does not tell"
+    return report, [
+        f"device     {_mib(report['weight_bytes'])} of weights, {_mib(report['streamable_weight_bytes'])} of them streamable",
+        f"device     {_mib(report['context_bytes'])} for the profile's largest sizes",
+        f"layers     after fusion, {report['layers']}: {types}",
+    ]
+
+
+def _counts(numbers: dict[str, int]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in sorted(numbers.items(), key=lambda item: -item[1]))
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:.1f} MiB"
 
 
 def _verify(args: argparse.Namespace) -> int:
