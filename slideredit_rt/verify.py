@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,7 @@ class Verification:
 
     @property
     def max_abs_error(self) -> float:
-        return max(c.max_abs_error for c in self.comparisons)
+        return _largest(c.max_abs_error for c in self.comparisons)
 
     @property
     def passed(self) -> bool:
@@ -72,12 +72,23 @@ class Verification:
         word = "passed" if self.passed else "FAILED"
         if self.dtype == "float32":
             return f"{word}: max abs {self.max_abs_error:.2e}, tolerance {MAX_ABS_TOLERANCE:.0e}"
-        ratio = max(c.relative_rms / c.same_dtype_rms if c.same_dtype_rms else math.inf for c in self.comparisons)
+        ratio = _largest(c.relative_rms / c.same_dtype_rms if c.same_dtype_rms else math.inf for c in self.comparisons)
         return f"{word}: errs {ratio:.2f} times as much as eager {self.dtype}, limit {MAX_RMS_RATIO:g}"
 
     def to_json(self) -> dict[str, Any]:
-        psnr = {k: v if math.isfinite(v) else None for k, v in self.psnr.items()}
-        return asdict(self) | {"psnr": psnr, "max_abs_error": self.max_abs_error, "passed": self.passed}
+        """Figures that are not finite become null: JSON has no word for them."""
+
+        def numbers(values: Mapping[str, Any]) -> dict[str, Any]:
+            return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+
+        comparisons = [numbers(asdict(c) | {"passed": c.passed}) for c in self.comparisons]
+        summary = numbers({"dtype": self.dtype, "max_abs_error": self.max_abs_error, "passed": self.passed})
+        return summary | {"comparisons": comparisons, "psnr": numbers(self.psnr)}
+
+
+def _largest(errors: Iterable[float]) -> float:
+    """NaN if one is; `max` would pass over it."""
+    return max(errors, key=lambda error: (math.isnan(error), error))
 
 
 def compare(case: str, actual: Tensor, expected: Tensor, same_dtype: Tensor | None = None) -> Comparison:
@@ -172,5 +183,7 @@ def verify_engine(
     settings = [[1 - a] * len(sliders) for a in ALPHAS]
     finals = [editor.render_tensor(prepared, settings, steps=steps) for editor in (engine, eager)]
     errors = (finals[0] - finals[1]).double().square().flatten(1).mean(1)
-    psnr = {f"alpha {a:+.2f}": -10 * math.log10(e) if e > 0 else math.inf for a, e in zip(ALPHAS, errors.tolist(), strict=True)}
+    psnr = {
+        f"alpha {a:+.2f}": math.inf if e == 0 else -10 * math.log10(e) for a, e in zip(ALPHAS, errors.tolist(), strict=True)
+    }
     return Verification(manifest.dtype, comparisons, psnr)

@@ -12,6 +12,7 @@ import torch
 
 from slideredit_rt import cli
 from slideredit_rt.editor import SliderEditor
+from slideredit_rt.engines.manifest import describe_files, read_manifest, write_manifest
 from slideredit_rt.verify import ALPHAS, Comparison, Verification, compare, compare_backbones
 
 
@@ -80,6 +81,21 @@ def test_a_not_a_number_never_passes() -> None:
     assert not compare("case", nan, torch.ones(2), same_dtype=torch.ones(2) * 1.01).passed
 
 
+def test_one_not_a_number_among_figures_is_the_worst_of_them_and_null_in_json() -> None:
+    nan = float("nan")
+    for order in (slice(None), slice(None, None, -1)):
+        cases = [Comparison("a", 1.0, 2e-3, 1e-3), Comparison("b", nan, nan, 1e-3)][order]
+        report = Verification("bfloat16", cases, {"alpha +0.00": nan})
+        assert report.verdict == "FAILED: errs nan times as much as eager bfloat16, limit 2"
+        data = report.to_json()
+        json.dumps(data, allow_nan=False)
+        assert (data["max_abs_error"], data["passed"], data["psnr"]) == (None, False, {"alpha +0.00": None})
+        assert {c["case"]: (c["relative_rms"], c["passed"]) for c in data["comparisons"]} == {
+            "a": (2e-3, True),
+            "b": (None, False),
+        }
+
+
 def test_json_has_every_figure() -> None:
     report = Verification("float32", [Comparison("a", 1e-5, 1e-6)], {"alpha +0.00": float("inf")})
     data = json.loads(json.dumps(report.to_json()))
@@ -95,8 +111,6 @@ def test_command_fails_for_an_engine_whose_adapter_file_was_swapped(
     engines: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Exit code 1 and not 2: the input was fine, the engine is not."""
-    from slideredit_rt.engines.manifest import describe_files, read_manifest, write_manifest
-
     for file in engines["st"].iterdir():
         (tmp_path / file.name).hardlink_to(file)
     manifest = read_manifest(tmp_path)
@@ -107,3 +121,17 @@ def test_command_fails_for_an_engine_whose_adapter_file_was_swapped(
     write_manifest(dataclasses.replace(manifest, files=describe_files(tmp_path, list(manifest.files))), tmp_path)
     assert cli.main(["verify", str(tmp_path)]) == 1
     assert "FAILED: max abs" in capsys.readouterr().out
+
+
+def test_command_holds_a_half_precision_engine_against_eager_in_its_dtype(
+    engines: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A float32 engine under the name of a bfloat16 one errs less than bfloat16 does."""
+    for file in engines["gst"].iterdir():
+        if file.name != "manifest.json":
+            (tmp_path / file.name).hardlink_to(file)
+    write_manifest(dataclasses.replace(read_manifest(engines["gst"]), dtype="bfloat16"), tmp_path)
+    assert cli.main(["verify", str(tmp_path), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["dtype"], report["passed"]) == ("bfloat16", True)
+    assert all(c["relative_rms"] < 1e-4 < 1e-3 < c["same_dtype_rms"] for c in report["comparisons"])
