@@ -339,6 +339,8 @@ def build_plan(
 
 def _configure(trt: Any, config: Any, backend: str, options: TensorRTOptions, targets: Sequence[str]) -> None:
     """Give the options to a builder configuration."""
+    # So that `inspect` can tell what fused layers are.
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     if backend == "tensorrt-rtx":
         capabilities = compute_capabilities(trt, targets)
         config.num_compute_capabilities = len(capabilities)

@@ -164,7 +164,7 @@ def test_a_compiled_engine_with_a_gpu(
     compiled: Path, trt: Any, inspect: Inspect, monkeypatch: pytest.MonkeyPatch, layers: list[Any], line: str
 ) -> None:
     write_manifest(dataclasses.replace(read_manifest(compiled), backend="tensorrt-rtx"), compiled)
-    opened = SimpleNamespace(_loaded=SimpleNamespace(engine=plan(layers)))
+    opened = SimpleNamespace(plan=plan(layers))
     monkeypatch.setattr(tensorrt_report, "open_tensorrt", lambda *_: nullcontext(opened))
     lines, report = inspect(compiled)
     assert "device     8.0 MiB of weights, 6.0 MiB of them streamable" in lines

@@ -252,6 +252,11 @@ class TensorRTEngine:
     def __exit__(self, *error: object) -> None:
         self.close()
 
+    @property
+    def plan(self) -> Any:
+        """The deserialized `ICudaEngine`."""
+        return self._loaded.engine
+
     @torch.no_grad()
     def __call__(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """One prediction (see `slideredit_rt.engines.Engine`), on the device of the inputs.

@@ -23,7 +23,7 @@ def engine_report(folder: Path, manifest: Manifest) -> dict[str, Any]:
         SliderEditError: it cannot run here: no GPU or another one, package missing or of another version, damaged plan.
     """
     with open_tensorrt(folder, manifest) as engine:
-        return describe_plan(import_module(PACKAGES[manifest.backend]), engine._loaded.engine)
+        return describe_plan(import_module(PACKAGES[manifest.backend]), engine.plan)
 
 
 def describe_plan(trt: Any, plan: Any) -> dict[str, Any]:
