@@ -118,7 +118,7 @@ def random_checkpoint(folder: Path, config: Mapping[str, Any]) -> Path:
     FluxTransformer2DModel(**config).to(torch.bfloat16).save_pretrained(folder / "transformer")
     (folder / "vae").mkdir()
     (folder / "vae" / "config.json").write_text(json.dumps({"block_out_channels": [128, 256, 512, 512]}))
-    (folder / "model_index.json").write_text(json.dumps({"_class_name": get_family("flux_kontext").pipeline_class}))
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": get_family("flux_kontext").pipeline_classes[0]}))
     return folder
 
 

@@ -138,23 +138,32 @@ class SliderEditor:
 
     def prepare(
         self,
-        image: Image.Image,
+        image: Image.Image | Sequence[Image.Image],
         sliders: Sequence[Slider | str],
         *,
         prompt: str | None = None,
         seed: int = 0,
         guidance_scale: float | None = None,
+        negative_prompt: str | None = None,
     ) -> Prepared:
         """Encode an image and a prompt and find the rows of each slider.
 
         Args:
-            image: the picture to edit, RGB.
+            image: the picture to edit, RGB; several for a base that takes them.
             sliders: instructions (or sliders; their strengths do not matter here).
             prompt: holds every instruction; composed from them with " and " when not given. A GST adapter scales the whole
                 prompt with one slider, which may name any part of it.
             seed: of the initial noise.
-            guidance_scale: the base model's embedded guidance; None takes the family's default.
+            guidance_scale: of the base model; None takes the family's default. 1 leaves a base's negative pass out.
+            negative_prompt: for a base with a negative pass; None takes the family's default.
         """
+        images = [image] if isinstance(image, Image.Image) else list(image)
+        if not images or (len(images) > 1 and not self.family.takes_several_pictures(self.pipeline)):
+            raise SliderEditError(
+                f"{len(images)} pictures were given and a {type(self.pipeline).__name__} edits one; give one picture"
+            )
+        if negative_prompt is not None and self.family.negative_prompt is None:
+            raise SliderEditError(f"{self.family.name} has no negative pass; leave the negative prompt out")
         wanted = [s if isinstance(s, Slider) else Slider(s) for s in sliders]
         if len(wanted) > self.max_sliders:
             raise SliderEditError(
@@ -170,10 +179,9 @@ class SliderEditor:
         if guidance_scale is not None and not math.isfinite(guidance_scale):
             raise SliderEditError(f"guidance scale is {guidance_scale}; give a finite number")
         text_rows = self.family.max_text_rows(self.pipeline)
-        spans = find_spans(text, wanted, self.family.tokenize(self.pipeline, text), text_rows)
-        conditioning = self.family.encode(
-            self.pipeline, image, text, seed, self.family.guidance_scale if guidance_scale is None else guidance_scale
-        )
+        spans = find_spans(text, wanted, self.family.tokenize(self.pipeline, text, images), text_rows)
+        scale = self.family.guidance_scale if guidance_scale is None else guidance_scale
+        conditioning = self.family.encode(self.pipeline, images, text, seed, scale, negative_prompt)
         if self.kind == "gst":
             token_mask = torch.ones(1, conditioning.text_rows + conditioning.image_rows, dtype=torch.bool)
         else:
@@ -216,10 +224,13 @@ class SliderEditor:
             for chunk in chunks:
                 token_mask = prepared.token_mask.expand(len(chunk), -1, -1)
                 inputs = self.family.batch_inputs(self.config, conditioning, torch.tensor(chunk), token_mask)
+                negative = self.family.negative_inputs(self.config, conditioning, inputs)
                 latents = conditioning.latents.repeat(len(chunk), 1, 1)
                 scheduler = copy.deepcopy(self.pipeline.scheduler)
                 for timestep in self.family.set_timesteps(self.pipeline, scheduler, conditioning, steps):
-                    velocity = self.family.predict(self.engine, inputs, latents, timestep)
+                    velocity = self.family.predict(
+                        self.engine, inputs, latents, timestep, negative, conditioning.true_cfg_scale
+                    )
                     latents = scheduler.step(velocity, timestep, latents, return_dict=False)[0]
                     bar.update()
                 images.append(self.family.decode(self.pipeline, latents, conditioning.height, conditioning.width))
@@ -227,22 +238,25 @@ class SliderEditor:
 
     def edit(
         self,
-        image: Image.Image,
+        image: Image.Image | Sequence[Image.Image],
         sliders: Sequence[Slider],
         *,
         prompt: str | None = None,
         seed: int = 0,
         steps: int | None = None,
         guidance_scale: float | None = None,
+        negative_prompt: str | None = None,
         progress: bool = False,
     ) -> Image.Image:
         """Edit an image at the sliders' own strengths (see `prepare` and `render` for the arguments)."""
-        prepared = self.prepare(image, sliders, prompt=prompt, seed=seed, guidance_scale=guidance_scale)
+        prepared = self.prepare(
+            image, sliders, prompt=prompt, seed=seed, guidance_scale=guidance_scale, negative_prompt=negative_prompt
+        )
         return self.render(prepared, [[s.strength for s in sliders]], steps=steps, progress=progress)[0]
 
     def sweep(
         self,
-        image: Image.Image,
+        image: Image.Image | Sequence[Image.Image],
         sliders: Sequence[Slider],
         index: int,
         strengths: Sequence[float],
@@ -251,16 +265,19 @@ class SliderEditor:
         seed: int = 0,
         steps: int | None = None,
         guidance_scale: float | None = None,
+        negative_prompt: str | None = None,
         progress: bool = False,
     ) -> list[Image.Image]:
         """Move slider `index` through `strengths`, the others staying at their own: one image per strength."""
-        prepared = self.prepare(image, sliders, prompt=prompt, seed=seed, guidance_scale=guidance_scale)
+        prepared = self.prepare(
+            image, sliders, prompt=prompt, seed=seed, guidance_scale=guidance_scale, negative_prompt=negative_prompt
+        )
         settings = [[s.strength for s in with_strength(sliders, {index: value})] for value in strengths]
         return self.render(prepared, settings, steps=steps, progress=progress)
 
     def grid(
         self,
-        image: Image.Image,
+        image: Image.Image | Sequence[Image.Image],
         sliders: Sequence[Slider],
         rows: tuple[int, Sequence[float]],
         columns: tuple[int, Sequence[float]],
@@ -269,10 +286,13 @@ class SliderEditor:
         seed: int = 0,
         steps: int | None = None,
         guidance_scale: float | None = None,
+        negative_prompt: str | None = None,
         progress: bool = False,
     ) -> list[list[Image.Image]]:
         """Move two sliders, each `(index, strengths)`: one image per pair, a list of rows."""
-        prepared = self.prepare(image, sliders, prompt=prompt, seed=seed, guidance_scale=guidance_scale)
+        prepared = self.prepare(
+            image, sliders, prompt=prompt, seed=seed, guidance_scale=guidance_scale, negative_prompt=negative_prompt
+        )
         settings = [
             [s.strength for s in with_strength(sliders, {rows[0]: down, columns[0]: across})]
             for down in rows[1]

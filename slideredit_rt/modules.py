@@ -74,6 +74,7 @@ class SliderBackbone(nn.Module):
 
     def __init__(self, family: Family, transformer: nn.Module, adapter: Adapter | None) -> None:
         super().__init__()
+        family.prepare_transformer(transformer)
         self.family = family
         self.transformer = transformer
         self.kind: Kind | None = adapter.kind if adapter else None

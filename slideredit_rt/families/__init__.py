@@ -8,8 +8,9 @@ from pathlib import Path
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.families.base import KINDS, Conditioning, Family, Kind, RowSet, TensorSpec
 from slideredit_rt.families.flux_kontext import FluxKontext
+from slideredit_rt.families.qwen_image_edit import QwenImageEdit
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (FluxKontext(),)}
+FAMILIES: dict[str, Family] = {family.name: family for family in (FluxKontext(), QwenImageEdit())}
 
 __all__ = ["FAMILIES", "KINDS", "Conditioning", "Family", "Kind", "RowSet", "TensorSpec", "family_of", "get_family"]
 
@@ -36,7 +37,7 @@ def family_of(base: Path) -> Family:
             f"{str(index)!r} is not a diffusers model index ({error}); download the checkpoint again"
         ) from None
     for family in FAMILIES.values():
-        if family.pipeline_class == pipeline_class:
+        if pipeline_class in family.pipeline_classes:
             return family
-    known = ", ".join(family.pipeline_class for family in FAMILIES.values())
+    known = ", ".join(name for family in FAMILIES.values() for name in family.pipeline_classes)
     raise SliderEditError(f"base {str(base)!r} is a {pipeline_class}, which no family here knows; known: {known}")

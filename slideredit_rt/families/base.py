@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import diffusers
+import numpy as np
 import torch
 import transformers
+from diffusers.pipelines.flux.pipeline_flux_kontext import calculate_shift, retrieve_timesteps
 from PIL import Image
 from torch import Tensor, nn
 
@@ -43,13 +45,15 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class Conditioning:
-    """Everything of an edit that no slider changes: encoded once per image, prompt and seed.
+    """Everything of an edit that no slider changes: encoded once per pictures, prompt and seed.
 
     Attributes:
         inputs: the backbone's inputs other than latents and timestep; axis 0 is 1 where the spec says `batch`.
         latents: initial noise, `[1, latent_rows, C]`.
-        reference: latents of the source image, `[1, reference_rows, C]`.
+        reference: latents of the source pictures, `[1, reference_rows, C]`.
         height, width: size of the decoded image in pixels.
+        negative: `inputs` for the negative pass of true classifier-free guidance; None where there is none.
+        true_cfg_scale: how far the guidance extrapolates from the negative pass.
     """
 
     inputs: dict[str, Tensor]
@@ -58,6 +62,8 @@ class Conditioning:
     text_rows: int
     height: int
     width: int
+    negative: dict[str, Tensor] | None = None
+    true_cfg_scale: float = 1.0
 
     @property
     def image_rows(self) -> int:
@@ -87,27 +93,37 @@ class Family(ABC):
     """One base-model architecture. A family holds no weights; it works on a loaded diffusers pipeline.
 
     Attributes:
+        pipeline_classes: names of the diffusers pipelines whose checkpoints belong to it.
+        guidance_scale: the default; of true classifier-free guidance where there is a `negative_prompt`, else embedded.
+        negative_prompt: default prompt of the negative pass; None for a family without one.
         no_float16: why the family cannot compute in float16; None where it can.
     """
 
     name: ClassVar[str]
-    pipeline_class: ClassVar[str]
+    pipeline_classes: ClassVar[tuple[str, ...]]
     guidance_scale: ClassVar[float]
     num_inference_steps: ClassVar[int]
     neutral_prompt: ClassVar[str]
+    negative_prompt: ClassVar[str | None] = None
     no_float16: ClassVar[str | None] = None
 
     @abstractmethod
     def load_pipeline(self, folder: Path, *, transformer: bool = True, dtype: torch.dtype = torch.float32) -> Any:
         """The diffusers pipeline in `folder`; without its transformer when an engine will stand in for it."""
 
+    def prepare_transformer(self, transformer: Any) -> None:  # noqa: B027
+        """Let a transformer take tensors where diffusers passes Python objects; diffusers' own calls work as before."""
+
     @abstractmethod
     def rows_of(self, module_name: str) -> RowSet | None:
         """Which rows the linear `module_name` projects; None where no slider may touch it."""
 
     @abstractmethod
-    def targets(self, kind: Kind) -> re.Pattern[str]:
-        """Names of the linears that an adapter of this kind is trained on by default (full match)."""
+    def targets(self, kind: Kind, *, all_projections: bool = False) -> re.Pattern[str]:
+        """Names of the linears that an adapter of this kind is trained on (full match).
+
+        By default those of the released adapters; with `all_projections` every one whose rows the kind may scale.
+        """
 
     @abstractmethod
     def input_specs(self, config: Mapping[str, Any]) -> list[TensorSpec]:
@@ -127,17 +143,32 @@ class Family(ABC):
     def run(self, transformer: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
         """Call the diffusers transformer with the inputs that `input_specs` names."""
 
+    def takes_several_pictures(self, pipeline: Any) -> bool:
+        """Whether an edit may have more than one source picture."""
+        return False
+
     @abstractmethod
     def max_text_rows(self, pipeline: Any) -> int:
-        """Text rows that a prompt is padded or cut to."""
+        """The most text rows that the backbone reads."""
 
     @abstractmethod
-    def tokenize(self, pipeline: Any, prompt: str) -> list[PromptToken]:
-        """The untruncated tokens of a prompt with their characters and text rows."""
+    def tokenize(self, pipeline: Any, prompt: str, images: Sequence[Image.Image] = ()) -> list[PromptToken]:
+        """The untruncated tokens of a prompt with their characters and text rows.
+
+        Args:
+            images: the edit's pictures, where the text encoder reads them ahead of the prompt; one square if none is given.
+        """
 
     @abstractmethod
-    def encode_prompt(self, pipeline: Any, prompts: list[str], text_rows: int) -> dict[str, Tensor]:
-        """The text inputs of the backbone, one batch row per prompt."""
+    def encode_prompt(
+        self, pipeline: Any, prompts: list[str], text_rows: int, images: Sequence[Sequence[Image.Image]] = ()
+    ) -> dict[str, Tensor]:
+        """The text inputs of the backbone, one batch row per prompt.
+
+        Args:
+            text_rows: what prompts are padded or cut to; no more than `max_text_rows`.
+            images: the pictures of each prompt, where the text encoder reads them.
+        """
 
     @abstractmethod
     def encode_image(self, pipeline: Any, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -150,16 +181,43 @@ class Family(ABC):
         """Backbone inputs of a training step; `noisy`, `reference`: `[B, rows, C]`, `sigma`: `[B]` in [0, 1]."""
 
     @abstractmethod
-    def encode(self, pipeline: Any, image: Image.Image, prompt: str, seed: int, guidance_scale: float) -> Conditioning:
-        """Encode an image and a prompt and draw the initial noise."""
+    def encode(
+        self,
+        pipeline: Any,
+        images: Sequence[Image.Image],
+        prompt: str,
+        seed: int,
+        guidance_scale: float,
+        negative_prompt: str | None = None,
+    ) -> Conditioning:
+        """Encode pictures and a prompt and draw the initial noise.
+
+        Args:
+            images: one, or several where `takes_several_pictures`.
+            negative_prompt: of a family with a negative pass; None takes its default.
+        """
 
     @abstractmethod
     def preprocess(self, pipeline: Any, image: Image.Image) -> Tensor:
         """Resize to the size that the base model edits at: `[1, 3, H, W]` in [−1, 1]."""
 
-    @abstractmethod
     def set_timesteps(self, pipeline: Any, scheduler: Any, conditioning: Conditioning, steps: int) -> Tensor:
-        """Prepare a diffusers scheduler for `steps` steps and return its timesteps."""
+        """Prepare a diffusers scheduler for `steps` steps and return its timesteps.
+
+        By default as diffusers does for flow matching: the noise levels shift with the number of latent rows.
+        """
+        config = scheduler.config
+        mu = calculate_shift(
+            conditioning.latents.shape[1],
+            config.get("base_image_seq_len", 256),
+            config.get("max_image_seq_len", 4096),
+            config.get("base_shift", 0.5),
+            config.get("max_shift", 1.15),
+        )
+        sigmas = np.linspace(1.0, 1 / steps, steps)
+        timesteps: Tensor = retrieve_timesteps(scheduler, steps, "cpu", sigmas=sigmas, mu=mu)[0]
+        scheduler.set_begin_index(0)
+        return timesteps
 
     @abstractmethod
     def decode(self, pipeline: Any, latents: Tensor, height: int, width: int) -> Tensor:
@@ -186,12 +244,47 @@ class Family(ABC):
         inputs["timestep"] = torch.zeros(batch, device=device)
         return inputs | {"alpha": alpha.to(device).contiguous(), "token_mask": token_mask.to(device).contiguous()}
 
-    def predict(self, backbone: Backbone, inputs: dict[str, Tensor], latents: Tensor, timestep: Tensor) -> Tensor:
+    def negative_inputs(
+        self, config: Mapping[str, Any], conditioning: Conditioning, inputs: Mapping[str, Tensor]
+    ) -> dict[str, Tensor] | None:
+        """Backbone inputs of the negative pass that belongs to `inputs`, from `batch_inputs`; None where there is none.
+
+        No slider acts in them: every alpha is 0 and every mask empty. Latents and timestep are those of `inputs`, shared.
+        """
+        if conditioning.negative is None:
+            return None
+        text_rows = conditioning.negative["encoder_hidden_states"].shape[1]
+        batch, sliders, rows = inputs["token_mask"].shape
+        token_mask = inputs["token_mask"].new_zeros(batch, sliders, rows - conditioning.text_rows + text_rows)
+        encoded = replace(conditioning, inputs=conditioning.negative, text_rows=text_rows)
+        negative = self.batch_inputs(config, encoded, torch.zeros_like(inputs["alpha"]), token_mask)
+        return negative | {name: inputs[name] for name in ("hidden_states", "timestep")}
+
+    def predict(
+        self,
+        backbone: Backbone,
+        inputs: Mapping[str, Tensor],
+        latents: Tensor,
+        timestep: Tensor,
+        negative: Mapping[str, Tensor] | None = None,
+        true_cfg_scale: float = 1.0,
+    ) -> Tensor:
         """The velocity for `latents` `[B, latent_rows, C]` at a scheduler timestep in [0, 1000].
 
-        Families with true classifier-free guidance override this: two calls, the negative one with alpha 0.
+        Args:
+            inputs: from `batch_inputs`.
+            negative: from `negative_inputs`; None makes one pass without guidance.
+            true_cfg_scale: of the guidance between the two passes.
         """
         rows = latents.shape[1]
         inputs["hidden_states"][:, :rows].copy_(latents)
         inputs["timestep"].fill_(timestep / 1000)
-        return backbone(inputs)[:, :rows]
+        prediction = backbone(inputs)[:, :rows]
+        if negative is None:
+            return prediction
+        # An engine's output is a buffer that its next call may write.
+        return self.guide(prediction.clone(), backbone(negative)[:, :rows], true_cfg_scale)
+
+    def guide(self, prediction: Tensor, negative: Tensor, scale: float) -> Tensor:
+        """Classifier-free guidance between the predictions of two passes, `[B, latent_rows, C]`."""
+        return negative + scale * (prediction - negative)

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers import FluxKontextPipeline
-from diffusers.pipelines.flux.pipeline_flux_kontext import (
-    PREFERRED_KONTEXT_RESOLUTIONS,
-    calculate_shift,
-    retrieve_timesteps,
-)
+from diffusers.pipelines.flux.pipeline_flux_kontext import PREFERRED_KONTEXT_RESOLUTIONS
 from PIL import Image
 from torch import Tensor, nn
 
@@ -29,7 +24,7 @@ _SINGLE_LINEARS = rf"({_SINGLE_ATTENTION}|single_transformer_blocks\.\d+\.proj_(
 
 class FluxKontext(Family):
     name = "flux_kontext"
-    pipeline_class = "FluxKontextPipeline"
+    pipeline_classes = ("FluxKontextPipeline",)
     # The paper's inference settings for FLUX.1-Kontext.
     guidance_scale = 3.5
     num_inference_steps = 28
@@ -49,11 +44,13 @@ class FluxKontext(Family):
         )
         return next((rows for pattern, rows in patterns if re.fullmatch(pattern, module_name)), None)
 
-    def targets(self, kind: Kind) -> re.Pattern[str]:
+    def targets(self, kind: Kind, *, all_projections: bool = False) -> re.Pattern[str]:
         if kind == "st":
             return re.compile(_TEXT_LINEARS)
         # The released GST adapters' q/k/v suffixes also match the single-stream blocks: 342 modules on the full model.
-        return re.compile(rf"{_TEXT_LINEARS}|{_IMAGE_LINEARS}|{_SINGLE_ATTENTION}")
+        # All projections are 418.
+        single = _SINGLE_LINEARS if all_projections else _SINGLE_ATTENTION
+        return re.compile(rf"{_TEXT_LINEARS}|{_IMAGE_LINEARS}|{single}")
 
     def input_specs(self, config: Mapping[str, Any]) -> list[TensorSpec]:
         specs = [
@@ -94,14 +91,16 @@ class FluxKontext(Family):
         # FLUX reads at most 512 T5 tokens; a smaller base says so in its tokenizer.
         return min(512, int(pipeline.tokenizer_2.model_max_length))
 
-    def tokenize(self, pipeline: Any, prompt: str) -> list[PromptToken]:
+    def tokenize(self, pipeline: Any, prompt: str, images: Sequence[Image.Image] = ()) -> list[PromptToken]:
         tokenizer = pipeline.tokenizer_2
         encoded = tokenizer(prompt, truncation=False, return_offsets_mapping=True, verbose=False)
         texts = tokenizer.convert_ids_to_tokens(encoded["input_ids"])
         offsets = encoded["offset_mapping"]
         return [PromptToken(text, start, end, row) for row, (text, (start, end)) in enumerate(zip(texts, offsets, strict=True))]
 
-    def encode_prompt(self, pipeline: Any, prompts: list[str], text_rows: int) -> dict[str, Tensor]:
+    def encode_prompt(
+        self, pipeline: Any, prompts: list[str], text_rows: int, images: Sequence[Sequence[Image.Image]] = ()
+    ) -> dict[str, Tensor]:
         embeds, pooled, txt_ids = pipeline.encode_prompt(prompt=prompts, prompt_2=None, max_sequence_length=text_rows)
         # Constants of the ids are float32 whatever the pipeline's dtype: bfloat16 cannot count past 256.
         return {
@@ -150,7 +149,16 @@ class FluxKontext(Family):
         return inputs
 
     @torch.no_grad()
-    def encode(self, pipeline: Any, image: Image.Image, prompt: str, seed: int, guidance_scale: float) -> Conditioning:
+    def encode(
+        self,
+        pipeline: Any,
+        images: Sequence[Image.Image],
+        prompt: str,
+        seed: int,
+        guidance_scale: float,
+        negative_prompt: str | None = None,
+    ) -> Conditioning:
+        (image,) = images
         device, dtype = pipeline.vae.device, pipeline.vae.dtype
         pixels = self.preprocess(pipeline, image).to(device)
         height, width = pixels.shape[-2:]
@@ -169,20 +177,6 @@ class FluxKontext(Family):
         inputs["img_ids"] = torch.cat([latent_ids, reference_ids]).float()
         inputs["guidance"] = torch.tensor([float(guidance_scale)], device=device)
         return Conditioning(inputs, latents.float(), reference.float(), text_rows, height, width)
-
-    def set_timesteps(self, pipeline: Any, scheduler: Any, conditioning: Conditioning, steps: int) -> Tensor:
-        config = scheduler.config
-        mu = calculate_shift(
-            conditioning.latents.shape[1],
-            config.get("base_image_seq_len", 256),
-            config.get("max_image_seq_len", 4096),
-            config.get("base_shift", 0.5),
-            config.get("max_shift", 1.15),
-        )
-        sigmas = np.linspace(1.0, 1 / steps, steps)
-        timesteps: Tensor = retrieve_timesteps(scheduler, steps, "cpu", sigmas=sigmas, mu=mu)[0]
-        scheduler.set_begin_index(0)
-        return timesteps
 
     @torch.no_grad()
     def decode(self, pipeline: Any, latents: Tensor, height: int, width: int) -> Tensor:

@@ -1,0 +1,414 @@
+"""Qwen-Image-Edit: 60 dual-stream blocks; text rows from a vision-language model that reads the chat template, the pictures
+and the prompt; true classifier-free guidance. With `QwenImageEditPlusPipeline` (2509, 2511) an edit takes several pictures.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, QwenImageEditPlusPipeline
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.transformers.transformer_qwenimage import QwenDoubleStreamAttnProcessor2_0
+from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus import calculate_dimensions
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import Qwen2VLProcessor
+
+from slideredit_rt.errors import SliderEditError
+from slideredit_rt.families.base import Conditioning, Family, Kind, RowSet, TensorSpec, no_progress_bars
+from slideredit_rt.sliders import PromptToken
+
+_TEXT_LINEARS = r"transformer_blocks\.\d+\.(attn\.(add_[qkv]_proj|to_add_out)|txt_mlp\.net\.(0\.proj|2))"
+_IMAGE_LINEARS = r"transformer_blocks\.\d+\.(attn\.(to_[qkv]|to_out\.0)|img_mlp\.net\.(0\.proj|2))"
+# How the Plus pipeline introduces each picture to the text encoder, ahead of the prompt.
+_PICTURE = "Picture {}: <|vision_start|><|image_pad|><|vision_end|>"
+_PICTURE_TOKEN = "<|image_pad|>"
+_SIDE = 1024  # pixels: the released checkpoints edit pictures of about 1024² and do not say so in any configuration
+_VISION_SIDE = 384  # the Plus pipeline's text encoder sees pictures smaller, in this proportion to _SIDE
+_ROTARY_ROWS = 4096  # positions that diffusers has rotary frequencies for
+_ROTARY_THETA = 10000.0
+
+
+class PictureProcessor(Qwen2VLProcessor):
+    """Transformers' processor without its video half, which cannot be created without torchvision."""
+
+    def __init__(self, image_processor: Any = None, tokenizer: Any = None, chat_template: Any = None) -> None:
+        # Transformers takes the parts of a processor from the names of these parameters.
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _JointRows:
+    """What the blocks need to know about the rows of a call, text rows first; stands in for diffusers' `img_shapes`.
+
+    Attributes:
+        cos, sin: float32 `[text_rows + image_rows, attention_head_dim / 2]`.
+        mask: bool `[batch, 1, 1, text_rows + image_rows]`, the rows that are attended to.
+        reference: bool `[image_rows]`, rows that are modulated with timestep 0; None where the base has no such.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    mask: Tensor
+    reference: Tensor | None
+
+    def __iter__(self) -> Iterator[Any]:
+        # A transformer with `zero_cond_t` makes an index from the pictures' shapes, which `_give_reference_rows` replaces.
+        return iter(())
+
+
+class _RotaryInputs(nn.Module):
+    """Position embedding that hands on tables which are inputs of the call."""
+
+    def __init__(self, original: nn.Module) -> None:
+        super().__init__()
+        self.original = original
+
+    def forward(self, shapes: Any, **options: Any) -> Any:
+        return shapes if isinstance(shapes, _JointRows) else self.original(shapes, **options)
+
+
+class _RealRotaryProcessor(QwenDoubleStreamAttnProcessor2_0):  # type: ignore[misc]
+    """Joint attention with real-valued rotary tables: TensorRT has no complex numbers."""
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        encoder_hidden_states_mask: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: Any = None,
+    ) -> tuple[Tensor, Tensor]:
+        if not isinstance(image_rotary_emb, _JointRows):
+            output: tuple[Tensor, Tensor] = super().__call__(
+                attn, hidden_states, encoder_hidden_states, encoder_hidden_states_mask, attention_mask, image_rotary_emb
+            )
+            return output
+        rows, text, image = image_rotary_emb, encoder_hidden_states, hidden_states
+        heads = (attn.heads, -1)
+        query = torch.cat(
+            [
+                attn.norm_added_q(attn.add_q_proj(text).unflatten(-1, heads)),
+                attn.norm_q(attn.to_q(image).unflatten(-1, heads)),
+            ],
+            dim=1,
+        )
+        key = torch.cat(
+            [
+                attn.norm_added_k(attn.add_k_proj(text).unflatten(-1, heads)),
+                attn.norm_k(attn.to_k(image).unflatten(-1, heads)),
+            ],
+            dim=1,
+        )
+        value = torch.cat([attn.add_v_proj(text), attn.to_v(image)], dim=1).unflatten(-1, heads)
+        attended = dispatch_attention_fn(
+            _rotate(query, rows),
+            _rotate(key, rows),
+            value,
+            attn_mask=rows.mask,
+            backend=self._attention_backend,
+            parallel_config=self._parallel_config,
+        )
+        attended = attended.flatten(2).to(query.dtype)
+        text_rows = text.shape[1]
+        return attn.to_out[0](attended[:, text_rows:].contiguous()), attn.to_add_out(attended[:, :text_rows].contiguous())
+
+
+def _rotate(x: Tensor, rows: _JointRows) -> Tensor:
+    """Rotate neighbouring pairs of channels; x `[B, rows, heads, channels]`, computed in float32."""
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = rows.cos[:, None], rows.sin[:, None]
+    return torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2).type_as(x)
+
+
+def _give_reference_rows(
+    block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Forward hook of a block: the index of rows modulated with timestep 0 is an input of the call, too."""
+    # Gradient checkpointing passes everything by position, the index last.
+    rows = kwargs.get("image_rotary_emb", args[4] if args else None)
+    if not isinstance(rows, _JointRows):
+        return args, kwargs
+    return ((*args[:-1], rows.reference), kwargs) if args else (args, kwargs | {"modulate_index": rows.reference})
+
+
+def _positions(height: int, width: int, picture: int) -> Tensor:
+    """Rotary positions of a picture's rows, float32 `[height · width, 3]`: the picture's number, y and x from its centre."""
+    y, x = (torch.arange(size, dtype=torch.float32) - (size - size // 2) for size in (height, width))
+    return torch.cartesian_prod(torch.tensor([float(picture)]), y, x)
+
+
+def _tables(config: Mapping[str, Any], positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of float32 positions `[rows, 3]`, each float32 `[rows, attention_head_dim / 2]`."""
+    angles = []
+    for axis, channels in enumerate(config["axes_dims_rope"]):
+        exponents = torch.arange(0, channels, 2, dtype=torch.float32, device=positions.device) / channels
+        angles.append(torch.outer(positions[:, axis], 1.0 / torch.pow(_ROTARY_THETA, exponents)))
+    joint = torch.cat(angles, dim=1)
+    return joint.cos(), joint.sin()
+
+
+def _row_inputs(config: Mapping[str, Any], positions: Tensor, text_rows: int) -> dict[str, Tensor]:
+    """The backbone's inputs that describe rows, from the positions of the image rows.
+
+    Text rows go on from the largest coordinate of any picture, the same on all three axes.
+    """
+    first = positions[:, 1:].max() + 1
+    text = (first + torch.arange(text_rows, dtype=torch.float32, device=positions.device))[:, None].expand(-1, 3)
+    inputs = {}
+    inputs["image_rotary_cos"], inputs["image_rotary_sin"] = _tables(config, positions)
+    inputs["text_rotary_cos"], inputs["text_rotary_sin"] = _tables(config, text)
+    if config.get("zero_cond_t"):
+        inputs["reference_rows"] = positions[:, 0] > 0
+    return inputs
+
+
+class QwenImageEdit(Family):
+    name = "qwen_image_edit"
+    pipeline_classes = ("QwenImageEditPipeline", "QwenImageEditPlusPipeline")
+    # The paper's inference settings for Qwen-Image-Edit; the scale is that of true classifier-free guidance.
+    guidance_scale = 4.0
+    num_inference_steps = 40
+    neutral_prompt = "keep the image the same"
+    negative_prompt = " "
+
+    def load_pipeline(self, folder: Path, *, transformer: bool = True, dtype: torch.dtype = torch.float32) -> Any:
+        parts = {} if transformer else {"transformer": None}
+        with no_progress_bars():
+            processor = PictureProcessor.from_pretrained(folder / "processor")
+            return DiffusionPipeline.from_pretrained(folder, dtype=dtype, local_files_only=True, processor=processor, **parts)
+
+    def prepare_transformer(self, transformer: Any) -> None:
+        if isinstance(transformer.pos_embed, _RotaryInputs):
+            return
+        transformer.pos_embed = _RotaryInputs(transformer.pos_embed)
+        for block in transformer.transformer_blocks:
+            block.attn.set_processor(_RealRotaryProcessor())
+            if transformer.zero_cond_t:
+                block.register_forward_pre_hook(_give_reference_rows, with_kwargs=True)
+
+    def rows_of(self, module_name: str) -> RowSet | None:
+        if re.fullmatch(_TEXT_LINEARS, module_name):
+            return "text"
+        return "image" if re.fullmatch(_IMAGE_LINEARS, module_name) else None
+
+    def targets(self, kind: Kind, *, all_projections: bool = False) -> re.Pattern[str]:
+        # There are no others: 360 and 720 linears on the full model.
+        return re.compile(_TEXT_LINEARS if kind == "st" else f"{_TEXT_LINEARS}|{_IMAGE_LINEARS}")
+
+    def input_specs(self, config: Mapping[str, Any]) -> list[TensorSpec]:
+        half = sum(config["axes_dims_rope"]) // 2
+        specs = [
+            TensorSpec("hidden_states", "float32", ("batch", "image_rows", config["in_channels"])),
+            TensorSpec("encoder_hidden_states", "float32", ("batch", "text_rows", config["joint_attention_dim"])),
+            TensorSpec("encoder_hidden_states_mask", "bool", ("batch", "text_rows")),
+            TensorSpec("timestep", "float32", ("batch",)),
+            TensorSpec("image_rotary_cos", "float32", ("image_rows", half)),
+            TensorSpec("image_rotary_sin", "float32", ("image_rows", half)),
+            TensorSpec("text_rotary_cos", "float32", ("text_rows", half)),
+            TensorSpec("text_rotary_sin", "float32", ("text_rows", half)),
+        ]
+        return [*specs, TensorSpec("reference_rows", "bool", ("image_rows",))] if config.get("zero_cond_t") else specs
+
+    def output_spec(self, config: Mapping[str, Any]) -> TensorSpec:
+        channels = config["patch_size"] ** 2 * (config.get("out_channels") or config["in_channels"])
+        return TensorSpec("sample", "float32", ("batch", "image_rows", channels))
+
+    def random_inputs(
+        self, config: Mapping[str, Any], batch: int, text_rows: int, image_rows: int, generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        side = max(1, int((image_rows / 2) ** 0.5))
+        row = torch.arange(image_rows)
+        within = row % max(1, image_rows // 2)
+        positions = torch.stack([row // max(1, image_rows // 2), within // side - side // 2, within % side - side // 2], dim=1)
+        lengths = torch.randint(1, text_rows + 1, (batch,), generator=generator)
+        return {
+            "hidden_states": torch.randn(batch, image_rows, config["in_channels"], generator=generator),
+            "encoder_hidden_states": torch.randn(batch, text_rows, config["joint_attention_dim"], generator=generator),
+            "encoder_hidden_states_mask": torch.arange(text_rows) < lengths[:, None],
+            "timestep": torch.rand(batch, generator=generator),
+            **_row_inputs(config, positions.float(), text_rows),
+        }
+
+    def run(self, transformer: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+        dtype = next(transformer.parameters()).dtype
+        hidden_states, text_mask = inputs["hidden_states"], inputs["encoder_hidden_states_mask"]
+        mask = torch.cat([text_mask, text_mask.new_ones(hidden_states.shape[:2])], dim=1)
+        rows = _JointRows(
+            cos=torch.cat([inputs["text_rotary_cos"], inputs["image_rotary_cos"]]),
+            sin=torch.cat([inputs["text_rotary_sin"], inputs["image_rotary_sin"]]),
+            mask=mask[:, None, None],
+            reference=inputs.get("reference_rows"),
+        )
+        output: Tensor = transformer(
+            hidden_states=hidden_states.to(dtype),
+            encoder_hidden_states=inputs["encoder_hidden_states"].to(dtype),
+            timestep=inputs["timestep"],
+            img_shapes=rows,
+            return_dict=False,
+        )[0]
+        return output
+
+    def takes_several_pictures(self, pipeline: Any) -> bool:
+        return isinstance(pipeline, QwenImageEditPlusPipeline)
+
+    def max_text_rows(self, pipeline: Any) -> int:
+        return min(_ROTARY_ROWS, int(pipeline.tokenizer.model_max_length)) - pipeline.prompt_template_encode_start_idx
+
+    def _size(self, pipeline: Any, image: Image.Image, *, vision: bool = False) -> tuple[int, int]:
+        """Height and width that diffusers resizes a picture to, for the autoencoder or for the text encoder (`vision`).
+
+        An entry `sample_size` in vae/config.json takes the place of 1024 pixels; released checkpoints have none.
+        """
+        side = int(pipeline.vae.config.get("sample_size", _SIDE))
+        if vision and self.takes_several_pictures(pipeline):
+            side = side * _VISION_SIDE // _SIDE
+        width, height = calculate_dimensions(side * side, image.width / image.height)
+        if not width or not height:
+            raise SliderEditError(f"the picture is {image.width}×{image.height} pixels, too narrow to edit; crop it")
+        return height, width
+
+    def _vision_pictures(self, pipeline: Any, images: Sequence[Image.Image]) -> list[Image.Image]:
+        """The pictures as the text encoder is shown them; a black square stands in where there are none."""
+        images = images or [Image.new("RGB", (_SIDE, _SIDE))]
+        return [pipeline.image_processor.resize(image, *self._size(pipeline, image, vision=True)) for image in images]
+
+    def tokenize(self, pipeline: Any, prompt: str, images: Sequence[Image.Image] = ()) -> list[PromptToken]:
+        pictures = self._vision_pictures(pipeline, images)
+        template: str = pipeline.prompt_template_encode
+        before = "".join(_PICTURE.format(i + 1) for i in range(len(pictures))) if _PICTURE_TOKEN not in template else ""
+        tokenizer, image_processor = pipeline.processor.tokenizer, pipeline.processor.image_processor
+        encoded = tokenizer(template.format(before + prompt), return_offsets_mapping=True, verbose=False)
+        # Each picture's one token grows to as many as its merged patches, all ahead of the prompt.
+        patches = image_processor(images=pictures, return_tensors="pt")["image_grid_thw"].prod(dim=1)
+        grown = int((patches // image_processor.merge_size**2 - 1).sum())
+        first = template.index("{}") + len(before)
+        special = set(tokenizer.added_tokens_decoder)
+        tokens = []
+        for index, (number, (start, end)) in enumerate(zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)):
+            if first <= start and end <= first + len(prompt):
+                start, end = start - first, end - first
+                if number in special:
+                    raise SliderEditError(
+                        f"the prompt holds {prompt[start:end]!r}, which has a meaning of its own to this base's text encoder; "
+                        "leave it out"
+                    )
+                row = index + grown - pipeline.prompt_template_encode_start_idx
+                tokens.append(PromptToken(prompt[start:end], start, end, row))
+        return tokens
+
+    def encode_prompt(
+        self, pipeline: Any, prompts: list[str], text_rows: int, images: Sequence[Sequence[Image.Image]] = ()
+    ) -> dict[str, Tensor]:
+        """As the base class says; fewer rows than `text_rows` where no prompt needs them, and a mask of those that each has.
+
+        Raises:
+            SliderEditError: a prompt with its pictures takes more than `text_rows` rows.
+        """
+        embeds = []
+        for index, prompt in enumerate(prompts):
+            pictures = self._vision_pictures(pipeline, images[index] if images else ())
+            embeds.append(pipeline.encode_prompt(prompt, image=pictures)[0][0].float())
+        longest = max(map(len, embeds))
+        if longest > text_rows:
+            raise SliderEditError(
+                f"the prompt and its pictures take {longest} text rows and this base reads {text_rows}; shorten the prompt"
+            )
+        mask = torch.tensor([[row < len(e) for row in range(longest)] for e in embeds], device=embeds[0].device)
+        return {"encoder_hidden_states": pad_sequence(embeds, batch_first=True), "encoder_hidden_states_mask": mask}
+
+    def preprocess(self, pipeline: Any, image: Image.Image) -> Tensor:
+        height, width = self._size(pipeline, image)
+        pixels: Tensor = pipeline.image_processor.preprocess(image, height, width)
+        return pixels
+
+    def encode_image(self, pipeline: Any, images: Tensor) -> tuple[Tensor, Tensor]:
+        latents = pipeline._encode_vae_image(images[:, :, None].to(pipeline.vae.dtype), generator=None).float()
+        batch, channels, _, height, width = latents.shape
+        positions = _positions(height // 2, width // 2, picture=0).to(latents.device)
+        return pipeline._pack_latents(latents, batch, channels, height, width), positions
+
+    def training_inputs(
+        self, pipeline: Any, noisy: Tensor, reference: Tensor, ids: Tensor, text: Mapping[str, Tensor], sigma: Tensor
+    ) -> dict[str, Tensor]:
+        # The reference is picture 1, the noisy one picture 0.
+        positions = torch.cat([ids, ids + ids.new_tensor([1, 0, 0])])
+        return {
+            **text,
+            "hidden_states": torch.cat([noisy, reference], dim=1),
+            "timestep": sigma,
+            **_row_inputs(pipeline.transformer.config, positions, text["encoder_hidden_states"].shape[1]),
+        }
+
+    @torch.no_grad()
+    def encode(
+        self,
+        pipeline: Any,
+        images: Sequence[Image.Image],
+        prompt: str,
+        seed: int,
+        guidance_scale: float,
+        negative_prompt: str | None = None,
+    ) -> Conditioning:
+        device, dtype = pipeline.vae.device, pipeline.vae.dtype
+        pixels = [self.preprocess(pipeline, image)[:, :, None] for image in images]
+        sizes = [tuple(p.shape[-2:]) for p in pixels]
+        # The edited picture takes the shape of the last one.
+        height, width = sizes[-1]
+        latents, reference = pipeline.prepare_latents(
+            pixels if self.takes_several_pictures(pipeline) else pixels[0],
+            1,
+            pipeline.vae.config.z_dim,
+            height,
+            width,
+            dtype,
+            device,
+            torch.Generator().manual_seed(seed),
+        )
+        patch = pipeline.vae_scale_factor * 2
+        grids = [(h // patch, w // patch) for h, w in [(height, width), *sizes]]
+        positions = torch.cat([_positions(h, w, picture) for picture, (h, w) in enumerate(grids)])
+
+        def text_inputs(text: str) -> dict[str, Tensor]:
+            encoded = self.encode_prompt(pipeline, [text], self.max_text_rows(pipeline), [images])
+            return encoded | {"positions": positions.to(device)}
+
+        inputs = text_inputs(prompt)
+        negative = None
+        if guidance_scale > 1:
+            negative = text_inputs(self.negative_prompt if negative_prompt is None else negative_prompt)
+        text_rows = inputs["encoder_hidden_states"].shape[1]
+        return Conditioning(
+            inputs, latents.float(), reference.float(), text_rows, height, width, negative, float(guidance_scale)
+        )
+
+    def batch_inputs(
+        self, config: Mapping[str, Any], conditioning: Conditioning, alpha: Tensor, token_mask: Tensor
+    ) -> dict[str, Tensor]:
+        rows = _row_inputs(config, conditioning.inputs["positions"], conditioning.text_rows)
+        with_rows = dataclasses.replace(conditioning, inputs=conditioning.inputs | rows)
+        return super().batch_inputs(config, with_rows, alpha, token_mask)
+
+    def guide(self, prediction: Tensor, negative: Tensor, scale: float) -> Tensor:
+        """As diffusers does: extrapolated, and each row scaled back to the norm that it has without guidance."""
+        guided = super().guide(prediction, negative, scale)
+        return guided * (prediction.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True))
+
+    @torch.no_grad()
+    def decode(self, pipeline: Any, latents: Tensor, height: int, width: int) -> Tensor:
+        vae = pipeline.vae
+        unpacked = pipeline._unpack_latents(latents, height, width, pipeline.vae_scale_factor).to(vae.dtype)
+        mean, std = (
+            torch.tensor(values, device=unpacked.device, dtype=unpacked.dtype)[:, None, None, None]
+            for values in (vae.config.latents_mean, vae.config.latents_std)
+        )
+        decoded = vae.decode(unpacked * std + mean, return_dict=False)[0][:, :, 0]
+        images: Tensor = pipeline.image_processor.postprocess(decoded, output_type="pt")
+        return images
