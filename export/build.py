@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import sys
 import tempfile
+from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -13,13 +14,14 @@ from typing import Any, Literal
 import torch
 from tqdm import tqdm
 
-from slideredit_rt.adapters import Adapter, load_adapter
+from slideredit_rt.adapters import Adapter, AdapterMatch, fit_adapter, load_adapter, match_adapter
 from slideredit_rt.assets import resolve_base
+from slideredit_rt.checkpoint import meta_transformer
 from slideredit_rt.engines import BACKENDS
 from slideredit_rt.engines.manifest import Manifest, describe_files, fingerprint_base, write_manifest
 from slideredit_rt.engines.tensorrt import PACKAGES, PLAN_FILE
 from slideredit_rt.errors import SliderEditError
-from slideredit_rt.export.linked_weights import export_linked
+from slideredit_rt.export.linked_weights import export_linked, export_weights
 from slideredit_rt.export.lowering import choose
 from slideredit_rt.export.onnx_graph import MODEL_FILE
 from slideredit_rt.export.tensorrt_engine import (
@@ -52,6 +54,7 @@ def build_engine(
     dtype: DType | None = None,
     batch: Range = BATCH,
     max_sliders: int = MAX_SLIDERS,
+    allow_partial: bool = False,
     tensorrt: TensorRTOptions | None = None,
     overwrite: bool = False,
     progress: bool = True,
@@ -67,6 +70,7 @@ def build_engine(
         dtype: of the weights and the arithmetic. None keeps the checkpoint's, and is float32 for ONNX Runtime.
         batch: smallest, usual and largest B. Backends that compile for no range only take the largest.
         max_sliders: the largest K.
+        allow_partial: leave out modules of the adapter that the base lacks instead of refusing it.
         tensorrt: sizes, targets and builder settings, for the backends `tensorrt` and `tensorrt-rtx` only.
         overwrite: replace an existing folder.
         progress: show a progress bar on standard error.
@@ -89,6 +93,11 @@ def build_engine(
     family = family_of(path)
     if isinstance(adapter, str | Path):
         adapter = load_adapter(adapter, family)
+    match: AdapterMatch | None = None
+    if adapter is not None:
+        transformer = meta_transformer(path / "transformer")
+        match = match_adapter(adapter, family, transformer)
+        adapter = fit_adapter(adapter, family, transformer, allow_partial=allow_partial)
     form = choose(lowering, adapter.kind if adapter else None, backend)
     profile: Profile | None = None
     targets: tuple[str, ...] = ()
@@ -139,7 +148,7 @@ def build_engine(
                     files = [PLAN_FILE, LOG_FILE]
             bar.update()
             if progress:
-                for note in exported.notes:
+                for note in exported.notes + _partial_notes(match):
                     tqdm.write(note, file=sys.stderr)
             stage("fingerprint the base")
             fingerprint = fingerprint_base(path)
@@ -149,7 +158,7 @@ def build_engine(
             manifest = Manifest(
                 family=family.name,
                 base={"source": str(base) if str(base) != str(path) else str(path.resolve()), "fingerprint": fingerprint},
-                adapter=describe_adapter(adapter) if adapter else None,
+                adapter=describe_adapter(adapter, match.unexpected) if adapter and match else None,
                 backend=backend,
                 # TensorRT's metadata may belong to a package of another name.
                 backend_version=load_tensorrt(backend).__version__ if options else version(backend),
@@ -178,8 +187,21 @@ def build_engine(
     return manifest
 
 
-def describe_adapter(adapter: Adapter) -> dict[str, Any]:
-    """The manifest's section about an adapter."""
+def _partial_notes(match: AdapterMatch | None) -> list[str]:
+    """A sentence for modules that the adapter or the base lacks."""
+    notes = []
+    if match and match.unexpected:
+        notes.append(
+            f"left out {len(match.unexpected)} modules of the adapter that the base lacks: {', '.join(match.unexpected)}"
+        )
+    if match and match.missing:
+        names = f"{', '.join(match.missing[:4])}{', …' if len(match.missing) > 4 else ''}"
+        notes.append(f"the adapter leaves {len(match.missing)} linears of the standard targets alone: {names}")
+    return notes
+
+
+def describe_adapter(adapter: Adapter, dropped: Sequence[str] = ()) -> dict[str, Any]:
+    """The manifest's section about an adapter; `dropped` are modules of its file that the engine does without."""
     return {
         "source": adapter.source,
         "fingerprint": adapter.fingerprint,
@@ -187,6 +209,7 @@ def describe_adapter(adapter: Adapter) -> dict[str, Any]:
         "rank": adapter.rank,
         "modules": len(adapter.pairs),
         "training": adapter.training,
+        **({"dropped": list(dropped)} if dropped else {}),
     }
 
 

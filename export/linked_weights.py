@@ -23,15 +23,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import diffusers
 import onnx_ir
 import onnxscript.optimizer
 import torch
-from accelerate import init_empty_weights
 from onnx_ir.passes import common as passes
 from torch import Tensor, nn
 
 from slideredit_rt.adapters import Adapter
+from slideredit_rt.checkpoint import CONFIG_FILE, meta_transformer
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.export.lowering import Lowering, lower
 from slideredit_rt.export.onnx_graph import MODEL_FILE, trace
@@ -42,7 +41,7 @@ from slideredit_rt.modules import SliderBackbone
 
 ADAPTER_FILE = "adapter.safetensors"
 CONVERTED_FILE = "converted.safetensors"
-_OWN_FILES = (MODEL_FILE, ADAPTER_FILE, CONVERTED_FILE)
+_OWN_FILES = (MODEL_FILE, ADAPTER_FILE, CONVERTED_FILE, CONFIG_FILE)
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
@@ -55,13 +54,13 @@ Link = Literal["hard", "symbolic"]
 
 @dataclass(frozen=True)
 class LinkedExport:
-    """What `export_linked` put into a folder.
+    """What `export_linked` or `export_weights` put into a folder.
 
     Attributes:
         config: the transformer's configuration.
         dtype: of the weights, torch's name. The graph computes in it.
         inputs, outputs: names, dtypes and shapes; float32 at the boundary whatever `dtype` is.
-        files: names of the files written, `model.onnx` first.
+        files: names of the files written, `model.onnx` or the configuration first.
         links: name of each linked checkpoint file and how it was linked. Without entries, every weight was converted or copied.
         bytes_written: size of `files`.
         updates: how many adapted linears ended in each lowering.
@@ -77,6 +76,33 @@ class LinkedExport:
     bytes_written: int
     updates: dict[str, int]
     notes: list[str]
+
+
+@dataclass(frozen=True)
+class _LinkedWeights:
+    """A backbone on `meta` and where the values of its parameters lie: `places` under the transformer's own names."""
+
+    backbone: SliderBackbone
+    config: dict[str, Any]
+    dtype: torch.dtype
+    files: list[str]
+    links: dict[str, Link]
+    places: dict[str, _Stored]
+
+    def export(self, folder: Path, model_file: str, updates: dict[str, int], notes: list[str]) -> LinkedExport:
+        """The account of a finished folder, whose `model_file` came to the weights."""
+        files, family = [model_file, *self.files], self.backbone.family
+        return LinkedExport(
+            config=self.config,
+            dtype=str(self.dtype).removeprefix("torch."),
+            inputs=[*family.input_specs(self.config), *self.backbone.slider_specs()],
+            outputs=[family.output_spec(self.config)],
+            files=files,
+            links=self.links,
+            bytes_written=sum((folder / name).stat().st_size for name in files),
+            updates=updates,
+            notes=notes,
+        )
 
 
 @dataclass(frozen=True)
@@ -121,9 +147,53 @@ def export_linked(
         SliderEditError: the checkpoint is incomplete, damaged, not safetensors or of mixed dtypes; the family cannot
             compute in the dtype; the adapter does not fit; the folder takes neither links nor copies.
     """
+    weights = _link_weights(
+        family, checkpoint, adapter, folder, dtype=dtype, fill_ranks=lowering == "plugin", symbolic_links=symbolic_links
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = trace(weights.backbone, weights.config).model
+    _finish(model, {f"transformer.{name}": place for name, place in weights.places.items()})
+    updates, notes = lower(model, lowering, target)
+    with atomic_file(folder / MODEL_FILE) as temporary:
+        onnx_ir.save(model, temporary)
+    return weights.export(folder, MODEL_FILE, updates, notes)
+
+
+def export_weights(
+    family: Family,
+    checkpoint: Path,
+    adapter: Adapter | None,
+    folder: Path,
+    *,
+    dtype: torch.dtype | None = None,
+) -> LinkedExport:
+    """As `export_linked`, but with the transformer's `config.json` in the place of a graph: for engines that run the module.
+
+    Raises:
+        SliderEditError: as `export_linked`.
+    """
+    weights = _link_weights(family, checkpoint, adapter, folder, dtype=dtype, fill_ranks=False, symbolic_links=True)
+    with atomic_file(folder / CONFIG_FILE) as temporary:
+        shutil.copyfile(checkpoint / "transformer" / CONFIG_FILE, temporary)
+    return weights.export(folder, CONFIG_FILE, {"operator": len(adapter.pairs)} if adapter else {}, [])
+
+
+def _link_weights(
+    family: Family,
+    checkpoint: Path,
+    adapter: Adapter | None,
+    folder: Path,
+    *,
+    dtype: torch.dtype | None,
+    fill_ranks: bool,
+    symbolic_links: bool,
+) -> _LinkedWeights:
+    """Link the checkpoint's weights into `folder` and write the adapter's beside them (see `export_linked`)."""
     source = checkpoint / "transformer"
+    _check_not_quantised(source)
     stored = _read_checkpoint(source)
-    transformer = _meta_transformer(source)
+    transformer = meta_transformer(source)
     state = transformer.state_dict()
     _check_complete(state, stored, source)
     places = {name: stored[name] for name in state}
@@ -132,7 +202,7 @@ def export_linked(
     nn.Module.to(transformer, dtype)
     if adapter is not None:
         adapter = _cast(adapter, dtype)
-        if lowering == "plugin":
+        if fill_ranks:
             adapter = _fill_ranks(adapter, {name: graph_rank(len(a)) for name, (a, _) in adapter.pairs.items()})
     on_meta = adapter and dataclasses.replace(
         adapter, pairs={name: (a.to("meta"), b.to("meta")) for name, (a, b) in adapter.pairs.items()}
@@ -142,7 +212,7 @@ def export_linked(
 
     foreign = {name: place for name, place in places.items() if place.dtype != dtype}
     links: dict[str, Link] = {}
-    files = [MODEL_FILE]
+    files = []
     for file in sorted({place.file for name, place in places.items() if name not in foreign}):
         if link := _link(file, folder / file.name, symbolic_links):
             links[file.name] = link
@@ -159,25 +229,7 @@ def export_linked(
         for key, place in _read_header(folder / ADAPTER_FILE)[0].items():
             module, _, part = key.removeprefix("transformer.").rpartition(".lora_")
             places[f"{module}.lora_{part.removesuffix('.weight')}"] = place
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model = trace(backbone, config).model
-    _finish(model, {f"transformer.{name}": place for name, place in places.items()})
-    updates, notes = lower(model, lowering, target)
-    with atomic_file(folder / MODEL_FILE) as temporary:
-        onnx_ir.save(model, temporary)
-    return LinkedExport(
-        config=config,
-        dtype=str(dtype).removeprefix("torch."),
-        inputs=[*family.input_specs(config), *backbone.slider_specs()],
-        outputs=[family.output_spec(config)],
-        files=files,
-        links=links,
-        bytes_written=sum((folder / name).stat().st_size for name in files),
-        updates=updates,
-        notes=notes,
-    )
+    return _LinkedWeights(backbone, config, dtype, files, links, places)
 
 
 def replace_adapter(folder: Path, adapter: Adapter) -> None:
@@ -223,19 +275,17 @@ def replace_adapter(folder: Path, adapter: Adapter) -> None:
     _write(path, header, (tensors[key].to(place.dtype) for key, place in places.items()))
 
 
-def _meta_transformer(source: Path) -> Any:
-    path = source / "config.json"
+def _check_not_quantised(source: Path) -> None:
     try:
-        config = json.loads(path.read_text())
-        model_class = getattr(diffusers, config["_class_name"])
-        if not issubclass(model_class, diffusers.ModelMixin):
-            raise TypeError(f"{config['_class_name']} is not a model")
-        with init_empty_weights():
-            return model_class.from_config(config).eval()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        quantisation = json.loads((source / "config.json").read_text()).get("quantization_config")
+    except (OSError, ValueError, AttributeError):
+        return  # `meta_transformer` says what is wrong with the configuration
+    if quantisation:
+        method = quantisation.get("quant_method") if isinstance(quantisation, Mapping) else None
         raise SliderEditError(
-            f"cannot build the transformer that {str(path)!r} describes ({error}); download the checkpoint again"
-        ) from error
+            f"checkpoint {str(source)!r} is quantised ({method or 'its config.json says so'}) and cannot be exported; "
+            "give the float32, bfloat16 or float16 checkpoint that it was made from"
+        )
 
 
 def _read_checkpoint(source: Path) -> dict[str, _Stored]:

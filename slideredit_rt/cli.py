@@ -18,6 +18,7 @@ from slideredit_rt.sliders import Slider, compose_prompt, normalise
 
 if TYPE_CHECKING:
     from slideredit_rt.engines import Manifest, RuntimeOptions
+    from slideredit_rt.families import Family
 
 _MAX_SWEEP = 64
 
@@ -152,8 +153,9 @@ def _sweep(args: argparse.Namespace) -> int:
 def _build(args: argparse.Namespace) -> int:
     import dataclasses
 
+    from slideredit_rt.engines.tensorrt import PACKAGES
     from slideredit_rt.export.build import BATCH, MAX_SLIDERS, build_engine
-    from slideredit_rt.export.tensorrt_engine import PACKAGES, TensorRTOptions
+    from slideredit_rt.export.tensorrt_engine import TensorRTOptions
 
     fields = [f.name for f in dataclasses.fields(TensorRTOptions)]
     given = {name: value for name in fields if (value := getattr(args, name)) is not None}
@@ -174,6 +176,7 @@ def _build(args: argparse.Namespace) -> int:
         dtype=args.dtype,
         batch=batch,
         max_sliders=MAX_SLIDERS if args.max_sliders is None else args.max_sliders,
+        allow_partial=args.allow_partial,
         tensorrt=TensorRTOptions(**given) if args.backend in PACKAGES else None,
         overwrite=args.overwrite,
         progress=not args.quiet,
@@ -295,6 +298,76 @@ def _adapter_replace(args: argparse.Namespace) -> int:
     manifest = replace_engine_adapter(args.engine, args.adapter)
     result = {"engine": str(args.engine), "manifest": manifest.to_json()}
     _emit(args, result, [f"{args.engine} now has the adapter {args.adapter}"])
+    return 0
+
+
+def _base_of_adapter(args: argparse.Namespace) -> tuple[Family, Any] | None:
+    """The family and the transformer, without its weights, of `--base`."""
+    from slideredit_rt.assets import resolve_base
+    from slideredit_rt.checkpoint import meta_transformer
+    from slideredit_rt.families import family_of
+
+    if args.base is None:
+        return None
+    folder = resolve_base(args.base)
+    return family_of(folder), meta_transformer(folder / "transformer")
+
+
+def _adapter_show(args: argparse.Namespace) -> int:
+    import dataclasses
+
+    from slideredit_rt.adapters import adapter_report, load_adapter, match_adapter
+
+    base = _base_of_adapter(args)
+    adapter = load_adapter(args.adapter, base and base[0], mixed_dtypes=True)
+    report = adapter_report(adapter)
+    ranks = ", ".join(f"{rank} ({count} linears)" for rank, count in report["ranks"].items())
+    lines = [
+        f"adapter      {adapter.source}",
+        f"family       {adapter.family}",
+        f"kind         {adapter.kind}",
+        f"rank         {ranks}",
+        f"dtype        {adapter.dtype}",
+        f"size         {report['parameters']:,} parameters",
+        f"norm         {report['norm']:.4g} of B·A, all linears together",
+        f"fingerprint  {report['fingerprint']}",
+        f"training     {', '.join(f'{key} {value}' for key, value in adapter.training.items()) or 'not recorded'}",
+        f"{'linears':<52} {'rows':<6} {'count':>5}  {'rank':<8} norm",
+    ]
+    for name, target in report["targets"].items():
+        target_ranks = ",".join(map(str, target["ranks"]))
+        lines.append(f"{name:<52} {target['rows'] or '-':<6} {target['modules']:>5}  {target_ranks:<8} {target['norm']:.4g}")
+    if base is not None:
+        match = dataclasses.asdict(match_adapter(adapter, *base))
+        report["base"] = {"source": str(args.base), **match}
+        lines.append(f"on {args.base}: " + ", ".join(f"{len(names)} {what}" for what, names in match.items()))
+        lines += [f"{what:<12} {name}" for what, names in match.items() if what != "matched" for name in names]
+    _emit(args, report, lines)
+    return 0
+
+
+def _adapter_convert(args: argparse.Namespace) -> int:
+    from slideredit_rt.adapters import DTYPES, fit_adapter, load_adapter, save_adapter
+
+    if args.allow_partial and args.base is None:
+        raise SliderEditError("--allow-partial drops modules that a base lacks; name the base with --base")
+    if args.destination.exists():
+        raise SliderEditError(f"{str(args.destination)!r} exists already; choose another name")
+    base = _base_of_adapter(args)
+    loaded = load_adapter(args.source, base and base[0], mixed_dtypes=args.dtype is not None)
+    adapter = loaded if base is None else fit_adapter(loaded, *base, allow_partial=args.allow_partial)
+    save_adapter(adapter, args.destination, args.to, dtype=args.dtype and DTYPES[args.dtype])
+    dropped = [name for name in loaded.pairs if name not in adapter.pairs]
+    result = {
+        "out": str(args.destination),
+        "format": args.to,
+        "family": adapter.family,
+        "kind": adapter.kind,
+        "modules": len(adapter.pairs),
+        "dropped": dropped,
+    }
+    lines = [f"wrote {args.destination} ({args.to}; {adapter.kind}, rank {adapter.rank}, {len(adapter.pairs)} linears)"]
+    _emit(args, result, [*lines, *(f"dropped {name}" for name in dropped)])
     return 0
 
 
@@ -442,6 +515,11 @@ def _parser() -> argparse.ArgumentParser:
         help="other cards run the engine, tensorrt only (default: none)",
     )
     compiled.add_argument("--timing-cache", type=Path, help="file to read and write the builder's timings, tensorrt only")
+    build.add_argument(
+        "--allow-partial",
+        action="store_true",
+        help="leave out modules of the adapter that the base lacks instead of refusing it",
+    )
     build.add_argument("--overwrite", action="store_true", help="replace an existing folder")
 
     command("inspect", _inspect, "print what an engine is").add_argument("engine", type=Path, metavar="ENGINE")
@@ -454,9 +532,28 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--adapter", help="where the adapter is, if not where the manifest says")
     runtime_options(verify)
 
-    adapter_commands = commands.add_parser("adapter", help="change the adapter of an engine").add_subparsers(
-        dest="what", required=True, metavar="WHAT"
+    adapter_commands = commands.add_parser(
+        "adapter", help="show or convert an adapter, or change that of an engine"
+    ).add_subparsers(dest="what", required=True, metavar="WHAT")
+    shown = command("show", _adapter_show, "print what an adapter is, and how it fits a base", adapter_commands)
+    shown.add_argument("adapter", metavar="ADAPTER", help="shapes-st, shapes-gst, a file or a PEFT folder")
+    shown.add_argument("--base", help="report which linears match, are missing or unexpected; its weights are not read")
+    converted = command("convert", _adapter_convert, "write an adapter in another format", adapter_commands)
+    converted.add_argument("source", metavar="SRC", help="shapes-st, shapes-gst, a file or a PEFT folder")
+    converted.add_argument("destination", type=Path, metavar="DST", help="file to write; a folder for diffusers and peft")
+    converted.add_argument(
+        "--to",
+        choices=("canonical", "diffusers", "peft", "slideredit-st"),
+        default="canonical",
+        help="canonical: one safetensors file with metadata (default)",
     )
+    converted.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="of the tensors (default: as they are stored, if that holds them exactly, else float32)",
+    )
+    converted.add_argument("--base", help="refuse an adapter with modules that this base lacks")
+    converted.add_argument("--allow-partial", action="store_true", help="with --base: leave these modules out instead")
     replacement = command("replace", _adapter_replace, "give an engine another adapter without a build", adapter_commands)
     replacement.add_argument("engine", type=Path, metavar="ENGINE")
     replacement.add_argument("adapter", metavar="ADAPTER", help="of the same kind and modules, of the same rank or a lower one")
@@ -509,6 +606,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     adapter.add_argument("--timestep-sampling", choices=("uniform", "logit-normal"))
     adapter.add_argument("--rank", type=int)
+    adapter.add_argument(
+        "--all-projections",
+        action="store_const",
+        const=True,
+        help="adapt every linear whose rows the kind may scale (default: those of the released adapters)",
+    )
     adapter.add_argument("--steps", type=int)
     adapter.add_argument("--batch", type=int)
     adapter.add_argument("--learning-rate", type=float)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from slideredit_rt.adapters import Adapter
+from slideredit_rt.adapters import Adapter, fit_adapter
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.families import Family, Kind, RowSet, TensorSpec
 from slideredit_rt.kernels import masked_lora_linear
@@ -84,28 +84,19 @@ class SliderBackbone(nn.Module):
             self._inject(adapter)
 
     def _inject(self, adapter: Adapter) -> None:
-        linears = {name: m for name, m in self.transformer.named_modules() if isinstance(m, nn.Linear)}
-        missing = [name for name in adapter.pairs if name not in linears or self.family.rows_of(name) is None]
-        if missing:
-            matched = len(adapter.pairs) - len(missing)
-            raise SliderEditError(
-                f"adapter {adapter.source!r} fits {matched} of its {len(adapter.pairs)} modules onto this {self.family.name} "
-                f"transformer; not found: {', '.join(missing[:4])}{', …' if len(missing) > 4 else ''}; "
-                "use an adapter that was trained on this base"
-            )
+        fit_adapter(adapter, self.family, self.transformer)
         adapted = {}
         for name, (lora_a, lora_b) in adapter.pairs.items():
-            linear, rows = linears[name], self.family.rows_of(name)
+            linear, rows = self.transformer.get_submodule(name), self.family.rows_of(name)
             assert rows is not None
             if adapter.kind == "st" and rows != "text":
                 raise SliderEditError(
                     f"adapter {adapter.source!r} says it is ST but updates {name}, which has no text rows of its own; "
                     "use an ST adapter, or mark this one as gst in its metadata"
                 )
-            if lora_a.shape[1] != linear.in_features or lora_b.shape[0] != linear.out_features:
+            if not linear.weight.is_floating_point():
                 raise SliderEditError(
-                    f"adapter {adapter.source!r} has a {lora_b.shape[0]}×{lora_a.shape[1]} update for {name}, which is "
-                    f"{linear.out_features}×{linear.in_features}; use an adapter that was trained on this base"
+                    f"the transformer is quantised: {name} is stored as {linear.weight.dtype}; load it without a quantisation"
                 )
             device = linear.weight.device
             adapted[name] = MaskedLoRALinear(linear, rows, self.scales, lora_a.to(device), lora_b.to(device))
