@@ -1,0 +1,225 @@
+"""A drop-in for the SliderEdit authors' FLUX.1-Kontext pipeline: the calls of their code, this package's masked linears."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import FluxKontextPipeline
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from slideredit_rt.adapters import fit_adapter, load_adapter
+from slideredit_rt.errors import SliderEditError
+from slideredit_rt.families import Kind, get_family
+from slideredit_rt.modules import SliderBackbone
+from slideredit_rt.sliders import Slider, combine_row_scale, find_spans, normalise, row_mask
+
+
+class SliderEditFluxKontextPipeline(FluxKontextPipeline):
+    """`FluxKontextPipeline` with SliderEdit adapters, called as the released code is (repository ArmanZarei/SliderEdit).
+
+        pipe = SliderEditFluxKontextPipeline.from_pretrained("black-forest-labs/FLUX.1-Kontext-dev")
+        pipe.load_stlora("stlora.pt")
+        pipe(image=image, prompt="make him smile and make his hair curly",
+             subprompts_list=["make him smile", "make his hair curly"], slider_alpha_list=[0.5, -0.5]).images[0]
+
+    An alpha of 1 suppresses an instruction, 0 is the base model bit for bit, below 0 exaggerates. In float32 the pictures are
+    those of the released code, up to rounding, save where that code goes wrong:
+
+    - A sub-prompt that stands in the prompt n times can be listed n times, one alpha per occurrence from left to right. The
+      released code always finds the first occurrence.
+    - Sub-prompts that share a token are refused; the released code multiplies their alphas.
+    - Sub-prompts are found by characters, so quotes or brackets beside one, which change its tokens, do no harm. One that
+      truncation cuts off is refused.
+    - Alphas are float32. The released code rounds those of sub-prompts to bfloat16, whatever the pipeline's dtype.
+    - Lists of prompts and pictures, `num_images_per_prompt` and any `max_sequence_length` work; the released mask has one row
+      and the length of the tokenizer's limit.
+    - With `prompt_2`, sub-prompts are looked up in it: it is what the T5 encoder reads.
+    - The negative pass of true CFG runs without the adapter.
+    - `lora_dropout` does nothing: dropout belongs to training. The released code leaves it switched on.
+    """
+
+    _backbone: SliderBackbone | None = None
+    _hook: RemovableHandle | None = None
+    _row_scale: Tensor | None = None
+    _text_ids: Sequence[Tensor] = ()
+
+    def load_gstlora(self, ckpt: str | Path) -> None:
+        """Load a GST adapter, in place of the one that was loaded.
+
+        Args:
+            ckpt: folder with `pytorch_lora_weights.safetensors`, or anything that `slideredit_rt.adapters.load_adapter` reads.
+
+        Raises:
+            SliderEditError: no such adapter, an ST adapter, or one that does not fit this transformer.
+        """
+        self._load(ckpt, "gst", None)
+
+    def load_stlora(self, ckpt: str | Path, lora_rank: int | None = None, lora_dropout: float = 0.0) -> None:
+        """Load an ST adapter, in place of the one that was loaded.
+
+        Args:
+            ckpt: the authors' `torch.save`d dictionary, or anything that `slideredit_rt.adapters.load_adapter` reads.
+            lora_rank: refuse an adapter of another rank; None takes the adapter's own.
+            lora_dropout: accepted and without effect.
+
+        Raises:
+            SliderEditError: no such adapter, a GST adapter, one of another rank, or one that does not fit this transformer.
+        """
+        if not 0 <= lora_dropout <= 1:
+            raise SliderEditError(f"lora_dropout is {lora_dropout}; give a probability, such as 0")
+        self._load(ckpt, "st", lora_rank)
+
+    def _load(self, ckpt: str | Path, kind: Kind, rank: int | None) -> None:
+        family = get_family("flux_kontext")
+        adapter = load_adapter(ckpt, family)
+        if adapter.kind != kind:
+            raise SliderEditError(
+                f"adapter {adapter.source!r} is of the kind {adapter.kind}, not {kind}; load it with load_{adapter.kind}lora"
+            )
+        if rank is not None and rank != adapter.rank:
+            raise SliderEditError(f"adapter {adapter.source!r} has rank {adapter.rank}, not {rank}; leave lora_rank out")
+        fit_adapter(adapter, family, self.transformer)  # so that one that is refused leaves the loaded one in place
+        self.unload_slideredit_lora()
+        self._backbone = SliderBackbone(family, self.transformer, adapter)
+        self._hook = self.transformer.register_forward_pre_hook(self._scale_rows, with_kwargs=True)
+
+    def unload_slideredit_lora(self) -> None:
+        """Remove the adapter: the base model's own linears are back. Without one, nothing happens."""
+        if self._backbone is not None and self._hook is not None:
+            self._hook.remove()
+            self._backbone.remove()
+        self._backbone = self._hook = None
+
+    def encode_prompt(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """As in diffusers."""
+        encoded: tuple[Tensor, Tensor, Tensor] = super().encode_prompt(*args, **kwargs)
+        self._text_ids = [*self._text_ids, encoded[2]]
+        return encoded
+
+    def _scale_rows(self, transformer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before each call of the transformer: the row scales of this pass."""
+        assert self._backbone is not None
+        row_scale = self._row_scale
+        # The negative prompt is encoded second. Only its position ids stay the same tensor whatever a callback replaces.
+        if row_scale is None or any(kwargs["txt_ids"] is ids for ids in self._text_ids[1:]):
+            self._backbone.scales.set(None, 0)
+            return
+        text_rows, image_rows = kwargs["encoder_hidden_states"].shape[1], kwargs["hidden_states"].shape[1]
+        if self._backbone.kind == "gst":
+            row_scale = row_scale.expand(-1, text_rows + image_rows).contiguous()
+        self._backbone.scales.set(row_scale.to(kwargs["hidden_states"].device), text_rows)
+
+    def __call__(
+        self,
+        image: Any = None,
+        prompt: str | list[str] | None = None,
+        prompt_2: str | list[str] | None = None,
+        *,
+        slider_alpha: float | Sequence[float] | None = None,
+        subprompts_list: Sequence[str] | Sequence[Sequence[str]] | None = None,
+        slider_alpha_list: Sequence[float] | Sequence[Sequence[float]] | None = None,
+        num_images_per_prompt: int = 1,
+        max_sequence_length: int = 512,
+        **kwargs: Any,
+    ) -> Any:
+        """Edit pictures. Without an adapter this is `FluxKontextPipeline.__call__`, and all its other arguments are passed on.
+
+        Args:
+            image, prompt, prompt_2: as in diffusers.
+            slider_alpha: with a GST adapter: alpha of the whole prompt, or one per prompt of a list.
+            subprompts_list: with an ST adapter: instructions as they stand in the prompt; for a list of prompts either the same
+                for all, or a list per prompt.
+            slider_alpha_list: one alpha per sub-prompt; for a list of prompts either the same for all, or a list per prompt.
+            num_images_per_prompt, max_sequence_length: as in diffusers.
+
+        Returns:
+            `FluxPipelineOutput`, or a tuple with `return_dict=False`.
+
+        Raises:
+            SliderEditError: arguments that do not belong to the adapter that is loaded, a sub-prompt that is not in its prompt,
+                lists of different lengths, or an alpha that is not finite.
+        """
+        given = [slider_alpha is not None, subprompts_list is not None, slider_alpha_list is not None]
+        kind = None if self._backbone is None else self._backbone.kind
+        if kind is None and any(given):
+            raise SliderEditError("no adapter is loaded; call load_gstlora or load_stlora before giving alphas")
+        if kind == "gst" and given != [True, False, False]:
+            raise SliderEditError("a GST adapter is loaded; give slider_alpha and no sub-prompts")
+        if kind == "st" and given != [False, True, True]:
+            raise SliderEditError("an ST adapter is loaded; give subprompts_list and slider_alpha_list, and no slider_alpha")
+        row_scale = None
+        if slider_alpha is not None:
+            prompts = kwargs.get("prompt_embeds") if prompt is None else prompt
+            row_scale = _gst_row_scale(slider_alpha, 1 if prompts is None or isinstance(prompts, str) else len(prompts))
+        elif subprompts_list is not None and slider_alpha_list is not None:
+            texts = prompt_2 or prompt
+            if texts is None:
+                raise SliderEditError("sub-prompts are looked up in the prompt, and there is none; give prompt, not embeddings")
+            texts = [normalise(text) for text in ([texts] if isinstance(texts, str) else texts)]
+            # Encoded as it is searched.
+            prompt, prompt_2 = (prompt, texts) if prompt_2 else (texts, None)
+            row_scale = self._st_row_scale(texts, subprompts_list, slider_alpha_list, max_sequence_length)
+        self._row_scale = None if row_scale is None else row_scale.repeat_interleave(num_images_per_prompt, 0)
+        self._text_ids = ()
+        try:
+            return super().__call__(
+                image,
+                prompt,
+                prompt_2,
+                num_images_per_prompt=num_images_per_prompt,
+                max_sequence_length=max_sequence_length,
+                **kwargs,
+            )
+        finally:
+            self._row_scale, self._text_ids = None, ()
+
+    def _st_row_scale(self, prompts: Sequence[str], subprompts: Sequence[Any], alphas: Sequence[Any], text_rows: int) -> Tensor:
+        """Float32 `[prompts, text_rows]`."""
+        family = get_family("flux_kontext")
+        rows = []
+        instruction_lists = _per_prompt(subprompts, prompts, "subprompts_list")
+        value_lists = _per_prompt(alphas, prompts, "slider_alpha_list")
+        for prompt, instructions, values in zip(prompts, instruction_lists, value_lists, strict=True):
+            if len(instructions) != len(values):
+                raise SliderEditError(
+                    f"{len(instructions)} sub-prompts and {len(values)} alphas were given for {prompt!r}; give one for each"
+                )
+            spans = find_spans(prompt, [Slider(i) for i in instructions], family.tokenize(self, prompt), text_rows)
+            rows.append(combine_row_scale(_alphas(values)[None], row_mask(spans, text_rows)[None]))
+        return torch.cat(rows)
+
+
+def _gst_row_scale(alpha: float | Sequence[float], count: int) -> Tensor:
+    """Float32 `[prompts, 1]`: every row of a request has the same scale."""
+    alphas = _alphas(alpha if isinstance(alpha, Sequence) else [alpha] * count)
+    if len(alphas) != count:
+        raise SliderEditError(
+            f"{len(alphas)} alphas and {count} prompts were given; give one slider_alpha, or one for each prompt"
+        )
+    return alphas[:, None]
+
+
+def _alphas(values: Sequence[Any]) -> Tensor:
+    try:
+        alphas = torch.tensor([float(value) for value in values], dtype=torch.float32)
+    except (TypeError, ValueError) as error:
+        raise SliderEditError(f"the alphas {list(values)} are not numbers ({error}); give numbers such as 0.5") from None
+    if not alphas.isfinite().all():
+        raise SliderEditError(f"the alphas {list(values)} are not all finite; give numbers such as 0.5")
+    return alphas
+
+
+def _per_prompt(values: Sequence[Any], prompts: Sequence[str], name: str) -> list[Sequence[Any]]:
+    """A list for each prompt: `values` is either that, or one list for all of them."""
+    nested = [isinstance(value, list | tuple) for value in values]
+    if not any(nested):
+        return [values] * len(prompts)
+    if not all(nested) or len(values) != len(prompts):
+        raise SliderEditError(
+            f"{name} has {len(values)} entries for {len(prompts)} prompts; give one flat list for all or a list for each prompt"
+        )
+    return list(values)
