@@ -40,6 +40,8 @@ from slideredit_rt.files import atomic_folder
 
 BATCH: Range = (1, 1, 16)
 MAX_SLIDERS = 8
+# What brings a backend that is not TensorRT.
+_DISTRIBUTIONS = {"onnxruntime": "onnxruntime", "inductor": "torch"}
 DType = Literal["float32", "bfloat16", "float16"]
 _VERSIONS = ("slideredit-rt", "torch", "triton", "diffusers", "onnx", "onnxscript", "onnxruntime", "tensorrt", "tensorrt_rtx")
 
@@ -98,7 +100,7 @@ def build_engine(
         transformer = meta_transformer(path / "transformer")
         match = match_adapter(adapter, family, transformer)
         adapter = fit_adapter(adapter, family, transformer, allow_partial=allow_partial)
-    form = choose(lowering, adapter.kind if adapter else None, backend)
+    form = _operator(lowering) if backend == "inductor" else choose(lowering, adapter.kind if adapter else None, backend)
     profile: Profile | None = None
     targets: tuple[str, ...] = ()
     if options is not None:
@@ -119,20 +121,24 @@ def build_engine(
             stage("trace the backbone and write the graph")
             # A compiled plan holds the weights, so what it is compiled from goes away again.
             with tempfile.TemporaryDirectory(dir=folder) if options else nullcontext(folder) as graph_folder:
-                exported = export_linked(
-                    family,
-                    path,
-                    adapter,
-                    Path(graph_folder),
-                    dtype=None if dtype is None else getattr(torch, dtype),
-                    lowering=form,
-                    target=plugin_target(targets, options) if options and form == "plugin" else None,
-                    # ONNX Runtime reads nothing through a symbolic link.
-                    symbolic_links=options is not None,
-                )
+                weights_dtype = None if dtype is None else getattr(torch, dtype)
+                if form == "operator":
+                    exported = export_weights(family, path, adapter, Path(graph_folder), dtype=weights_dtype)
+                else:
+                    exported = export_linked(
+                        family,
+                        path,
+                        adapter,
+                        Path(graph_folder),
+                        dtype=weights_dtype,
+                        lowering=form,
+                        target=plugin_target(targets, options) if options and form == "plugin" else None,
+                        # ONNX Runtime reads nothing through a symbolic link.
+                        symbolic_links=options is not None,
+                    )
                 bar.update()
                 files, layers = exported.files, {}
-                if options is not None and profile is not None:
+                if options is not None and profile is not None and form != "operator":
                     stage(f"compile for {', '.join(targets)}")
                     layers = build_plan(
                         backend,
@@ -161,7 +167,7 @@ def build_engine(
                 adapter=describe_adapter(adapter, match.unexpected) if adapter and match else None,
                 backend=backend,
                 # TensorRT's metadata may belong to a package of another name.
-                backend_version=load_tensorrt(backend).__version__ if options else version(backend),
+                backend_version=load_tensorrt(backend).__version__ if options else version(_DISTRIBUTIONS[backend]),
                 lowering=form,
                 targets=list(targets),
                 ranges={} if profile is None else {axis: list(sizes) for axis, sizes in profile.ranges().items()},
@@ -185,6 +191,13 @@ def build_engine(
             bar.update()
             stage("done")
     return manifest
+
+
+def _operator(lowering: str) -> Literal["operator"]:
+    """The one form of the backend `inductor`, whose operator chooses a kernel for the card when it runs."""
+    if lowering not in ("auto", "operator"):
+        raise SliderEditError(f"the backend inductor has no lowering {lowering!r}, it runs our torch operators; leave it out")
+    return "operator"
 
 
 def _partial_notes(match: AdapterMatch | None) -> list[str]:

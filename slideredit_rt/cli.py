@@ -483,7 +483,7 @@ def _parser() -> argparse.ArgumentParser:
         "--adapter", help="shapes-st, shapes-gst, a file or a PEFT folder; without it the frozen backbone is exported"
     )
     build.add_argument("--out", type=Path, required=True, help="engine folder to create")
-    build.add_argument("--backend", default="onnxruntime", help="onnxruntime (default), tensorrt-rtx or tensorrt")
+    build.add_argument("--backend", default="onnxruntime", help="onnxruntime (default), inductor, tensorrt-rtx or tensorrt")
     build.add_argument(
         "--lowering",
         default="auto",

@@ -25,7 +25,8 @@ class Manifest:
         base: `source` (embedded name, hub repository or folder) and `fingerprint`, SHA-256 per pipeline component.
         adapter: `source`, `fingerprint`, `kind`, `rank`, `modules`; None for an engine of the frozen backbone.
         backend, backend_version: what executes it.
-        lowering: how the masked update was asked to be expressed: `native`, `folded` or `plugin`.
+        lowering: how the masked update was asked to be expressed: `native`, `folded` or `plugin`,
+            or `operator`: ours, run by torch.
         targets: CUDA compute capabilities it was built for; empty for a CPU engine.
         max_batch, max_sliders: the largest B and K that it accepts.
         config: the transformer's configuration.
