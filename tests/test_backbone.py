@@ -24,6 +24,9 @@ def test_targets_on_the_full_size_model_are_those_of_the_released_adapters(famil
     linears = [name for name, m in flux.named_modules() if isinstance(m, torch.nn.Linear)]
     assert sum(bool(family.targets("st").fullmatch(n)) for n in linears) == 114
     assert sum(bool(family.targets("gst").fullmatch(n)) for n in linears) == 342
+    every = [n for n in linears if family.targets("gst", all_projections=True).fullmatch(n)]
+    assert len(every) == 342 + 2 * 38
+    assert {family.rows_of(n) for n in every if n.startswith("single")} == {"joint"}
     rows = {family.rows_of(n) for n in linears if family.targets("st").fullmatch(n)}
     assert rows == {"text"}
 

@@ -48,6 +48,7 @@ class SuppressionConfig:
             instructions (PPS; the empty string when none is left). `empty` and `neutral`: nothing, or the family's neutral
             sentence, in place of the whole prompt (SPPS).
         rank: LoRA rank; `lora_alpha` equals it.
+        all_projections: adapt every linear whose rows the kind may scale, not only those of the released adapters.
         alpha_sampling: `fixed` is the paper's loss at α = 1. `uniform` draws α from [0, 1] per example and moves the
             target along: `v_full + α (v_target − v_full)`, which makes the slider a ramp instead of a step.
         timestep_sampling: of the noise level σ in [0, 1].
@@ -60,6 +61,7 @@ class SuppressionConfig:
     kind: Kind = "st"
     target: TargetPrompt = "remaining"
     rank: int = 16
+    all_projections: bool = False
     alpha_sampling: AlphaSampling = "uniform"
     timestep_sampling: TimestepSampling = "uniform"
     steps: int = 1000
@@ -117,6 +119,10 @@ class FolderData:
         return torch.stack(pictures), prompts
 
 
+def _to_pil(image: Tensor) -> Image.Image:
+    return Image.fromarray((image.permute(1, 2, 0) * 255).round().to(torch.uint8).cpu().numpy())
+
+
 @dataclass(frozen=True)
 class _Batch:
     source: Tensor
@@ -158,7 +164,8 @@ class SuppressionTrainer:
     def _initial_adapter(self) -> Adapter:
         # PEFT's initialisation: A uniform as nn.Linear's own, B zero, so that training starts at the frozen model.
         generator = torch.Generator().manual_seed(self.config.seed)
-        pattern, rank = self.family.targets(self.config.kind), self.config.rank
+        pattern = self.family.targets(self.config.kind, all_projections=self.config.all_projections)
+        rank = self.config.rank
         pairs = {}
         for name, module in self.pipeline.transformer.named_modules():
             if isinstance(module, nn.Linear) and pattern.fullmatch(name):
@@ -172,13 +179,14 @@ class SuppressionTrainer:
         if self.config.kind == "st":
             _, prompts = self.data.draw(random.Random(f"{self.config.seed}/check"), 4 * self.config.batch)
             for instructions in prompts:
-                self._mask(instructions, set(range(len(instructions))))
+                self._rows(instructions, set(range(len(instructions))))
 
-    def _mask(self, instructions: Sequence[str], suppressed: set[int]) -> Tensor:
-        prompt = compose_prompt(instructions)
-        rows = self.family.max_text_rows(self.pipeline)
-        spans = find_spans(prompt, [Slider(i) for i in instructions], self.family.tokenize(self.pipeline, prompt), rows)
-        return row_mask([[row for index in sorted(suppressed) for row in spans[index]]], rows)
+    def _rows(self, instructions: Sequence[str], suppressed: set[int], images: Sequence[Image.Image] = ()) -> list[int]:
+        """Text rows of the suppressed instructions."""
+        prompt, most = compose_prompt(instructions), self.family.max_text_rows(self.pipeline)
+        tokens = self.family.tokenize(self.pipeline, prompt, images)
+        spans = find_spans(prompt, [Slider(i) for i in instructions], tokens, most)
+        return [row for index in sorted(suppressed) for row in spans[index]]
 
     def adapter(self) -> Adapter:
         """The adapter as trained so far."""
@@ -191,8 +199,9 @@ class SuppressionTrainer:
     def _batch(self, step: int) -> _Batch:
         rng = random.Random(f"{self.config.seed}/{step}")
         images, instructions = self.data.draw(rng, self.config.batch)
-        full, target, masks = [], [], []
-        for parts in instructions:
+        pictures = [[picture] for picture in map(_to_pil, images)]
+        full, target, suppressed_rows = [], [], []
+        for parts, seen in zip(instructions, pictures, strict=True):
             if self.config.target == "remaining":
                 suppressed = set(rng.sample(range(len(parts)), rng.randint(1, len(parts))))
                 rest = [part for index, part in enumerate(parts) if index not in suppressed]
@@ -202,15 +211,16 @@ class SuppressionTrainer:
                 target.append("" if self.config.target == "empty" else self.family.neutral_prompt)
             full.append(compose_prompt(parts))
             if self.config.kind == "st":
-                masks.append(self._mask(parts, suppressed))
+                suppressed_rows.append(self._rows(parts, suppressed, seen))
         source, ids = self.family.encode_image(self.pipeline, (images * 2 - 1).to(self.accelerator.device))
-        rows = self.family.max_text_rows(self.pipeline)
+        most = self.family.max_text_rows(self.pipeline)
+        full_text, target_text = (self.family.encode_prompt(self.pipeline, p, most, pictures) for p in (full, target))
+        rows = full_text["encoder_hidden_states"].shape[1]
         if self.config.kind == "st":
-            token_mask = torch.stack(masks)
+            token_mask = torch.stack([row_mask([span], rows) for span in suppressed_rows])
         else:
             token_mask = torch.ones(len(full), 1, rows + 2 * source.shape[1], dtype=torch.bool)
-        encode = self.family.encode_prompt
-        return _Batch(source, ids, encode(self.pipeline, full, rows), encode(self.pipeline, target, rows), token_mask)
+        return _Batch(source, ids, full_text, target_text, token_mask)
 
     def loss(self, step: int) -> Tensor:
         """Mean squared error in float32 between the adapted and the frozen prediction, on noised source images."""
@@ -241,14 +251,13 @@ class SuppressionTrainer:
     def sample(self, step: int) -> Path:
         """Draw one data example at several strengths with the adapter as it is; returns the picture's path in `OUT.samples`."""
         images, instructions = self.data.draw(random.Random(f"{self.config.seed}/sample"), 1)
-        pixels = (images[0].permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
         backbone = self.accelerator.unwrap_model(self.backbone)
         config = dict(self.pipeline.transformer.config)
         editor = SliderEditor(self.family, self.pipeline, backbone, config, self.config.kind, max_batch=1, max_sliders=8)
         sliders = [Slider(i) for i in instructions[0]]
         chosen = sliders if self.config.kind == "st" else sliders[:1]
         prompt = compose_prompt(instructions[0])
-        strip = editor.sweep(Image.fromarray(pixels), chosen, 0, _SAMPLE_STRENGTHS, prompt=prompt)
+        strip = editor.sweep(_to_pil(images[0]), chosen, 0, _SAMPLE_STRENGTHS, prompt=prompt)
         title = f"step {step}: {chosen[0].instruction}"
         path = self.out.with_name(f"{self.out.name}.samples") / f"step-{step:06d}.png"
         save_image(draw_grid([strip], [f"{s:g}" for s in _SAMPLE_STRENGTHS], [""], title), path)
