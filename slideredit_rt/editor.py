@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from slideredit_rt.adapters import load_adapter
+from slideredit_rt.adapters import Adapter, load_adapter
 from slideredit_rt.assets import resolve_base
 from slideredit_rt.engines import Engine, RuntimeOptions, open_engine
 from slideredit_rt.engines.manifest import fingerprint_base
@@ -110,7 +110,7 @@ class SliderEditor:
     def from_pretrained(
         cls,
         base: str | Path,
-        adapter: str | Path,
+        adapter: str | Path | Adapter,
         *,
         max_batch: int = 16,
         max_sliders: int = 8,
@@ -126,7 +126,7 @@ class SliderEditor:
         folder = resolve_base(base)
         family = family_of(folder)
         pipeline = family.load_pipeline(folder, dtype=dtype)
-        loaded = load_adapter(adapter, family)
+        loaded = adapter if isinstance(adapter, Adapter) else load_adapter(adapter, family)
         backbone = SliderBackbone(family, pipeline.transformer.eval(), loaded).to(dtype)
 
         @torch.no_grad()

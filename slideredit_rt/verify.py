@@ -171,13 +171,14 @@ def verify_engine(
         raise SliderEditError(f"engine {str(path)!r} has no adapter to verify; rebuild it with --adapter")
     base = base or manifest.base["source"]
     adapter = adapter or manifest.adapter["source"]
-    if load_adapter(adapter, get_family(manifest.family)).fingerprint != manifest.adapter["fingerprint"]:
+    loaded = load_adapter(adapter, get_family(manifest.family)).without(manifest.adapter.get("dropped", ()))
+    if loaded.fingerprint != manifest.adapter["fingerprint"]:
         raise SliderEditError(f"adapter {adapter!r} is not the one in engine {str(path)!r}; pass the original with --adapter")
     engine = SliderEditor.from_engine(path, base, options=options)
-    eager = SliderEditor.from_pretrained(base, adapter)
+    eager = SliderEditor.from_pretrained(base, loaded)
     same_dtype = None
     if manifest.dtype != "float32":
-        same_dtype = SliderEditor.from_pretrained(base, adapter, dtype=getattr(torch, manifest.dtype)).engine
+        same_dtype = SliderEditor.from_pretrained(base, loaded, dtype=getattr(torch, manifest.dtype)).engine
     prepared = engine.prepare(image, sliders)
     comparisons = compare_backbones(engine, eager.engine, same_dtype, prepared, manifest.max_batch)
     settings = [[1 - a] * len(sliders) for a in ALPHAS]
