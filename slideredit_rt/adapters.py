@@ -85,6 +85,15 @@ def _target(module: str) -> str:
     return re.sub(r"\.\d+\.", ".*.", module, count=1)
 
 
+def _is_safetensors(path: Path) -> bool:
+    """By its name or, whatever its name, by its content: the length of a JSON header, then the header."""
+    try:
+        with path.open("rb") as file:
+            return path.suffix == ".safetensors" or file.read(9)[8:] == b"{"
+    except OSError as error:
+        raise SliderEditError(f"cannot read adapter {str(path)!r}: {error.strerror}") from None
+
+
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with safe_open(path, framework="pt") as file:
@@ -195,7 +204,7 @@ def load_adapter(source: str | Path, family: Family | None = None, *, mixed_dtyp
     if not path.exists():
         raise SliderEditError(f"adapter {str(source)!r} does not exist; give a file, a PEFT folder, shapes-st or shapes-gst")
     metadata: dict[str, str] = {}
-    if path.suffix == ".safetensors":
+    if _is_safetensors(path):
         state, metadata = _read_safetensors(path)
         if "lora_adapter_metadata" in metadata:
             stored = _settings(metadata["lora_adapter_metadata"], "lora_adapter_metadata", path)
