@@ -216,6 +216,7 @@ def load_adapter(source: str | Path, family: Family | None = None, *, mixed_dtyp
     if settings.get("use_dora"):
         raise SliderEditError(f"adapter {str(source)!r} is a DoRA, which no slider can scale; give a plain LoRA")
     family = _recognise(halves, _stated_family(metadata, family, source), source)
+    ranks = {module: _rank(module, parts, source) for module, parts in halves.items()}
     stored_dtypes = sorted({str(t.dtype).removeprefix("torch.") for parts in halves.values() for t in parts.values()})
     if len(stored_dtypes) > 1 and not mixed_dtypes:
         raise SliderEditError(
@@ -224,7 +225,7 @@ def load_adapter(source: str | Path, family: Family | None = None, *, mixed_dtyp
         )
     pairs = {}
     for module, parts in halves.items():
-        rank = _rank(module, parts, source)
+        rank = ranks[module]
         scale = alphas[module] / rank if module in alphas else _stored_scale(module, rank, settings, source)
         pairs[module] = (parts["A"].float().contiguous(), (parts["B"].float() * scale).contiguous())
         if not all(torch.isfinite(t).all() for t in pairs[module]):
@@ -238,7 +239,7 @@ def load_adapter(source: str | Path, family: Family | None = None, *, mixed_dtyp
     return Adapter(
         family=family.name,
         kind=kind,
-        rank=max(len(a) for a, _ in pairs.values()),
+        rank=max(ranks.values()),
         pairs=pairs,
         source=str(source),
         training=_settings(metadata.get("training", "{}"), "training record", path),

@@ -9,9 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from diffusers import FluxKontextPipeline, FluxTransformer2DModel
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
-from slideredit_rt.adapters import Adapter, load_adapter, save_adapter
+from slideredit_rt.adapters import Adapter, fit_adapter, load_adapter, match_adapter, save_adapter
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.families import Family
 
@@ -121,7 +125,7 @@ def test_a_file_without_lora_weights_or_with_half_a_pair(family: Family, tmp_pat
     state = flat(pairs)
     del state[f"{MODULES[1]}.lora_B.weight"]
     save_file(state, tmp_path / "b.safetensors")
-    with pytest.raises(SliderEditError, match=f"incomplete at {MODULES[1]}"):
+    with pytest.raises(SliderEditError, match=f"incomplete at {MODULES[1]}: lora_B is missing"):
         load_adapter(tmp_path / "b.safetensors", family)
 
 
@@ -146,3 +150,242 @@ def test_fingerprint_follows_the_values_not_the_file(family: Family, tmp_path: P
     pairs[MODULES[0]][0][0, 0] += 1
     torch.save(flat(pairs), tmp_path / "b.pt")
     assert first != load_adapter(tmp_path / "b.pt", family).fingerprint
+
+
+# Files that PEFT and diffusers wrote themselves.
+
+TARGETS = ["attn.to_q", "attn.add_q_proj", "ff_context.net.0.proj", "ff_context.net.2"]
+
+
+def peft_config(**options: Any) -> LoraConfig:
+    return LoraConfig(**{"r": 4, "lora_alpha": 4, "target_modules": TARGETS, "init_lora_weights": "gaussian"} | options)
+
+
+@pytest.fixture
+def transformer() -> Any:
+    torch.manual_seed(0)
+    return FluxTransformer2DModel(
+        in_channels=8,
+        num_layers=2,
+        num_single_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        pooled_projection_dim=8,
+        axes_dims_rope=(2, 2, 4),
+    ).eval()
+
+
+def expected_updates(transformer: Any) -> dict[str, torch.Tensor]:
+    """scale · B A of every linear that PEFT adapted, with values in B that are not zero."""
+    return {
+        name: layer.scaling[adapter] * (layer.lora_B[adapter].weight @ layer.lora_A[adapter].weight)
+        for name, layer in transformer.named_modules()
+        if isinstance(layer, LoraLayer)
+        for adapter in layer.lora_A
+    }
+
+
+def fill(transformer: Any) -> None:
+    for name, parameter in transformer.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+
+
+def gives(adapter: Adapter, updates: dict[str, torch.Tensor]) -> bool:
+    return set(adapter.pairs) == set(updates) and all(
+        torch.allclose(b @ a, updates[name], rtol=1e-5, atol=1e-6) for name, (a, b) in adapter.pairs.items()
+    )
+
+
+CONFIGS = {
+    "plain": {},
+    "alpha": {"lora_alpha": 10},
+    "rslora": {"lora_alpha": 3, "use_rslora": True},
+    # A pattern may be an expression; the first that matches counts, in the order of their names, as PEFT writes them.
+    "patterns": {
+        "rank_pattern": {"attn.add_q_proj": 2, r"1\.ff_context\.net\.2": 3, "attn.to_q": 1},
+        "alpha_pattern": {"ff_context.net.2": 7, "net.2": 1, "attn.to_q": 5},
+    },
+}
+
+
+@pytest.mark.parametrize("options", CONFIGS.values(), ids=CONFIGS)
+def test_what_peft_saves(family: Family, transformer: Any, tmp_path: Path, options: dict[str, Any]) -> None:
+    model = get_peft_model(transformer, peft_config(**options))
+    fill(transformer)
+    updates = expected_updates(transformer)
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "adapter_config.json").exists()
+    adapter = load_adapter(tmp_path, family)
+    assert gives(adapter, updates)
+    assert adapter.kind == "gst"
+    for file in (p for p in tmp_path.iterdir() if p.suffix == ".safetensors"):
+        torch.save(load_file(file), tmp_path / "adapter_model.bin")
+        file.unlink()
+    assert gives(load_adapter(tmp_path, family), updates)
+
+
+@pytest.mark.parametrize("options", CONFIGS.values(), ids=CONFIGS)
+def test_what_diffusers_saves(family: Family, transformer: Any, tmp_path: Path, options: dict[str, Any]) -> None:
+    transformer.add_adapter(peft_config(**options))
+    fill(transformer)
+    updates = expected_updates(transformer)
+    layers = get_peft_model_state_dict(transformer)
+    metadata = {"transformer_lora_adapter_metadata": transformer.peft_config["default"].to_dict()}
+    FluxKontextPipeline.save_lora_weights(tmp_path / "with", transformer_lora_layers=layers, **metadata)
+    assert gives(load_adapter(tmp_path / "with", family), updates)
+    transformer.save_lora_adapter(tmp_path / "bare", adapter_name="default")
+    assert gives(load_adapter(tmp_path / "bare", family), updates)
+
+
+def test_what_diffusers_saves_without_alphas(family: Family, transformer: Any, tmp_path: Path) -> None:
+    transformer.add_adapter(peft_config())
+    fill(transformer)
+    layers = get_peft_model_state_dict(transformer)
+    FluxKontextPipeline.save_lora_weights(tmp_path, transformer_lora_layers=layers)
+    assert gives(load_adapter(tmp_path, family), expected_updates(transformer))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_read_exactly(family: Family, transformer: Any, tmp_path: Path, dtype: torch.dtype) -> None:
+    transformer.add_adapter(peft_config())
+    fill(transformer)
+    transformer.to(dtype)
+    transformer.save_lora_adapter(tmp_path, adapter_name="default")
+    adapter = load_adapter(tmp_path, family)
+    assert adapter.dtype == str(dtype).removeprefix("torch.")
+    for name, (a, b) in adapter.pairs.items():
+        layer = transformer.get_submodule(name)
+        assert a.dtype == b.dtype == torch.float32
+        assert torch.equal(a, layer.lora_A["default"].weight.float())
+        assert torch.equal(b, layer.lora_B["default"].weight.float())
+
+
+@pytest.mark.parametrize("form", ["canonical", "diffusers"])
+def test_diffusers_loads_what_is_written_with_the_scale_of_every_module(
+    family: Family, transformer: Any, pipeline: Any, tmp_path: Path, form: Any
+) -> None:
+    g = torch.Generator().manual_seed(0)
+    linears = dict(pipeline.transformer.named_modules())
+    pairs = {}
+    for rank, name in enumerate((*MODULES, "single_transformer_blocks.0.attn.to_q", "transformer_blocks.0.attn.to_q"), start=1):
+        k, n = linears[name].in_features, linears[name].out_features
+        pairs[name] = torch.randn(min(rank, 3), k, generator=g), torch.randn(n, min(rank, 3), generator=g)
+    path = tmp_path / ("a.safetensors" if form == "canonical" else "a")
+    save_adapter(Adapter(family.name, "gst", 3, pairs, "x", {"steps": 3}), path, form)
+    pipeline.load_lora_weights(tmp_path if form == "canonical" else path, weight_name=path.name if path.suffix else None)
+    updates = expected_updates(pipeline.transformer)
+    assert set(updates) == set(pairs)
+    for name, (a, b) in pairs.items():
+        assert torch.allclose(updates[name], b @ a, atol=1e-5), name
+    again = load_adapter(path, family)
+    assert same(again, pairs)
+    assert (again.kind, again.training) == ("gst", {"steps": 3})
+
+
+def test_the_canonical_file_says_what_it_is(family: Family, tmp_path: Path, pairs: Any) -> None:
+    save_adapter(Adapter(family.name, "st", 4, pairs, "x", {"steps": 3}), tmp_path / "a.safetensors")
+    with safe_open(tmp_path / "a.safetensors", framework="pt") as file:
+        metadata = file.metadata()
+    assert {k: metadata[k] for k in ("family", "kind", "rank")} == {"family": family.name, "kind": "st", "rank": "4"}
+    assert json.loads(metadata["targets"]) == ["transformer_blocks.*.attn.add_q_proj", "transformer_blocks.*.attn.to_add_out"]
+    assert json.loads(metadata["training"]) == {"steps": 3}
+
+
+def test_the_family_and_the_kind_by_names_or_by_metadata(family: Family, tmp_path: Path, pairs: Any) -> None:
+    torch.save(flat({"transformer_blocks.0.ff_context.net.2": pairs[MODULES[0]]}), tmp_path / "flux.pt")
+    assert load_adapter(tmp_path / "flux.pt").family == family.name
+    save_file(flat(pairs), tmp_path / "attention.safetensors")
+    with pytest.raises(SliderEditError, match=r"fits .* and .* by its names; say which with --base"):
+        load_adapter(tmp_path / "attention.safetensors")
+    save_adapter(Adapter(family.name, "gst", 4, pairs, "x"), tmp_path / "told.safetensors")
+    told = load_adapter(tmp_path / "told.safetensors")
+    assert (told.family, told.kind) == (family.name, "gst")
+
+
+def altered(pairs: Any, **changes: Any) -> dict[str, torch.Tensor]:
+    """A file's tensors with `A` or `B` of the first module replaced, or others added."""
+    replaced = {f"{MODULES[0]}.lora_{part}.weight": changes.pop(part) for part in ("A", "B") if part in changes}
+    return flat(pairs) | replaced | {f"{MODULES[0]}.{key}": value for key, value in changes.items()}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"B": torch.ones(128, 8)}, "a lora_A of rank 4 and a lora_B of rank 8"),
+        ({"A": torch.ones(0, 128), "B": torch.ones(128, 0)}, "be 1 or more"),
+        ({"A": torch.ones(4, 128, 1, 1)}, "no matrices of floating-point numbers"),
+        ({"A": torch.ones(4, 128, dtype=torch.int8)}, "not quantised"),
+        ({"lora_magnitude_vector": torch.ones(128)}, "only plain LoRA"),
+        ({"lora_B.bias": torch.ones(128)}, "only plain LoRA"),
+        ({"A": torch.ones(4, 128).half()}, "mixes float16 and float32"),
+        ({"lora_A.second.weight": torch.ones(4, 128)}, "holds 2 adapters"),
+    ],
+)
+def test_what_is_no_plain_adapter(family: Family, tmp_path: Path, pairs: Any, changes: dict[str, Any], message: str) -> None:
+    save_file(altered(pairs, **changes), tmp_path / "a.safetensors")
+    with pytest.raises(SliderEditError, match=message):
+        load_adapter(tmp_path / "a.safetensors", family)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("{", "adapter_config.json of adapter"),
+        ("[]", "no JSON object"),
+        ('{"r": 8, "lora_alpha": 8}', "rank 4 at .* and its configuration says 8"),
+        ('{"r": 4, "lora_alpha": "much"}', "unreadable rank or alpha"),
+        ('{"r": 4, "lora_alpha": 4, "use_dora": true}', "is a DoRA"),
+    ],
+)
+def test_a_peft_configuration_that_does_not_fit(family: Family, tmp_path: Path, pairs: Any, config: str, message: str) -> None:
+    save_file(flat(pairs), tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(config)
+    with pytest.raises(SliderEditError, match=message):
+        load_adapter(tmp_path, family)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ({"kind": "both"}, "unknown kind 'both'"),
+        ({"family": "sd3"}, "trained for sd3"),
+        ({"training": "no"}, "training record"),
+        ({"lora_adapter_metadata": "{"}, "lora_adapter_metadata"),
+    ],
+)
+def test_metadata_that_cannot_be_read(
+    family: Family, tmp_path: Path, pairs: Any, metadata: dict[str, str], message: str
+) -> None:
+    save_file(flat(pairs), tmp_path / "a.safetensors", metadata)
+    with pytest.raises(SliderEditError, match=message):
+        load_adapter(tmp_path / "a.safetensors", family)
+
+
+def test_modules_of_no_family(family: Family, tmp_path: Path, pairs: Any) -> None:
+    save_file(flat({"text_encoder.layers.0.q": pairs[MODULES[0]]}), tmp_path / "a.safetensors")
+    for known in (None, family):
+        with pytest.raises(SliderEditError, match="no linear that a slider may touch"):
+            load_adapter(tmp_path / "a.safetensors", known)
+
+
+def test_matching_tells_every_module_apart(family: Family, transformer: Any, pairs: Any) -> None:
+    g = torch.Generator().manual_seed(0)
+    fitting = {"transformer_blocks.0.attn.add_q_proj": (torch.randn(2, 16, generator=g), torch.randn(16, 2, generator=g))}
+    adapter = Adapter(family.name, "st", 4, fitting | {"proj_out": fitting[MODULES[1].replace("1", "0")]}, "x")
+    match = match_adapter(adapter, family, transformer)
+    assert match.matched == tuple(fitting)
+    assert match.unexpected == ("proj_out",), "a linear that the base has and no slider may touch"
+    assert len(match.missing) == 11
+    assert "transformer_blocks.1.ff_context.net.2" in match.missing
+    with pytest.raises(SliderEditError, match=r"fits 1 of its 2 modules .* drop these with --allow-partial"):
+        fit_adapter(adapter, family, transformer)
+    fitted = fit_adapter(adapter, family, transformer, allow_partial=True)
+    assert (list(fitted.pairs), fitted.rank) == (list(fitting), 2)
+    other_base = Adapter(family.name, "st", 4, pairs, "x")
+    assert match_adapter(other_base, family, transformer).mismatched == tuple(pairs)
+    with pytest.raises(SliderEditError, match=r"128×128 update for .*, which is 16×16"):
+        fit_adapter(other_base, family, transformer, allow_partial=True)
+    with pytest.raises(SliderEditError, match="fits 0 of its 1 modules"):
+        fit_adapter(adapter.without(fitting), family, transformer, allow_partial=True)
