@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test slow-test lint bench gpu-test gpu-bench gpu-trt marks clean
+.PHONY: demo test slow-test lint bench gpu-test gpu-bench gpu-trt gpu-model marks clean
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; set PYTHON=python3.11"; exit 2; }
@@ -56,6 +56,10 @@ gpu-bench: $(STAGE)
 # Needs slideredit-rt's own dependencies as well (diffusers, onnx, onnxruntime, …), and tensorrt or tensorrt-rtx.
 gpu-trt: $(STAGE)
 	PYTHONPATH=$(STAGE) $(GPU_PYTHON) -m slideredit_rt.bench.gpu_tensorrt --out bench/results $(BENCH_OPTIONS)
+
+# Needs slideredit-rt's own dependencies as well; a GPU of 48 GB for FLUX, of 80 GB with BENCH_OPTIONS="--family qwen_image_edit".
+gpu-model: $(STAGE)
+	PYTHONPATH=$(STAGE) $(GPU_PYTHON) -m slideredit_rt.bench.gpu_model --out bench/results $(BENCH_OPTIONS)
 
 clean:
 	rm -rf $(VENV) demo build *.egg-info

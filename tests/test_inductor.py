@@ -44,11 +44,14 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture
 def as_traced(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Dynamo runs the graphs that it captured, without compiling them to machine code."""
+    """Dynamo runs the graphs that it captured, without compiling them to machine code; one thread is enough for them."""
     monkeypatch.setattr(inductor, "COMPILER", "eager")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
+    torch.set_num_threads(threads)
 
 
 def backbone(family: Family, kind: str, dtype: torch.dtype = torch.float32) -> SliderBackbone:

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from slideredit_rt.engines.inductor import InductorEngine
+from slideredit_rt.engines.inductor import open_inductor
 from slideredit_rt.engines.manifest import Manifest, read_manifest
 from slideredit_rt.engines.onnxruntime import OnnxRuntimeEngine
 from slideredit_rt.engines.tensorrt import PACKAGES, RuntimeOptions, open_tensorrt
@@ -33,7 +33,7 @@ class Engine(Protocol):
 
 
 BACKENDS: dict[str, Callable[..., Engine]] = {
-    "inductor": InductorEngine,
+    "inductor": open_inductor,
     "onnxruntime": OnnxRuntimeEngine,
     "tensorrt": open_tensorrt,
     "tensorrt-rtx": open_tensorrt,

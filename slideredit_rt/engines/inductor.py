@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -77,7 +76,7 @@ def load_weights(transformer: Any, files: Iterable[Path], device: torch.device) 
 
 
 class InductorEngine:
-    """Runs the transformer of an engine folder on the current CUDA device, or on the CPU where there is none.
+    """Runs a compiled backbone on the device of its weights.
 
     The first call with a set of shapes compiles; on a GPU it also captures a CUDA graph, which later calls replay. Inputs may
     lie on any device and are copied into buffers of fixed addresses. Sliders are filled up to the engine's largest number with
@@ -86,51 +85,29 @@ class InductorEngine:
     (`TORCHINDUCTOR_CACHE_DIR`). One thread at a time. A context manager.
 
     Args:
-        folder: written by `slideredit-rt build --backend inductor`.
-        manifest: of that folder.
-        threads: CPU threads of torch, in the whole process; None leaves them as they are.
-
-    Raises:
-        SliderEditError: a weight cannot be read, or the device has no memory for them.
+        backbone: its transformer's blocks are compiled in place.
+        manifest: what the engine takes.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, *, threads: int | None = None) -> None:
-        if threads is not None:
-            torch.set_num_threads(threads)
+    def __init__(self, backbone: SliderBackbone, manifest: Manifest) -> None:
         self.manifest = manifest
-        self._cuda = CudaDevice() if torch.cuda.is_available() else None
-        self._device = self._cuda.device if self._cuda else torch.device("cpu")
+        self._device = next(backbone.parameters()).device
+        self._cuda = CudaDevice() if self._device.type == "cuda" else None
         # Outputs lie outside of it and graphs replay one at a time, so that all of them can use the same memory.
         self._pool = torch.cuda.graph_pool_handle() if self._cuda else None
         self._bindings: OrderedDict[tuple[int, ...], _Binding] = OrderedDict()
-        try:
-            self._backbone: SliderBackbone | None = self._load(folder)
-        except torch.OutOfMemoryError:
-            raise SliderEditError(
-                f"the GPU has no memory left for the weights of {str(folder)!r}; free some, or build it with --dtype bfloat16"
-            ) from None
-        compile_blocks(self._backbone)
-        self._release = weakref.finalize(self, self._bindings.clear)
-
-    def _load(self, folder: Path) -> SliderBackbone:
-        manifest, family = self.manifest, get_family(self.manifest.family)
-        transformer = meta_transformer(folder)
-        own = [name for name in manifest.files if name not in (CONFIG_FILE, ADAPTER_FILE)]
-        # Weights that were converted at the build come before the shards that hold them as they were.
-        load_weights(transformer, [folder / name for name in (*own, *manifest.links)], self._device)
-        adapter = load_adapter(folder / ADAPTER_FILE, family) if manifest.adapter else None
-        if adapter is not None:
-            dtype = getattr(torch, manifest.dtype)
-            pairs = {name: (a.to(dtype), b.to(dtype)) for name, (a, b) in adapter.pairs.items()}
-            adapter = dataclasses.replace(adapter, pairs=pairs)
-        return SliderBackbone(family, transformer, adapter).eval().requires_grad_(False)
+        self._backbone: SliderBackbone | None = backbone
+        compile_blocks(backbone)
 
     def close(self) -> None:
-        """Release graphs, buffers and weights; twice is once."""
-        if self._backbone is not None and self._cuda is not None:
-            self._cuda.wait()
-        self._release()
+        """Let go of graphs, buffers and weights; twice is once."""
+        self.forget_shapes()
         self._backbone = None
+
+    def forget_shapes(self) -> None:
+        """Let go of buffers and graphs; the next call captures again. For a transformer that was changed since."""
+        self._wait()
+        self._bindings.clear()
 
     def __enter__(self) -> InductorEngine:
         return self
@@ -207,6 +184,39 @@ class InductorEngine:
 
     def _empty(self, shape: tuple[int, ...], dtype: str) -> Tensor:
         return torch.empty(shape, dtype=getattr(torch, dtype), device=self._device)
+
+
+def open_inductor(folder: Path, manifest: Manifest, *, threads: int | None = None) -> InductorEngine:
+    """Load an engine folder onto the current CUDA device, or onto the CPU where there is none.
+
+    Args:
+        folder: written by `slideredit-rt build --backend inductor`.
+        manifest: of that folder.
+        threads: CPU threads of torch, in the whole process; None leaves them as they are.
+
+    Raises:
+        SliderEditError: a weight cannot be read, or the device has no memory for them.
+    """
+    if threads is not None:
+        torch.set_num_threads(threads)
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+    family, transformer = get_family(manifest.family), meta_transformer(folder)
+    # Weights that were converted at the build come before the shards that hold them as they were.
+    own = [name for name in manifest.files if name not in (CONFIG_FILE, ADAPTER_FILE)]
+    adapter = load_adapter(folder / ADAPTER_FILE, family) if manifest.adapter else None
+    if adapter is not None:
+        dtype = getattr(torch, manifest.dtype)
+        pairs = {name: (a.to(dtype), b.to(dtype)) for name, (a, b) in adapter.pairs.items()}
+        adapter = dataclasses.replace(adapter, pairs=pairs)
+    try:
+        load_weights(transformer, [folder / name for name in (*own, *manifest.links)], device)
+        backbone = SliderBackbone(family, transformer, adapter)
+    except torch.OutOfMemoryError:
+        raise SliderEditError(
+            f"the GPU has no memory left for the weights of {str(folder)!r}; free some, or build it with --dtype bfloat16"
+        ) from None
+    return InductorEngine(backbone.eval().requires_grad_(False), manifest)
 
 
 def _fill(buffers: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> None:

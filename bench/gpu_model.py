@@ -1,0 +1,640 @@
+"""One denoising step of a full-size base on a GPU: sliders beside the frozen backbone and other ways (`make gpu-model`).
+
+The transformer gets random bfloat16 weights, made on the device: speed and memory do not depend on their values. Every column
+runs the same transformer, with another adapter in it, through the same engine: `torch.compile`d blocks in one CUDA graph.
+The frozen backbone is measured first and last. `--rehearse` runs the same code on small blocks, on a CPU too, where dynamo
+captures the graphs and compiles none of them; its times say nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch._dynamo
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+
+try:
+    import diffusers
+    import peft
+    import transformers
+    import triton
+    from accelerate import init_empty_weights
+    from diffusers import AutoencoderKL
+    from peft.tuners.lora import LoraLayer
+
+    from slideredit_rt.adapters import Adapter
+    from slideredit_rt.bench.gpu_kernels import commit
+    from slideredit_rt.engines import Manifest, inductor
+    from slideredit_rt.engines.inductor import InductorEngine
+    from slideredit_rt.errors import SliderEditError
+    from slideredit_rt.families import Family, Kind, get_family
+    from slideredit_rt.files import atomic_file
+    from slideredit_rt.modules import SliderBackbone
+except ModuleNotFoundError as missing:
+    sys.exit(f"gpu_model: this Python lacks {missing.name}; install slideredit-rt's dependencies into GPU_PYTHON")
+
+RANK, SCALE = 16, 0.5
+DTYPE = torch.bfloat16
+BATCH, MAX_SLIDERS = 4, 8
+SETTINGS = 20
+SWEEP, SWEEP_STEPS = 15, 4
+_NARROW = {"num_attention_heads": 2, "attention_head_dim": 32, "axes_dims_rope": (4, 14, 14), "joint_attention_dim": 64}
+MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    # Class, full-size configuration beside its defaults, and a small one.
+    "flux_kontext": (
+        "FluxTransformer2DModel",
+        {"guidance_embeds": True},
+        _NARROW | {"guidance_embeds": True, "num_layers": 2, "num_single_layers": 2, "pooled_projection_dim": 32},
+    ),
+    "qwen_image_edit": ("QwenImageTransformer2DModel", {}, _NARROW | {"num_layers": 2}),
+}
+COLUMNS = {
+    "frozen": "no adapter: the limit",
+    "ours ST, 1 slider": "16 text rows scaled",
+    "ours ST, 3 sliders": "8 + 16 + 32 text rows scaled",
+    "ours GST": "every row scaled",
+    "published ST": "a masked LoRA per linear: the update of every row, times a bfloat16 scale and a mask",
+    "PEFT GST": "`peft.inject_adapter_in_model`, no mask",
+    "merged GST": "W + scale · BA written into the weights",
+    "frozen, again": "how far the card drifted",
+}
+
+
+@dataclass(frozen=True)
+class Size:
+    """Rows of a request, rows of each slider, and timed steps per column."""
+
+    text_rows: int
+    image_rows: int
+    spans: tuple[int, int, int]
+    steps: int
+
+
+@dataclass
+class Column:
+    """One way to run the backbone.
+
+    Attributes:
+        milliseconds: median step.
+        ratio_to_frozen: to the median of the frozen backbone's two columns.
+        first_call_seconds: compilation, capture and one step.
+        compiled_graphs: that dynamo captured for it.
+        peak_gib: of device memory that tensors held, weights included; None on a CPU.
+        strength_change_ms: until every strength is another one; None where there is none.
+        recompilations: of the first step after it.
+        allocations: of device memory, over twenty changes with a step after each; None on a CPU or where it compiled.
+    """
+
+    name: str
+    milliseconds: float
+    first_call_seconds: float
+    compiled_graphs: int
+    ratio_to_frozen: float | None = None
+    peak_gib: float | None = None
+    strength_change_ms: float | None = None
+    recompilations: int | None = None
+    allocations: int | None = None
+
+
+def fill(name: str, parameter: Tensor) -> None:
+    """Random values that depend on the parameter's name only, so that they can be made again."""
+    g = torch.Generator(parameter.device).manual_seed(zlib.crc32(name.encode()))
+    if parameter.ndim >= 2:
+        parameter.normal_(0, parameter[0].numel() ** -0.5, generator=g)
+    else:
+        parameter.fill_(1.0 if name.endswith("weight") else 0.0)
+
+
+@torch.no_grad()
+def materialise(module: nn.Module, device: torch.device) -> Any:
+    """Random weights on the device for a module whose parameters are on `meta`."""
+    for name, parameter in list(module.named_parameters()):
+        owner, _, leaf = name.rpartition(".")
+        filled = torch.empty(parameter.shape, dtype=DTYPE, device=device)
+        fill(name, filled)
+        setattr(module.get_submodule(owner), leaf, nn.Parameter(filled, requires_grad=False))
+    return module.to(device).eval()
+
+
+def random_transformer(family: str, *, small: bool, device: torch.device) -> Any:
+    """The family's transformer, full-size or small, with random weights."""
+    class_name, full, narrow = MODELS[family]
+    with init_empty_weights():
+        transformer = getattr(diffusers, class_name)(**(narrow if small else full))
+    return materialise(transformer, device)
+
+
+def random_adapter(family: Family, transformer: nn.Module, kind: Kind) -> Adapter:
+    """Rank 16 on the linears that adapters of this kind are trained on, in the transformer's dtype on its device."""
+    pairs = {}
+    for name, linear in transformer.named_modules():
+        if isinstance(linear, nn.Linear) and family.targets(kind).fullmatch(name):
+            a, b = linear.weight.new_empty(RANK, linear.in_features), linear.weight.new_empty(linear.out_features, RANK)
+            fill(f"{name}.lora_A", a)
+            fill(f"{name}.lora_B", b)
+            pairs[name] = (a, b * 0.1)
+    return Adapter(family.name, kind, RANK, pairs, f"random {kind}")
+
+
+def random_inputs(family: Family, config: Any, size: Size, batch: int, device: torch.device) -> dict[str, Tensor]:
+    """The backbone's own inputs, on the device."""
+    made = family.random_inputs(config, batch, size.text_rows, size.image_rows, torch.Generator().manual_seed(0))
+    return {name: tensor.to(device).contiguous() for name, tensor in made.items()}
+
+
+def slider_inputs(kind: Kind, size: Size, spans: tuple[int, ...], batch: int, device: torch.device) -> dict[str, Tensor]:
+    """Alphas of one half and a span of text rows per slider; for GST every row."""
+    rows = size.text_rows + (size.image_rows if kind == "gst" else 0)
+    mask = torch.zeros(batch, len(spans), rows, dtype=torch.bool)
+    start = 0 if kind == "gst" else 2
+    for slider, span in enumerate(spans):
+        mask[:, slider, start : start + span] = True
+        start += span
+    return {"alpha": torch.full((batch, len(spans)), SCALE, device=device), "token_mask": mask.to(device)}
+
+
+def engine_for(backbone: SliderBackbone) -> InductorEngine:
+    """The engine that `slideredit-rt build --backend inductor` makes, around a transformer that is loaded already."""
+    family, config = backbone.family, backbone.transformer.config
+    manifest = Manifest(
+        family=family.name,
+        base={},
+        adapter=None,
+        backend="inductor",
+        backend_version=torch.__version__,
+        lowering="operator",
+        targets=[],
+        max_batch=BATCH,
+        max_sliders=MAX_SLIDERS,
+        config={},
+        inputs=[*family.input_specs(config), *backbone.slider_specs()],
+        outputs=[family.output_spec(config)],
+        files={},
+        created="",
+        versions={},
+    )
+    return InductorEngine(backbone, manifest)
+
+
+class PublishedLinear(nn.Module):
+    """What the authors' released ST module computes, in the base's dtype: the update of every row, then scale and mask.
+
+    `scale` is bfloat16 `[B, S, 1]`, `mask` bool `[B, S]`.
+    """
+
+    def __init__(self, base: nn.Linear, lora_a: Tensor, lora_b: Tensor, scale: Tensor, mask: Tensor) -> None:
+        super().__init__()
+        self.base, self.scale, self.mask = base, scale, mask
+        self.lora_A = nn.Parameter(lora_a, requires_grad=False)
+        self.lora_B = nn.Parameter(lora_b, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, S, K]` to `[B, S, N]`."""
+        update = nn.functional.linear(nn.functional.linear(x, self.lora_A), self.lora_B) * self.scale
+        return self.base(x) + update * self.mask.to(update.dtype).unsqueeze(-1)
+
+
+def replace(transformer: nn.Module, name: str, module: nn.Module) -> None:
+    """Put a module into the place of another."""
+    owner, _, leaf = name.rpartition(".")
+    setattr(transformer.get_submodule(owner), leaf, module)
+
+
+@contextmanager
+def published(transformer: nn.Module, adapter: Adapter, size: Size) -> Iterator[Callable[[float], None]]:
+    """The published module on every linear of an ST adapter; yields how a strength is set."""
+    device = next(transformer.parameters()).device
+    mask = slider_inputs("st", size, (sum(size.spans),), 1, device)["token_mask"][:, 0]
+    scale = torch.full((1, size.text_rows, 1), SCALE, dtype=DTYPE, device=device)
+    linears = {name: transformer.get_submodule(name) for name in adapter.pairs}
+    for name, linear in linears.items():
+        assert isinstance(linear, nn.Linear)
+        replace(transformer, name, PublishedLinear(linear, *adapter.pairs[name], scale, mask))
+    try:
+        yield lambda alpha: scale.fill_(alpha)  # type: ignore[arg-type, return-value]
+    finally:
+        for name, linear in linears.items():
+            replace(transformer, name, linear)
+
+
+@contextmanager
+def peft_adapter(transformer: nn.Module, adapter: Adapter) -> Iterator[Callable[[float], None]]:
+    """PEFT's own layers on every linear of an adapter; yields how a strength is set."""
+    config = peft.LoraConfig(r=RANK, lora_alpha=RANK, target_modules=list(adapter.pairs), init_lora_weights=False)
+    peft.inject_adapter_in_model(config, transformer)
+    layers = {name: m for name, m in transformer.named_modules() if isinstance(m, LoraLayer)}
+    for name, layer in layers.items():
+        for part, tensor in zip((layer.lora_A, layer.lora_B), adapter.pairs[name], strict=True):
+            part["default"].weight = nn.Parameter(tensor, requires_grad=False)
+
+    def set_strength(alpha: float) -> None:
+        for layer in layers.values():
+            layer.set_scale("default", alpha)
+
+    set_strength(SCALE)
+    try:
+        yield set_strength
+    finally:
+        for name, layer in layers.items():
+            replace(transformer, name, layer.get_base_layer())
+
+
+@contextmanager
+def merged(transformer: nn.Module, adapter: Adapter) -> Iterator[Callable[[float], None]]:
+    """The update inside the weights, which are made anew afterwards; yields how a strength is set."""
+    current = 0.0
+
+    @torch.no_grad()
+    def set_strength(alpha: float) -> None:
+        nonlocal current
+        for name, (a, b) in adapter.pairs.items():
+            transformer.get_parameter(f"{name}.weight").addmm_(b, a, alpha=alpha - current)
+        current = alpha
+
+    set_strength(SCALE)
+    try:
+        yield set_strength
+    finally:
+        with torch.no_grad():
+            for name in adapter.pairs:
+                fill(f"{name}.weight", transformer.get_parameter(f"{name}.weight"))
+
+
+class Bench:
+    """Runs the columns on one transformer.
+
+    Args:
+        family: of the base.
+        transformer: on the device, with random weights.
+        size: of the requests.
+    """
+
+    def __init__(self, family: Family, transformer: Any, size: Size) -> None:
+        self.family, self.transformer, self.size = family, transformer, size
+        self.device: torch.device = next(transformer.parameters()).device
+        self.cuda = self.device.type == "cuda"
+        self.inputs = random_inputs(family, transformer.config, size, 1, self.device)
+        self.adapters: dict[str, Adapter] = {kind: random_adapter(family, transformer, kind) for kind in ("st", "gst")}  # type: ignore[arg-type]
+        self.columns: list[Column] = []
+        self.frozen_times: list[float] = []
+        self.extra: dict[str, Any] = {}
+
+    def wait(self) -> None:
+        """Until the device is idle."""
+        if self.cuda:
+            torch.cuda.synchronize(self.device)
+
+    def milliseconds(self, call: Callable[[], object]) -> float:
+        """Of one call: between two CUDA events, or by the clock on a CPU."""
+        if not self.cuda:
+            return 1e3 * self.seconds(call)
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        call()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end)
+
+    def seconds(self, call: Callable[[], object]) -> float:
+        """Of one call by the clock, the device idle before and after."""
+        self.wait()
+        start = time.perf_counter()
+        call()
+        self.wait()
+        return time.perf_counter() - start
+
+    def allocations(self) -> int:
+        """Tensors and graphs that asked for device memory so far."""
+        return int(torch.cuda.memory_stats(self.device)["allocation.all.allocated"]) if self.cuda else 0
+
+    def column(self, name: str, engine: InductorEngine, inputs: Mapping[str, Tensor]) -> Column:
+        """Compile, warm up and time a step."""
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats(self.device)
+        before = compiled_graphs()
+        first = self.seconds(lambda: engine(inputs))
+        for _ in range(2):
+            engine(inputs)
+        times = [self.milliseconds(lambda: engine(inputs)) for _ in range(self.size.steps)]
+        if name.startswith("frozen"):
+            self.frozen_times += times
+        column = Column(name, statistics.median(times), first, compiled_graphs() - before)
+        if self.cuda:
+            column.peak_gib = torch.cuda.max_memory_allocated(self.device) / 2**30
+        self.columns.append(column)
+        sys.stderr.write(f"{name}: {column.milliseconds:.3f} ms a step, first call {first:.1f} s\n")
+        return column
+
+    @contextmanager
+    def engine(self, adapter: Adapter | None) -> Iterator[InductorEngine]:
+        """An engine around the transformer as it is now; ends without a trace, what was compiled for it included."""
+        torch._dynamo.reset()
+        backbone = SliderBackbone(self.family, self.transformer, adapter)
+        engine = engine_for(backbone.requires_grad_(False))
+        try:
+            yield engine
+        finally:
+            engine.close()
+            backbone.remove()
+
+    def frozen(self, name: str) -> None:
+        """The limit."""
+        with self.engine(None) as engine:
+            self.column(name, engine, self.inputs)
+
+    def ours(self) -> None:
+        """Both kinds; with ST also what sliders cost when they move and when a batch mixes them, and a sweep."""
+        with self.engine(self.adapters["st"]) as engine:
+            one = self.inputs | slider_inputs("st", self.size, self.size.spans[1:2], 1, self.device)
+            three = self.inputs | slider_inputs("st", self.size, self.size.spans, 1, self.device)
+            self.move(self.column("ours ST, 1 slider", engine, one), engine, one)
+            self.move(self.column("ours ST, 3 sliders", engine, three), engine, three)
+            self.sweep(engine, three)
+            self.mixed_batch(engine)
+        with self.engine(self.adapters["gst"]) as engine:
+            rows = self.size.text_rows + self.size.image_rows
+            inputs = self.inputs | slider_inputs("gst", self.size, (rows,), 1, self.device)
+            self.move(self.column("ours GST", engine, inputs), engine, inputs)
+
+    def move(self, column: Column, engine: InductorEngine, inputs: dict[str, Tensor]) -> None:
+        """Change every strength: the caller's `alpha` on the device is written from the host, and that is all."""
+        settings = torch.rand(SETTINGS, *inputs["alpha"].shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
+        times = [1e3 * self.seconds(lambda new=new: inputs["alpha"].copy_(new)) for new in settings]
+        engine(inputs)
+        compiled, allocated, reference = compiled_graphs(), self.allocations(), engine(inputs).data_ptr()
+        for new in settings:
+            inputs["alpha"].copy_(new)
+            same = engine(inputs).data_ptr() == reference
+            assert same, "an engine's output stays where it is"
+        column.strength_change_ms = statistics.median(times)
+        column.recompilations = compiled_graphs() - compiled
+        column.allocations = self.allocations() - allocated if self.cuda else None
+
+    def mixed_batch(self, engine: InductorEngine) -> None:
+        """Four requests with the same sliders beside four with different ones, in turns."""
+        inputs = random_inputs(self.family, self.transformer.config, self.size, BATCH, self.device)
+        equal = inputs | slider_inputs("st", self.size, self.size.spans, BATCH, self.device)
+        mixed = {name: tensor.clone() for name, tensor in equal.items()}
+        for row in range(BATCH):
+            # Other rows, other strengths, and one slider less in each.
+            mixed["token_mask"][row] = mixed["token_mask"][row].roll(3 * row, dims=-1)
+            mixed["token_mask"][row, : min(row, 2)] = False
+            mixed["alpha"][row] = 0.25 * row - 0.5
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats(self.device)
+        engine(equal)
+        before = compiled_graphs()
+        times: dict[str, list[float]] = {"uniform": [], "mixed": []}
+        for _ in range(self.size.steps):
+            for name, batch in (("uniform", equal), ("mixed", mixed)):
+                times[name].append(self.milliseconds(lambda batch=batch: engine(batch)))
+        medians = {name: statistics.median(found) for name, found in times.items()}
+        self.extra["batch of 4"] = {
+            "uniform_ms": round(medians["uniform"], 3),
+            "mixed_ms": round(medians["mixed"], 3),
+            "mixed_over_uniform": round(medians["mixed"] / medians["uniform"], 4),
+            "recompilations": compiled_graphs() - before,
+            "peak_gib": round(torch.cuda.max_memory_allocated(self.device) / 2**30, 2) if self.cuda else None,
+        }
+
+    def sweep(self, engine: InductorEngine, inputs: dict[str, Tensor]) -> None:
+        """Fifteen strengths, one image at a time: encoded once, beside encoded for each. Only FLUX's encoders are small."""
+        if self.family.name != "flux_kontext":
+            self.extra["sweep"] = {"note": "not measured: the text encoder of this family does not fit beside it in 48 GB"}
+            return
+        encode, decode = flux_encoders(self.transformer.config, self.size, self.device)
+
+        def denoise() -> None:
+            for _ in range(SWEEP_STEPS):
+                engine(inputs)
+
+        def shared() -> None:
+            encode()
+            for value in range(SWEEP):
+                inputs["alpha"].fill_(value / SWEEP)
+                denoise()
+                decode()
+
+        def separate() -> None:
+            for value in range(SWEEP):
+                encode()
+                inputs["alpha"].fill_(value / SWEEP)
+                denoise()
+                decode()
+
+        encode()
+        decode()
+        found = {"shared_s": self.seconds(shared), "separate_s": self.seconds(separate)}
+        self.extra["sweep"] = {name: round(value, 3) for name, value in found.items()} | {
+            "separate_over_shared": round(found["separate_s"] / found["shared_s"], 4),
+            "encode_ms": round(1e3 * self.seconds(encode), 3),
+            "what": f"{SWEEP} strengths, {SWEEP_STEPS} steps each, batch 1; eager T5 and CLIP text encoders, VAE encoder and "
+            "decoder with random weights, as wide as FLUX's; the latents that denoising gives are not the ones decoded",
+        }
+
+    def others(self) -> None:
+        """What else there is."""
+        with published(self.transformer, self.adapters["st"], self.size) as set_strength, self.engine(None) as engine:
+            self.set(self.column("published ST", engine, self.inputs), engine, set_strength)
+        with peft_adapter(self.transformer, self.adapters["gst"]) as set_strength, self.engine(None) as engine:
+            self.set(self.column("PEFT GST", engine, self.inputs), engine, set_strength, stale=True)
+        with merged(self.transformer, self.adapters["gst"]) as set_strength, self.engine(None) as engine:
+            self.set(self.column("merged GST", engine, self.inputs), engine, set_strength)
+
+    def set(self, column: Column, engine: InductorEngine, set_strength: Callable[[float], None], stale: bool = False) -> None:
+        """Change the strength of another way. A `stale` one keeps it in Python, so that it compiles and captures again."""
+        before = compiled_graphs()
+
+        def change() -> None:
+            set_strength(-SCALE)
+            if stale:
+                engine.forget_shapes()
+                engine(self.inputs)
+
+        column.strength_change_ms = 1e3 * self.seconds(change)
+        column.recompilations = compiled_graphs() - before
+
+    def run(self) -> None:
+        """Every column."""
+        self.frozen("frozen")
+        self.ours()
+        self.others()
+        self.frozen("frozen, again")
+        limit = statistics.median(self.frozen_times)
+        for column in self.columns:
+            column.ratio_to_frozen = column.milliseconds / limit
+
+
+def compiled_graphs() -> int:
+    """That dynamo captured so far in this process."""
+    return int(counters["stats"]["unique_graphs"])
+
+
+def flux_encoders(config: Any, size: Size, device: torch.device) -> tuple[Callable[[], object], Callable[[], object]]:
+    """What encodes a prompt and a picture for FLUX and decodes one, with random weights; narrow for a narrow transformer."""
+    full = config.joint_attention_dim == 4096
+    side = 1024 if full else 64
+    t5 = {"d_model": 4096, "d_ff": 10240, "num_layers": 24, "num_heads": 64} if full else {"d_model": 64, "num_layers": 1}
+    clip = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12} if full else {"hidden_size": 64}
+    widths = (128, 256, 512, 512) if full else (32, 32, 32, 32)
+    vae_config = {"block_out_channels": widths, "layers_per_block": 2 if full else 1, "latent_channels": 16}
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+    with init_empty_weights():
+        text = transformers.T5EncoderModel(transformers.T5Config(vocab_size=32128, feed_forward_proj="gated-gelu", **t5))
+        pooled = transformers.CLIPTextModel(transformers.CLIPTextConfig(**clip))
+        vae = AutoencoderKL(**vae_config, **blocks)
+    for module in (text, pooled, vae):
+        materialise(module, device)
+    tokens = torch.zeros(1, size.text_rows, dtype=torch.long, device=device)
+    picture = torch.zeros(1, 3, side, side, dtype=DTYPE, device=device)
+    latents = torch.zeros(1, 16, side // 8, side // 8, dtype=DTYPE, device=device)
+
+    @torch.no_grad()
+    def encode() -> None:
+        text(tokens)
+        pooled(tokens[:, :77])
+        vae.encode(picture)
+
+    @torch.no_grad()
+    def decode() -> None:
+        vae.decode(latents)
+
+    return encode, decode
+
+
+def marks(bench: Bench, *, timed: bool = True) -> list[dict[str, Any]]:
+    """What the run is judged by; `passed` is None for times of a rehearsal."""
+    of = {column.name: column for column in bench.columns}
+    ours = [column for column in bench.columns if column.name.startswith("ours")]
+    st = max(column.ratio_to_frozen or 0.0 for column in ours if "ST, " in column.name)
+    rows: list[tuple[str, float, str, float]] = [
+        ("ST step / frozen step", st, "<=", 1.005),
+        ("GST step / frozen step", of["ours GST"].ratio_to_frozen or 0.0, "<=", 1.02),
+        ("PEFT GST step / ours", of["PEFT GST"].milliseconds / of["ours GST"].milliseconds, ">=", 1.08),
+        ("strength change, ms", max(column.strength_change_ms or 0.0 for column in ours), "<", 0.1),
+        ("strength change, recompilations", max(column.recompilations or 0 for column in ours), "<=", 0),
+        ("mixed batch / uniform batch", bench.extra["batch of 4"]["mixed_over_uniform"], "<=", 1.01),
+    ]
+    if bench.cuda:
+        rows.append(("strength change, allocations", max(column.allocations or 0 for column in ours), "<=", 0))
+    holds: dict[str, Callable[[float, float], bool]] = {
+        "<=": lambda value, limit: value <= limit,
+        "<": lambda value, limit: value < limit,
+        ">=": lambda value, limit: value >= limit,
+    }
+    return [
+        {
+            "mark": name,
+            "value": round(value, 4),
+            "limit": f"{sign} {limit:g}",
+            "passed": holds[sign](value, limit) if timed or limit == 0 else None,
+        }
+        for name, value, sign, limit in rows
+    ]
+
+
+def table(bench: Bench, found: list[dict[str, Any]]) -> str:
+    """Markdown: the columns, the rest, the marks."""
+    lines = [
+        "| | step ms | / frozen | peak GiB | first call s | strength change ms | recompilations | allocations | |",
+        "|" + "---|" * 9,
+    ]
+    for column in bench.columns:
+        numbers = [
+            "–" if value is None else form.format(value)
+            for value, form in (
+                (column.milliseconds, "{:.3f}"),
+                (column.ratio_to_frozen, "{:.4f}"),
+                (column.peak_gib, "{:.2f}"),
+                (column.first_call_seconds, "{:.1f}"),
+                (column.strength_change_ms, "{:.3f}"),
+                (column.recompilations, "{}"),
+                (column.allocations, "{}"),
+            )
+        ]
+        lines.append("| " + " | ".join([column.name, *numbers, COLUMNS[column.name]]) + " |")
+    for name, values in bench.extra.items():
+        lines += ["", f"{name}: " + ", ".join(f"{key} {value}" for key, value in values.items())]
+    lines += ["", "| mark | value | limit | |", "|" + "---|" * 4]
+    words = {True: "pass", False: "FAIL", None: "–"}
+    lines += [f"| {m['mark']} | {m['value']} | {m['limit']} | {words[m['passed']]} |" for m in found]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    """Run the bench; 0 also where a mark is missed, which the table says."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--family", choices=tuple(MODELS), default="flux_kontext", help="(default: %(default)s)")
+    parser.add_argument("--out", type=Path, help="results folder (default: bench/results; none for a rehearsal)")
+    parser.add_argument("--steps", type=int, default=20, help="timed steps of each column (default: %(default)s)")
+    parser.add_argument("--rehearse", action="store_true", help="small blocks, on any machine; the times say nothing")
+    args = parser.parse_args()
+    rehearse: bool = args.rehearse
+    cuda = torch.cuda.is_available()
+    if not cuda and not rehearse:
+        sys.stderr.write("gpu_model: no CUDA device here; pass --rehearse to run small blocks on the CPU\n")
+        return 2
+    size = Size(512, 8192, (8, 16, 32), args.steps)
+    if rehearse:
+        inductor.COMPILER, size = "eager", Size(16, 32, (2, 3, 4), 2)
+    device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+    started = time.perf_counter()
+    try:
+        transformer = random_transformer(args.family, small=rehearse, device=device)
+        bench = Bench(get_family(args.family), transformer, size)
+        bench.run()
+    except torch.OutOfMemoryError:
+        sys.stderr.write("gpu_model: this GPU's memory is too small; FLUX.1-Kontext needs 48 GB, Qwen-Image-Edit 80 GB\n")
+        return 2
+    except SliderEditError as error:
+        sys.stderr.write(f"gpu_model: {error}\n")
+        return 2
+    about = {
+        "gpu": torch.cuda.get_device_name(device) if cuda else "none",
+        "family": args.family,
+        "parameters": sum(p.numel() for p in transformer.parameters()),
+        "text_rows": size.text_rows,
+        "image_rows": size.image_rows,
+        "steps": size.steps,
+        "rehearsal": rehearse,
+        "seconds": round(time.perf_counter() - started, 1),
+        "date": datetime.now(UTC).date().isoformat(),
+        "commit": commit(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "diffusers": diffusers.__version__,
+        "peft": peft.__version__,
+    }
+    found = marks(bench, timed=not rehearse)
+    text = table(bench, found)
+    sys.stdout.write(text)
+    out = args.out if rehearse else args.out or Path("bench/results")
+    if out is not None:
+        folder = out / about["gpu"].lower().replace(" ", "-")
+        columns = [asdict(column) for column in bench.columns]
+        content = {**about, "command": "make gpu-model", "columns": columns, **bench.extra, "marks": found}
+        heading = (
+            f"# A step of {args.family} on {about['gpu']}\n\n{', '.join(f'{k} {v}' for k, v in about.items() if k != 'gpu')}."
+        )
+        with atomic_file(folder / f"model_{args.family}.json") as temporary:
+            temporary.write_text(json.dumps(content, indent=1) + "\n")
+        with atomic_file(folder / f"model_{args.family}.md") as temporary:
+            temporary.write_text(f"{heading} Batch 1, bfloat16, medians. Reproduce: `make gpu-model`.\n\n{text}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

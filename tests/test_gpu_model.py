@@ -1,0 +1,98 @@
+"""The full-size bench on small blocks: every column through the same code, what it counts, what it writes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from slideredit_rt.bench import gpu_model
+from slideredit_rt.bench.gpu_model import Bench, Size
+from slideredit_rt.families import get_family
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, "-m", "slideredit_rt.bench.gpu_model", *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(line, capture_output=True, text=True, env=environment, check=False)
+
+
+def test_rehearsal_runs_every_column_and_writes_only_where_it_is_told(tmp_path: Path) -> None:
+    done = run("--rehearse", "--out", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert sorted(p.name for p in (tmp_path / "none").iterdir()) == ["model_flux_kontext.json", "model_flux_kontext.md"]
+    report = json.loads((tmp_path / "none" / "model_flux_kontext.json").read_text())
+    columns = {column["name"]: column for column in report["columns"]}
+    assert list(columns) == list(gpu_model.COLUMNS)
+    assert report["rehearsal"] is True
+    for name, column in columns.items():
+        assert column["milliseconds"] > 0
+        assert column["compiled_graphs"] > 0 or name == "ours ST, 3 sliders", "its shapes are those of one slider"
+        if name.startswith("ours"):
+            assert column["recompilations"] == 0
+    assert columns["ours ST, 3 sliders"]["compiled_graphs"] == 0
+    assert columns["PEFT GST"]["recompilations"] > 0, "its strength is a constant of the compiled code"
+    assert report["batch of 4"]["recompilations"] == 0
+    assert report["sweep"]["separate_s"] > 0
+    verdicts = {mark["mark"]: mark["passed"] for mark in report["marks"]}
+    assert verdicts.pop("strength change, recompilations") is True
+    assert set(verdicts.values()) == {None}, "times of a rehearsal say nothing"
+
+
+def test_without_a_gpu_it_says_so_and_writes_nothing(tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    done = run("--out", str(tmp_path))
+    assert done.returncode == 2
+    assert "no CUDA device here; pass --rehearse" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("family", list(gpu_model.MODELS))
+def test_columns_compute_what_they_say_and_leave_the_weights_as_they_were(family: str) -> None:
+    device = torch.device("cpu")
+    transformer = gpu_model.random_transformer(family, small=True, device=device)
+    before = {name: value.clone() for name, value in transformer.state_dict().items()}
+    size = Size(16, 32, (2, 3, 4), 1)
+    bench = Bench(get_family(family), transformer, size)
+    run_base = bench.family.run
+
+    def ours(kind: str, spans: tuple[int, ...]) -> torch.Tensor:
+        backbone = gpu_model.SliderBackbone(bench.family, transformer, bench.adapters[kind])
+        inputs = bench.inputs | gpu_model.slider_inputs(kind, size, spans, 1, device)  # type: ignore[arg-type]
+        try:
+            return backbone(inputs)
+        finally:
+            backbone.remove()
+
+    def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
+        return float((actual - expected).norm() / expected.norm())
+
+    with torch.no_grad():
+        st, gst, frozen = ours("st", (9,)), ours("gst", (48,)), run_base(transformer, bench.inputs)
+        assert relative(frozen, gst) > 0.01
+        with gpu_model.published(transformer, bench.adapters["st"], size):
+            assert relative(run_base(transformer, bench.inputs), st) < 0.02
+        with gpu_model.peft_adapter(transformer, bench.adapters["gst"]) as set_strength:
+            assert relative(run_base(transformer, bench.inputs), gst) < 0.02
+            set_strength(0.0)
+            assert torch.equal(run_base(transformer, bench.inputs), frozen)
+        with gpu_model.merged(transformer, bench.adapters["gst"]):
+            assert relative(run_base(transformer, bench.inputs), gst) < 0.05
+        assert torch.equal(run_base(transformer, bench.inputs), frozen)
+    after = transformer.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+def test_full_size_configurations_are_the_released_ones() -> None:
+    for family, parameters in (("flux_kontext", 11.9e9), ("qwen_image_edit", 20.4e9)):
+        class_name, full, _ = gpu_model.MODELS[family]
+        with torch.device("meta"):
+            transformer = getattr(gpu_model.diffusers, class_name)(**full)
+        assert sum(p.numel() for p in transformer.parameters()) == pytest.approx(parameters, rel=0.01)
