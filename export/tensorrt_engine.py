@@ -88,23 +88,25 @@ class Profile:
 
 
 def image_rows_of(base: Path, resolution: int) -> Range:
-    """Image rows of an edit at about `resolution`² pixels: noise and reference, each pixel area within 2% of the square's.
+    """Image rows of an edit at about `resolution`² pixels: noise and one reference, with room for other aspect ratios.
 
-    Kontext's preferred sizes are all within 1.5% of 1024² (diffusers, `PREFERRED_KONTEXT_RESOLUTIONS`).
+    Pixel areas may exceed the square's by 2%, for Qwen's autoencoder by 5%: Kontext's preferred sizes are all within 1.5% of
+    1024² (diffusers, `PREFERRED_KONTEXT_RESOLUTIONS`), Qwen's multiples of 32 pixels within 4.3% up to an aspect ratio of 8.
 
     Raises:
         SliderEditError: the checkpoint has no autoencoder configuration, or the resolution is no multiple of its patch.
     """
     path = base / "vae" / "config.json"
     try:
-        blocks = json.loads(path.read_text())["block_out_channels"]
+        config = json.loads(path.read_text())
+        blocks, margin = (config["dim_mult"], 1.05) if "dim_mult" in config else (config["block_out_channels"], 1.02)
     except (OSError, ValueError, KeyError) as error:
         raise SliderEditError(f"cannot read {str(path)!r} ({error}); give a whole checkpoint folder") from None
     patch = 2 ** (len(blocks) - 1) * 2
     if resolution < patch or resolution % patch:
         raise SliderEditError(f"resolution {resolution} is not a multiple of {patch}, this base's patch; choose another")
     rows = 2 * (resolution // patch) ** 2
-    return max(2, rows // 4), rows, math.ceil(rows * 1.02)
+    return max(2, rows // 4), rows, math.ceil(rows * margin)
 
 
 def memory_needed(weight_bytes: int) -> int:

@@ -422,7 +422,7 @@ def _train_adapter(args: argparse.Namespace) -> int:
             raise SliderEditError("training on a folder of images needs --instructions, a text file with one edit per line")
         images = sorted(p for p in args.images.iterdir() if p.is_file()) if args.images.is_dir() else []
         edits = [line.strip() for line in args.instructions.read_text().splitlines() if line.strip()]
-        data = FolderData(images, edits, int(pipeline.vae.config.sample_size))
+        data = FolderData(images, edits, family.side(pipeline))
         recipe = SuppressionConfig(kind=args.kind, target="remaining" if args.kind == "st" else "neutral")
     chosen = {f.name: getattr(args, f.name, None) for f in dataclasses.fields(SuppressionConfig)}
     config = dataclasses.replace(recipe, **{k: v for k, v in chosen.items() if v is not None})

@@ -63,13 +63,18 @@ def compose_prompt(instructions: Sequence[str]) -> str:
     return JOINER.join(normalise(i).strip() for i in instructions)
 
 
+def _one_word(left: str, right: str) -> bool:
+    """Whether two neighbouring characters belong to one word, as far as spaces separate the words of their script."""
+    return all(c.isalnum() and unicodedata.east_asian_width(c) not in ("W", "F") for c in (left, right))
+
+
 def _occurrences(prompt: str, instruction: str) -> list[tuple[int, int]]:
     found, start = [], prompt.find(instruction)
     while start >= 0:
         end = start + len(instruction)
         # "make it red" must not match inside "make it reddish".
-        opens = start == 0 or not (prompt[start - 1].isalnum() and instruction[0].isalnum())
-        closes = end == len(prompt) or not (prompt[end].isalnum() and instruction[-1].isalnum())
+        opens = start == 0 or not _one_word(prompt[start - 1], instruction[0])
+        closes = end == len(prompt) or not _one_word(instruction[-1], prompt[end])
         if opens and closes:
             found.append((start, end))
         start = prompt.find(instruction, end if opens and closes else start + 1)

@@ -143,6 +143,10 @@ class Family(ABC):
     def run(self, transformer: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
         """Call the diffusers transformer with the inputs that `input_specs` names."""
 
+    def side(self, pipeline: Any) -> int:
+        """Edge in pixels of the square that the base edits; 1024 where vae/config.json has no `sample_size`."""
+        return int(pipeline.vae.config.get("sample_size", 1024))
+
     def takes_several_pictures(self, pipeline: Any) -> bool:
         """Whether an edit may have more than one source picture."""
         return False

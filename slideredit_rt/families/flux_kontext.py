@@ -110,7 +110,7 @@ class FluxKontext(Family):
         }
 
     def preprocess(self, pipeline: Any, image: Image.Image) -> Tensor:
-        side = int(pipeline.vae.config.sample_size)
+        side = self.side(pipeline)
         multiple = pipeline.vae_scale_factor * 2
         aspect = image.width / image.height
         if side == 1024:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus import calculate
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
+from torch.overrides import TorchFunctionMode
 from transformers import Qwen2VLProcessor
 
 from slideredit_rt.errors import SliderEditError
@@ -29,8 +31,6 @@ _IMAGE_LINEARS = r"transformer_blocks\.\d+\.(attn\.(to_[qkv]|to_out\.0)|img_mlp\
 # How the Plus pipeline introduces each picture to the text encoder, ahead of the prompt.
 _PICTURE = "Picture {}: <|vision_start|><|image_pad|><|vision_end|>"
 _PICTURE_TOKEN = "<|image_pad|>"
-_SIDE = 1024  # pixels: the released checkpoints edit pictures of about 1024² and do not say so in any configuration
-_VISION_SIDE = 384  # the Plus pipeline's text encoder sees pictures smaller, in this proportion to _SIDE
 _ROTARY_ROWS = 4096  # positions that diffusers has rotary frequencies for
 _ROTARY_THETA = 10000.0
 
@@ -137,6 +137,17 @@ def _give_reference_rows(
     if not isinstance(rows, _JointRows):
         return args, kwargs
     return ((*args[:-1], rows.reference), kwargs) if args else (args, kwargs | {"modulate_index": rows.reference})
+
+
+class _HalveBatch(TorchFunctionMode):
+    """Cuts in two along the batch by slicing: tracing cannot prove that `chunk` of a dynamic size 2 B gives two parts."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in (torch.chunk, Tensor.chunk) and args[1] == 2 and kwargs.get("dim") == 0:
+            half = args[0].shape[0] // 2
+            return args[0][:half], args[0][half:]
+        return func(*args, **kwargs)
 
 
 def _positions(height: int, width: int, picture: int) -> Tensor:
@@ -247,13 +258,14 @@ class QwenImageEdit(Family):
             mask=mask[:, None, None],
             reference=inputs.get("reference_rows"),
         )
-        output: Tensor = transformer(
-            hidden_states=hidden_states.to(dtype),
-            encoder_hidden_states=inputs["encoder_hidden_states"].to(dtype),
-            timestep=inputs["timestep"],
-            img_shapes=rows,
-            return_dict=False,
-        )[0]
+        with _HalveBatch() if torch.compiler.is_exporting() else nullcontext():
+            output: Tensor = transformer(
+                hidden_states=hidden_states.to(dtype),
+                encoder_hidden_states=inputs["encoder_hidden_states"].to(dtype),
+                timestep=inputs["timestep"],
+                img_shapes=rows,
+                return_dict=False,
+            )[0]
         return output
 
     def takes_several_pictures(self, pipeline: Any) -> bool:
@@ -263,13 +275,10 @@ class QwenImageEdit(Family):
         return min(_ROTARY_ROWS, int(pipeline.tokenizer.model_max_length)) - pipeline.prompt_template_encode_start_idx
 
     def _size(self, pipeline: Any, image: Image.Image, *, vision: bool = False) -> tuple[int, int]:
-        """Height and width that diffusers resizes a picture to, for the autoencoder or for the text encoder (`vision`).
-
-        An entry `sample_size` in vae/config.json takes the place of 1024 pixels; released checkpoints have none.
-        """
-        side = int(pipeline.vae.config.get("sample_size", _SIDE))
+        """Height and width that diffusers resizes a picture to, for the autoencoder or for the text encoder (`vision`)."""
+        side = self.side(pipeline)
         if vision and self.takes_several_pictures(pipeline):
-            side = side * _VISION_SIDE // _SIDE
+            side = side * 3 // 8  # 384 of 1024
         width, height = calculate_dimensions(side * side, image.width / image.height)
         if not width or not height:
             raise SliderEditError(f"the picture is {image.width}×{image.height} pixels, too narrow to edit; crop it")
@@ -277,7 +286,7 @@ class QwenImageEdit(Family):
 
     def _vision_pictures(self, pipeline: Any, images: Sequence[Image.Image]) -> list[Image.Image]:
         """The pictures as the text encoder is shown them; a black square stands in where there are none."""
-        images = images or [Image.new("RGB", (_SIDE, _SIDE))]
+        images = images or [Image.new("RGB", (8, 8))]
         return [pipeline.image_processor.resize(image, *self._size(pipeline, image, vision=True)) for image in images]
 
     def tokenize(self, pipeline: Any, prompt: str, images: Sequence[Image.Image] = ()) -> list[PromptToken]:
