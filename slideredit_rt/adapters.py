@@ -8,7 +8,7 @@ import json
 import math
 import pickle
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -373,7 +373,7 @@ def adapter_report(adapter: Adapter) -> dict[str, Any]:
     """
     family = get_family(adapter.family)
     targets: dict[str, dict[str, Any]] = {}
-    squares: Counter[str] = Counter()
+    squares: defaultdict[str, float] = defaultdict(float)
     for name, (a, b) in adapter.pairs.items():
         rows: RowSet | None = family.rows_of(name)
         target = targets.setdefault(_target(name), {"rows": rows, "modules": 0, "ranks": set()})
@@ -393,7 +393,7 @@ def adapter_report(adapter: Adapter) -> dict[str, Any]:
         "dtype": adapter.dtype,
         "modules": len(adapter.pairs),
         "parameters": sum(a.numel() + b.numel() for a, b in adapter.pairs.values()),
-        "norm": math.sqrt(max(squares.total(), 0)),
+        "norm": math.sqrt(max(sum(squares.values()), 0)),
         "targets": dict(sorted(targets.items())),
         "training": adapter.training,
         "fingerprint": adapter.fingerprint,

@@ -88,6 +88,7 @@ class SliderBackbone(nn.Module):
         adapted = {}
         for name, (lora_a, lora_b) in adapter.pairs.items():
             linear, rows = self.transformer.get_submodule(name), self.family.rows_of(name)
+            assert isinstance(linear, nn.Linear)
             assert rows is not None
             if adapter.kind == "st" and rows != "text":
                 raise SliderEditError(

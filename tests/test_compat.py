@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,15 @@ from slideredit_rt.training.shapes_world import held_out_examples
 
 RED, DARK = "make the circle red", "make the background dark"
 PROMPT = f"{RED} and {DARK}"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """A model this small takes longer on several threads, much longer beside other work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -78,11 +87,12 @@ def published_edit(
 
 @pytest.mark.parametrize("alphas", [[1.0, 0.0], [0.5, -0.25], [-1.0, 0.75]])
 def test_st_is_the_published_algorithm(
-    pipe: Any, pipeline: Any, family: Family, scene: Image.Image, alphas: list[float]
+    pipe: Any, pipeline: Any, family: Family, scene: Image.Image, tmp_path: Path, alphas: list[float]
 ) -> None:
-    pipe.load_stlora(resolve_adapter("shapes-st"), 16, 0.0)
-    ours = edit(pipe, scene, subprompts_list=[RED, DARK], slider_alpha_list=alphas)
     adapter = load_adapter("shapes-st", family)
+    save_adapter(adapter, tmp_path / "stlora.pt", "slideredit-st")
+    pipe.load_stlora(str(tmp_path / "stlora.pt"), 16, 0.0)
+    ours = edit(pipe, scene, subprompts_list=[RED, DARK], slider_alpha_list=alphas)
     published = published_edit(pipeline, adapter, scene, [RED, DARK], alphas, torch.bfloat16)
     assert (ours - published).abs().max() <= 1e-5
 
