@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ try:
     from slideredit_rt.engines import Manifest, inductor
     from slideredit_rt.engines.inductor import InductorEngine
     from slideredit_rt.errors import SliderEditError
-    from slideredit_rt.families import Family, Kind, get_family
+    from slideredit_rt.families import KINDS, Family, Kind, get_family
     from slideredit_rt.files import atomic_file
     from slideredit_rt.modules import SliderBackbone
 except ModuleNotFoundError as missing:
@@ -168,7 +169,8 @@ def slider_inputs(kind: Kind, size: Size, spans: tuple[int, ...], batch: int, de
 
 def engine_for(backbone: SliderBackbone) -> InductorEngine:
     """The engine that `slideredit-rt build --backend inductor` makes, around a transformer that is loaded already."""
-    family, config = backbone.family, backbone.transformer.config
+    family, transformer = backbone.family, backbone.transformer
+    config: Any = transformer.config
     manifest = Manifest(
         family=family.name,
         base={},
@@ -204,7 +206,8 @@ class PublishedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`[B, S, K]` to `[B, S, N]`."""
         update = nn.functional.linear(nn.functional.linear(x, self.lora_A), self.lora_B) * self.scale
-        return self.base(x) + update * self.mask.to(update.dtype).unsqueeze(-1)
+        y: Tensor = self.base(x) + update * self.mask.to(update.dtype).unsqueeze(-1)
+        return y
 
 
 def replace(transformer: nn.Module, name: str, module: nn.Module) -> None:
@@ -220,11 +223,15 @@ def published(transformer: nn.Module, adapter: Adapter, size: Size) -> Iterator[
     mask = slider_inputs("st", size, (sum(size.spans),), 1, device)["token_mask"][:, 0]
     scale = torch.full((1, size.text_rows, 1), SCALE, dtype=DTYPE, device=device)
     linears = {name: transformer.get_submodule(name) for name in adapter.pairs}
+
+    def set_strength(alpha: float) -> None:
+        scale.fill_(alpha)
+
     for name, linear in linears.items():
         assert isinstance(linear, nn.Linear)
         replace(transformer, name, PublishedLinear(linear, *adapter.pairs[name], scale, mask))
     try:
-        yield lambda alpha: scale.fill_(alpha)  # type: ignore[arg-type, return-value]
+        yield set_strength
     finally:
         for name, linear in linears.items():
             replace(transformer, name, linear)
@@ -287,7 +294,7 @@ class Bench:
         self.device: torch.device = next(transformer.parameters()).device
         self.cuda = self.device.type == "cuda"
         self.inputs = random_inputs(family, transformer.config, size, 1, self.device)
-        self.adapters: dict[str, Adapter] = {kind: random_adapter(family, transformer, kind) for kind in ("st", "gst")}  # type: ignore[arg-type]
+        self.adapters: dict[str, Adapter] = {kind: random_adapter(family, transformer, kind) for kind in KINDS}
         self.columns: list[Column] = []
         self.frozen_times: list[float] = []
         self.extra: dict[str, Any] = {}
@@ -306,7 +313,7 @@ class Bench:
         call()
         end.record()
         end.synchronize()
-        return begin.elapsed_time(end)
+        return float(begin.elapsed_time(end))
 
     def seconds(self, call: Callable[[], object]) -> float:
         """Of one call by the clock, the device idle before and after."""
@@ -372,7 +379,7 @@ class Bench:
     def move(self, column: Column, engine: InductorEngine, inputs: dict[str, Tensor]) -> None:
         """Change every strength: the caller's `alpha` on the device is written from the host, and that is all."""
         settings = torch.rand(SETTINGS, *inputs["alpha"].shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
-        times = [1e3 * self.seconds(lambda new=new: inputs["alpha"].copy_(new)) for new in settings]
+        times = [1e3 * self.seconds(partial(inputs["alpha"].copy_, new)) for new in settings]
         engine(inputs)
         compiled, allocated, reference = compiled_graphs(), self.allocations(), engine(inputs).data_ptr()
         for new in settings:
@@ -400,7 +407,7 @@ class Bench:
         times: dict[str, list[float]] = {"uniform": [], "mixed": []}
         for _ in range(self.size.steps):
             for name, batch in (("uniform", equal), ("mixed", mixed)):
-                times[name].append(self.milliseconds(lambda batch=batch: engine(batch)))
+                times[name].append(self.milliseconds(partial(engine, batch)))
         medians = {name: statistics.median(found) for name, found in times.items()}
         self.extra["batch of 4"] = {
             "uniform_ms": round(medians["uniform"], 3),

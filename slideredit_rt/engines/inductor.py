@@ -46,7 +46,8 @@ def compile_blocks(backbone: SliderBackbone) -> None:
     Blocks of the same class share their compiled code: the 57 of FLUX take as long as three. Sizes are constants in it.
     What is compiled depends on no alpha and no mask, so that changing strengths compiles nothing.
     """
-    backbone.transformer.compile_repeated_blocks(fullgraph=True, dynamic=False, backend=COMPILER)
+    transformer: Any = backbone.transformer
+    transformer.compile_repeated_blocks(fullgraph=True, dynamic=False, backend=COMPILER)
 
 
 def load_weights(transformer: Any, files: Iterable[Path], device: torch.device) -> None:
