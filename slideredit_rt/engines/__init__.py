@@ -58,7 +58,7 @@ def open_engine(folder: Path, *, threads: int | None = None, options: RuntimeOpt
         return manifest, BACKENDS[manifest.backend](folder, manifest, threads=threads)
     if manifest.backend not in PACKAGES:
         raise SliderEditError(
-            f"engine {str(folder)!r} runs in {manifest.backend}, which has no weight budget and no CUDA graphs; "
-            "leave these options out"
+            f"engine {str(folder)!r} runs in {manifest.backend}, which takes neither a weight budget nor a choice of "
+            "CUDA graphs; leave these options out"
         )
     return manifest, open_tensorrt(folder, manifest, threads=threads, options=options)
