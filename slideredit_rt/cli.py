@@ -79,15 +79,17 @@ def _edit(args: argparse.Namespace) -> int:
 
     picture_format(args.out)
     sliders = [parse_slider(s) for s in args.slider]
-    image = open_image(args.image)
+    images = [open_image(path) for path in args.image]
     editor = SliderEditor.from_engine(args.engine, args.base, threads=args.threads, options=_runtime_options(args))
     edited = editor.edit(
-        image,
+        images,
         sliders,
         prompt=args.prompt,
         seed=args.seed,
         steps=args.steps,
         guidance_scale=args.guidance_scale,
+        true_cfg_scale=args.true_cfg_scale,
+        negative_prompt=args.negative_prompt,
         progress=not args.quiet,
     )
     save_image(edited, args.out)
@@ -112,24 +114,26 @@ def _sweep(args: argparse.Namespace) -> int:
     sliders, swept = [s for s, _ in parsed], [(i, v) for i, (_, v) in enumerate(parsed) if v is not None]
     if len(swept) not in (1, 2):
         raise SliderEditError(f"{len(swept)} sliders are swept; give one (a strip) or two (a grid) as 'instruction=0:1.5:7'")
-    image = open_image(args.image)
+    images = [open_image(path) for path in args.image]
     editor = SliderEditor.from_engine(args.engine, args.base, threads=args.threads, options=_runtime_options(args))
     options = {
         "prompt": args.prompt,
         "seed": args.seed,
         "steps": args.steps,
         "guidance_scale": args.guidance_scale,
+        "true_cfg_scale": args.true_cfg_scale,
+        "negative_prompt": args.negative_prompt,
         "progress": not args.quiet,
     }
     if len(swept) == 1:
         index, strengths = swept[0]
-        cells = [editor.sweep(image, sliders, index, strengths, **options)]
+        cells = [editor.sweep(images, sliders, index, strengths, **options)]
         columns = [f"{s:g}" for s in strengths]
         row_labels = [""]
         title = sliders[index].instruction
     else:
         down, across = swept
-        cells = editor.grid(image, sliders, down, across, **options)
+        cells = editor.grid(images, sliders, down, across, **options)
         columns = [f"{s:g}" for s in across[1]]
         row_labels = [f"{s:g}" for s in down[1]]
         title = f"rows: {sliders[down[0]].instruction}    columns: {sliders[across[0]].instruction}"
@@ -139,7 +143,7 @@ def _sweep(args: argparse.Namespace) -> int:
         "out": str(args.out),
         "prompt": args.prompt or compose_prompt([s.instruction for s in sliders]),
         "sliders": [{"instruction": s.instruction, "strengths" if v else "strength": v or s.strength} for s, v in parsed],
-        "image": str(args.image),
+        "images": args.image,
         "engine": str(args.engine),
         "seed": args.seed,
         "steps": args.steps or editor.family.num_inference_steps,
@@ -461,12 +465,16 @@ def _parser() -> argparse.ArgumentParser:
 
     def image_options(sub: argparse.ArgumentParser, example: str) -> None:
         sub.add_argument("engine", type=Path, metavar="ENGINE", help="folder written by slideredit-rt build")
-        sub.add_argument("--image", required=True, help="picture to edit")
+        sub.add_argument(
+            "--image", action="append", required=True, help="picture to edit; repeat for a base that takes several"
+        )
         sub.add_argument("--slider", action="append", required=True, metavar=example, help="repeat for several sliders")
         sub.add_argument("--prompt", help="holds every instruction; default: the instructions joined by ' and '")
         sub.add_argument("--seed", type=int, default=0, help="of the initial noise (default: 0)")
         sub.add_argument("--steps", type=int, help="denoising steps (default: the family's)")
         sub.add_argument("--guidance-scale", type=float, help="embedded guidance (default: the family's)")
+        sub.add_argument("--true-cfg-scale", type=float, help="guidance with a negative pass (default: the family's; 1: none)")
+        sub.add_argument("--negative-prompt", help="of the negative pass (default: the family's)")
         sub.add_argument("--base", help="where the base checkpoint is, if not where the manifest says")
         sub.add_argument("--threads", type=int, help="CPU threads of the backend")
         runtime_options(sub)

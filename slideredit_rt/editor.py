@@ -144,6 +144,7 @@ class SliderEditor:
         prompt: str | None = None,
         seed: int = 0,
         guidance_scale: float | None = None,
+        true_cfg_scale: float | None = None,
         negative_prompt: str | None = None,
     ) -> Prepared:
         """Encode an image and a prompt and find the rows of each slider.
@@ -154,16 +155,16 @@ class SliderEditor:
             prompt: holds every instruction; composed from them with " and " when not given. A GST adapter scales the whole
                 prompt with one slider, which may name any part of it.
             seed: of the initial noise.
-            guidance_scale: of the base model; None takes the family's default. 1 leaves a base's negative pass out.
-            negative_prompt: for a base with a negative pass; None takes the family's default.
+            guidance_scale: of the guidance that the backbone has as an input; None takes the family's default.
+            true_cfg_scale: of classifier-free guidance with a negative pass, in which no slider acts; None takes the family's
+                default, 1 leaves the pass out.
+            negative_prompt: of that pass; None takes the family's default.
         """
         images = [image] if isinstance(image, Image.Image) else list(image)
         if not images or (len(images) > 1 and not self.family.takes_several_pictures(self.pipeline)):
             raise SliderEditError(
                 f"{len(images)} pictures were given and a {type(self.pipeline).__name__} edits one; give one picture"
             )
-        if negative_prompt is not None and self.family.negative_prompt is None:
-            raise SliderEditError(f"{self.family.name} has no negative pass; leave the negative prompt out")
         wanted = [s if isinstance(s, Slider) else Slider(s) for s in sliders]
         if len(wanted) > self.max_sliders:
             raise SliderEditError(
@@ -176,12 +177,28 @@ class SliderEditor:
         text = normalise(prompt) if prompt is not None else compose_prompt([s.instruction for s in wanted])
         if not wanted:
             raise SliderEditError("no slider was given; name at least one instruction of the prompt")
-        if guidance_scale is not None and not math.isfinite(guidance_scale):
-            raise SliderEditError(f"guidance scale is {guidance_scale}; give a finite number")
+        for name, scale in (("guidance scale", guidance_scale), ("true-CFG scale", true_cfg_scale)):
+            if scale is not None and not math.isfinite(scale):
+                raise SliderEditError(f"{name} is {scale}; give a finite number")
+        if guidance_scale is not None and self.family.guidance_scale is None:
+            raise SliderEditError(f"{self.family.name} has no embedded guidance; use the true-CFG scale (--true-cfg-scale)")
+        cfg_scale = self.family.true_cfg_scale if true_cfg_scale is None else float(true_cfg_scale)
+        if negative_prompt is not None and true_cfg_scale is None and cfg_scale <= 1:
+            raise SliderEditError(
+                f"{self.family.name} makes no negative pass by default; give a true-CFG scale above 1 with the negative prompt "
+                "(--true-cfg-scale)"
+            )
         text_rows = self.family.max_text_rows(self.pipeline)
         spans = find_spans(text, wanted, self.family.tokenize(self.pipeline, text, images), text_rows)
-        scale = self.family.guidance_scale if guidance_scale is None else guidance_scale
-        conditioning = self.family.encode(self.pipeline, images, text, seed, scale, negative_prompt)
+        conditioning = self.family.encode(
+            self.pipeline,
+            images,
+            text,
+            seed,
+            self.family.guidance_scale if guidance_scale is None else float(guidance_scale),
+            cfg_scale,
+            self.family.negative_prompt if negative_prompt is None else negative_prompt,
+        )
         if self.kind == "gst":
             token_mask = torch.ones(1, conditioning.text_rows + conditioning.image_rows, dtype=torch.bool)
         else:
@@ -245,12 +262,19 @@ class SliderEditor:
         seed: int = 0,
         steps: int | None = None,
         guidance_scale: float | None = None,
+        true_cfg_scale: float | None = None,
         negative_prompt: str | None = None,
         progress: bool = False,
     ) -> Image.Image:
         """Edit an image at the sliders' own strengths (see `prepare` and `render` for the arguments)."""
         prepared = self.prepare(
-            image, sliders, prompt=prompt, seed=seed, guidance_scale=guidance_scale, negative_prompt=negative_prompt
+            image,
+            sliders,
+            prompt=prompt,
+            seed=seed,
+            guidance_scale=guidance_scale,
+            true_cfg_scale=true_cfg_scale,
+            negative_prompt=negative_prompt,
         )
         return self.render(prepared, [[s.strength for s in sliders]], steps=steps, progress=progress)[0]
 
@@ -265,12 +289,19 @@ class SliderEditor:
         seed: int = 0,
         steps: int | None = None,
         guidance_scale: float | None = None,
+        true_cfg_scale: float | None = None,
         negative_prompt: str | None = None,
         progress: bool = False,
     ) -> list[Image.Image]:
         """Move slider `index` through `strengths`, the others staying at their own: one image per strength."""
         prepared = self.prepare(
-            image, sliders, prompt=prompt, seed=seed, guidance_scale=guidance_scale, negative_prompt=negative_prompt
+            image,
+            sliders,
+            prompt=prompt,
+            seed=seed,
+            guidance_scale=guidance_scale,
+            true_cfg_scale=true_cfg_scale,
+            negative_prompt=negative_prompt,
         )
         settings = [[s.strength for s in with_strength(sliders, {index: value})] for value in strengths]
         return self.render(prepared, settings, steps=steps, progress=progress)
@@ -286,12 +317,19 @@ class SliderEditor:
         seed: int = 0,
         steps: int | None = None,
         guidance_scale: float | None = None,
+        true_cfg_scale: float | None = None,
         negative_prompt: str | None = None,
         progress: bool = False,
     ) -> list[list[Image.Image]]:
         """Move two sliders, each `(index, strengths)`: one image per pair, a list of rows."""
         prepared = self.prepare(
-            image, sliders, prompt=prompt, seed=seed, guidance_scale=guidance_scale, negative_prompt=negative_prompt
+            image,
+            sliders,
+            prompt=prompt,
+            seed=seed,
+            guidance_scale=guidance_scale,
+            true_cfg_scale=true_cfg_scale,
+            negative_prompt=negative_prompt,
         )
         settings = [
             [s.strength for s in with_strength(sliders, {rows[0]: down, columns[0]: across})]

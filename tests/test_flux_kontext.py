@@ -36,7 +36,7 @@ def add_peft(transformer: nn.Module, adapter: Adapter) -> list[LoraLayer]:
     return list(layers.values())
 
 
-def diffusers_edit(pipeline: Any, image: Image.Image, steps: int) -> torch.Tensor:
+def diffusers_edit(pipeline: Any, image: Image.Image, steps: int, **options: Any) -> torch.Tensor:
     pipeline.set_progress_bar_config(disable=True)
     images: torch.Tensor = pipeline(
         image=image,
@@ -50,6 +50,7 @@ def diffusers_edit(pipeline: Any, image: Image.Image, steps: int) -> torch.Tenso
         _auto_resize=False,
         output_type="pt",
         generator=torch.Generator().manual_seed(7),
+        **options,
     ).images
     return images
 
@@ -87,6 +88,25 @@ def test_an_engine_draws_what_diffusers_draws_with_peft_over_the_whole_loop(
         for layer in layers:
             layer.set_scale("default", 1 - strength)
         assert (found - diffusers_edit(pipeline, scene, steps=6)[0]).abs().max() <= 1e-4, f"strength {strength}"
+
+
+def test_true_guidance_is_diffusers_own_and_no_slider_acts_in_its_negative_pass(
+    st_editor: SliderEditor, pipeline: Any, scene: Image.Image
+) -> None:
+    parts, options = PROMPT.split(" and "), {"true_cfg_scale": 2.5, "negative_prompt": "make the circle blue"}
+    prepared = st_editor.prepare(scene, parts, prompt=PROMPT, seed=7, **options)
+    ours = st_editor.render_tensor(prepared, [[1.0, 1.0]], steps=4)[0]
+    assert (ours - diffusers_edit(pipeline, scene, 4, **options)[0]).abs().max() <= 1e-4
+    alphas: list[torch.Tensor] = []
+    backbone = st_editor.engine
+
+    def listening(inputs: Any) -> torch.Tensor:
+        alphas.append(inputs["alpha"].clone())
+        return backbone(inputs)
+
+    editor = SliderEditor(st_editor.family, st_editor.pipeline, listening, st_editor.config, "st", 4, 8)
+    editor.render_tensor(prepared, [[0.5, 1.5]], steps=2)
+    assert [a.tolist() for a in alphas] == [[[0.5, -0.5]], [[0.0, 0.0]]] * 2
 
 
 @pytest.mark.parametrize(("width", "height"), PREFERRED_KONTEXT_RESOLUTIONS)

@@ -27,6 +27,7 @@ from PIL import Image
 from qwen_checkpoint import SIDE, picture, save_tiny_checkpoint
 from test_linked_export import sparse_checkpoint
 
+from slideredit_rt import cli
 from slideredit_rt.adapters import Adapter, load_adapter, save_adapter
 from slideredit_rt.assets import resolve_base
 from slideredit_rt.editor import SliderEditor
@@ -154,7 +155,7 @@ def test_st_engine_draws_what_diffusers_does_with_the_update_on_the_sliders_rows
     negative_prompt: str,
 ) -> None:
     editor, strengths = SliderEditor.from_engine(qwen_engines["edit"]), [0.25, 1.5]
-    prepared = editor.prepare(pictures_for("edit"), PARTS, seed=5, guidance_scale=scale, negative_prompt=negative_prompt)
+    prepared = editor.prepare(pictures_for("edit"), PARTS, seed=5, true_cfg_scale=scale, negative_prompt=negative_prompt)
     drawn = editor.render_tensor(prepared, [strengths, [1.0, 1.0]], steps=3)
 
     pipeline = family.load_pipeline(bases["edit"])
@@ -189,7 +190,7 @@ def test_gst_engine_draws_what_diffusers_does_with_peft(
 ) -> None:
     editor, strength = SliderEditor.from_engine(qwen_engines["plus"]), 0.4
     images = pictures_for("plus")
-    prepared = editor.prepare(images, PARTS[:1], prompt=PROMPT, seed=5, guidance_scale=scale, negative_prompt=negative_prompt)
+    prepared = editor.prepare(images, PARTS[:1], prompt=PROMPT, seed=5, true_cfg_scale=scale, negative_prompt=negative_prompt)
     drawn = editor.render_tensor(prepared, [[strength]], steps=3)[0]
 
     pipeline = family.load_pipeline(bases["plus"])
@@ -447,7 +448,7 @@ def test_the_negative_pass_is_told_by_being_it(encoders: dict[str, Any], bases: 
         for scale, passes in ((4.0, 2), (1.0, 1)):
             calls.clear()
             prepared = editor.prepare(
-                pictures_for("edit"), PARTS[:1], prompt=PROMPT, guidance_scale=scale, negative_prompt=PROMPT
+                pictures_for("edit"), PARTS[:1], prompt=PROMPT, true_cfg_scale=scale, negative_prompt=PROMPT
             )
             editor.render_tensor(prepared, [[0.0], [2.0]], steps=1)
             assert len(calls) == passes
@@ -463,6 +464,27 @@ def test_the_negative_pass_is_told_by_being_it(encoders: dict[str, Any], bases: 
 def test_verification_passes(qwen_engines: dict[str, Path]) -> None:
     result = verify_engine(qwen_engines["edit"], picture(), [Slider(p) for p in PARTS], steps=2)
     assert result.passed, result.verdict
+
+
+def test_command_takes_several_pictures_and_a_negative_prompt(qwen_engines: dict[str, Path], tmp_path: Path) -> None:
+    paths = [tmp_path / f"{index}.png" for index in range(2)]
+    for path, image in zip(paths, pictures_for("plus"), strict=True):
+        image.save(path)
+    given = [x for path in paths for x in ("--image", str(path))]
+    options = [
+        "--slider",
+        f"{PARTS[0]}=0.5",
+        "--negative-prompt",
+        "blurred",
+        "--steps",
+        "1",
+        "--out",
+        str(tmp_path / "out.png"),
+    ]
+    assert cli.main(["edit", str(qwen_engines["plus"]), *given, *options]) == 0
+    # As wide as the last picture is beside its height.
+    assert Image.open(tmp_path / "out.png").size == (96, 32)
+    assert cli.main(["edit", str(qwen_engines["edit"]), *given, *options]) == 2
 
 
 class _TwoEdits:
@@ -503,8 +525,10 @@ def test_several_pictures_need_a_base_that_takes_them(
         for images in ([], [scene, scene]):
             with pytest.raises(SliderEditError, match=f"{len(images)} pictures were given and a {name} edits one"):
                 one_picture.prepare(images, PARTS)
-    with pytest.raises(SliderEditError, match="flux_kontext has no negative pass"):
+    with pytest.raises(SliderEditError, match="flux_kontext makes no negative pass by default; give a true-CFG scale above 1"):
         kontext.prepare(scene, PARTS, negative_prompt=" ")
+    with pytest.raises(SliderEditError, match="qwen_image_edit has no embedded guidance; use the true-CFG scale"):
+        qwen.prepare(scene, PARTS, guidance_scale=3.5)
     with pytest.raises(SliderEditError, match="900×2 pixels, too narrow"):
         qwen.prepare(Image.new("RGB", (900, 2)), PARTS)
 

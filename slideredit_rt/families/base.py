@@ -94,17 +94,19 @@ class Family(ABC):
 
     Attributes:
         pipeline_classes: names of the diffusers pipelines whose checkpoints belong to it.
-        guidance_scale: the default; of true classifier-free guidance where there is a `negative_prompt`, else embedded.
-        negative_prompt: default prompt of the negative pass; None for a family without one.
+        guidance_scale: default of the guidance that the backbone has as an input; None for a family without it.
+        true_cfg_scale: default of true classifier-free guidance; 1 makes no negative pass.
+        negative_prompt: default prompt of the negative pass.
         no_float16: why the family cannot compute in float16; None where it can.
     """
 
     name: ClassVar[str]
     pipeline_classes: ClassVar[tuple[str, ...]]
-    guidance_scale: ClassVar[float]
+    guidance_scale: ClassVar[float | None]
+    true_cfg_scale: ClassVar[float] = 1.0
     num_inference_steps: ClassVar[int]
     neutral_prompt: ClassVar[str]
-    negative_prompt: ClassVar[str | None] = None
+    negative_prompt: ClassVar[str] = ""
     no_float16: ClassVar[str | None] = None
 
     @abstractmethod
@@ -191,14 +193,16 @@ class Family(ABC):
         images: Sequence[Image.Image],
         prompt: str,
         seed: int,
-        guidance_scale: float,
-        negative_prompt: str | None = None,
+        guidance_scale: float | None,
+        true_cfg_scale: float,
+        negative_prompt: str,
     ) -> Conditioning:
         """Encode pictures and a prompt and draw the initial noise.
 
         Args:
             images: one, or several where `takes_several_pictures`.
-            negative_prompt: of a family with a negative pass; None takes its default.
+            guidance_scale: None for a family without embedded guidance.
+            true_cfg_scale: above 1, the negative prompt is encoded, too.
         """
 
     @abstractmethod

@@ -155,8 +155,9 @@ class FluxKontext(Family):
         images: Sequence[Image.Image],
         prompt: str,
         seed: int,
-        guidance_scale: float,
-        negative_prompt: str | None = None,
+        guidance_scale: float | None,
+        true_cfg_scale: float,
+        negative_prompt: str,
     ) -> Conditioning:
         (image,) = images
         device, dtype = pipeline.vae.device, pipeline.vae.dtype
@@ -173,10 +174,13 @@ class FluxKontext(Family):
             torch.Generator().manual_seed(seed),
         )
         text_rows = self.max_text_rows(pipeline)
-        inputs = self.encode_prompt(pipeline, [prompt], text_rows)
-        inputs["img_ids"] = torch.cat([latent_ids, reference_ids]).float()
-        inputs["guidance"] = torch.tensor([float(guidance_scale)], device=device)
-        return Conditioning(inputs, latents.float(), reference.float(), text_rows, height, width)
+        shared = {
+            "img_ids": torch.cat([latent_ids, reference_ids]).float(),
+            "guidance": torch.tensor([guidance_scale], dtype=torch.float32, device=device),
+        }
+        inputs = self.encode_prompt(pipeline, [prompt], text_rows) | shared
+        negative = self.encode_prompt(pipeline, [negative_prompt], text_rows) | shared if true_cfg_scale > 1 else None
+        return Conditioning(inputs, latents.float(), reference.float(), text_rows, height, width, negative, true_cfg_scale)
 
     @torch.no_grad()
     def decode(self, pipeline: Any, latents: Tensor, height: int, width: int) -> Tensor:

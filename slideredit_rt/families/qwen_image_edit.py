@@ -74,7 +74,7 @@ class _RotaryInputs(nn.Module):
         return shapes if isinstance(shapes, _JointRows) else self.original(shapes, **options)
 
 
-class _RealRotaryProcessor(QwenDoubleStreamAttnProcessor2_0):  # type: ignore[misc]
+class _RealRotaryProcessor(QwenDoubleStreamAttnProcessor2_0):
     """Joint attention with real-valued rotary tables: TensorRT has no complex numbers."""
 
     def __call__(
@@ -184,8 +184,9 @@ def _row_inputs(config: Mapping[str, Any], positions: Tensor, text_rows: int) ->
 class QwenImageEdit(Family):
     name = "qwen_image_edit"
     pipeline_classes = ("QwenImageEditPipeline", "QwenImageEditPlusPipeline")
-    # The paper's inference settings for Qwen-Image-Edit; the scale is that of true classifier-free guidance.
-    guidance_scale = 4.0
+    # The paper's inference settings for Qwen-Image-Edit.
+    guidance_scale = None
+    true_cfg_scale = 4.0
     num_inference_steps = 40
     neutral_prompt = "keep the image the same"
     negative_prompt = " "
@@ -272,7 +273,7 @@ class QwenImageEdit(Family):
         return isinstance(pipeline, QwenImageEditPlusPipeline)
 
     def max_text_rows(self, pipeline: Any) -> int:
-        return min(_ROTARY_ROWS, int(pipeline.tokenizer.model_max_length)) - pipeline.prompt_template_encode_start_idx
+        return min(_ROTARY_ROWS, int(pipeline.tokenizer.model_max_length)) - int(pipeline.prompt_template_encode_start_idx)
 
     def _size(self, pipeline: Any, image: Image.Image, *, vision: bool = False) -> tuple[int, int]:
         """Height and width that diffusers resizes a picture to, for the autoencoder or for the text encoder (`vision`)."""
@@ -363,8 +364,9 @@ class QwenImageEdit(Family):
         images: Sequence[Image.Image],
         prompt: str,
         seed: int,
-        guidance_scale: float,
-        negative_prompt: str | None = None,
+        guidance_scale: float | None,
+        true_cfg_scale: float,
+        negative_prompt: str,
     ) -> Conditioning:
         device, dtype = pipeline.vae.device, pipeline.vae.dtype
         pixels = [self.preprocess(pipeline, image)[:, :, None] for image in images]
@@ -390,13 +392,9 @@ class QwenImageEdit(Family):
             return encoded | {"positions": positions.to(device)}
 
         inputs = text_inputs(prompt)
-        negative = None
-        if guidance_scale > 1:
-            negative = text_inputs(self.negative_prompt if negative_prompt is None else negative_prompt)
+        negative = text_inputs(negative_prompt) if true_cfg_scale > 1 else None
         text_rows = inputs["encoder_hidden_states"].shape[1]
-        return Conditioning(
-            inputs, latents.float(), reference.float(), text_rows, height, width, negative, float(guidance_scale)
-        )
+        return Conditioning(inputs, latents.float(), reference.float(), text_rows, height, width, negative, true_cfg_scale)
 
     def batch_inputs(
         self, config: Mapping[str, Any], conditioning: Conditioning, alpha: Tensor, token_mask: Tensor
@@ -408,7 +406,9 @@ class QwenImageEdit(Family):
     def guide(self, prediction: Tensor, negative: Tensor, scale: float) -> Tensor:
         """As diffusers does: extrapolated, and each row scaled back to the norm that it has without guidance."""
         guided = super().guide(prediction, negative, scale)
-        return guided * (prediction.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True))
+        before, after = (torch.linalg.vector_norm(v, dim=-1, keepdim=True) for v in (prediction, guided))
+        rescaled: Tensor = guided * (before / after)
+        return rescaled
 
     @torch.no_grad()
     def decode(self, pipeline: Any, latents: Tensor, height: int, width: int) -> Tensor:
