@@ -180,7 +180,9 @@ def test_options_of_tensorrt_are_refused_for_another_backend(
     engines: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], option: list[str]
 ) -> None:
     assert edit(engines["st"], tmp_path, *option) == 2
-    assert "runs in onnxruntime, which takes neither a weight budget nor a choice of CUDA graphs; leave" in capsys.readouterr().err
+    assert (
+        "runs in onnxruntime, which takes neither a weight budget nor a choice of CUDA graphs; leave" in capsys.readouterr().err
+    )
     with pytest.raises(SliderEditError, match="runs in onnxruntime"):
         open_engine(engines["st"], options=RuntimeOptions(cuda_graphs=False))
 
