@@ -450,8 +450,10 @@ def test_the_negative_pass_is_told_by_being_it(encoders: dict[str, Any], bases: 
             prepared = editor.prepare(
                 pictures_for("edit"), PARTS[:1], prompt=PROMPT, true_cfg_scale=scale, negative_prompt=PROMPT
             )
-            editor.render_tensor(prepared, [[0.0], [2.0]], steps=1)
-            assert len(calls) == passes
+            editor.render_tensor(prepared, [[0.0], [2.0]], steps=2)
+            assert len(calls) == 2 * passes
+            with pytest.raises(SliderEditError, match="schedule of 1 step; use at least 2"):
+                editor.render_tensor(prepared, [[0.0]], steps=1)
             assert calls[0]["alpha"].tolist() == [[1.0], [-1.0]]
             assert calls[0]["token_mask"].any()
             if passes == 2:
@@ -477,7 +479,7 @@ def test_command_takes_several_pictures_and_a_negative_prompt(qwen_engines: dict
         "--negative-prompt",
         "blurred",
         "--steps",
-        "1",
+        "2",
         "--out",
         str(tmp_path / "out.png"),
     ]
@@ -545,6 +547,8 @@ def test_a_checkpoint_tells_its_family_and_its_rows(bases: dict[str, Path], fami
         assert family_of(path) is family
         # 64 rows each of noise and picture at 64²; the VAE's factor is 4.
         assert image_rows_of(path, SIDE)[1] == 128
+        with pytest.raises(SliderEditError, match="60 is not a multiple of 8"):
+            image_rows_of(path, 60)
 
 
 FULL_SIZE = """

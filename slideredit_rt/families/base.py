@@ -18,6 +18,7 @@ from diffusers.pipelines.flux.pipeline_flux_kontext import calculate_shift, retr
 from PIL import Image
 from torch import Tensor, nn
 
+from slideredit_rt.errors import SliderEditError
 from slideredit_rt.sliders import PromptToken
 
 Kind = Literal["st", "gst"]
@@ -224,6 +225,9 @@ class Family(ABC):
         )
         sigmas = np.linspace(1.0, 1 / steps, steps)
         timesteps: Tensor = retrieve_timesteps(scheduler, steps, "cpu", sigmas=sigmas, mu=mu)[0]
+        # Stretching a schedule to a last noise level (`shift_terminal`) divides by zero where it has one step only.
+        if not torch.isfinite(timesteps).all():
+            raise SliderEditError(f"this base's scheduler cannot make a schedule of {steps} step; use at least 2")
         scheduler.set_begin_index(0)
         return timesteps
 
