@@ -134,8 +134,7 @@ def test_gst_covers_every_row_and_shows_the_neutral_prompt(trainer: Any, family:
 
 def test_st_masks_only_the_suppressed_instructions(trainer: Any) -> None:
     run = trainer()
-    mask = run._mask(["make the circle red", "make the background dark"], {1})
-    assert mask.nonzero()[:, 1].tolist() == [5, 6, 7, 8]
+    assert run._rows(["make the circle red", "make the background dark"], {1}) == [5, 6, 7, 8]
 
 
 @pytest.mark.parametrize(
