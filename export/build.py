@@ -106,9 +106,10 @@ def build_engine(
     if options is not None:
         # Refuse before minutes of tracing.
         targets = targets_of(backend, options)
+        text_rows = options.max_text_rows or family.usual_text_rows
         profile = Profile(
             batch=batch,
-            text_rows=(1, options.max_text_rows, options.max_text_rows),
+            text_rows=(1, text_rows, text_rows),
             image_rows=image_rows_of(path, options.resolution),
             sliders=(1, min(2, max_sliders), max_sliders),
         )

@@ -46,7 +46,7 @@ class TensorRTOptions:
         targets: compute capabilities such as `sm89` that the engine will run on. TensorRT-RTX only, (`sm86`, `sm89`, `sm120`)
             if None; TensorRT builds for the card at hand.
         resolution: usual width and height of the picture, in pixels, for a square one.
-        max_text_rows: most text rows of a prompt.
+        max_text_rows: most text rows of a prompt; None takes the family's usual ones.
         optimization_level: the builder's, 0 to 5; None leaves its default.
         workspace_mib: limit of the builder's scratch memory on the device; None leaves its default.
         weight_streaming: allow the runtime to keep part of the weights in host memory.
@@ -57,7 +57,7 @@ class TensorRTOptions:
 
     targets: tuple[str, ...] | None = None
     resolution: int = 1024
-    max_text_rows: int = 512
+    max_text_rows: int | None = None
     optimization_level: int | None = None
     workspace_mib: int | None = None
     weight_streaming: bool = False

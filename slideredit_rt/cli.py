@@ -507,7 +507,7 @@ def _parser() -> argparse.ArgumentParser:
     build.add_argument("--max-sliders", type=int, help="most sliders in one prompt (default: 8)")
     compiled = build.add_argument_group("for --backend tensorrt-rtx and tensorrt")
     compiled.add_argument("--resolution", type=int, help="usual width and height in pixels (default: 1024)")
-    compiled.add_argument("--max-text-rows", type=int, help="most text rows of a prompt (default: 512)")
+    compiled.add_argument("--max-text-rows", type=int, help="most text rows of a prompt (default: 512, Qwen 1536)")
     compiled.add_argument("--optimization-level", type=int, choices=range(6), help="the builder's (default: its own)")
     compiled.add_argument("--workspace-mib", type=int, help="limit of the builder's scratch memory on the device")
     compiled.add_argument("--weight-streaming", action="store_const", const=True, help="let the runtime stream weights")

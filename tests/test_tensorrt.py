@@ -192,7 +192,10 @@ def test_memory_is_checked_before_the_build_starts(
         ([*BUILD, "--max-sliders", "0"], "room for one slider or more, got 0"),
         (["build", "--base", "shapes-kontext", "--dtype", "bfloat16"], "multiplies no bfloat16 matrices on the CPU"),
         (["build", "--base", "shapes-kontext", "--dtype", "float16"], "cannot run in float16: its activations exceed"),
-        (["build", "--base", "shapes-kontext", "--backend", "openvino"], "unknown backend 'openvino'; known: onnxruntime"),
+        (
+            ["build", "--base", "shapes-kontext", "--backend", "openvino"],
+            "unknown backend 'openvino'; known: inductor, onnxruntime",
+        ),
     ],
 )
 def test_bad_build_options_are_one_sentence_and_write_nothing(

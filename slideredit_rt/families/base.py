@@ -98,6 +98,7 @@ class Family(ABC):
         guidance_scale: default of the guidance that the backbone has as an input; None for a family without it.
         true_cfg_scale: default of true classifier-free guidance; 1 makes no negative pass.
         negative_prompt: default prompt of the negative pass.
+        usual_text_rows: most text rows of an engine that is compiled for a range, unless it is told.
         no_float16: why the family cannot compute in float16; None where it can.
     """
 
@@ -108,6 +109,7 @@ class Family(ABC):
     num_inference_steps: ClassVar[int]
     neutral_prompt: ClassVar[str]
     negative_prompt: ClassVar[str] = ""
+    usual_text_rows: ClassVar[int] = 512
     no_float16: ClassVar[str | None] = None
 
     @abstractmethod
