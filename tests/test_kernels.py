@@ -73,7 +73,7 @@ def test_nan_in_one_row_stays_in_that_row() -> None:
     assert y[0, torch.arange(9) != 3].isfinite().all()
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(mask=st.lists(st.booleans(), min_size=1, max_size=40), scale=st.sampled_from([-1e4, -1.0, 0.5, 1e4]))
 def test_only_the_active_rows_differ_from_the_frozen_projection(mask: list[bool], scale: float) -> None:
     p = problem(1, len(mask), 24, 20, 4)

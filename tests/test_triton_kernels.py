@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -115,8 +115,10 @@ def assert_close_to_exact(name: str, y: Tensor, p: Problem) -> None:
     """At most twice the error that the same-dtype expression makes on the same inputs."""
     expected = exact(p)
     error, allowed = ((t.double() - expected).abs().max().item() for t in (y, plain(p)))
-    # Half a unit in the last place of the largest value: what rounding the exact result may cost.
-    rounding = torch.finfo(y.dtype).eps / 2 * expected.abs().max().item()
+    # Half a unit in the last place of the largest value: what rounding the exact result may cost. In float32, whose sums have
+    # nothing wider to run in, base and update cost that much each; the plain expression may be luckier on a handful of values.
+    roundings = 2 if y.dtype == torch.float32 else 1
+    rounding = roundings * torch.finfo(y.dtype).eps / 2 * expected.abs().max().item()
     assert error <= max(2 * allowed, rounding), f"{name}: error {error:.2e}, the plain expression's {allowed:.2e}"
 
 
@@ -202,7 +204,8 @@ def test_a_nan_scale_is_not_taken_for_an_idle_row(kernel: Callable[..., Tensor])
     assert run(kernel, p)[0, 2].isnan().all()
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15, deadline=None, derandomize=True)
+@example(mask=[True], scale=-2.0, name="linear")
 @given(
     mask=st.lists(st.booleans(), min_size=1, max_size=600),
     scale=st.sampled_from([-2.0, 0.5, 1e3]),
