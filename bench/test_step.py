@@ -70,11 +70,12 @@ def test_step(benchmark: Any, runs: dict[str, Callable[[], Any]], name: str) -> 
 def measure_in_turns(runs: dict[str, Callable[[], Any]], turns: int = 15) -> dict[str, float]:
     """Median milliseconds of each, the candidates taking turns of thirteen calls.
 
-    The first three of a turn do not count: the thread pool of the candidate before still spins while they run.
+    A pause before each turn lets the thread pool of the candidate before stop spinning, and its first three calls do not count.
     """
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(turns):
         for name, run in runs.items():
+            time.sleep(0.1)
             for call in range(13):
                 start = time.perf_counter()
                 run()
