@@ -50,9 +50,9 @@ def choose(asked: str, kind: Kind | None, backend: str) -> Lowering:
     """The lowering that an engine is built with.
 
     `auto` takes the folded form for GST: a GST update touches every row, its cost is the bytes of a second pass over y, and the
-    folded form makes none. That is arithmetic; on ONNX Runtime the two are equal within 2% (bench/NOTES.md). An ST update touches
-    so few rows that its cost is its launches, which a compiler of standard operators fuses. The plugin is never chosen unasked: it may
-    break the fusions around it.
+    folded form makes none. That is arithmetic; on ONNX Runtime the two are equal within 2% (bench/NOTES.md). An ST update
+    touches so few rows that its cost is its launches, which a compiler of standard operators fuses. The plugin is never
+    chosen unasked: it may break the fusions around it.
 
     Args:
         asked: `auto` or one of `LOWERINGS`.
