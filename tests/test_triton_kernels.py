@@ -115,10 +115,8 @@ def assert_close_to_exact(name: str, y: Tensor, p: Problem) -> None:
     """At most twice the error that the same-dtype expression makes on the same inputs."""
     expected = exact(p)
     error, allowed = ((t.double() - expected).abs().max().item() for t in (y, plain(p)))
-    # Half a unit in the last place of the largest value: what rounding the exact result may cost. In float32, whose sums have
-    # nothing wider to run in, base and update cost that much each; the plain expression may be luckier on a handful of values.
-    roundings = 2 if y.dtype == torch.float32 else 1
-    rounding = roundings * torch.finfo(y.dtype).eps / 2 * expected.abs().max().item()
+    # Half a unit in the last place of the largest value: what rounding the exact result may cost.
+    rounding = torch.finfo(y.dtype).eps / 2 * expected.abs().max().item()
     assert error <= max(2 * allowed, rounding), f"{name}: error {error:.2e}, the plain expression's {allowed:.2e}"
 
 
@@ -212,6 +210,9 @@ def test_a_nan_scale_is_not_taken_for_an_idle_row(kernel: Callable[..., Tensor])
     name=st.sampled_from(["linear", "accumulate", "update"]),
 )
 def test_any_mask(mask: list[bool], scale: float, name: str) -> None:
+    # Rows that follow the mask make enough values for the largest errors of two float32 sums to compare: on a single row the
+    # plain expression's may be small by luck. Small shapes are `ODD_SHAPES`'.
+    mask = mask + [True] * 64
     p = problem(1, len(mask), 24, 20, 4)
     on = torch.tensor(mask, device=DEVICE)
     p["row_scale"] = on.float()[None] * scale
