@@ -6,36 +6,18 @@ from typing import Any
 
 import pytest
 import torch
+from kontext_edit import PROMPT, diffusers_edit
 from PIL import Image
 
 from slideredit_rt.editor import SliderEditor
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.sliders import Slider
 
-PROMPT = "make the circle red and make the background dark"
 PARTS = PROMPT.split(" and ")
 
 
-def diffusers_edit(pipeline: Any, image: Image.Image, steps: int) -> torch.Tensor:
-    pipeline.set_progress_bar_config(disable=True)
-    output: torch.Tensor = pipeline(
-        image=image,
-        prompt=PROMPT,
-        num_inference_steps=steps,
-        guidance_scale=3.5,
-        max_sequence_length=24,
-        height=64,
-        width=64,
-        max_area=64 * 64,
-        _auto_resize=False,
-        output_type="pt",
-        generator=torch.Generator().manual_seed(7),
-    ).images[0]
-    return output
-
-
 def test_eager_at_strength_one_is_the_base_pipeline_bit_for_bit(pipeline: Any, kind: str, scene: Image.Image) -> None:
-    expected = diffusers_edit(pipeline, scene, steps=3)
+    expected = diffusers_edit(pipeline, scene, steps=3)[0]
     editor = SliderEditor.from_pretrained("shapes-kontext", f"shapes-{kind}")
     sliders = PARTS if kind == "st" else PARTS[:1]
     prepared = editor.prepare(scene, sliders, prompt=PROMPT, seed=7)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers.pipelines.flux.pipeline_flux_kontext import PREFERRED_KONTEXT_RESOLUTIONS
+from kontext_edit import PROMPT, diffusers_edit
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from PIL import Image
@@ -22,8 +23,6 @@ from slideredit_rt.export.tensorrt_engine import image_rows_of
 from slideredit_rt.families import Family
 from slideredit_rt.sliders import Slider, find_spans
 
-PROMPT = "make the circle red and make the background dark"
-
 
 def add_peft(transformer: nn.Module, adapter: Adapter) -> list[LoraLayer]:
     """The adapter as PEFT runs it: unmasked, one scale for every row."""
@@ -34,25 +33,6 @@ def add_peft(transformer: nn.Module, adapter: Adapter) -> list[LoraLayer]:
         layer.lora_A["default"].weight.data.copy_(adapter.pairs[name][0])
         layer.lora_B["default"].weight.data.copy_(adapter.pairs[name][1])
     return list(layers.values())
-
-
-def diffusers_edit(pipeline: Any, image: Image.Image, steps: int, **options: Any) -> torch.Tensor:
-    pipeline.set_progress_bar_config(disable=True)
-    images: torch.Tensor = pipeline(
-        image=image,
-        prompt=PROMPT,
-        num_inference_steps=steps,
-        guidance_scale=3.5,
-        max_sequence_length=24,
-        height=64,
-        width=64,
-        max_area=64 * 64,
-        _auto_resize=False,
-        output_type="pt",
-        generator=torch.Generator().manual_seed(7),
-        **options,
-    ).images
-    return images
 
 
 def every_projection(family: Family, transformer: nn.Module) -> Adapter:
