@@ -241,17 +241,35 @@ class SliderEditor:
             for chunk in chunks:
                 token_mask = prepared.token_mask.expand(len(chunk), -1, -1)
                 inputs = self.family.batch_inputs(self.config, conditioning, torch.tensor(chunk), token_mask)
-                negative = self.family.negative_inputs(self.config, conditioning, inputs)
-                latents = conditioning.latents.repeat(len(chunk), 1, 1)
-                scheduler = copy.deepcopy(self.pipeline.scheduler)
-                for timestep in self.family.set_timesteps(self.pipeline, scheduler, conditioning, steps):
-                    velocity = self.family.predict(
-                        self.engine, inputs, latents, timestep, negative, conditioning.true_cfg_scale
-                    )
-                    latents = scheduler.step(velocity, timestep, latents, return_dict=False)[0]
-                    bar.update()
-                images.append(self.family.decode(self.pipeline, latents, conditioning.height, conditioning.width))
+                images.append(self.denoise(conditioning, inputs, steps, conditioning.true_cfg_scale, bar))
         return torch.cat(images)
+
+    @torch.no_grad()
+    def denoise(
+        self,
+        conditioning: Conditioning,
+        inputs: dict[str, Tensor],
+        steps: int,
+        true_cfg_scale: float | Tensor = 1.0,
+        bar: tqdm[Any] | None = None,
+    ) -> Tensor:
+        """Denoise one batch from the noise of `conditioning`; float32 `[B, 3, H, W]` in [0, 1].
+
+        Args:
+            inputs: from the family's `batch_inputs`; a caller may have changed rows of them, and every row may differ.
+            true_cfg_scale: of the guidance against `conditioning.negative`, where it is there; a tensor `[B, 1, 1]` gives each
+                row its own.
+            bar: advanced by one per step.
+        """
+        negative = self.family.negative_inputs(self.config, conditioning, inputs)
+        latents = conditioning.latents.repeat(len(inputs["alpha"]), 1, 1)
+        scheduler = copy.deepcopy(self.pipeline.scheduler)
+        for timestep in self.family.set_timesteps(self.pipeline, scheduler, conditioning, steps):
+            velocity = self.family.predict(self.engine, inputs, latents, timestep, negative, true_cfg_scale)
+            latents = scheduler.step(velocity, timestep, latents, return_dict=False)[0]
+            if bar is not None:
+                bar.update()
+        return self.family.decode(self.pipeline, latents, conditioning.height, conditioning.width)
 
     def edit(
         self,

@@ -281,7 +281,7 @@ class Family(ABC):
         latents: Tensor,
         timestep: Tensor,
         negative: Mapping[str, Tensor] | None = None,
-        true_cfg_scale: float = 1.0,
+        true_cfg_scale: float | Tensor = 1.0,
     ) -> Tensor:
         """The velocity for `latents` `[B, latent_rows, C]` at a scheduler timestep in [0, 1000].
 
@@ -299,6 +299,6 @@ class Family(ABC):
         # An engine's output is a buffer that its next call may write.
         return self.guide(prediction.clone(), backbone(negative)[:, :rows], true_cfg_scale)
 
-    def guide(self, prediction: Tensor, negative: Tensor, scale: float) -> Tensor:
-        """Classifier-free guidance between the predictions of two passes, `[B, latent_rows, C]`."""
+    def guide(self, prediction: Tensor, negative: Tensor, scale: float | Tensor) -> Tensor:
+        """Classifier-free guidance between the predictions of two passes, `[B, latent_rows, C]`; a scale, or `[B, 1, 1]` of them."""
         return negative + scale * (prediction - negative)

@@ -405,7 +405,7 @@ class QwenImageEdit(Family):
         with_rows = dataclasses.replace(conditioning, inputs=conditioning.inputs | rows)
         return super().batch_inputs(config, with_rows, alpha, token_mask)
 
-    def guide(self, prediction: Tensor, negative: Tensor, scale: float) -> Tensor:
+    def guide(self, prediction: Tensor, negative: Tensor, scale: float | Tensor) -> Tensor:
         """As diffusers does: extrapolated, and each row scaled back to the norm that it has without guidance."""
         guided = super().guide(prediction, negative, scale)
         before, after = (torch.linalg.vector_norm(v, dim=-1, keepdim=True) for v in (prediction, guided))
