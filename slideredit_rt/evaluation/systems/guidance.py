@@ -1,0 +1,68 @@
+"""Guidance as a slider. Both ways run on any engine of ours with its sliders at 1: guidance is an input per row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from slideredit_rt.editor import Prepared, SliderEditor
+from slideredit_rt.errors import SliderEditError
+from slideredit_rt.evaluation.systems.base import Case, System
+
+
+class _Guidance(System):
+    def __init__(self, editor: SliderEditor) -> None:
+        self.editor = editor
+
+    def _denoise(self, prepared: Prepared, values: Sequence[float], steps: int, *, embedded: bool) -> Tensor:
+        editor, images = self.editor, []
+        for start in range(0, len(values), editor.max_batch):
+            chunk = torch.tensor(values[start : start + editor.max_batch], dtype=torch.float32)
+            alpha = torch.zeros(len(chunk), len(prepared.instructions))
+            token_mask = prepared.token_mask.expand(len(chunk), -1, -1)
+            inputs = editor.family.batch_inputs(editor.config, prepared.conditioning, alpha, token_mask)
+            if embedded:
+                inputs["guidance"] = chunk.to(inputs["guidance"])
+                images.append(editor.denoise(prepared.conditioning, inputs, steps))
+            else:
+                scale = chunk[:, None, None].to(prepared.conditioning.latents)
+                images.append(editor.denoise(prepared.conditioning, inputs, steps, scale))
+        return torch.cat(images)
+
+
+class ImplicitGuidance(_Guidance):
+    """Implicit CFG: the guidance scalar that the backbone embeds."""
+
+    name, knob, plain = "implicit-cfg", "guidance", 3.5
+    ranges = ((1.0, 3.5), (1.0, 5.0), (1.0, 7.0), (0.0, 10.5), (0.0, 30.0))
+    how = "embedded guidance scalar, an input of the same engine"
+
+    def __init__(self, editor: SliderEditor) -> None:
+        if editor.family.guidance_scale is None:
+            raise SliderEditError(f"{editor.family.name} embeds no guidance; leave implicit-cfg out of --systems")
+        super().__init__(editor)
+
+    def prepare(self, case: Case) -> Prepared:
+        return self.editor.prepare(case.image, case.instructions[:1], prompt=case.prompt, seed=case.seed)
+
+    def render(self, prepared: Prepared, settings: Sequence[Sequence[float]], steps: int) -> Tensor:
+        return self._denoise(prepared, [value for (value,) in settings], steps, embedded=True)
+
+
+class ExplicitGuidance(_Guidance):
+    """Explicit CFG: `v(∅) + w (v(P) − v(∅))`, two passes per step; a family may rescale the result, as Qwen-Image-Edit does."""
+
+    name, knob = "explicit-cfg", "guidance weight"
+    ranges = ((0.0, 1.0), (0.0, 1.5), (0.0, 2.0), (0.0, 3.0), (0.0, 5.0))
+    how = "two passes per step on the same engine"
+
+    def prepare(self, case: Case) -> Prepared:
+        # Any scale above 1 makes the negative pass; each row then brings its own.
+        return self.editor.prepare(
+            case.image, case.instructions[:1], prompt=case.prompt, seed=case.seed, true_cfg_scale=2.0, negative_prompt=""
+        )
+
+    def render(self, prepared: Prepared, settings: Sequence[Sequence[float]], steps: int) -> Tensor:
+        return self._denoise(prepared, [value for (value,) in settings], steps, embedded=False)

@@ -1,0 +1,53 @@
+"""Merged LoRA: the adapter is added into the weights for one strength and taken out again, as deployments do today."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slideredit_rt.adapters import Adapter, save_adapter
+from slideredit_rt.editor import Prepared, SliderEditor
+from slideredit_rt.evaluation.systems.base import Case, System
+from slideredit_rt.families import Family
+
+
+class MergedLoRA(System):
+    """diffusers' `fuse_lora` and `unfuse_lora` per strength; every row is touched, and a batch has one strength."""
+
+    name, knob = "merged-lora", "strength"
+    ranges = ((0.0, 1.0), (0.0, 1.5), (0.0, 2.0), (0.0, 3.0), (-0.5, 2.0))
+    how = "diffusers fuse_lora and unfuse_lora per strength, unmasked, eager torch"
+
+    def __init__(self, family: Family, pipeline: Any, adapter: Adapter) -> None:
+        """`pipeline`: of its own, since its weights are rewritten."""
+        with tempfile.TemporaryDirectory() as folder:
+            save_adapter(adapter, Path(folder) / "diffusers", "diffusers")
+            pipeline.load_lora_weights(str(Path(folder) / "diffusers"), adapter_name="slider")
+        family.prepare_transformer(pipeline.transformer)
+
+        @torch.no_grad()
+        def engine(inputs: Any) -> Tensor:
+            own = {k: v for k, v in inputs.items() if k not in ("alpha", "token_mask")}
+            return family.run(pipeline.transformer, own)
+
+        self.editor = SliderEditor(family, pipeline, engine, dict(pipeline.transformer.config), "gst", 16, 1)
+
+    def prepare(self, case: Case) -> Prepared:
+        return self.editor.prepare(case.image, case.instructions[:1], prompt=case.prompt, seed=case.seed)
+
+    def render(self, prepared: Prepared, settings: Sequence[Sequence[float]], steps: int) -> Tensor:
+        images, pipeline = [], self.editor.pipeline
+        for (strength,) in settings:
+            # Not `fuse_lora(lora_scale=…)`: it multiplies the scale that earlier strengths left behind.
+            pipeline.set_adapters("slider", 1 - strength)
+            pipeline.fuse_lora()
+            try:
+                images.append(self.editor.render_tensor(prepared, [[strength]], steps=steps))
+            finally:
+                pipeline.unfuse_lora()
+        return torch.cat(images)
