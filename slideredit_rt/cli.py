@@ -575,6 +575,23 @@ def _parser() -> argparse.ArgumentParser:
         "--out", type=Path, required=True, help="folder for engines, pictures and the report"
     )
 
+    evaluate = command("evaluate", _evaluate, "compare sliders with other ways to scale an edit, on shapes scenes")
+    evaluate.add_argument("--base", default="shapes-kontext", help="(default: shapes-kontext)")
+    evaluate.add_argument("--adapter", action="append", required=True, help="an ST or a GST adapter; repeat for both")
+    evaluate.add_argument(
+        "--systems",
+        type=_listed(str),
+        help="of st, gst, pad-interpolation, implicit-cfg, explicit-cfg, merged-lora (default: all that the adapters allow)",
+    )
+    evaluate.add_argument("--sliders", type=_listed(int), default="1", help="moved jointly: 1, 2, 3 (default: 1)")
+    evaluate.add_argument("--scenes", type=int, help="held-out scenes for one slider (default: 64)")
+    evaluate.add_argument("--joint-scenes", type=int, help="for two and three sliders each (default: 64)")
+    evaluate.add_argument("--samples", type=int, help="settings of one slider (default: 15)")
+    evaluate.add_argument("--joint-samples", type=int, help="settings per slider of several (default: 7)")
+    evaluate.add_argument("--search-scenes", type=int, help="for choosing each system's range (default: 12)")
+    evaluate.add_argument("--steps", type=int, help="denoising steps (default: 12)")
+    evaluate.add_argument("--out", type=Path, required=True, help="folder of the run; a killed run continues in it")
+
     kernel_commands = commands.add_parser("kernels", help="compile the Triton kernels ahead of time").add_subparsers(
         dest="what", required=True, metavar="WHAT"
     )
@@ -632,6 +649,23 @@ def _parser() -> argparse.ArgumentParser:
     )
     adapter.add_argument("--out", type=Path, required=True, help="adapter file to write (.safetensors)")
     return parser
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    from slideredit_rt.evaluation.command import run_evaluation
+    from slideredit_rt.evaluation.report import markdown_table
+    from slideredit_rt.evaluation.run import BenchmarkConfig
+
+    given = {
+        name: value
+        for name in ("scenes", "joint_scenes", "samples", "joint_samples", "search_scenes", "steps")
+        if (value := getattr(args, name)) is not None
+    }
+    config = BenchmarkConfig(sliders=tuple(args.sliders), **given)
+    report = run_evaluation(args.base, args.adapter, args.systems or [], config, args.out, progress=not args.quiet)
+    lines = [markdown_table(report["systems"]), f"wrote {args.out}: report.json, table.md, rows.csv, curves.png, strips.png"]
+    _emit(args, report, lines)
+    return 0
 
 
 def _kernels_build(args: argparse.Namespace) -> int:

@@ -158,7 +158,7 @@ class Benchmark:
 
     Args:
         systems: by name, each made when it is first needed.
-        reference: which of them makes the plain edit, at its own `plain` setting.
+        reference: makes the plain edit, at its `plain` setting.
         config: settings; those of an unfinished run in `out` must be the same.
         out: gets `rows/` (one file per case, written whole), `rows.csv`, and pictures.
         fingerprints: of base and adapters, so that a continued run does not mix two.
@@ -167,21 +167,23 @@ class Benchmark:
     def __init__(
         self,
         systems: Mapping[str, Callable[[], System]],
-        reference: str,
+        reference: Callable[[], System],
         config: BenchmarkConfig,
         out: Path,
         fingerprints: Mapping[str, str],
     ) -> None:
         self.makers, self.reference, self.config, self.out = systems, reference, config, out
         self.made: dict[str, System] = {}
-        settings = json.loads(json.dumps({"config": asdict(config), "fingerprints": dict(fingerprints)}))
+        self.settings = json.loads(json.dumps({"config": asdict(config), "fingerprints": dict(fingerprints)}))
         path = out / "settings.json"
         if path.exists():
-            if json.loads(path.read_text()) != settings:
-                raise SliderEditError(f"{str(out)!r} holds an evaluation with other settings; continue with those or choose another --out")
+            if json.loads(path.read_text()) != self.settings:
+                raise SliderEditError(
+                    f"{str(out)!r} holds an evaluation with other settings; continue with those or choose another --out"
+                )
         else:
             with atomic_file(path) as temporary:
-                temporary.write_text(json.dumps(settings, indent=2) + "\n")
+                temporary.write_text(json.dumps(self.settings, indent=2) + "\n")
 
     def system(self, name: str) -> System:
         if name not in self.made:
@@ -235,7 +237,7 @@ class Benchmark:
         """The source picture and the plain edit."""
         path = self.out / "rows" / f"base.{case[0].name}.csv"
         if not path.exists():
-            system = self.system(self.reference)
+            system = self.reference()
             knobs = (system.plain,) * len(case[0].instructions)
             start = time.perf_counter()
             image = system.render(system.prepare(case[0]), [knobs], self.config.steps)
