@@ -44,9 +44,7 @@ def summarise_system(rows: Sequence[Row], base: Mapping[str, Sequence[Row]]) -> 
         left_out += len(source) - len(usable)
         if usable:
             reach.append(
-                statistics.fmean(
-                    extrapolation([r.scores.attributes[i] for r in swept], source[i], edited[i]) for i in usable
-                )
+                statistics.fmean(extrapolation([r.scores.attributes[i] for r in swept], source[i], edited[i]) for i in usable)
             )
     measures: dict[str, Estimate | None] = {
         "continuity": estimate(evenness),

@@ -1,0 +1,177 @@
+"""The benchmark on a handful of small scenes: systems against what they must equal, the run, and its report."""
+
+import json
+
+import pytest
+import torch
+
+from slideredit_rt.adapters import load_adapter
+from slideredit_rt.assets import resolve_base
+from slideredit_rt.cli import main
+from slideredit_rt.editor import SliderEditor
+from slideredit_rt.errors import SliderEditError
+from slideredit_rt.evaluation.report import markdown_table, summarise_run
+from slideredit_rt.evaluation.run import BenchmarkConfig, Row, case_continuity, lines, read_rows, write_rows
+from slideredit_rt.evaluation.shapes import Scores, score_shapes, shapes_cases, source_scores, untouched
+from slideredit_rt.evaluation.systems.guidance import ExplicitGuidance, ImplicitGuidance
+from slideredit_rt.evaluation.systems.merged_lora import MergedLoRA
+from slideredit_rt.evaluation.systems.pad_interpolation import PadInterpolation, interpolated_rows
+from slideredit_rt.evaluation.systems.slideredit import GloballySelective, SelectiveToken
+from slideredit_rt.families import get_family
+from slideredit_rt.training.shapes_world import render
+
+STEPS = 2
+
+
+@pytest.fixture(scope="module")
+def eager_st():
+    return SliderEditor.from_pretrained("shapes-kontext", "shapes-st", max_batch=4)
+
+
+@pytest.fixture(scope="module")
+def case():
+    return next(iter(shapes_cases(1, 1, 1).values()))[0]
+
+
+def _render(system, case, values):
+    return system.render(system.prepare(case), [[v] for v in values], STEPS)
+
+
+def test_every_system_makes_the_same_plain_edit(eager_st, case):
+    plain = _render(SelectiveToken(eager_st), case, [1.0])
+    for system in (PadInterpolation(eager_st), ExplicitGuidance(eager_st), ImplicitGuidance(eager_st)):
+        torch.testing.assert_close(_render(system, case, [system.plain]), plain, atol=1e-5, rtol=0, msg=system.name)
+
+
+def test_explicit_guidance_of_zero_is_the_edit_without_a_prompt(eager_st, case):
+    # More settings than a batch holds, so that every row is seen to keep its own weight.
+    images = _render(ExplicitGuidance(eager_st), case, [0.5, 1.0, 0.0, 1.5, 0.25])
+    conditioning = eager_st.prepare(case.image, case.instructions, true_cfg_scale=2.0, negative_prompt="", seed=case.seed)
+    inputs = eager_st.family.batch_inputs(
+        eager_st.config, conditioning.conditioning, torch.zeros(1, 1), conditioning.token_mask[None]
+    )
+    inputs |= conditioning.conditioning.negative
+    without = eager_st.denoise(SelectiveToken(eager_st).prepare(case).conditioning, inputs, STEPS)
+    torch.testing.assert_close(images[2:3], without, atol=1e-5, rtol=0)
+
+
+def test_what_stands_in_fully_interpolated_rows_cannot_be_read(eager_st, case):
+    """With β = 1 the picture does not depend on the rows' own content, and it does without: all layers are reached."""
+    prepared = PadInterpolation(eager_st).prepare(case)
+    rows = prepared.conditioning.text_rows
+    inputs = eager_st.family.batch_inputs(eager_st.config, prepared.conditioning, torch.zeros(1, 1), prepared.token_mask[None])
+    inputs["timestep"].fill_(0.7)
+    weight = prepared.token_mask.float()[:, :rows]
+    garbled = inputs["encoder_hidden_states"].clone()
+    garbled[:, prepared.token_mask[0, :rows]] *= -2
+    with interpolated_rows(eager_st.pipeline.transformer, weight, rows - 1):
+        interpolated, unread = eager_st.engine(inputs), eager_st.engine(inputs | {"encoder_hidden_states": garbled})
+    plain, read = eager_st.engine(inputs), eager_st.engine(inputs | {"encoder_hidden_states": garbled})
+    torch.testing.assert_close(unread, interpolated, atol=1e-5, rtol=0)
+    assert (read - plain).abs().max() > 0.01
+    assert (interpolated - plain).abs().max() > 0.01
+
+
+def test_merged_lora_equals_the_unmasked_adapter_at_any_strength_in_any_order(case):
+    family = get_family("flux_kontext")
+    pipeline = family.load_pipeline(resolve_base("shapes-kontext"))
+    merged = MergedLoRA(family, pipeline, load_adapter("shapes-gst", family))
+    gst = GloballySelective(SliderEditor.from_pretrained("shapes-kontext", "shapes-gst"))
+    # 1 leaves a scale of 0 behind; what follows must not be multiplied by it.
+    values = [1.0, 0.25, -0.5, 1.0, 2.0, 0.25]
+    torch.testing.assert_close(_render(merged, case, values), _render(gst, case, values), atol=1e-4, rtol=0)
+
+
+def test_the_scorer_reads_exact_scenes_exactly():
+    for _, example in shapes_cases(24, 2, 1).values():
+        (exact,) = score_shapes(example, render([example.target]))
+        assert exact.attributes == pytest.approx((1, 1), abs=0.06)
+        assert exact.elsewhere < 1e-6
+    for scores in source_scores([e for _, e in shapes_cases(24, 2, 1).values()]):
+        assert scores.attributes == pytest.approx((0, 0), abs=0.06)
+
+
+def test_a_change_where_nothing_was_asked_counts_in_full():
+    _, example = next(iter(shapes_cases(1, 1, 1).values()))
+    image = render([example.target])
+    image[:, :, untouched(example)] += 0.1
+    assert score_shapes(example, image)[0].elsewhere == pytest.approx(0.1, abs=1e-6)
+
+
+def _row(knobs, attributes, phase="bench", sample=0):
+    return Row(phase, "st", "a", len(knobs), 0.0, 1.0, sample, tuple(knobs), Scores(tuple(attributes), 0.1), 0.01)
+
+
+def test_lines_of_a_joint_sweep_are_sorted_by_their_own_knob():
+    rows = [_row((a, b), (a + 10 * b, b)) for a in (2.0, 0.0, 1.0) for b in (1.0, 0.0)]
+    assert lines(rows, 0) == [[10, 11, 12], [0, 1, 2]]
+    assert lines(rows, 1) == [[0, 1]] * 3
+    joint = [_row((a, b), (a, b)) for a in (2.0, 0.0, 1.0) for b in (1.0, 0.0, 2.0)]
+    assert case_continuity(joint) == 1
+
+
+def test_rows_survive_the_file(tmp_path):
+    rows = [_row((0.5, -1.25), (0.1, 1.5), sample=3)]
+    write_rows(tmp_path / "rows.csv", rows)
+    assert read_rows(tmp_path / "rows.csv") == rows
+    (tmp_path / "rows.csv").write_text("phase,system\nbench,st\n")
+    with pytest.raises(SliderEditError, match="delete it and run again"):
+        read_rows(tmp_path / "rows.csv")
+
+
+def test_edits_that_the_base_cannot_make_are_counted_not_extrapolated():
+    base = [_row((v,), (0.1 * v,), "base", int(v)) for v in (0.0, 1.0)]
+    (entry,) = summarise_run([*base, *(_row((v,), (v,)) for v in (0.0, 0.5, 1.0))])
+    assert entry["extrapolation"] is None
+    assert entry["edits_left_out_of_extrapolation"] == 1
+    assert "| – |" in markdown_table([entry])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"samples": 2}, "at least 3"), ({"sliders": (4,)}, "1, 2 and 3"), ({"scenes": 0}, "at least 1")],
+)
+def test_settings_that_measure_nothing_are_refused(options, message):
+    with pytest.raises(SliderEditError, match=message):
+        BenchmarkConfig(**options)
+
+
+SMALL = ["--scenes", "1", "--samples", "3", "--search-scenes", "1", "--steps", "2", "--quiet"]
+
+
+def test_a_run_can_be_killed_continued_and_reported_again(tmp_path, capsys):
+    command = ["evaluate", "--adapter", "shapes-st", "--systems", "st,explicit-cfg", "--out", str(tmp_path / "run"), *SMALL]
+    assert main(command) == 0
+    first = json.loads((tmp_path / "run/report.json").read_text())
+    rows = (tmp_path / "run/rows.csv").read_text()
+    for name in ("curves.png", "strips.png", "table.md"):
+        assert (tmp_path / "run" / name).stat().st_size > 100
+    # As a run that was killed before its second system was swept.
+    (done,) = (tmp_path / "run/rows").glob("bench.st.*")
+    (lost,) = (tmp_path / "run/rows").glob("bench.explicit-cfg.*")
+    before = done.stat().st_mtime_ns
+    lost.unlink()
+    (tmp_path / "run/rows.csv").unlink()
+    assert main(command) == 0
+    assert done.stat().st_mtime_ns == before
+    without_times = [line.rsplit(",", 1)[0] for line in rows.splitlines()]
+    assert [line.rsplit(",", 1)[0] for line in (tmp_path / "run/rows.csv").read_text().splitlines()] == without_times
+    again = json.loads((tmp_path / "run/report.json").read_text())
+    assert again["systems"][0] == first["systems"][0]
+    capsys.readouterr()
+    assert main([*command, "--steps", "3"]) == 2
+    assert "other settings" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--adapter", "shapes-st", "--systems", "gst"], "needs an adapter of its kind"),
+        (["--adapter", "shapes-st", "--systems", "prompt-weights"], "is no system of this benchmark"),
+        (["--adapter", "shapes-st", "--adapter", "shapes-st"], "are both ST"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_written(arguments, message, tmp_path, capsys):
+    assert main(["evaluate", *arguments, "--out", str(tmp_path / "run"), *SMALL]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
