@@ -1,6 +1,7 @@
 """The benchmark on a handful of small scenes: systems against what they must equal, the run, and its report."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -175,3 +176,10 @@ def test_bad_input_is_refused_before_anything_is_written(arguments, message, tmp
     assert main(["evaluate", *arguments, "--out", str(tmp_path / "run"), *SMALL]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_committed_table_is_what_its_rows_say():
+    folder = Path(__file__).parents[1] / "bench/results/evaluation"
+    summary = summarise_run(read_rows(folder / "rows.csv"))
+    assert json.loads((folder / "report.json").read_text())["systems"] == summary
+    assert (folder / "table.md").read_text() == markdown_table(summary)

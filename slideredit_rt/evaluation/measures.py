@@ -1,4 +1,4 @@
-"""What a slider's response says: continuity, extrapolation, disentanglement (SliderEdit, arXiv 2511.09715, benchmark section)."""
+"""What a slider's response says: continuity, order, extrapolation (SliderEdit, arXiv 2511.09715, benchmark section)."""
 
 from __future__ import annotations
 
