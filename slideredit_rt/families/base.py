@@ -300,5 +300,5 @@ class Family(ABC):
         return self.guide(prediction.clone(), backbone(negative)[:, :rows], true_cfg_scale)
 
     def guide(self, prediction: Tensor, negative: Tensor, scale: float | Tensor) -> Tensor:
-        """Classifier-free guidance between two passes' predictions, `[B, latent_rows, C]`; `scale` may be a tensor `[B, 1, 1]`."""
+        """Classifier-free guidance between two passes' predictions, `[B, latent_rows, C]`; a scale may be `[B, 1, 1]`."""
         return negative + scale * (prediction - negative)
