@@ -12,7 +12,7 @@ from slideredit_rt.cli import main
 from slideredit_rt.editor import SliderEditor
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.evaluation.report import markdown_table, summarise_run
-from slideredit_rt.evaluation.run import BenchmarkConfig, Row, case_continuity, lines, read_rows, write_rows
+from slideredit_rt.evaluation.run import BenchmarkConfig, Row, case_continuity, lines, read_rows, usefulness, write_rows
 from slideredit_rt.evaluation.shapes import Scores, score_shapes, shapes_cases, source_scores, untouched
 from slideredit_rt.evaluation.systems.guidance import ExplicitGuidance, ImplicitGuidance
 from slideredit_rt.evaluation.systems.merged_lora import MergedLoRA
@@ -183,3 +183,10 @@ def test_committed_table_is_what_its_rows_say():
     summary = summarise_run(read_rows(folder / "rows.csv"))
     assert json.loads((folder / "report.json").read_text())["systems"] == summary
     assert (folder / "table.md").read_text() == markdown_table(summary)
+
+
+def test_a_range_in_which_the_response_turns_back_is_not_chosen():
+    straight = [_row((v,), (min(v, 0.9),)) for v in (0.0, 0.25, 0.5, 0.75, 1.0)]
+    folded = [_row((v,), (r,)) for v, r in ((0.0, 0.0), (1.0, 0.5), (2.0, 1.0), (3.0, 0.75), (4.0, 0.25))]
+    assert case_continuity(folded) > case_continuity(straight)
+    assert usefulness(folded, 0.0, 1.0) < usefulness(straight, 0.0, 1.0)

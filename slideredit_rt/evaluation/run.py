@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from slideredit_rt.errors import SliderEditError
-from slideredit_rt.evaluation.measures import continuity
+from slideredit_rt.evaluation.measures import continuity, monotonicity
 from slideredit_rt.evaluation.shapes import Scores, score_shapes, shapes_cases, source_scores
 from slideredit_rt.evaluation.systems import Case, System
 from slideredit_rt.files import atomic_file
@@ -148,9 +148,14 @@ def case_continuity(rows: Sequence[Row]) -> float:
 
 
 def usefulness(rows: Sequence[Row], source: float, edited: float) -> float:
-    """What a range is chosen by: continuity times the share of the way from the source to the plain edit that it covers."""
+    """What a range is chosen by: continuity × rank correlation × share of the way from source to plain edit that it covers.
+
+    Without the correlation, which counts as 0 below 0, ranges would win in which the response turns back: folded, it fills its
+    bins evenly.
+    """
     reached = [min(1.0, max(0.0, (row.scores.attributes[0] - source) / (edited - source))) for row in rows]
-    return case_continuity(rows) * (max(reached) - min(reached))
+    order = monotonicity([row.knobs[0] for row in rows], [row.scores.attributes[0] for row in rows])
+    return case_continuity(rows) * max(0.0, order) * (max(reached) - min(reached))
 
 
 class Benchmark:
