@@ -223,6 +223,7 @@ def describe_adapter(adapter: Adapter, dropped: Sequence[str] = ()) -> dict[str,
         "rank": adapter.rank,
         "modules": len(adapter.pairs),
         "training": adapter.training,
+        "strength_curve": adapter.curve.to_json(),
         **({"dropped": list(dropped)} if dropped else {}),
     }
 

@@ -24,15 +24,24 @@ def _check_low_rank(x: Tensor, n: int, lora_a: Tensor, lora_b: Tensor, row_scale
         f"lora_a {tuple(lora_a.shape)} and lora_b {tuple(lora_b.shape)} do not fit a projection from {k} to {n}; "
         f"give [R, {k}] and [{n}, R]",
     )
+    bank = row_scale.ndim == x.ndim
     _require(
-        row_scale.shape == x.shape[:-1],
-        f"row_scale has shape {tuple(row_scale.shape)}; give one scale per row of x, {tuple(x.shape[:-1])}",
+        row_scale.shape[: x.ndim - 1] == x.shape[:-1] and row_scale.ndim <= x.ndim,
+        f"row_scale has shape {tuple(row_scale.shape)}; give one scale per row of x, {tuple(x.shape[:-1])}, "
+        "or for a bank of adapters one per row and member",
+    )
+    _require(
+        not bank or (row_scale.shape[-1] > 0 and rank % row_scale.shape[-1] == 0),
+        f"row_scale has {row_scale.shape[-1] if bank else 1} members, which do not share a rank of {rank} evenly; "
+        "fill each member of a bank with zeros to the largest rank",
     )
     _require(
         row_scale.dtype == torch.promote_types(x.dtype, torch.float32) or row_scale.dtype == torch.float32,
         f"row_scale is {row_scale.dtype}; give float32, since 16 bits would round the strengths",
     )
-    _require(1 <= rank <= MAX_RANK or not x.is_cuda, f"rank {rank} is outside the kernels' range 1 to {MAX_RANK}")
+    _require(
+        1 <= rank <= MAX_RANK or not x.is_cuda or bank, f"rank {rank} is outside the kernels' range 1 to {MAX_RANK}"
+    )
     for name, tensor in (("lora_a", lora_a), ("lora_b", lora_b), ("row_scale", row_scale)):
         _require(tensor.device == x.device, f"{name} is on {tensor.device} and x on {x.device}; move them to one device")
 
@@ -46,6 +55,15 @@ def _check_projection(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     _require(
         bias is None or bias.shape == (weight.shape[0],),
         f"bias has shape {None if bias is None else tuple(bias.shape)}; give [{weight.shape[0]}]",
+    )
+
+
+def check_one_scale_per_row(x: Tensor, row_scale: Tensor) -> None:
+    """Raise `SliderEditError` for a bank of adapters, which no Triton kernel takes."""
+    _require(
+        row_scale.ndim < x.ndim,
+        f"row_scale has shape {tuple(row_scale.shape)}, one scale per member of a bank; the Triton kernels take one per row: "
+        "use the operators without _triton",
     )
 
 

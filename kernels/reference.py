@@ -14,13 +14,16 @@ def masked_lora_linear_reference(
 ) -> Tensor:
     """`x Wᵀ + bias + row_scale · (x Aᵀ) Bᵀ`; rows of `row_scale` 0 get the frozen projection, bit for bit.
 
+    With a bank of G adapters, their A's stacked and their B's side by side, every member has a scale of its own in each row.
+
     Args:
         x: `[..., S, K]`, floating point.
         weight: `[N, K]`, same dtype as `x`.
         bias: `[N]` or None.
         lora_a: `[R, K]`, any floating dtype.
         lora_b: `[N, R]`, LoRA's own `lora_alpha / r` already folded in.
-        row_scale: `[..., S]`, float32.
+        row_scale: `[..., S]`, float32. For a bank `[..., S, G]` where G divides R: member g scales the rows g·R/G to
+            (g + 1)·R/G of `lora_a`.
 
     Returns:
         `[..., S, N]` in the dtype of `x`. The update is computed and added in float32 (float64 for float64 inputs).
@@ -51,9 +54,21 @@ def masked_lora_qkv_reference(
     return q, k, v
 
 
+def scaled_low_rank(x: Tensor, lora_a: Tensor, row_scale: Tensor) -> Tensor:
+    """`row_scale · (x Aᵀ)`, `[..., S, R]`, each member's columns by its own scale; arguments of the same dtype."""
+    low = F.linear(x, lora_a)
+    members = member_scales(row_scale, x)
+    return (low.unflatten(-1, (members.shape[-1], -1)) * members.unsqueeze(-1)).flatten(-2)
+
+
+def member_scales(row_scale: Tensor, x: Tensor) -> Tensor:
+    """`row_scale` as `[..., S, G]`; a single adapter is a bank of one."""
+    return row_scale if row_scale.ndim == x.ndim else row_scale.unsqueeze(-1)
+
+
 def _updated(y: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, row_scale: Tensor) -> Tensor:
     wide = torch.promote_types(x.dtype, torch.float32)
-    scale = row_scale.to(wide).unsqueeze(-1)
-    update = F.linear(F.linear(x.to(wide), lora_a.to(wide)), lora_b.to(wide))
+    update = F.linear(scaled_low_rank(x.to(wide), lora_a.to(wide), row_scale.to(wide)), lora_b.to(wide))
+    active = (member_scales(row_scale, x) != 0).any(dim=-1, keepdim=True)
     # Not y + 0 · update: an inactive row may hold a NaN or an infinity.
-    return torch.where(scale != 0, (y.to(wide) + scale * update).to(x.dtype), y)
+    return torch.where(active, (y.to(wide) + update).to(x.dtype), y)

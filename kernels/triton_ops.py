@@ -15,7 +15,7 @@ from torch import Tensor
 
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.kernels import dispatch
-from slideredit_rt.kernels.arguments import check_linear, check_qkv, check_update
+from slideredit_rt.kernels.arguments import check_linear, check_one_scale_per_row, check_qkv, check_update
 from slideredit_rt.kernels.ops import empty_projection, empty_qkv
 from slideredit_rt.kernels.triton_accumulate import launch_linear as launch_accumulate_linear
 from slideredit_rt.kernels.triton_accumulate import launch_low_rank
@@ -50,7 +50,8 @@ def _configuration(kernel: str, x: Tensor, rank: int) -> dispatch.Configuration:
     return dispatch.configuration(kernel, x.shape[0], rank, x.dtype, capability)
 
 
-def _require_launchable(x: Tensor) -> None:
+def _require_launchable(x: Tensor, row_scale: Tensor) -> None:
+    check_one_scale_per_row(x, row_scale)
     if x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise SliderEditError(
             f"the Triton kernels take bfloat16, float16 or float32, not {x.dtype}; use the …_reference operator"
@@ -157,7 +158,7 @@ def masked_lora_linear_triton(
         SliderEditError: shapes, dtypes or devices that the kernels do not take.
     """
     check_linear(x, weight, bias, lora_a, lora_b, row_scale)
-    _require_launchable(x)
+    _require_launchable(x, row_scale)
     y: Tensor = _masked_lora_linear_triton(x, weight, bias, lora_a, lora_b, row_scale)
     return y
 
@@ -170,7 +171,7 @@ def masked_lora_accumulate_triton(
     Arguments and errors as in `masked_lora_linear_triton`.
     """
     check_linear(x, weight, bias, lora_a, lora_b, row_scale)
-    _require_launchable(x)
+    _require_launchable(x, row_scale)
     y: Tensor = _masked_lora_accumulate_triton(x, weight, bias, lora_a, lora_b, row_scale)
     return y
 
@@ -183,7 +184,7 @@ def masked_lora_addmm_triton(
     Arguments and errors as in `masked_lora_linear_triton`, but no float16: it could not hold a large scale times a product.
     """
     check_linear(x, weight, bias, lora_a, lora_b, row_scale)
-    _require_launchable(x)
+    _require_launchable(x, row_scale)
     if x.dtype == torch.float16:
         raise SliderEditError("the addmm path would overflow float16 at large strengths; use masked_lora_accumulate_triton")
     y: Tensor = _masked_lora_addmm_triton(x, weight, bias, lora_a, lora_b, row_scale)
@@ -197,7 +198,7 @@ def masked_lora_update_triton_(y: Tensor, x: Tensor, lora_a: Tensor, lora_b: Ten
     are neither read nor written. Shapes as in `masked_lora_update_reference_`, errors as in `masked_lora_linear_triton`.
     """
     check_update(y, x, lora_a, lora_b, row_scale)
-    _require_launchable(x)
+    _require_launchable(x, row_scale)
     _masked_lora_update_triton_(y, x, lora_a, lora_b, row_scale)
     return y
 
@@ -212,7 +213,7 @@ def masked_lora_qkv_triton(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`masked_lora_qkv` in one launch. Errors as in `masked_lora_linear_triton`."""
     check_qkv(x, weights, biases, lora_as, lora_bs, row_scale)
-    _require_launchable(x)
+    _require_launchable(x, row_scale)
     q, k, v = _masked_lora_qkv_triton(x, weights, biases, lora_as, lora_bs, row_scale)
     return q, k, v
 

@@ -23,6 +23,7 @@ from slideredit_rt.assets import resolve_adapter
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.families import FAMILIES, KINDS, Family, Kind, RowSet, get_family
 from slideredit_rt.files import atomic_file, atomic_folder
+from slideredit_rt.sliders import StrengthCurve
 
 Format = Literal["canonical", "diffusers", "peft", "slideredit-st"]
 """`canonical`: one safetensors file with metadata, which diffusers loads, too. `diffusers`: a folder with that file under the
@@ -49,6 +50,7 @@ class Adapter:
         pairs: module name to (A `[R, K]`, B `[N, R]`), float32, `lora_alpha / r` folded into B.
         source: where it came from, for messages.
         training: how it was trained, as far as the file says.
+        curve: from strength to alpha; found by `slideredit-rt adapter calibrate`, else `alpha = 1 − strength`.
         dtype: of the tensors as they were stored; several, joined by "+", where they were mixed.
     """
 
@@ -58,6 +60,7 @@ class Adapter:
     pairs: dict[str, tuple[Tensor, Tensor]]
     source: str
     training: dict[str, Any] = field(default_factory=dict)
+    curve: StrengthCurve = field(default_factory=StrengthCurve)
     dtype: str = "float32"
 
     @property
@@ -127,6 +130,12 @@ def _settings(text: str | bytes, what: str, path: Path) -> dict[str, Any]:
             f"the {what} of adapter {str(path)!r} cannot be read ({error}); save or download it again"
         ) from None
     return settings
+
+
+def _curve(metadata: Mapping[str, str], path: Path) -> StrengthCurve:
+    if "strength_curve" not in metadata:
+        return StrengthCurve()
+    return StrengthCurve.from_json(_settings(metadata["strength_curve"], "strength curve", path))
 
 
 def _by_pattern(patterns: Any, module: str, default: Any) -> Any:
@@ -243,6 +252,7 @@ def load_adapter(source: str | Path, family: Family | None = None, *, mixed_dtyp
         pairs=pairs,
         source=str(source),
         training=_settings(metadata.get("training", "{}"), "training record", path),
+        curve=_curve(metadata, path),
         dtype="+".join(stored_dtypes),
     )
 
@@ -396,6 +406,7 @@ def adapter_report(adapter: Adapter) -> dict[str, Any]:
         "norm": math.sqrt(max(sum(squares.values()), 0)),
         "targets": dict(sorted(targets.items())),
         "training": adapter.training,
+        "strength_curve": adapter.curve.to_json(),
         "fingerprint": adapter.fingerprint,
     }
 
@@ -404,7 +415,7 @@ def save_adapter(adapter: Adapter, path: Path, form: Format = "canonical", *, dt
     """Write an adapter; the file or folder appears whole or not at all.
 
     Every format states a scale of 1 for every module, since `lora_alpha / r` is in B already, and reading it gives the same
-    float32 numbers back. Family, kind and training are kept by all but `slideredit-st`.
+    float32 numbers back. Family, kind, training and strength curve are kept by all but `slideredit-st`.
 
     Args:
         path: a file; for `diffusers` and `peft` a folder, which must not exist.
@@ -439,6 +450,7 @@ def save_adapter(adapter: Adapter, path: Path, form: Format = "canonical", *, dt
         "rank": str(adapter.rank),
         "targets": json.dumps(adapter.targets),
         "training": json.dumps(adapter.training, sort_keys=True),
+        "strength_curve": json.dumps(adapter.curve.to_json()),
     }
     if form in ("canonical", "diffusers"):
         metadata["lora_adapter_metadata"] = json.dumps({f"transformer.{key}": value for key, value in config.items()})

@@ -413,26 +413,30 @@ def _train_adapter(args: argparse.Namespace) -> int:
     from slideredit_rt.assets import resolve_base
     from slideredit_rt.families import family_of
     from slideredit_rt.training.shapes_adapters import ShapesData, shapes_recipe
+    from slideredit_rt.training.shapes_world import find_instruction
     from slideredit_rt.training.suppression import Data, FolderData, SuppressionConfig, SuppressionTrainer
 
     folder = resolve_base(args.base)
     family = family_of(folder)
     pipeline = family.load_pipeline(folder, dtype=getattr(torch, args.dtype))
     data: Data
+    edits = None
+    if args.instructions is not None:
+        edits = [line.strip() for line in args.instructions.read_text().splitlines() if line.strip()]
     if args.images is None:
-        data, recipe = ShapesData(), shapes_recipe(args.kind)
+        data = ShapesData() if edits is None else ShapesData([find_instruction(edit) for edit in edits])
+        recipe = shapes_recipe(args.kind)
     else:
-        if args.instructions is None:
+        if edits is None:
             raise SliderEditError("training on a folder of images needs --instructions, a text file with one edit per line")
         images = sorted(p for p in args.images.iterdir() if p.is_file()) if args.images.is_dir() else []
-        edits = [line.strip() for line in args.instructions.read_text().splitlines() if line.strip()]
         data = FolderData(images, edits, family.side(pipeline))
         recipe = SuppressionConfig(kind=args.kind, target="remaining" if args.kind == "st" else "neutral")
     chosen = {f.name: getattr(args, f.name, None) for f in dataclasses.fields(SuppressionConfig)}
     config = dataclasses.replace(recipe, **{k: v for k, v in chosen.items() if v is not None})
     sample_every = max(1, config.steps // 4) if args.sample_every is None else args.sample_every
     trainer = SuppressionTrainer(family, pipeline, data, config, args.out)
-    adapter = trainer.train(progress=not args.quiet, sample_every=sample_every)
+    adapter = trainer.train(progress=not args.quiet, sample_every=sample_every, snapshots=args.snapshots)
     _emit(args, {"out": str(args.out), "modules": len(adapter.pairs), **adapter.training}, [f"wrote {args.out}"])
     return 0
 
@@ -624,7 +628,7 @@ def _parser() -> argparse.ArgumentParser:
     adapter.add_argument(
         "--images", type=Path, help="folder of source pictures (default: shapes scenes and the shipped recipe)"
     )
-    adapter.add_argument("--instructions", type=Path, help="text file, one edit per line")
+    adapter.add_argument("--instructions", type=Path, help="text file, one edit per line (default: all of the shapes world)")
     adapter.add_argument("--target", choices=("remaining", "empty", "neutral"), help="prompt of the frozen model")
     adapter.add_argument(
         "--alpha-sampling", choices=("uniform", "fixed"), help="fixed is the paper's loss; uniform makes a ramp"
@@ -646,6 +650,9 @@ def _parser() -> argparse.ArgumentParser:
     adapter.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the frozen base")
     adapter.add_argument(
         "--sample-every", type=int, help="steps between sample pictures (default: a quarter of the run; 0: none)"
+    )
+    adapter.add_argument(
+        "--snapshots", type=_listed(int), default=[], metavar="STEP,…", help="keep the adapter after these steps, too"
     )
     adapter.add_argument("--out", type=Path, required=True, help="adapter file to write (.safetensors)")
     return parser

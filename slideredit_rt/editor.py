@@ -21,7 +21,7 @@ from slideredit_rt.engines.manifest import fingerprint_base
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.families import Conditioning, Family, family_of, get_family
 from slideredit_rt.modules import SliderBackbone
-from slideredit_rt.sliders import Slider, compose_prompt, find_spans, normalise, row_mask
+from slideredit_rt.sliders import Slider, StrengthCurve, compose_prompt, find_spans, normalise, row_mask
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,7 @@ class SliderEditor:
         engine: runs the backbone; the same object for the life of the editor.
         kind: `st` or `gst`.
         max_batch, max_sliders: the engine's limits.
+        curve: from strength to alpha, as the adapter brought it.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class SliderEditor:
         kind: str,
         max_batch: int,
         max_sliders: int,
+        curve: StrengthCurve | None = None,
     ) -> None:
         self.family = family
         self.pipeline = pipeline
@@ -66,6 +68,7 @@ class SliderEditor:
         self.kind = kind
         self.max_batch = max_batch
         self.max_sliders = max_sliders
+        self.curve = curve or StrengthCurve()
 
     @classmethod
     def from_engine(
@@ -104,7 +107,8 @@ class SliderEditor:
                 "pass the original base or rebuild the engine"
             )
         pipeline = family.load_pipeline(folder, transformer=False)
-        return cls(family, pipeline, engine, manifest.config, manifest.kind, manifest.max_batch, manifest.max_sliders)
+        limits = (manifest.max_batch, manifest.max_sliders)
+        return cls(family, pipeline, engine, manifest.config, manifest.kind, *limits, manifest.curve)
 
     @classmethod
     def from_pretrained(
@@ -134,7 +138,8 @@ class SliderEditor:
             output: Tensor = backbone(inputs)
             return output
 
-        return cls(family, pipeline, engine, dict(pipeline.transformer.config), loaded.kind, max_batch, max_sliders)
+        config = dict(pipeline.transformer.config)
+        return cls(family, pipeline, engine, config, loaded.kind, max_batch, max_sliders, loaded.curve)
 
     def prepare(
         self,
@@ -230,7 +235,8 @@ class SliderEditor:
         count = len(prepared.instructions)
         if not strengths or any(len(setting) != count for setting in strengths):
             raise SliderEditError(f"give one or more settings of {count} strength(s) each, got {[list(s) for s in strengths]}")
-        settings = [[Slider(i, s).alpha for i, s in zip(prepared.instructions, setting, strict=True)] for setting in strengths]
+        sliders = [[Slider(i, s) for i, s in zip(prepared.instructions, setting, strict=True)] for setting in strengths]
+        settings = [[self.curve(slider.strength) for slider in setting] for setting in sliders]
         steps = self.family.num_inference_steps if steps is None else steps
         if steps < 1:
             raise SliderEditError(f"{steps} denoising steps were asked for; give at least 1")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import math
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,10 +40,62 @@ class Slider:
                 f"slider {self.instruction!r} has strength {self.strength}; give a finite number, such as 0.5"
             )
 
-    @property
-    def alpha(self) -> float:
-        """What engines take: the paper's α, `1 − strength`."""
-        return 1.0 - self.strength
+
+@dataclass(frozen=True)
+class StrengthCurve:
+    """From the strength that people set to the alpha that engines take.
+
+    Straight between its points and, beyond them, on as between the last two. The default is the paper's `alpha = 1 − strength`;
+    `slideredit-rt adapter calibrate` finds one whose edits follow the strength evenly.
+
+    Attributes:
+        strengths: rising, two or more.
+        alphas: one per strength, never turning back.
+
+    Raises:
+        SliderEditError: numbers that are no such curve.
+    """
+
+    strengths: tuple[float, ...] = (0.0, 1.0)
+    alphas: tuple[float, ...] = (1.0, 0.0)
+
+    def __post_init__(self) -> None:
+        rises = [b - a for a, b in itertools.pairwise(self.strengths)]
+        steps = [b - a for a, b in itertools.pairwise(self.alphas)]
+        if (
+            len(self.strengths) < 2
+            or len(self.strengths) != len(self.alphas)
+            or not all(map(math.isfinite, (*self.strengths, *self.alphas)))
+            or min(rises) <= 0
+            or (min(steps) < 0 < max(steps))
+        ):
+            raise SliderEditError(
+                f"strengths {list(self.strengths)} and alphas {list(self.alphas)} are no strength curve; "
+                "give two or more rising strengths and as many alphas that rise or fall throughout"
+            )
+
+    def __call__(self, strength: float) -> float:
+        """The alpha for a strength."""
+        right = min(max(bisect.bisect_left(self.strengths, strength), 1), len(self.strengths) - 1)
+        (x0, x1), (y0, y1) = self.strengths[right - 1 : right + 1], self.alphas[right - 1 : right + 1]
+        return y0 + (y1 - y0) / (x1 - x0) * (strength - x0)
+
+    def to_json(self) -> dict[str, list[float]]:
+        return {"strengths": list(self.strengths), "alphas": list(self.alphas)}
+
+    @classmethod
+    def from_json(cls, data: Any) -> StrengthCurve:
+        """The curve that `to_json` described; None gives the default.
+
+        Raises:
+            SliderEditError: not such a description.
+        """
+        if data is None:
+            return cls()
+        try:
+            return cls(tuple(map(float, data["strengths"])), tuple(map(float, data["alphas"])))
+        except (KeyError, TypeError, ValueError) as error:
+            raise SliderEditError(f"{data!r} is no strength curve ({error}); calibrate the adapter again") from None
 
 
 @dataclass(frozen=True)

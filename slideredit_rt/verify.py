@@ -19,7 +19,7 @@ from slideredit_rt.engines.manifest import read_manifest
 from slideredit_rt.engines.tensorrt import RuntimeOptions
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.families import get_family
-from slideredit_rt.sliders import Slider
+from slideredit_rt.sliders import Slider, StrengthCurve
 
 ALPHAS = (-0.5, 0.0, 0.5, 1.0)
 MAX_ABS_TOLERANCE = 1e-4
@@ -181,6 +181,8 @@ def verify_engine(
         same_dtype = SliderEditor.from_pretrained(base, loaded, dtype=getattr(torch, manifest.dtype)).engine
     prepared = engine.prepare(image, sliders)
     comparisons = compare_backbones(engine, eager.engine, same_dtype, prepared, manifest.max_batch)
+    # Alphas are compared, whatever strengths the adapter's own curve calls them.
+    engine.curve = eager.curve = StrengthCurve()
     settings = [[1 - a] * len(sliders) for a in ALPHAS]
     finals = [editor.render_tensor(prepared, settings, steps=steps) for editor in (engine, eager)]
     errors = (finals[0] - finals[1]).double().square().flatten(1).mean(1)

@@ -91,6 +91,7 @@ def test_the_engine_computes_with_the_new_adapter_and_describes_it(
         "rank": first.rank - less,
         "modules": len(first.pairs),
         "training": {"steps": 7},
+        "strength_curve": {"strengths": [0.0, 1.0], "alphas": [1.0, 0.0]},
     }
     assert dataclasses.replace(after, adapter=before.adapter, files=before.files) == before
 

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from slideredit_rt.adapters import Adapter, fit_adapter, load_adapter, match_adapter, save_adapter
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.families import Family
+from slideredit_rt.sliders import StrengthCurve
 
 MODULES = ["transformer_blocks.0.attn.to_add_out", "transformer_blocks.1.attn.add_q_proj"]
 
@@ -39,10 +40,11 @@ def same(adapter: Adapter, pairs: dict[str, tuple[torch.Tensor, torch.Tensor]], 
 
 
 def test_canonical_file_round_trips(family: Family, tmp_path: Path, pairs: Any) -> None:
-    save_adapter(Adapter(family.name, "st", 4, pairs, "x", {"steps": 3}), tmp_path / "a.safetensors")
+    curve = StrengthCurve((0.0, 0.5, 1.0), (1.0, 0.75, 0.0))
+    save_adapter(Adapter(family.name, "st", 4, pairs, "x", {"steps": 3}, curve), tmp_path / "a.safetensors")
     adapter = load_adapter(tmp_path / "a.safetensors", family)
     assert same(adapter, pairs)
-    assert (adapter.kind, adapter.rank, adapter.training) == ("st", 4, {"steps": 3})
+    assert (adapter.kind, adapter.rank, adapter.training, adapter.curve) == ("st", 4, {"steps": 3}, curve)
 
 
 @pytest.mark.parametrize("prefix", ["", "transformer.", "base_model.model."])

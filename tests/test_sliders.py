@@ -11,7 +11,7 @@ import torch
 from slideredit_rt.assets import resolve_base
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.families import Family
-from slideredit_rt.sliders import Slider, combine_row_scale, compose_prompt, find_spans, row_mask
+from slideredit_rt.sliders import Slider, StrengthCurve, combine_row_scale, compose_prompt, find_spans, row_mask
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,30 @@ def owned(family: Family, encoders: Any, prompt: str, *instructions: str, max_ro
 
 
 def test_alpha_is_one_minus_strength() -> None:
-    assert [Slider("x", s).alpha for s in (0, 1, 1.5)] == [1, 0, -0.5]
+    assert [StrengthCurve()(s) for s in (0, 1, 1.5)] == [1, 0, -0.5]
+
+
+def test_a_curve_is_straight_between_its_points_and_beyond_them() -> None:
+    curve = StrengthCurve((0.0, 0.5, 1.0), (1.0, 0.2, 0.0))
+    assert [curve(s) for s in (0.0, 0.25, 0.5, 0.75, 1.0)] == pytest.approx([1.0, 0.6, 0.2, 0.1, 0.0])
+    assert [curve(s) for s in (-0.5, 1.5)] == pytest.approx([1.8, -0.2])
+    assert StrengthCurve.from_json(curve.to_json()) == curve
+    assert StrengthCurve.from_json(None) == StrengthCurve()
+
+
+@pytest.mark.parametrize(
+    ("strengths", "alphas"),
+    [
+        ((0.0,), (1.0,)),
+        ((0.0, 1.0), (1.0, 0.5, 0.0)),
+        ((0.0, 0.0), (1.0, 0.0)),
+        ((0.0, 0.5, 1.0), (1.0, 0.2, 0.3)),
+        ((0.0, float("nan")), (1.0, 0.0)),
+    ],
+)
+def test_what_is_no_curve_is_refused(strengths: tuple[float, ...], alphas: tuple[float, ...]) -> None:
+    with pytest.raises(SliderEditError, match="no strength curve"):
+        StrengthCurve(strengths, alphas)
 
 
 @pytest.mark.parametrize("strength", [float("nan"), float("inf"), -float("inf")])

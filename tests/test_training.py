@@ -17,6 +17,7 @@ from slideredit_rt.assets import resolve_base
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.families import Family
 from slideredit_rt.training.shapes_adapters import ShapesData, shapes_recipe
+from slideredit_rt.training.shapes_world import find_instruction
 from slideredit_rt.training.suppression import FolderData, SuppressionConfig, SuppressionTrainer
 
 TINY = SuppressionConfig(kind="st", rank=4, steps=4, batch=4, learning_rate=1e-3)
@@ -99,6 +100,16 @@ def test_samples_are_drawn_on_the_way(trainer: Any, tmp_path: Path) -> None:
     assert Image.open(strip).width > 6 * 64
 
 
+def test_snapshots_are_the_adapter_as_it_was_then(trainer: Any, tmp_path: Path, family: Family) -> None:
+    trainer().train(progress=False, snapshots=[2])
+    # A constant learning rate: two steps of a longer run are a run of two steps.
+    trainer(replace(TINY, steps=2), name="short.safetensors").train(progress=False)
+    snapshot = load_adapter(tmp_path / "a-step-2.safetensors", family)
+    assert snapshot.fingerprint == load_adapter(tmp_path / "short.safetensors", family).fingerprint
+    with pytest.raises(SliderEditError, match="inside the run"):
+        trainer().train(progress=False, snapshots=[4])
+
+
 def test_a_bfloat16_base_and_gradient_checkpointing_train_too(family: Family, tmp_path: Path) -> None:
     half = family.load_pipeline(resolve_base("shapes-kontext"), dtype=torch.bfloat16)
     config = replace(TINY, steps=1, gradient_checkpointing=True)
@@ -140,7 +151,6 @@ def test_st_masks_only_the_suppressed_instructions(trainer: Any) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"kind": "gst"}, "neutral or empty"),
         ({"target": "nothing"}, "target is 'nothing'"),
         ({"alpha_sampling": "sometimes"}, "alpha_sampling"),
         ({"rank": 0}, "rank is 0"),
@@ -149,6 +159,24 @@ def test_st_masks_only_the_suppressed_instructions(trainer: Any) -> None:
 def test_settings_that_make_no_sense_are_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(SliderEditError, match=message):
         replace(TINY, **change)
+
+
+def test_gst_can_be_shown_a_part_of_the_prompt(trainer: Any) -> None:
+    """PPS: every row is scaled, whichever instructions the frozen model was shown."""
+    run = trainer(replace(TINY, kind="gst", target="remaining"))
+    batch = run._batch(0)
+    assert batch.token_mask.all()
+    assert not torch.equal(batch.target["encoder_hidden_states"], batch.full["encoder_hidden_states"])
+
+
+def test_shapes_data_draws_only_what_it_is_told() -> None:
+    known = [find_instruction("make the circle red"), find_instruction("make the background dark")]
+    _, prompts = ShapesData(known).draw(random.Random(0), 40)
+    drawn = {text for instructions in prompts for text in instructions}
+    assert drawn == {i.text for i in known}
+    assert {len(p) for p in prompts} == {1, 2}
+    with pytest.raises(SliderEditError, match="no instruction of the shapes world"):
+        find_instruction("make the triangle red")
 
 
 def test_folder_of_images(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.families import TensorSpec
 from slideredit_rt.files import folder_fingerprint, sha256
+from slideredit_rt.sliders import StrengthCurve
 
 SCHEMA_VERSION = 1
 NAME = "manifest.json"
@@ -23,7 +24,8 @@ class Manifest:
     Attributes:
         family: base-model family.
         base: `source` (embedded name, hub repository or folder) and `fingerprint`, SHA-256 per pipeline component.
-        adapter: `source`, `fingerprint`, `kind`, `rank`, `modules`; None for an engine of the frozen backbone.
+        adapter: `source`, `fingerprint`, `kind`, `rank`, `modules`, `strength_curve`; None for an engine of
+            the frozen backbone.
         backend, backend_version: what executes it.
         lowering: how the masked update was asked to be expressed: `native`, `folded` or `plugin`,
             or `operator`: ours, run by torch.
@@ -70,6 +72,11 @@ class Manifest:
     @property
     def kind(self) -> str | None:
         return self.adapter["kind"] if self.adapter else None
+
+    @property
+    def curve(self) -> StrengthCurve:
+        """From strength to alpha, as the adapter brought it."""
+        return StrengthCurve.from_json(self.adapter and self.adapter.get("strength_curve"))
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 
 from torch import Tensor
 
 from slideredit_rt.families import Kind
-from slideredit_rt.training.shapes_world import draw_example, render
+from slideredit_rt.training.shapes_world import ALL_INSTRUCTIONS, Instruction, draw_example, render
 from slideredit_rt.training.suppression import SuppressionConfig
 
 
 class ShapesData:
-    """Scenes drawn on the fly with one to three instructions each."""
+    """Scenes drawn on the fly with one to three instructions each.
+
+    Args:
+        known: instructions to draw from.
+    """
+
+    def __init__(self, known: Sequence[Instruction] = ALL_INSTRUCTIONS) -> None:
+        self.known = known
 
     def draw(self, rng: random.Random, batch: int) -> tuple[Tensor, list[list[str]]]:
-        examples = [draw_example(rng, rng.choice((1, 2, 2, 3))) for _ in range(batch)]
+        examples = [draw_example(rng, rng.choice((1, 2, 2, 3)), self.known) for _ in range(batch)]
         return render(e.scene for e in examples), [[i.text for i in e.instructions] for e in examples]
 
 

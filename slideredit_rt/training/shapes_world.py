@@ -15,10 +15,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from slideredit_rt.errors import SliderEditError
+
 SIZE = 64
 """Side of a rendered image in pixels."""
 
 SHAPES = ("circle", "square")
+
+ATTRIBUTES = (*(f"{shape} {kind}" for shape in SHAPES for kind in ("colour", "area")), "background")
+"""What instructions change. Two instructions on one attribute contradict each other."""
 
 # Channels stay inside [0.15, 0.92] so that a strength above 1 has room to show.
 COLOURS: dict[str, tuple[float, float, float]] = {
@@ -132,21 +137,41 @@ def draw_scene(rng: random.Random) -> Scene:
     )
 
 
-def draw_example(rng: random.Random, count: int) -> Example:
-    """A random scene with `count` instructions on different attributes, each of which changes something."""
-    scene = draw_scene(rng)
-    chosen: dict[str, Instruction] = {}
-    attributes = rng.sample([f"{s} {k}" for s in SHAPES for k in ("colour", "area")] + ["background"], count)
-    for attribute in attributes:
-        candidates = [i for i in ALL_INSTRUCTIONS if i.attribute == attribute and i.apply(scene) != scene]
-        chosen[attribute] = rng.choice(candidates)
-    return Example(scene, tuple(chosen.values()))
+def draw_example(rng: random.Random, count: int, known: Sequence[Instruction] = ALL_INSTRUCTIONS) -> Example:
+    """A random scene with `count` instructions on different attributes, each of which changes something.
+
+    Args:
+        known: what to draw from; fewer than `count` instructions come out where they change fewer attributes.
+    """
+    while True:
+        scene = draw_scene(rng)
+        usable: dict[str, list[Instruction]] = {}
+        for instruction in known:
+            if instruction.apply(scene) != scene:
+                usable.setdefault(instruction.attribute, []).append(instruction)
+        if usable:
+            break
+    # In the order of the attributes, whatever the order of `known`: a seed stands for the same examples.
+    attributes = rng.sample([a for a in ATTRIBUTES if a in usable], min(count, len(usable)))
+    return Example(scene, tuple(rng.choice(usable[a]) for a in attributes))
 
 
-def held_out_examples(number: int, count: int, seed: int = 0) -> list[Example]:
+def held_out_examples(number: int, count: int, seed: int = 0, known: Sequence[Instruction] = ALL_INSTRUCTIONS) -> list[Example]:
     """`number` examples of `count` instructions each that no recipe trains on; same `seed`, same examples."""
     rng = random.Random(f"held-out/{seed}/{count}")
-    return [draw_example(rng, count) for _ in range(number)]
+    return [draw_example(rng, count, known) for _ in range(number)]
+
+
+def find_instruction(text: str) -> Instruction:
+    """The instruction of the world that reads `text`.
+
+    Raises:
+        SliderEditError: there is none.
+    """
+    found = next((i for i in ALL_INSTRUCTIONS if i.text == text), None)
+    if found is None:
+        raise SliderEditError(f"{text!r} is no instruction of the shapes world, such as {ALL_INSTRUCTIONS[0].text!r}")
+    return found
 
 
 def coverage(scenes: Sequence[Scene]) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
@@ -46,7 +46,8 @@ class SuppressionConfig:
         kind: `st` or `gst`.
         target: what the frozen model is shown. `remaining`: the prompt without a random non-empty subset of its
             instructions (PPS; the empty string when none is left). `empty` and `neutral`: nothing, or the family's neutral
-            sentence, in place of the whole prompt (SPPS).
+            sentence, in place of the whole prompt (SPPS). A GST adapter is not told which instructions to suppress, so PPS
+            teaches it the mean over subsets.
         rank: LoRA rank; `lora_alpha` equals it.
         all_projections: adapt every linear whose rows the kind may scale, not only those of the released adapters.
         alpha_sampling: `fixed` is the paper's loss at α = 1. `uniform` draws α from [0, 1] per example and moves the
@@ -76,10 +77,6 @@ class SuppressionConfig:
         for name, choices in allowed.items():
             if getattr(self, name) not in get_args(choices):
                 raise SliderEditError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(get_args(choices))}")
-        if self.kind == "gst" and self.target == "remaining":
-            raise SliderEditError(
-                "a GST adapter scales every row and cannot keep a part of the prompt; use --target neutral or empty"
-            )
         for name in ("rank", "steps", "batch"):
             if getattr(self, name) < 1:
                 raise SliderEditError(f"{name} is {getattr(self, name)}; give at least 1")
@@ -263,14 +260,24 @@ class SuppressionTrainer:
         save_image(draw_grid([strip], [f"{s:g}" for s in _SAMPLE_STRENGTHS], [""], title), path)
         return path
 
-    def train(self, *, progress: bool = True, checkpoint_every: int = 100, sample_every: int = 0) -> Adapter:
+    def train(
+        self,
+        *,
+        progress: bool = True,
+        checkpoint_every: int = 100,
+        sample_every: int = 0,
+        snapshots: Collection[int] = (),
+    ) -> Adapter:
         """Run to the end, continuing from an interrupted run's state; writes and returns the adapter.
 
         Args:
             progress: show a bar with the loss on standard error.
             checkpoint_every: steps between saved states.
             sample_every: steps between sample pictures; 0 draws none.
+            snapshots: steps after which the adapter as it is then is kept, as `OUT-step-N.safetensors`.
         """
+        if outside := [step for step in snapshots if not 0 < step < self.config.steps]:
+            raise SliderEditError(f"snapshot after step {outside[0]} of {self.config.steps}: name steps inside the run")
         start = self._resume()
         average = None
         with tqdm(
@@ -294,6 +301,8 @@ class SuppressionTrainer:
                     self._save_state(step + 1)
                 if sample_every and (step + 1) % sample_every == 0:
                     self.sample(step + 1)
+                if step + 1 in snapshots:
+                    save_adapter(self.adapter(), self.out.with_name(f"{self.out.stem}-step-{step + 1}.safetensors"))
         adapter = self.adapter()
         save_adapter(adapter, self.out)
         self.state_path.unlink(missing_ok=True)

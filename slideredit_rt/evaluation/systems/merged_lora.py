@@ -35,7 +35,7 @@ class MergedLoRA(System):
             own = {k: v for k, v in inputs.items() if k not in ("alpha", "token_mask")}
             return family.run(pipeline.transformer, own)
 
-        self.editor = SliderEditor(family, pipeline, engine, dict(pipeline.transformer.config), "gst", 16, 1)
+        self.editor = SliderEditor(family, pipeline, engine, dict(pipeline.transformer.config), "gst", 16, 1, adapter.curve)
 
     def prepare(self, case: Case) -> Prepared:
         return self.editor.prepare(case.image, case.instructions[:1], prompt=case.prompt, seed=case.seed)
@@ -44,7 +44,7 @@ class MergedLoRA(System):
         images, pipeline = [], self.editor.pipeline
         for (strength,) in settings:
             # Not `fuse_lora(lora_scale=…)`: it multiplies the scale that earlier strengths left behind.
-            pipeline.set_adapters("slider", 1 - strength)
+            pipeline.set_adapters("slider", self.editor.curve(strength))
             pipeline.fuse_lora()
             try:
                 images.append(self.editor.render_tensor(prepared, [[strength]], steps=steps))
