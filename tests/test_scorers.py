@@ -1,0 +1,454 @@
+"""Learned scorers: the real classes with small random weights, against computations of their own."""
+
+import importlib
+import io
+import pickle
+import sys
+import types
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import sentencepiece
+import torch
+import torch.nn.functional as F
+import transformers
+from onnx import TensorProto, helper, numpy_helper
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from slideredit_rt.errors import SliderEditError
+from slideredit_rt.evaluation.scorers import SCORERS, AttributeScorer, DistanceScorer, load_scorer
+from slideredit_rt.evaluation.scorers.base import BATCH
+from slideredit_rt.training.shapes_editor import build_clip_tokenizer
+
+SIDE = 32
+PHRASES = ["curly hair", "a warm smile on the man's face"]
+TOWER = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+EYE = {"image_size": SIDE, "patch_size": 8, **TOWER}
+MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.3, 0.25]
+
+
+def _random_weights(model):
+    """Wider than an initialisation, whose pictures would all look alike."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            nn.init.normal_(parameter, std=0.2, generator=generator)
+    return model.eval()
+
+
+def _save(folder, model, processor, tokenizer=None):
+    for part in (_random_weights(model), processor, tokenizer):
+        if part is not None:
+            part.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """One small checkpoint per transformers scorer, saved as a hub repository is."""
+    root = tmp_path_factory.mktemp("checkpoints")
+    plain = {"image_mean": MEAN, "image_std": STD}
+    square = {"size": {"height": SIDE, "width": SIDE}, **plain}
+    cropped = {"size": {"shortest_edge": SIDE}, "crop_size": {"height": SIDE, "width": SIDE}, **plain}
+
+    words = build_clip_tokenizer()
+    text = {"vocab_size": len(words), "max_position_embeddings": 24, "eos_token_id": words.eos_token_id, **TOWER}
+    config = transformers.CLIPConfig(text_config=text, vision_config=EYE, projection_dim=16)
+    _save(root / "clip", transformers.CLIPModel(config), transformers.CLIPImageProcessorPil(**cropped), words)
+
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([phrase.lower() for phrase in PHRASES] * 50),
+        model_writer=model, vocab_size=60, pad_id=0, eos_id=1, unk_id=2, bos_id=-1, hard_vocab_limit=False, minloglevel=2,
+    )  # fmt: skip
+    (root / "spiece.model").write_bytes(model.getvalue())
+    pieces = transformers.SiglipTokenizer(str(root / "spiece.model"), model_max_length=48)
+    config = transformers.SiglipConfig(
+        text_config={"vocab_size": len(pieces), "max_position_embeddings": 48, "projection_size": 32, **TOWER},
+        vision_config=EYE,
+    )
+    _save(root / "siglip", transformers.SiglipModel(config), transformers.SiglipImageProcessorPil(**square), pieces)
+
+    letters = [*"abcdefghijklmnopqrstuvwxyz'", *(f"##{c}" for c in "abcdefghijklmnopqrstuvwxyz")]
+    vocab = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "curly", "hair", "smile", *letters]
+    bert = transformers.BertTokenizer(vocab={token: i for i, token in enumerate(vocab)})
+    text = {"vocab_size": len(vocab), "max_position_embeddings": 48, "encoder_hidden_size": 32, **TOWER}
+    config = transformers.BlipConfig(text_config=text, vision_config=EYE)
+    blip = transformers.BlipForImageTextRetrieval(config)
+    _save(root / "blip-itm", blip, transformers.BlipImageProcessorPil(**square), bert)
+
+    config = transformers.Dinov2Config(**{k: v for k, v in EYE.items() if k != "intermediate_size"})
+    _save(root / "dinov2", transformers.Dinov2Model(config), transformers.BitImageProcessorPil(**cropped))
+    return root
+
+
+@pytest.fixture(scope="module")
+def images():
+    """More pictures than a model is shown at once; values that 8 bits hold exactly."""
+    return torch.randint(0, 256, (BATCH + 2, 3, SIDE, SIDE), generator=torch.Generator().manual_seed(1)) / 255
+
+
+@pytest.fixture(scope="module", params=["clip", "siglip", "blip-itm"])
+def attribute_scorer(request, checkpoints):
+    return load_scorer(request.param, str(checkpoints / request.param))
+
+
+def _normalised(images):
+    mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
+    return (images - mean) / std
+
+
+def _expected(name, folder, images, phrases):
+    """One picture and one phrase at a time, from the parts of the model and nothing padded that was not in training."""
+    tokenizer, pixels = transformers.AutoTokenizer.from_pretrained(folder), _normalised(images)
+    if name == "blip-itm":
+        model = transformers.BlipForImageTextRetrieval.from_pretrained(folder)
+        ids = [tokenizer(phrase, return_tensors="pt")["input_ids"] for phrase in phrases]
+        return [
+            [model(i, p[None], use_itm_head=True).itm_score.softmax(-1)[0, 1].item() for i in ids] for p in pixels
+        ]  # fmt: skip
+    if name == "clip":
+        model = transformers.CLIPModel.from_pretrained(folder)
+        seen = model.visual_projection(model.vision_model(pixels).pooler_output)
+        ids = [tokenizer(phrase, return_tensors="pt")["input_ids"] for phrase in phrases]
+        read = [model.text_projection(model.text_model(i).pooler_output)[0] for i in ids]
+    else:
+        model = transformers.SiglipModel.from_pretrained(folder)
+        seen = model.vision_model(pixels).pooler_output
+        rows = [tokenizer(phrase)["input_ids"] for phrase in phrases]
+        ids = [torch.tensor([row + [tokenizer.pad_token_id] * (48 - len(row))]) for row in rows]
+        read = [model.text_model(i).pooler_output[0] for i in ids]
+    return [[F.cosine_similarity(s, r, dim=0).item() for r in read] for s in seen]
+
+
+@torch.no_grad()
+def test_attribute_scores_are_those_of_the_model_itself(attribute_scorer, checkpoints, images):
+    assert isinstance(attribute_scorer, AttributeScorer)
+    scores = attribute_scorer.score(images, PHRASES)
+    expected = _expected(attribute_scorer.name, checkpoints / attribute_scorer.name, images, PHRASES)
+    np.testing.assert_allclose(scores, expected, atol=1e-5)
+    # Neither pictures nor phrases all look alike to it, or nothing was compared.
+    assert np.ptp(expected, axis=0).min() > 1e-3
+    assert np.ptp(expected, axis=1).min() > 1e-4
+
+
+def test_a_picture_scores_the_same_in_any_batch_and_a_phrase_beside_any_other(attribute_scorer, images):
+    together = attribute_scorer.score(images, PHRASES)
+    for index in (0, BATCH + 1):
+        np.testing.assert_allclose(attribute_scorer.score(images[index : index + 1], PHRASES)[0], together[index], atol=1e-5)
+    np.testing.assert_allclose(attribute_scorer.score(images, PHRASES[:1]), np.array(together)[:, :1], atol=1e-5)
+
+
+def test_pictures_of_another_size_are_resized_by_pillow(checkpoints):
+    scorer = load_scorer("siglip", str(checkpoints / "siglip"))
+    large = torch.rand(1, 3, 48, 80, generator=torch.Generator().manual_seed(2))
+    pixels = (large[0] * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    resized = np.asarray(Image.fromarray(pixels).resize((SIDE, SIDE), Image.Resampling.BICUBIC))
+    small = torch.from_numpy(resized.copy()).permute(2, 0, 1)[None] / 255
+    np.testing.assert_allclose(scorer.score(large, PHRASES), scorer.score(small, PHRASES), atol=1e-5)
+
+
+def test_a_phrase_that_would_be_cut_off_is_refused(attribute_scorer, images):
+    with pytest.raises(SliderEditError, match=r"'hair hair.* tokens and the scorer '.*' reads (24|48); shorten it"):
+        attribute_scorer.score(images[:1], ["smile", "hair " * 60])
+
+
+@pytest.fixture(scope="module")
+def dinov2(checkpoints):
+    return load_scorer("dinov2", str(checkpoints / "dinov2"))
+
+
+@torch.no_grad()
+def test_dinov2_distance_is_one_minus_the_cosine_of_the_class_tokens(dinov2, checkpoints, images):
+    assert isinstance(dinov2, DistanceScorer)
+    model = transformers.Dinov2Model.from_pretrained(checkpoints / "dinov2")
+    tokens = model.layernorm(model.encoder(model.embeddings(_normalised(images))).last_hidden_state)[:, 0]
+    expected = 1 - F.cosine_similarity(tokens, tokens[:1])
+    np.testing.assert_allclose(dinov2.distance(images, images[:1]), expected, atol=1e-5)
+    assert expected[1:].min() > 0.01
+    assert dinov2.distance(images[:1], images[:1]) == pytest.approx([0], abs=1e-6)
+
+
+def test_a_source_is_embedded_once_however_often_it_is_compared_with(dinov2, images):
+    seen = []
+    hook = dinov2.vision.model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(len(kwargs["pixel_values"])), with_kwargs=True
+    )
+    source = images[-1:]
+    first = dinov2.distance(images[:3], source)
+    again = dinov2.distance(images[:3], source.clone())
+    hook.remove()
+    assert first == again
+    assert seen == [1, 3, 3]
+
+
+class _Backbones(types.ModuleType):
+    """The layers of torchvision's `alexnet` and `vgg16` that LPIPS reads, with random weights."""
+
+    @staticmethod
+    def alexnet(pretrained):
+        pool = {2: nn.MaxPool2d(3, 2), 5: nn.MaxPool2d(3, 2)}
+        shapes = iter([(3, 64, 11, 4, 2), (64, 192, 5, 1, 2), (192, 384, 3, 1, 1), (384, 256, 3, 1, 1), (256, 256, 3, 1, 1)])
+        layers = [pool[i] if i in pool else nn.Conv2d(*next(shapes)) if i in (0, 3, 6, 8, 10) else nn.ReLU() for i in range(12)]
+        return types.SimpleNamespace(features=nn.Sequential(*layers))
+
+    @staticmethod
+    def vgg16(pretrained):
+        layers, channels = [], 3
+        for width, repeats in ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3)):
+            for _ in range(repeats):
+                layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU()]
+                channels = width
+            layers.append(nn.MaxPool2d(2, 2))
+        return types.SimpleNamespace(features=nn.Sequential(*layers))
+
+
+@pytest.fixture(scope="module")
+def lpips_package():
+    """The package, on torchvision where it works and otherwise (it has no build for every torch) on its backbones' layers."""
+    if find_spec("lpips") is None:
+        pytest.skip("lpips is not installed; pip install --no-deps lpips")
+    with pytest.MonkeyPatch.context() as patch:
+        if find_spec("torchvision") is None:
+            stand_in = types.ModuleType("torchvision")
+            stand_in.__spec__ = ModuleSpec("torchvision", None)
+            stand_in.models = _Backbones("torchvision.models")
+            patch.setitem(sys.modules, "torchvision", stand_in)
+            patch.setitem(sys.modules, "torchvision.models", stand_in.models)
+        yield importlib.import_module("lpips")
+
+
+RELUS = {"alex": (1, 4, 7, 9, 11), "vgg": (3, 8, 15, 22, 29)}
+
+
+@pytest.fixture(scope="module", params=["alex", "vgg"])
+def lpips_scorer(request, lpips_package, tmp_path_factory):
+    """The scorer, and the backbone whose weights it was given as a file."""
+    torch.manual_seed(3)
+    models = sys.modules["torchvision.models"]
+    backbone = {"alex": models.alexnet, "vgg": models.vgg16}[request.param](pretrained=False).features
+    suffix = {"alex": "safetensors", "vgg": "pth"}[request.param]
+    path = tmp_path_factory.mktemp("lpips") / f"backbone.{suffix}"
+    weights = {f"features.{name}": value for name, value in backbone.state_dict().items()}
+    save_file(weights, path) if suffix == "safetensors" else torch.save(weights, path)
+    return load_scorer(f"lpips-{request.param}", str(path)), backbone, RELUS[request.param]
+
+
+@torch.no_grad()
+def test_lpips_is_the_weighted_difference_of_the_backbones_features(lpips_scorer, lpips_package):
+    scorer, backbone, relus = lpips_scorer
+    images = torch.rand(3, 3, 64, 80, generator=torch.Generator().manual_seed(4))
+    shift, scale = torch.tensor([[-0.030, -0.088, -0.188], [0.458, 0.448, 0.450]])[:, :, None, None]
+    seen, values = (2 * images - 1 - shift) / scale, []
+    path = f"{lpips_package.__path__[0]}/weights/v0.1/{scorer.backbone}.pth"
+    learned = torch.load(path, map_location="cpu", weights_only=True)
+    for number in range(relus[-1] + 1):
+        seen = backbone[number](seen)
+        if number in relus:
+            unit = seen / seen.norm(dim=1, keepdim=True)
+            weight = learned[f"lin{relus.index(number)}.model.1.weight"]
+            values.append(F.conv2d((unit - unit[:1]).square(), weight).mean(dim=(1, 2, 3)))
+    expected = torch.stack(values).sum(0)
+    np.testing.assert_allclose(scorer.distance(images, images[:1]), expected, rtol=1e-4, atol=1e-7)
+    assert expected[1:].min() > 0.01
+    assert scorer.distance(images[:1], images[:1]) == [0]
+
+
+def test_lpips_does_not_compare_pictures_of_two_sizes(lpips_scorer):
+    with pytest.raises(SliderEditError, match=r"the edit has 80×64 pixels and its source 64×64; resize one of them"):
+        lpips_scorer[0].distance(torch.zeros(1, 3, 64, 80), torch.zeros(1, 3, 64, 64))
+
+
+def test_lpips_takes_no_backbone_that_is_another_network(lpips_package, tmp_path):
+    save_file({"features.0.weight": torch.zeros(64, 3, 11, 11)}, tmp_path / "other.safetensors")
+    with pytest.raises(SliderEditError, match=r"scorer 'lpips-alex' cannot be loaded from .*features\.0\.bias"):
+        load_scorer("lpips-alex", str(tmp_path / "other.safetensors"))
+
+
+# The five points of a face, relative to the middle of the 112 pixels that InsightFace crops: the crop is then cut straight out.
+LANDMARKS = np.array([[38.2946, 51.6963], [73.5318, 51.5014], [56.0252, 71.7366], [41.5493, 92.3655], [70.7299, 92.2041]]) - 56
+FRAME = 640
+
+
+def _face_detector(path):
+    """Finds a face wherever an 8×8 cell is white, in the form of InsightFace's detectors: two anchors a cell, three strides."""
+    nodes, outputs, tensors = [], [], []
+
+    def constant(name, value):
+        tensors.append(numpy_helper.from_array(np.asarray(value), name))
+        return name
+
+    def node(kind, inputs, output, **options):
+        nodes.append(helper.make_node(kind, inputs, [output], **options))
+        return output
+
+    constant("column", np.array([-1, 1]))
+    pair = constant("pair", np.array([1, 2]))
+    offsets = {
+        "box": np.full((1, 4), 40, np.float32),
+        "points": LANDMARKS.reshape(1, 10).astype(np.float32),
+    }
+    for group in ("score", "box", "points"):
+        for stride in (8, 16, 32):
+            cells = node("AveragePool", ["input"], f"{group}{stride}.cells", kernel_shape=[stride] * 2, strides=[stride] * 2)
+            white = node("ReduceMin", [cells, constant(f"{group}{stride}.axes", np.array([1]))], f"{group}{stride}.white")
+            column = node("Tile", [node("Reshape", [white, "column"], f"{group}{stride}.column"), pair], f"{group}{stride}.two")
+            # Every anchor two rows of one value: cell by cell, anchor by anchor.
+            column = node("Reshape", [column, "column"], f"{group}{stride}.rows")
+            name = f"{group}{stride}"
+            if group == "score":
+                # A white cell has 127.5 / 128 everywhere; wider ones cannot be white.
+                half = constant(f"{name}.limit", np.float32(0.99))
+                hit = node("Greater", [column, half], f"{name}.hit")
+                node("Cast", [hit], name, to=TensorProto.FLOAT)
+            else:
+                nothing = node("Mul", [column, constant(f"{name}.zero", np.float32(0))], f"{name}.nothing")
+                node("Add", [nothing, constant(f"{name}.offset", offsets[group] / np.float32(stride))], name)
+            width = {"score": 1, "box": 4, "points": 10}[group]
+            outputs.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, ["rows", width]))
+    picture = helper.make_tensor_value_info("input", TensorProto.FLOAT, [1, 3, "height", "width"])
+    _write_graph(path, nodes, [picture], outputs, tensors)
+
+
+def _face_recogniser(path):
+    """A convolution and a sum: 112×112 pixels to 8 numbers."""
+    kernel = np.random.default_rng(0).standard_normal((8, 3, 16, 16)).astype(np.float32)
+    nodes = [
+        helper.make_node("Conv", ["input", "kernel"], ["seen"], strides=[16, 16]),
+        helper.make_node("Sin", ["seen"], ["bent"]),
+        helper.make_node("GlobalAveragePool", ["bent"], ["pooled"]),
+        helper.make_node("Flatten", ["pooled"], ["embedding"]),
+    ]
+    picture = helper.make_tensor_value_info("input", TensorProto.FLOAT, ["batch", 3, 112, 112])
+    embedding = helper.make_tensor_value_info("embedding", TensorProto.FLOAT, ["batch", 8])
+    _write_graph(path, nodes, [picture], [embedding], [numpy_helper.from_array(kernel, "kernel")])
+
+
+def _write_graph(path, nodes, inputs, outputs, tensors):
+    graph = helper.make_graph(nodes, path.stem, inputs, outputs, tensors)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    onnx.checker.check_model(model)
+    onnx.save(model, path)
+
+
+@pytest.fixture(scope="module")
+def face_models(tmp_path_factory):
+    # Its computer vision package wants libraries of a desktop.
+    pytest.importorskip("insightface", exc_type=ImportError)
+    folder = tmp_path_factory.mktemp("faces")
+    _face_detector(folder / "det.onnx")
+    _face_recogniser(folder / "rec.onnx")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def arcface(face_models):
+    return load_scorer("arcface", str(face_models))
+
+
+def _with_faces(seed, *places):
+    """A dim random picture `[1, 3, 640, 640]` with a face (a white cell) at each place."""
+    picture = torch.randint(0, 200, (1, 3, FRAME, FRAME), generator=torch.Generator().manual_seed(seed)) / 255
+    for x, y in places:
+        picture[:, :, y : y + 8, x : x + 8] = 1
+    return picture
+
+
+def test_arcface_distance_is_one_minus_the_cosine_of_the_two_faces(arcface, face_models):
+    source, edited = _with_faces(5, (320, 240)), _with_faces(6, (160, 400))
+    session = onnxruntime.InferenceSession(face_models / "rec.onnx", providers=["CPUExecutionProvider"])
+    crops = [source[:, :, 184:296, 264:376], edited[:, :, 344:456, 104:216]]
+    a, b = (session.run(None, {"input": (crop.numpy() * 255 - 127.5) / np.float32(127.5)})[0][0] for crop in crops)
+    expected = 1 - a @ b / np.linalg.norm(a) / np.linalg.norm(b)
+    assert expected > 0.05
+    distances = arcface.distance(torch.cat([edited, source, edited]), source)
+    assert distances == pytest.approx([expected, 0, expected], abs=2e-3)
+
+
+def test_arcface_needs_exactly_one_face_in_both_pictures(arcface):
+    one, none, two = _with_faces(5, (320, 240)), _with_faces(6), _with_faces(7, (160, 160), (480, 400))
+    distances = arcface.distance(torch.cat([none, one, two]), one)
+    assert (distances[0], distances[2]) == (None, None)
+    assert distances[1] == pytest.approx(0, abs=1e-6)
+    for source in (none, two):
+        assert arcface.distance(torch.cat([one, source]), source) == [None, None]
+
+
+def test_a_folder_without_face_models_is_refused(face_models, tmp_path):
+    for copied, lacks in ((), "detection"), (("det.onnx",), "recognition"):
+        for name in copied:
+            (tmp_path / name).write_bytes((face_models / name).read_bytes())
+        with pytest.raises(SliderEditError, match=f"'arcface' cannot be loaded from .*it holds no face {lacks} model"):
+            load_scorer("arcface", str(tmp_path))
+
+
+def test_an_unknown_scorer_is_answered_with_the_known_ones():
+    with pytest.raises(
+        SliderEditError, match=r"'clap' is no scorer; choose among clip, siglip, blip-itm, lpips-alex, .*arcface"
+    ):
+        load_scorer("clap")
+
+
+@pytest.mark.parametrize(("name", "package"), [("lpips-alex", "lpips"), ("arcface", "insightface")])
+def test_a_missing_package_is_answered_with_the_extra_that_installs_it(monkeypatch, name, package):
+    for module in [m for m in sys.modules if m.split(".")[0] == package]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, package, None)
+    extra = SCORERS[name].extra
+    with pytest.raises(SliderEditError, match=rf"{name}' needs a package .*{package}.*pip install 'slideredit-rt\[{extra}\]'$"):
+        load_scorer(name)
+
+
+@pytest.mark.parametrize("name", sorted(SCORERS.keys() - {"lpips-alex", "lpips-vgg"}))
+def test_weights_that_are_not_there_are_named(name, tmp_path):
+    if name == "arcface":
+        pytest.importorskip("insightface", exc_type=ImportError)
+    with pytest.raises(SliderEditError, match=rf"scorer '{name}' cannot be loaded from '.*nowhere' .*give the path"):
+        load_scorer(name, str(tmp_path / "nowhere"))
+
+
+def test_a_checkpoint_that_lacks_weights_is_refused_and_not_filled_with_random_ones(checkpoints, tmp_path):
+    for file in (checkpoints / "clip").iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["visual_projection.weight"]
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(SliderEditError, match=r"no CLIPModel: 1 weights are missing, such as visual_projection\.weight"):
+        load_scorer("clip", str(tmp_path))
+    with pytest.raises(SliderEditError, match="scorer 'siglip' cannot be loaded"):
+        load_scorer("siglip", str(checkpoints / "clip"))
+
+
+class _Trap:
+    """Unpickling it writes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_a_pickle_in_place_of_weights_is_not_run(checkpoints, lpips_or_none, tmp_path):
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    for file in (checkpoints / "dinov2").iterdir():
+        if file.suffix != ".safetensors":
+            (folder / file.name).write_bytes(file.read_bytes())
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(_Trap(tmp_path / "sprung")))
+    sources = {"dinov2": folder} | ({"lpips-alex": folder / "pytorch_model.bin"} if lpips_or_none else {})
+    for name, source in sources.items():
+        with pytest.raises(SliderEditError, match="cannot be loaded"):
+            load_scorer(name, str(source))
+    assert not (tmp_path / "sprung").exists()
+
+
+@pytest.fixture
+def lpips_or_none(request):
+    return request.getfixturevalue("lpips_package") if find_spec("lpips") else None
