@@ -61,6 +61,19 @@ def parse_swept_slider(text: str) -> tuple[Slider, list[float] | None]:
     return Slider(instruction, strengths[0]), [Slider(instruction, s).strength for s in strengths]
 
 
+def _given(args: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """The options that were given, by name; the others keep the defaults of what takes them."""
+    return {name: value for name in names if (value := getattr(args, name)) is not None}
+
+
+def _lines(path: Path) -> list[str]:
+    """The lines of a text file, without empty ones."""
+    try:
+        return [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise SliderEditError(f"{str(path)!r} cannot be read ({error}); give a text file, one edit per line") from None
+
+
 def _runtime_options(args: argparse.Namespace) -> RuntimeOptions | None:
     """How a TensorRT engine is to be run; None if nothing was asked."""
     from slideredit_rt.engines import RuntimeOptions
@@ -162,7 +175,7 @@ def _build(args: argparse.Namespace) -> int:
     from slideredit_rt.export.tensorrt_engine import TensorRTOptions
 
     fields = [f.name for f in dataclasses.fields(TensorRTOptions)]
-    given = {name: value for name in fields if (value := getattr(args, name)) is not None}
+    given = _given(args, *fields)
     if "targets" in given:
         given["targets"] = tuple(given["targets"])
     if given and args.backend not in PACKAGES:
@@ -420,9 +433,7 @@ def _train_adapter(args: argparse.Namespace) -> int:
     family = family_of(folder)
     pipeline = family.load_pipeline(folder, dtype=getattr(torch, args.dtype))
     data: Data
-    edits = None
-    if args.instructions is not None:
-        edits = [line.strip() for line in args.instructions.read_text().splitlines() if line.strip()]
+    edits = None if args.instructions is None else _lines(args.instructions)
     if args.images is None:
         data = ShapesData() if edits is None else ShapesData([find_instruction(edit) for edit in edits])
         recipe = shapes_recipe(args.kind)
@@ -579,21 +590,35 @@ def _parser() -> argparse.ArgumentParser:
         "--out", type=Path, required=True, help="folder for engines, pictures and the report"
     )
 
-    evaluate = command("evaluate", _evaluate, "compare sliders with other ways to scale an edit, on shapes scenes")
-    evaluate.add_argument("--base", default="shapes-kontext", help="(default: shapes-kontext)")
-    evaluate.add_argument("--adapter", action="append", required=True, help="an ST or a GST adapter; repeat for both")
+    evaluate = command("evaluate", _evaluate, "compare sliders with other ways to scale an edit")
+    evaluate.add_argument("--base", help="(default: that of the first engine, else shapes-kontext)")
+    evaluate.add_argument("--adapter", action="append", default=[], help="shapes-st, shapes-gst, a file or a folder; repeat")
+    evaluate.add_argument("--engine", type=Path, action="append", default=[], help="folder written by build; repeat")
     evaluate.add_argument(
         "--systems",
         type=_listed(str),
-        help="of st, gst, pad-interpolation, implicit-cfg, explicit-cfg, merged-lora (default: all that the adapters allow)",
+        default=[],
+        help="of st, gst, pad-interpolation, implicit-cfg, explicit-cfg, merged-lora (default: all that can be)",
     )
     evaluate.add_argument("--sliders", type=_listed(int), default="1", help="moved jointly: 1, 2, 3 (default: 1)")
-    evaluate.add_argument("--scenes", type=int, help="held-out scenes for one slider (default: 64)")
-    evaluate.add_argument("--joint-scenes", type=int, help="for two and three sliders each (default: 64)")
+    evaluate.add_argument("--scenes", type=int, help="cases with one slider (default: 64)")
+    evaluate.add_argument("--joint-scenes", type=int, help="cases with two and three sliders each (default: 64)")
     evaluate.add_argument("--samples", type=int, help="settings of one slider (default: 15)")
     evaluate.add_argument("--joint-samples", type=int, help="settings per slider of several (default: 7)")
     evaluate.add_argument("--search-scenes", type=int, help="for choosing each system's range (default: 12)")
     evaluate.add_argument("--steps", type=int, help="denoising steps (default: 12)")
+    evaluate.add_argument("--instructions", type=Path, help="instructions of the shapes scenes, one per line (default: all)")
+    own = evaluate.add_argument_group("on pictures of your own instead of shapes scenes")
+    own.add_argument("--images", type=Path, metavar="DIR", help="pictures to edit")
+    own.add_argument("--prompts", type=Path, metavar="FILE", help='JSON lines: {"instructions": […], "attributes": […]}')
+    own.add_argument("--attribute-scorers", type=_listed(str), help="of clip, siglip, blip-itm (default: clip,siglip)")
+    own.add_argument(
+        "--distance-scorers",
+        type=_listed(str),
+        help="of lpips-alex, lpips-vgg, dinov2, arcface (default: lpips-alex,dinov2)",
+    )
+    own.add_argument("--scorer", action="append", default=[], metavar="NAME=SOURCE", help="where a scorer's model is; repeat")
+    own.add_argument("--scorer-device", help="of the scorers' models (default: cpu)")
     evaluate.add_argument("--out", type=Path, required=True, help="folder of the run; a killed run continues in it")
 
     kernel_commands = commands.add_parser("kernels", help="compile the Triton kernels ahead of time").add_subparsers(
@@ -659,19 +684,35 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _evaluate(args: argparse.Namespace) -> int:
-    from slideredit_rt.evaluation.command import run_evaluation
+    from slideredit_rt.engines.manifest import read_manifest
+    from slideredit_rt.evaluation.command import Given, PictureOptions, run_evaluation
     from slideredit_rt.evaluation.report import markdown_table
     from slideredit_rt.evaluation.run import BenchmarkConfig
 
-    given = {
-        name: value
-        for name in ("scenes", "joint_scenes", "samples", "joint_samples", "search_scenes", "steps")
-        if (value := getattr(args, name)) is not None
-    }
-    config = BenchmarkConfig(sliders=tuple(args.sliders), **given)
-    report = run_evaluation(args.base, args.adapter, args.systems or [], config, args.out, progress=not args.quiet)
-    lines = [markdown_table(report["systems"]), f"wrote {args.out}: report.json, table.md, rows.csv, curves.png, strips.png"]
-    _emit(args, report, lines)
+    config = BenchmarkConfig(
+        sliders=tuple(args.sliders),
+        **_given(args, "scenes", "joint_scenes", "samples", "joint_samples", "search_scenes", "steps"),
+    )
+    own = _given(args, "images", "prompts", "attribute_scorers", "distance_scorers")
+    if args.scorer_device is not None:
+        own["device"] = args.scorer_device
+    if args.scorer:
+        if odd := [text for text in args.scorer if "=" not in text]:
+            raise SliderEditError(f"--scorer {odd[0]!r} names no model; write it as clip=FOLDER")
+        own["sources"] = dict(text.split("=", 1) for text in args.scorer)
+    if own and not {"images", "prompts"} <= set(own):
+        raise SliderEditError("pictures of your own need both --images and --prompts; the scorers are for them")
+    base = args.base or (read_manifest(args.engine[0]).base["source"] if args.engine else "shapes-kontext")
+    report = run_evaluation(
+        Given(base, args.adapter, args.engine, args.systems),
+        config,
+        args.out,
+        pictures=PictureOptions(**own) if own else None,
+        instructions=args.instructions and _lines(args.instructions),
+        progress=not args.quiet,
+    )
+    files = ", ".join(("report.json", "table.md", "rows.csv", *report["pictures"]))
+    _emit(args, report, [markdown_table(report["systems"]), f"wrote {args.out}: {files}"])
     return 0
 
 

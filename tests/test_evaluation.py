@@ -1,25 +1,28 @@
 """The benchmark on a handful of small scenes: systems against what they must equal, the run, and its report."""
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from slideredit_rt.adapters import load_adapter
-from slideredit_rt.assets import resolve_base
+from slideredit_rt.assets import resolve_adapter, resolve_base
 from slideredit_rt.cli import main
 from slideredit_rt.editor import SliderEditor
 from slideredit_rt.errors import SliderEditError
+from slideredit_rt.evaluation.dataset import Scores
 from slideredit_rt.evaluation.report import markdown_table, summarise_run
 from slideredit_rt.evaluation.run import BenchmarkConfig, Row, case_continuity, lines, read_rows, usefulness, write_rows
-from slideredit_rt.evaluation.shapes import Scores, score_shapes, shapes_cases, source_scores, untouched
+from slideredit_rt.evaluation.shapes import ShapesScenes, score_shapes, untouched
 from slideredit_rt.evaluation.systems.guidance import ExplicitGuidance, ImplicitGuidance
 from slideredit_rt.evaluation.systems.merged_lora import MergedLoRA
 from slideredit_rt.evaluation.systems.pad_interpolation import PadInterpolation, interpolated_rows
 from slideredit_rt.evaluation.systems.slideredit import GloballySelective, SelectiveToken
 from slideredit_rt.families import get_family
-from slideredit_rt.training.shapes_world import render
+from slideredit_rt.training.shapes_world import ALL_INSTRUCTIONS, render
 
 STEPS = 2
 
@@ -31,7 +34,7 @@ def eager_st():
 
 @pytest.fixture(scope="module")
 def case():
-    return next(iter(shapes_cases(1, 1, 1).values()))[0]
+    return ShapesScenes().cases("bench", 1, 1)[0]
 
 
 def _render(system, case, values):
@@ -84,35 +87,45 @@ def test_merged_lora_equals_the_unmasked_adapter_at_any_strength_in_any_order(ca
 
 
 def test_the_scorer_reads_exact_scenes_exactly():
-    for _, example in shapes_cases(24, 2, 1).values():
-        (exact,) = score_shapes(example, render([example.target]))
-        assert exact.attributes == pytest.approx((1, 1), abs=0.06)
-        assert exact.elsewhere < 1e-6
-    for scores in source_scores([e for _, e in shapes_cases(24, 2, 1).values()]):
-        assert scores.attributes == pytest.approx((0, 0), abs=0.06)
+    scenes = ShapesScenes()
+    for case in scenes.cases("bench", 24, 2):
+        (exact,) = scenes.score(case, render([scenes.examples[case.name].target]))
+        assert exact.attributes["response"] == pytest.approx((1, 1), abs=0.06)
+        assert exact.distances["elsewhere"] < 1e-6
+        assert scenes.source_scores(case).attributes["response"] == pytest.approx((0, 0), abs=0.06)
 
 
 def test_a_change_where_nothing_was_asked_counts_in_full():
-    _, example = next(iter(shapes_cases(1, 1, 1).values()))
+    scenes = ShapesScenes()
+    (case,) = scenes.cases("bench", 1, 1)
+    example = scenes.examples[case.name]
     image = render([example.target])
     image[:, :, untouched(example)] += 0.1
-    assert score_shapes(example, image)[0].elsewhere == pytest.approx(0.1, abs=1e-6)
+    assert score_shapes(example, image)[0].distances["elsewhere"] == pytest.approx(0.1, abs=1e-6)
 
 
-def _row(knobs, attributes, phase="bench", sample=0):
-    return Row(phase, "st", "a", len(knobs), 0.0, 1.0, sample, tuple(knobs), Scores(tuple(attributes), 0.1), 0.01)
+def test_scenes_of_some_instructions_are_new_scenes_of_these_alone():
+    known = [i for i in ALL_INSTRUCTIONS if i.subject == "square"]
+    searched, benched = (ShapesScenes(known).cases(phase, 20, 2) for phase in ("search", "bench"))
+    assert {text for case in benched for text in case.instructions} <= {i.text for i in known}
+    assert not {case.name for case in searched} & {case.name for case in benched}
+
+
+def _row(knobs, attributes, phase="bench", sample=0, distance=0.1):
+    scores = Scores({"response": tuple(attributes)}, {"elsewhere": distance})
+    return Row(phase, "st", "a", len(knobs), 0.0, 1.0, sample, tuple(knobs), scores, 0.01)
 
 
 def test_lines_of_a_joint_sweep_are_sorted_by_their_own_knob():
     rows = [_row((a, b), (a + 10 * b, b)) for a in (2.0, 0.0, 1.0) for b in (1.0, 0.0)]
-    assert lines(rows, 0) == [[10, 11, 12], [0, 1, 2]]
-    assert lines(rows, 1) == [[0, 1]] * 3
+    assert lines(rows, 0, "response") == [[10, 11, 12], [0, 1, 2]]
+    assert lines(rows, 1, "response") == [[0, 1]] * 3
     joint = [_row((a, b), (a, b)) for a in (2.0, 0.0, 1.0) for b in (1.0, 0.0, 2.0)]
-    assert case_continuity(joint) == 1
+    assert case_continuity(joint, "response") == 1
 
 
 def test_rows_survive_the_file(tmp_path):
-    rows = [_row((0.5, -1.25), (0.1, 1.5), sample=3)]
+    rows = [_row((0.5, -1.25), (0.1, 1.5), sample=3), _row((0.5, 1.0), (0.1, 1.5), sample=4, distance=None)]
     write_rows(tmp_path / "rows.csv", rows)
     assert read_rows(tmp_path / "rows.csv") == rows
     (tmp_path / "rows.csv").write_text("phase,system\nbench,st\n")
@@ -120,12 +133,33 @@ def test_rows_survive_the_file(tmp_path):
         read_rows(tmp_path / "rows.csv")
 
 
+def _named(row, case):
+    return replace(row, case=case)
+
+
 def test_edits_that_the_base_cannot_make_are_counted_not_extrapolated():
-    base = [_row((v,), (0.1 * v,), "base", int(v)) for v in (0.0, 1.0)]
-    (entry,) = summarise_run([*base, *(_row((v,), (v,)) for v in (0.0, 0.5, 1.0))])
-    assert entry["extrapolation"] is None
-    assert entry["edits_left_out_of_extrapolation"] == 1
-    assert "| – |" in markdown_table([entry])
+    """Three plain edits reach 1 and one a tenth of it, less than a quarter of what is usual."""
+    rows = []
+    for case, full in (("a", 1.0), ("b", 1.0), ("c", 1.0), ("d", 0.1)):
+        rows += [_named(_row((v,), (full * v,), "base", int(v)), case) for v in (0.0, 1.0)]
+        rows += [_named(_row((v,), (2 * full * v,), sample=i), case) for i, v in enumerate((0.0, 0.5, 1.0))]
+    (entry,) = summarise_run(rows)
+    assert entry["attributes"]["response"]["edits_left_out_of_extrapolation"] == 1
+    assert entry["attributes"]["response"]["extrapolation"]["mean"] == 1
+    assert entry["attributes"]["response"]["extrapolation"]["count"] == 3
+    base = [_row((v,), (-v,), "base", int(v)) for v in (0.0, 1.0)]
+    (backwards,) = summarise_run([*base, *(_row((v,), (v,)) for v in (0.0, 0.5, 1.0))])
+    assert backwards["attributes"]["response"]["extrapolation"] is None
+    assert "| – |" in markdown_table([backwards])
+
+
+def test_distances_that_cannot_be_told_are_counted():
+    base = [_row((v,), (v,), "base", int(v)) for v in (0.0, 1.0)]
+    swept = [_row((v,), (v,), sample=i, distance=d) for i, (v, d) in enumerate(((0.0, 0.2), (0.5, None), (1.0, 0.4)))]
+    (entry,) = summarise_run([*base, *swept])
+    assert entry["distances"]["elsewhere"]["distance"]["mean"] == pytest.approx(0.3)
+    assert entry["distances"]["elsewhere"]["untold"] == 1
+    assert "(1 untold)" in markdown_table([entry])
 
 
 @pytest.mark.parametrize(
@@ -144,8 +178,9 @@ def test_a_run_can_be_killed_continued_and_reported_again(tmp_path, capsys):
     command = ["evaluate", "--adapter", "shapes-st", "--systems", "st,explicit-cfg", "--out", str(tmp_path / "run"), *SMALL]
     assert main(command) == 0
     first = json.loads((tmp_path / "run/report.json").read_text())
-    rows = (tmp_path / "run/rows.csv").read_text()
-    for name in ("curves.png", "strips.png", "table.md"):
+    rows = [replace(row, seconds=0) for row in read_rows(tmp_path / "run/rows.csv")]
+    assert first["pictures"] == ["curves.png", "trajectories.png", "strips.png"]
+    for name in ("table.md", *first["pictures"]):
         assert (tmp_path / "run" / name).stat().st_size > 100
     # As a run that was killed before its second system was swept.
     (done,) = (tmp_path / "run/rows").glob("bench.st.*")
@@ -155,8 +190,7 @@ def test_a_run_can_be_killed_continued_and_reported_again(tmp_path, capsys):
     (tmp_path / "run/rows.csv").unlink()
     assert main(command) == 0
     assert done.stat().st_mtime_ns == before
-    without_times = [line.rsplit(",", 1)[0] for line in rows.splitlines()]
-    assert [line.rsplit(",", 1)[0] for line in (tmp_path / "run/rows.csv").read_text().splitlines()] == without_times
+    assert [replace(row, seconds=0) for row in read_rows(tmp_path / "run/rows.csv")] == rows
     again = json.loads((tmp_path / "run/report.json").read_text())
     assert again["systems"][0] == first["systems"][0]
     capsys.readouterr()
@@ -164,12 +198,28 @@ def test_a_run_can_be_killed_continued_and_reported_again(tmp_path, capsys):
     assert "other settings" in capsys.readouterr().err
 
 
+def test_several_adapters_and_engines_go_by_their_names(tmp_path, engines):
+    shutil.copy(resolve_adapter("shapes-st"), tmp_path / "mine.safetensors")
+    given = ["--adapter", "shapes-st", "--adapter", str(tmp_path / "mine.safetensors"), "--engine", str(engines["gst"])]
+    arguments = ["evaluate", *given, "--systems", "st,gst", "--out", str(tmp_path / "run"), *SMALL, "--sliders", "2"]
+    assert main([*arguments, "--joint-scenes", "1", "--joint-samples", "3"]) == 0
+    report = json.loads((tmp_path / "run/report.json").read_text())
+    assert [(s["system"], s["sliders"]) for s in report["systems"]] == [("shapes-st", 2), ("mine", 2)]
+    # The same adapter under two names.
+    first, second = (s["attributes"] for s in report["systems"])
+    assert first == second
+    assert report["pictures"] == ["lattices.png", "grid.shapes-st.png", "grid.mine.png"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--adapter", "shapes-st", "--systems", "gst"], "needs an adapter of its kind"),
+        (["--adapter", "shapes-st", "--systems", "gst"], "needs an adapter or an engine of its kind"),
         (["--adapter", "shapes-st", "--systems", "prompt-weights"], "is no system of this benchmark"),
-        (["--adapter", "shapes-st", "--adapter", "shapes-st"], "are both ST"),
+        (["--adapter", "shapes-st", "--adapter", "shapes-st"], "are called 'shapes-st'"),
+        ([], "nothing to evaluate was given"),
+        (["--adapter", "shapes-st", "--images", "pictures"], "need both --images and --prompts"),
+        (["--adapter", "shapes-st", "--scorer", "clip"], "names no model"),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_written(arguments, message, tmp_path, capsys):
@@ -186,7 +236,9 @@ def test_committed_table_is_what_its_rows_say():
 
 
 def test_a_range_in_which_the_response_turns_back_is_not_chosen():
+    source, edited = (Scores({"response": (v,)}, {}) for v in (0.0, 1.0))
     straight = [_row((v,), (min(v, 0.9),)) for v in (0.0, 0.25, 0.5, 0.75, 1.0)]
     folded = [_row((v,), (r,)) for v, r in ((0.0, 0.0), (1.0, 0.5), (2.0, 1.0), (3.0, 0.75), (4.0, 0.25))]
-    assert case_continuity(folded) > case_continuity(straight)
-    assert usefulness(folded, 0.0, 1.0) < usefulness(straight, 0.0, 1.0)
+    assert case_continuity(folded, "response") > case_continuity(straight, "response")
+    assert usefulness(folded, source, edited) < usefulness(straight, source, edited)
+    assert usefulness(straight, source, source) == 0

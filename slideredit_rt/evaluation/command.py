@@ -1,113 +1,235 @@
-"""`slideredit-rt evaluate`: which systems a base and its adapters allow, and one run of them."""
+"""`slideredit-rt evaluate`: which systems a base, its engines and adapters allow, on which pictures, and one run of them."""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from slideredit_rt.adapters import load_adapter
+from slideredit_rt.adapters import Adapter, load_adapter
 from slideredit_rt.assets import resolve_base
 from slideredit_rt.editor import SliderEditor
+from slideredit_rt.engines.manifest import read_manifest
 from slideredit_rt.errors import SliderEditError
+from slideredit_rt.evaluation.dataset import Dataset
+from slideredit_rt.evaluation.pictures import Pictures
 from slideredit_rt.evaluation.report import write_report
-from slideredit_rt.evaluation.run import Benchmark, BenchmarkConfig
+from slideredit_rt.evaluation.run import Benchmark, BenchmarkConfig, Contender
+from slideredit_rt.evaluation.scorers import AttributeScorer, DistanceScorer, load_scorer
+from slideredit_rt.evaluation.shapes import ShapesScenes
 from slideredit_rt.evaluation.systems import System
 from slideredit_rt.evaluation.systems.guidance import ExplicitGuidance, ImplicitGuidance
 from slideredit_rt.evaluation.systems.merged_lora import MergedLoRA
 from slideredit_rt.evaluation.systems.pad_interpolation import PadInterpolation
 from slideredit_rt.evaluation.systems.slideredit import GloballySelective, SelectiveToken
 from slideredit_rt.export.build import build_engine
-from slideredit_rt.families import family_of
-from slideredit_rt.files import folder_fingerprint
+from slideredit_rt.families import Family, family_of
+from slideredit_rt.files import folder_fingerprint, sha256
+from slideredit_rt.training.shapes_world import ALL_INSTRUCTIONS, find_instruction
 
 SYSTEMS: Mapping[str, type[System]] = {
     s.name: s for s in (SelectiveToken, GloballySelective, PadInterpolation, ImplicitGuidance, ExplicitGuidance, MergedLoRA)
 }
+ATTRIBUTE_SCORERS, DISTANCE_SCORERS = ("clip", "siglip"), ("lpips-alex", "dinov2")
+"""Defaults on pictures of one's own."""
+
+
+@dataclass(frozen=True)
+class Given:
+    """What `slideredit-rt evaluate` was given to compare.
+
+    Attributes:
+        base: checkpoint that every adapter is for.
+        adapters: an engine is built for each.
+        engines: folders written by `slideredit-rt build`, of the same base.
+        systems: names from `SYSTEMS`; empty for all that the adapters and engines allow.
+    """
+
+    base: str
+    adapters: Sequence[str] = ()
+    engines: Sequence[Path] = ()
+    systems: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class PictureOptions:
+    """Pictures of one's own instead of shapes scenes.
+
+    Attributes:
+        images, prompts: folder and JSON-lines file (`slideredit_rt.evaluation.pictures`).
+        attribute_scorers, distance_scorers: names from `slideredit_rt.evaluation.scorers.SCORERS`.
+        sources: by scorer, where its model is instead of its usual repository.
+        device: of the scorers.
+    """
+
+    images: Path
+    prompts: Path
+    attribute_scorers: Sequence[str] = ATTRIBUTE_SCORERS
+    distance_scorers: Sequence[str] = DISTANCE_SCORERS
+    sources: Mapping[str, str] = field(default_factory=dict)
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class _Source:
+    """One engine to be, or one that is there: its kind, where it comes from, and how it is opened."""
+
+    kind: str
+    stem: str
+    origin: str
+    fingerprint: str
+    open: Callable[[], SliderEditor]
 
 
 def run_evaluation(
-    base: str,
-    adapters: Sequence[str],
-    systems: Sequence[str],
+    given: Given,
     config: BenchmarkConfig,
     out: Path,
     *,
+    pictures: PictureOptions | None = None,
+    instructions: Sequence[str] | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Build one ONNX Runtime engine per kind of adapter, run the benchmark on shapes scenes, write the report.
+    """Build an ONNX Runtime engine per adapter, run the benchmark, write the report.
 
     Args:
-        base: `shapes-kontext` or another checkpoint that edits shapes scenes.
-        adapters: one ST adapter, one GST adapter, or both.
-        systems: names from `SYSTEMS`; empty for all that the adapters allow.
+        given: what is compared.
         out: folder of the run; a killed run continues in it.
+        pictures: pictures and scorers; None takes shapes scenes, which a base like `shapes-kontext` edits.
+        instructions: of the shapes scenes; None takes all of that world.
 
     Returns:
         The contents of `report.json`.
 
     Raises:
-        SliderEditError: an unknown system, or one whose adapter is missing.
+        SliderEditError: an unknown system or scorer, a system whose adapter is missing, pictures that cannot be used.
     """
-    if unknown := [name for name in systems if name not in SYSTEMS]:
+    if unknown := [name for name in given.systems if name not in SYSTEMS]:
         raise SliderEditError(f"{unknown[0]!r} is no system of this benchmark; choose among {', '.join(SYSTEMS)}")
-    folder = resolve_base(base)
+    folder = resolve_base(given.base)
     family = family_of(folder)
-    given: dict[str, tuple[str, Any]] = {}
-    for source in adapters:
-        adapter = load_adapter(source, family)
-        if adapter.kind in given:
-            raise SliderEditError(
-                f"adapters {given[adapter.kind][0]!r} and {source!r} are both {adapter.kind.upper()}; "
-                "give one of each kind and evaluate the other in a run of its own"
-            )
-        given[adapter.kind] = (source, adapter)
-
-    @cache
-    def engine(kind: str) -> SliderEditor:
-        path = out / "engines" / kind
-        # The engine of a killed run is built anew: it takes seconds, and its adapter may have changed since.
-        build_engine(base, given[kind][0], path, overwrite=True, progress=False)
-        return SliderEditor.from_engine(path)
-
-    makers: dict[str, Callable[[], System]] = {}
-    if "st" in given:
-        makers |= {
-            "st": lambda: SelectiveToken(engine("st")),
-            "pad-interpolation": lambda: PadInterpolation(SliderEditor.from_pretrained(base, given["st"][1])),
-        }
-    if "gst" in given:
-        makers |= {
-            "gst": lambda: GloballySelective(engine("gst")),
-            "merged-lora": lambda: MergedLoRA(family, family.load_pipeline(folder), given["gst"][1]),
-        }
-    shared = "st" if "st" in given else "gst"
-    makers["explicit-cfg"] = lambda: ExplicitGuidance(engine(shared))
-    if family.guidance_scale is not None:
-        makers["implicit-cfg"] = lambda: ImplicitGuidance(engine(shared))
-    wanted = list(systems) or [name for name in SYSTEMS if name in makers]
-    if missing := [name for name in wanted if name not in makers]:
-        needs = "embedded guidance" if missing[0] == "implicit-cfg" else "an adapter of its kind (--adapter)"
-        raise SliderEditError(f"system {missing[0]!r} needs {needs}; the adapters given are {', '.join(given) or 'none'}")
-    if not given:
-        raise SliderEditError("no adapter was given; pass --adapter, such as shapes-st")
-    fingerprints = {"base": folder_fingerprint(folder)} | {kind: adapter.fingerprint for kind, (_, adapter) in given.items()}
-    reference = next(name for name in ("st", "gst") if name in makers)
+    adapters = [load_adapter(source, family) for source in given.adapters]
+    sources = _sources(given, adapters, out)
+    contenders = _contenders(given, family, folder, adapters, sources)
+    chosen = {name: c for name, c in contenders.items() if not given.systems or c.system.name in given.systems}
+    found = {c.system.name for c in chosen.values()}
+    if missing := [name for name in given.systems if name not in found]:
+        raise SliderEditError(f"system {missing[0]!r} needs {_need(missing[0])}; what was given allows {', '.join(contenders)}")
+    if pictures is None:
+        known = ALL_INSTRUCTIONS if instructions is None else [find_instruction(text) for text in instructions]
+        dataset: Dataset = ShapesScenes(known)
+        data = {"shapes": hashlib.sha256("\n".join(i.text for i in known).encode()).hexdigest()}
+    else:
+        dataset = _pictures(pictures, family, folder)
+        data = {"images": folder_fingerprint(pictures.images), "prompts": sha256(pictures.prompts)}
+    fingerprints = {"base": folder_fingerprint(folder)} | {s.stem: s.fingerprint for s in sources} | data
     # The plain edit is the reference system's own at strength 1, so it has to be there even if it is not compared.
-    chosen = {name: makers[name] for name in wanted}
-    benchmark = Benchmark(chosen, makers[reference], config, out, fingerprints)
+    reference = next(c for c in contenders.values() if issubclass(c.system, SelectiveToken))
+    benchmark = Benchmark(chosen, reference.make, dataset, config, out, fingerprints)
     rows = benchmark.run(progress=progress)
+    compared = {c.system.name: c.system for c in chosen.values()}
     about = {
-        "base": base,
-        "adapters": {kind: source for kind, (source, _) in given.items()},
+        "base": given.base,
+        "sources": {s.stem: s.origin for s in sources},
         "fingerprints": fingerprints,
         "settings": benchmark.settings["config"],
-        "how": {name: f"{SYSTEMS[name].how}; the knob is {SYSTEMS[name].knob}" for name in wanted},
-        "searched_ranges": {name: [list(ends) for ends in SYSTEMS[name].ranges] for name in wanted},
+        "instructions": "all" if instructions is None else list(instructions),
+        "how": {name: f"{system.how}; the knob is {system.knob}" for name, system in compared.items()},
+        "searched_ranges": {name: [list(ends) for ends in system.ranges] for name, system in compared.items()},
         "date": datetime.now(UTC).date().isoformat(),
         "versions": {name: version(name) for name in ("torch", "onnxruntime", "diffusers", "peft", "scipy")},
     }
     return write_report(rows, out, about)
+
+
+def _sources(given: Given, adapters: Sequence[Adapter], out: Path) -> list[_Source]:
+    """An engine per adapter, built when it is first needed, and the engines that are there."""
+
+    def build(adapter: Adapter, name: str) -> SliderEditor:
+        path = out / "engines" / name
+        # The engine of a killed run is built anew: it takes seconds, and its adapter may have changed since.
+        build_engine(given.base, adapter, path, overwrite=True, progress=False)
+        return SliderEditor.from_engine(path, given.base)
+
+    sources = []
+    for source, adapter in zip(given.adapters, adapters, strict=True):
+        stem = _safe(Path(source).stem)
+        # The curve is no part of the weights, and moves the pictures all the same.
+        fingerprint = f"{adapter.fingerprint} {json.dumps(adapter.curve.to_json())}"
+        sources.append(_Source(adapter.kind, stem, source, fingerprint, cache(partial(build, adapter, stem))))
+    for engine in given.engines:
+        manifest = read_manifest(engine)
+        if manifest.adapter is None or manifest.kind is None:
+            raise SliderEditError(f"engine {str(engine)!r} was built without an adapter and has no sliders; leave it out")
+        open_it = cache(partial(SliderEditor.from_engine, engine, given.base))
+        stem = _safe(engine.resolve().name)
+        fingerprint = f"{manifest.adapter['fingerprint']} {json.dumps(manifest.curve.to_json())}"
+        sources.append(_Source(manifest.kind, stem, str(engine), fingerprint, open_it))
+    if not sources:
+        raise SliderEditError("nothing to evaluate was given; pass --adapter, such as shapes-st, or --engine")
+    if twice := [stem for stem, count in Counter(s.stem for s in sources).items() if count > 1]:
+        raise SliderEditError(f"two adapters or engines are called {twice[0]!r}; rename one, since systems go by these names")
+    return sources
+
+
+def _safe(name: str) -> str:
+    """A name that can be part of a file name."""
+    return re.sub(r"[^\w.-]+", "_", name)
+
+
+def _contenders(
+    given: Given, family: Family, folder: Path, adapters: Sequence[Adapter], sources: Sequence[_Source]
+) -> dict[str, Contender]:
+    """What can be compared, by name: a slider system by its kind, or by its adapter or engine where there are several."""
+    kinds: Mapping[str, Callable[[SliderEditor], System]] = {"st": SelectiveToken, "gst": GloballySelective}
+    counts = Counter(s.kind for s in sources)
+    found = {}
+    for source in sources:
+
+        def make(source: _Source = source) -> System:
+            return kinds[source.kind](source.open())
+
+        found[source.kind if counts[source.kind] == 1 else source.stem] = Contender(SYSTEMS[source.kind], make)
+    found = dict(sorted(found.items(), key=lambda item: list(SYSTEMS).index(item[1].system.name)))
+    first = {kind: next((a for a in adapters if a.kind == kind), None) for kind in kinds}
+    st, gst = first["st"], first["gst"]
+    if st is not None:
+        eager = partial(SliderEditor.from_pretrained, given.base, st)
+        found["pad-interpolation"] = Contender(PadInterpolation, lambda: PadInterpolation(eager()))
+    if family.guidance_scale is not None:
+        found["implicit-cfg"] = Contender(ImplicitGuidance, lambda: ImplicitGuidance(sources[0].open()))
+    found["explicit-cfg"] = Contender(ExplicitGuidance, lambda: ExplicitGuidance(sources[0].open()))
+    if gst is not None:
+        found["merged-lora"] = Contender(MergedLoRA, lambda: MergedLoRA(family, family.load_pipeline(folder), gst))
+    return found
+
+
+def _need(system: str) -> str:
+    return {
+        "implicit-cfg": "a base with embedded guidance",
+        "pad-interpolation": "an ST adapter (--adapter)",
+        "merged-lora": "a GST adapter (--adapter)",
+    }.get(system, "an adapter or an engine of its kind (--adapter, --engine)")
+
+
+def _pictures(options: PictureOptions, family: Family, folder: Path) -> Pictures:
+    pipeline = family.load_pipeline(folder, transformer=False)
+    loaded = {
+        name: load_scorer(name, options.sources.get(name), options.device)
+        for name in (*options.attribute_scorers, *options.distance_scorers)
+    }
+    attributes = {n: s for n in options.attribute_scorers if isinstance(s := loaded[n], AttributeScorer)}
+    distances = {n: s for n in options.distance_scorers if isinstance(s := loaded[n], DistanceScorer)}
+    if odd := [n for n in loaded if n not in attributes and n not in distances]:
+        raise SliderEditError(f"scorer {odd[0]!r} is of the other sort: one reads attributes, the other distances; swap it")
+    if not attributes:
+        raise SliderEditError("no attribute scorer was named, so no response can be read; name one, such as clip")
+    return Pictures(options.images, options.prompts, attributes, distances, partial(family.preprocess, pipeline))

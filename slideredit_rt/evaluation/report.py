@@ -20,7 +20,48 @@ from slideredit_rt.files import atomic_file
 from slideredit_rt.images import draw_grid, save_image
 
 _SMALL_EDIT = 0.25
-"""A plain edit that carries out less of its instruction than this is no base to measure extrapolation against."""
+"""A plain edit that changes a score by less than this share of the median plain edit is no base to measure extrapolation on."""
+_SHOWN = 8
+"""Frames of a strip, at most."""
+
+
+def _attribute_measures(rows: Sequence[Row], base: Mapping[str, Sequence[Row]], scorer: str) -> dict[str, Any]:
+    """Continuity, monotonicity and extrapolation of one system by one scorer, as JSON."""
+    cases: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        cases[row.case].append(row)
+    indices = range(rows[0].sliders)
+    ends = {name: [row.scores.attributes[scorer] for row in base[name]] for name in cases}
+    typical = statistics.median(edited[i] - source[i] for source, edited in ends.values() for i in indices)
+    evenness, order, reach, left_out = [], [], [], 0
+    for name, swept in cases.items():
+        source, edited = ends[name]
+        evenness.append(case_continuity(swept, scorer))
+        sweeps = [line for index in indices for line in lines(swept, index, scorer)]
+        order.append(statistics.fmean(monotonicity(range(len(line)), line) for line in sweeps))
+        usable = [i for i in indices if edited[i] - source[i] > max(0.0, _SMALL_EDIT * typical)]
+        left_out += len(source) - len(usable)
+        if usable:
+            shown = {i: [row.scores.attributes[scorer][i] for row in swept] for i in usable}
+            reach.append(statistics.fmean(extrapolation(shown[i], source[i], edited[i]) for i in usable))
+    return {
+        "continuity": asdict(estimate(evenness)),
+        "monotonicity": asdict(estimate(order)),
+        "extrapolation": asdict(estimate(reach)) if reach else None,
+        "edits_left_out_of_extrapolation": left_out,
+    }
+
+
+def _distance_measures(rows: Sequence[Row], scorer: str) -> dict[str, Any]:
+    """Mean distance to the source over a case's sweep, over cases; and how many pictures had none."""
+    cases: dict[str, list[float]] = defaultdict(list)
+    untold = 0
+    for row in rows:
+        if (distance := row.scores.distances[scorer]) is None:
+            untold += 1
+        else:
+            cases[row.case].append(distance)
+    return {"distance": asdict(estimate([statistics.fmean(c) for c in cases.values()])) if cases else None, "untold": untold}
 
 
 def summarise_system(rows: Sequence[Row], base: Mapping[str, Sequence[Row]]) -> dict[str, Any]:
@@ -30,35 +71,13 @@ def summarise_system(rows: Sequence[Row], base: Mapping[str, Sequence[Row]]) -> 
         rows: of the phase `bench`.
         base: by case, the rows of the source picture and of the plain edit.
     """
-    cases: dict[str, list[Row]] = defaultdict(list)
-    for row in rows:
-        cases[row.case].append(row)
-    evenness, order, reach, elsewhere, left_out = [], [], [], [], 0
-    for name, swept in cases.items():
-        source, edited = (row.scores.attributes for row in base[name])
-        evenness.append(case_continuity(swept))
-        sweeps = [(index, line) for index in range(rows[0].sliders) for line in lines(swept, index)]
-        order.append(statistics.fmean(monotonicity(range(len(line)), line) for _, line in sweeps))
-        elsewhere.append(statistics.fmean(row.scores.elsewhere for row in swept))
-        usable = [i for i in range(rows[0].sliders) if edited[i] - source[i] >= _SMALL_EDIT]
-        left_out += len(source) - len(usable)
-        if usable:
-            reach.append(
-                statistics.fmean(extrapolation([r.scores.attributes[i] for r in swept], source[i], edited[i]) for i in usable)
-            )
-    measures: dict[str, Estimate | None] = {
-        "continuity": estimate(evenness),
-        "monotonicity": estimate(order),
-        "extrapolation": estimate(reach) if reach else None,
-        "elsewhere": estimate(elsewhere),
-    }
     return {
         "system": rows[0].system,
         "sliders": rows[0].sliders,
-        "cases": len(cases),
+        "cases": len({row.case for row in rows}),
         "range": [rows[0].low, rows[0].high],
-        **{name: None if value is None else asdict(value) for name, value in measures.items()},
-        "edits_left_out_of_extrapolation": left_out,
+        "attributes": {name: _attribute_measures(rows, base, name) for name in rows[0].scores.attributes},
+        "distances": {name: _distance_measures(rows, name) for name in rows[0].scores.distances},
         "median_seconds_per_image": statistics.median(row.seconds for row in rows),
     }
 
@@ -83,79 +102,178 @@ def markdown_table(summary: Sequence[Mapping[str, Any]]) -> str:
     def cell(value: Mapping[str, Any] | None) -> str:
         return "–" if value is None else str(Estimate(**value))
 
-    head = ("sliders", "system", "range", "continuity ↑", "monotonicity ↑", "extrapolation ↑", "elsewhere ↓", "ms per image")
+    attributes, distances = list(summary[0]["attributes"]), list(summary[0]["distances"])
+    measures = [(name, measure) for name in attributes for measure in ("continuity", "monotonicity", "extrapolation")]
+    head = [
+        *("sliders", "system", "range"),
+        *(f"{measure} ↑" if len(attributes) == 1 else f"{measure} {name} ↑" for name, measure in measures),
+        *(f"{name} ↓" for name in distances),
+        "ms per image",
+    ]
     out = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for entry in summary:
+        told = [entry["distances"][name] for name in distances]
         cells = [
             str(entry["sliders"]),
             entry["system"],
             "{:g} to {:g}".format(*entry["range"]),
-            *(cell(entry[name]) for name in ("continuity", "monotonicity", "extrapolation", "elsewhere")),
+            *(cell(entry["attributes"][name][measure]) for name, measure in measures),
+            *(cell(d["distance"]) + (f" ({d['untold']} untold)" if d["untold"] else "") for d in told),
             f"{1000 * entry['median_seconds_per_image']:.0f}",
         ]
         out.append("| " + " | ".join(cells) + " |")
     return "\n".join(out) + "\n"
 
 
-def draw_curves(rows: Sequence[Row], path: Path) -> None:
-    """Response over the swept range, per system: median over the scenes with the middle half and the middle 90%."""
+def _figure(panels: int, **options: Any) -> tuple[Any, list[Any]]:
+    """A matplotlib figure with at least so many panels, three in a row."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise SliderEditError("plots need matplotlib; pip install 'slideredit-rt[evaluation]'") from None
-    groups: dict[str, list[Row]] = defaultdict(list)
-    for row in rows:
-        if row.phase == "bench" and row.sliders == 1:
-            groups[row.system].append(row)
-    columns = min(3, len(groups))
-    figure = Figure(figsize=(4.2 * columns, 3.4 * -(-len(groups) // columns)), layout="constrained")
-    panels = np.atleast_1d(figure.subplots(-(-len(groups) // columns), columns, sharey=True, squeeze=False)).ravel()
-    for panel, (name, group) in zip(panels, groups.items(), strict=False):
-        knobs = sorted({row.knobs[0] for row in group})
-        values = np.array([[r.scores.attributes[0] for r in group if r.knobs[0] == knob] for knob in knobs])
-        for spread, shade in ((45, 0.15), (25, 0.3)):
-            low, high = np.percentile(values, [50 - spread, 50 + spread], axis=1)
-            panel.fill_between(knobs, low, high, color="tab:blue", alpha=shade, linewidth=0)
-        panel.plot(knobs, np.median(values, axis=1), color="tab:blue")
-        panel.axhline(0, color="gray", linewidth=0.6)
-        panel.axhline(1, color="gray", linewidth=0.6)
-        panel.set_title(name)
-        panel.set_xlabel("swept setting")
-        panel.set_ylim(-0.5, 2.0)
-    for panel in panels[len(groups) :]:
+    columns = min(3, panels)
+    rows = -(-panels // columns)
+    figure = Figure(figsize=(4.2 * columns, 3.4 * rows), layout="constrained")
+    found = list(np.ravel(figure.subplots(rows, columns, squeeze=False, **options)))
+    for panel in found[panels:]:
         panel.set_visible(False)
-    panels[0].set_ylabel("response (0 source, 1 as asked)")
+    return figure, found[:panels]
+
+
+def _save_figure(figure: Any, path: Path) -> None:
     with atomic_file(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
 
 
+def _by_system(rows: Sequence[Row], sliders: int) -> dict[str, list[Row]]:
+    groups: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        if row.phase == "bench" and row.sliders == sliders:
+            groups[row.system].append(row)
+    return groups
+
+
+def draw_curves(rows: Sequence[Row], path: Path) -> None:
+    """Response over the swept range by the first scorer: median over the cases with the middle half and the middle 90%."""
+    groups = _by_system(rows, 1)
+    scorer = next(iter(rows[0].scores.attributes))
+    figure, panels = _figure(len(groups), sharey=True)
+    everything = []
+    for panel, (name, group) in zip(panels, groups.items(), strict=True):
+        samples = sorted({row.sample for row in group})
+        knobs = [next(row.knobs[0] for row in group if row.sample == s) for s in samples]
+        values = np.array([[r.scores.attributes[scorer][0] for r in group if r.sample == s] for s in samples])
+        for spread, shade in ((45, 0.15), (25, 0.3)):
+            low, high = np.percentile(values, [50 - spread, 50 + spread], axis=1)
+            panel.fill_between(knobs, low, high, color="tab:blue", alpha=shade, linewidth=0)
+        panel.plot(knobs, np.median(values, axis=1), color="tab:blue")
+        everything.append(np.percentile(values, [2, 98]))
+        panel.set_title(name)
+        panel.set_xlabel("swept setting")
+    for sample in (0, 1):
+        level = statistics.median(r.scores.attributes[scorer][0] for r in rows if r.phase == "base" and r.sample == sample)
+        for panel in panels:
+            panel.axhline(level, color="gray", linewidth=0.6)
+    low, high = np.min(everything), np.max(everything)
+    panels[0].set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
+    panels[0].set_ylabel(f"{scorer} (lines: source, plain edit)")
+    _save_figure(figure, path)
+
+
+def draw_trajectories(rows: Sequence[Row], path: Path) -> None:
+    """How far a system moves the rest of the picture while it moves the attribute: means over the cases, off to far."""
+    groups = _by_system(rows, 1)
+    scorer, distances = next(iter(rows[0].scores.attributes)), list(rows[0].scores.distances)
+    figure, panels = _figure(len(distances))
+    for panel, distance in zip(panels, distances, strict=True):
+        for name, group in groups.items():
+            points = []
+            for sample in sorted({row.sample for row in group}):
+                of = [row for row in group if row.sample == sample]
+                told = [d for row in of if (d := row.scores.distances[distance]) is not None]
+                if told:
+                    points.append((statistics.fmean(r.scores.attributes[scorer][0] for r in of), statistics.fmean(told)))
+            if points:
+                line = panel.plot(*zip(*points, strict=True), marker=".", linewidth=1, label=name)[0]
+                panel.plot(*points[-1], marker="o", color=line.get_color())
+        panel.set_xlabel(f"{scorer} (dot: far end)")
+        panel.set_ylabel(f"{distance}, distance to the source")
+    panels[0].legend(fontsize=7)
+    _save_figure(figure, path)
+
+
+def draw_lattices(rows: Sequence[Row], path: Path) -> None:
+    """Two sliders: the mean scores of both instructions at every pair of settings; a square lattice is two free sliders."""
+    groups = _by_system(rows, 2)
+    scorer = next(iter(rows[0].scores.attributes))
+    figure, panels = _figure(len(groups), sharex=True, sharey=True)
+    for panel, (name, group) in zip(panels, groups.items(), strict=True):
+        side = round(len({row.sample for row in group}) ** 0.5)
+        shown: dict[int, list[tuple[float, ...]]] = defaultdict(list)
+        for row in group:
+            shown[row.sample].append(row.scores.attributes[scorer])
+        lattice = np.array([np.mean(shown[sample], axis=0) for sample in sorted(shown)]).reshape(side, side, 2)
+        for line in (*lattice, *lattice.transpose(1, 0, 2)):
+            panel.plot(line[:, 0], line[:, 1], color="tab:blue", linewidth=0.8, marker=".")
+        panel.set_title(name)
+        panel.set_xlabel(f"{scorer}, first instruction")
+    panels[0].set_ylabel(f"{scorer}, second instruction")
+    _save_figure(figure, path)
+
+
+def _cells(sheet: Image.Image, rows: int, columns: int) -> list[list[Image.Image]]:
+    """The pictures of a contact sheet."""
+    width, height = sheet.width // columns, sheet.height // rows
+    return [
+        [sheet.crop((x * width, y * height, (x + 1) * width, (y + 1) * height)) for x in range(columns)] for y in range(rows)
+    ]
+
+
 def draw_strips(rows: Sequence[Row], pictures: Path, path: Path) -> None:
-    """The first pictured scene swept by every system, one row each."""
-    first = next(row.case for row in rows if row.phase == "bench" and row.sliders == 1)
-    strips, labels = [], []
-    for name in dict.fromkeys(row.system for row in rows if row.phase == "bench" and row.sliders == 1):
-        sheet = Image.open(pictures / f"{name}.{first}.png")
-        side = sheet.height
-        frames = [sheet.crop((x, 0, x + side, side)) for x in range(0, sheet.width, side)]
-        strips.append(frames[:: max(1, (len(frames) - 1) // 7)])
-        labels.append(name)
+    """The first pictured case of one slider swept by every system, one row each."""
+    groups = _by_system(rows, 1)
+    first = next(iter(groups.values()))[0].case
+    strips = []
+    for name, group in groups.items():
+        samples = len({row.sample for row in group})
+        (frames,) = _cells(Image.open(pictures / f"{name}.{first}.png"), 1, samples)
+        strips.append([frames[i] for i in np.linspace(0, samples - 1, min(_SHOWN, samples)).round().astype(int)])
     blank = [""] * len(strips[0])
-    save_image(draw_grid(strips, blank, labels, "each system over its own range, off to far", 100), path)
+    save_image(draw_grid(strips, blank, list(groups), "each system over its own range, off to far", 100), path)
+
+
+def draw_joint_pictures(rows: Sequence[Row], pictures: Path, folder: Path) -> list[str]:
+    """The first pictured case of two sliders, one grid `grid.SYSTEM.png` per system; returns the names."""
+    names = []
+    for name, group in _by_system(rows, 2).items():
+        side = round(len({row.sample for row in group}) ** 0.5)
+        cells = _cells(Image.open(pictures / f"{name}.{group[0].case}.png"), side, side)
+        settings = [f"{k:g}" for k in sorted({round(row.knobs[0], 3) for row in group})]
+        title = f"{name}: down the first instruction, across the second"
+        names.append(f"grid.{name}.png")
+        save_image(draw_grid(cells, settings, settings, title, 70), folder / names[-1])
+    return names
 
 
 def write_report(rows: Sequence[Row], out: Path, about: Mapping[str, Any]) -> dict[str, Any]:
-    """Write `report.json`, `table.md`, `curves.png` and `strips.png` into `out`; returns the report.
+    """Write `report.json`, `table.md` and the pictures into `out`; returns the report, which lists their names.
 
     Args:
         about: settings, versions and fingerprints, put into the report as they are.
     """
     summary = summarise_run(rows)
-    report = {**about, "systems": summary}
-    if any(entry["sliders"] == 1 for entry in summary):
+    counts, drawn = {entry["sliders"] for entry in summary}, []
+    if 1 in counts:
         draw_curves(rows, out / "curves.png")
+        draw_trajectories(rows, out / "trajectories.png")
         draw_strips(rows, out / "pictures", out / "strips.png")
+        drawn += ["curves.png", "trajectories.png", "strips.png"]
+    if 2 in counts:
+        draw_lattices(rows, out / "lattices.png")
+        drawn += ["lattices.png", *draw_joint_pictures(rows, out / "pictures", out)]
     with atomic_file(out / "table.md") as temporary:
         temporary.write_text(markdown_table(summary))
+    report = {**about, "systems": summary, "pictures": drawn}
     with atomic_file(out / "report.json") as temporary:
         temporary.write_text(json.dumps(report, indent=2) + "\n")
     return report

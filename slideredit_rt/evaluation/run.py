@@ -18,17 +18,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from slideredit_rt.errors import SliderEditError
+from slideredit_rt.evaluation.dataset import Dataset, Scores
 from slideredit_rt.evaluation.measures import continuity, monotonicity
-from slideredit_rt.evaluation.shapes import Scores, score_shapes, shapes_cases, source_scores
 from slideredit_rt.evaluation.systems import Case, System
 from slideredit_rt.files import atomic_file
 from slideredit_rt.images import save_image
-from slideredit_rt.training.shapes_world import Example
 
-BENCH_SEED, SEARCH_SEED = 1, 2
 PICTURED = 3
-"""Scenes whose pictures are kept."""
-_COLUMNS = ("phase", "system", "case", "sliders", "low", "high", "sample", "knobs", "attributes", "elsewhere", "seconds")
+"""Cases whose pictures are kept, for each number of sliders."""
+_COLUMNS = ("phase", "system", "case", "sliders", "low", "high", "sample", "knobs", "seconds")
+_ATTRIBUTE, _DISTANCE = "attribute ", "distance "
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ class BenchmarkConfig:
     """Settings of a run.
 
     Attributes:
-        scenes: held-out pictures for one slider.
+        scenes: cases with one slider.
         joint_scenes: for two and three sliders jointly, which take `joint_samples` to the power of the sliders images each.
         samples, joint_samples: settings per slider (the paper's δ: 15 for one, 7 for several).
         sliders: how many are moved jointly, in turn (the paper's γ).
@@ -89,14 +88,21 @@ class Row:
 
 
 def write_rows(path: Path, rows: Sequence[Row]) -> None:
-    """CSV, one row per image; several knobs or attributes stand in one cell, separated by spaces."""
+    """CSV, one row per image and a column per scorer.
+
+    The knobs of a joint sweep and their attributes stand in one cell, separated by spaces. A distance that could not be told is
+    an empty cell.
+    """
+    attributes, distances = list(rows[0].scores.attributes), list(rows[0].scores.distances)
     with atomic_file(path) as temporary, temporary.open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(_COLUMNS)
+        writer.writerow((*_COLUMNS, *(_ATTRIBUTE + name for name in attributes), *(_DISTANCE + name for name in distances)))
         for row in rows:
-            knobs, attributes = (" ".join(f"{v:.6g}" for v in values) for values in (row.knobs, row.scores.attributes))
+            shown = [" ".join(f"{v:.6g}" for v in row.scores.attributes[name]) for name in attributes]
+            apart = [row.scores.distances[name] for name in distances]
             head = (row.phase, row.system, row.case, row.sliders, f"{row.low:g}", f"{row.high:g}", row.sample)
-            writer.writerow((*head, knobs, attributes, f"{row.scores.elsewhere:.6g}", f"{row.seconds:.4g}"))
+            knobs = " ".join(f"{v:.6g}" for v in row.knobs)
+            writer.writerow((*head, knobs, f"{row.seconds:.4g}", *shown, *("" if d is None else f"{d:.6g}" for d in apart)))
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -104,6 +110,16 @@ def read_rows(path: Path) -> list[Row]:
 
     def numbers(text: str) -> tuple[float, ...]:
         return tuple(map(float, text.split()))
+
+    def scores(cells: Mapping[str, str]) -> Scores:
+        columns = list(cells)
+        attributes = {c.removeprefix(_ATTRIBUTE): numbers(cells[c]) for c in columns if c.startswith(_ATTRIBUTE)}
+        distances = {
+            c.removeprefix(_DISTANCE): float(cells[c]) if cells[c] else None for c in columns if c.startswith(_DISTANCE)
+        }
+        if not attributes:
+            raise ValueError("it has no scores")
+        return Scores(attributes, distances)
 
     try:
         with path.open(newline="") as file:
@@ -117,7 +133,7 @@ def read_rows(path: Path) -> list[Row]:
                     high=float(r["high"]),
                     sample=int(r["sample"]),
                     knobs=numbers(r["knobs"]),
-                    scores=Scores(numbers(r["attributes"]), float(r["elsewhere"])),
+                    scores=scores(r),
                     seconds=float(r["seconds"]),
                 )
                 for r in csv.DictReader(file)
@@ -133,52 +149,67 @@ def evenly(low: float, high: float, count: int) -> list[float]:
     return [low + (high - low) * i / (count - 1) for i in range(count)]
 
 
-def lines(rows: Sequence[Row], index: int) -> list[list[float]]:
-    """Sweeps of instruction `index`: its scores in the knob's order, one list per setting of the other knobs."""
+def lines(rows: Sequence[Row], index: int, scorer: str) -> list[list[float]]:
+    """Sweeps of instruction `index`: a scorer's readings in the knob's order, one list per setting of the other knobs."""
     sweeps: dict[tuple[float, ...], list[tuple[float, float]]] = {}
     for row in rows:
         others = row.knobs[:index] + row.knobs[index + 1 :]
-        sweeps.setdefault(others, []).append((row.knobs[index], row.scores.attributes[index]))
+        sweeps.setdefault(others, []).append((row.knobs[index], row.scores.attributes[scorer][index]))
     return [[score for _, score in sorted(sweep)] for sweep in sweeps.values()]
 
 
-def case_continuity(rows: Sequence[Row]) -> float:
+def case_continuity(rows: Sequence[Row], scorer: str) -> float:
     """Mean continuity of one case over its sliders, and for several over every setting of the others."""
-    return statistics.fmean(continuity(line) for index in range(len(rows[0].knobs)) for line in lines(rows, index))
+    return statistics.fmean(continuity(line) for index in range(len(rows[0].knobs)) for line in lines(rows, index, scorer))
 
 
-def usefulness(rows: Sequence[Row], source: float, edited: float) -> float:
+def usefulness(rows: Sequence[Row], source: Scores, edited: Scores) -> float:
     """What a range is chosen by: continuity × rank correlation × share of the way from source to plain edit that it covers.
 
     Without the correlation, which counts as 0 below 0, ranges would win in which the response turns back: folded, it fills its
-    bins evenly.
+    bins evenly. The mean over the attribute scorers; one that sees no difference between source and plain edit counts as 0.
     """
-    reached = [min(1.0, max(0.0, (row.scores.attributes[0] - source) / (edited - source))) for row in rows]
-    order = monotonicity([row.knobs[0] for row in rows], [row.scores.attributes[0] for row in rows])
-    return case_continuity(rows) * max(0.0, order) * (max(reached) - min(reached))
+    values = []
+    for scorer in source.attributes:
+        start, end = source.attributes[scorer][0], edited.attributes[scorer][0]
+        shown = [row.scores.attributes[scorer][0] for row in rows]
+        reached = [min(1.0, max(0.0, (s - start) / (end - start))) for s in shown] if end != start else [0.0]
+        order = monotonicity([row.knobs[0] for row in rows], shown)
+        values.append(case_continuity(rows, scorer) * max(0.0, order) * (max(reached) - min(reached)))
+    return statistics.fmean(values)
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One system of a run: its class, and how it is made when it is first needed."""
+
+    system: type[System]
+    make: Callable[[], System]
 
 
 class Benchmark:
     """One run in the folder `out`; a killed run continues where it stopped.
 
     Args:
-        systems: by name, each made when it is first needed.
+        contenders: the systems, by the name that rows and pictures give them.
         reference: makes the plain edit, at its `plain` setting.
+        dataset: pictures and scorers.
         config: settings; those of an unfinished run in `out` must be the same.
         out: gets `rows/` (one file per case, written whole), `rows.csv`, and pictures.
-        fingerprints: of base and adapters, so that a continued run does not mix two.
+        fingerprints: of base, adapters and data, so that a continued run does not mix two.
     """
 
     def __init__(
         self,
-        systems: Mapping[str, Callable[[], System]],
+        contenders: Mapping[str, Contender],
         reference: Callable[[], System],
+        dataset: Dataset,
         config: BenchmarkConfig,
         out: Path,
         fingerprints: Mapping[str, str],
     ) -> None:
-        self.makers, self.reference, self.config, self.out = systems, reference, config, out
-        self.made: dict[str, System] = {}
+        self.contenders, self.reference, self.dataset, self.config, self.out = contenders, reference, dataset, config, out
+        self._made: dict[str, System] = {}
         self.settings = json.loads(json.dumps({"config": asdict(config), "fingerprints": dict(fingerprints)}))
         path = out / "settings.json"
         if path.exists():
@@ -190,68 +221,69 @@ class Benchmark:
             with atomic_file(path) as temporary:
                 temporary.write_text(json.dumps(self.settings, indent=2) + "\n")
 
-    def system(self, name: str) -> System:
-        if name not in self.made:
-            self.made[name] = self.makers[name]()
-        return self.made[name]
+    def _system(self, name: str) -> System:
+        """Only the latest is kept: systems are swept one after the other, and a base may be large."""
+        if name not in self._made:
+            self._made = {name: self.contenders[name].make()}
+        return self._made[name]
 
     def run(self, *, progress: bool = True) -> list[Row]:
         """Render and score everything that is not there yet; returns all rows and writes them to `rows.csv`."""
         config = self.config
-        search = shapes_cases(config.search_scenes, 1, SEARCH_SEED)
+        search = self.dataset.cases("search", config.search_scenes, 1)
         bench = {
-            count: shapes_cases(config.scenes if count == 1 else config.joint_scenes, count, BENCH_SEED)
+            count: self.dataset.cases("bench", config.scenes if count == 1 else config.joint_scenes, count)
             for count in config.sliders
         }
         with tqdm(desc="evaluate", unit="image", disable=not progress, total=self._total(bench), smoothing=0.05) as bar:
-            rows = [row for cases in (search, *bench.values()) for case in cases.values() for row in self._base(case, bar)]
-            plain = {row.case: row.scores.attributes for row in rows if row.sample == 1}
-            source = {row.case: row.scores.attributes for row in rows if row.sample == 0}
-            for name in self.makers:
+            rows = [row for cases in (search, *bench.values()) for case in cases for row in self._base(case, bar)]
+            plain = {row.case: row.scores for row in rows if row.sample == 1}
+            source = {row.case: row.scores for row in rows if row.sample == 0}
+            for name, contender in self.contenders.items():
                 best, best_value = None, -1.0
-                for ends in self.system(name).ranges:
+                for ends in contender.system.ranges:
                     values = []
-                    for case in search.values():
+                    for case in search:
                         swept = self._sweep("search", name, case, ends, config.search_samples, bar)
-                        values.append(usefulness(swept, source[case[0].name][0], plain[case[0].name][0]))
+                        values.append(usefulness(swept, source[case.name], plain[case.name]))
                         rows += swept
                     # The first, narrowest range wins a tie.
                     if statistics.fmean(values) > best_value:
                         best, best_value = ends, statistics.fmean(values)
                 assert best is not None
                 for count, cases in bench.items():
-                    if count > 1 and not self.system(name).joint:
+                    if count > 1 and not contender.system.joint:
                         continue
                     samples = config.samples if count == 1 else config.joint_samples
-                    for index, case in enumerate(cases.values()):
+                    for index, case in enumerate(cases):
                         rows += self._sweep("bench", name, case, best, samples, bar, pictures=index < PICTURED)
         write_rows(self.out / "rows.csv", rows)
         return rows
 
-    def _total(self, bench: Mapping[int, Mapping[str, Any]]) -> int:
-        config, systems = self.config, [self.system(name) for name in self.makers]
+    def _total(self, bench: Mapping[int, Sequence[Case]]) -> int:
+        config = self.config
         total = 2 * (config.search_scenes + sum(map(len, bench.values())))
-        for system in systems:
+        for system in (contender.system for contender in self.contenders.values()):
             total += len(system.ranges) * config.search_scenes * config.search_samples
             for count, cases in bench.items():
                 if count == 1 or system.joint:
                     total += len(cases) * (config.samples if count == 1 else config.joint_samples**count)
         return total
 
-    def _base(self, case: tuple[Case, Example], bar: Any) -> list[Row]:
+    def _base(self, case: Case, bar: Any) -> list[Row]:
         """The source picture and the plain edit."""
-        path = self.out / "rows" / f"base.{case[0].name}.csv"
+        path = self.out / "rows" / f"base.{case.name}.csv"
         if not path.exists():
             system = self.reference()
-            knobs = (system.plain,) * len(case[0].instructions)
+            knobs = (system.plain,) * len(case.instructions)
             start = time.perf_counter()
-            image = system.render(system.prepare(case[0]), [knobs], self.config.steps)
+            image = system.render(system.prepare(case), [knobs], self.config.steps)
             seconds = time.perf_counter() - start
-            scores = [source_scores([case[1]])[0], score_shapes(case[1], image)[0]]
+            scores = [self.dataset.source_scores(case), self.dataset.score(case, image)[0]]
             write_rows(
                 path,
                 [
-                    Row("base", "base", case[0].name, len(knobs), 0, 1, sample, (float(sample),) * len(knobs), s, seconds)
+                    Row("base", "base", case.name, len(knobs), 0, 1, sample, (float(sample),) * len(knobs), s, seconds)
                     for sample, s in enumerate(scores)
                 ],
             )
@@ -262,28 +294,27 @@ class Benchmark:
         self,
         phase: str,
         name: str,
-        case: tuple[Case, Example],
+        case: Case,
         ends: tuple[float, float],
         samples: int,
         bar: Any,
         pictures: bool = False,
     ) -> list[Row]:
         """Every combination of `samples` settings of each slider of one case."""
-        sliders = len(case[0].instructions)
-        stem = f"{phase}.{name}.{case[0].name}.{ends[0]:g}.{ends[1]:g}"
-        path, strip = self.out / "rows" / f"{stem}.csv", self.out / "pictures" / f"{name}.{case[0].name}.png"
+        sliders = len(case.instructions)
+        path = self.out / "rows" / f"{phase}.{name}.{case.name}.{ends[0]:g}.{ends[1]:g}.csv"
         if not path.exists():
-            system, settings = self.system(name), list(itertools.product(evenly(*ends, samples), repeat=sliders))
+            system, settings = self._system(name), list(itertools.product(evenly(*ends, samples), repeat=sliders))
             start = time.perf_counter()
-            images = system.render(system.prepare(case[0]), settings, self.config.steps)
+            images = system.render(system.prepare(case), settings, self.config.steps)
             seconds = (time.perf_counter() - start) / len(settings)
             if pictures and sliders < 3:
-                save_image(_contact_sheet(images, samples), strip)
-            scores = score_shapes(case[1], images)
+                save_image(_contact_sheet(images, samples), self.out / "pictures" / f"{name}.{case.name}.png")
+            scores = self.dataset.score(case, images)
             write_rows(
                 path,
                 [
-                    Row(phase, name, case[0].name, sliders, *ends, index, knobs, s, seconds)
+                    Row(phase, name, case.name, sliders, *ends, index, knobs, s, seconds)
                     for index, (knobs, s) in enumerate(zip(settings, scores, strict=True))
                 ],
             )

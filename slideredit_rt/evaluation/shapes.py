@@ -1,43 +1,59 @@
-"""The benchmark's scenes and scorer where the truth is exact: the shapes world."""
+"""The shapes world as the benchmark's dataset: held-out scenes whose edits are measured exactly."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from slideredit_rt.evaluation.dataset import Phase, Scores
 from slideredit_rt.evaluation.systems import Case
 from slideredit_rt.training.shapes_evaluation import scene_image
-from slideredit_rt.training.shapes_world import SHAPES, SIZE, Example, Scene, held_out_examples, measure, render, response
+from slideredit_rt.training.shapes_world import (
+    ALL_INSTRUCTIONS,
+    SHAPES,
+    SIZE,
+    Example,
+    Instruction,
+    Scene,
+    held_out_examples,
+    measure,
+    render,
+    response,
+)
+
+SEEDS: dict[Phase, int] = {"bench": 1, "search": 2}
+"""Of the scenes. `make marks` reports on 0, `slideredit-rt adapter calibrate` learns from 3."""
 
 
-@dataclass(frozen=True)
-class Scores:
-    """What one picture shows.
-
-    Attributes:
-        attributes: how far each swept instruction was carried out, in its order.
-        elsewhere: distance to the source where no swept instruction acts; lower is better.
-    """
-
-    attributes: tuple[float, ...]
-    elsewhere: float
-
-
-def shapes_cases(count: int, sliders: int, seed: int) -> dict[str, tuple[Case, Example]]:
-    """`count` held-out scenes whose prompts have `sliders` instructions, all of them swept; by name.
+class ShapesScenes:
+    """Held-out scenes and the exact scorers `response` and `elsewhere` (see `score_shapes`).
 
     Args:
-        seed: of the scenes. The benchmark takes 1, its search for ranges 2; 0 is what `make marks` reports on.
+        known: instructions that the prompts are made of.
+        seeds: of the scenes of each phase.
     """
-    cases = {}
-    for index, example in enumerate(held_out_examples(count, sliders, seed)):
-        name = f"scene-{seed}-{sliders}-{index:03d}"
-        texts = tuple(i.text for i in example.instructions)
-        cases[name] = (Case(name, scene_image(example), example.prompt, texts, index), example)
-    return cases
+
+    def __init__(self, known: Sequence[Instruction] = ALL_INSTRUCTIONS, seeds: dict[Phase, int] = SEEDS) -> None:
+        self.known, self.seeds = known, seeds
+        self.examples: dict[str, Example] = {}
+
+    def cases(self, phase: Phase, count: int, sliders: int) -> list[Case]:
+        seed, found = self.seeds[phase], []
+        for index, example in enumerate(held_out_examples(count, sliders, seed, self.known)):
+            name = f"scene-{seed}-{sliders}-{index:03d}"
+            self.examples[name] = example
+            texts = tuple(i.text for i in example.instructions)
+            found.append(Case(name, scene_image(example), example.prompt, texts, index))
+        return found
+
+    def source_scores(self, case: Case) -> Scores:
+        example = self.examples[case.name]
+        return score_shapes(example, render([example.scene]))[0]
+
+    def score(self, case: Case, images: Tensor) -> list[Scores]:
+        return score_shapes(self.examples[case.name], images)
 
 
 def untouched(example: Example) -> Tensor:
@@ -64,19 +80,14 @@ def untouched(example: Example) -> Tensor:
 def score_shapes(example: Example, images: Tensor) -> list[Scores]:
     """Measure pictures `[N, 3, SIZE, SIZE]` in [0, 1].
 
-    `attributes` are the exact measurer's responses: 0 as in the source, 1 exactly as asked. `elsewhere` is the root mean
-    squared difference to the source, in [0, 1] pixel units, over the pixels that no instruction may change.
+    `response` is the exact measurer's: 0 as in the source, 1 exactly as asked. `elsewhere` is the root mean squared difference
+    to the source, in [0, 1] pixel units, over the pixels that no instruction may change.
     """
     free = untouched(example)
     source = render([example.scene])[0][:, free]
     measured = measure(images, [example.scene] * len(images))
     apart = (images[:, :, free] - source).square().flatten(1).mean(1).sqrt().tolist()
     return [
-        Scores(tuple(response(m, i, example.scene) for i in example.instructions), distance)
+        Scores({"response": tuple(response(m, i, example.scene) for i in example.instructions)}, {"elsewhere": distance})
         for m, distance in zip(measured, apart, strict=True)
     ]
-
-
-def source_scores(examples: Sequence[Example]) -> list[Scores]:
-    """The scores of the source pictures themselves: 0 up to the measurer's own error."""
-    return [score_shapes(e, render([e.scene]))[0] for e in examples]
