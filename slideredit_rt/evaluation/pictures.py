@@ -1,0 +1,202 @@
+"""The benchmark on a user's own pictures, read by learned scorers."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from torch import Tensor
+
+from slideredit_rt.errors import SliderEditError
+from slideredit_rt.evaluation.dataset import Phase, Scores
+from slideredit_rt.evaluation.scorers import AttributeScorer, DistanceScorer
+from slideredit_rt.evaluation.systems import Case
+from slideredit_rt.images import open_image
+from slideredit_rt.sliders import PromptToken, Slider, compose_prompt, find_spans, normalise
+
+_SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+_ORDER_SEED = 0
+_EXAMPLE = '{"instructions": ["make her hair curly"], "attributes": ["curly hair"]}'
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One line of a prompts file.
+
+    Attributes:
+        prompt: holds every instruction, each word for word.
+        instructions: the swept ones.
+        attributes: for each instruction the phrase that the edited picture is compared with.
+    """
+
+    prompt: str
+    instructions: tuple[str, ...]
+    attributes: tuple[str, ...]
+
+
+def read_edits(path: Path) -> list[Edit]:
+    """The edits of a JSON-lines file: `{"prompt": "…", "instructions": ["…"], "attributes": ["…"]}`, one a line.
+
+    `prompt` defaults to the instructions joined by " and ", `attributes` to the instructions. Empty lines are skipped.
+
+    Raises:
+        SliderEditError: no such file, no edit in it, or a line that is not as above; the message names it.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise SliderEditError(
+            f"prompts file {str(path)!r} cannot be read ({error}); give a UTF-8 file with lines such as {_EXAMPLE}"
+        ) from None
+    edits = []
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            try:
+                edits.append(_edit(line))
+            except SliderEditError as error:
+                raise SliderEditError(f"line {number} of {str(path)!r} {error}") from None
+    if not edits:
+        raise SliderEditError(f"prompts file {str(path)!r} is empty; write lines such as {_EXAMPLE}")
+    return edits
+
+
+def _edit(line: str) -> Edit:
+    try:
+        fields = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise SliderEditError(f"is not JSON ({error}); write it as {_EXAMPLE}") from None
+    if not isinstance(fields, dict) or "instructions" not in fields:
+        raise SliderEditError(f"has no instructions; write it as {_EXAMPLE}")
+    if unknown := sorted(fields.keys() - {"prompt", "instructions", "attributes"}):
+        raise SliderEditError(f"has the unknown field {unknown[0]!r}; use prompt, instructions and attributes")
+    instructions = _texts(fields, "instructions")
+    attributes = _texts(fields, "attributes") if "attributes" in fields else instructions
+    if len(attributes) != len(instructions):
+        raise SliderEditError(
+            f"has {len(instructions)} instructions and {len(attributes)} attributes; give one attribute per instruction"
+        )
+    prompt = fields.get("prompt", compose_prompt(instructions))
+    if not isinstance(prompt, str):
+        raise SliderEditError(f"has the prompt {prompt!r}; give a text")
+    prompt = normalise(prompt)
+    # Each character a token: the rule of the sliders themselves, ahead of any tokenizer.
+    letters = [PromptToken(letter, index, index + 1, index) for index, letter in enumerate(prompt)]
+    try:
+        find_spans(prompt, [Slider(text) for text in instructions], letters, len(letters) + 1)
+    except SliderEditError:
+        raise SliderEditError(
+            f"has the prompt {prompt!r}, in which the instructions {', '.join(map(repr, instructions))} do not all stand word "
+            "for word and apart from each other; write them as they stand in the prompt"
+        ) from None
+    return Edit(prompt, instructions, attributes)
+
+
+def _texts(fields: Mapping[str, Any], name: str) -> tuple[str, ...]:
+    """A field of one or more texts."""
+    values = fields[name]
+    if not isinstance(values, list) or not values or not all(isinstance(v, str) and v.strip() for v in values):
+        raise SliderEditError(f"has {name} {values!r}; give a list of texts")
+    return tuple(normalise(v).strip() for v in values)
+
+
+class Pictures:
+    """Every picture of a folder with every edit of a prompts file, in a shuffled order that is the same in every run.
+
+    Scores are those of the picture as the base model is shown it: `preprocess` brings the source to the size of the edit, so
+    that nothing but the edit lies between the two.
+
+    Args:
+        images: folder; its pictures are the files that end in .png, .jpg, .webp, .bmp or .tif.
+        prompts: JSON-lines file, see `read_edits`.
+        attribute_scorers, distance_scorers: by name, see `load_scorer`.
+        preprocess: resizes a picture as the base model's family does, to `[1, 3, H, W]` in [−1, 1] (`Family.preprocess`).
+
+    Raises:
+        SliderEditError: a folder without pictures, or a prompts file that cannot be used.
+    """
+
+    def __init__(
+        self,
+        images: Path,
+        prompts: Path,
+        attribute_scorers: Mapping[str, AttributeScorer],
+        distance_scorers: Mapping[str, DistanceScorer],
+        preprocess: Callable[[Image.Image], Tensor],
+    ) -> None:
+        self.images, self.prompts, self.preprocess = images, prompts, preprocess
+        self.attribute_scorers, self.distance_scorers = attribute_scorers, distance_scorers
+        try:
+            found = sorted(p for p in images.iterdir() if p.is_file() and p.suffix.lower() in _SUFFIXES)
+        except OSError as error:
+            raise SliderEditError(
+                f"image folder {str(images)!r} cannot be read ({error.strerror}); give a folder of pictures"
+            ) from None
+        if not found:
+            raise SliderEditError(f"image folder {str(images)!r} holds no picture; put PNG, JPEG or WebP files into it")
+        edits = read_edits(prompts)
+        # The number tells "a.png" from "a.jpg" and names apart that are equal once they are safe.
+        names = {p: f"{i:04d}-{re.sub(r'[^A-Za-z0-9_-]+', '-', p.stem)[:40]}" for i, p in enumerate(found)}
+        entries = [(f"{names[p]}-{line:03d}", p, edit) for p in found for line, edit in enumerate(edits)]
+        random.Random(_ORDER_SEED).shuffle(entries)
+        self._entries = {name: (path, edit) for name, path, edit in entries}
+        self._asked: dict[tuple[str, int], int] = {}
+        self._source_scores: dict[str, Scores] = {}
+
+    def cases(self, phase: Phase, count: int, sliders: int) -> list[Case]:
+        """`count` cases whose edits have `sliders` instructions: for the benchmark from the front of the order, for the search
+        for ranges from its end.
+
+        A case's noise has its place in the order as seed.
+
+        Raises:
+            SliderEditError: fewer cases than both phases have asked for together, or a picture that cannot be read.
+        """
+        names = [name for name, (_, edit) in self._entries.items() if len(edit.instructions) == sliders]
+        self._asked[phase, sliders] = count
+        wanted = {p: self._asked.get((p, sliders), 0) for p in ("bench", "search")}
+        if sum(wanted.values()) > len(names):
+            raise SliderEditError(
+                f"{str(self.images)!r} and {str(self.prompts)!r} make {len(names)} cases of {sliders} instructions, and the "
+                f"benchmark asks for {wanted['bench']} and the search for ranges for {wanted['search']} others; "
+                "add pictures or prompts, or ask for fewer"
+            )
+        places = range(count) if phase == "bench" else range(len(names) - count, len(names))
+        opened: dict[Path, Image.Image] = {}
+        cases = []
+        for place in places:
+            path, edit = self._entries[names[place]]
+            if path not in opened:
+                opened[path] = open_image(path)
+            cases.append(Case(names[place], opened[path], edit.prompt, edit.instructions, place))
+        return cases
+
+    def source_scores(self, case: Case) -> Scores:
+        """The scores of the source itself: what its attributes start from, and distances of 0, or None where it has no face."""
+        if case.name not in self._source_scores:
+            (self._source_scores[case.name],) = self.score(case, self._source(case))
+        return self._source_scores[case.name]
+
+    def score(self, case: Case, images: Tensor) -> list[Scores]:
+        """Scores of edited pictures, float32 `[N, 3, H, W]` in [0, 1].
+
+        Raises:
+            SliderEditError: a scorer that compares pixels is given pictures of another size than `preprocess` makes.
+        """
+        _, edit = self._entries[case.name]
+        source = self._source(case)
+        attributes = {name: scorer.score(images, edit.attributes) for name, scorer in self.attribute_scorers.items()}
+        distances = {name: scorer.distance(images, source) for name, scorer in self.distance_scorers.items()}
+        return [
+            Scores({name: rows[i] for name, rows in attributes.items()}, {name: rows[i] for name, rows in distances.items()})
+            for i in range(len(images))
+        ]
+
+    def _source(self, case: Case) -> Tensor:
+        """`[1, 3, H, W]` in [0, 1]."""
+        return (self.preprocess(case.image).float() + 1) / 2
