@@ -14,7 +14,15 @@ from typing import Any, Literal
 import torch
 from tqdm import tqdm
 
-from slideredit_rt.adapters import Adapter, AdapterMatch, fit_adapter, load_adapter, match_adapter
+from slideredit_rt.adapters import (
+    Adapter,
+    AdapterMatch,
+    AdapterSource,
+    describe_members,
+    fit_adapter,
+    load_adapters,
+    match_adapter,
+)
 from slideredit_rt.assets import resolve_base
 from slideredit_rt.checkpoint import meta_transformer
 from slideredit_rt.engines import BACKENDS
@@ -48,7 +56,7 @@ _VERSIONS = ("slideredit-rt", "torch", "triton", "diffusers", "onnx", "onnxscrip
 
 def build_engine(
     base: str | Path,
-    adapter: str | Path | Adapter | None,
+    adapter: AdapterSource | None,
     out: Path,
     *,
     backend: str = "onnxruntime",
@@ -65,7 +73,8 @@ def build_engine(
 
     Args:
         base: embedded name, folder or hub repository of a diffusers pipeline.
-        adapter: embedded name, file, folder or a loaded adapter; None exports the frozen backbone without slider inputs.
+        adapter: embedded name, file, folder or a loaded adapter; several names, files or folders make a bank, each with a
+            strength of its own. None exports the frozen backbone without slider inputs.
         out: folder to create. It appears whole when everything in it is written, or not at all.
         backend: what will execute it.
         lowering: how the masked update is expressed: `auto`, `native`, `folded` or `plugin` (`slideredit_rt.export.lowering`).
@@ -93,14 +102,14 @@ def build_engine(
     options = tensorrt or TensorRTOptions() if backend in PACKAGES else None
     path = resolve_base(base)
     family = family_of(path)
-    if isinstance(adapter, str | Path):
-        adapter = load_adapter(adapter, family)
     match: AdapterMatch | None = None
-    if adapter is not None:
+    loaded = None if adapter is None else load_adapters(adapter, family)
+    if loaded is not None:
         transformer = meta_transformer(path / "transformer")
-        match = match_adapter(adapter, family, transformer)
-        adapter = fit_adapter(adapter, family, transformer, allow_partial=allow_partial)
-    form = _operator(lowering) if backend == "inductor" else choose(lowering, adapter.kind if adapter else None, backend)
+        match = match_adapter(loaded, family, transformer)
+        loaded = fit_adapter(loaded, family, transformer, allow_partial=allow_partial)
+    kind, bank = (loaded.kind, bool(loaded.members)) if loaded else (None, False)
+    form = _operator(lowering) if backend == "inductor" else choose(lowering, kind, backend, bank=bank)
     profile: Profile | None = None
     targets: tuple[str, ...] = ()
     if options is not None:
@@ -124,12 +133,12 @@ def build_engine(
             with tempfile.TemporaryDirectory(dir=folder) if options else nullcontext(folder) as graph_folder:
                 weights_dtype = None if dtype is None else getattr(torch, dtype)
                 if form == "operator":
-                    exported = export_weights(family, path, adapter, Path(graph_folder), dtype=weights_dtype)
+                    exported = export_weights(family, path, loaded, Path(graph_folder), dtype=weights_dtype)
                 else:
                     exported = export_linked(
                         family,
                         path,
-                        adapter,
+                        loaded,
                         Path(graph_folder),
                         dtype=weights_dtype,
                         lowering=form,
@@ -165,7 +174,7 @@ def build_engine(
             manifest = Manifest(
                 family=family.name,
                 base={"source": str(base) if str(base) != str(path) else str(path.resolve()), "fingerprint": fingerprint},
-                adapter=describe_adapter(adapter, match.unexpected) if adapter and match else None,
+                adapter=describe_adapter(loaded, match.unexpected) if loaded and match else None,
                 backend=backend,
                 # TensorRT's metadata may belong to a package of another name.
                 backend_version=load_tensorrt(backend).__version__ if options else version(_DISTRIBUTIONS[backend]),
@@ -224,6 +233,7 @@ def describe_adapter(adapter: Adapter, dropped: Sequence[str] = ()) -> dict[str,
         "modules": len(adapter.pairs),
         "training": adapter.training,
         "strength_curve": adapter.curve.to_json(),
+        **({"members": describe_members(adapter)} if adapter.members else {}),
         **({"dropped": list(dropped)} if dropped else {}),
     }
 

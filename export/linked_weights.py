@@ -29,7 +29,7 @@ import torch
 from onnx_ir.passes import common as passes
 from torch import Tensor, nn
 
-from slideredit_rt.adapters import Adapter
+from slideredit_rt.adapters import Adapter, fill_ranks
 from slideredit_rt.checkpoint import CONFIG_FILE, meta_transformer
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.export.lowering import Lowering, lower
@@ -203,7 +203,7 @@ def _link_weights(
     if adapter is not None:
         adapter = _cast(adapter, dtype)
         if fill_ranks:
-            adapter = _fill_ranks(adapter, {name: graph_rank(len(a)) for name, (a, _) in adapter.pairs.items()})
+            adapter = fill_ranks(adapter, {name: graph_rank(len(a)) for name, (a, _) in adapter.pairs.items()})
     on_meta = adapter and dataclasses.replace(
         adapter, pairs={name: (a.to("meta"), b.to("meta")) for name, (a, b) in adapter.pairs.items()}
     )
@@ -225,7 +225,9 @@ def _link_weights(
     if adapter is not None:
         files.append(ADAPTER_FILE)
         tensors = _adapter_tensors(adapter)
-        _write(folder / ADAPTER_FILE, _header(tensors, dtype, {"kind": adapter.kind}), tensors.values())
+        # How many members a bank has, not their names: a header that another adapter could not keep would move its tensors.
+        metadata = {"kind": adapter.kind, "member_count": str(len(adapter.members))}
+        _write(folder / ADAPTER_FILE, _header(tensors, dtype, metadata), tensors.values())
         for key, place in _read_header(folder / ADAPTER_FILE)[0].items():
             module, _, part = key.removeprefix("transformer.").rpartition(".lora_")
             places[f"{module}.lora_{part.removesuffix('.weight')}"] = place
@@ -240,11 +242,12 @@ def replace_adapter(folder: Path, adapter: Adapter) -> None:
 
     Args:
         folder: written by `export_linked` with an adapter.
-        adapter: of the same modules and kind; converted to the dtype of the export. Lower ranks than the export's are filled
-            up with zeros.
+        adapter: of the same modules and kind, for a bank with as many members; converted to the dtype of the export. Lower
+            ranks than the export's are filled up with zeros.
 
     Raises:
-        SliderEditError: no such export, or an adapter of other modules, another kind or a higher rank.
+        SliderEditError: no such export, or an adapter of other modules, another kind, another number of members or a higher
+            rank.
     """
     path = folder / ADAPTER_FILE
     if not path.is_file():
@@ -252,10 +255,16 @@ def replace_adapter(folder: Path, adapter: Adapter) -> None:
             f"{str(folder)!r} holds no {ADAPTER_FILE}, so there is no adapter to replace; give an export with linked weights"
         )
     places, header = _read_header(path)
-    kind = _metadata(header).get("kind")
+    metadata = _metadata(header)
+    kind, members = metadata.get("kind"), int(metadata.get("member_count", "0"))
     if adapter.kind != kind:
         raise SliderEditError(
             f"adapter {adapter.source!r} is {adapter.kind} and the export in {str(folder)!r} is {kind}; export again for it"
+        )
+    if len(adapter.members) != members:
+        raise SliderEditError(
+            f"adapter {adapter.source!r} has {len(adapter.members) or 'no'} members and the export in {str(folder)!r} was made "
+            f"for {f'a bank of {members}' if members else 'a single adapter'}; export again for it"
         )
     tensors = _adapter_tensors(adapter)
     if tensors.keys() != places.keys():
@@ -265,7 +274,7 @@ def replace_adapter(folder: Path, adapter: Adapter) -> None:
             f"{len(places) // 2}, not the same ones ({different[0]}); export again for it"
         )
     ranks = {name: places[f"transformer.{name}.lora_A.weight"].shape[0] for name in adapter.pairs}
-    tensors = _adapter_tensors(_fill_ranks(adapter, ranks))
+    tensors = _adapter_tensors(fill_ranks(adapter, ranks))
     for key, place in places.items():
         if tuple(tensors[key].shape) != place.shape:
             raise SliderEditError(
@@ -368,15 +377,6 @@ def _choose_dtype(family: Family, places: Mapping[str, _Stored], dtype: torch.dt
 
 def _cast(adapter: Adapter, dtype: torch.dtype) -> Adapter:
     return dataclasses.replace(adapter, pairs={name: (a.to(dtype), b.to(dtype)) for name, (a, b) in adapter.pairs.items()})
-
-
-def _fill_ranks(adapter: Adapter, ranks: Mapping[str, int]) -> Adapter:
-    """Rows of zeros below each A, columns of zeros beside each B: the same update, of a higher rank."""
-    pairs = {}
-    for name, (a, b) in adapter.pairs.items():
-        more = max(ranks[name] - len(a), 0)
-        pairs[name] = nn.functional.pad(a, (0, 0, 0, more)), nn.functional.pad(b, (0, more))
-    return dataclasses.replace(adapter, pairs=pairs)
 
 
 def _adapter_tensors(adapter: Adapter) -> dict[str, Tensor]:

@@ -1,7 +1,8 @@
 """How the masked update is expressed in an engine: what becomes of the `slideredit::MaskedLoRALinear` nodes of a traced graph.
 
 Each node stands for a whole adapted projection, `y = x Wᵀ + bias + row_scale · (x Aᵀ) Bᵀ`. Its inputs in order: x `[B, S, K]`,
-weight `[N, K]`, bias `[N]` or none, lora_a `[R, K]`, lora_b `[N, R]`, row_scale float32 `[B, S]`.
+weight `[N, K]`, bias `[N]` or none, lora_a `[R, K]`, lora_b `[N, R]`, row_scale float32 `[B, S]`; for a bank of G adapters
+`[B, S, G]`, whose member g owns the columns g·R/G to (g + 1)·R/G of the low-rank product.
 
 | lowering | becomes | for |
 |---|---|---|
@@ -36,17 +37,16 @@ _slideredit = onnxscript.values.Opset(DOMAIN, 1)
 
 
 @onnxscript.script(_slideredit, default_opset=op)
-def MaskedLoRA(y: _T, x: _T, lora_a: _T, lora_b: _T, row_scale: _T) -> _T:  # type: ignore  # noqa: N802
-    """`y + row_scale · (x Aᵀ) Bᵀ`; y `[B, S, N]`, x `[B, S, K]`, A `[R, K]`, B `[N, R]`, row_scale float32 `[B, S]`."""
+def MaskedLoRA(y: _T, x: _T, lora_a: _T, lora_b: _T, scale: _T) -> _T:  # type: ignore  # noqa: N802
+    """`y + (scale · x Aᵀ) Bᵀ`; y `[B, S, N]`, x `[B, S, K]`, A `[R, K]`, B `[N, R]`, scale float32 `[B, S, 1 or R]`."""
     low = op.MatMul(x, op.Transpose(lora_a, perm=[1, 0]))
-    scale = op.Unsqueeze(row_scale, op.Constant(value_ints=[-1]))
     # Scaling the R-wide product instead of the N-wide one costs R/N of the multiplications.
     scaled = op.CastLike(op.Mul(op.CastLike(low, scale), scale), lora_b)
     update = op.MatMul(scaled, op.Transpose(lora_b, perm=[1, 0]))
     return op.Add(y, op.CastLike(update, y))  # type: ignore[no-any-return]
 
 
-def choose(asked: str, kind: Kind | None, backend: str) -> Lowering:
+def choose(asked: str, kind: Kind | None, backend: str, *, bank: bool = False) -> Lowering:
     """The lowering that an engine is built with.
 
     `auto` takes the folded form for GST: a GST update touches every row, its cost is the bytes of a second pass over y, and the
@@ -58,9 +58,10 @@ def choose(asked: str, kind: Kind | None, backend: str) -> Lowering:
         asked: `auto` or one of `LOWERINGS`.
         kind: of the adapter; None for a frozen backbone.
         backend: what will execute the engine.
+        bank: whether the adapter has members of its own strengths.
 
     Raises:
-        SliderEditError: no such lowering, or a plugin for a backend that has none.
+        SliderEditError: no such lowering, or a plugin for a backend that has none or for a bank.
     """
     if asked == "auto":
         return "folded" if kind == "gst" else "native"
@@ -69,6 +70,11 @@ def choose(asked: str, kind: Kind | None, backend: str) -> Lowering:
     if asked == "plugin" and backend != "tensorrt":
         raise SliderEditError(
             f"the backend {backend} has no plugins; use --lowering native or folded with it, or --backend tensorrt"
+        )
+    if asked == "plugin" and bank:
+        raise SliderEditError(
+            "the plugin's kernel takes one scale per row and a bank of adapters has one per member; "
+            "use --lowering native or folded"
         )
     return asked  # type: ignore[return-value]
 
@@ -160,11 +166,26 @@ def _constant(graph: ir.Graph, shape: tuple[int, ...], like: ir.Value) -> ir.Val
     return graph.initializers[name]
 
 
-def _last_axis(graph: ir.Graph) -> ir.Value:
-    name = "last_axis"
+def _integers(graph: ir.Graph, values: list[int], name: str) -> ir.Value:
+    """An int64 initializer; those of one name have one content."""
     if name not in graph.initializers:
-        _add_initializer(graph, ir.tensor(np.array([-1]), name=name))
+        _add_initializer(graph, ir.tensor(np.array(values), name=name))
     return graph.initializers[name]
+
+
+def _column_scale(graph: ir.Graph, build: _Builder, row_scale: ir.Value, ranks: list[int], filling: int = 0) -> ir.Value:
+    """What low-rank products of these ranks, side by side, are multiplied with: `[B, S, 1]`, or one column each for a bank.
+
+    Args:
+        filling: further columns, whose scale does not matter.
+    """
+    assert row_scale.shape is not None
+    if len(row_scale.shape) == 2:
+        return build("Unsqueeze", [row_scale, _integers(graph, [-1], "last_axis")], "row_scale")
+    count = _size(row_scale, 2)
+    owners = [column // (rank // count) for rank in ranks for column in range(rank)] + [0] * filling
+    name = f"members_{count}_{'_'.join(map(str, ranks))}_{filling}"
+    return build("Gather", [row_scale, _integers(graph, owners, name)], "row_scale", {"axis": 2})
 
 
 def _add_initializer(graph: ir.Graph, tensor: ir.TensorProtocol) -> None:
@@ -183,7 +204,8 @@ def _to_native(graph: ir.Graph, node: ir.Node) -> None:
     y = build("MatMul", [x, build.transposed(weight, "weight_transposed")], "base")
     if bias is not None:
         y = build("Add", [y, bias], "bias")
-    _replace(graph, node, build, build("MaskedLoRA", [y, x, lora_a, lora_b, row_scale], "masked_lora"))
+    scale = _column_scale(graph, build, row_scale, [_size(lora_a, 0)])
+    _replace(graph, node, build, build("MaskedLoRA", [y, x, lora_a, lora_b, scale], "masked_lora"))
 
 
 def _fold(graph: ir.Graph, nodes: list[ir.Node]) -> None:
@@ -202,7 +224,7 @@ def _fold(graph: ir.Graph, nodes: list[ir.Node]) -> None:
             all_a.append(_constant(graph, (filling, _size(all_a[0], 1)), like=all_a[0]))
         merged = build("Concat", all_a, "lora_a", {"axis": 0}) if len(all_a) > 1 else all_a[0]
         low = build("MatMul", [x, build.transposed(merged, "lora_a_transposed")], "low_rank")
-        scale = build("Unsqueeze", [row_scale, _last_axis(graph)], "row_scale")
+        scale = _column_scale(graph, build, row_scale, ranks, filling)
         wide = build("Cast", [low], "low_rank_float32", {"to": ir.DataType.FLOAT})
         scaled = build("Cast", [build("Mul", [wide, scale], "scaled_float32")], "scaled", {"to": x.dtype})
         bracket = build("Concat", [x, scaled], "x_and_low_rank", {"axis": -1})

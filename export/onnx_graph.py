@@ -48,7 +48,8 @@ def _dynamic_shapes(backbone: SliderBackbone, config: Any) -> dict[str, dict[int
 def example_inputs(
     backbone: SliderBackbone, config: Any, batch: int, text_rows: int, image_rows: int, sliders: int, seed: int = 0
 ) -> dict[str, torch.Tensor]:
-    """Random backbone inputs with random alphas and masks in which each row belongs to at most one slider."""
+    """Random backbone inputs with random alphas and masks in which each row belongs to at most one slider; to any number of
+    them for a bank, whose members may share rows."""
     generator = torch.Generator().manual_seed(seed)
     inputs = backbone.family.random_inputs(config, batch, text_rows, image_rows, generator)
     sizes = {"batch": batch, "sliders": sliders, "text_rows": text_rows, "rows": text_rows + image_rows}
@@ -56,6 +57,8 @@ def example_inputs(
         shape = spec.resolve(sizes)
         if spec.name == "alpha":
             inputs["alpha"] = torch.rand(shape, generator=generator) * 2 - 1
+        elif backbone.members:
+            inputs["token_mask"] = torch.rand(shape, generator=generator) < 0.5
         else:
             owner = torch.randint(0, sliders + 1, (batch, 1, shape[2]), generator=generator)
             inputs["token_mask"] = owner == torch.arange(sliders)[None, :, None]

@@ -6,7 +6,7 @@ import dataclasses
 import json
 from pathlib import Path
 
-from slideredit_rt.adapters import load_adapter
+from slideredit_rt.adapters import AdapterSource, load_adapters
 from slideredit_rt.engines.manifest import NAME, Manifest, describe_files, read_manifest
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.export.build import describe_adapter
@@ -15,7 +15,7 @@ from slideredit_rt.families import get_family
 from slideredit_rt.files import atomic_file
 
 
-def replace_engine_adapter(folder: Path, source: str | Path) -> Manifest:
+def replace_engine_adapter(folder: Path, source: AdapterSource) -> Manifest:
     """Swap the adapter of an engine whose graph reads it from a file of its own, and describe the new one in the manifest.
 
     Running processes that have the engine open keep the old adapter. An interruption leaves the old pair of adapter and
@@ -23,7 +23,8 @@ def replace_engine_adapter(folder: Path, source: str | Path) -> Manifest:
 
     Args:
         folder: written by `slideredit-rt build`, of a backend that reads the graph itself.
-        source: embedded name, file or folder of an adapter of the same kind and modules, of the same rank or a lower one.
+        source: embedded name, file or folder of an adapter of the same kind and modules, of the same rank or a lower one; for a
+            bank, as many as it has members, or a bank's own file.
 
     Returns:
         The new manifest.
@@ -41,7 +42,7 @@ def replace_engine_adapter(folder: Path, source: str | Path) -> Manifest:
         raise SliderEditError(
             f"engine {str(folder)!r} holds no {ADAPTER_FILE}, its adapter is inside {place}; build it again with the new one"
         )
-    adapter = load_adapter(source, get_family(manifest.family))
+    adapter = load_adapters(source, get_family(manifest.family))
     replace_adapter(folder, adapter)
     files = manifest.files | describe_files(folder, [ADAPTER_FILE])
     manifest = dataclasses.replace(manifest, adapter=describe_adapter(adapter), files=files)

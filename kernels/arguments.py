@@ -39,9 +39,7 @@ def _check_low_rank(x: Tensor, n: int, lora_a: Tensor, lora_b: Tensor, row_scale
         row_scale.dtype == torch.promote_types(x.dtype, torch.float32) or row_scale.dtype == torch.float32,
         f"row_scale is {row_scale.dtype}; give float32, since 16 bits would round the strengths",
     )
-    _require(
-        1 <= rank <= MAX_RANK or not x.is_cuda or bank, f"rank {rank} is outside the kernels' range 1 to {MAX_RANK}"
-    )
+    _require(1 <= rank <= MAX_RANK or not x.is_cuda or bank, f"rank {rank} is outside the kernels' range 1 to {MAX_RANK}")
     for name, tensor in (("lora_a", lora_a), ("lora_b", lora_b), ("row_scale", row_scale)):
         _require(tensor.device == x.device, f"{name} is on {tensor.device} and x on {x.device}; move them to one device")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from slideredit_rt.adapters import Adapter, load_adapter
+from slideredit_rt.adapters import AdapterSource, load_adapters
 from slideredit_rt.assets import resolve_base
 from slideredit_rt.engines import Engine, RuntimeOptions, open_engine
 from slideredit_rt.engines.manifest import fingerprint_base
@@ -28,7 +28,8 @@ from slideredit_rt.sliders import Slider, StrengthCurve, compose_prompt, find_sp
 class Prepared:
     """An image and a prompt, encoded, with the rows of each slider. Valid for any strengths.
 
-    `token_mask` is bool `[K, S]`; `spans` are the text rows of each slider, `prompt` what was encoded.
+    `token_mask` is bool `[K, S]`; `spans` are the text rows of each slider, `prompt` what was encoded, `members` the adapters of
+    a bank that the sliders scale, by name (none without a bank).
     """
 
     prompt: str
@@ -36,6 +37,7 @@ class Prepared:
     spans: tuple[tuple[int, ...], ...]
     token_mask: Tensor
     conditioning: Conditioning
+    members: tuple[str, ...] = ()
 
 
 class SliderEditor:
@@ -48,6 +50,7 @@ class SliderEditor:
         kind: `st` or `gst`.
         max_batch, max_sliders: the engine's limits.
         curve: from strength to alpha, as the adapter brought it.
+        members: the same for each adapter of a bank, by name, in the order of the last axis of `alpha`; empty without a bank.
     """
 
     def __init__(
@@ -60,6 +63,7 @@ class SliderEditor:
         max_batch: int,
         max_sliders: int,
         curve: StrengthCurve | None = None,
+        members: Mapping[str, StrengthCurve] | None = None,
     ) -> None:
         self.family = family
         self.pipeline = pipeline
@@ -69,6 +73,7 @@ class SliderEditor:
         self.max_batch = max_batch
         self.max_sliders = max_sliders
         self.curve = curve or StrengthCurve()
+        self.members = dict(members or {})
 
     @classmethod
     def from_engine(
@@ -108,13 +113,13 @@ class SliderEditor:
             )
         pipeline = family.load_pipeline(folder, transformer=False)
         limits = (manifest.max_batch, manifest.max_sliders)
-        return cls(family, pipeline, engine, manifest.config, manifest.kind, *limits, manifest.curve)
+        return cls(family, pipeline, engine, manifest.config, manifest.kind, *limits, manifest.curve, manifest.members)
 
     @classmethod
     def from_pretrained(
         cls,
         base: str | Path,
-        adapter: str | Path | Adapter,
+        adapter: AdapterSource,
         *,
         max_batch: int = 16,
         max_sliders: int = 8,
@@ -130,7 +135,7 @@ class SliderEditor:
         folder = resolve_base(base)
         family = family_of(folder)
         pipeline = family.load_pipeline(folder, dtype=dtype)
-        loaded = adapter if isinstance(adapter, Adapter) else load_adapter(adapter, family)
+        loaded = load_adapters(adapter, family)
         backbone = SliderBackbone(family, pipeline.transformer.eval(), loaded).to(dtype)
 
         @torch.no_grad()
@@ -139,7 +144,8 @@ class SliderEditor:
             return output
 
         config = dict(pipeline.transformer.config)
-        return cls(family, pipeline, engine, config, loaded.kind, max_batch, max_sliders, loaded.curve)
+        members = {name: member.curve for name, member in loaded.members.items()}
+        return cls(family, pipeline, engine, config, loaded.kind, max_batch, max_sliders, loaded.curve, members)
 
     def prepare(
         self,
@@ -158,7 +164,8 @@ class SliderEditor:
             image: the picture to edit, RGB; several for a base that takes them.
             sliders: instructions (or sliders; their strengths do not matter here).
             prompt: holds every instruction; composed from them with " and " when not given. A GST adapter scales the whole
-                prompt with one slider, which may name any part of it.
+                prompt with one slider, which may name any part of it; in a bank, one slider per member. A slider of a GST bank
+                that is called like a member, and names none, need not stand in the prompt, which must then be given.
             seed: of the initial noise.
             guidance_scale: of the guidance that the backbone has as an input; None takes the family's default.
             true_cfg_scale: of classifier-free guidance with a negative pass, in which no slider acts; None takes the family's
@@ -175,9 +182,16 @@ class SliderEditor:
             raise SliderEditError(
                 f"{len(wanted)} sliders were given, this engine takes at most {self.max_sliders}; rebuild it with --max-sliders"
             )
-        if self.kind == "gst" and len(wanted) > 1:
+        members = self._members_of(wanted)
+        if self.kind == "gst" and len(wanted) > 1 and not members:
             raise SliderEditError(
                 f"a GST adapter scales the whole prompt with one slider, got {len(wanted)}; use an ST engine for several"
+            )
+        # The words of the others are a member's name and not the prompt's.
+        spoken = [s for s in wanted if self.kind == "st" or not members or s.adapter is not None]
+        if prompt is None and (unspoken := next((s for s in wanted if s not in spoken), None)):
+            raise SliderEditError(
+                f"slider {unspoken.instruction!r} is called like its adapter and says nothing about the edit; give the prompt"
             )
         text = normalise(prompt) if prompt is not None else compose_prompt([s.instruction for s in wanted])
         if not wanted:
@@ -194,7 +208,8 @@ class SliderEditor:
                 "(--true-cfg-scale)"
             )
         text_rows = self.family.max_text_rows(self.pipeline)
-        spans = find_spans(text, wanted, self.family.tokenize(self.pipeline, text, images), text_rows)
+        found = iter(find_spans(text, spoken, self.family.tokenize(self.pipeline, text, images), text_rows))
+        spans = [next(found) if s in spoken else [] for s in wanted]
         conditioning = self.family.encode(
             self.pipeline,
             images,
@@ -205,10 +220,51 @@ class SliderEditor:
             self.family.negative_prompt if negative_prompt is None else negative_prompt,
         )
         if self.kind == "gst":
-            token_mask = torch.ones(1, conditioning.text_rows + conditioning.image_rows, dtype=torch.bool)
+            token_mask = torch.ones(len(wanted), conditioning.text_rows + conditioning.image_rows, dtype=torch.bool)
         else:
             token_mask = row_mask(spans, conditioning.text_rows)
-        return Prepared(text, tuple(s.instruction for s in wanted), tuple(map(tuple, spans)), token_mask, conditioning)
+        instructions = tuple(s.instruction for s in wanted)
+        return Prepared(text, instructions, tuple(map(tuple, spans)), token_mask, conditioning, members)
+
+    def _members_of(self, sliders: Sequence[Slider]) -> tuple[str, ...]:
+        """The bank's adapter that each slider scales; () without a bank."""
+        names = ", ".join(map(repr, self.members))
+        if not self.members:
+            if named := next((s for s in sliders if s.adapter is not None), None):
+                raise SliderEditError(
+                    f"slider {named.instruction!r} names the adapter {named.adapter!r} and this engine has a single one, "
+                    "without a name; leave the name out, or build the engine with several adapters"
+                )
+            return ()
+        members = tuple(s.instruction if s.adapter is None else s.adapter for s in sliders)
+        for slider, member in zip(sliders, members, strict=True):
+            if member not in self.members:
+                fault = "says no adapter" if slider.adapter is None else f"names the adapter {slider.adapter!r}, unknown here"
+                raise SliderEditError(f"slider {slider.instruction!r} {fault}; this engine has {names}")
+        if self.kind == "gst" and len(set(members)) < len(members):
+            twice = next(m for m in members if members.count(m) > 1)
+            raise SliderEditError(f"two sliders scale the adapter {twice!r}, which scales every row; give one slider for it")
+        return members
+
+    def alphas(self, prepared: Prepared, strengths: Sequence[Sequence[float]]) -> Tensor:
+        """What the engine takes for N settings of K strengths: float32 `[N, K]`, for a bank `[N, K, G]`."""
+        if not prepared.members:
+            return torch.tensor([[self.curve(strength) for strength in setting] for setting in strengths])
+        alpha = torch.zeros(len(strengths), len(prepared.members), len(self.members))
+        for k, name in enumerate(prepared.members):
+            values = [self.members[name](setting[k]) for setting in strengths]
+            alpha[:, k, list(self.members).index(name)] = torch.tensor(values)
+        return alpha
+
+    def backbone_inputs(self, prepared: Prepared, alpha: Tensor) -> dict[str, Tensor]:
+        """Backbone inputs of one batch; `alpha` as `alphas` makes it, N up to `max_batch`."""
+        token_mask = prepared.token_mask.expand(len(alpha), -1, -1)
+        return self.family.batch_inputs(self.config, prepared.conditioning, alpha, token_mask)
+
+    def frozen_inputs(self, prepared: Prepared, batch: int) -> dict[str, Tensor]:
+        """Backbone inputs of `batch` rows in which no slider acts, for a caller that changes other inputs of them."""
+        bank = (len(self.members),) if self.members else ()
+        return self.backbone_inputs(prepared, torch.zeros(batch, len(prepared.instructions), *bank))
 
     def render(
         self, prepared: Prepared, strengths: Sequence[Sequence[float]], *, steps: int | None = None, progress: bool = False
@@ -229,25 +285,31 @@ class SliderEditor:
 
     @torch.no_grad()
     def render_tensor(
-        self, prepared: Prepared, strengths: Sequence[Sequence[float]], *, steps: int | None = None, progress: bool = False
+        self,
+        prepared: Prepared,
+        strengths: Sequence[Sequence[float]],
+        *,
+        steps: int | None = None,
+        progress: bool = False,
+        first_step: int = 0,
     ) -> Tensor:
-        """As `render`, but float32 `[N, 3, H, W]` in [0, 1] without rounding to 8 bits."""
+        """As `render`, but float32 `[N, 3, H, W]` in [0, 1] without rounding to 8 bits; `first_step` as in `denoise`."""
         count = len(prepared.instructions)
         if not strengths or any(len(setting) != count for setting in strengths):
             raise SliderEditError(f"give one or more settings of {count} strength(s) each, got {[list(s) for s in strengths]}")
-        sliders = [[Slider(i, s) for i, s in zip(prepared.instructions, setting, strict=True)] for setting in strengths]
-        settings = [[self.curve(slider.strength) for slider in setting] for setting in sliders]
+        alphas = self.alphas(
+            prepared, [[Slider(i, s).strength for i, s in zip(prepared.instructions, row, strict=True)] for row in strengths]
+        )
         steps = self.family.num_inference_steps if steps is None else steps
         if steps < 1:
             raise SliderEditError(f"{steps} denoising steps were asked for; give at least 1")
         conditioning = prepared.conditioning
-        chunks = [settings[i : i + self.max_batch] for i in range(0, len(settings), self.max_batch)]
+        chunks = alphas.split(self.max_batch)
         images = []
         with tqdm(total=steps * len(chunks), desc="denoise", disable=not progress, leave=False) as bar:
             for chunk in chunks:
-                token_mask = prepared.token_mask.expand(len(chunk), -1, -1)
-                inputs = self.family.batch_inputs(self.config, conditioning, torch.tensor(chunk), token_mask)
-                images.append(self.denoise(conditioning, inputs, steps, conditioning.true_cfg_scale, bar))
+                inputs = self.backbone_inputs(prepared, chunk)
+                images.append(self.denoise(conditioning, inputs, steps, conditioning.true_cfg_scale, bar, first_step))
         return torch.cat(images)
 
     @torch.no_grad()
@@ -258,6 +320,7 @@ class SliderEditor:
         steps: int,
         true_cfg_scale: float | Tensor = 1.0,
         bar: tqdm[Any] | None = None,
+        first_step: int = 0,
     ) -> Tensor:
         """Denoise one batch from the noise of `conditioning`; float32 `[B, 3, H, W]` in [0, 1].
 
@@ -266,11 +329,15 @@ class SliderEditor:
             true_cfg_scale: of the guidance against `conditioning.negative`, where it is there; a tensor `[B, 1, 1]` gives each
                 row its own.
             bar: advanced by one per step.
+            first_step: from which the sliders act; the frozen model makes the steps before it.
         """
         negative = self.family.negative_inputs(self.config, conditioning, inputs)
         latents = conditioning.latents.repeat(len(inputs["alpha"]), 1, 1)
         scheduler = copy.deepcopy(self.pipeline.scheduler)
-        for timestep in self.family.set_timesteps(self.pipeline, scheduler, conditioning, steps):
+        alpha = inputs["alpha"].clone()
+        for step, timestep in enumerate(self.family.set_timesteps(self.pipeline, scheduler, conditioning, steps)):
+            # In place: an engine may have bound the tensor's memory.
+            inputs["alpha"].copy_(alpha * (step >= first_step))
             velocity = self.family.predict(self.engine, inputs, latents, timestep, negative, true_cfg_scale)
             latents = scheduler.step(velocity, timestep, latents, return_dict=False)[0]
             if bar is not None:

@@ -21,7 +21,7 @@ class RowScales:
         self._parts: dict[RowSet, Tensor] = {}
 
     def set(self, row_scale: Tensor | None, text_rows: int) -> None:
-        """Float32 `[B, S]`, text rows first, then image rows for a GST adapter. None turns the adapter off.
+        """Float32 `[B, S]`, for a bank `[B, S, G]`, text rows first, then image rows for a GST adapter. None turns it off.
 
         The parts are laid out once here and not by each of the linears that ask for them.
         """
@@ -69,7 +69,8 @@ class SliderBackbone(nn.Module):
     """A diffusers transformer with an adapter injected: named inputs, `alpha` and `token_mask` in, prediction out.
 
     The eager reference of every engine and the module that is exported. With `adapter=None` it is the frozen backbone
-    and takes no slider inputs. The transformer passed in is changed in place; `remove()` restores it.
+    and takes no slider inputs. With a bank of G adapters, `alpha` has one number per slider and member. The transformer passed
+    in is changed in place; `remove()` restores it.
     """
 
     def __init__(self, family: Family, transformer: nn.Module, adapter: Adapter | None) -> None:
@@ -78,6 +79,7 @@ class SliderBackbone(nn.Module):
         self.family = family
         self.transformer = transformer
         self.kind: Kind | None = adapter.kind if adapter else None
+        self.members = tuple(adapter.members) if adapter else ()
         self.scales = RowScales()
         self.adapted: dict[str, MaskedLoRALinear] = {}
         if adapter is not None:
@@ -124,8 +126,9 @@ class SliderBackbone(nn.Module):
         if self.kind is None:
             return []
         rows = "text_rows" if self.kind == "st" else "rows"
+        bank = (len(self.members),) if self.members else ()
         return [
-            TensorSpec("alpha", "float32", ("batch", "sliders")),
+            TensorSpec("alpha", "float32", ("batch", "sliders", *bank)),
             TensorSpec("token_mask", "bool", ("batch", "sliders", rows)),
         ]
 
@@ -133,8 +136,8 @@ class SliderBackbone(nn.Module):
         """One prediction.
 
         Args:
-            inputs: the family's inputs, and for an adapted backbone `alpha` (float32 `[B, K]`) and `token_mask`
-                (bool `[B, K, S]`). Without them the frozen backbone answers.
+            inputs: the family's inputs, and for an adapted backbone `alpha` (float32 `[B, K]`, for a bank `[B, K, G]`) and
+                `token_mask` (bool `[B, K, S]`). Without them the frozen backbone answers.
 
         Returns:
             `[B, image_rows, C]`.

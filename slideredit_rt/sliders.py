@@ -26,10 +26,15 @@ def normalise(text: str) -> str:
 
 @dataclass(frozen=True)
 class Slider:
-    """One instruction and its strength: 0 suppressed, 1 as the base model edits, above 1 exaggerated."""
+    """One instruction and its strength: 0 suppressed, 1 as the base model edits, above 1 exaggerated.
+
+    `adapter` names the member that it scales where several adapters share an engine. What a strength does there is what that
+    member was trained to do. Without it, the member is the one that is called like the instruction.
+    """
 
     instruction: str
     strength: float = 1.0
+    adapter: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "instruction", normalise(self.instruction).strip())
@@ -203,6 +208,8 @@ def row_mask(spans: Sequence[Sequence[int]], rows: int) -> Tensor:
 def combine_row_scale(alpha: Tensor, token_mask: Tensor) -> Tensor:
     """`row_scale[b, s] = Σ_k alpha[b, k] · token_mask[b, k, s]`; float32 `[B, K]` and bool `[B, K, S]` to float32 `[B, S]`.
 
-    An alpha of 0 is exact, and K may be 0.
+    For a bank, every member g by itself: alpha `[B, K, G]` to `[B, S, G]`. An alpha of 0 is exact, and K may be 0.
     """
-    return (alpha.unsqueeze(-1) * token_mask.to(alpha.dtype)).sum(dim=1)
+    mask = token_mask.to(alpha.dtype)
+    # Products and a sum, not a matrix product: a GPU would round its factors to 10 bits.
+    return (alpha.unsqueeze(2) * (mask.unsqueeze(-1) if alpha.ndim == 3 else mask)).sum(dim=1)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from slideredit_rt.adapters import load_adapter
+from slideredit_rt.adapters import load_adapters
 from slideredit_rt.editor import Prepared, SliderEditor
 from slideredit_rt.engines import Engine
 from slideredit_rt.engines.manifest import read_manifest
@@ -121,10 +121,15 @@ def compare_backbones(
     batches["mixed batch"] = list(ALPHAS[:max_batch])
     for name, alphas in batches.items():
         alpha = torch.tensor(alphas)[:, None].repeat(1, count)
-        token_mask = prepared.token_mask.expand(len(alphas), -1, -1)
-        real = editor.family.batch_inputs(editor.config, prepared.conditioning, alpha, token_mask)
+        one = alpha[:, :1].contiguous()
+        if editor.members:
+            own = [list(editor.members).index(name) for name in prepared.members]
+            alpha = alpha[:, :, None] * torch.eye(len(editor.members))[own]
+            # Every member acts, each by a different share.
+            one = one[:, :, None] * torch.linspace(1, 0.5, len(editor.members))
+        real = editor.backbone_inputs(prepared, alpha)
         real["timestep"].fill_(0.7)
-        random = _random_inputs(editor, real, len(alphas)) | {"alpha": alpha[:, :1].contiguous()}
+        random = _random_inputs(editor, real, len(alphas)) | {"alpha": one}
         for kind, inputs in (("real", real), ("random", random)):
             # An engine's output is a buffer that its next call writes.
             actual = editor.engine(inputs).clone()
@@ -147,7 +152,7 @@ def verify_engine(
     sliders: list[Slider],
     *,
     base: str | None = None,
-    adapter: str | None = None,
+    adapter: str | Sequence[str] | None = None,
     options: RuntimeOptions | None = None,
     steps: int = 4,
 ) -> Verification:
@@ -158,8 +163,8 @@ def verify_engine(
 
     Args:
         path: engine folder.
-        image, sliders: a real edit; random inputs are tried as well.
-        base, adapter: where they are now, if not where the manifest says.
+        image, sliders: a real edit; random inputs are tried as well. In a bank, a slider that names no member gets one in turn.
+        base, adapter: where they are now, if not where the manifest says; several adapters for a bank.
         options: of the TensorRT backends.
         steps: denoising steps of the final images.
 
@@ -170,8 +175,9 @@ def verify_engine(
     if manifest.adapter is None:
         raise SliderEditError(f"engine {str(path)!r} has no adapter to verify; rebuild it with --adapter")
     base = base or manifest.base["source"]
-    adapter = adapter or manifest.adapter["source"]
-    loaded = load_adapter(adapter, get_family(manifest.family)).without(manifest.adapter.get("dropped", ()))
+    members = manifest.adapter.get("members", {})
+    adapter = adapter or list(dict.fromkeys(m["source"] for m in members.values())) or manifest.adapter["source"]
+    loaded = load_adapters(adapter, get_family(manifest.family)).without(manifest.adapter.get("dropped", ()))
     if loaded.fingerprint != manifest.adapter["fingerprint"]:
         raise SliderEditError(f"adapter {adapter!r} is not the one in engine {str(path)!r}; pass the original with --adapter")
     engine = SliderEditor.from_engine(path, base, options=options)
@@ -179,10 +185,13 @@ def verify_engine(
     same_dtype = None
     if manifest.dtype != "float32":
         same_dtype = SliderEditor.from_pretrained(base, loaded, dtype=getattr(torch, manifest.dtype)).engine
+    names = list(members)
+    sliders = [replace(s, adapter=s.adapter or names[i % len(names)]) for i, s in enumerate(sliders)] if names else sliders
     prepared = engine.prepare(image, sliders)
     comparisons = compare_backbones(engine, eager.engine, same_dtype, prepared, manifest.max_batch)
     # Alphas are compared, whatever strengths the adapter's own curve calls them.
     engine.curve = eager.curve = StrengthCurve()
+    engine.members = eager.members = {name: StrengthCurve() for name in names}
     settings = [[1 - a] * len(sliders) for a in ALPHAS]
     finals = [editor.render_tensor(prepared, settings, steps=steps) for editor in (engine, eager)]
     errors = (finals[0] - finals[1]).double().square().flatten(1).mean(1)

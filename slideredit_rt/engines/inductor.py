@@ -15,7 +15,7 @@ import torch._dynamo
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from slideredit_rt.adapters import load_adapter
+from slideredit_rt.adapters import Member, load_adapter
 from slideredit_rt.checkpoint import CONFIG_FILE, meta_transformer
 from slideredit_rt.engines.manifest import Manifest
 from slideredit_rt.engines.request import check_request
@@ -209,7 +209,8 @@ def open_inductor(folder: Path, manifest: Manifest, *, threads: int | None = Non
     if adapter is not None:
         dtype = getattr(torch, manifest.dtype)
         pairs = {name: (a.to(dtype), b.to(dtype)) for name, (a, b) in adapter.pairs.items()}
-        adapter = dataclasses.replace(adapter, pairs=pairs)
+        members = {name: Member(adapter.source, curve) for name, curve in manifest.members.items()}
+        adapter = dataclasses.replace(adapter, pairs=pairs, members=members)
     try:
         load_weights(transformer, [folder / name for name in (*own, *manifest.links)], device)
         backbone = SliderBackbone(family, transformer, adapter)

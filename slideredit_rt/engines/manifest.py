@@ -24,8 +24,8 @@ class Manifest:
     Attributes:
         family: base-model family.
         base: `source` (embedded name, hub repository or folder) and `fingerprint`, SHA-256 per pipeline component.
-        adapter: `source`, `fingerprint`, `kind`, `rank`, `modules`, `strength_curve`; None for an engine of
-            the frozen backbone.
+        adapter: `source`, `fingerprint`, `kind`, `rank`, `modules`, `strength_curve`, and for a bank `members`, by name, each
+            with its `source` and `strength_curve`; None for an engine of the frozen backbone.
         backend, backend_version: what executes it.
         lowering: how the masked update was asked to be expressed: `native`, `folded` or `plugin`,
             or `operator`: ours, run by torch.
@@ -77,6 +77,12 @@ class Manifest:
     def curve(self) -> StrengthCurve:
         """From strength to alpha, as the adapter brought it."""
         return StrengthCurve.from_json(self.adapter and self.adapter.get("strength_curve"))
+
+    @property
+    def members(self) -> dict[str, StrengthCurve]:
+        """A bank's members in the order of the last axis of `alpha`, each with its strength curve; empty without a bank."""
+        described = (self.adapter or {}).get("members", {})
+        return {name: StrengthCurve.from_json(member["strength_curve"]) for name, member in described.items()}
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
