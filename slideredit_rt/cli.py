@@ -18,6 +18,7 @@ from slideredit_rt.sliders import Slider, compose_prompt, normalise
 
 if TYPE_CHECKING:
     from slideredit_rt.engines import Manifest, RuntimeOptions
+    from slideredit_rt.evaluation.pictures import PictureOptions
     from slideredit_rt.families import Family
 
 _MAX_SWEEP = 64
@@ -388,6 +389,62 @@ def _adapter_convert(args: argparse.Namespace) -> int:
     return 0
 
 
+def _adapter_calibrate(args: argparse.Namespace) -> int:
+    import dataclasses
+
+    from slideredit_rt.adapters import load_adapter, save_adapter
+    from slideredit_rt.assets import resolve_base
+    from slideredit_rt.evaluation.calibrate import calibrate_adapter, draw_calibration
+    from slideredit_rt.evaluation.dataset import Dataset
+    from slideredit_rt.evaluation.pictures import open_pictures
+    from slideredit_rt.evaluation.shapes import CALIBRATION_SEEDS, ShapesScenes
+    from slideredit_rt.families import family_of
+
+    if args.destination.exists():
+        raise SliderEditError(f"{str(args.destination)!r} exists already; choose another name")
+    folder = resolve_base(args.base)
+    family = family_of(folder)
+    own = _picture_options(args)
+    if own is None:
+        dataset: Dataset = ShapesScenes(seeds=CALIBRATION_SEEDS)
+    else:
+        # Only a response is read.
+        dataset = open_pictures(dataclasses.replace(own, distance_scorers=()), family, folder)
+    adapter, found = calibrate_adapter(
+        args.base,
+        load_adapter(args.source, family),
+        dataset,
+        engine=args.engine,
+        progress=not args.quiet,
+        **_given(args, "cases", "samples", "steps"),
+    )
+    if args.plot is not None:
+        draw_calibration(found, args.plot)
+    save_adapter(adapter, args.destination)
+    curve = found.curve.to_json()
+    result = {"out": str(args.destination), "strength_curve": curve, "cases": found.cases, "left_out": found.left_out}
+    lines = [f"{'strength':>9} {'alpha':>8}", *(f"{s:>9.3f} {a:>8.3f}" for s, a in zip(*curve.values(), strict=True))]
+    counted = f"{found.cases} edits" + (f", {found.left_out} too small to count" if found.left_out else "")
+    _emit(args, result, [*lines, f"wrote {args.destination}, from {counted}"])
+    return 0
+
+
+def _picture_options(args: argparse.Namespace) -> PictureOptions | None:
+    """Pictures of one's own, if they were named."""
+    from slideredit_rt.evaluation.pictures import PictureOptions
+
+    own = _given(args, "images", "prompts", "attribute_scorers", "distance_scorers")
+    if args.scorer_device is not None:
+        own["device"] = args.scorer_device
+    if args.scorer:
+        if odd := [text for text in args.scorer if "=" not in text]:
+            raise SliderEditError(f"--scorer {odd[0]!r} names no model; write it as clip=FOLDER")
+        own["sources"] = dict(text.split("=", 1) for text in args.scorer)
+    if own and not {"images", "prompts"} <= set(own):
+        raise SliderEditError("pictures of your own need both --images and --prompts; the scorers are for them")
+    return PictureOptions(**own) if own else None
+
+
 def _demo(args: argparse.Namespace) -> int:
     from slideredit_rt.demo import run_demo
 
@@ -495,6 +552,24 @@ def _parser() -> argparse.ArgumentParser:
         runtime_options(sub)
         sub.add_argument("--out", type=Path, required=True, help="picture to write")
 
+    def picture_options(sub: argparse.ArgumentParser, *, distances: bool) -> None:
+        own = sub.add_argument_group("on pictures of your own instead of shapes scenes")
+        own.add_argument("--images", type=Path, metavar="DIR", help="pictures to edit")
+        own.add_argument("--prompts", type=Path, metavar="FILE", help='JSON lines: {"instructions": […], "attributes": […]}')
+        own.add_argument("--attribute-scorers", type=_listed(str), help="of clip, siglip, blip-itm (default: clip,siglip)")
+        if distances:
+            own.add_argument(
+                "--distance-scorers",
+                type=_listed(str),
+                help="of lpips-alex, lpips-vgg, dinov2, arcface (default: lpips-alex,dinov2)",
+            )
+        else:
+            sub.set_defaults(distance_scorers=None)
+        own.add_argument(
+            "--scorer", action="append", default=[], metavar="NAME=SOURCE", help="where a scorer's model is; repeat"
+        )
+        own.add_argument("--scorer-device", help="of the scorers' models (default: cpu)")
+
     image_options(command("edit", _edit, "edit a picture at given strengths"), "INSTRUCTION=STRENGTH")
     image_options(
         command("sweep", _sweep, "move one or two sliders and draw a strip or a grid"), "INSTRUCTION=START:STOP:COUNT"
@@ -581,6 +656,19 @@ def _parser() -> argparse.ArgumentParser:
     replacement.add_argument("engine", type=Path, metavar="ENGINE")
     replacement.add_argument("adapter", metavar="ADAPTER", help="of the same kind and modules, of the same rank or a lower one")
 
+    calibrated = command(
+        "calibrate", _adapter_calibrate, "learn the map from strength to alpha that makes a response even", adapter_commands
+    )
+    calibrated.add_argument("source", metavar="SRC", help="shapes-st, shapes-gst, a file or a PEFT folder")
+    calibrated.add_argument("destination", type=Path, metavar="DST", help="adapter file to write, with the map in it")
+    calibrated.add_argument("--base", default="shapes-kontext", help="(default: shapes-kontext)")
+    calibrated.add_argument("--engine", type=Path, help="built with this adapter (default: one is built for ONNX Runtime)")
+    calibrated.add_argument("--cases", type=int, help="edits to measure (default: 32)")
+    calibrated.add_argument("--samples", type=int, help="strengths per edit, odd (default: 17)")
+    calibrated.add_argument("--steps", type=int, help="denoising steps (default: 12)")
+    calibrated.add_argument("--plot", type=Path, metavar="PNG", help="draw the response before and after, and the map")
+    picture_options(calibrated, distances=False)
+
     spans = command("spans", _spans, "print the tokens of a prompt, their rows and which slider owns them")
     spans.add_argument("--base", default="shapes-kontext", help="whose tokenizer (default: shapes-kontext)")
     spans.add_argument("--slider", action="append", required=True, metavar="INSTRUCTION")
@@ -608,17 +696,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--search-scenes", type=int, help="for choosing each system's range (default: 12)")
     evaluate.add_argument("--steps", type=int, help="denoising steps (default: 12)")
     evaluate.add_argument("--instructions", type=Path, help="instructions of the shapes scenes, one per line (default: all)")
-    own = evaluate.add_argument_group("on pictures of your own instead of shapes scenes")
-    own.add_argument("--images", type=Path, metavar="DIR", help="pictures to edit")
-    own.add_argument("--prompts", type=Path, metavar="FILE", help='JSON lines: {"instructions": […], "attributes": […]}')
-    own.add_argument("--attribute-scorers", type=_listed(str), help="of clip, siglip, blip-itm (default: clip,siglip)")
-    own.add_argument(
-        "--distance-scorers",
-        type=_listed(str),
-        help="of lpips-alex, lpips-vgg, dinov2, arcface (default: lpips-alex,dinov2)",
-    )
-    own.add_argument("--scorer", action="append", default=[], metavar="NAME=SOURCE", help="where a scorer's model is; repeat")
-    own.add_argument("--scorer-device", help="of the scorers' models (default: cpu)")
+    picture_options(evaluate, distances=True)
     evaluate.add_argument("--out", type=Path, required=True, help="folder of the run; a killed run continues in it")
 
     kernel_commands = commands.add_parser("kernels", help="compile the Triton kernels ahead of time").add_subparsers(
@@ -685,7 +763,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _evaluate(args: argparse.Namespace) -> int:
     from slideredit_rt.engines.manifest import read_manifest
-    from slideredit_rt.evaluation.command import Given, PictureOptions, run_evaluation
+    from slideredit_rt.evaluation.command import Given, run_evaluation
     from slideredit_rt.evaluation.report import markdown_table
     from slideredit_rt.evaluation.run import BenchmarkConfig
 
@@ -693,21 +771,12 @@ def _evaluate(args: argparse.Namespace) -> int:
         sliders=tuple(args.sliders),
         **_given(args, "scenes", "joint_scenes", "samples", "joint_samples", "search_scenes", "steps"),
     )
-    own = _given(args, "images", "prompts", "attribute_scorers", "distance_scorers")
-    if args.scorer_device is not None:
-        own["device"] = args.scorer_device
-    if args.scorer:
-        if odd := [text for text in args.scorer if "=" not in text]:
-            raise SliderEditError(f"--scorer {odd[0]!r} names no model; write it as clip=FOLDER")
-        own["sources"] = dict(text.split("=", 1) for text in args.scorer)
-    if own and not {"images", "prompts"} <= set(own):
-        raise SliderEditError("pictures of your own need both --images and --prompts; the scorers are for them")
     base = args.base or (read_manifest(args.engine[0]).base["source"] if args.engine else "shapes-kontext")
     report = run_evaluation(
         Given(base, args.adapter, args.engine, args.systems),
         config,
         args.out,
-        pictures=PictureOptions(**own) if own else None,
+        pictures=_picture_options(args),
         instructions=args.instructions and _lines(args.instructions),
         progress=not args.quiet,
     )

@@ -7,7 +7,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache, partial
 from importlib.metadata import version
@@ -20,10 +20,9 @@ from slideredit_rt.editor import SliderEditor
 from slideredit_rt.engines.manifest import read_manifest
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.evaluation.dataset import Dataset
-from slideredit_rt.evaluation.pictures import Pictures
+from slideredit_rt.evaluation.pictures import PictureOptions, open_pictures
 from slideredit_rt.evaluation.report import write_report
 from slideredit_rt.evaluation.run import Benchmark, BenchmarkConfig, Contender
-from slideredit_rt.evaluation.scorers import AttributeScorer, DistanceScorer, load_scorer
 from slideredit_rt.evaluation.shapes import ShapesScenes
 from slideredit_rt.evaluation.systems import System
 from slideredit_rt.evaluation.systems.guidance import ExplicitGuidance, ImplicitGuidance
@@ -38,8 +37,6 @@ from slideredit_rt.training.shapes_world import ALL_INSTRUCTIONS, find_instructi
 SYSTEMS: Mapping[str, type[System]] = {
     s.name: s for s in (SelectiveToken, GloballySelective, PadInterpolation, ImplicitGuidance, ExplicitGuidance, MergedLoRA)
 }
-ATTRIBUTE_SCORERS, DISTANCE_SCORERS = ("clip", "siglip"), ("lpips-alex", "dinov2")
-"""Defaults on pictures of one's own."""
 
 
 @dataclass(frozen=True)
@@ -57,25 +54,6 @@ class Given:
     adapters: Sequence[str] = ()
     engines: Sequence[Path] = ()
     systems: Sequence[str] = ()
-
-
-@dataclass(frozen=True)
-class PictureOptions:
-    """Pictures of one's own instead of shapes scenes.
-
-    Attributes:
-        images, prompts: folder and JSON-lines file (`slideredit_rt.evaluation.pictures`).
-        attribute_scorers, distance_scorers: names from `slideredit_rt.evaluation.scorers.SCORERS`.
-        sources: by scorer, where its model is instead of its usual repository.
-        device: of the scorers.
-    """
-
-    images: Path
-    prompts: Path
-    attribute_scorers: Sequence[str] = ATTRIBUTE_SCORERS
-    distance_scorers: Sequence[str] = DISTANCE_SCORERS
-    sources: Mapping[str, str] = field(default_factory=dict)
-    device: str = "cpu"
 
 
 @dataclass(frozen=True)
@@ -128,7 +106,7 @@ def run_evaluation(
         dataset: Dataset = ShapesScenes(known)
         data = {"shapes": hashlib.sha256("\n".join(i.text for i in known).encode()).hexdigest()}
     else:
-        dataset = _pictures(pictures, family, folder)
+        dataset = open_pictures(pictures, family, folder)
         data = {"images": folder_fingerprint(pictures.images), "prompts": sha256(pictures.prompts)}
     fingerprints = {"base": folder_fingerprint(folder)} | {s.stem: s.fingerprint for s in sources} | data
     # The plain edit is the reference system's own at strength 1, so it has to be there even if it is not compared.
@@ -218,18 +196,3 @@ def _need(system: str) -> str:
         "pad-interpolation": "an ST adapter (--adapter)",
         "merged-lora": "a GST adapter (--adapter)",
     }.get(system, "an adapter or an engine of its kind (--adapter, --engine)")
-
-
-def _pictures(options: PictureOptions, family: Family, folder: Path) -> Pictures:
-    pipeline = family.load_pipeline(folder, transformer=False)
-    loaded = {
-        name: load_scorer(name, options.sources.get(name), options.device)
-        for name in (*options.attribute_scorers, *options.distance_scorers)
-    }
-    attributes = {n: s for n in options.attribute_scorers if isinstance(s := loaded[n], AttributeScorer)}
-    distances = {n: s for n in options.distance_scorers if isinstance(s := loaded[n], DistanceScorer)}
-    if odd := [n for n in loaded if n not in attributes and n not in distances]:
-        raise SliderEditError(f"scorer {odd[0]!r} is of the other sort: one reads attributes, the other distances; swap it")
-    if not attributes:
-        raise SliderEditError("no attribute scorer was named, so no response can be read; name one, such as clip")
-    return Pictures(options.images, options.prompts, attributes, distances, partial(family.preprocess, pipeline))

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from torch import Tensor
 
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.evaluation.dataset import Phase, Scores
-from slideredit_rt.evaluation.scorers import AttributeScorer, DistanceScorer
+from slideredit_rt.evaluation.scorers import SCORERS, AttributeScorer, DistanceScorer, load_scorer
 from slideredit_rt.evaluation.systems import Case
+from slideredit_rt.families import Family
 from slideredit_rt.images import open_image
 from slideredit_rt.sliders import PromptToken, Slider, compose_prompt, find_spans, normalise
 
@@ -200,3 +202,44 @@ class Pictures:
     def _source(self, case: Case) -> Tensor:
         """`[1, 3, H, W]` in [0, 1]."""
         return (self.preprocess(case.image).float() + 1) / 2
+
+
+@dataclass(frozen=True)
+class PictureOptions:
+    """Which pictures, edits and scorers.
+
+    Attributes:
+        images, prompts: as for `Pictures`.
+        attribute_scorers, distance_scorers: names from `slideredit_rt.evaluation.scorers.SCORERS`.
+        sources: by scorer, where its model is instead of its usual repository.
+        device: of the scorers.
+    """
+
+    images: Path
+    prompts: Path
+    attribute_scorers: Sequence[str] = ("clip", "siglip")
+    distance_scorers: Sequence[str] = ("lpips-alex", "dinov2")
+    sources: Mapping[str, str] = field(default_factory=dict)
+    device: str = "cpu"
+
+
+def open_pictures(options: PictureOptions, family: Family, base: Path) -> Pictures:
+    """The dataset that options name, for a base checkpoint; pictures and prompts are checked before any model is loaded.
+
+    Raises:
+        SliderEditError: pictures that cannot be used, a scorer that is unknown, of the other sort, or cannot be loaded.
+    """
+    names = (*options.attribute_scorers, *options.distance_scorers)
+    if unknown := [name for name in names if name not in SCORERS]:
+        raise SliderEditError(f"{unknown[0]!r} is no scorer; choose among {', '.join(SCORERS)}")
+    sorts = ((options.attribute_scorers, AttributeScorer), (options.distance_scorers, DistanceScorer))
+    if odd := [name for wanted, sort in sorts for name in wanted if not issubclass(SCORERS[name], sort)]:
+        raise SliderEditError(f"scorer {odd[0]!r} is of the other sort: some read attributes, others distances; swap it")
+    if not options.attribute_scorers:
+        raise SliderEditError("no attribute scorer was named, so no response can be read; name one, such as clip")
+    preprocess = partial(family.preprocess, family.load_pipeline(base, transformer=False))
+    pictures = Pictures(options.images, options.prompts, {}, {}, preprocess)
+    loaded = {name: load_scorer(name, options.sources.get(name), options.device) for name in names}
+    pictures.attribute_scorers = {n: s for n, s in loaded.items() if isinstance(s, AttributeScorer)}
+    pictures.distance_scorers = {n: s for n, s in loaded.items() if isinstance(s, DistanceScorer)}
+    return pictures

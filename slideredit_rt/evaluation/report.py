@@ -125,7 +125,7 @@ def markdown_table(summary: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(out) + "\n"
 
 
-def _figure(panels: int, **options: Any) -> tuple[Any, list[Any]]:
+def new_figure(panels: int, **options: Any) -> tuple[Any, list[Any]]:
     """A matplotlib figure with at least so many panels, three in a row."""
     try:
         from matplotlib.figure import Figure
@@ -140,7 +140,7 @@ def _figure(panels: int, **options: Any) -> tuple[Any, list[Any]]:
     return figure, found[:panels]
 
 
-def _save_figure(figure: Any, path: Path) -> None:
+def save_figure(figure: Any, path: Path) -> None:
     with atomic_file(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
 
@@ -157,7 +157,7 @@ def draw_curves(rows: Sequence[Row], path: Path) -> None:
     """Response over the swept range by the first scorer: median over the cases with the middle half and the middle 90%."""
     groups = _by_system(rows, 1)
     scorer = next(iter(rows[0].scores.attributes))
-    figure, panels = _figure(len(groups), sharey=True)
+    figure, panels = new_figure(len(groups), sharey=True)
     everything = []
     for panel, (name, group) in zip(panels, groups.items(), strict=True):
         samples = sorted({row.sample for row in group})
@@ -177,14 +177,14 @@ def draw_curves(rows: Sequence[Row], path: Path) -> None:
     low, high = np.min(everything), np.max(everything)
     panels[0].set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
     panels[0].set_ylabel(f"{scorer} (lines: source, plain edit)")
-    _save_figure(figure, path)
+    save_figure(figure, path)
 
 
 def draw_trajectories(rows: Sequence[Row], path: Path) -> None:
     """How far a system moves the rest of the picture while it moves the attribute: means over the cases, off to far."""
     groups = _by_system(rows, 1)
     scorer, distances = next(iter(rows[0].scores.attributes)), list(rows[0].scores.distances)
-    figure, panels = _figure(len(distances))
+    figure, panels = new_figure(len(distances))
     for panel, distance in zip(panels, distances, strict=True):
         for name, group in groups.items():
             points = []
@@ -199,14 +199,14 @@ def draw_trajectories(rows: Sequence[Row], path: Path) -> None:
         panel.set_xlabel(f"{scorer} (dot: far end)")
         panel.set_ylabel(f"{distance}, distance to the source")
     panels[0].legend(fontsize=7)
-    _save_figure(figure, path)
+    save_figure(figure, path)
 
 
 def draw_lattices(rows: Sequence[Row], path: Path) -> None:
     """Two sliders: the mean scores of both instructions at every pair of settings; a square lattice is two free sliders."""
     groups = _by_system(rows, 2)
     scorer = next(iter(rows[0].scores.attributes))
-    figure, panels = _figure(len(groups), sharex=True, sharey=True)
+    figure, panels = new_figure(len(groups), sharex=True, sharey=True)
     for panel, (name, group) in zip(panels, groups.items(), strict=True):
         side = round(len({row.sample for row in group}) ** 0.5)
         shown: dict[int, list[tuple[float, ...]]] = defaultdict(list)
@@ -218,7 +218,7 @@ def draw_lattices(rows: Sequence[Row], path: Path) -> None:
         panel.set_title(name)
         panel.set_xlabel(f"{scorer}, first instruction")
     panels[0].set_ylabel(f"{scorer}, second instruction")
-    _save_figure(figure, path)
+    save_figure(figure, path)
 
 
 def _cells(sheet: Image.Image, rows: int, columns: int) -> list[list[Image.Image]]:

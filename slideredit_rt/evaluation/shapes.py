@@ -24,7 +24,9 @@ from slideredit_rt.training.shapes_world import (
 )
 
 SEEDS: dict[Phase, int] = {"bench": 1, "search": 2}
-"""Of the scenes. `make marks` reports on 0, `slideredit-rt adapter calibrate` learns from 3."""
+"""Of the benchmark's scenes. `make marks` reports on those of seed 0."""
+CALIBRATION_SEEDS: dict[Phase, int] = {"bench": 3, "search": 4}
+"""Of scenes that `slideredit-rt adapter calibrate` learns from, so that the benchmark has not been seen."""
 
 
 class ShapesScenes:
