@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test slow-test lint bench gpu-test gpu-bench gpu-trt gpu-model marks evaluation clean
+.PHONY: demo test slow-test lint bench gpu-test gpu-bench gpu-trt gpu-model marks evaluation ablations clean
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; set PYTHON=python3.11"; exit 2; }
@@ -12,6 +12,8 @@ $(STAMP): pyproject.toml constraints.txt
 	# torch first and pinned: resolved together with the rest, pip would weigh other builds of it.
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	# Without what it asks for: that is torchvision, which has no build for a torch without CUDA.
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps lpips
 	touch $@
 
 demo: $(STAMP)
@@ -36,12 +38,15 @@ bench: $(STAMP)
 marks: $(STAMP)
 	$(BIN)/python -m slideredit_rt.bench.marks
 
-# Continues a killed run; delete the folder to start anew.
+# Both continue a killed run; delete the folder to start anew.
 EVALUATION := runs/evaluation
 evaluation: $(STAMP)
-	$(BIN)/slideredit-rt evaluate --adapter shapes-st --adapter shapes-gst --sliders 1,2 --joint-scenes 24 --out $(EVALUATION)
+	$(BIN)/slideredit-rt evaluate --adapter shapes-st --adapter shapes-gst --sliders 1,2,3 --scenes 64,24,8 --out $(EVALUATION)
 	mkdir -p bench/results/evaluation
-	cd $(EVALUATION) && cp rows.csv report.json table.md curves.png strips.png $(CURDIR)/bench/results/evaluation/
+	cd $(EVALUATION) && cp rows.csv report.json table.md *.png $(CURDIR)/bench/results/evaluation/
+
+ablations: $(STAMP)
+	$(BIN)/python -m slideredit_rt.bench.ablations --out runs/ablations
 
 # The GPU targets install nothing: they run in a Python that has torch with CUDA, triton, numpy, pytest and hypothesis,
 # on a copy of the package laid out as it would be installed.

@@ -482,9 +482,10 @@ def _train_adapter(args: argparse.Namespace) -> int:
 
     from slideredit_rt.assets import resolve_base
     from slideredit_rt.families import family_of
+    from slideredit_rt.training.data import Data, FolderData
     from slideredit_rt.training.shapes_adapters import ShapesData, shapes_recipe
     from slideredit_rt.training.shapes_world import find_instruction
-    from slideredit_rt.training.suppression import Data, FolderData, SuppressionConfig, SuppressionTrainer
+    from slideredit_rt.training.suppression import SuppressionConfig, SuppressionTrainer
 
     folder = resolve_base(args.base)
     family = family_of(folder)
@@ -689,8 +690,9 @@ def _parser() -> argparse.ArgumentParser:
         help="of st, gst, pad-interpolation, implicit-cfg, explicit-cfg, merged-lora (default: all that can be)",
     )
     evaluate.add_argument("--sliders", type=_listed(int), default="1", help="moved jointly: 1, 2, 3 (default: 1)")
-    evaluate.add_argument("--scenes", type=int, help="cases with one slider (default: 64)")
-    evaluate.add_argument("--joint-scenes", type=int, help="cases with two and three sliders each (default: 64)")
+    evaluate.add_argument(
+        "--scenes", type=_listed(int), default="64", help="cases for each number of sliders, or for all (default: 64)"
+    )
     evaluate.add_argument("--samples", type=int, help="settings of one slider (default: 15)")
     evaluate.add_argument("--joint-samples", type=int, help="settings per slider of several (default: 7)")
     evaluate.add_argument("--search-scenes", type=int, help="for choosing each system's range (default: 12)")
@@ -769,7 +771,8 @@ def _evaluate(args: argparse.Namespace) -> int:
 
     config = BenchmarkConfig(
         sliders=tuple(args.sliders),
-        **_given(args, "scenes", "joint_scenes", "samples", "joint_samples", "search_scenes", "steps"),
+        scenes=tuple(args.scenes),
+        **_given(args, "samples", "joint_samples", "search_scenes", "steps"),
     )
     base = args.base or (read_manifest(args.engine[0]).base["source"] if args.engine else "shapes-kontext")
     report = run_evaluation(

@@ -164,7 +164,12 @@ def test_distances_that_cannot_be_told_are_counted():
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"samples": 2}, "at least 3"), ({"sliders": (4,)}, "1, 2 and 3"), ({"scenes": 0}, "at least 1")],
+    [
+        ({"samples": 2}, "at least 3"),
+        ({"sliders": (4,)}, "1, 2 and 3"),
+        ({"scenes": (0,)}, "at least 1"),
+        ({"sliders": (1, 2, 3), "scenes": (4, 4)}, "one for all"),
+    ],
 )
 def test_settings_that_measure_nothing_are_refused(options, message):
     with pytest.raises(SliderEditError, match=message):
@@ -202,7 +207,7 @@ def test_several_adapters_and_engines_go_by_their_names(tmp_path, engines):
     shutil.copy(resolve_adapter("shapes-st"), tmp_path / "mine.safetensors")
     given = ["--adapter", "shapes-st", "--adapter", str(tmp_path / "mine.safetensors"), "--engine", str(engines["gst"])]
     arguments = ["evaluate", *given, "--systems", "st,gst", "--out", str(tmp_path / "run"), *SMALL, "--sliders", "2"]
-    assert main([*arguments, "--joint-scenes", "1", "--joint-samples", "3"]) == 0
+    assert main([*arguments, "--joint-samples", "3"]) == 0
     report = json.loads((tmp_path / "run/report.json").read_text())
     assert [(s["system"], s["sliders"]) for s in report["systems"]] == [("shapes-st", 2), ("mine", 2)]
     # The same adapter under two names.

@@ -35,32 +35,40 @@ class BenchmarkConfig:
     """Settings of a run.
 
     Attributes:
-        scenes: cases with one slider.
-        joint_scenes: for two and three sliders jointly, which take `joint_samples` to the power of the sliders images each.
-        samples, joint_samples: settings per slider (the paper's δ: 15 for one, 7 for several).
         sliders: how many are moved jointly, in turn (the paper's γ).
+        scenes: cases for each number of sliders; one number for all of them. A case with K > 1 sliders takes `joint_samples`
+            to the power of K images.
+        samples, joint_samples: settings per slider (the paper's δ: 15 for one, 7 for several).
         search_scenes, search_samples: for finding each system's range.
         steps: denoising steps.
     """
 
-    scenes: int = 64
-    joint_scenes: int = 64
+    sliders: tuple[int, ...] = (1,)
+    scenes: tuple[int, ...] = (64,)
     samples: int = 15
     joint_samples: int = 7
-    sliders: tuple[int, ...] = (1,)
     search_scenes: int = 12
     search_samples: int = 7
     steps: int = 12
 
     def __post_init__(self) -> None:
-        for name in ("scenes", "joint_scenes", "search_scenes", "steps"):
-            if getattr(self, name) < 1:
-                raise SliderEditError(f"{name} is {getattr(self, name)}; give at least 1")
+        counts = {"search_scenes": self.search_scenes, "steps": self.steps, "scenes": min(self.scenes, default=0)}
+        for name, count in counts.items():
+            if count < 1:
+                raise SliderEditError(f"{name} is {count}; give at least 1")
         for name in ("samples", "joint_samples", "search_samples"):
             if getattr(self, name) < 3:
                 raise SliderEditError(f"{name} is {getattr(self, name)}; continuity needs at least 3 settings")
         if not self.sliders or not set(self.sliders) <= {1, 2, 3} or len(set(self.sliders)) < len(self.sliders):
             raise SliderEditError(f"sliders is {list(self.sliders)}; give some of 1, 2 and 3, each once")
+        if len(self.scenes) not in (1, len(self.sliders)):
+            raise SliderEditError(
+                f"scenes is {list(self.scenes)} for {list(self.sliders)} sliders; give one for each, or one for all"
+            )
+
+    def cases(self) -> dict[int, int]:
+        """How many cases there are with each number of sliders."""
+        return dict(zip(self.sliders, self.scenes * (len(self.sliders) // len(self.scenes)), strict=True))
 
 
 @dataclass(frozen=True)
@@ -231,10 +239,7 @@ class Benchmark:
         """Render and score everything that is not there yet; returns all rows and writes them to `rows.csv`."""
         config = self.config
         search = self.dataset.cases("search", config.search_scenes, 1)
-        bench = {
-            count: self.dataset.cases("bench", config.scenes if count == 1 else config.joint_scenes, count)
-            for count in config.sliders
-        }
+        bench = {sliders: self.dataset.cases("bench", count, sliders) for sliders, count in config.cases().items()}
         with tqdm(desc="evaluate", unit="image", disable=not progress, total=self._total(bench), smoothing=0.05) as bar:
             rows = [row for cases in (search, *bench.values()) for case in cases for row in self._base(case, bar)]
             plain = {row.case: row.scores for row in rows if row.sample == 1}
