@@ -28,8 +28,8 @@ from slideredit_rt.sliders import Slider, StrengthCurve, compose_prompt, find_sp
 class Prepared:
     """An image and a prompt, encoded, with the rows of each slider. Valid for any strengths.
 
-    `token_mask` is bool `[K, S]`; `spans` are the text rows of each slider, `prompt` what was encoded, `members` the adapters of
-    a bank that the sliders scale, by name (none without a bank).
+    `token_mask` is bool `[K, S]`; `spans` are the text rows of each slider, `prompt` what was encoded, `members` the names of
+    the adapters in a bank that the sliders scale (none without a bank).
     """
 
     prompt: str

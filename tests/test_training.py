@@ -16,9 +16,10 @@ from slideredit_rt.adapters import load_adapter
 from slideredit_rt.assets import resolve_base
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.families import Family
+from slideredit_rt.training.data import FolderData
 from slideredit_rt.training.shapes_adapters import ShapesData, shapes_recipe
 from slideredit_rt.training.shapes_world import find_instruction
-from slideredit_rt.training.suppression import FolderData, SuppressionConfig, SuppressionTrainer
+from slideredit_rt.training.suppression import SuppressionConfig, SuppressionTrainer
 
 TINY = SuppressionConfig(kind="st", rank=4, steps=4, batch=4, learning_rate=1e-3)
 

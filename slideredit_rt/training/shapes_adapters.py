@@ -1,4 +1,4 @@
-"""The recipes of `shapes-st` and `shapes-gst`, the adapters that the package ships."""
+"""The recipes of what the package ships for its embedded editor: two adapters, and the rivals' concepts and offsets."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from slideredit_rt.families import Kind
+from slideredit_rt.training.attribute_offsets import OffsetConfig
+from slideredit_rt.training.concepts import ConceptConfig
 from slideredit_rt.training.shapes_world import ALL_INSTRUCTIONS, Instruction, draw_example, render
 from slideredit_rt.training.suppression import SuppressionConfig
 
@@ -27,6 +29,19 @@ class ShapesData:
         return render(e.scene for e in examples), [[i.text for i in e.instructions] for e in examples]
 
 
+class BalancedShapes:
+    """Scenes drawn on the fly with one instruction each, every instruction as often as the others (arguments as `ShapesData`)."""
+
+    def __init__(self, known: Sequence[Instruction] = ALL_INSTRUCTIONS) -> None:
+        self.known = known
+
+    def draw(self, rng: random.Random, batch: int) -> tuple[Tensor, list[list[str]]]:
+        rounds = -(-batch // len(self.known))
+        chosen = rng.sample([*self.known] * rounds, batch)
+        examples = [draw_example(rng, 1, [instruction]) for instruction in chosen]
+        return render(e.scene for e in examples), [[i.text for i in e.instructions] for e in examples]
+
+
 def shapes_recipe(kind: Kind) -> SuppressionConfig:
     """The settings that the shipped adapter of this kind was trained with."""
     return SuppressionConfig(
@@ -39,4 +54,23 @@ def shapes_recipe(kind: Kind) -> SuppressionConfig:
         batch=32,
         learning_rate=2e-3,
         schedule="cosine",
+    )
+
+
+def concepts_recipe() -> ConceptConfig:
+    """The settings that `shapes-concepts` was trained with: one member per instruction of the world."""
+    return ConceptConfig(
+        attributes=tuple(i.text for i in ALL_INSTRUCTIONS),
+        rank=4,
+        steps=800,
+        batch=22,
+        learning_rate=2e-3,
+        schedule="cosine",
+    )
+
+
+def offsets_recipe() -> OffsetConfig:
+    """The settings that `shapes-offsets` was trained with: one vector per instruction of the world."""
+    return OffsetConfig(
+        attributes=tuple(i.text for i in ALL_INSTRUCTIONS), steps=800, batch=44, learning_rate=0.1, schedule="cosine"
     )

@@ -1,0 +1,243 @@
+"""What all trainers over a frozen pipeline share: settings, noised source pictures, the loop, and its state on disk."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, Literal, TypeVar, get_args
+
+import torch
+from accelerate import Accelerator
+from diffusers.optimization import get_scheduler
+from PIL import Image
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from slideredit_rt.errors import SliderEditError
+from slideredit_rt.families import Family
+from slideredit_rt.images import draw_grid, save_image
+from slideredit_rt.training.checkpoint import load_checkpoint, save_checkpoint
+from slideredit_rt.training.data import Data
+
+TimestepSampling = Literal["uniform", "logit-normal"]
+Trained = TypeVar("Trained")
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """Settings of every run.
+
+    Attributes:
+        timestep_sampling: of the noise level σ in [0, 1].
+        steps, batch: length and batch size.
+        learning_rate, schedule: AdamW's, with the trainer's own betas and weight decay, and gradient norm clipped to 1.
+        seed: of data, noise and initial weights.
+        gradient_checkpointing: recompute activations in the backward pass; a full-size base needs it.
+    """
+
+    timestep_sampling: TimestepSampling = "uniform"
+    steps: int = 1000
+    batch: int = 6
+    learning_rate: float = 5e-5
+    schedule: str = "constant"
+    seed: int = 0
+    gradient_checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        self._check({"timestep_sampling": TimestepSampling}, ("steps", "batch"))
+
+    def _check(self, choices: Mapping[str, Any], counts: Sequence[str]) -> None:
+        for name, literal in choices.items():
+            if getattr(self, name) not in get_args(literal):
+                raise SliderEditError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(get_args(literal))}")
+        for name in counts:
+            if getattr(self, name) < 1:
+                raise SliderEditError(f"{name} is {getattr(self, name)}; give at least 1")
+
+
+@dataclass(frozen=True)
+class Noised:
+    """Source latents `[B, S, C]`, their ids, the noised latents and their noise levels `[B]`; `generator` draws the rest."""
+
+    source: Tensor
+    ids: Tensor
+    noisy: Tensor
+    sigma: Tensor
+    generator: torch.Generator
+
+
+def to_pil(image: Tensor) -> Image.Image:
+    """`[3, H, W]` in [0, 1] to 8 bits per channel."""
+    return Image.fromarray((image.permute(1, 2, 0) * 255).round().to(torch.uint8).cpu().numpy())
+
+
+class Trainer(ABC, Generic[Trained]):
+    """Optimises what `build` returns, over a frozen pipeline.
+
+    Args:
+        family, pipeline: the base; its weights are not changed.
+        data: source images and instructions.
+        config: settings.
+        out: the file to write; state for resuming lies beside it until the run is done.
+
+    Attributes:
+        what: is trained, for the progress bar.
+        betas, weight_decay: AdamW's.
+    """
+
+    what: str
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 1e-4
+
+    def __init__(self, family: Family, pipeline: Any, data: Data, config: TrainingConfig, out: Path) -> None:
+        self.family, self.pipeline, self.data, self.out = family, pipeline, data, out
+        self.settings = config
+        self.accelerator = Accelerator(cpu=not torch.cuda.is_available())
+        self.state_path = out.with_name(f"{out.name}.state.pt")
+        pipeline.to(self.accelerator.device)
+        for part in ("transformer", "vae", "text_encoder", "text_encoder_2"):
+            if (module := getattr(pipeline, part, None)) is not None:
+                module.requires_grad_(False).eval()
+        if config.gradient_checkpointing:
+            pipeline.transformer.enable_gradient_checkpointing()
+        module = self.build()
+        parameters = [p for p in module.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, betas=self.betas, weight_decay=self.weight_decay)
+        scheduler = get_scheduler(
+            config.schedule, optimizer, num_warmup_steps=config.steps // 20, num_training_steps=config.steps
+        )
+        self.module, self.optimizer, self.scheduler = self.accelerator.prepare(module, optimizer, scheduler)
+
+    @abstractmethod
+    def build(self) -> nn.Module:
+        """The module whose parameters that require gradients are trained."""
+
+    @abstractmethod
+    def loss(self, step: int) -> Tensor:
+        """Of one batch, the same for the same step."""
+
+    @abstractmethod
+    def result(self) -> Trained:
+        """What was trained so far."""
+
+    @abstractmethod
+    def write(self, trained: Trained, path: Path) -> None:
+        """Save a result; whole or not at all."""
+
+    @abstractmethod
+    def strip(self, image: Image.Image, instructions: Sequence[str]) -> tuple[str, Sequence[float], list[Image.Image]]:
+        """A title, settings, and a picture for each, made with the result as it is."""
+
+    @property
+    def own(self) -> Any:
+        """The module without what `accelerate` wraps around it."""
+        return self.accelerator.unwrap_model(self.module)
+
+    def encode_images(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Latents `[B, S, C]` and their ids, of images `[B, 3, H, W]` in [0, 1]."""
+        return self.family.encode_image(self.pipeline, (images * 2 - 1).to(self.accelerator.device))
+
+    def encode_prompts(self, prompts: list[str], images: Tensor) -> dict[str, Tensor]:
+        """Text inputs of the backbone; the images count for families whose encoder sees them."""
+        most = self.family.max_text_rows(self.pipeline)
+        return self.family.encode_prompt(self.pipeline, prompts, most, [[picture] for picture in map(to_pil, images)])
+
+    def noised(self, step: int, source: Tensor, ids: Tensor) -> Noised:
+        """Noise levels and noise of a step on source latents."""
+        count, device = len(source), source.device
+        generator = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + step)
+        if self.settings.timestep_sampling == "uniform":
+            sigma = torch.rand(count, generator=generator).to(device)
+        else:
+            sigma = torch.randn(count, generator=generator).sigmoid().to(device)
+        noise = torch.randn(source.shape, generator=generator).to(device)
+        return Noised(source, ids, torch.lerp(source, noise, sigma[:, None, None]), sigma, generator)
+
+    def inputs(self, noised: Noised, text: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Backbone inputs: noised latents beside their source, with these text inputs."""
+        return self.family.training_inputs(self.pipeline, noised.noisy, noised.source, noised.ids, text, noised.sigma)
+
+    def sample(self, step: int) -> Path:
+        """Draw one data example with the result as it is; returns the picture's path in `OUT.samples`."""
+        images, instructions = self.data.draw(random.Random(f"{self.settings.seed}/sample"), 1)
+        title, values, pictures = self.strip(to_pil(images[0]), instructions[0])
+        path = self.out.with_name(f"{self.out.name}.samples") / f"step-{step:06d}.png"
+        save_image(draw_grid([pictures], [f"{v:g}" for v in values], [""], f"step {step}: {title}"), path)
+        return path
+
+    def train(
+        self,
+        *,
+        progress: bool = True,
+        checkpoint_every: int = 100,
+        sample_every: int = 0,
+        snapshots: Collection[int] = (),
+    ) -> Trained:
+        """Run to the end, continuing from an interrupted run's state; writes and returns the result.
+
+        Args:
+            progress: show a bar with the loss on standard error.
+            checkpoint_every: steps between saved states.
+            sample_every: steps between sample pictures; 0 draws none.
+            snapshots: steps after which the result as it is then is kept, as `OUT-step-N.safetensors`.
+        """
+        config = self.settings
+        if outside := [step for step in snapshots if not 0 < step < config.steps]:
+            raise SliderEditError(f"snapshot after step {outside[0]} of {config.steps}: name steps inside the run")
+        start = self._resume()
+        average = None
+        with tqdm(
+            range(start, config.steps),
+            f"train {self.what}",
+            initial=start,
+            total=config.steps,
+            disable=not progress,
+            mininterval=1,
+        ) as bar:
+            for step in bar:
+                loss = self.loss(step)
+                self.accelerator.backward(loss)
+                self.accelerator.clip_grad_norm_(self.module.parameters(), 1.0)
+                self.optimizer.step()
+                self.scheduler.step()
+                self.optimizer.zero_grad(set_to_none=True)
+                average = loss.item() if average is None else 0.95 * average + 0.05 * loss.item()
+                bar.set_postfix(loss=f"{average:.5f}", refresh=False)
+                if (step + 1) % checkpoint_every == 0 and step + 1 < config.steps:
+                    self._save_state(step + 1)
+                if sample_every and (step + 1) % sample_every == 0:
+                    self.sample(step + 1)
+                if step + 1 in snapshots:
+                    self.write(self.result(), self.out.with_name(f"{self.out.stem}-step-{step + 1}.safetensors"))
+        trained = self.result()
+        self.write(trained, self.out)
+        self.state_path.unlink(missing_ok=True)
+        return trained
+
+    def _trained_parameters(self) -> dict[str, Tensor]:
+        return {name: p for name, p in self.own.named_parameters() if p.requires_grad}
+
+    def _save_state(self, step: int) -> None:
+        parameters = {name: p.detach().cpu() for name, p in self._trained_parameters().items()}
+        state = {"step": step, "config": dataclasses.asdict(self.settings), "parameters": parameters}
+        state |= {"optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict()}
+        save_checkpoint(self.state_path, state)
+
+    def _resume(self) -> int:
+        state = load_checkpoint(self.state_path)
+        if state is None:
+            return 0
+        if state.get("config") != dataclasses.asdict(self.settings) or "parameters" not in state:
+            raise SliderEditError(
+                f"{str(self.state_path)!r} holds an unfinished run with other settings; "
+                "delete it, or continue with the same settings"
+            )
+        for name, parameter in self._trained_parameters().items():
+            parameter.data.copy_(state["parameters"][name])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        return int(state["step"])
