@@ -1,7 +1,7 @@
 """Train the variants of the shapes adapters, evaluate them beside the shipped ones, and write `results/ablations/`.
 
-`make ablations`: training method, alpha sampling, rank, convergence, calibration, and sliders on what an adapter never saw. More
-than an hour on two cores, most of it training; a killed run continues.
+`make ablations`: training method, alpha sampling, rank, convergence, calibration, and sliders on what an adapter never saw.
+More than an hour on two cores, most of it training; a killed run continues.
 """
 
 from __future__ import annotations
@@ -64,19 +64,20 @@ def train(name: str, config: SuppressionConfig, folder: Path, known: Sequence[In
         SuppressionTrainer(family, pipeline, ShapesData(known), config, out).train(snapshots=snapshots)
 
 
-def calibrated(name: str, folder: Path) -> Path:
+def calibrated(name: str, folder: Path, threads: int | None) -> Path:
     """A shipped adapter with a curve learnt from scenes that the benchmark does not use."""
     out = folder / f"{name}-calibrated.safetensors"
     if not out.exists():
-        adapter, _ = calibrate_adapter(BASE, load_adapter(name), ShapesScenes(seeds=CALIBRATION_SEEDS))
+        adapter, _ = calibrate_adapter(BASE, load_adapter(name), ShapesScenes(seeds=CALIBRATION_SEEDS), threads=threads)
         save_adapter(adapter, out)
     return out
 
 
-def _evaluate(adapters: Sequence[str], run: Path, known: Sequence[Instruction] | None = None) -> str:
+def _evaluate(adapters: Sequence[str], run: Path, threads: int | None, known: Sequence[Instruction] | None = None) -> str:
     config = BenchmarkConfig(scenes=(32,), search_scenes=6)
     texts = None if known is None else [i.text for i in known]
-    report = run_evaluation(Given(BASE, adapters, systems=("st", "gst")), config, run, instructions=texts)
+    given = Given(BASE, adapters, systems=("st", "gst"), threads=threads)
+    report = run_evaluation(given, config, run, instructions=texts)
     results = RESULTS / run.name
     results.mkdir(parents=True, exist_ok=True)
     for file in _FILES:
@@ -84,21 +85,23 @@ def _evaluate(adapters: Sequence[str], run: Path, known: Sequence[Instruction] |
     return markdown_table(report["systems"])
 
 
-def run_ablations(folder: Path) -> str:
-    """Train, calibrate and evaluate; returns the tables."""
+def run_ablations(folder: Path, threads: int | None = None) -> str:
+    """Train, calibrate and evaluate; returns the tables. `threads`: of the engines, None leaves the choice to the backend."""
     for name, config in VARIANTS.items():
         train(name, config, folder)
     train("st-narrow", _ST, folder, NARROW)
     ways = [f"st-convergence-step-{step}" for step in SNAPSHOTS]
     variants = [str(folder / f"{name}.safetensors") for name in (*VARIANTS, *ways)]
-    shipped = [str(calibrated(name, folder)) for name in ("shapes-st", "shapes-gst")]
-    tables = [_evaluate(["shapes-st", "shapes-gst", *shipped, *variants], folder / "variants")]
+    shipped = [str(calibrated(name, folder, threads)) for name in ("shapes-st", "shapes-gst")]
+    tables = [_evaluate(["shapes-st", "shapes-gst", *shipped, *variants], folder / "variants", threads)]
     narrow = ["shapes-st", str(folder / "st-narrow.safetensors")]
-    tables += [_evaluate(narrow, folder / name, known) for name, known in SEEN_AND_UNSEEN.items()]
+    tables += [_evaluate(narrow, folder / name, threads, known) for name, known in SEEN_AND_UNSEEN.items()]
     return "\n".join(tables)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/ablations"), help="adapters and runs (default: %(default)s)")
-    sys.stdout.write(run_ablations(parser.parse_args().out))
+    parser.add_argument("--threads", type=int, help="CPU threads of the engines")
+    args = parser.parse_args()
+    sys.stdout.write(run_ablations(args.out, args.threads))

@@ -10,6 +10,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from slideredit_rt.engines import Manifest, RuntimeOptions
     from slideredit_rt.evaluation.pictures import PictureOptions
     from slideredit_rt.families import Family
+    from slideredit_rt.training.data import Data
+    from slideredit_rt.training.trainer import Trainer
 
 _MAX_SWEEP = 64
 
@@ -62,6 +65,17 @@ def parse_swept_slider(text: str) -> tuple[Slider, list[float] | None]:
     return Slider(instruction, strengths[0]), [Slider(instruction, s).strength for s in strengths]
 
 
+def _with_members(args: argparse.Namespace, sliders: Sequence[Slider]) -> list[Slider]:
+    """The sliders, each with the member of a bank that the `--member` beside it names."""
+    if not args.member:
+        return list(sliders)
+    if len(args.member) != len(sliders):
+        raise SliderEditError(
+            f"{len(args.member)} --member for {len(sliders)} --slider; name one member for each slider, in the same order"
+        )
+    return [replace(s, adapter=member) for s, member in zip(sliders, args.member, strict=True)]
+
+
 def _given(args: argparse.Namespace, *names: str) -> dict[str, Any]:
     """The options that were given, by name; the others keep the defaults of what takes them."""
     return {name: value for name in names if (value := getattr(args, name)) is not None}
@@ -73,6 +87,10 @@ def _lines(path: Path) -> list[str]:
         return [line.strip() for line in path.read_text().splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise SliderEditError(f"{str(path)!r} cannot be read ({error}); give a text file, one edit per line") from None
+
+
+def _member(slider: Slider) -> dict[str, str]:
+    return {} if slider.adapter is None else {"member": slider.adapter}
 
 
 def _runtime_options(args: argparse.Namespace) -> RuntimeOptions | None:
@@ -92,7 +110,7 @@ def _edit(args: argparse.Namespace) -> int:
     from slideredit_rt.images import open_image, picture_format, save_image
 
     picture_format(args.out)
-    sliders = [parse_slider(s) for s in args.slider]
+    sliders = _with_members(args, [parse_slider(s) for s in args.slider])
     images = [open_image(path) for path in args.image]
     editor = SliderEditor.from_engine(args.engine, args.base, threads=args.threads, options=_runtime_options(args))
     edited = editor.edit(
@@ -110,7 +128,7 @@ def _edit(args: argparse.Namespace) -> int:
     result = {
         "out": str(args.out),
         "prompt": args.prompt or compose_prompt([s.instruction for s in sliders]),
-        "sliders": [{"instruction": s.instruction, "strength": s.strength} for s in sliders],
+        "sliders": [{"instruction": s.instruction, "strength": s.strength, **_member(s)} for s in sliders],
         "seed": args.seed,
         "size": list(edited.size),
     }
@@ -125,7 +143,8 @@ def _sweep(args: argparse.Namespace) -> int:
 
     picture_format(args.out)
     parsed = [parse_swept_slider(s) for s in args.slider]
-    sliders, swept = [s for s, _ in parsed], [(i, v) for i, (_, v) in enumerate(parsed) if v is not None]
+    sliders = _with_members(args, [s for s, _ in parsed])
+    swept = [(i, v) for i, (_, v) in enumerate(parsed) if v is not None]
     if len(swept) not in (1, 2):
         raise SliderEditError(f"{len(swept)} sliders are swept; give one (a strip) or two (a grid) as 'instruction=0:1.5:7'")
     images = [open_image(path) for path in args.image]
@@ -156,7 +175,10 @@ def _sweep(args: argparse.Namespace) -> int:
     result = {
         "out": str(args.out),
         "prompt": args.prompt or compose_prompt([s.instruction for s in sliders]),
-        "sliders": [{"instruction": s.instruction, "strengths" if v else "strength": v or s.strength} for s, v in parsed],
+        "sliders": [
+            {"instruction": s.instruction, "strengths" if v else "strength": v or s.strength, **_member(s)}
+            for s, (_, v) in zip(sliders, parsed, strict=True)
+        ],
         "images": args.image,
         "engine": str(args.engine),
         "seed": args.seed,
@@ -219,6 +241,7 @@ def _inspect(args: argparse.Namespace) -> int:
         f"adapter    {adapter['source']} ({adapter['kind']}, rank {adapter['rank']}, {adapter['modules']} linears)"
         if adapter
         else "adapter    none",
+        *(f"member     {name} ({member['source']})" for name, member in (adapter or {}).get("members", {}).items()),
         f"backend    {manifest.backend} {manifest.backend_version}{later}",
         f"dtype      {manifest.dtype}",
         f"lowering   {manifest.lowering}; updates: {_counts(manifest.updates) or 'none'}",
@@ -272,7 +295,7 @@ def _verify(args: argparse.Namespace) -> int:
     from slideredit_rt.verify import verify_engine
 
     image = open_image(args.image) if args.image else scene_image(held_out_examples(1, 1)[0])
-    sliders = [parse_slider(s) for s in args.slider or ["make the circle red"]]
+    sliders = _with_members(args, [parse_slider(s) for s in args.slider or ["make the circle red"]])
     report = verify_engine(args.engine, image, sliders, base=args.base, adapter=args.adapter, options=_runtime_options(args))
     half = report.dtype != "float32"
     lines = [f"{'case':<34} {'max abs':>10} {'rel. RMS':>10}" + (f" {'eager ' + report.dtype:>15}" if half else "")]
@@ -315,7 +338,7 @@ def _adapter_replace(args: argparse.Namespace) -> int:
 
     manifest = replace_engine_adapter(args.engine, args.adapter)
     result = {"engine": str(args.engine), "manifest": manifest.to_json()}
-    _emit(args, result, [f"{args.engine} now has the adapter {args.adapter}"])
+    _emit(args, result, [f"{args.engine} now has the adapter {', '.join(args.adapter)}"])
     return 0
 
 
@@ -345,6 +368,7 @@ def _adapter_show(args: argparse.Namespace) -> int:
         f"family       {adapter.family}",
         f"kind         {adapter.kind}",
         f"rank         {ranks}",
+        *([f"members      {', '.join(adapter.members)}"] if adapter.members else []),
         f"dtype        {adapter.dtype}",
         f"size         {report['parameters']:,} parameters",
         f"norm         {report['norm']:.4g} of B·A, all linears together",
@@ -416,7 +440,7 @@ def _adapter_calibrate(args: argparse.Namespace) -> int:
         dataset,
         engine=args.engine,
         progress=not args.quiet,
-        **_given(args, "cases", "samples", "steps"),
+        **_given(args, "cases", "samples", "steps", "threads"),
     )
     if args.plot is not None:
         draw_calibration(found, args.plot)
@@ -475,38 +499,82 @@ def _train_editor(args: argparse.Namespace) -> int:
     return 0
 
 
-def _train_adapter(args: argparse.Namespace) -> int:
-    import dataclasses
-
+def _frozen_base(args: argparse.Namespace) -> tuple[Family, Any]:
+    """The family and the pipeline that a trainer works on."""
     import torch
 
     from slideredit_rt.assets import resolve_base
     from slideredit_rt.families import family_of
-    from slideredit_rt.training.data import Data, FolderData
-    from slideredit_rt.training.shapes_adapters import ShapesData, shapes_recipe
-    from slideredit_rt.training.shapes_world import find_instruction
-    from slideredit_rt.training.suppression import SuppressionConfig, SuppressionTrainer
 
     folder = resolve_base(args.base)
     family = family_of(folder)
-    pipeline = family.load_pipeline(folder, dtype=getattr(torch, args.dtype))
-    data: Data
+    return family, family.load_pipeline(folder, dtype=getattr(torch, args.dtype))
+
+
+def _training_data(args: argparse.Namespace, side: int, shapes: type[Data]) -> Data:
+    """Pictures of `--images` with the edits of `--instructions`, else shapes scenes."""
+    from slideredit_rt.training.data import FolderData
+    from slideredit_rt.training.shapes_world import find_instruction
+
     edits = None if args.instructions is None else _lines(args.instructions)
     if args.images is None:
-        data = ShapesData() if edits is None else ShapesData([find_instruction(edit) for edit in edits])
-        recipe = shapes_recipe(args.kind)
-    else:
-        if edits is None:
-            raise SliderEditError("training on a folder of images needs --instructions, a text file with one edit per line")
-        images = sorted(p for p in args.images.iterdir() if p.is_file()) if args.images.is_dir() else []
-        data = FolderData(images, edits, family.side(pipeline))
-        recipe = SuppressionConfig(kind=args.kind, target="remaining" if args.kind == "st" else "neutral")
-    chosen = {f.name: getattr(args, f.name, None) for f in dataclasses.fields(SuppressionConfig)}
-    config = dataclasses.replace(recipe, **{k: v for k, v in chosen.items() if v is not None})
-    sample_every = max(1, config.steps // 4) if args.sample_every is None else args.sample_every
-    trainer = SuppressionTrainer(family, pipeline, data, config, args.out)
-    adapter = trainer.train(progress=not args.quiet, sample_every=sample_every, snapshots=args.snapshots)
+        return shapes() if edits is None else shapes([find_instruction(edit) for edit in edits])  # type: ignore[call-arg]
+    if edits is None:
+        raise SliderEditError("training on a folder of images needs --instructions, a text file with one edit per line")
+    images = sorted(p for p in args.images.iterdir() if p.is_file()) if args.images.is_dir() else []
+    return FolderData(images, edits, side)
+
+
+def _train(args: argparse.Namespace, trainer: Trainer[Any]) -> Any:
+    """Run to the end; returns what was trained."""
+    sample_every = max(1, trainer.settings.steps // 4) if args.sample_every is None else args.sample_every
+    return trainer.train(progress=not args.quiet, sample_every=sample_every, snapshots=args.snapshots)
+
+
+def _train_adapter(args: argparse.Namespace) -> int:
+    import dataclasses
+
+    from slideredit_rt.training.shapes_adapters import ShapesData, shapes_recipe
+    from slideredit_rt.training.suppression import SuppressionConfig, SuppressionTrainer
+
+    family, pipeline = _frozen_base(args)
+    data = _training_data(args, family.side(pipeline), ShapesData)
+    target = "remaining" if args.kind == "st" else "neutral"
+    recipe = shapes_recipe(args.kind) if args.images is None else SuppressionConfig(kind=args.kind, target=target)  # type: ignore[arg-type]
+    config = dataclasses.replace(recipe, **_given(args, *(f.name for f in dataclasses.fields(SuppressionConfig))))
+    adapter = _train(args, SuppressionTrainer(family, pipeline, data, config, args.out))
     _emit(args, {"out": str(args.out), "modules": len(adapter.pairs), **adapter.training}, [f"wrote {args.out}"])
+    return 0
+
+
+def _train_concepts(args: argparse.Namespace) -> int:
+    from slideredit_rt.training.concepts import ConceptConfig, ConceptTrainer
+    from slideredit_rt.training.shapes_adapters import concepts_recipe
+
+    return _train_contrast(args, ConceptTrainer, ConceptConfig, concepts_recipe())
+
+
+def _train_offsets(args: argparse.Namespace) -> int:
+    from slideredit_rt.training.attribute_offsets import OffsetConfig, OffsetTrainer
+    from slideredit_rt.training.shapes_adapters import offsets_recipe
+
+    return _train_contrast(args, OffsetTrainer, OffsetConfig, offsets_recipe())
+
+
+def _train_contrast(args: argparse.Namespace, trainer: Any, settings: Any, recipe: Any) -> int:
+    """A trainer of one slider per instruction, by its own settings, or on shapes scenes by the shipped recipe."""
+    import dataclasses
+
+    from slideredit_rt.training.shapes_adapters import BalancedShapes
+
+    family, pipeline = _frozen_base(args)
+    data = _training_data(args, family.side(pipeline), BalancedShapes)
+    given = _given(args, *(f.name for f in dataclasses.fields(settings) if f.name != "attributes"))
+    if args.instructions is not None:
+        given["attributes"] = tuple(_lines(args.instructions))
+    config = dataclasses.replace(recipe, **given) if args.images is None else settings(**given)
+    trained = _train(args, trainer(family, pipeline, data, config, args.out))
+    _emit(args, {"out": str(args.out), **trained.training}, [f"wrote {args.out}: {len(config.attributes)} attributes"])
     return 0
 
 
@@ -536,12 +604,21 @@ def _parser() -> argparse.ArgumentParser:
         )
         tensorrt.add_argument("--cuda-graphs", choices=("on", "off"), help="replay captured graphs (default: on)")
 
+    def member_option(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument(
+            "--member",
+            action="append",
+            metavar="NAME",
+            help="adapter that a slider scales, in an engine of several; one per --slider, in the same order",
+        )
+
     def image_options(sub: argparse.ArgumentParser, example: str) -> None:
         sub.add_argument("engine", type=Path, metavar="ENGINE", help="folder written by slideredit-rt build")
         sub.add_argument(
             "--image", action="append", required=True, help="picture to edit; repeat for a base that takes several"
         )
         sub.add_argument("--slider", action="append", required=True, metavar=example, help="repeat for several sliders")
+        member_option(sub)
         sub.add_argument("--prompt", help="holds every instruction; default: the instructions joined by ' and '")
         sub.add_argument("--seed", type=int, default=0, help="of the initial noise (default: 0)")
         sub.add_argument("--steps", type=int, help="denoising steps (default: the family's)")
@@ -579,7 +656,10 @@ def _parser() -> argparse.ArgumentParser:
     build = command("build", _build, "build an engine from a checkpoint and an adapter")
     build.add_argument("--base", required=True, help="shapes-kontext, a diffusers folder or a hub repository")
     build.add_argument(
-        "--adapter", help="shapes-st, shapes-gst, a file or a PEFT folder; without it the frozen backbone is exported"
+        "--adapter",
+        action="append",
+        help="shapes-st, shapes-gst, a file or a PEFT folder; repeat for a bank, whose adapters have strengths of their own; "
+        "without it the frozen backbone is exported",
     )
     build.add_argument("--out", type=Path, required=True, help="engine folder to create")
     build.add_argument("--backend", default="onnxruntime", help="onnxruntime (default), inductor, tensorrt-rtx or tensorrt")
@@ -627,8 +707,11 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("engine", type=Path, metavar="ENGINE")
     verify.add_argument("--image", help="a real picture (default: a generated scene)")
     verify.add_argument("--slider", action="append", metavar="INSTRUCTION", help="(default: 'make the circle red')")
+    member_option(verify)
     verify.add_argument("--base", help="where the base checkpoint is, if not where the manifest says")
-    verify.add_argument("--adapter", help="where the adapter is, if not where the manifest says")
+    verify.add_argument(
+        "--adapter", action="append", help="where the adapter is, if not where the manifest says; repeat for a bank"
+    )
     runtime_options(verify)
 
     adapter_commands = commands.add_parser(
@@ -655,7 +738,12 @@ def _parser() -> argparse.ArgumentParser:
     converted.add_argument("--allow-partial", action="store_true", help="with --base: leave these modules out instead")
     replacement = command("replace", _adapter_replace, "give an engine another adapter without a build", adapter_commands)
     replacement.add_argument("engine", type=Path, metavar="ENGINE")
-    replacement.add_argument("adapter", metavar="ADAPTER", help="of the same kind and modules, of the same rank or a lower one")
+    replacement.add_argument(
+        "adapter",
+        metavar="ADAPTER",
+        nargs="+",
+        help="of the same kind and modules, of the same rank or a lower one; several for a bank",
+    )
 
     calibrated = command(
         "calibrate", _adapter_calibrate, "learn the map from strength to alpha that makes a response even", adapter_commands
@@ -667,6 +755,7 @@ def _parser() -> argparse.ArgumentParser:
     calibrated.add_argument("--cases", type=int, help="edits to measure (default: 32)")
     calibrated.add_argument("--samples", type=int, help="strengths per edit, odd (default: 17)")
     calibrated.add_argument("--steps", type=int, help="denoising steps (default: 12)")
+    calibrated.add_argument("--threads", type=int, help="CPU threads of the engine")
     calibrated.add_argument("--plot", type=Path, metavar="PNG", help="draw the response before and after, and the map")
     picture_options(calibrated, distances=False)
 
@@ -687,8 +776,11 @@ def _parser() -> argparse.ArgumentParser:
         "--systems",
         type=_listed(str),
         default=[],
-        help="of st, gst, pad-interpolation, implicit-cfg, explicit-cfg, merged-lora (default: all that can be)",
+        help="of st, gst, pad-interpolation, implicit-cfg, explicit-cfg, merged-lora, concept-sliders, attribute-offsets "
+        "(default: all that can be)",
     )
+    evaluate.add_argument("--concepts", help="bank of concept sliders (default: shapes-concepts, on its own base and scenes)")
+    evaluate.add_argument("--offsets", help="attribute offsets (default: shapes-offsets, on their own base and scenes)")
     evaluate.add_argument("--sliders", type=_listed(int), default="1", help="moved jointly: 1, 2, 3 (default: 1)")
     evaluate.add_argument(
         "--scenes", type=_listed(int), default="64", help="cases for each number of sliders, or for all (default: 64)"
@@ -697,6 +789,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--joint-samples", type=int, help="settings per slider of several (default: 7)")
     evaluate.add_argument("--search-scenes", type=int, help="for choosing each system's range (default: 12)")
     evaluate.add_argument("--steps", type=int, help="denoising steps (default: 12)")
+    evaluate.add_argument("--threads", type=int, help="CPU threads of the engines")
     evaluate.add_argument("--instructions", type=Path, help="instructions of the shapes scenes, one per line (default: all)")
     picture_options(evaluate, distances=True)
     evaluate.add_argument("--out", type=Path, required=True, help="folder of the run; a killed run continues in it")
@@ -719,7 +812,7 @@ def _parser() -> argparse.ArgumentParser:
     listing = command("list", _kernels_list, "show the kernels of a folder and what they use", kernel_commands)
     listing.add_argument("folder", type=Path, metavar="DIR")
 
-    train = commands.add_parser("train", help="train an editor or an adapter")
+    train = commands.add_parser("train", help="train an editor, an adapter, or a rival's sliders")
     kinds = train.add_subparsers(dest="what", required=True, metavar="WHAT")
     editor = command("shapes-editor", _train_editor, "reproduce the embedded editor, shapes-kontext", kinds)
     editor.add_argument("--out", type=Path, required=True, help="pipeline folder to write")
@@ -727,18 +820,35 @@ def _parser() -> argparse.ArgumentParser:
     editor.add_argument("--decoder-steps", type=int, default=800)
     editor.add_argument("--editor-steps", type=int, default=2800)
 
+    def training_options(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("--base", default="shapes-kontext", help="shapes-kontext, a diffusers folder or a hub repository")
+        sub.add_argument(
+            "--images", type=Path, help="folder of source pictures (default: shapes scenes and the shipped recipe)"
+        )
+        sub.add_argument("--instructions", type=Path, help="text file, one edit per line (default: all of the shapes world)")
+        sub.add_argument("--timestep-sampling", choices=("uniform", "logit-normal"))
+        sub.add_argument("--steps", type=int)
+        sub.add_argument("--batch", type=int)
+        sub.add_argument("--learning-rate", type=float)
+        sub.add_argument("--schedule", choices=("constant", "cosine"))
+        sub.add_argument("--seed", type=int)
+        sub.add_argument("--gradient-checkpointing", action="store_const", const=True, help="less memory, more time")
+        sub.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the frozen base")
+        sub.add_argument(
+            "--sample-every", type=int, help="steps between sample pictures (default: a quarter of the run; 0: none)"
+        )
+        sub.add_argument(
+            "--snapshots", type=_listed(int), default=[], metavar="STEP,…", help="keep what is trained after these steps, too"
+        )
+        sub.add_argument("--out", type=Path, required=True, help="file to write (.safetensors)")
+
     adapter = command("adapter", _train_adapter, "train an ST or GST adapter by partial prompt suppression", kinds)
-    adapter.add_argument("--base", default="shapes-kontext", help="shapes-kontext, a diffusers folder or a hub repository")
+    training_options(adapter)
     adapter.add_argument("--kind", choices=("st", "gst"), required=True)
-    adapter.add_argument(
-        "--images", type=Path, help="folder of source pictures (default: shapes scenes and the shipped recipe)"
-    )
-    adapter.add_argument("--instructions", type=Path, help="text file, one edit per line (default: all of the shapes world)")
     adapter.add_argument("--target", choices=("remaining", "empty", "neutral"), help="prompt of the frozen model")
     adapter.add_argument(
         "--alpha-sampling", choices=("uniform", "fixed"), help="fixed is the paper's loss; uniform makes a ramp"
     )
-    adapter.add_argument("--timestep-sampling", choices=("uniform", "logit-normal"))
     adapter.add_argument("--rank", type=int)
     adapter.add_argument(
         "--all-projections",
@@ -746,20 +856,15 @@ def _parser() -> argparse.ArgumentParser:
         const=True,
         help="adapt every linear whose rows the kind may scale (default: those of the released adapters)",
     )
-    adapter.add_argument("--steps", type=int)
-    adapter.add_argument("--batch", type=int)
-    adapter.add_argument("--learning-rate", type=float)
-    adapter.add_argument("--schedule", choices=("constant", "cosine"))
-    adapter.add_argument("--seed", type=int)
-    adapter.add_argument("--gradient-checkpointing", action="store_const", const=True, help="less memory, more time")
-    adapter.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the frozen base")
-    adapter.add_argument(
-        "--sample-every", type=int, help="steps between sample pictures (default: a quarter of the run; 0: none)"
-    )
-    adapter.add_argument(
-        "--snapshots", type=_listed(int), default=[], metavar="STEP,…", help="keep the adapter after these steps, too"
-    )
-    adapter.add_argument("--out", type=Path, required=True, help="adapter file to write (.safetensors)")
+
+    concepts = command("concepts", _train_concepts, "train Concept Sliders, a bank with one LoRA per instruction", kinds)
+    training_options(concepts)
+    concepts.add_argument("--rank", type=int, help="of each member")
+    concepts.add_argument("--eta", type=float, help="steps from the neutral prompt to the instruction that a target goes")
+
+    offsets = command("offsets", _train_offsets, "train an embedding offset per instruction", kinds)
+    training_options(offsets)
+    offsets.add_argument("--noun", help="words of the base's neutral prompt that get the offset (default: image)")
     return parser
 
 
@@ -776,7 +881,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     )
     base = args.base or (read_manifest(args.engine[0]).base["source"] if args.engine else "shapes-kontext")
     report = run_evaluation(
-        Given(base, args.adapter, args.engine, args.systems),
+        Given(base, args.adapter, args.engine, args.systems, args.concepts, args.offsets),
         config,
         args.out,
         pictures=_picture_options(args),

@@ -127,6 +127,7 @@ def calibrate_adapter(
     dataset: Dataset,
     *,
     engine: Path | None = None,
+    threads: int | None = None,
     cases: int = 32,
     samples: int = 17,
     steps: int = 12,
@@ -138,6 +139,7 @@ def calibrate_adapter(
         base: checkpoint that the adapter is for.
         adapter: a single one; members of a bank are calibrated before they are put into it.
         engine: built with this adapter; None builds an ONNX Runtime engine for the purpose.
+        threads: CPU threads of the engine; None leaves the choice to the backend.
         cases, samples, steps, progress: as for `calibrate`.
     """
     if engine is not None:
@@ -150,7 +152,7 @@ def calibrate_adapter(
         if engine is None:
             engine = Path(folder) / "engine"
             build_engine(base, adapter, engine, progress=False)
-        editor = SliderEditor.from_engine(engine, base)
+        editor = SliderEditor.from_engine(engine, base, threads=threads)
         found = calibrate(editor, dataset, cases=cases, samples=samples, steps=steps, progress=progress)
     return dataclasses.replace(adapter, curve=found.curve), found
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from slideredit_rt.adapters import Adapter, load_adapter
-from slideredit_rt.assets import resolve_base
+from slideredit_rt.assets import resolve_base, resolve_offsets
 from slideredit_rt.editor import SliderEditor
 from slideredit_rt.engines.manifest import read_manifest
 from slideredit_rt.errors import SliderEditError
@@ -25,6 +25,8 @@ from slideredit_rt.evaluation.report import write_report
 from slideredit_rt.evaluation.run import Benchmark, BenchmarkConfig, Contender
 from slideredit_rt.evaluation.shapes import ShapesScenes
 from slideredit_rt.evaluation.systems import System
+from slideredit_rt.evaluation.systems.attribute_offsets import OffsetControl
+from slideredit_rt.evaluation.systems.concept_sliders import ConceptSliders
 from slideredit_rt.evaluation.systems.guidance import ExplicitGuidance, ImplicitGuidance
 from slideredit_rt.evaluation.systems.merged_lora import MergedLoRA
 from slideredit_rt.evaluation.systems.pad_interpolation import PadInterpolation
@@ -32,10 +34,21 @@ from slideredit_rt.evaluation.systems.slideredit import GloballySelective, Selec
 from slideredit_rt.export.build import build_engine
 from slideredit_rt.families import Family, family_of
 from slideredit_rt.files import folder_fingerprint, sha256
+from slideredit_rt.training.attribute_offsets import load_offsets
 from slideredit_rt.training.shapes_world import ALL_INSTRUCTIONS, find_instruction
 
 SYSTEMS: Mapping[str, type[System]] = {
-    s.name: s for s in (SelectiveToken, GloballySelective, PadInterpolation, ImplicitGuidance, ExplicitGuidance, MergedLoRA)
+    s.name: s
+    for s in (
+        SelectiveToken,
+        GloballySelective,
+        PadInterpolation,
+        ImplicitGuidance,
+        ExplicitGuidance,
+        MergedLoRA,
+        ConceptSliders,
+        OffsetControl,
+    )
 }
 
 
@@ -48,12 +61,17 @@ class Given:
         adapters: an engine is built for each.
         engines: folders written by `slideredit-rt build`, of the same base.
         systems: names from `SYSTEMS`; empty for all that the adapters and engines allow.
+        concepts: a bank of concept sliders, from `slideredit-rt train concepts`.
+        offsets: a file of attribute offsets, from `slideredit-rt train offsets`.
     """
 
     base: str
     adapters: Sequence[str] = ()
     engines: Sequence[Path] = ()
     systems: Sequence[str] = ()
+    threads: int | None = None
+    concepts: str | None = None
+    offsets: str | None = None
 
 
 @dataclass(frozen=True)
@@ -97,6 +115,8 @@ def run_evaluation(
     adapters = [load_adapter(source, family) for source in given.adapters]
     sources = _sources(given, adapters, out)
     contenders = _contenders(given, family, folder, adapters, sources)
+    rivals, trained = _rivals(given, family, sources, out)
+    contenders |= rivals
     chosen = {name: c for name, c in contenders.items() if not given.systems or c.system.name in given.systems}
     found = {c.system.name for c in chosen.values()}
     if missing := [name for name in given.systems if name not in found]:
@@ -108,7 +128,7 @@ def run_evaluation(
     else:
         dataset = open_pictures(pictures, family, folder)
         data = {"images": folder_fingerprint(pictures.images), "prompts": sha256(pictures.prompts)}
-    fingerprints = {"base": folder_fingerprint(folder)} | {s.stem: s.fingerprint for s in sources} | data
+    fingerprints = {"base": folder_fingerprint(folder)} | {s.stem: s.fingerprint for s in sources} | trained | data
     # The plain edit is the reference system's own at strength 1, so it has to be there even if it is not compared.
     reference = next(c for c in contenders.values() if issubclass(c.system, SelectiveToken))
     benchmark = Benchmark(chosen, reference.make, dataset, config, out, fingerprints)
@@ -131,23 +151,24 @@ def run_evaluation(
 def _sources(given: Given, adapters: Sequence[Adapter], out: Path) -> list[_Source]:
     """An engine per adapter, built when it is first needed, and the engines that are there."""
 
-    def build(adapter: Adapter, name: str) -> SliderEditor:
-        path = out / "engines" / name
-        # The engine of a killed run is built anew: it takes seconds, and its adapter may have changed since.
-        build_engine(given.base, adapter, path, overwrite=True, progress=False)
-        return SliderEditor.from_engine(path, given.base)
-
     sources = []
     for source, adapter in zip(given.adapters, adapters, strict=True):
+        if adapter.members:
+            raise SliderEditError(
+                f"adapter {source!r} is a bank; give its members' own files, or concept sliders as --concepts"
+            )
         stem = _safe(Path(source).stem)
         # The curve is no part of the weights, and moves the pictures all the same.
         fingerprint = f"{adapter.fingerprint} {json.dumps(adapter.curve.to_json())}"
-        sources.append(_Source(adapter.kind, stem, source, fingerprint, cache(partial(build, adapter, stem))))
+        open_it = cache(partial(_build, given.base, adapter, out / "engines" / stem))
+        sources.append(_Source(adapter.kind, stem, source, fingerprint, open_it))
     for engine in given.engines:
         manifest = read_manifest(engine)
         if manifest.adapter is None or manifest.kind is None:
             raise SliderEditError(f"engine {str(engine)!r} was built without an adapter and has no sliders; leave it out")
-        open_it = cache(partial(SliderEditor.from_engine, engine, given.base))
+        if manifest.members:
+            raise SliderEditError(f"engine {str(engine)!r} has a bank of adapters; evaluate its members' own files")
+        open_it = cache(partial(SliderEditor.from_engine, engine, given.base, threads=given.threads))
         stem = _safe(engine.resolve().name)
         fingerprint = f"{manifest.adapter['fingerprint']} {json.dumps(manifest.curve.to_json())}"
         sources.append(_Source(manifest.kind, stem, str(engine), fingerprint, open_it))
@@ -156,6 +177,28 @@ def _sources(given: Given, adapters: Sequence[Adapter], out: Path) -> list[_Sour
     if twice := [stem for stem, count in Counter(s.stem for s in sources).items() if count > 1]:
         raise SliderEditError(f"two adapters or engines are called {twice[0]!r}; rename one, since systems go by these names")
     return sources
+
+
+def _build(base: str, adapter: Adapter, path: Path) -> SliderEditor:
+    # The engine of a killed run is built anew: it takes seconds, and its adapter may have changed since.
+    build_engine(base, adapter, path, overwrite=True, progress=False)
+    return SliderEditor.from_engine(path, base)
+
+
+def _rivals(given: Given, family: Family, sources: Sequence[_Source], out: Path) -> tuple[dict[str, Contender], dict[str, str]]:
+    """The systems that were trained beforehand, and fingerprints of what they were trained to."""
+    found, fingerprints = {}, {}
+    if given.concepts is not None:
+        bank = load_adapter(given.concepts, family)
+        open_it = partial(_build, given.base, bank, out / "engines" / ConceptSliders.name)
+        found[ConceptSliders.name] = Contender(ConceptSliders, lambda: ConceptSliders(open_it()))
+        fingerprints[ConceptSliders.name] = bank.fingerprint
+    if given.offsets is not None:
+        path = resolve_offsets(given.offsets)
+        offsets = load_offsets(path, family)
+        found[OffsetControl.name] = Contender(OffsetControl, lambda: OffsetControl(sources[0].open(), offsets))
+        fingerprints[OffsetControl.name] = sha256(path)
+    return found, fingerprints
 
 
 def _safe(name: str) -> str:
@@ -195,4 +238,6 @@ def _need(system: str) -> str:
         "implicit-cfg": "a base with embedded guidance",
         "pad-interpolation": "an ST adapter (--adapter)",
         "merged-lora": "a GST adapter (--adapter)",
+        "concept-sliders": "training on this base and its instructions (slideredit-rt train concepts, then --concepts)",
+        "attribute-offsets": "training on this base and its instructions (slideredit-rt train offsets, then --offsets)",
     }.get(system, "an adapter or an engine of its kind (--adapter, --engine)")
