@@ -8,7 +8,8 @@ from slideredit_rt.errors import SliderEditError
 
 _HERE = Path(__file__).parent
 _BASES = {"shapes-kontext": _HERE / "shapes-kontext"}
-_ADAPTERS = {name: _HERE / f"{name}.safetensors" for name in ("shapes-st", "shapes-gst")}
+_ADAPTERS = {name: _HERE / f"{name}.safetensors" for name in ("shapes-st", "shapes-gst", "shapes-concepts")}
+_OFFSETS = {"shapes-offsets": _HERE / "shapes-offsets.safetensors"}
 
 
 def resolve_base(source: str | Path) -> Path:
@@ -40,3 +41,8 @@ def resolve_base(source: str | Path) -> Path:
 def resolve_adapter(source: str | Path) -> Path:
     """File or folder of an adapter: an embedded name or a local path."""
     return _ADAPTERS.get(str(source), Path(source).expanduser())
+
+
+def resolve_offsets(source: str | Path) -> Path:
+    """File of attribute offsets: an embedded name or a local path."""
+    return _OFFSETS.get(str(source), Path(source).expanduser())

@@ -177,7 +177,7 @@ class OffsetTrainer(ContrastTrainer[AttributeOffsets]):
         save_offsets(trained, path)
 
     def loss(self, step: int) -> Tensor:
-        """Mean squared error in float32 at scales s drawn from ±[0.1, 5]: `v(c, e + s m δ)` learns `v(c) + s (v(c⁺) − v(c⁻))`."""
+        """Mean squared error in float32: `v(c, e + s m δ)` learns `v(c) + s (v(c⁺) − v(c⁻))` at scales s from ±[0.1, 5]."""
         batch = self.contrast(step)
         generator, shape = batch.noised.generator, (len(batch.images), 1)
         size = _LEAST + (_MOST - _LEAST) * torch.rand(shape, generator=generator)

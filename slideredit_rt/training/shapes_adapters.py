@@ -30,7 +30,7 @@ class ShapesData:
 
 
 class BalancedShapes:
-    """Scenes drawn on the fly with one instruction each, every instruction as often as the others (arguments as `ShapesData`)."""
+    """Scenes drawn on the fly with one instruction each, each as often as the others (arguments as `ShapesData`)."""
 
     def __init__(self, known: Sequence[Instruction] = ALL_INSTRUCTIONS) -> None:
         self.known = known
@@ -62,7 +62,7 @@ def concepts_recipe() -> ConceptConfig:
     return ConceptConfig(
         attributes=tuple(i.text for i in ALL_INSTRUCTIONS),
         rank=4,
-        steps=800,
+        steps=1000,
         batch=22,
         learning_rate=2e-3,
         schedule="cosine",

@@ -1,0 +1,41 @@
+"""Concept Sliders: one LoRA per attribute at a neutral prompt (`training.concepts`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from slideredit_rt.editor import Prepared, SliderEditor
+from slideredit_rt.errors import SliderEditError
+from slideredit_rt.evaluation.systems.base import Case, System
+from slideredit_rt.sliders import Slider
+
+_FROZEN = 2 / 28
+"""Share of the steps that the base model makes alone: the first two of the usual 28."""
+
+
+class ConceptSliders(System):
+    """Every attribute is a member of one bank, so that several move at once; setting 0 is the edit at the neutral prompt."""
+
+    name, knob, plain, joint = "concept-sliders", "LoRA scale", 0.0, True
+    ranges = ((0.0, 0.5), (0.0, 0.75), (0.0, 1.0), (0.0, 1.5), (0.0, 2.0))
+    how = "a LoRA per attribute at a neutral prompt, scales are inputs of one engine, base model for the first 2 of 28 steps"
+
+    def __init__(self, editor: SliderEditor) -> None:
+        if editor.kind != "gst" or not editor.members:
+            raise SliderEditError(
+                "concept sliders are a bank of adapters, one per attribute; make one with slideredit-rt train concepts"
+            )
+        self.editor = editor
+
+    def prepare(self, case: Case) -> Prepared:
+        if missing := next((text for text in case.instructions if text not in self.editor.members), None):
+            raise SliderEditError(
+                f"the concept sliders have none for {missing!r}; train one with slideredit-rt train concepts --instructions"
+            )
+        sliders = [Slider(text) for text in case.instructions]
+        return self.editor.prepare(case.image, sliders, prompt=self.editor.family.neutral_prompt, seed=case.seed)
+
+    def render(self, prepared: Prepared, settings: Sequence[Sequence[float]], steps: int) -> Tensor:
+        return self.editor.render_tensor(prepared, settings, steps=steps, first_step=round(steps * _FROZEN))
