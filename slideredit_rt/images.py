@@ -5,7 +5,9 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import BinaryIO
 
+import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 
 from slideredit_rt.errors import SliderEditError
@@ -15,30 +17,56 @@ MAX_PIXELS = 64_000_000
 _BACKGROUND, _INK = (255, 255, 255), (30, 30, 30)
 
 
-def open_image(path: str | Path) -> Image.Image:
-    """Read a picture as RGB, turned upright by its EXIF orientation, transparency laid over white.
+class PictureTooLarge(SliderEditError):
+    """A picture with more pixels than are allowed."""
+
+
+def open_image(
+    source: str | Path | BinaryIO,
+    *,
+    name: str | None = None,
+    max_pixels: int = MAX_PIXELS,
+    formats: Sequence[str] | None = None,
+) -> Image.Image:
+    """Read a picture as RGB, turned upright by its EXIF orientation, transparency laid over white; the first of an animation.
+
+    Args:
+        source: a path, or an open file.
+        name: what an error calls the picture; None calls it by its path.
+        max_pixels: checked in the file's header, before anything is decoded.
+        formats: Pillow's names of those that are tried; None tries all that it knows.
 
     Raises:
-        SliderEditError: no such file, not a picture, damaged, or larger than 64 megapixels.
+        PictureTooLarge: more than `max_pixels`.
+        SliderEditError: no such file, not a picture, or damaged.
     """
+    name = f"image {str(source)!r}" if name is None else name
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image: Image.Image = Image.open(path)
-        if image.width * image.height > MAX_PIXELS:
-            raise SliderEditError(
-                f"image {str(path)!r} has {image.width}×{image.height} pixels, more than the {MAX_PIXELS // 1_000_000} "
-                "megapixels allowed; scale it down"
+            image: Image.Image = Image.open(source, formats=formats)
+        if image.width * image.height > max_pixels:
+            raise PictureTooLarge(
+                f"{name} has {image.width}×{image.height} pixels, more than the {max_pixels / 1e6:g} megapixels allowed; "
+                "scale it down"
             )
         image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):
+            # Pillow would clip 16 bits at 255.
+            image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
         if image.has_transparency_data:
             rgba = image.convert("RGBA")
             return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
         return image.convert("RGB")
     except (FileNotFoundError, IsADirectoryError):
-        raise SliderEditError(f"image {str(path)!r} does not exist; give a picture file") from None
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError, SyntaxError) as error:
-        raise SliderEditError(f"image {str(path)!r} cannot be read ({error}); give a PNG, JPEG or WebP file") from None
+        raise SliderEditError(f"{name} does not exist; give a picture file") from None
+    except Image.DecompressionBombError:
+        raise PictureTooLarge(f"{name} has more than the {max_pixels / 1e6:g} megapixels allowed; scale it down") from None
+    except SliderEditError:
+        raise
+    except Exception as error:  # a damaged file makes Pillow's decoders raise anything
+        reason = "it is no picture of a known format" if isinstance(error, UnidentifiedImageError) else error
+        raise SliderEditError(f"{name} cannot be read ({reason}); give a PNG, JPEG or WebP file") from None
 
 
 def picture_format(path: Path) -> str:
