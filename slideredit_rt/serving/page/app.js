@@ -1,0 +1,600 @@
+// The page of a slider server: pictures, sliders, and an edit that follows the drag.
+// Plain modules and no build step; it talks to the same HTTP API as every other client.
+
+const NEUTRAL = 1; // the strength at which the base model edits
+const STRIP_FRAMES = 7;
+const TYPING_PAUSE = 300; // milliseconds without a key before a half-typed instruction is sent
+const SMALL = 128; // pictures up to this edge are enlarged without smoothing
+const KEY = "slideredit-key";
+
+const $ = (id) => document.getElementById(id);
+
+let engine = null; // what /v1/models says of the engine
+let model = "";
+let picture = null; // {blob, bitmap}: a PNG as it is sent, and as it is drawn
+let result = null; // Blob of the edit shown
+let prompt = null; // composed by the server from the instructions; null while they are unread
+let focused = 0; // the slider whose strip is exported
+
+// ---------------------------------------------------------------- server
+
+async function call(path, init = {}) {
+  const headers = new Headers(init.headers);
+  const key = sessionStorage.getItem(KEY);
+  if (key) headers.set("Authorization", `Bearer ${key}`);
+  let answer, text;
+  try {
+    answer = await fetch(path, { ...init, headers });
+    text = await answer.text();
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new Error("The server cannot be reached; check that it still runs, then try again.");
+  }
+  let body = null;
+  try {
+    body = JSON.parse(text);
+  } catch {
+    // A proxy's page: the status has to do.
+  }
+  if (answer.ok && body) return body;
+  if (answer.status === 401) {
+    $("key-form").hidden = false;
+    $("key").focus();
+  }
+  throw new Error(body?.error?.message ?? `The server answered ${answer.status} without a reason.`);
+}
+
+const png = (base64) => new Blob([Uint8Array.from(atob(base64), (c) => c.charCodeAt(0))], { type: "image/png" });
+
+// ---------------------------------------------------------------- sliders
+
+const rows = () => [...$("sliders").children];
+const textOf = (row) => row.querySelector(".text").value.trim();
+const rangeOf = (row) => row.querySelector("input[type=range]");
+const filled = () => rows().filter(textOf);
+
+// The sliders of a request. Where several adapters share the engine, each says whose it is.
+function sliders() {
+  return filled().map((row) => ({
+    instruction: textOf(row),
+    strength: rangeOf(row).valueAsNumber,
+    ...(engine.adapters.length && { adapter: row.querySelector(".adapter").value }),
+  }));
+}
+
+// A GST adapter scales the whole prompt: one slider, or one for each adapter of a bank.
+function sliderLimit() {
+  return engine.kind === "gst" ? Math.min(engine.max_sliders, engine.adapters.length || 1) : engine.max_sliders;
+}
+
+function addRow(text = "") {
+  const row = $("slider-row").content.firstElementChild.cloneNode(true);
+  const input = row.querySelector(".text");
+  const range = rangeOf(row);
+  const adapter = row.querySelector(".adapter");
+  input.value = text;
+  adapter.append(...engine.adapters.map((name) => new Option(name)));
+  adapter.selectedIndex = rows().length % engine.adapters.length;
+  adapter.hidden = !engine.adapters.length;
+  $("sliders").append(row);
+
+  input.addEventListener("input", typed);
+  input.addEventListener("change", settle);
+  adapter.addEventListener("change", reread);
+  row.querySelector(".remove").addEventListener("click", () => removeRow(row));
+
+  range.addEventListener("input", () => {
+    showStrength(row);
+    moved();
+  });
+  // A drag that ends where it began fires no change: the pointer's end counts, too.
+  for (const type of ["change", "pointerup", "pointercancel"]) range.addEventListener(type, settle);
+  const reset = () => {
+    range.value = NEUTRAL;
+    showStrength(row);
+    moved();
+    settle();
+  };
+  range.addEventListener("dblclick", reset);
+  range.addEventListener("keydown", (event) => {
+    if (event.key !== "Home") return;
+    event.preventDefault();
+    reset();
+  });
+  row.addEventListener("focusin", () => {
+    focused = rows().indexOf(row);
+    renumber();
+  });
+  showStrength(row);
+  renumber();
+  return row;
+}
+
+function removeRow(row) {
+  const index = rows().indexOf(row);
+  row.remove();
+  if (!rows().length) addRow();
+  renumber();
+  rows()[Math.min(index, rows().length - 1)].querySelector(".text").focus();
+  reread();
+}
+
+function showStrength(row) {
+  const range = rangeOf(row);
+  row.querySelector("output").value = range.valueAsNumber.toFixed(2);
+  row.style.setProperty("--share", range.valueAsNumber / range.max);
+}
+
+// Numbers, colours, names and limits follow the rows' order.
+function renumber() {
+  const all = rows();
+  focused = Math.min(focused, all.length - 1);
+  all.forEach((row, index) => {
+    const number = index + 1;
+    row.className = `slider c${index % 8}`;
+    row.classList.toggle("chosen", all.length > 1 && index === focused);
+    row.querySelector(".badge").textContent = number;
+    row.querySelector(".text").setAttribute("aria-label", `Instruction ${number}`);
+    row.querySelector(".remove").setAttribute("aria-label", `Remove instruction ${number}`);
+    row.querySelector(".adapter").setAttribute("aria-label", `Adapter ${number}`);
+    rangeOf(row).setAttribute("aria-label", `Strength ${number}: ${textOf(row) || "no instruction yet"}`);
+  });
+  const limit = sliderLimit();
+  $("add").hidden = limit === 1;
+  $("add").disabled = all.length >= limit;
+  $("add").textContent = all.length >= limit ? `This engine takes ${limit} sliders` : "Add an instruction";
+  all.forEach((row) => (row.querySelector(".remove").hidden = limit === 1));
+  showExports();
+}
+
+function showExports() {
+  const row = rows()[focused];
+  const text = textOf(row);
+  $("prompt").classList.toggle("unread", prompt === null);
+  $("strip").disabled = !text || prompt === null || stripping;
+  $("strip-hint").textContent = text ? `The strip moves slider ${focused + 1}, “${text}”, from 0 to ${rangeOf(row).max}.` : "";
+  $("copy").disabled = prompt === null;
+  $("curl").textContent = prompt === null ? "" : curlCommand();
+}
+
+// The prompt with every token in its slider's colour, number and underline.
+function showPrompt(answer) {
+  // Offsets count code points, JavaScript's strings UTF-16 units.
+  const letters = Array.from(answer.prompt);
+  const owners = filled().map((row) => rows().indexOf(row));
+  const tokens = answer.tokens.filter((token) => token.end > token.start);
+  const parts = [];
+  let position = 0, group = null, owner = null;
+  for (const token of tokens) {
+    let start = Math.max(token.start, position);
+    while (letters[start] === " ") start++;
+    if (start >= token.end) continue;
+    if (token.slider !== owner) group = null;
+    const gap = letters.slice(position, start).join("");
+    if (group) group.append(gap);
+    else parts.push(gap);
+    const text = letters.slice(start, token.end).join("");
+    position = token.end;
+    owner = token.slider;
+    if (owner === null) {
+      parts.push(text);
+      continue;
+    }
+    if (!group) {
+      const index = owners[owner];
+      group = document.createElement("mark");
+      group.className = `c${index % 8}`;
+      group.dataset.slider = owner;
+      const number = document.createElement("sup");
+      number.textContent = index + 1;
+      group.append(number);
+      parts.push(group);
+    }
+    const piece = document.createElement("span");
+    piece.textContent = text;
+    group.append(piece);
+  }
+  parts.push(letters.slice(position).join(""));
+  $("prompt").replaceChildren(...parts);
+}
+
+// ---------------------------------------------------------------- the edit that follows
+//
+// One request at a time. `wanted` counts what the person has set; whatever is asked for next is the newest of it, so a
+// drag skips what the server cannot keep up with. A setting gets its preview first and, once the hand is off, the full
+// edit. A full edit in flight is dropped when something moves; a preview is not, or a quick drag would show nothing.
+
+let wanted = 0, since = 0; // version of the setting, and when it was made
+let settled = true;
+let previewed = -1, finished = -1, failed = -1; // newest versions shown or refused
+let flight = null; // {abort, full} of the request under way
+let typing = 0;
+let lastPreview = "";
+
+function want() {
+  // Instructions that the server refused stay refused until their text changes.
+  if (failed === wanted && prompt === null) failed++;
+  wanted++;
+  since = performance.now();
+}
+
+function moved() {
+  want();
+  settled = false;
+  if (flight?.full) drop();
+  pump();
+}
+
+function settle() {
+  settled = true;
+  clearTimeout(typing);
+  typing = 0;
+  pump();
+}
+
+// Another picture, seed or instruction: what is in flight answers an old question.
+function restart() {
+  want();
+  settled = true;
+  drop();
+  pump();
+}
+
+function reread() {
+  prompt = null;
+  failed = -1;
+  restart();
+}
+
+function typed() {
+  prompt = null;
+  renumber();
+  failed = -1;
+  want();
+  settled = false;
+  drop();
+  clearTimeout(typing);
+  typing = setTimeout(() => {
+    typing = 0;
+    pump();
+  }, TYPING_PAUSE);
+}
+
+function drop() {
+  flight?.abort.abort();
+  flight = null;
+  document.body.classList.remove("busy");
+}
+
+function nextWork() {
+  if (!engine || !picture || typing || failed === wanted) return null;
+  if (!filled().length) return finished < wanted ? showSource : null;
+  if (prompt === null) return readPrompt;
+  if (previewed < wanted && engine.preview_steps < engine.num_inference_steps) return previewEdit;
+  if (settled && finished < wanted) return fullEdit;
+  return null;
+}
+
+async function pump() {
+  if (flight) return;
+  const work = nextWork();
+  if (!work) return;
+  const mine = (flight = { abort: new AbortController(), full: work === fullEdit });
+  document.body.classList.add("busy");
+  const version = wanted;
+  try {
+    await work(version, mine.abort.signal);
+    if (flight === mine) showError("");
+  } catch (error) {
+    if (flight === mine) {
+      failed = version;
+      showError(error.message, true);
+    }
+  }
+  if (flight !== mine) return; // whoever dropped it has started the next
+  flight = null;
+  document.body.classList.remove("busy");
+  pump();
+}
+
+async function readPrompt(version, signal) {
+  const body = JSON.stringify({ sliders: sliders() });
+  const headers = { "Content-Type": "application/json" };
+  const answer = await call("v1/sliders/spans", { method: "POST", headers, body, signal });
+  if (signal.aborted) return;
+  prompt = answer.prompt;
+  showPrompt(answer);
+  showExports();
+}
+
+// The fields of a request as the form and the curl command send them.
+function fields(extra = {}) {
+  return { model, prompt, sliders: JSON.stringify(sliders()), seed: $("seed").value || "0", ...extra };
+}
+
+function form(extra) {
+  const data = new FormData();
+  data.append("image", picture.blob, "picture.png");
+  for (const [name, value] of Object.entries(fields(extra))) data.append(name, value);
+  return data;
+}
+
+async function request(extra, version, signal) {
+  const answer = await call("v1/images/edits", { method: "POST", body: form(extra), signal });
+  const blob = png(answer.data[0].b64_json);
+  const bitmap = await createImageBitmap(blob);
+  if (signal.aborted) return false;
+  result = blob;
+  draw($("result"), bitmap);
+  previewed = version;
+  $("save").disabled = false;
+  showExports();
+  return true;
+}
+
+async function previewEdit(version, signal) {
+  const start = since;
+  if (!(await request({ preview: "true" }, version, signal))) return;
+  lastPreview = `${Math.round(performance.now() - start)} ms`;
+  showStatus("preview", lastPreview);
+}
+
+async function fullEdit(version, signal) {
+  const start = performance.now();
+  if (!(await request({}, version, signal))) return;
+  finished = version;
+  const took = `${Math.round(performance.now() - start)} ms`;
+  showStatus("full", `${engine.num_inference_steps} steps, ${took}${lastPreview && ` · preview ${lastPreview}`}`);
+  $("announce").textContent = "Full edit shown.";
+}
+
+async function showSource(version) {
+  draw($("result"), picture.bitmap);
+  $("prompt").textContent = "Type an instruction to begin.";
+  $("save").disabled = true;
+  showStatus("", "no instruction yet");
+  previewed = finished = version;
+}
+
+function showStatus(quality, detail) {
+  $("status").className = quality;
+  $("status").textContent = [quality, detail].filter(Boolean).join(" · ");
+}
+
+function showError(message, again = false) {
+  $("error-text").textContent = message;
+  $("retry").hidden = !again;
+  if (!message) $("key-form").hidden = true;
+  $("error").classList.toggle("shown", Boolean(message));
+}
+
+// ---------------------------------------------------------------- pictures
+
+function draw(canvas, bitmap) {
+  canvas.width = bitmap.width;
+  canvas.height = bitmap.height;
+  canvas.classList.toggle("pixels", Math.max(bitmap.width, bitmap.height) <= SMALL);
+  canvas.getContext("2d").drawImage(bitmap, 0, 0);
+}
+
+const toBlob = (canvas) => new Promise((done) => canvas.toBlob(done, "image/png"));
+
+// Every picture is sent as a PNG that looks as it does here: turned upright, on white where it is transparent, and with no
+// more pixels than the engine edits, because every preview sends it.
+async function usePicture(file) {
+  let bitmap;
+  try {
+    bitmap = await createImageBitmap(file);
+  } catch {
+    showError(`“${file.name ?? "This"}” is no picture that this browser can read; choose a PNG, JPEG or WebP.`);
+    return;
+  }
+  const most = Math.max(engine?.side ?? 0, 512) ** 2;
+  const scale = Math.min(1, Math.sqrt(most / (bitmap.width * bitmap.height)));
+  const canvas = document.createElement("canvas");
+  canvas.width = Math.max(1, Math.round(bitmap.width * scale));
+  canvas.height = Math.max(1, Math.round(bitmap.height * scale));
+  const context = canvas.getContext("2d");
+  context.imageSmoothingQuality = "high";
+  context.fillStyle = "white";
+  context.fillRect(0, 0, canvas.width, canvas.height);
+  context.drawImage(bitmap, 0, 0, canvas.width, canvas.height);
+  const blob = await toBlob(canvas);
+  picture = { blob, bitmap: await createImageBitmap(blob) };
+  draw($("source"), picture.bitmap);
+  draw($("under"), picture.bitmap);
+  if (!result) draw($("result"), picture.bitmap);
+  showError("");
+  restart();
+}
+
+async function useSample() {
+  try {
+    const answer = await fetch("sample.png");
+    await usePicture(await answer.blob());
+  } catch {
+    showError("The sample picture cannot be loaded; check that the server still runs.");
+  }
+}
+
+function save(blob, name) {
+  const link = document.createElement("a");
+  link.href = URL.createObjectURL(blob);
+  link.download = name;
+  link.click();
+  // The download has its own hold on the data by then.
+  setTimeout(() => URL.revokeObjectURL(link.href), 10_000);
+}
+
+// ---------------------------------------------------------------- strip
+
+let stripping = false;
+
+async function saveStrip() {
+  const row = rows()[focused];
+  const to = Number(rangeOf(row).max);
+  const sweep = { slider: filled().indexOf(row), from: 0, to, count: STRIP_FRAMES };
+  const title = textOf(row);
+  stripping = true;
+  showExports();
+  try {
+    const source = picture.bitmap;
+    const answer = await call("v1/images/edits", { method: "POST", body: form({ sweep: JSON.stringify(sweep) }) });
+    const frames = await Promise.all(answer.data.map((item) => createImageBitmap(png(item.b64_json))));
+    const labels = ["source", ...answer.data.map((item) => item.strengths[sweep.slider].toFixed(2))];
+    save(await toBlob(drawStrip([source, ...frames], labels, title)), "strip.png");
+    showError("");
+  } catch (error) {
+    showError(error.message);
+  }
+  stripping = false;
+  showExports();
+}
+
+function drawStrip(frames, labels, title) {
+  const { width: w, height: h } = frames.at(-1);
+  // Small pictures grow by a whole factor, so that their pixels stay squares.
+  const scale = w <= SMALL ? Math.max(1, Math.round(160 / w)) : Math.min(1, 320 / w);
+  const [width, height] = [Math.round(w * scale), Math.round(h * scale)];
+  const [gap, top, label] = [8, 36, 26];
+  const canvas = document.createElement("canvas");
+  canvas.width = gap + frames.length * (width + gap);
+  canvas.height = top + height + label;
+  const context = canvas.getContext("2d");
+  context.fillStyle = "white";
+  context.fillRect(0, 0, canvas.width, canvas.height);
+  context.imageSmoothingEnabled = scale < 1;
+  context.imageSmoothingQuality = "high";
+  context.fillStyle = "#1b1b1b";
+  context.font = "16px system-ui, sans-serif";
+  context.fillText(title, gap, 24, canvas.width - 2 * gap);
+  context.font = "14px system-ui, sans-serif";
+  context.textAlign = "center";
+  frames.forEach((frame, i) => {
+    const x = gap + i * (width + gap);
+    context.drawImage(frame, x, top, width, height);
+    context.fillText(labels[i], x + width / 2, top + height + 18);
+  });
+  return canvas;
+}
+
+// ---------------------------------------------------------------- curl
+
+const quoted = (text) => `'${text.replaceAll("'", `'\\''`)}'`;
+
+// --form-string takes a value literally, where -F reads @, < and ; in it. sed and base64 are on every machine that has curl.
+function curlCommand() {
+  const url = (path) => quoted(new URL(path, document.baseURI).href);
+  // The key stays out of the clipboard.
+  const key = sessionStorage.getItem(KEY) ? [`-H "Authorization: Bearer $SLIDEREDIT_API_KEY"`] : [];
+  const parts = [
+    `curl --silent --show-error --fail ${url("v1/images/edits")}`,
+    ...key,
+    "-F image=@picture.png",
+    ...Object.entries(fields()).map(([name, value]) => `--form-string ${quoted(`${name}=${value}`)}`),
+  ];
+  return `${parts.join(" \\\n  ")} \\\n  | sed -n 's/.*"b64_json": *"\\([^"]*\\)".*/\\1/p' | base64 --decode > edited.png`;
+}
+
+async function copyCurl() {
+  showExports();
+  $("curl-details").open = true;
+  let copied = true;
+  try {
+    await navigator.clipboard.writeText($("curl").textContent);
+  } catch {
+    // Pages from another machine have no clipboard without HTTPS; the browser's own copying still works on a selection.
+    getSelection().selectAllChildren($("curl"));
+    copied = document.execCommand("copy");
+  }
+  const said = copied ? "Copied" : "Selected: copy it";
+  $("copy").textContent = $("announce").textContent = said;
+  setTimeout(() => ($("copy").textContent = "Copy curl"), 2000);
+}
+
+// ---------------------------------------------------------------- wiring
+
+function compare() {
+  $("stage").style.setProperty("--split", $("divider").value / 100);
+}
+
+function holdSource(on) {
+  $("stage").classList.toggle("held", on);
+  $("hold").setAttribute("aria-pressed", on);
+}
+
+function wire() {
+  $("add").addEventListener("click", () => addRow().querySelector(".text").focus());
+  $("seed").addEventListener("input", restart);
+  $("new-seed").addEventListener("click", () => {
+    $("seed").value = crypto.getRandomValues(new Uint32Array(1))[0] >>> 1;
+    restart();
+  });
+
+  $("divider").addEventListener("input", compare);
+  const hold = $("hold");
+  hold.addEventListener("pointerdown", () => holdSource(true));
+  hold.addEventListener("keydown", (event) => {
+    if (event.key === " " || event.key === "Enter") holdSource(true);
+  });
+  for (const type of ["pointerup", "pointerleave", "pointercancel", "keyup", "blur"]) {
+    hold.addEventListener(type, () => holdSource(false));
+  }
+  hold.addEventListener("contextmenu", (event) => event.preventDefault()); // a long press is a hold
+
+  $("file").addEventListener("change", () => {
+    if ($("file").files.length) usePicture($("file").files[0]);
+    $("file").value = ""; // so that the same file can be chosen again
+  });
+  $("sample").addEventListener("click", useSample);
+  addEventListener("dragover", (event) => {
+    event.preventDefault(); // else a missed drop leaves the page
+    document.body.classList.add("dropping");
+  });
+  addEventListener("dragleave", (event) => {
+    if (!event.relatedTarget) document.body.classList.remove("dropping");
+  });
+  addEventListener("drop", (event) => {
+    event.preventDefault();
+    document.body.classList.remove("dropping");
+    if (event.dataTransfer.files.length) usePicture(event.dataTransfer.files[0]);
+  });
+  addEventListener("paste", (event) => {
+    if (event.clipboardData.files.length) usePicture(event.clipboardData.files[0]);
+  });
+
+  $("save").addEventListener("click", () => save(result, "edited.png"));
+  $("save-source").addEventListener("click", () => save(picture.blob, "picture.png"));
+  $("strip").addEventListener("click", saveStrip);
+  $("copy").addEventListener("click", copyCurl);
+  $("retry").addEventListener("click", retry);
+  $("key-form").addEventListener("submit", (event) => {
+    event.preventDefault();
+    sessionStorage.setItem(KEY, $("key").value);
+    $("key").value = "";
+    retry();
+  });
+}
+
+async function retry() {
+  failed = -1;
+  if (!engine) await start();
+  pump();
+}
+
+async function start() {
+  try {
+    const answer = await call("v1/models");
+    ({ id: model, engine } = answer.data[0]);
+    $("engine").textContent = [model, `${engine.kind.toUpperCase()} sliders`, engine.backend].join(" · ");
+    showError("");
+    const first = ["make the circle red", "make the background dark"];
+    for (const text of first.slice(0, sliderLimit())) addRow(text);
+    await useSample();
+  } catch (error) {
+    showError(error.message, true);
+  }
+}
+
+wire();
+start();
