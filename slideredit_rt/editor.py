@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from PIL import Image
@@ -22,6 +23,23 @@ from slideredit_rt.errors import SliderEditError
 from slideredit_rt.families import Conditioning, Family, family_of, get_family
 from slideredit_rt.modules import SliderBackbone
 from slideredit_rt.sliders import Slider, StrengthCurve, compose_prompt, find_spans, normalise, row_mask
+
+T = TypeVar("T")
+
+
+class Remember(Protocol):
+    """Gives what `encode` makes, or what it made under the same key before (see `slideredit_rt.serving.cache`)."""
+
+    def __call__(self, key: tuple[Hashable, ...], encode: Callable[[], T]) -> T: ...
+
+
+def _afresh(key: tuple[Hashable, ...], encode: Callable[[], T]) -> T:
+    return encode()
+
+
+def picture_key(image: Image.Image) -> tuple[Hashable, ...]:
+    """What tells a picture from any other, by its content: mode, size and a digest of its pixels."""
+    return image.mode, image.size, hashlib.sha256(image.tobytes()).digest()
 
 
 @dataclass(frozen=True)
@@ -147,6 +165,7 @@ class SliderEditor:
         members = {name: member.curve for name, member in loaded.members.items()}
         return cls(family, pipeline, engine, config, loaded.kind, max_batch, max_sliders, loaded.curve, members)
 
+    @torch.no_grad()
     def prepare(
         self,
         image: Image.Image | Sequence[Image.Image],
@@ -157,6 +176,7 @@ class SliderEditor:
         guidance_scale: float | None = None,
         true_cfg_scale: float | None = None,
         negative_prompt: str | None = None,
+        remember: Remember | None = None,
     ) -> Prepared:
         """Encode an image and a prompt and find the rows of each slider.
 
@@ -171,6 +191,8 @@ class SliderEditor:
             true_cfg_scale: of classifier-free guidance with a negative pass, in which no slider acts; None takes the family's
                 default, 1 leaves the pass out.
             negative_prompt: of that pass; None takes the family's default.
+            remember: keeps encodings by their content: `pictures` by the pictures, `tokens` and `text` by the prompt, and by
+                the pictures where the text encoder reads them. None encodes everything afresh.
         """
         images = [image] if isinstance(image, Image.Image) else list(image)
         if not images or (len(images) > 1 and not self.family.takes_several_pictures(self.pipeline)):
@@ -208,16 +230,27 @@ class SliderEditor:
                 "(--true-cfg-scale)"
             )
         text_rows = self.family.max_text_rows(self.pipeline)
-        found = iter(find_spans(text, spoken, self.family.tokenize(self.pipeline, text, images), text_rows))
+        pictures_key = () if remember is None else tuple(map(picture_key, images))
+        text_key = pictures_key if self.family.text_reads_pictures else ()
+        recall: Remember = _afresh if remember is None else remember
+        tokens = recall(("tokens", text, text_key), lambda: self.family.tokenize(self.pipeline, text, images))
+        found = iter(find_spans(text, spoken, tokens, text_rows))
         spans = [next(found) if s in spoken else [] for s in wanted]
-        conditioning = self.family.encode(
-            self.pipeline,
-            images,
-            text,
-            seed,
+
+        def encode_text(words: str) -> dict[str, Tensor]:
+            return recall(
+                ("text", words, text_key), lambda: self.family.encode_prompt(self.pipeline, [words], text_rows, [images])
+            )
+
+        pictures = recall(("pictures", pictures_key), lambda: self.family.encode_pictures(self.pipeline, images))
+        against = self.family.negative_prompt if negative_prompt is None else negative_prompt
+        conditioning = self.family.condition(
+            pictures,
+            encode_text(text),
+            encode_text(against) if cfg_scale > 1 else None,
+            self.family.draw_noise(self.pipeline, pictures.height, pictures.width, seed),
             self.family.guidance_scale if guidance_scale is None else float(guidance_scale),
             cfg_scale,
-            self.family.negative_prompt if negative_prompt is None else negative_prompt,
         )
         if self.kind == "gst":
             token_mask = torch.ones(len(wanted), conditioning.text_rows + conditioning.image_rows, dtype=torch.bool)
@@ -247,7 +280,17 @@ class SliderEditor:
         return members
 
     def alphas(self, prepared: Prepared, strengths: Sequence[Sequence[float]]) -> Tensor:
-        """What the engine takes for N settings of K strengths: float32 `[N, K]`, for a bank `[N, K, G]`."""
+        """What the engine takes for N settings of K strengths: float32 `[N, K]`, for a bank `[N, K, G]`.
+
+        Raises:
+            SliderEditError: no setting, one without a strength for each slider, or a strength that is no finite number.
+        """
+        names = prepared.instructions
+        if not strengths or any(len(setting) != len(names) for setting in strengths):
+            raise SliderEditError(
+                f"give one or more settings of {len(names)} strength(s) each, got {[list(s) for s in strengths]}"
+            )
+        strengths = [[Slider(name, s).strength for name, s in zip(names, setting, strict=True)] for setting in strengths]
         if not prepared.members:
             return torch.tensor([[self.curve(strength) for strength in setting] for setting in strengths])
         alpha = torch.zeros(len(strengths), len(prepared.members), len(self.members))
@@ -278,10 +321,20 @@ class SliderEditor:
             progress: show a bar over all steps on standard error.
         """
         pixels = self.render_tensor(prepared, strengths, steps=steps, progress=progress)
-        images: list[Image.Image] = self.pipeline.image_processor.numpy_to_pil(
-            self.pipeline.image_processor.pt_to_numpy(pixels)
-        )
+        return self.to_images(pixels)
+
+    def to_images(self, pixels: Tensor) -> list[Image.Image]:
+        """Float32 `[N, 3, H, W]` in [0, 1] as RGB pictures."""
+        processor = self.pipeline.image_processor
+        images: list[Image.Image] = processor.numpy_to_pil(processor.pt_to_numpy(pixels))
         return images
+
+    def number_of_steps(self, steps: int | None) -> int:
+        """The denoising steps of an edit that asks for `steps`; None takes the family's default."""
+        steps = self.family.num_inference_steps if steps is None else steps
+        if steps < 1:
+            raise SliderEditError(f"{steps} denoising steps were asked for; give at least 1")
+        return steps
 
     @torch.no_grad()
     def render_tensor(
@@ -294,15 +347,8 @@ class SliderEditor:
         first_step: int = 0,
     ) -> Tensor:
         """As `render`, but float32 `[N, 3, H, W]` in [0, 1] without rounding to 8 bits; `first_step` as in `denoise`."""
-        count = len(prepared.instructions)
-        if not strengths or any(len(setting) != count for setting in strengths):
-            raise SliderEditError(f"give one or more settings of {count} strength(s) each, got {[list(s) for s in strengths]}")
-        alphas = self.alphas(
-            prepared, [[Slider(i, s).strength for i, s in zip(prepared.instructions, row, strict=True)] for row in strengths]
-        )
-        steps = self.family.num_inference_steps if steps is None else steps
-        if steps < 1:
-            raise SliderEditError(f"{steps} denoising steps were asked for; give at least 1")
+        alphas = self.alphas(prepared, strengths)
+        steps = self.number_of_steps(steps)
         conditioning = prepared.conditioning
         chunks = alphas.split(self.max_batch)
         images = []

@@ -387,7 +387,9 @@ def test_requests_of_different_lengths_in_a_batch_are_what_each_is_alone(
         text = family.encode_prompt(pipeline, prompts, 192, [images] * 3)
         lengths = text["encoder_hidden_states_mask"].sum(dim=1).tolist()
         assert len(set(lengths)) == 3
-        conditioning = family.encode(pipeline, images, prompts[0], 0, None, 1.0, " ")
+        pictures = family.encode_pictures(pipeline, images)
+        noise = family.draw_noise(pipeline, pictures.height, pictures.width, 0)
+        conditioning = family.condition(pictures, text, None, noise, None, 1.0)
         rows = max(lengths)
         generator = torch.Generator().manual_seed(2)
         alpha = torch.randn(3, 2, generator=generator)

@@ -71,6 +71,22 @@ class Conditioning:
         return self.latents.shape[1] + self.reference.shape[1]
 
 
+@dataclass(frozen=True)
+class EncodedPictures:
+    """The source pictures of an edit, encoded: what of a `Conditioning` depends on them alone.
+
+    Attributes:
+        reference: their latents, `[1, reference_rows, C]`.
+        inputs: the backbone's inputs that follow from the pictures' sizes.
+        height, width: size of the edited image in pixels.
+    """
+
+    reference: Tensor
+    inputs: dict[str, Tensor]
+    height: int
+    width: int
+
+
 Backbone = Callable[[Mapping[str, Tensor]], Tensor]
 """Runs the backbone once: named inputs (with `alpha` and `token_mask`) to its prediction `[batch, image_rows, C]`."""
 
@@ -99,6 +115,7 @@ class Family(ABC):
         true_cfg_scale: default of true classifier-free guidance; 1 makes no negative pass.
         negative_prompt: default prompt of the negative pass.
         usual_text_rows: most text rows of an engine that is compiled for a range, unless it is told.
+        text_reads_pictures: whether the text encoder sees the pictures, so that its output depends on them.
         no_float16: why the family cannot compute in float16; None where it can.
     """
 
@@ -110,6 +127,7 @@ class Family(ABC):
     neutral_prompt: ClassVar[str]
     negative_prompt: ClassVar[str] = ""
     usual_text_rows: ClassVar[int] = 512
+    text_reads_pictures: ClassVar[bool] = False
     no_float16: ClassVar[str | None] = None
 
     @abstractmethod
@@ -190,23 +208,46 @@ class Family(ABC):
         """Backbone inputs of a training step; `noisy`, `reference`: `[B, rows, C]`, `sigma`: `[B]` in [0, 1]."""
 
     @abstractmethod
-    def encode(
+    def encode_pictures(self, pipeline: Any, images: Sequence[Image.Image]) -> EncodedPictures:
+        """Encode the source pictures of an edit: one, or several where `takes_several_pictures`."""
+
+    def draw_noise(self, pipeline: Any, height: int, width: int, seed: int) -> Tensor:
+        """Initial noise for an image of `height` × `width` pixels, float32 `[1, latent_rows, C]`, as diffusers draws it."""
+        vae, generator = pipeline.vae, torch.Generator().manual_seed(seed)
+        shape = (1, pipeline.latent_channels, height, width)
+        latents: Tensor = pipeline.prepare_latents(None, *shape, vae.dtype, vae.device, generator)[0]
+        return latents.float()
+
+    def condition(
         self,
-        pipeline: Any,
-        images: Sequence[Image.Image],
-        prompt: str,
-        seed: int,
+        pictures: EncodedPictures,
+        text: Mapping[str, Tensor],
+        negative: Mapping[str, Tensor] | None,
+        latents: Tensor,
         guidance_scale: float | None,
         true_cfg_scale: float,
-        negative_prompt: str,
     ) -> Conditioning:
-        """Encode pictures and a prompt and draw the initial noise.
+        """Put the encoded parts of an edit together.
 
         Args:
-            images: one, or several where `takes_several_pictures`.
+            text, negative: from `encode_prompt` with one prompt; no negative makes no negative pass.
+            latents: from `draw_noise`.
             guidance_scale: None for a family without embedded guidance.
-            true_cfg_scale: above 1, the negative prompt is encoded, too.
+            true_cfg_scale: of the guidance against `negative`.
         """
+        shared = dict(pictures.inputs)
+        if guidance_scale is not None:
+            shared["guidance"] = torch.tensor([guidance_scale], dtype=torch.float32, device=latents.device)
+        return Conditioning(
+            inputs={**text, **shared},
+            latents=latents,
+            reference=pictures.reference,
+            text_rows=text["encoder_hidden_states"].shape[1],
+            height=pictures.height,
+            width=pictures.width,
+            negative=None if negative is None else {**negative, **shared},
+            true_cfg_scale=true_cfg_scale,
+        )
 
     @abstractmethod
     def preprocess(self, pipeline: Any, image: Image.Image) -> Tensor:
@@ -286,13 +327,14 @@ class Family(ABC):
         """The velocity for `latents` `[B, latent_rows, C]` at a scheduler timestep in [0, 1000].
 
         Args:
+            timestep: one for all rows, or `[B]`.
             inputs: from `batch_inputs`.
             negative: from `negative_inputs`; None makes one pass without guidance.
             true_cfg_scale: of the guidance between the two passes.
         """
         rows = latents.shape[1]
         inputs["hidden_states"][:, :rows].copy_(latents)
-        inputs["timestep"].fill_(timestep / 1000)
+        inputs["timestep"].copy_(timestep / 1000)
         prediction = backbone(inputs)[:, :rows]
         if negative is None:
             return prediction

@@ -13,7 +13,7 @@ from diffusers.pipelines.flux.pipeline_flux_kontext import PREFERRED_KONTEXT_RES
 from PIL import Image
 from torch import Tensor, nn
 
-from slideredit_rt.families.base import Conditioning, Family, Kind, RowSet, TensorSpec, no_progress_bars
+from slideredit_rt.families.base import EncodedPictures, Family, Kind, RowSet, TensorSpec, no_progress_bars
 from slideredit_rt.sliders import PromptToken
 
 _TEXT_LINEARS = r"transformer_blocks\.\d+\.(attn\.(add_[qkv]_proj|to_add_out)|ff_context\.net\.(0\.proj|2))"
@@ -149,38 +149,12 @@ class FluxKontext(Family):
         return inputs
 
     @torch.no_grad()
-    def encode(
-        self,
-        pipeline: Any,
-        images: Sequence[Image.Image],
-        prompt: str,
-        seed: int,
-        guidance_scale: float | None,
-        true_cfg_scale: float,
-        negative_prompt: str,
-    ) -> Conditioning:
+    def encode_pictures(self, pipeline: Any, images: Sequence[Image.Image]) -> EncodedPictures:
         (image,) = images
-        device, dtype = pipeline.vae.device, pipeline.vae.dtype
-        pixels = self.preprocess(pipeline, image).to(device)
+        pixels = self.preprocess(pipeline, image).to(pipeline.vae.device)
+        reference, ids = self.encode_image(pipeline, pixels)
         height, width = pixels.shape[-2:]
-        latents, reference, latent_ids, reference_ids = pipeline.prepare_latents(
-            pixels,
-            1,
-            pipeline.vae.config.latent_channels,
-            height,
-            width,
-            dtype,
-            device,
-            torch.Generator().manual_seed(seed),
-        )
-        text_rows = self.max_text_rows(pipeline)
-        shared = {
-            "img_ids": torch.cat([latent_ids, reference_ids]).float(),
-            "guidance": torch.tensor([guidance_scale], dtype=torch.float32, device=device),
-        }
-        inputs = self.encode_prompt(pipeline, [prompt], text_rows) | shared
-        negative = self.encode_prompt(pipeline, [negative_prompt], text_rows) | shared if true_cfg_scale > 1 else None
-        return Conditioning(inputs, latents.float(), reference.float(), text_rows, height, width, negative, true_cfg_scale)
+        return EncodedPictures(reference, {"img_ids": torch.cat([ids, self._reference_ids(ids)])}, height, width)
 
     @torch.no_grad()
     def decode(self, pipeline: Any, latents: Tensor, height: int, width: int) -> Tensor:

@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import Qwen2VLProcessor
 
 from slideredit_rt.errors import SliderEditError
-from slideredit_rt.families.base import Conditioning, Family, Kind, RowSet, TensorSpec, no_progress_bars
+from slideredit_rt.families.base import Conditioning, EncodedPictures, Family, Kind, RowSet, TensorSpec, no_progress_bars
 from slideredit_rt.sliders import PromptToken
 
 _TEXT_LINEARS = r"transformer_blocks\.\d+\.(attn\.(add_[qkv]_proj|to_add_out)|txt_mlp\.net\.(0\.proj|2))"
@@ -192,6 +192,7 @@ class QwenImageEdit(Family):
     negative_prompt = " "
     # A picture of 1024² takes about 1,370 of them.
     usual_text_rows = 1536
+    text_reads_pictures = True
 
     def load_pipeline(self, folder: Path, *, transformer: bool = True, dtype: torch.dtype = torch.float32) -> Any:
         parts = {} if transformer else {"transformer": None}
@@ -360,43 +361,16 @@ class QwenImageEdit(Family):
         }
 
     @torch.no_grad()
-    def encode(
-        self,
-        pipeline: Any,
-        images: Sequence[Image.Image],
-        prompt: str,
-        seed: int,
-        guidance_scale: float | None,
-        true_cfg_scale: float,
-        negative_prompt: str,
-    ) -> Conditioning:
-        device, dtype = pipeline.vae.device, pipeline.vae.dtype
-        pixels = [self.preprocess(pipeline, image)[:, :, None] for image in images]
+    def encode_pictures(self, pipeline: Any, images: Sequence[Image.Image]) -> EncodedPictures:
+        pixels = [self.preprocess(pipeline, image).to(pipeline.vae.device) for image in images]
+        reference = torch.cat([self.encode_image(pipeline, p)[0] for p in pixels], dim=1)
         sizes = [tuple(p.shape[-2:]) for p in pixels]
         # The edited picture takes the shape of the last one.
         height, width = sizes[-1]
-        latents, reference = pipeline.prepare_latents(
-            pixels if self.takes_several_pictures(pipeline) else pixels[0],
-            1,
-            pipeline.vae.config.z_dim,
-            height,
-            width,
-            dtype,
-            device,
-            torch.Generator().manual_seed(seed),
-        )
         patch = pipeline.vae_scale_factor * 2
         grids = [(h // patch, w // patch) for h, w in [(height, width), *sizes]]
         positions = torch.cat([_positions(h, w, picture) for picture, (h, w) in enumerate(grids)])
-
-        def text_inputs(text: str) -> dict[str, Tensor]:
-            encoded = self.encode_prompt(pipeline, [text], self.max_text_rows(pipeline), [images])
-            return encoded | {"positions": positions.to(device)}
-
-        inputs = text_inputs(prompt)
-        negative = text_inputs(negative_prompt) if true_cfg_scale > 1 else None
-        text_rows = inputs["encoder_hidden_states"].shape[1]
-        return Conditioning(inputs, latents.float(), reference.float(), text_rows, height, width, negative, true_cfg_scale)
+        return EncodedPictures(reference, {"positions": positions.to(reference.device)}, height, width)
 
     def batch_inputs(
         self, config: Mapping[str, Any], conditioning: Conditioning, alpha: Tensor, token_mask: Tensor

@@ -1,0 +1,83 @@
+"""Encodings by the content that they were made from, within a bound of memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Mapping
+from threading import Lock
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+def size_of(value: Any) -> int:
+    """Bytes that a value keeps alive: the whole storage of every tensor in it, once, and what Python says of the rest."""
+    storages: dict[int, int] = {}
+
+    def count(item: Any) -> int:
+        if isinstance(item, Tensor):
+            storage = item.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+            return 0
+        size = sys.getsizeof(item)
+        if dataclasses.is_dataclass(item):
+            return size + sum(count(getattr(item, field.name)) for field in dataclasses.fields(item))
+        if isinstance(item, Mapping):
+            return size + sum(count(key) + count(part) for key, part in item.items())
+        return size + sum(map(count, item)) if isinstance(item, (tuple, list)) else size
+
+    return count(value) + sum(storages.values())
+
+
+class EncodingCache:
+    """Least recently used values go first when the bound is reached. A `slideredit_rt.editor.Remember`; safe between threads.
+
+    Args:
+        max_bytes: of all values and keys together; a value larger than that is not kept, and 0 keeps nothing.
+        observe: called with a key's first part (its kind) and whether it was found.
+    """
+
+    def __init__(self, max_bytes: int, observe: Callable[[str, bool], None] | None = None) -> None:
+        self.max_bytes = max_bytes
+        self.bytes = 0
+        self.hits: dict[str, int] = {}
+        self.misses: dict[str, int] = {}
+        self._observe = observe
+        self._values: OrderedDict[tuple[Hashable, ...], tuple[Any, int]] = OrderedDict()
+        self._lock = Lock()
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __call__(self, key: tuple[Hashable, ...], encode: Callable[[], T]) -> T:
+        """The value kept under `key`, or what `encode` makes. Two threads that miss at once both encode."""
+        kind = str(key[0])
+        with self._lock:
+            found = self._values.get(key)
+            counts = self.misses if found is None else self.hits
+            counts[kind] = counts.get(kind, 0) + 1
+            if found is not None:
+                self._values.move_to_end(key)
+        if self._observe is not None:
+            self._observe(kind, found is not None)
+        if found is not None:
+            kept: T = found[0]
+            return kept
+        value = encode()
+        size = size_of(value) + size_of(key)
+        with self._lock:
+            if key not in self._values and size <= self.max_bytes:
+                self._values[key] = value, size
+                self.bytes += size
+                while self.bytes > self.max_bytes:
+                    self.bytes -= self._values.popitem(last=False)[1][1]
+        return value
+
+    def clear(self) -> None:
+        with self._lock:
+            self._values.clear()
+            self.bytes = 0

@@ -1,0 +1,68 @@
+"""Which rows make the next step."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+
+from slideredit_rt.serving.batch import Row
+
+BACKGROUND_EVERY = 16
+"""A step of full edits follows after so many steps of previews alone."""
+
+
+class Scheduler:
+    """Rows wait in lanes, one per key and priority; the first rows of a lane make its steps together.
+
+    Within a lane first come, first served; lanes take turns. Previews (`interactive`) go first and full edits pause meanwhile,
+    keeping their state, but for one step after `BACKGROUND_EVERY` steps of previews. Not safe between threads.
+
+    Args:
+        max_batch: most rows in a step.
+        step_batching: without it, the rows of an owner are not mixed with others', and are done before the next owner's begin.
+    """
+
+    def __init__(self, max_batch: int, *, step_batching: bool = True) -> None:
+        self.max_batch = max_batch
+        self.step_batching = step_batching
+        # By priority; the lane whose turn it is comes first.
+        self._lanes: dict[bool, OrderedDict[Hashable, list[Row]]] = {True: OrderedDict(), False: OrderedDict()}
+        self._previews_in_a_row = 0
+        self._begun: tuple[bool, Hashable] | None = None
+
+    def __len__(self) -> int:
+        """Rows in all lanes."""
+        return sum(len(lane) for lanes in self._lanes.values() for lane in lanes.values())
+
+    def add(self, rows: Sequence[Row]) -> None:
+        for row in rows:
+            key = row.key if self.step_batching else id(row.owner)
+            self._lanes[row.interactive].setdefault(key, []).append(row)
+
+    def discard(self, gone: Callable[[Row], bool]) -> None:
+        """Drop the rows of which `gone` is true."""
+        for lanes in self._lanes.values():
+            for key in list(lanes):
+                lanes[key] = [row for row in lanes[key] if not gone(row)]
+                if not lanes[key]:
+                    del lanes[key]
+
+    def next_rows(self) -> list[Row]:
+        """The rows of the next step, none if no row waits. They stay in their lane until they are discarded."""
+        priority, key = self._next_lane()
+        lane = self._lanes[priority].get(key, [])
+        return lane[: self.max_batch]
+
+    def _next_lane(self) -> tuple[bool, Hashable]:
+        if not self.step_batching:
+            if self._begun is None or self._begun[1] not in self._lanes[self._begun[0]]:
+                priority = bool(self._lanes[True])
+                self._begun = priority, next(iter(self._lanes[priority]), None)
+            return self._begun
+        previews, others = self._lanes[True], self._lanes[False]
+        priority = bool(previews) and not (others and self._previews_in_a_row >= BACKGROUND_EVERY)
+        self._previews_in_a_row = self._previews_in_a_row + 1 if priority and others else 0
+        key = next(iter(self._lanes[priority]), None)
+        if key is not None:
+            self._lanes[priority].move_to_end(key)
+        return priority, key

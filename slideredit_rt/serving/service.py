@@ -1,0 +1,576 @@
+"""EditService: a queue in front of an editor, whose requests share every engine call."""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, InvalidStateError
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Generic, Literal, TypeVar
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from slideredit_rt.editor import SliderEditor
+from slideredit_rt.errors import SliderEditError
+from slideredit_rt.serving.batch import Batch, Row, make_rows
+from slideredit_rt.serving.cache import EncodingCache
+from slideredit_rt.serving.scheduler import Scheduler
+from slideredit_rt.sliders import Slider
+
+T = TypeVar("T")
+Outcome = Literal["completed", "refused", "failed", "cancelled", "deadline"]
+"""How a request ended: `refused` for bad input or a full queue, `failed` where the engine or a decoder did."""
+
+_log = logging.getLogger(__name__)
+
+
+class QueueFull(SliderEditError):
+    """The queue has no room for a request; `retry_after` seconds from now it is expected to have it."""
+
+    def __init__(self, message: str, retry_after: float) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class DeadlineExceeded(SliderEditError):
+    """A request's time was up before its images were ready."""
+
+
+class Cancelled(SliderEditError):
+    """A request was cancelled."""
+
+
+class Closed(SliderEditError):
+    """The service takes no more requests."""
+
+
+class EngineFailure(SliderEditError):
+    """Something other than bad input kept a request from its images."""
+
+
+@dataclass(frozen=True, eq=False)
+class EditRequest:
+    """One picture, one prompt, and one image per setting of its sliders.
+
+    Attributes:
+        image: the picture to edit, RGB; not to be changed while the request runs.
+        sliders: instructions; the strengths that count are those of `settings`.
+        settings: one strength per slider, for each image: n images, or a sweep.
+        prompt, guidance_scale, true_cfg_scale, negative_prompt: see `SliderEditor.prepare`.
+        seeds: of the noise; one per setting, or one for all.
+        steps: denoising steps; None takes the family's default.
+        interactive: a preview, which goes before full edits.
+        timeout: seconds from the submission to the deadline; None waits for ever.
+        partial_every: steps from one partial image to the next; 0 makes none.
+    """
+
+    image: Image.Image
+    sliders: tuple[Slider, ...]
+    settings: tuple[tuple[float, ...], ...]
+    prompt: str | None = None
+    seeds: tuple[int, ...] = (0,)
+    steps: int | None = None
+    guidance_scale: float | None = None
+    true_cfg_scale: float | None = None
+    negative_prompt: str | None = None
+    interactive: bool = False
+    timeout: float | None = None
+    partial_every: int = 0
+
+
+@dataclass(frozen=True)
+class Partial:
+    """What image `index` of a request is expected to become, after `step` of `steps` steps."""
+
+    index: int
+    step: int
+    steps: int
+    image: Image.Image
+
+
+class Observer:
+    """Told what happens in a service; override what is of interest. Called from several threads; must return at once.
+
+    Nothing here tells a request's words or pictures.
+    """
+
+    def step(self, rows: int, seconds: float, interactive: bool) -> None:
+        """An engine call was made for `rows` images; a step with a negative pass counts as one."""
+
+    def encoded(self, seconds: float) -> None:
+        """A request was encoded, from the cache or afresh."""
+
+    def decoded(self, images: int, seconds: float) -> None:
+        """Images were decoded together, final or partial."""
+
+    def cache(self, kind: str, hit: bool) -> None:
+        """An encoding (`pictures`, `tokens` or `text`) was looked for."""
+
+    def finished(self, outcome: Outcome, images: int, interactive: bool, seconds: float) -> None:
+        """A request ended, `seconds` after its submission."""
+
+
+@dataclass(frozen=True)
+class Stats:
+    """A service at one moment. Counts are since it began.
+
+    Attributes:
+        queued: images that have not made a step yet.
+        running: images that have, and are not decoded yet.
+        outcomes: number of requests by `Outcome`.
+        batch_sizes: number of engine steps by their rows.
+        step_seconds: time in engine steps.
+        cache_hits, cache_misses: by kind of encoding.
+        cache_bytes, cache_entries: kept now.
+    """
+
+    queued: int
+    running: int
+    outcomes: dict[str, int]
+    batch_sizes: dict[int, int]
+    step_seconds: float
+    cache_hits: dict[str, int]
+    cache_misses: dict[str, int]
+    cache_bytes: int
+    cache_entries: int
+
+
+@dataclass(eq=False)
+class _Job(Generic[T]):
+    """A request on its way: waiting for its encoding, then rows, then decoded images."""
+
+    request: EditRequest
+    seeds: tuple[int, ...]
+    steps: int
+    convert: Callable[[Tensor], T]
+    on_partial: Callable[[Partial], None] | None
+    future: Future[T] = field(default_factory=Future)
+    submitted: float = field(default_factory=time.monotonic)
+    rows: list[Row] = field(default_factory=list)
+    pixels: dict[int, Tensor] = field(default_factory=dict)
+    outcome: Outcome = "cancelled"  # unless an attempt to settle says otherwise: the future itself may be cancelled
+
+    @property
+    def deadline(self) -> float:
+        return math.inf if self.request.timeout is None else self.submitted + self.request.timeout
+
+    @property
+    def waiting(self) -> int:
+        """Images without a step."""
+        return sum(row.step == 0 for row in self.rows) if self.rows else len(self.seeds)
+
+    @property
+    def remaining(self) -> int:
+        """Steps that all its images have still to make."""
+        return sum(row.steps - row.step for row in self.rows) if self.rows else self.steps * len(self.seeds)
+
+    def complete(self, result: T) -> None:
+        self._settle("completed", partial(self.future.set_result, result))
+
+    def fail(self, outcome: Outcome, error: Exception) -> None:
+        self._settle(outcome, partial(self.future.set_exception, error))
+
+    def _settle(self, outcome: Outcome, setter: Callable[[], None]) -> None:
+        # The future decides which of several attempts counts; `_claim` keeps a later one from changing the outcome.
+        with self._claim:
+            if self.future.done():
+                return
+            self.outcome = outcome
+            try:
+                setter()
+            except InvalidStateError:
+                self.outcome = "cancelled"
+
+    _claim: threading.RLock = field(default_factory=threading.RLock)
+
+
+class Ticket(Generic[T]):
+    """A submitted request.
+
+    Attributes:
+        future: its images; or a `SliderEditError`: bad input, `DeadlineExceeded`, `Cancelled`, `EngineFailure`. Cancelling the
+            future is as good as `cancel`.
+    """
+
+    def __init__(self, job: _Job[T]) -> None:
+        self._job = job
+        self.future: Future[T] = job.future
+
+    def cancel(self) -> None:
+        """Give up: the future raises `Cancelled` at once, and the request's rows leave at the next step boundary."""
+        self._job.fail("cancelled", Cancelled("the request was cancelled"))
+
+
+class EditService:
+    """Runs edits with step-level continuous batching; safe between threads, and a context manager that closes itself.
+
+    Two threads: one makes the engine's steps, the other encodes and decodes meanwhile (an autoencoder may keep state between its
+    layers and does not stand two threads). Each image is a row with its own latents, scheduler and step; rows that agree in
+    shape share an engine call, whatever their sliders, strengths and steps (see `Scheduler` for their order). An image is what
+    `SliderEditor.render` makes of the same request alone. Deadlines and cancellations act at the next step boundary.
+
+    Args:
+        editor: used by this service alone until it is closed.
+        max_queue: most images that wait for their first step, previews and full edits each; also most images of a request.
+        cache_bytes: bound of the encodings that are kept; 0 keeps none.
+        max_batch: most rows in a step; None takes the engine's.
+        step_batching: without it, one request runs after the other.
+        observer: is told what happens.
+    """
+
+    def __init__(
+        self,
+        editor: SliderEditor,
+        *,
+        max_queue: int = 64,
+        cache_bytes: int = 256 * 2**20,
+        max_batch: int | None = None,
+        step_batching: bool = True,
+        observer: Observer | None = None,
+    ) -> None:
+        if max_queue < 1:
+            raise SliderEditError(f"a queue of {max_queue} images takes no request; give at least 1")
+        max_batch = editor.max_batch if max_batch is None else max_batch
+        if not 1 <= max_batch <= editor.max_batch:
+            raise SliderEditError(f"a batch of {max_batch} rows was asked for and this engine takes 1 to {editor.max_batch}")
+        self.editor = editor
+        self.max_queue = max_queue
+        self.max_batch = max_batch
+        self._observer = observer or Observer()
+        self._cache = EncodingCache(cache_bytes, self._observer.cache)
+        self._scheduler = Scheduler(max_batch, step_batching=step_batching)
+        # Everything below is read and written under this lock.
+        self._changed = threading.Condition()
+        self._jobs: dict[_Job[Any], None] = {}
+        self._to_encode: dict[bool, deque[_Job[Any]]] = {True: deque(), False: deque()}
+        self._to_decode: list[Row] = []
+        self._partials: dict[Row, tuple[int, Tensor]] = {}
+        self._closing = self._stopped = False
+        self._outcomes: Counter[str] = Counter()
+        self._batch_sizes: Counter[int] = Counter()
+        self._step_seconds = 0.0
+        # Read and written by the stepping thread alone.
+        self._batches: dict[tuple[Row, ...], Batch] = {}
+        self._threads = [
+            threading.Thread(target=self._guard, args=(loop,), name=f"slideredit-{name}", daemon=True)
+            for name, loop in (("steps", self._make_steps), ("pipeline", self._run_pipeline))
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def __enter__(self) -> EditService:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def submit(self, request: EditRequest, on_partial: Callable[[Partial], None] | None = None) -> Ticket[list[Image.Image]]:
+        """Queue a request.
+
+        Args:
+            request: what to edit.
+            on_partial: called from the service's own thread with each partial image; must return at once.
+
+        Raises:
+            QueueFull: too many images wait.
+            Closed: the service was closed.
+            SliderEditError: bad input that can be told without encoding; other bad input comes through the future.
+        """
+        return self._submit(request, self.editor.to_images, on_partial)
+
+    def submit_tensor(self, request: EditRequest) -> Ticket[Tensor]:
+        """As `submit`, but the result is float32 `[N, 3, H, W]` in [0, 1], as `SliderEditor.render_tensor` gives it."""
+        return self._submit(request, lambda pixels: pixels, None)
+
+    def _submit(
+        self, request: EditRequest, convert: Callable[[Tensor], T], on_partial: Callable[[Partial], None] | None
+    ) -> Ticket[T]:
+        try:
+            job = _Job(request, *self._check(request), convert, on_partial)
+            with self._changed:
+                if self._closing:
+                    raise Closed("the service is closing and takes no more requests; try another one")
+                self._check_room(job)
+                job.future.add_done_callback(partial(self._retire, job))
+                self._jobs[job] = None
+                self._to_encode[request.interactive].append(job)
+                self._changed.notify_all()
+        except SliderEditError:
+            with self._changed:
+                self._outcomes["refused"] += 1
+            self._observer.finished("refused", len(request.settings), request.interactive, 0.0)
+            raise
+        return Ticket(job)
+
+    def _check(self, request: EditRequest) -> tuple[tuple[int, ...], int]:
+        """The seeds, one per setting, and the steps of a request."""
+        count = len(request.settings)
+        if not 1 <= count <= self.max_queue:
+            raise SliderEditError(f"{count} images were asked for; give 1 to {self.max_queue} settings")
+        for setting in request.settings:
+            if len(setting) != len(request.sliders):
+                raise SliderEditError(
+                    f"setting {list(setting)} has {len(setting)} strength(s) and there are {len(request.sliders)} slider(s); "
+                    "give one for each"
+                )
+            for slider, strength in zip(request.sliders, setting, strict=True):
+                Slider(slider.instruction, strength)
+        if len(request.seeds) not in (1, count):
+            raise SliderEditError(f"{len(request.seeds)} seeds were given for {count} image(s); give one, or one for each")
+        if request.timeout is not None and not (math.isfinite(request.timeout) and request.timeout > 0):
+            raise SliderEditError(f"a timeout of {request.timeout} seconds was given; give a positive number")
+        if request.partial_every < 0:
+            raise SliderEditError(f"partial images every {request.partial_every} steps were asked for; give 0 or more")
+        seeds = request.seeds if len(request.seeds) == count else request.seeds * count
+        return seeds, self.editor.number_of_steps(request.steps)
+
+    def _check_room(self, job: _Job[Any]) -> None:
+        interactive, count = job.request.interactive, len(job.seeds)
+        ahead = [other for other in self._jobs if other.request.interactive >= interactive]
+        waiting = sum(other.waiting for other in ahead if other.request.interactive == interactive)
+        excess = waiting + count - self.max_queue
+        if excess <= 0:
+            return
+        # As long as the images in front take, per image that has to leave the queue.
+        rows_stepped = sum(rows * steps for rows, steps in self._batch_sizes.items())
+        seconds = self._step_seconds / rows_stepped if rows_stepped else 0.0
+        images = sum(len(other.seeds) for other in ahead)
+        retry_after = max(1.0, seconds * sum(other.remaining for other in ahead) * excess / images)
+        raise QueueFull(f"{waiting} images wait and the queue takes {self.max_queue}; try again later", retry_after)
+
+    def close(self, *, drain: bool = True, timeout: float | None = None) -> None:
+        """Take no more requests and stop both threads; twice is once.
+
+        Args:
+            drain: finish the requests that were accepted; without it, they are cancelled.
+            timeout: seconds after which those that are left are cancelled all the same; None waits for all.
+        """
+        with self._changed:
+            self._closing = True
+            if drain:
+                self._changed.wait_for(lambda: not self._jobs, timeout)
+            left = list(self._jobs)
+        for job in left:
+            job.fail("cancelled", Cancelled("the service was closed before the request was done"))
+        with self._changed:
+            self._stopped = True
+            self._changed.notify_all()
+        for thread in self._threads:
+            if thread is not threading.current_thread():
+                thread.join()
+        self._cache.clear()
+
+    @property
+    def closed(self) -> bool:
+        """Whether it takes no more requests."""
+        return self._closing
+
+    def stats(self) -> Stats:
+        """What it does now and has done."""
+        with self._changed:
+            queued = sum(job.waiting for job in self._jobs)
+            running = sum(len(job.seeds) - job.waiting - len(job.pixels) for job in self._jobs)
+            outcomes, batch_sizes, step_seconds = dict(self._outcomes), dict(self._batch_sizes), self._step_seconds
+        cache = self._cache
+        kept = (dict(cache.hits), dict(cache.misses), cache.bytes, len(cache))
+        return Stats(queued, running, outcomes, batch_sizes, step_seconds, *kept)
+
+    def _retire(self, job: _Job[Any], future: Future[Any]) -> None:
+        """The future of a job was settled, by whomever: exactly once per job."""
+        with self._changed:
+            self._jobs.pop(job, None)
+            self._outcomes[job.outcome] += 1
+            self._changed.notify_all()
+        seconds = time.monotonic() - job.submitted
+        self._observer.finished(job.outcome, len(job.seeds), job.request.interactive, seconds)
+
+    def _guard(self, loop: Callable[[], None]) -> None:
+        """Run a thread's loop; should it ever fail, no request is left waiting."""
+        try:
+            loop()
+        except BaseException as error:
+            _log.exception("the edit service stopped")
+            with self._changed:
+                self._closing = self._stopped = True
+                left = list(self._jobs)
+                self._changed.notify_all()
+            for job in left:
+                job.fail("failed", EngineFailure(f"the edit service stopped ({type(error).__name__}: {error}); start it again"))
+
+    # Engine steps.
+
+    def _make_steps(self) -> None:
+        while True:
+            with self._changed:
+                expired: list[_Job[Any]] = []
+                while not expired and not self._stopped:
+                    now = time.monotonic()
+                    expired = [job for job in self._jobs if job.deadline <= now]
+                    self._scheduler.discard(lambda row: row.done or row.owner.future.done())
+                    if len(self._scheduler) or expired:
+                        break
+                    self._batches.clear()
+                    deadline = min((job.deadline for job in self._jobs), default=math.inf)
+                    self._changed.wait(None if deadline == math.inf else deadline - now)
+                if self._stopped:
+                    return
+                rows = [] if expired else self._scheduler.next_rows()
+            for job in expired:
+                job.fail("deadline", DeadlineExceeded(f"the images were not ready within {job.request.timeout:g} seconds"))
+            if rows:
+                self._step(rows)
+
+    def _step(self, rows: list[Row]) -> None:
+        started = time.perf_counter()
+        wanted = [self._wants_partial(row) for row in rows]
+        try:
+            clean = self._batch_of(rows).advance(estimate=any(wanted))
+        except Exception as error:
+            self._fail(rows, "the engine failed in a step", error)
+            return
+        seconds = time.perf_counter() - started
+        with self._changed:
+            self._batch_sizes[len(rows)] += 1
+            self._step_seconds += seconds
+            for index, row in enumerate(rows):
+                if row.done:
+                    self._partials.pop(row, None)
+                    self._to_decode.append(row)
+                elif clean is not None and wanted[index]:
+                    self._partials[row] = row.step, clean[index : index + 1]
+            self._changed.notify_all()
+        self._observer.step(len(rows), seconds, rows[0].interactive)
+
+    def _batch_of(self, rows: list[Row]) -> Batch:
+        """The batch of these rows, as it was laid out the last time they made a step together."""
+        key = tuple(rows)
+        if key not in self._batches:
+            # Rows that now step in another company.
+            self._batches = {old: batch for old, batch in self._batches.items() if not set(old) & set(rows)}
+            self._batches[key] = Batch(self.editor, rows)
+        return self._batches[key]
+
+    def _wants_partial(self, row: Row) -> bool:
+        job: _Job[Any] = row.owner
+        every, step = job.request.partial_every, row.step + 1
+        return job.on_partial is not None and every > 0 and step % every == 0 and step < row.steps
+
+    def _fail(self, rows: Sequence[Row], what: str, error: Exception) -> None:
+        _log.error("%s", what, exc_info=error)
+        for job in {row.owner for row in rows}:
+            failure = EngineFailure(f"{what} ({type(error).__name__}: {error}); other requests go on")
+            failure.__cause__ = error
+            job.fail("failed", failure)
+
+    # Encoding and decoding.
+
+    @torch.no_grad()
+    def _run_pipeline(self) -> None:
+        while True:
+            task = None
+            with self._changed:
+                while not self._stopped and (task := self._next_task()) is None:
+                    self._changed.wait()
+            if task is None:
+                return
+            task()
+
+    def _next_task(self) -> Callable[[], None] | None:
+        """Finished images first, then a preview's encoding, then partial images, then other encodings."""
+        self._to_decode = [row for row in self._to_decode if not row.owner.future.done()]
+        self._partials = {row: part for row, part in self._partials.items() if not row.owner.future.done()}
+        if self._to_decode:
+            first = next((row for row in self._to_decode if row.interactive), self._to_decode[0])
+            rows = self._together(first, self._to_decode)
+            self._to_decode = [row for row in self._to_decode if row not in rows]
+            return partial(self._finish, rows)
+        if (job := self._next_job(interactive=True)) is not None:
+            return partial(self._encode, job)
+        if self._partials:
+            rows = self._together(next(iter(self._partials)), list(self._partials))
+            return partial(self._show, [(row, *self._partials.pop(row)) for row in rows])
+        job = self._next_job(interactive=False)
+        return None if job is None else partial(self._encode, job)
+
+    def _next_job(self, *, interactive: bool) -> _Job[Any] | None:
+        queue = self._to_encode[interactive]
+        while queue and queue[0].future.done():
+            queue.popleft()
+        return queue.popleft() if queue else None
+
+    def _together(self, first: Row, rows: Sequence[Row]) -> list[Row]:
+        """`first` and others that can be decoded with it."""
+        others = (row for row in rows if row is not first and row.key == first.key and row.interactive == first.interactive)
+        return [first, *others][: self.max_batch]
+
+    def _encode(self, job: _Job[Any]) -> None:
+        request, started = job.request, time.perf_counter()
+        try:
+            prepared = self.editor.prepare(
+                request.image,
+                request.sliders,
+                prompt=request.prompt,
+                seed=job.seeds[0],
+                guidance_scale=request.guidance_scale,
+                true_cfg_scale=request.true_cfg_scale,
+                negative_prompt=request.negative_prompt,
+                remember=self._cache,
+            )
+            rows = make_rows(
+                self.editor, prepared, request.settings, job.seeds, job.steps, owner=job, interactive=request.interactive
+            )
+        except SliderEditError as error:
+            job.fail("refused", error)
+            return
+        except Exception as error:
+            _log.error("a request could not be encoded", exc_info=error)
+            job.fail("failed", EngineFailure(f"the request could not be encoded ({type(error).__name__}: {error})"))
+            return
+        self._observer.encoded(time.perf_counter() - started)
+        with self._changed:
+            job.rows = rows
+            self._scheduler.add(rows)
+            self._changed.notify_all()
+
+    def _decode(self, rows: Sequence[Row], latents: Sequence[Tensor]) -> Tensor | None:
+        """Pixels of several rows, `[B, 3, H, W]`; None where that failed, and with it the rows' jobs."""
+        started = time.perf_counter()
+        try:
+            pixels = self.editor.family.decode(self.editor.pipeline, torch.cat(list(latents)), rows[0].height, rows[0].width)
+        except Exception as error:
+            self._fail(rows, "images could not be decoded", error)
+            return None
+        self._observer.decoded(len(rows), time.perf_counter() - started)
+        return pixels
+
+    def _finish(self, rows: list[Row]) -> None:
+        pixels = self._decode(rows, [row.latents for row in rows])
+        if pixels is None:
+            return
+        for row, image in zip(rows, pixels, strict=True):
+            job: _Job[Any] = row.owner
+            with self._changed:
+                job.pixels[row.index] = image
+            if len(job.pixels) == len(job.seeds):
+                job.complete(job.convert(torch.stack([job.pixels[index] for index in range(len(job.seeds))])))
+
+    def _show(self, parts: list[tuple[Row, int, Tensor]]) -> None:
+        pixels = self._decode([row for row, *_ in parts], [clean for *_, clean in parts])
+        if pixels is None:
+            return
+        images = self.editor.to_images(pixels)
+        for (row, step, _), image in zip(parts, images, strict=True):
+            job: _Job[Any] = row.owner
+            if job.on_partial is None or job.future.done():
+                continue
+            try:
+                job.on_partial(Partial(row.index, step, row.steps, image))
+            except Exception:
+                _log.exception("a request's function for partial images failed")
