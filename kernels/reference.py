@@ -58,7 +58,8 @@ def scaled_low_rank(x: Tensor, lora_a: Tensor, row_scale: Tensor) -> Tensor:
     """`row_scale · (x Aᵀ)`, `[..., S, R]`, each member's columns by its own scale; arguments of the same dtype."""
     low = F.linear(x, lora_a)
     members = member_scales(row_scale, x)
-    return (low.unflatten(-1, (members.shape[-1], -1)) * members.unsqueeze(-1)).flatten(-2)
+    scaled: Tensor = low.unflatten(-1, (members.shape[-1], -1)) * members.unsqueeze(-1)
+    return scaled.flatten(-2)
 
 
 def member_scales(row_scale: Tensor, x: Tensor) -> Tensor:

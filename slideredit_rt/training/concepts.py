@@ -48,9 +48,10 @@ class ConceptConfig(ContrastConfig):
 
 def concept_target(neutral: Tensor, positive: Tensor, eta: float) -> Tensor:
     """`v(c) + η (v(c⁺) − v(c⁻))` with the neutral prompt as c and c⁻, at the norm of `v(c⁺)`; `[B, S, C]`, sample by sample."""
-    target = neutral + eta * (positive - neutral)
-    norm, wanted = (v.flatten(1).norm(dim=1)[:, None, None] for v in (target, positive))
-    return target * (wanted / norm)
+    far = neutral + eta * (positive - neutral)
+    norm, wanted = (v.flatten(1).norm(dim=1)[:, None, None] for v in (far, positive))
+    target: Tensor = far * (wanted / norm)
+    return target
 
 
 class ConceptTrainer(ContrastTrainer[Adapter]):

@@ -20,9 +20,7 @@ class _Guidance(System):
         editor, images = self.editor, []
         for start in range(0, len(values), editor.max_batch):
             chunk = torch.tensor(values[start : start + editor.max_batch], dtype=torch.float32)
-            alpha = torch.zeros(len(chunk), len(prepared.instructions))
-            token_mask = prepared.token_mask.expand(len(chunk), -1, -1)
-            inputs = editor.family.batch_inputs(editor.config, prepared.conditioning, alpha, token_mask)
+            inputs = editor.frozen_inputs(prepared, len(chunk))
             if embedded:
                 inputs["guidance"] = chunk.to(inputs["guidance"])
                 images.append(editor.denoise(prepared.conditioning, inputs, steps))

@@ -71,7 +71,7 @@ class PadInterpolation(System):
             beta = 1 - torch.tensor(settings[start : start + editor.max_batch], dtype=torch.float32)
             token_mask = prepared.token_mask.expand(len(beta), -1, -1)
             weight = (beta[:, :, None] * token_mask[:, :, :rows]).sum(1)
-            inputs = editor.family.batch_inputs(editor.config, prepared.conditioning, torch.zeros_like(beta), token_mask)
+            inputs = editor.frozen_inputs(prepared, len(beta))
             with interpolated_rows(editor.pipeline.transformer, weight.to(editor.pipeline.transformer.device), rows - 1):
                 images.append(editor.denoise(prepared.conditioning, inputs, steps))
         return torch.cat(images)
