@@ -26,7 +26,7 @@ def open_image(
     *,
     name: str | None = None,
     max_pixels: int = MAX_PIXELS,
-    formats: Sequence[str] | None = None,
+    formats: tuple[str, ...] | None = None,
 ) -> Image.Image:
     """Read a picture as RGB, turned upright by its EXIF orientation, transparency laid over white; the first of an animation.
 

@@ -1,0 +1,174 @@
+"""The body of a request: read within its limits, as JSON or as a form, and checked against a model of its fields."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import from_json
+from starlette.datastructures import UploadFile
+from starlette.requests import Request
+from starlette.types import Message, Receive
+
+from slideredit_rt.serving.faults import Fault
+
+_MAX_FIELDS, _MAX_FILES = 512, 16
+_APART = re.compile(r"(sliders(?=\[\])|sweep)(?:\[\])?\[(\w+)\]")
+
+Fields = TypeVar("Fields", bound=BaseModel)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one request may take up.
+
+    Attributes:
+        body_bytes: of the whole body, counted while it is read.
+        body_seconds: for the whole body to arrive.
+        request_seconds: from the end of the body to the last picture that is made.
+        pixels: of each picture, from its header.
+        aspect: longest side of a picture as a multiple of its shortest.
+    """
+
+    body_bytes: int = 32 * 2**20
+    body_seconds: float = 60.0
+    request_seconds: float = 300.0
+    pixels: int = 16_000_000
+    aspect: float = 4.0
+
+
+def _too_large(limits: Limits) -> Fault:
+    message = f"the body is larger than the {limits.body_bytes / 2**20:g} MiB allowed; send a smaller picture"
+    return Fault(413, message, code="body_too_large")
+
+
+def _counted(receive: Receive, limits: Limits) -> Receive:
+    """`receive`, refusing to go on past the limit."""
+    taken = 0
+
+    async def counted() -> Message:
+        nonlocal taken
+        message = await receive()
+        taken += len(message.get("body", b""))
+        if taken > limits.body_bytes:
+            raise _too_large(limits)
+        return message
+
+    return counted
+
+
+@asynccontextmanager
+async def _reading(request: Request, limits: Limits) -> AsyncIterator[Request]:
+    """The request with a body that ends at the limits."""
+    length = request.headers.get("content-length", "")
+    if length.isdecimal() and int(length[:20]) > limits.body_bytes:
+        raise _too_large(limits)
+    try:
+        async with asyncio.timeout(limits.body_seconds):
+            yield Request(request.scope, _counted(request.receive, limits))
+    except TimeoutError:
+        message = f"the body did not arrive within {limits.body_seconds:g} seconds; send it faster, or a smaller picture"
+        raise Fault(408, message, code="body_timeout", headers={"Connection": "close"}) from None
+
+
+def _sentence(error: ValidationError) -> Fault:
+    """The first thing that is wrong, as `sliders[0].strength: input should be a finite number (got nan)`."""
+    first = error.errors(include_url=False, include_context=False)[0]
+    place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]).lstrip(".")[:80]
+    message: str = first["msg"][:1].lower() + first["msg"][1:]
+    shown = repr(first["input"])
+    got = f" (got {shown})" if first["type"] not in ("missing", "json_invalid") and len(shown) <= 80 else ""
+    place = place or "the body"
+    return Fault(400, f"{place}: {message}{got}", param=place, code=first["type"])
+
+
+def _form_fields(texts: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    """A form's fields as JSON would have them.
+
+    `sliders` and `sweep` are JSON, or taken apart as OpenAI's clients write nested values: `sweep[from]`, and for a list
+    `sliders[][instruction]` of every slider, then `sliders[][strength]` of those that have one. When not all have one, it
+    cannot be told which.
+    """
+    fields: dict[str, Any] = {}
+    apart: dict[str, dict[str, Sequence[str]]] = {}
+    for name, values in texts.items():
+        if found := _APART.fullmatch(name):
+            apart.setdefault(found[1], {})[found[2]] = values
+        elif len(values) > 1:
+            raise Fault(400, f"{name[:80]} was given {len(values)} times; give it once", param=name[:80], code="duplicate")
+        else:
+            fields[name] = values[0]
+    for root, parts in apart.items():
+        if len({len(values) for values in parts.values()}) > 1:
+            counts = ", ".join(f"{len(values)} × {name[:80]}" for name, values in parts.items())
+            raise Fault(
+                400,
+                f"{root} came as {counts}, and it cannot be told which belong together; give each of them the same fields, or "
+                f"send {root} as one field that holds JSON",
+                param=root,
+                code="ambiguous_fields",
+            )
+        rows = [dict(zip(parts, row, strict=True)) for row in zip(*parts.values(), strict=True)]
+        fields[root] = rows if root == "sliders" else rows[0]
+    for root in ("sliders", "sweep"):
+        if isinstance(text := fields.get(root), str):
+            try:
+                fields[root] = from_json(text)
+            except ValueError as error:
+                raise Fault(400, f"{root} is no JSON ({error})", param=root, code="json_invalid") from None
+    return fields
+
+
+async def read_json(request: Request, model: type[Fields], limits: Limits) -> Fields:
+    """A JSON body.
+
+    Raises:
+        Fault: over a limit, not JSON, or not of the model.
+        starlette.requests.ClientDisconnect: the client went away.
+    """
+    _media_type(request, "application/json")
+    async with _reading(request, limits) as bounded:
+        body = await bounded.body()
+    try:
+        return model.model_validate_json(body, strict=True)
+    except ValidationError as error:
+        raise _sentence(error) from None
+
+
+async def read_edit(request: Request, model: type[Fields], limits: Limits) -> tuple[Fields, list[bytes]]:
+    """A JSON or multipart body, and the files in it that are called `image` or `image[]`.
+
+    Raises:
+        Fault, starlette.requests.ClientDisconnect: as `read_json`.
+    """
+    if _media_type(request, "application/json", "multipart/form-data") == "application/json":
+        return await read_json(request, model, limits), []
+    files: list[bytes] = []
+    texts: dict[str, list[str]] = {}
+    sizes = {"max_files": _MAX_FILES, "max_fields": _MAX_FIELDS, "max_part_size": limits.body_bytes}
+    async with _reading(request, limits) as bounded, bounded.form(**sizes) as form:
+        for name, value in form.multi_items():
+            if not isinstance(value, UploadFile):
+                texts.setdefault(name, []).append(value)
+            elif name in ("image", "image[]"):
+                files.append(await value.read())
+            else:
+                raise Fault(400, f"{name} is a file and only image may be one; leave it out", param=name, code="unknown_file")
+    try:
+        return model.model_validate(_form_fields(texts)), files
+    except ValidationError as error:
+        raise _sentence(error) from None
+
+
+def _media_type(request: Request, *known: str) -> str:
+    media_type = request.headers.get("content-type", "").split(";")[0].strip().lower()
+    if media_type not in known:
+        raise Fault(
+            415, f"the content type {media_type!r} is not read here; send {' or '.join(known)}", code="unsupported_media_type"
+        )
+    return media_type

@@ -1,0 +1,61 @@
+"""What a request is refused with: a status, and a body in the shape of OpenAI's errors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from slideredit_rt.errors import SliderEditError
+from slideredit_rt.images import PictureTooLarge
+from slideredit_rt.serving.service import Cancelled, Closed, DeadlineExceeded, EngineFailure, QueueFull
+
+
+class Fault(Exception):
+    """A refused request.
+
+    Statuses: 400 for a malformed body or a field of the wrong type or range, 401 for a wrong key, 404 for an unknown model, 408
+    for a body that comes too slowly, 413 for one that is too large or whose picture is, 415 for a body of another kind, 422 for
+    a request that reads well and cannot be carried out (an instruction that is not in the prompt, a file that is no picture),
+    429 for a full queue, 500 for a fault of the server's own, 503 for a server that stops, 504 for a request that was not done
+    in time.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.param = param
+        self.code = code
+        self.headers = dict(headers or {})
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """`{"error": {"message", "type", "param", "code"}}`."""
+        kind = {429: "rate_limit_error"}.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+
+def fault_of(error: SliderEditError) -> Fault:
+    """The fault that tells a client about an error of the package."""
+    message = str(error)
+    match error:
+        case QueueFull():
+            return Fault(429, message, code="queue_full", headers={"Retry-After": str(max(1, round(error.retry_after)))})
+        case DeadlineExceeded():
+            return Fault(504, message, code="deadline_exceeded")
+        case Closed() | Cancelled():
+            return Fault(503, message, code="closed", headers={"Retry-After": "1"})
+        case EngineFailure():
+            return Fault(500, "the engine failed; the server's log says how", code="engine_failure")
+        case PictureTooLarge():
+            return Fault(413, message, param="image", code="image_too_large")
+        case _:
+            return Fault(422, message, code="unprocessable_edit")

@@ -1,0 +1,84 @@
+"""What a service does, for Prometheus. No label tells a request's words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.metrics_core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from slideredit_rt.serving.service import EditService, Observer, Outcome
+
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+_ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+
+
+def _mode(interactive: bool) -> str:
+    return "preview" if interactive else "full"
+
+
+class Metrics(Observer):
+    """An observer of one service, with a registry of its own."""
+
+    def __init__(self) -> None:
+        self.registry = own = CollectorRegistry()
+        how, seconds = ("outcome", "mode"), _SECONDS
+        self._requests = Counter("slideredit_requests", "Edits that ended, by how.", how, registry=own)
+        self._request_seconds = Histogram("slideredit_request_seconds", "Whole edit.", how, buckets=seconds, registry=own)
+        self._images = Counter("slideredit_images", "Images of edits that were completed.", ("mode",), registry=own)
+        self._batch = Histogram("slideredit_step_batch_size", "Images in a step.", ("mode",), buckets=_ROWS, registry=own)
+        self._step_seconds = Histogram("slideredit_step_seconds", "Engine step.", ("mode",), buckets=seconds, registry=own)
+        self._encode_seconds = Histogram("slideredit_encode_seconds", "Encoding of an edit.", buckets=seconds, registry=own)
+        self._decode_seconds = Histogram("slideredit_decode_seconds", "Decoding of images.", buckets=seconds, registry=own)
+        self._cache = Counter("slideredit_cache_lookups", "Encodings looked for.", ("kind", "result"), registry=own)
+        self._http = Counter("slideredit_http_responses", "HTTP responses.", ("route", "status"), registry=own)
+
+    def watch(self, service: EditService) -> None:
+        """Read the service's queue at every scrape."""
+        self.registry.register(_Levels(service))
+
+    def answered(self, route: str, status: int) -> None:
+        """An HTTP response was begun."""
+        self._http.labels(route, str(status)).inc()
+
+    def exposition(self) -> bytes:
+        """All of it in Prometheus' text format."""
+        return generate_latest(self.registry)
+
+    def step(self, rows: int, seconds: float, interactive: bool) -> None:
+        self._batch.labels(_mode(interactive)).observe(rows)
+        self._step_seconds.labels(_mode(interactive)).observe(seconds)
+
+    def encoded(self, seconds: float) -> None:
+        self._encode_seconds.observe(seconds)
+
+    def decoded(self, images: int, seconds: float) -> None:
+        self._decode_seconds.observe(seconds)
+
+    def cache(self, kind: str, hit: bool) -> None:
+        self._cache.labels(kind, "hit" if hit else "miss").inc()
+
+    def finished(self, outcome: Outcome, images: int, interactive: bool, seconds: float) -> None:
+        mode = _mode(interactive)
+        self._requests.labels(outcome, mode).inc()
+        self._request_seconds.labels(outcome, mode).observe(seconds)
+        if outcome == "completed":
+            self._images.labels(mode).inc(images)
+
+
+class _Levels(Collector):
+    """What can be read at any time and need not be counted."""
+
+    def __init__(self, service: EditService) -> None:
+        self._service = service
+
+    def collect(self) -> Iterator[Metric]:
+        stats = self._service.stats()
+        yield GaugeMetricFamily("slideredit_queued_images", "Images that have not made a step yet.", stats.queued)
+        yield GaugeMetricFamily(
+            "slideredit_running_images", "Images between their first step and their decoding.", stats.running
+        )
+        yield GaugeMetricFamily("slideredit_cache_bytes", "Memory of the encodings that are kept.", stats.cache_bytes)
+        yield GaugeMetricFamily("slideredit_cache_entries", "Encodings that are kept.", stats.cache_entries)
+        yield GaugeMetricFamily("slideredit_queue_limit_images", "Images that the queue takes.", self._service.max_queue)
