@@ -9,13 +9,15 @@ from slideredit_rt.serving.batch import Row
 
 BACKGROUND_EVERY = 16
 """A step of full edits follows after so many steps of previews alone."""
+SHARE_BESIDE_PREVIEWS = 4
+"""While previews come, a step of full edits has the largest batch divided by this: the next preview waits for it to end."""
 
 
 class Scheduler:
     """Rows wait in lanes, one per key and priority; the first rows of a lane make its steps together.
 
     Within a lane first come, first served; lanes take turns. Previews (`interactive`) go first and full edits pause meanwhile,
-    keeping their state, but for one step after `BACKGROUND_EVERY` steps of previews. Not safe between threads.
+    keeping their state, but for one step after every `BACKGROUND_EVERY` steps of previews. Not safe between threads.
 
     Args:
         max_batch: most rows in a step.
@@ -47,22 +49,34 @@ class Scheduler:
                 if not lanes[key]:
                     del lanes[key]
 
-    def next_rows(self) -> list[Row]:
-        """The rows of the next step, none if no row waits. They stay in their lane until they are discarded."""
-        priority, key = self._next_lane()
-        lane = self._lanes[priority].get(key, [])
-        return lane[: self.max_batch]
+    def limit(self, *, interactive: bool, beside_previews: bool) -> int:
+        """Most rows that are worked on together, in a step or in decoding.
+
+        Args:
+            beside_previews: previews have come lately.
+        """
+        return max(1, self.max_batch // SHARE_BESIDE_PREVIEWS) if beside_previews and not interactive else self.max_batch
+
+    def next_rows(self, *, beside_previews: bool = False) -> list[Row]:
+        """The rows of the next step, none if no row waits. They stay in their lane until they are discarded.
+
+        Args:
+            beside_previews: previews have come lately.
+        """
+        interactive, key = self._next_lane()
+        lane = self._lanes[interactive].get(key, [])
+        return lane[: self.limit(interactive=interactive, beside_previews=beside_previews)]
 
     def _next_lane(self) -> tuple[bool, Hashable]:
         if not self.step_batching:
             if self._begun is None or self._begun[1] not in self._lanes[self._begun[0]]:
-                priority = bool(self._lanes[True])
-                self._begun = priority, next(iter(self._lanes[priority]), None)
+                interactive = bool(self._lanes[True])
+                self._begun = interactive, next(iter(self._lanes[interactive]), None)
             return self._begun
         previews, others = self._lanes[True], self._lanes[False]
-        priority = bool(previews) and not (others and self._previews_in_a_row >= BACKGROUND_EVERY)
-        self._previews_in_a_row = self._previews_in_a_row + 1 if priority and others else 0
-        key = next(iter(self._lanes[priority]), None)
+        interactive = bool(previews) and not (others and self._previews_in_a_row >= BACKGROUND_EVERY)
+        self._previews_in_a_row = self._previews_in_a_row + 1 if interactive and others else 0
+        key = next(iter(self._lanes[interactive]), None)
         if key is not None:
-            self._lanes[priority].move_to_end(key)
-        return priority, key
+            self._lanes[interactive].move_to_end(key)
+        return interactive, key

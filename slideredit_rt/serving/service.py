@@ -9,6 +9,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Generic, Literal, TypeVar
@@ -27,6 +28,9 @@ from slideredit_rt.sliders import Slider
 T = TypeVar("T")
 Outcome = Literal["completed", "refused", "failed", "cancelled", "deadline"]
 """How a request ended: `refused` for bad input or a full queue, `failed` where the engine or a decoder did."""
+
+PREVIEWS_COME = 10.0
+"""Seconds after a preview's submission in which another one is expected."""
 
 _log = logging.getLogger(__name__)
 
@@ -96,7 +100,8 @@ class Partial:
 
 
 class Observer:
-    """Told what happens in a service; override what is of interest. Called from several threads; must return at once.
+    """Told what happens in a service; override what is of interest. Called from several threads; must return at once, and
+    raise nothing.
 
     Nothing here tells a request's words or pictures.
     """
@@ -149,13 +154,13 @@ class _Job(Generic[T]):
     request: EditRequest
     seeds: tuple[int, ...]
     steps: int
-    convert: Callable[[Tensor], T]
+    convert: Callable[[Tensor], Sequence[Any]]
+    collect: Callable[[list[Any]], T]
     on_partial: Callable[[Partial], None] | None
     future: Future[T] = field(default_factory=Future)
     submitted: float = field(default_factory=time.monotonic)
     rows: list[Row] = field(default_factory=list)
-    pixels: dict[int, Tensor] = field(default_factory=dict)
-    outcome: Outcome = "cancelled"  # unless an attempt to settle says otherwise: the future itself may be cancelled
+    images: dict[int, Any] = field(default_factory=dict)
 
     @property
     def deadline(self) -> float:
@@ -171,24 +176,23 @@ class _Job(Generic[T]):
         """Steps that all its images have still to make."""
         return sum(row.steps - row.step for row in self.rows) if self.rows else self.steps * len(self.seeds)
 
-    def complete(self, result: T) -> None:
-        self._settle("completed", partial(self.future.set_result, result))
+    def complete(self) -> None:
+        """All images are there. Of several attempts to end a job the first one counts."""
+        with suppress(InvalidStateError):
+            self.future.set_result(self.collect([self.images[index] for index in range(len(self.seeds))]))
 
-    def fail(self, outcome: Outcome, error: Exception) -> None:
-        self._settle(outcome, partial(self.future.set_exception, error))
+    def fail(self, error: Exception) -> None:
+        with suppress(InvalidStateError):
+            self.future.set_exception(error)
 
-    def _settle(self, outcome: Outcome, setter: Callable[[], None]) -> None:
-        # The future decides which of several attempts counts; `_claim` keeps a later one from changing the outcome.
-        with self._claim:
-            if self.future.done():
-                return
-            self.outcome = outcome
-            try:
-                setter()
-            except InvalidStateError:
-                self.outcome = "cancelled"
 
-    _claim: threading.RLock = field(default_factory=threading.RLock)
+def _outcome_of(future: Future[Any]) -> Outcome:
+    """How the request of a settled future ended."""
+    if future.cancelled():
+        return "cancelled"
+    error = future.exception()
+    kinds: dict[type[Exception], Outcome] = {Cancelled: "cancelled", DeadlineExceeded: "deadline", EngineFailure: "failed"}
+    return "completed" if error is None else kinds.get(type(error), "refused")
 
 
 class Ticket(Generic[T]):
@@ -205,13 +209,13 @@ class Ticket(Generic[T]):
 
     def cancel(self) -> None:
         """Give up: the future raises `Cancelled` at once, and the request's rows leave at the next step boundary."""
-        self._job.fail("cancelled", Cancelled("the request was cancelled"))
+        self._job.fail(Cancelled("the request was cancelled"))
 
 
 class EditService:
     """Runs edits with step-level continuous batching; safe between threads, and a context manager that closes itself.
 
-    Two threads: one makes the engine's steps, the other encodes and decodes meanwhile (an autoencoder may keep state between its
+    Two threads: one makes the engine's steps, the other encodes and decodes meanwhile (an autoencoder keeps state between its
     layers and does not stand two threads). Each image is a row with its own latents, scheduler and step; rows that agree in
     shape share an engine call, whatever their sliders, strengths and steps (see `Scheduler` for their order). An image is what
     `SliderEditor.render` makes of the same request alone. Deadlines and cancellations act at the next step boundary.
@@ -252,6 +256,7 @@ class EditService:
         self._to_encode: dict[bool, deque[_Job[Any]]] = {True: deque(), False: deque()}
         self._to_decode: list[Row] = []
         self._partials: dict[Row, tuple[int, Tensor]] = {}
+        self._last_preview = -math.inf
         self._closing = self._stopped = False
         self._outcomes: Counter[str] = Counter()
         self._batch_sizes: Counter[int] = Counter()
@@ -283,17 +288,21 @@ class EditService:
             Closed: the service was closed.
             SliderEditError: bad input that can be told without encoding; other bad input comes through the future.
         """
-        return self._submit(request, self.editor.to_images, on_partial)
+        return self._submit(request, self.editor.to_images, list, on_partial)
 
     def submit_tensor(self, request: EditRequest) -> Ticket[Tensor]:
         """As `submit`, but the result is float32 `[N, 3, H, W]` in [0, 1], as `SliderEditor.render_tensor` gives it."""
-        return self._submit(request, lambda pixels: pixels, None)
+        return self._submit(request, torch.unbind, torch.stack, None)
 
     def _submit(
-        self, request: EditRequest, convert: Callable[[Tensor], T], on_partial: Callable[[Partial], None] | None
+        self,
+        request: EditRequest,
+        convert: Callable[[Tensor], Sequence[Any]],
+        collect: Callable[[list[Any]], T],
+        on_partial: Callable[[Partial], None] | None,
     ) -> Ticket[T]:
         try:
-            job = _Job(request, *self._check(request), convert, on_partial)
+            job = _Job(request, *self._check(request), convert, collect, on_partial)
             with self._changed:
                 if self._closing:
                     raise Closed("the service is closing and takes no more requests; try another one")
@@ -301,6 +310,8 @@ class EditService:
                 job.future.add_done_callback(partial(self._retire, job))
                 self._jobs[job] = None
                 self._to_encode[request.interactive].append(job)
+                if request.interactive:
+                    self._last_preview = job.submitted
                 self._changed.notify_all()
         except SliderEditError:
             with self._changed:
@@ -358,7 +369,7 @@ class EditService:
                 self._changed.wait_for(lambda: not self._jobs, timeout)
             left = list(self._jobs)
         for job in left:
-            job.fail("cancelled", Cancelled("the service was closed before the request was done"))
+            job.fail(Cancelled("the service was closed before the request was done"))
         with self._changed:
             self._stopped = True
             self._changed.notify_all()
@@ -376,7 +387,7 @@ class EditService:
         """What it does now and has done."""
         with self._changed:
             queued = sum(job.waiting for job in self._jobs)
-            running = sum(len(job.seeds) - job.waiting - len(job.pixels) for job in self._jobs)
+            running = sum(len(job.seeds) - job.waiting - len(job.images) for job in self._jobs)
             outcomes, batch_sizes, step_seconds = dict(self._outcomes), dict(self._batch_sizes), self._step_seconds
         cache = self._cache
         kept = (dict(cache.hits), dict(cache.misses), cache.bytes, len(cache))
@@ -384,15 +395,16 @@ class EditService:
 
     def _retire(self, job: _Job[Any], future: Future[Any]) -> None:
         """The future of a job was settled, by whomever: exactly once per job."""
+        outcome = _outcome_of(future)
         with self._changed:
             self._jobs.pop(job, None)
-            self._outcomes[job.outcome] += 1
+            self._outcomes[outcome] += 1
             self._changed.notify_all()
         seconds = time.monotonic() - job.submitted
-        self._observer.finished(job.outcome, len(job.seeds), job.request.interactive, seconds)
+        self._observer.finished(outcome, len(job.seeds), job.request.interactive, seconds)
 
     def _guard(self, loop: Callable[[], None]) -> None:
-        """Run a thread's loop; should it ever fail, no request is left waiting."""
+        """Run a thread's loop; should it ever end by an error, no request is left waiting."""
         try:
             loop()
         except BaseException as error:
@@ -402,7 +414,10 @@ class EditService:
                 left = list(self._jobs)
                 self._changed.notify_all()
             for job in left:
-                job.fail("failed", EngineFailure(f"the edit service stopped ({type(error).__name__}: {error}); start it again"))
+                job.fail(EngineFailure(f"the edit service stopped ({type(error).__name__}: {error}); start it again"))
+
+    def _beside_previews(self) -> bool:
+        return time.monotonic() - self._last_preview < PREVIEWS_COME
 
     # Engine steps.
 
@@ -421,9 +436,9 @@ class EditService:
                     self._changed.wait(None if deadline == math.inf else deadline - now)
                 if self._stopped:
                     return
-                rows = [] if expired else self._scheduler.next_rows()
+                rows = [] if expired else self._scheduler.next_rows(beside_previews=self._beside_previews())
             for job in expired:
-                job.fail("deadline", DeadlineExceeded(f"the images were not ready within {job.request.timeout:g} seconds"))
+                job.fail(DeadlineExceeded(f"the images were not ready within {job.request.timeout:g} seconds"))
             if rows:
                 self._step(rows)
 
@@ -452,8 +467,9 @@ class EditService:
         """The batch of these rows, as it was laid out the last time they made a step together."""
         key = tuple(rows)
         if key not in self._batches:
-            # Rows that now step in another company.
-            self._batches = {old: batch for old, batch in self._batches.items() if not set(old) & set(rows)}
+            # Rows that left, or that now step in another company.
+            gone = {*rows, *(row for old in self._batches for row in old if row.done or row.owner.future.done())}
+            self._batches = {old: batch for old, batch in self._batches.items() if gone.isdisjoint(old)}
             self._batches[key] = Batch(self.editor, rows)
         return self._batches[key]
 
@@ -467,7 +483,7 @@ class EditService:
         for job in {row.owner for row in rows}:
             failure = EngineFailure(f"{what} ({type(error).__name__}: {error}); other requests go on")
             failure.__cause__ = error
-            job.fail("failed", failure)
+            job.fail(failure)
 
     # Encoding and decoding.
 
@@ -483,16 +499,16 @@ class EditService:
             task()
 
     def _next_task(self) -> Callable[[], None] | None:
-        """Finished images first, then a preview's encoding, then partial images, then other encodings."""
+        """Previews that are finished, then those to encode; finished full edits, partial images, full edits to encode."""
         self._to_decode = [row for row in self._to_decode if not row.owner.future.done()]
         self._partials = {row: part for row, part in self._partials.items() if not row.owner.future.done()}
-        if self._to_decode:
-            first = next((row for row in self._to_decode if row.interactive), self._to_decode[0])
-            rows = self._together(first, self._to_decode)
-            self._to_decode = [row for row in self._to_decode if row not in rows]
-            return partial(self._finish, rows)
-        if (job := self._next_job(interactive=True)) is not None:
-            return partial(self._encode, job)
+        for interactive in (True, False):
+            if first := next((row for row in self._to_decode if row.interactive == interactive), None):
+                rows = self._together(first, self._to_decode)
+                self._to_decode = [row for row in self._to_decode if row not in rows]
+                return partial(self._finish, rows)
+            if interactive and (job := self._next_job(interactive=True)) is not None:
+                return partial(self._encode, job)
         if self._partials:
             rows = self._together(next(iter(self._partials)), list(self._partials))
             return partial(self._show, [(row, *self._partials.pop(row)) for row in rows])
@@ -508,7 +524,7 @@ class EditService:
     def _together(self, first: Row, rows: Sequence[Row]) -> list[Row]:
         """`first` and others that can be decoded with it."""
         others = (row for row in rows if row is not first and row.key == first.key and row.interactive == first.interactive)
-        return [first, *others][: self.max_batch]
+        return [first, *others][: self._scheduler.limit(interactive=first.interactive, beside_previews=self._beside_previews())]
 
     def _encode(self, job: _Job[Any]) -> None:
         request, started = job.request, time.perf_counter()
@@ -527,11 +543,11 @@ class EditService:
                 self.editor, prepared, request.settings, job.seeds, job.steps, owner=job, interactive=request.interactive
             )
         except SliderEditError as error:
-            job.fail("refused", error)
+            job.fail(error)
             return
         except Exception as error:
             _log.error("a request could not be encoded", exc_info=error)
-            job.fail("failed", EngineFailure(f"the request could not be encoded ({type(error).__name__}: {error})"))
+            job.fail(EngineFailure(f"the request could not be encoded ({type(error).__name__}: {error})"))
             return
         self._observer.encoded(time.perf_counter() - started)
         with self._changed:
@@ -557,9 +573,9 @@ class EditService:
         for row, image in zip(rows, pixels, strict=True):
             job: _Job[Any] = row.owner
             with self._changed:
-                job.pixels[row.index] = image
-            if len(job.pixels) == len(job.seeds):
-                job.complete(job.convert(torch.stack([job.pixels[index] for index in range(len(job.seeds))])))
+                job.images[row.index] = job.convert(image[None])[0]
+            if len(job.images) == len(job.seeds):
+                job.complete()
 
     def _show(self, parts: list[tuple[Row, int, Tensor]]) -> None:
         pixels = self._decode([row for row, *_ in parts], [clean for *_, clean in parts])
