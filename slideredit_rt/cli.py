@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slideredit_rt.errors import SliderEditError
+from slideredit_rt.serving.command import add_options as add_serve_options
 from slideredit_rt.sliders import Slider, compose_prompt, normalise
 
 if TYPE_CHECKING:
@@ -224,6 +225,12 @@ def _build(args: argparse.Namespace) -> int:
     ends = ", ".join(f"{count} {name}" for name, count in manifest.updates.items()) or "no sliders"
     _emit(args, {"out": str(args.out), "manifest": manifest.to_json()}, [f"built {args.out} ({manifest.backend}; {ends})"])
     return 0
+
+
+def _serve(args: argparse.Namespace) -> int:
+    from slideredit_rt.serving.command import serve
+
+    return serve(args, _runtime_options(args))
 
 
 def _inspect(args: argparse.Namespace) -> int:
@@ -702,6 +709,10 @@ def _parser() -> argparse.ArgumentParser:
     build.add_argument("--overwrite", action="store_true", help="replace an existing folder")
 
     command("inspect", _inspect, "print what an engine is").add_argument("engine", type=Path, metavar="ENGINE")
+
+    serve = command("serve", _serve, "serve edits over HTTP, with a page")
+    add_serve_options(serve)
+    runtime_options(serve)
 
     verify = command("verify", _verify, "compare an engine with the eager reference")
     verify.add_argument("engine", type=Path, metavar="ENGINE")

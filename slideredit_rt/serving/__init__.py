@@ -1,19 +1,25 @@
 """Serving: many edits share one engine, step by step."""
 
-from slideredit_rt.serving.service import (
-    Cancelled,
-    Closed,
-    DeadlineExceeded,
-    EditRequest,
-    EditService,
-    EngineFailure,
-    Observer,
-    Outcome,
-    Partial,
-    QueueFull,
-    Stats,
-    Ticket,
-)
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from slideredit_rt.serving.service import (
+        Cancelled,
+        Closed,
+        DeadlineExceeded,
+        EditRequest,
+        EditService,
+        EngineFailure,
+        Observer,
+        Outcome,
+        Partial,
+        QueueFull,
+        Stats,
+        Ticket,
+    )
 
 __all__ = [
     "Cancelled",
@@ -29,3 +35,10 @@ __all__ = [
     "Stats",
     "Ticket",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # The command's parser reads one of these modules; it should not wait for diffusers.
+    if name in __all__:
+        return getattr(import_module("slideredit_rt.serving.service"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,187 @@
+"""`slideredit-rt serve`."""
+
+from __future__ import annotations
+
+import argparse
+import atexit
+import hashlib
+import json
+import os
+import shutil
+import socket
+import sys
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from slideredit_rt.errors import SliderEditError
+
+if TYPE_CHECKING:
+    from slideredit_rt.editor import SliderEditor
+    from slideredit_rt.engines import RuntimeOptions
+
+_PACKAGES = ("fastapi", "uvicorn", "python_multipart", "prometheus_client")
+_KEY_VARIABLE = "SLIDEREDIT_API_KEY"
+_LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of `slideredit-rt serve`."""
+    parser.add_argument(
+        "engine",
+        type=Path,
+        nargs="?",
+        metavar="ENGINE",
+        help="folder written by slideredit-rt build (default: the embedded one)",
+    )
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: %(default)s, this machine only)")
+    parser.add_argument("--port", type=int, default=8000, help="(default: %(default)s; 0 takes a free one)")
+    parser.add_argument("--model", help="what clients call it (default: the name of the engine's folder)")
+    key = parser.add_mutually_exclusive_group()
+    key.add_argument("--api-key-file", type=Path, metavar="FILE", help=f"holds the key (default: ${_KEY_VARIABLE})")
+    key.add_argument("--api-key", metavar="KEY", help="other users of this machine can read it in the list of processes")
+    parser.add_argument("--base", help="where the base checkpoint is, if not where the manifest says")
+    parser.add_argument("--threads", type=int, help="CPU threads of the backend")
+    parser.add_argument("--max-queue", type=int, default=64, help="images that may wait, before 429 (default: %(default)s)")
+    parser.add_argument("--max-batch", type=int, help="most images in an engine step (default: the engine's)")
+    parser.add_argument("--cache-mib", type=int, default=256, help="for encoded pictures and prompts (default: %(default)s)")
+    parser.add_argument("--max-megapixels", type=float, default=16.0, help="of a picture that is sent (default: %(default)g)")
+    parser.add_argument("--max-body-mib", type=float, default=32.0, help="of a request (default: %(default)g)")
+    parser.add_argument("--request-seconds", type=float, default=300.0, help="for an edit, before 504 (default: %(default)g)")
+    parser.add_argument("--preview-steps", type=int, default=4, help="of previews that say nothing (default: %(default)s)")
+    parser.add_argument(
+        "--drain-seconds", type=float, default=30.0, help="for accepted edits to finish after a signal (default: %(default)g)"
+    )
+
+
+def serve(args: argparse.Namespace, options: RuntimeOptions | None) -> int:
+    """Serve until a signal comes.
+
+    Raises:
+        SliderEditError: a missing package, an address that cannot be had, or an engine that cannot be run.
+    """
+    missing = [name for name in _PACKAGES if find_spec(name) is None]
+    if missing:
+        raise SliderEditError(f"serving needs {', '.join(missing)}; install them with pip install 'slideredit-rt[serve]'")
+    _check(args)
+    key = _api_key(args)
+    listener = _bind(args.host, args.port)
+    with listener:
+        from slideredit_rt.serving.app import create_app
+        from slideredit_rt.serving.body import Limits
+        from slideredit_rt.serving.metrics import Metrics
+        from slideredit_rt.serving.server import Server
+        from slideredit_rt.serving.service import EditService
+
+        editor, folder = _open(args, options)
+        metrics = Metrics()
+        service = EditService(
+            editor,
+            max_queue=args.max_queue,
+            cache_bytes=args.cache_mib * 2**20,
+            max_batch=args.max_batch,
+            observer=metrics,
+        )
+        model = args.model or folder.resolve().name
+        limits = Limits(
+            body_bytes=int(args.max_body_mib * 2**20),
+            pixels=int(args.max_megapixels * 1e6),
+            request_seconds=args.request_seconds,
+        )
+        app = create_app(service, model=model, api_key=key, limits=limits, preview_steps=args.preview_steps, metrics=metrics)
+
+        def ready() -> None:
+            host, port = listener.getsockname()[:2]
+            url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+            line = json.dumps({"url": url, "model": model}) if args.json else f"serving {model} at {url} (API: {url}/docs)"
+            sys.stdout.write(f"{line}\n")
+            sys.stdout.flush()
+            if key is None and args.host not in _LOOPBACK:
+                sys.stderr.write(f"slideredit-rt: whoever reaches {host} may use it; --api-key-file asks for a key\n")
+
+        server = Server(app, service, drain_seconds=args.drain_seconds, on_ready=ready)
+        try:
+            server.run([listener])
+        finally:
+            service.close(drain=False)
+    return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Refuse numbers that serve nobody."""
+    for name, least in (("preview_steps", 1), ("cache_mib", 0), ("drain_seconds", 0)):
+        if getattr(args, name) < least:
+            raise SliderEditError(f"--{name.replace('_', '-')} is {getattr(args, name)}; give at least {least}")
+    for name in ("max_megapixels", "max_body_mib", "request_seconds"):
+        if not getattr(args, name) > 0:
+            raise SliderEditError(f"--{name.replace('_', '-')} is {getattr(args, name):g}; give a number above 0")
+
+
+def _api_key(args: argparse.Namespace) -> str | None:
+    """The key that clients have to bring; None asks for none."""
+    if args.api_key_file is not None:
+        try:
+            key = args.api_key_file.read_text().strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise SliderEditError(f"the key file {str(args.api_key_file)!r} cannot be read ({error})") from None
+    else:
+        key = args.api_key if args.api_key is not None else os.environ.get(_KEY_VARIABLE)
+        if key is None:
+            return None
+    if not key or not key.isascii() or not key.isprintable() or " " in key:
+        raise SliderEditError("the API key is empty, or holds spaces or characters beyond ASCII; choose another one")
+    return str(key)
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    """A socket at the address, before the engine is loaded: whether it can be had is known at once."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        listener = socket.socket(family, kind, protocol)
+    except (OSError, OverflowError, UnicodeError) as error:
+        raise SliderEditError(f"{host!r} port {port} is no address to listen at ({error})") from None
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        return listener
+    except (OSError, OverflowError) as error:
+        listener.close()
+        reason = getattr(error, "strerror", None) or error
+        raise SliderEditError(f"cannot listen at {host} port {port} ({reason}); choose another --port") from None
+
+
+def _open(args: argparse.Namespace, options: RuntimeOptions | None) -> tuple[SliderEditor, Path]:
+    """The editor, and the folder of its engine."""
+    from slideredit_rt.editor import SliderEditor
+
+    if args.engine is not None:
+        return SliderEditor.from_engine(args.engine, args.base, threads=args.threads, options=options), args.engine
+    from slideredit_rt.export.build import build_engine
+
+    folder = _default_engine()
+    try:
+        return SliderEditor.from_engine(folder, args.base, threads=args.threads, options=options), folder
+    except SliderEditError:
+        # Not built yet, or built from files that have moved since.
+        build_engine("shapes-kontext", "shapes-st", folder, overwrite=True, progress=not args.quiet)
+    return SliderEditor.from_engine(folder, args.base, threads=args.threads, options=options), folder
+
+
+def _default_engine() -> Path:
+    """Where the engine of the embedded editor is kept: one for each content that it may be built from."""
+    from slideredit_rt.assets import resolve_adapter, resolve_base
+    from slideredit_rt.files import folder_fingerprint, sha256
+
+    parts = folder_fingerprint(resolve_base("shapes-kontext")), sha256(resolve_adapter("shapes-st"))
+    name = Path("slideredit-rt") / "engines" / hashlib.sha256("".join(parts).encode()).hexdigest()[:16] / "shapes-st"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    try:
+        (cache / name).parent.mkdir(parents=True, exist_ok=True)
+        if os.access((cache / name).parent, os.W_OK):
+            return cache / name
+    except OSError:
+        pass
+    folder = Path(tempfile.mkdtemp(prefix="slideredit-rt-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder / "shapes-st"
