@@ -148,7 +148,7 @@ def export_linked(
             compute in the dtype; the adapter does not fit; the folder takes neither links nor copies.
     """
     weights = _link_weights(
-        family, checkpoint, adapter, folder, dtype=dtype, fill_ranks=lowering == "plugin", symbolic_links=symbolic_links
+        family, checkpoint, adapter, folder, dtype=dtype, higher_ranks=lowering == "plugin", symbolic_links=symbolic_links
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -173,7 +173,7 @@ def export_weights(
     Raises:
         SliderEditError: as `export_linked`.
     """
-    weights = _link_weights(family, checkpoint, adapter, folder, dtype=dtype, fill_ranks=False, symbolic_links=True)
+    weights = _link_weights(family, checkpoint, adapter, folder, dtype=dtype, higher_ranks=False, symbolic_links=True)
     with atomic_file(folder / CONFIG_FILE) as temporary:
         shutil.copyfile(checkpoint / "transformer" / CONFIG_FILE, temporary)
     return weights.export(folder, CONFIG_FILE, {"operator": len(adapter.pairs)} if adapter else {}, [])
@@ -186,7 +186,7 @@ def _link_weights(
     folder: Path,
     *,
     dtype: torch.dtype | None,
-    fill_ranks: bool,
+    higher_ranks: bool,
     symbolic_links: bool,
 ) -> _LinkedWeights:
     """Link the checkpoint's weights into `folder` and write the adapter's beside them (see `export_linked`)."""
@@ -202,7 +202,7 @@ def _link_weights(
     nn.Module.to(transformer, dtype)
     if adapter is not None:
         adapter = _cast(adapter, dtype)
-        if fill_ranks:
+        if higher_ranks:
             adapter = fill_ranks(adapter, {name: graph_rank(len(a)) for name, (a, _) in adapter.pairs.items()})
     on_meta = adapter and dataclasses.replace(
         adapter, pairs={name: (a.to("meta"), b.to("meta")) for name, (a, b) in adapter.pairs.items()}
@@ -214,7 +214,7 @@ def _link_weights(
     links: dict[str, Link] = {}
     files = []
     for file in sorted({place.file for name, place in places.items() if name not in foreign}):
-        if link := _link(file, folder / file.name, symbolic_links):
+        if link := link_or_copy(file, folder / file.name, symbolic_links):
             links[file.name] = link
         else:
             files.append(file.name)
@@ -416,7 +416,7 @@ def _read(place: _Stored) -> Tensor:
     return torch.frombuffer(data, dtype=place.dtype).reshape(place.shape)
 
 
-def _link(source: Path, target: Path, symbolic: bool) -> Link | None:
+def link_or_copy(source: Path, target: Path, symbolic: bool = False) -> Link | None:
     """Link `target` to `source`; None if it had to be copied."""
     # Files in the hub's cache are symbolic links themselves.
     source = source.resolve()
