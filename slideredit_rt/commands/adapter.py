@@ -1,0 +1,179 @@
+"""`slideredit-rt adapter show`, `convert`, `replace` and `calibrate`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from slideredit_rt.commands.shared import Commands, add_picture_options, emit, options_given, picture_options
+from slideredit_rt.errors import SliderEditError
+
+if TYPE_CHECKING:
+    from slideredit_rt.families import Family
+
+
+def _base_of_adapter(args: argparse.Namespace) -> tuple[Family, Any] | None:
+    """The family and the transformer, without its weights, of `--base`."""
+    from slideredit_rt.assets import resolve_base
+    from slideredit_rt.checkpoint import meta_transformer
+    from slideredit_rt.families import family_of
+
+    if args.base is None:
+        return None
+    folder = resolve_base(args.base)
+    return family_of(folder), meta_transformer(folder / "transformer")
+
+
+def _adapter_show(args: argparse.Namespace) -> int:
+    import dataclasses
+
+    from slideredit_rt.adapters import adapter_report, load_adapter, match_adapter
+
+    base = _base_of_adapter(args)
+    adapter = load_adapter(args.adapter, base and base[0], mixed_dtypes=True)
+    report = adapter_report(adapter)
+    ranks = ", ".join(f"{rank} ({count} linears)" for rank, count in report["ranks"].items())
+    lines = [
+        f"adapter      {adapter.source}",
+        f"family       {adapter.family}",
+        f"kind         {adapter.kind}",
+        f"rank         {ranks}",
+        *([f"members      {', '.join(adapter.members)}"] if adapter.members else []),
+        f"dtype        {adapter.dtype}",
+        f"size         {report['parameters']:,} parameters",
+        f"norm         {report['norm']:.4g} of B·A, all linears together",
+        f"fingerprint  {report['fingerprint']}",
+        f"training     {', '.join(f'{key} {value}' for key, value in adapter.training.items()) or 'not recorded'}",
+        f"{'linears':<52} {'rows':<6} {'count':>5}  {'rank':<8} norm",
+    ]
+    for name, target in report["targets"].items():
+        target_ranks = ",".join(map(str, target["ranks"]))
+        lines.append(f"{name:<52} {target['rows'] or '-':<6} {target['modules']:>5}  {target_ranks:<8} {target['norm']:.4g}")
+    if base is not None:
+        match = dataclasses.asdict(match_adapter(adapter, *base))
+        report["base"] = {"source": str(args.base), **match}
+        lines.append(f"on {args.base}: " + ", ".join(f"{len(names)} {what}" for what, names in match.items()))
+        lines += [f"{what:<12} {name}" for what, names in match.items() if what != "matched" for name in names]
+    emit(args, report, lines)
+    return 0
+
+
+def _adapter_convert(args: argparse.Namespace) -> int:
+    from slideredit_rt.adapters import DTYPES, fit_adapter, load_adapter, save_adapter
+
+    if args.allow_partial and args.base is None:
+        raise SliderEditError("--allow-partial drops modules that a base lacks; name the base with --base")
+    if args.destination.exists():
+        raise SliderEditError(f"{str(args.destination)!r} exists already; choose another name")
+    base = _base_of_adapter(args)
+    loaded = load_adapter(args.source, base and base[0], mixed_dtypes=args.dtype is not None)
+    adapter = loaded if base is None else fit_adapter(loaded, *base, allow_partial=args.allow_partial)
+    save_adapter(adapter, args.destination, args.to, dtype=args.dtype and DTYPES[args.dtype])
+    dropped = [name for name in loaded.pairs if name not in adapter.pairs]
+    result = {
+        "out": str(args.destination),
+        "format": args.to,
+        "family": adapter.family,
+        "kind": adapter.kind,
+        "modules": len(adapter.pairs),
+        "dropped": dropped,
+    }
+    lines = [f"wrote {args.destination} ({args.to}; {adapter.kind}, rank {adapter.rank}, {len(adapter.pairs)} linears)"]
+    emit(args, result, [*lines, *(f"dropped {name}" for name in dropped)])
+    return 0
+
+
+def _adapter_replace(args: argparse.Namespace) -> int:
+    from slideredit_rt.export.replace import replace_engine_adapter
+
+    manifest = replace_engine_adapter(args.engine, args.adapter)
+    result = {"engine": str(args.engine), "manifest": manifest.to_json()}
+    emit(args, result, [f"{args.engine} now has the adapter {', '.join(args.adapter)}"])
+    return 0
+
+
+def _adapter_calibrate(args: argparse.Namespace) -> int:
+    import dataclasses
+
+    from slideredit_rt.adapters import load_adapter, save_adapter
+    from slideredit_rt.assets import resolve_base
+    from slideredit_rt.evaluation.calibrate import calibrate_adapter, draw_calibration
+    from slideredit_rt.evaluation.dataset import Dataset
+    from slideredit_rt.evaluation.pictures import open_pictures
+    from slideredit_rt.evaluation.shapes import CALIBRATION_SEEDS, ShapesScenes
+    from slideredit_rt.families import family_of
+
+    if args.destination.exists():
+        raise SliderEditError(f"{str(args.destination)!r} exists already; choose another name")
+    folder = resolve_base(args.base)
+    family = family_of(folder)
+    own = picture_options(args)
+    if own is None:
+        dataset: Dataset = ShapesScenes(seeds=CALIBRATION_SEEDS)
+    else:
+        # Only a response is read.
+        dataset = open_pictures(dataclasses.replace(own, distance_scorers=()), family, folder)
+    adapter, found = calibrate_adapter(
+        args.base,
+        load_adapter(args.source, family),
+        dataset,
+        engine=args.engine,
+        progress=not args.quiet,
+        **options_given(args, "cases", "samples", "steps", "threads"),
+    )
+    if args.plot is not None:
+        draw_calibration(found, args.plot)
+    save_adapter(adapter, args.destination)
+    curve = found.curve.to_json()
+    result = {"out": str(args.destination), "strength_curve": curve, "cases": found.cases, "left_out": found.left_out}
+    lines = [f"{'strength':>9} {'alpha':>8}", *(f"{s:>9.3f} {a:>8.3f}" for s, a in zip(*curve.values(), strict=True))]
+    counted = f"{found.cases} edits" + (f", {found.left_out} too small to count" if found.left_out else "")
+    emit(args, result, [*lines, f"wrote {args.destination}, from {counted}"])
+    return 0
+
+
+def add_commands(commands: Commands) -> None:
+    """Add the commands of this module."""
+    adapter_commands = commands.group("adapter", "show, convert or calibrate an adapter, or change that of an engine")
+    shown = adapter_commands.add("show", _adapter_show, "print what an adapter is, and how it fits a base")
+    shown.add_argument("adapter", metavar="ADAPTER", help="shapes-st, shapes-gst, a file or a PEFT folder")
+    shown.add_argument("--base", help="report which linears match, are missing or unexpected; its weights are not read")
+    converted = adapter_commands.add("convert", _adapter_convert, "write an adapter in another format")
+    converted.add_argument("source", metavar="SRC", help="shapes-st, shapes-gst, a file or a PEFT folder")
+    converted.add_argument("destination", type=Path, metavar="DST", help="file to write; a folder for diffusers and peft")
+    converted.add_argument(
+        "--to",
+        choices=("canonical", "diffusers", "peft", "slideredit-st"),
+        default="canonical",
+        help="canonical: one safetensors file with metadata (default)",
+    )
+    converted.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="of the tensors (default: as they are stored, if that holds them exactly, else float32)",
+    )
+    converted.add_argument("--base", help="refuse an adapter with modules that this base lacks")
+    converted.add_argument("--allow-partial", action="store_true", help="with --base: leave these modules out instead")
+    replacement = adapter_commands.add("replace", _adapter_replace, "give an engine another adapter without a build")
+    replacement.add_argument("engine", type=Path, metavar="ENGINE")
+    replacement.add_argument(
+        "adapter",
+        metavar="ADAPTER",
+        nargs="+",
+        help="of the same kind and modules, of the same rank or a lower one; several for a bank",
+    )
+
+    calibrated = adapter_commands.add(
+        "calibrate", _adapter_calibrate, "learn the map from strength to alpha that makes a response even"
+    )
+    calibrated.add_argument("source", metavar="SRC", help="shapes-st, shapes-gst, a file or a PEFT folder")
+    calibrated.add_argument("destination", type=Path, metavar="DST", help="adapter file to write, with the map in it")
+    calibrated.add_argument("--base", default="shapes-kontext", help="(default: shapes-kontext)")
+    calibrated.add_argument("--engine", type=Path, help="built with this adapter (default: one is built for ONNX Runtime)")
+    calibrated.add_argument("--cases", type=int, help="edits to measure (default: 32)")
+    calibrated.add_argument("--samples", type=int, help="strengths per edit, odd (default: 17)")
+    calibrated.add_argument("--steps", type=int, help="denoising steps (default: 12)")
+    calibrated.add_argument("--threads", type=int, help="CPU threads of the engine")
+    calibrated.add_argument("--plot", type=Path, metavar="PNG", help="draw the response before and after, and the map")
+    add_picture_options(calibrated, distances=False)

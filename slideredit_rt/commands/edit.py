@@ -1,0 +1,215 @@
+"""`slideredit-rt edit`, `sweep`, `spans` and `demo`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from slideredit_rt.commands.shared import (
+    Commands,
+    add_member_option,
+    add_runtime_options,
+    emit,
+    runtime_options,
+    with_members,
+)
+from slideredit_rt.errors import SliderEditError
+from slideredit_rt.sliders import Slider, compose_prompt, normalise
+
+_MAX_SWEEP = 64
+
+
+def parse_slider(text: str) -> Slider:
+    """`INSTRUCTION=STRENGTH` or `INSTRUCTION` (strength 1)."""
+    instruction, separator, value = text.rpartition("=")
+    if not separator:
+        return Slider(text)
+    try:
+        return Slider(instruction, float(value))
+    except ValueError:
+        raise SliderEditError(f"slider {text!r} has the strength {value!r}; write it as 'make the circle red=0.5'") from None
+
+
+def parse_swept_slider(text: str) -> tuple[Slider, list[float] | None]:
+    """`INSTRUCTION=START:STOP:COUNT` for a swept slider, else a fixed one."""
+    instruction, _, value = text.rpartition("=")
+    if ":" not in value or not instruction:
+        return parse_slider(text), None
+    try:
+        first, last, number = value.split(":")
+        start, stop, count = float(first), float(last), int(number)
+    except ValueError:
+        raise SliderEditError(
+            f"slider {text!r} has the range {value!r}; write it as start:stop:count, such as 0:1.5:7"
+        ) from None
+    if not 2 <= count <= _MAX_SWEEP:
+        raise SliderEditError(f"slider {text!r} asks for {count} strengths; give 2 to {_MAX_SWEEP}")
+    strengths = [start + (stop - start) * i / (count - 1) for i in range(count)]
+    return Slider(instruction, strengths[0]), [Slider(instruction, s).strength for s in strengths]
+
+
+def member_of(slider: Slider) -> dict[str, str]:
+    return {} if slider.adapter is None else {"member": slider.adapter}
+
+
+def _edit(args: argparse.Namespace) -> int:
+    from slideredit_rt.editor import SliderEditor
+    from slideredit_rt.images import open_image, picture_format, save_image
+
+    picture_format(args.out)
+    sliders = with_members(args, [parse_slider(s) for s in args.slider])
+    images = [open_image(path) for path in args.image]
+    editor = SliderEditor.from_engine(args.engine, args.base, threads=args.threads, options=runtime_options(args))
+    edited = editor.edit(
+        images,
+        sliders,
+        prompt=args.prompt,
+        seed=args.seed,
+        steps=args.steps,
+        guidance_scale=args.guidance_scale,
+        true_cfg_scale=args.true_cfg_scale,
+        negative_prompt=args.negative_prompt,
+        progress=not args.quiet,
+    )
+    save_image(edited, args.out)
+    result = {
+        "out": str(args.out),
+        "prompt": args.prompt or compose_prompt([s.instruction for s in sliders]),
+        "sliders": [{"instruction": s.instruction, "strength": s.strength, **member_of(s)} for s in sliders],
+        "seed": args.seed,
+        "size": list(edited.size),
+    }
+    emit(args, result, [f"wrote {args.out}"])
+    return 0
+
+
+def _sweep(args: argparse.Namespace) -> int:
+    from slideredit_rt.editor import SliderEditor
+    from slideredit_rt.files import atomic_file
+    from slideredit_rt.images import draw_grid, open_image, picture_format, save_image
+
+    picture_format(args.out)
+    parsed = [parse_swept_slider(s) for s in args.slider]
+    sliders = with_members(args, [s for s, _ in parsed])
+    swept = [(i, v) for i, (_, v) in enumerate(parsed) if v is not None]
+    if len(swept) not in (1, 2):
+        raise SliderEditError(f"{len(swept)} sliders are swept; give one (a strip) or two (a grid) as 'instruction=0:1.5:7'")
+    images = [open_image(path) for path in args.image]
+    editor = SliderEditor.from_engine(args.engine, args.base, threads=args.threads, options=runtime_options(args))
+    options = {
+        "prompt": args.prompt,
+        "seed": args.seed,
+        "steps": args.steps,
+        "guidance_scale": args.guidance_scale,
+        "true_cfg_scale": args.true_cfg_scale,
+        "negative_prompt": args.negative_prompt,
+        "progress": not args.quiet,
+    }
+    if len(swept) == 1:
+        index, strengths = swept[0]
+        cells = [editor.sweep(images, sliders, index, strengths, **options)]
+        columns = [f"{s:g}" for s in strengths]
+        row_labels = [""]
+        title = sliders[index].instruction
+    else:
+        down, across = swept
+        cells = editor.grid(images, sliders, down, across, **options)
+        columns = [f"{s:g}" for s in across[1]]
+        row_labels = [f"{s:g}" for s in down[1]]
+        title = f"rows: {sliders[down[0]].instruction}    columns: {sliders[across[0]].instruction}"
+    save_image(draw_grid(cells, columns, row_labels, title), args.out)
+    beside = args.out.with_suffix(".json")
+    result = {
+        "out": str(args.out),
+        "prompt": args.prompt or compose_prompt([s.instruction for s in sliders]),
+        "sliders": [
+            {"instruction": s.instruction, "strengths" if v else "strength": v or s.strength, **member_of(s)}
+            for s, (_, v) in zip(sliders, parsed, strict=True)
+        ],
+        "images": args.image,
+        "engine": str(args.engine),
+        "seed": args.seed,
+        "steps": args.steps or editor.family.num_inference_steps,
+    }
+    with atomic_file(beside) as temporary:
+        temporary.write_text(json.dumps(result, indent=2) + "\n")
+    emit(args, result, [f"wrote {args.out} and {beside}"])
+    return 0
+
+
+def _spans(args: argparse.Namespace) -> int:
+    from slideredit_rt.assets import resolve_base
+    from slideredit_rt.families import family_of
+    from slideredit_rt.sliders import find_spans
+
+    folder = resolve_base(args.base)
+    family = family_of(folder)
+    pipeline = family.load_pipeline(folder, transformer=False)
+    sliders = [parse_slider(s) for s in args.slider]
+    prompt = normalise(args.prompt) if args.prompt else compose_prompt([s.instruction for s in sliders])
+    tokens, rows = family.tokenize(pipeline, prompt), family.max_text_rows(pipeline)
+    owners = {row: i for i, span in enumerate(find_spans(prompt, sliders, tokens, rows)) for row in span}
+    table = [
+        {"row": t.row, "token": t.text, "characters": prompt[t.start : t.end], "slider": owners.get(t.row)} for t in tokens
+    ]
+    lines = [f"{'row':>4}  {'token':<16} {'characters':<16} slider"]
+    for entry, token in zip(table, tokens, strict=True):
+        owner = owners.get(token.row)
+        name = "" if owner is None else f"{owner}: {sliders[owner].instruction}"
+        lines.append(f"{token.row:>4}  {token.text:<16} {entry['characters']!s:<16} {name}".rstrip())
+    lines.append(f"{rows} text rows in all; rows without a slider are never scaled by an ST adapter")
+    emit(args, {"prompt": prompt, "text_rows": rows, "tokens": table}, lines)
+    return 0
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from slideredit_rt.demo import run_demo
+
+    report = run_demo(args.out, progress=not args.quiet)
+    strengths = " ".join(f"{s:5g}" for s in report["sliders"][0]["strengths"])
+    lines = [f"{'kind':<4} {'image':<10} {'slider':<26} response at {strengths}  spearman   leak"]
+    for s in report["sliders"]:
+        curve = " ".join(f"{r:5.2f}" for r in s["response"])
+        leak = "" if s["leak"] is None else f"{s['leak']:.3f}"
+        lines.append(
+            f"{s['kind']:<4} {s['image']:<10} {s['instruction']:<26} {'':<11} {curve}  {s['spearman']:8.3f}  {leak:>5}"
+        )
+    lines += [f"wrote {', '.join(report['files'])} in {report['seconds']['total']:.0f} s"]
+    emit(args, report, lines)
+    return 0
+
+
+def _add_image_options(sub: argparse.ArgumentParser, example: str) -> None:
+    """The options of `edit` and `sweep`."""
+    sub.add_argument("engine", type=Path, metavar="ENGINE", help="folder written by slideredit-rt build")
+    sub.add_argument("--image", action="append", required=True, help="picture to edit; repeat for a base that takes several")
+    sub.add_argument("--slider", action="append", required=True, metavar=example, help="repeat for several sliders")
+    add_member_option(sub)
+    sub.add_argument("--prompt", help="holds every instruction; default: the instructions joined by ' and '")
+    sub.add_argument("--seed", type=int, default=0, help="of the initial noise (default: 0)")
+    sub.add_argument("--steps", type=int, help="denoising steps (default: the family's)")
+    sub.add_argument("--guidance-scale", type=float, help="embedded guidance (default: the family's)")
+    sub.add_argument("--true-cfg-scale", type=float, help="guidance with a negative pass (default: the family's; 1: none)")
+    sub.add_argument("--negative-prompt", help="of the negative pass (default: the family's)")
+    sub.add_argument("--base", help="where the base checkpoint is, if not where the manifest says")
+    sub.add_argument("--threads", type=int, help="CPU threads of the backend")
+    add_runtime_options(sub)
+    sub.add_argument("--out", type=Path, required=True, help="picture to write")
+
+
+def add_commands(commands: Commands) -> None:
+    """Add the commands of this module."""
+    _add_image_options(commands.add("edit", _edit, "edit a picture at given strengths"), "INSTRUCTION=STRENGTH")
+    _add_image_options(
+        commands.add("sweep", _sweep, "move one or two sliders and draw a strip or a grid"), "INSTRUCTION=START:STOP:COUNT"
+    )
+
+    spans = commands.add("spans", _spans, "print the tokens of a prompt, their rows and which slider owns them")
+    spans.add_argument("--base", default="shapes-kontext", help="whose tokenizer (default: shapes-kontext)")
+    spans.add_argument("--slider", action="append", required=True, metavar="INSTRUCTION")
+    spans.add_argument("--prompt", help="default: the instructions joined by ' and '")
+
+    commands.add("demo", _demo, "build the embedded engines, move sliders, measure what moved").add_argument(
+        "--out", type=Path, required=True, help="folder for engines, pictures and the report"
+    )

@@ -1,0 +1,199 @@
+"""`slideredit-rt build`, `inspect` and `verify`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from slideredit_rt.commands.edit import parse_slider
+from slideredit_rt.commands.shared import (
+    Commands,
+    add_member_option,
+    add_runtime_options,
+    counts,
+    emit,
+    listed,
+    mib,
+    options_given,
+    runtime_options,
+    with_members,
+)
+from slideredit_rt.errors import SliderEditError
+
+if TYPE_CHECKING:
+    from slideredit_rt.engines import Manifest
+
+
+def _build(args: argparse.Namespace) -> int:
+    import dataclasses
+
+    from slideredit_rt.engines.tensorrt import PACKAGES
+    from slideredit_rt.export.build import BATCH, MAX_SLIDERS, build_engine
+    from slideredit_rt.export.tensorrt_engine import TensorRTOptions
+
+    fields = [f.name for f in dataclasses.fields(TensorRTOptions)]
+    given = options_given(args, *fields)
+    if "targets" in given:
+        given["targets"] = tuple(given["targets"])
+    if given and args.backend not in PACKAGES:
+        option = f"--{next(iter(given)).replace('_', '-')}"
+        raise SliderEditError(f"{option} is for --backend tensorrt or tensorrt-rtx; the backend {args.backend} takes any size")
+    batch = BATCH if args.batch is None else (1, 1, *args.batch) if len(args.batch) == 1 else tuple(args.batch)
+    if len(batch) != 3:
+        raise SliderEditError(f"--batch takes the largest batch or MIN,OPT,MAX, got {len(batch)} numbers")
+    manifest = build_engine(
+        args.base,
+        args.adapter,
+        args.out,
+        backend=args.backend,
+        lowering=args.lowering,
+        dtype=args.dtype,
+        batch=batch,
+        max_sliders=MAX_SLIDERS if args.max_sliders is None else args.max_sliders,
+        allow_partial=args.allow_partial,
+        tensorrt=TensorRTOptions(**given) if args.backend in PACKAGES else None,
+        overwrite=args.overwrite,
+        progress=not args.quiet,
+    )
+    ends = ", ".join(f"{count} {name}" for name, count in manifest.updates.items()) or "no sliders"
+    emit(args, {"out": str(args.out), "manifest": manifest.to_json()}, [f"built {args.out} ({manifest.backend}; {ends})"])
+    return 0
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from slideredit_rt.engines.manifest import read_manifest
+    from slideredit_rt.engines.tensorrt import PACKAGES
+
+    manifest = read_manifest(args.engine)
+    adapter, compatibility = manifest.adapter, manifest.compatibility
+    later = ", or a later one of the same major" if compatibility.get("versions") else ""
+    hardware = compatibility.get("hardware", "none")
+    lines = [
+        f"engine     {args.engine}",
+        f"family     {manifest.family}",
+        f"base       {manifest.base['source']}",
+        f"adapter    {adapter['source']} ({adapter['kind']}, rank {adapter['rank']}, {adapter['modules']} linears)"
+        if adapter
+        else "adapter    none",
+        *(f"member     {name} ({member['source']})" for name, member in (adapter or {}).get("members", {}).items()),
+        f"backend    {manifest.backend} {manifest.backend_version}{later}",
+        f"dtype      {manifest.dtype}",
+        f"lowering   {manifest.lowering}; updates: {counts(manifest.updates) or 'none'}",
+        f"limits     batch {manifest.max_batch}, sliders {manifest.max_sliders}",
+        *([f"targets    {', '.join(manifest.targets)}"] if manifest.targets else []),
+        *([f"hardware   {hardware}"] if hardware != "none" else []),
+        *(f"profile    {axis} {low} to {high}, usually {usual}" for axis, (low, usual, high) in manifest.ranges.items()),
+        *(f"input      {s.name} {s.dtype} [{', '.join(map(str, s.shape))}]" for s in manifest.inputs),
+        *(f"output     {s.name} {s.dtype} [{', '.join(map(str, s.shape))}]" for s in manifest.outputs),
+        *([f"layers     before fusion: {counts(manifest.layers)}"] if manifest.layers else []),
+        *(f"file       {name} {mib(info['bytes'])}" for name, info in manifest.files.items()),
+        *(f"link       {name} {mib(info['bytes'])} ({info['kind']})" for name, info in manifest.links.items()),
+        f"created    {manifest.created}",
+    ]
+    result = manifest.to_json()
+    if manifest.backend in PACKAGES:
+        result["device"], found = _on_device(args.engine, manifest)
+        lines += found
+    emit(args, result, lines)
+    return 0
+
+
+def _on_device(folder: Path, manifest: Manifest) -> tuple[dict[str, Any], list[str]]:
+    """What only the GPU tells about a compiled engine, as JSON and as lines; without one, why not."""
+    from slideredit_rt.engines.tensorrt_report import engine_report
+
+    try:
+        report = engine_report(folder, manifest)
+    except SliderEditError as error:
+        return {"unavailable": str(error)}, [f"device     memory and fused layers need the GPU: {error}"]
+    types = counts(report["layer_types"]) or "of types that the plan does not tell"
+    return report, [
+        f"device     {mib(report['weight_bytes'])} of weights, {mib(report['streamable_weight_bytes'])} of them streamable",
+        f"device     {mib(report['context_bytes'])} for the profile's largest sizes",
+        f"layers     after fusion, {report['layers']}: {types}",
+    ]
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from slideredit_rt.images import open_image
+    from slideredit_rt.training.shapes_evaluation import scene_image
+    from slideredit_rt.training.shapes_world import held_out_examples
+    from slideredit_rt.verify import verify_engine
+
+    image = open_image(args.image) if args.image else scene_image(held_out_examples(1, 1)[0])
+    sliders = with_members(args, [parse_slider(s) for s in args.slider or ["make the circle red"]])
+    report = verify_engine(args.engine, image, sliders, base=args.base, adapter=args.adapter, options=runtime_options(args))
+    half = report.dtype != "float32"
+    lines = [f"{'case':<34} {'max abs':>10} {'rel. RMS':>10}" + (f" {'eager ' + report.dtype:>15}" if half else "")]
+    for c in report.comparisons:
+        beside = "" if c.same_dtype_rms is None else f" {c.same_dtype_rms:>15.2e}"
+        lines.append(f"{c.case:<34} {c.max_abs_error:>10.2e} {c.relative_rms:>10.2e}{beside}")
+    lines += [f"final images, {name:<20} PSNR {value:.1f} dB" for name, value in report.psnr.items()]
+    lines.append(report.verdict)
+    emit(args, report.to_json(), lines)
+    return 0 if report.passed else 1
+
+
+def add_commands(commands: Commands) -> None:
+    """Add the commands of this module."""
+    build = commands.add("build", _build, "build an engine from a checkpoint and an adapter")
+    build.add_argument("--base", required=True, help="shapes-kontext, a diffusers folder or a hub repository")
+    build.add_argument(
+        "--adapter",
+        action="append",
+        help="shapes-st, shapes-gst, a file or a PEFT folder; repeat for a bank, whose adapters have strengths of their own; "
+        "without it the frozen backbone is exported",
+    )
+    build.add_argument("--out", type=Path, required=True, help="engine folder to create")
+    build.add_argument("--backend", default="onnxruntime", help="onnxruntime (default), inductor, tensorrt-rtx or tensorrt")
+    build.add_argument(
+        "--lowering",
+        default="auto",
+        metavar="{auto,native,folded,plugin}",
+        help="how the masked update is expressed (default: folded for GST, native for ST)",
+    )
+    build.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="of weights and arithmetic (default: the checkpoint's; float32 for onnxruntime)",
+    )
+    build.add_argument("--batch", type=listed(int), metavar="MAX or MIN,OPT,MAX", help="batch sizes (default: 1,1,16)")
+    build.add_argument("--max-sliders", type=int, help="most sliders in one prompt (default: 8)")
+    compiled = build.add_argument_group("for --backend tensorrt-rtx and tensorrt")
+    compiled.add_argument("--resolution", type=int, help="usual width and height in pixels (default: 1024)")
+    compiled.add_argument("--max-text-rows", type=int, help="most text rows of a prompt (default: 512, Qwen 1536)")
+    compiled.add_argument("--optimization-level", type=int, choices=range(6), help="the builder's (default: its own)")
+    compiled.add_argument("--workspace-mib", type=int, help="limit of the builder's scratch memory on the device")
+    compiled.add_argument("--weight-streaming", action="store_const", const=True, help="let the runtime stream weights")
+    compiled.add_argument(
+        "--targets", type=listed(str), help="compute capabilities, tensorrt-rtx only (default: sm86,sm89,sm120)"
+    )
+    compiled.add_argument(
+        "--version-compatible", action="store_const", const=True, help="later versions run the engine, tensorrt only"
+    )
+    compiled.add_argument(
+        "--hardware-compatibility",
+        choices=("ampere_plus", "same_compute_capability"),
+        help="other cards run the engine, tensorrt only (default: none)",
+    )
+    compiled.add_argument("--timing-cache", type=Path, help="file to read and write the builder's timings, tensorrt only")
+    build.add_argument(
+        "--allow-partial",
+        action="store_true",
+        help="leave out modules of the adapter that the base lacks instead of refusing it",
+    )
+    build.add_argument("--overwrite", action="store_true", help="replace an existing folder")
+
+    commands.add("inspect", _inspect, "print what an engine is").add_argument("engine", type=Path, metavar="ENGINE")
+
+    verify = commands.add("verify", _verify, "compare an engine with the eager reference")
+    verify.add_argument("engine", type=Path, metavar="ENGINE")
+    verify.add_argument("--image", help="a real picture (default: a generated scene)")
+    verify.add_argument("--slider", action="append", metavar="INSTRUCTION", help="(default: 'make the circle red')")
+    add_member_option(verify)
+    verify.add_argument("--base", help="where the base checkpoint is, if not where the manifest says")
+    verify.add_argument(
+        "--adapter", action="append", help="where the adapter is, if not where the manifest says; repeat for a bank"
+    )
+    add_runtime_options(verify)

@@ -1,0 +1,70 @@
+"""`slideredit-rt evaluate`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from slideredit_rt.commands.shared import (
+    Commands,
+    add_picture_options,
+    emit,
+    listed,
+    options_given,
+    picture_options,
+    read_lines,
+)
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    from slideredit_rt.engines.manifest import read_manifest
+    from slideredit_rt.evaluation.command import Given, run_evaluation
+    from slideredit_rt.evaluation.report import markdown_table
+    from slideredit_rt.evaluation.run import BenchmarkConfig
+
+    config = BenchmarkConfig(
+        sliders=tuple(args.sliders),
+        scenes=tuple(args.scenes),
+        **options_given(args, "samples", "joint_samples", "search_scenes", "steps"),
+    )
+    base = args.base or (read_manifest(args.engine[0]).base["source"] if args.engine else "shapes-kontext")
+    report = run_evaluation(
+        Given(base, args.adapter, args.engine, args.systems, args.concepts, args.offsets),
+        config,
+        args.out,
+        pictures=picture_options(args),
+        instructions=args.instructions and read_lines(args.instructions),
+        progress=not args.quiet,
+    )
+    files = ", ".join(("report.json", "table.md", "rows.csv", *report["pictures"]))
+    emit(args, report, [markdown_table(report["systems"]), f"wrote {args.out}: {files}"])
+    return 0
+
+
+def add_commands(commands: Commands) -> None:
+    """Add the commands of this module."""
+    evaluate = commands.add("evaluate", _evaluate, "compare sliders with other ways to scale an edit")
+    evaluate.add_argument("--base", help="(default: that of the first engine, else shapes-kontext)")
+    evaluate.add_argument("--adapter", action="append", default=[], help="shapes-st, shapes-gst, a file or a folder; repeat")
+    evaluate.add_argument("--engine", type=Path, action="append", default=[], help="folder written by build; repeat")
+    evaluate.add_argument(
+        "--systems",
+        type=listed(str),
+        default=[],
+        help="of st, gst, pad-interpolation, implicit-cfg, explicit-cfg, merged-lora, concept-sliders, attribute-offsets "
+        "(default: all that can be)",
+    )
+    evaluate.add_argument("--concepts", help="bank of concept sliders (default: shapes-concepts, on its own base and scenes)")
+    evaluate.add_argument("--offsets", help="attribute offsets (default: shapes-offsets, on their own base and scenes)")
+    evaluate.add_argument("--sliders", type=listed(int), default="1", help="moved jointly: 1, 2, 3 (default: 1)")
+    evaluate.add_argument(
+        "--scenes", type=listed(int), default="64", help="cases for each number of sliders, or for all (default: 64)"
+    )
+    evaluate.add_argument("--samples", type=int, help="settings of one slider (default: 15)")
+    evaluate.add_argument("--joint-samples", type=int, help="settings per slider of several (default: 7)")
+    evaluate.add_argument("--search-scenes", type=int, help="for choosing each system's range (default: 12)")
+    evaluate.add_argument("--steps", type=int, help="denoising steps (default: 12)")
+    evaluate.add_argument("--threads", type=int, help="CPU threads of the engines")
+    evaluate.add_argument("--instructions", type=Path, help="instructions of the shapes scenes, one per line (default: all)")
+    add_picture_options(evaluate, distances=True)
+    evaluate.add_argument("--out", type=Path, required=True, help="folder of the run; a killed run continues in it")

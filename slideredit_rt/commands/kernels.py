@@ -1,0 +1,49 @@
+"""`slideredit-rt kernels build` and `list`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from slideredit_rt.commands.shared import Commands, emit, listed
+
+
+def _kernels_build(args: argparse.Namespace) -> int:
+    from slideredit_rt.kernels import aot
+
+    work = aot.jobs(args.targets, args.dtypes, args.ranks, args.ptx_isa)
+    compiled, kept = aot.build(work, args.out, processes=args.processes, progress=not args.quiet)
+    result = {"out": str(args.out), "compiled": compiled, "up_to_date": kept}
+    emit(args, result, [f"{args.out}: {compiled} kernels compiled, {kept} were up to date"])
+    return 0
+
+
+def _kernels_list(args: argparse.Namespace) -> int:
+    from slideredit_rt.kernels import aot
+
+    found = aot.built(args.folder)
+    columns = ("target", "registers", "spill_bytes", "shared_bytes", "num_warps", "ptx_isa")
+    width = max(len(k["file"]) for k in found)
+    lines = [f"{'file':{width}}  " + "  ".join(columns)]
+    lines += [f"{k['file']:{width}}  " + "  ".join(f"{k[c]!s:>{len(c)}}" for c in columns) for k in found]
+    emit(args, {"kernels": found}, lines)
+    return 0
+
+
+def add_commands(commands: Commands) -> None:
+    """Add the commands of this module."""
+    kernel_commands = commands.group("kernels", "compile the Triton kernels ahead of time")
+    kernels = kernel_commands.add("build", _kernels_build, "write PTX and launch descriptions; needs no GPU")
+    kernels.add_argument(
+        "--targets",
+        type=listed(str),
+        default="sm80,sm86,sm89,sm90,sm100,sm120",
+        help="compute capabilities, comma-separated (default: %(default)s)",
+    )
+    kernels.add_argument("--dtypes", type=listed(str), default="bfloat16,float16", help="(default: %(default)s)")
+    kernels.add_argument("--ranks", type=listed(int), default="16", help="1 to 128, padded (default: %(default)s)")
+    kernels.add_argument("--ptx-isa", default="8.7", help="PTX version; newer ones need newer drivers (default: %(default)s)")
+    kernels.add_argument("--processes", type=int, help="(default: one per core)")
+    kernels.add_argument("--out", type=Path, required=True, help="folder to write; what is up to date stays")
+    listing = kernel_commands.add("list", _kernels_list, "show the kernels of a folder and what they use")
+    listing.add_argument("folder", type=Path, metavar="DIR")

@@ -1,0 +1,163 @@
+"""What several commands share: output, values of options, options that come in groups."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from slideredit_rt.errors import SliderEditError
+from slideredit_rt.sliders import Slider
+
+if TYPE_CHECKING:
+    from slideredit_rt.engines import RuntimeOptions
+    from slideredit_rt.evaluation.pictures import PictureOptions
+
+
+class Commands:
+    """Sub-commands of one level, each with the options that all commands have."""
+
+    def __init__(self, parser: argparse.ArgumentParser, dest: str, metavar: str) -> None:
+        self._level = parser.add_subparsers(dest=dest, required=True, metavar=metavar)
+
+    def add(self, name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+        """A command that `run` carries out; returns its parser, for its own options."""
+        sub: argparse.ArgumentParser = self._level.add_parser(name, help=text, description=text)
+        sub.add_argument("--json", action="store_true", help="print one JSON object on standard output")
+        sub.add_argument("--quiet", action="store_true", help="no progress bars")
+        sub.add_argument("--debug", action="store_true", help="show a traceback when something fails")
+        sub.set_defaults(run=run)
+        return sub
+
+    def group(self, name: str, text: str) -> Commands:
+        """Commands of two words that begin with `name`."""
+        return Commands(self._level.add_parser(name, help=text), "what", "WHAT")
+
+
+def write(text: str = "") -> None:
+    sys.stdout.write(f"{text}\n")
+
+
+def emit(args: argparse.Namespace, result: dict[str, Any], lines: Sequence[str]) -> None:
+    """One JSON object with `--json`, else lines for a person."""
+    write(json.dumps(result) if args.json else "\n".join(lines))
+
+
+def options_given(args: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """The options that were given, by name; the others keep the defaults of what takes them."""
+    return {name: value for name in names if (value := getattr(args, name)) is not None}
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text file, without empty ones."""
+    try:
+        return [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise SliderEditError(f"{str(path)!r} cannot be read ({error}); give a text file, one edit per line") from None
+
+
+def listed(convert: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+    """Comma-separated values."""
+
+    def parse(text: str) -> list[Any]:
+        return [convert(part.strip()) for part in text.split(",") if part.strip()]
+
+    return parse
+
+
+def counts(numbers: dict[str, int]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in sorted(numbers.items(), key=lambda item: -item[1]))
+
+
+def mib(size: int) -> str:
+    return f"{size / 2**20:.1f} MiB"
+
+
+def budget(text: str) -> int | str:
+    """A number of MiB, or `auto`."""
+    if text == "auto" or text.isdecimal():
+        return text if text == "auto" else int(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is neither a number of MiB nor 'auto'")
+
+
+def runtime_options(args: argparse.Namespace) -> RuntimeOptions | None:
+    """How a TensorRT engine is to be run; None if nothing was asked."""
+    from slideredit_rt.engines import RuntimeOptions
+
+    given: dict[str, Any] = {}
+    if args.weight_budget_mib is not None:
+        given["weight_budget"] = "auto" if args.weight_budget_mib == "auto" else args.weight_budget_mib * 2**20
+    if args.cuda_graphs is not None:
+        given["cuda_graphs"] = args.cuda_graphs == "on"
+    return RuntimeOptions(**given) if given else None
+
+
+def add_runtime_options(sub: argparse.ArgumentParser) -> None:
+    """Options of `runtime_options`."""
+    tensorrt = sub.add_argument_group("for engines of --backend tensorrt-rtx and tensorrt")
+    tensorrt.add_argument(
+        "--weight-budget-mib",
+        type=budget,
+        metavar="N|auto",
+        help="weights to keep on the GPU, the rest is streamed (default: all)",
+    )
+    tensorrt.add_argument("--cuda-graphs", choices=("on", "off"), help="replay captured graphs (default: on)")
+
+
+def with_members(args: argparse.Namespace, sliders: Sequence[Slider]) -> list[Slider]:
+    """The sliders, each with the member of a bank that the `--member` beside it names."""
+    if not args.member:
+        return list(sliders)
+    if len(args.member) != len(sliders):
+        raise SliderEditError(
+            f"{len(args.member)} --member for {len(sliders)} --slider; name one member for each slider, in the same order"
+        )
+    return [replace(s, adapter=member) for s, member in zip(sliders, args.member, strict=True)]
+
+
+def add_member_option(sub: argparse.ArgumentParser) -> None:
+    """The option of `with_members`."""
+    sub.add_argument(
+        "--member",
+        action="append",
+        metavar="NAME",
+        help="adapter that a slider scales, in an engine of several; one per --slider, in the same order",
+    )
+
+
+def picture_options(args: argparse.Namespace) -> PictureOptions | None:
+    """Pictures of one's own, if they were named."""
+    from slideredit_rt.evaluation.pictures import PictureOptions
+
+    own = options_given(args, "images", "prompts", "attribute_scorers", "distance_scorers")
+    if args.scorer_device is not None:
+        own["device"] = args.scorer_device
+    if args.scorer:
+        if odd := [text for text in args.scorer if "=" not in text]:
+            raise SliderEditError(f"--scorer {odd[0]!r} names no model; write it as clip=FOLDER")
+        own["sources"] = dict(text.split("=", 1) for text in args.scorer)
+    if own and not {"images", "prompts"} <= set(own):
+        raise SliderEditError("pictures of your own need both --images and --prompts; the scorers are for them")
+    return PictureOptions(**own) if own else None
+
+
+def add_picture_options(sub: argparse.ArgumentParser, *, distances: bool) -> None:
+    """Options of `picture_options`; `distances`: with those that choose distance scorers."""
+    own = sub.add_argument_group("on pictures of your own instead of shapes scenes")
+    own.add_argument("--images", type=Path, metavar="DIR", help="pictures to edit")
+    own.add_argument("--prompts", type=Path, metavar="FILE", help='JSON lines: {"instructions": […], "attributes": […]}')
+    own.add_argument("--attribute-scorers", type=listed(str), help="of clip, siglip, blip-itm (default: clip,siglip)")
+    if distances:
+        own.add_argument(
+            "--distance-scorers",
+            type=listed(str),
+            help="of lpips-alex, lpips-vgg, dinov2, arcface (default: lpips-alex,dinov2)",
+        )
+    else:
+        sub.set_defaults(distance_scorers=None)
+    own.add_argument("--scorer", action="append", default=[], metavar="NAME=SOURCE", help="where a scorer's model is; repeat")
+    own.add_argument("--scorer-device", help="of the scorers' models (default: cpu)")
