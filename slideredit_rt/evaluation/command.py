@@ -150,7 +150,6 @@ def run_evaluation(
 
 def _sources(given: Given, adapters: Sequence[Adapter], out: Path) -> list[_Source]:
     """An engine per adapter, built when it is first needed, and the engines that are there."""
-
     sources = []
     for source, adapter in zip(given.adapters, adapters, strict=True):
         if adapter.members:
@@ -160,7 +159,7 @@ def _sources(given: Given, adapters: Sequence[Adapter], out: Path) -> list[_Sour
         stem = _safe(Path(source).stem)
         # The curve is no part of the weights, and moves the pictures all the same.
         fingerprint = f"{adapter.fingerprint} {json.dumps(adapter.curve.to_json())}"
-        open_it = cache(partial(_build, given.base, adapter, out / "engines" / stem))
+        open_it = cache(partial(_build, given, adapter, out / "engines" / stem))
         sources.append(_Source(adapter.kind, stem, source, fingerprint, open_it))
     for engine in given.engines:
         manifest = read_manifest(engine)
@@ -179,10 +178,10 @@ def _sources(given: Given, adapters: Sequence[Adapter], out: Path) -> list[_Sour
     return sources
 
 
-def _build(base: str, adapter: Adapter, path: Path) -> SliderEditor:
+def _build(given: Given, adapter: Adapter, path: Path) -> SliderEditor:
     # The engine of a killed run is built anew: it takes seconds, and its adapter may have changed since.
-    build_engine(base, adapter, path, overwrite=True, progress=False)
-    return SliderEditor.from_engine(path, base)
+    build_engine(given.base, adapter, path, overwrite=True, progress=False)
+    return SliderEditor.from_engine(path, given.base, threads=given.threads)
 
 
 def _rivals(given: Given, family: Family, sources: Sequence[_Source], out: Path) -> tuple[dict[str, Contender], dict[str, str]]:
@@ -190,7 +189,7 @@ def _rivals(given: Given, family: Family, sources: Sequence[_Source], out: Path)
     found, fingerprints = {}, {}
     if given.concepts is not None:
         bank = load_adapter(given.concepts, family)
-        open_it = partial(_build, given.base, bank, out / "engines" / ConceptSliders.name)
+        open_it = partial(_build, given, bank, out / "engines" / ConceptSliders.name)
         found[ConceptSliders.name] = Contender(ConceptSliders, lambda: ConceptSliders(open_it()))
         fingerprints[ConceptSliders.name] = bank.fingerprint
     if given.offsets is not None:
