@@ -45,6 +45,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, help="CPU threads of the backend")
     parser.add_argument("--max-queue", type=int, default=64, help="images that may wait, before 429 (default: %(default)s)")
     parser.add_argument("--max-batch", type=int, help="most images in an engine step (default: the engine's)")
+    parser.add_argument("--no-step-batching", action="store_true", help="one edit after the other, for comparisons")
     parser.add_argument("--cache-mib", type=int, default=256, help="for encoded pictures and prompts (default: %(default)s)")
     parser.add_argument("--max-megapixels", type=float, default=16.0, help="of a picture that is sent (default: %(default)g)")
     parser.add_argument("--max-body-mib", type=float, default=32.0, help="of a request (default: %(default)g)")
@@ -81,6 +82,7 @@ def serve(args: argparse.Namespace, options: RuntimeOptions | None) -> int:
             max_queue=args.max_queue,
             cache_bytes=args.cache_mib * 2**20,
             max_batch=args.max_batch,
+            step_batching=not args.no_step_batching,
             observer=metrics,
         )
         model = args.model or folder.resolve().name
@@ -91,9 +93,10 @@ def serve(args: argparse.Namespace, options: RuntimeOptions | None) -> int:
         )
         app = create_app(service, model=model, api_key=key, limits=limits, preview_steps=args.preview_steps, metrics=metrics)
 
+        host, port = listener.getsockname()[:2]
+        url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
         def ready() -> None:
-            host, port = listener.getsockname()[:2]
-            url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
             line = json.dumps({"url": url, "model": model}) if args.json else f"serving {model} at {url} (API: {url}/docs)"
             sys.stdout.write(f"{line}\n")
             sys.stdout.flush()
@@ -144,6 +147,8 @@ def _bind(host: str, port: int) -> socket.socket:
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
+        # From now on nobody else gets it.
+        listener.listen()
         return listener
     except (OSError, OverflowError) as error:
         listener.close()

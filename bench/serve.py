@@ -1,0 +1,336 @@
+"""Load on a server: `slideredit-rt bench serve`, in the manner and with the result keys of `vllm bench serve`."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import json
+import math
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from slideredit_rt.errors import SliderEditError
+
+if TYPE_CHECKING:
+    import httpx
+
+ENDPOINT = "/v1/images/edits"
+PERCENTILES = (90, 95, 99)
+_INSTRUCTIONS = ("make the circle red", "make the background dark")
+_START_SECONDS = 300
+_STOP_SECONDS = 60
+
+
+@dataclass(frozen=True)
+class Load:
+    """What is sent to a server, the same for the same seed.
+
+    Attributes:
+        num_prompts: requests that are measured.
+        request_rate: per second, at random times (a Poisson process); infinity sends all that `max_concurrency` lets.
+        max_concurrency: most requests under way at a time; None sets no limit.
+        num_warmups: requests before, which are not measured.
+        sliders: `mixed` draws which instructions have a slider and every strength anew, `equal` gives all requests the same.
+        preview_share: of the requests, in [0, 1].
+        steps: denoising steps of full edits and previews; None leaves them to the server.
+        pictures: different source pictures.
+        picture: a file to edit; None takes scenes of the shapes world.
+        instructions: of the prompt that all requests have.
+        seed: of strengths, noise and times.
+    """
+
+    num_prompts: int = 64
+    request_rate: float = math.inf
+    max_concurrency: int | None = None
+    num_warmups: int = 4
+    sliders: Literal["mixed", "equal"] = "mixed"
+    preview_share: float = 0.0
+    steps: int | None = None
+    pictures: int = 4
+    picture: Path | None = None
+    instructions: tuple[str, ...] = _INSTRUCTIONS
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("num_prompts", 1), ("num_warmups", 0), ("pictures", 1)):
+            if getattr(self, name) < least:
+                raise SliderEditError(f"--{name.replace('_', '-')} is {getattr(self, name)}; give at least {least}")
+        if self.max_concurrency is not None and self.max_concurrency < 1:
+            raise SliderEditError(f"--max-concurrency is {self.max_concurrency}; give at least 1")
+        if not self.request_rate > 0:
+            raise SliderEditError(f"--request-rate is {self.request_rate:g}; give requests per second, or inf")
+        if not 0 <= self.preview_share <= 1:
+            raise SliderEditError(f"--preview-share is {self.preview_share:g}; give a number from 0 to 1")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What became of a request: seconds from sending it to its whole answer, and why it failed, if it did."""
+
+    seconds: float
+    preview: bool
+    error: str | None = None
+
+
+def pictures_of(load: Load) -> list[str]:
+    """The source pictures as data URLs."""
+    if load.picture is not None:
+        return [_data_url(load.picture.read_bytes())]
+    from slideredit_rt.training.shapes_evaluation import scene_image
+    from slideredit_rt.training.shapes_world import held_out_examples
+
+    urls = []
+    for example in held_out_examples(load.pictures, 1):
+        file = io.BytesIO()
+        scene_image(example).save(file, "PNG")
+        urls.append(_data_url(file.getvalue()))
+    return urls
+
+
+def _data_url(content: bytes) -> str:
+    return f"data:image/*;base64,{base64.b64encode(content).decode()}"
+
+
+def bodies_of(load: Load) -> list[dict[str, Any]]:
+    """The requests' bodies, warm-up first. Equal and mixed ones differ in their sliders alone."""
+    rng, pictures = random.Random(load.seed), pictures_of(load)
+    bodies = []
+    for _ in range(load.num_warmups + load.num_prompts):
+        chosen = rng.sample(load.instructions, rng.randint(1, len(load.instructions)))
+        strengths = [round(rng.uniform(0, 1.5), 3) for _ in chosen]
+        sliders = zip(chosen, strengths, strict=True) if load.sliders == "mixed" else [(i, 0.5) for i in load.instructions]
+        body: dict[str, Any] = {
+            "image": rng.choice(pictures),
+            "prompt": " and ".join(load.instructions),
+            "sliders": [{"instruction": instruction, "strength": strength} for instruction, strength in sliders],
+            "seed": rng.randrange(2**31),
+            "preview": rng.random() < load.preview_share,
+        }
+        bodies.append(body if load.steps is None else body | {"num_inference_steps": load.steps})
+    return bodies
+
+
+async def send(client: httpx.AsyncClient, body: dict[str, Any]) -> Answer:
+    """One request; its answer counts when it holds a picture."""
+    import httpx
+
+    started = time.perf_counter()
+    error = None
+    try:
+        response = await client.post(ENDPOINT, json=body)
+        if response.status_code != 200:
+            error = str(response.status_code)
+        elif not base64.b64decode(response.json()["data"][0]["b64_json"]):
+            error = "no picture"
+    except (httpx.HTTPError, ValueError, LookupError) as failure:
+        error = type(failure).__name__
+    return Answer(time.perf_counter() - started, bool(body["preview"]), error)
+
+
+async def send_all(client: httpx.AsyncClient, bodies: Sequence[dict[str, Any]], load: Load) -> list[Answer]:
+    """All requests, at the times that `load` says."""
+    limit = nullcontext() if load.max_concurrency is None else asyncio.Semaphore(load.max_concurrency)
+    rng, tasks = random.Random(f"times/{load.seed}"), []
+
+    async def one(body: dict[str, Any]) -> Answer:
+        async with limit:
+            return await send(client, body)
+
+    due = time.perf_counter()
+    async with asyncio.TaskGroup() as group:
+        for body in bodies:
+            tasks.append(group.create_task(one(body)))
+            if math.isfinite(load.request_rate):
+                # Times do not depend on how long answers take.
+                due += rng.expovariate(load.request_rate)
+                await asyncio.sleep(max(0.0, due - time.perf_counter()))
+    return [task.result() for task in tasks]
+
+
+def open_client(base_url: str, api_key: str | None = None) -> httpx.AsyncClient:
+    """A client without limits of its own.
+
+    Raises:
+        SliderEditError: httpx is not installed.
+    """
+    try:
+        import httpx
+    except ImportError:
+        raise SliderEditError("the benchmark sends with httpx; install it with pip install 'slideredit-rt[bench]'") from None
+    headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
+    # Proxies that the environment names are not what is measured.
+    return httpx.AsyncClient(
+        base_url=base_url,
+        headers=headers,
+        timeout=None,
+        limits=httpx.Limits(max_connections=None, max_keepalive_connections=None),
+        trust_env=False,
+    )
+
+
+async def measure(client: httpx.AsyncClient, load: Load) -> dict[str, Any]:
+    """Send a load and summarise it.
+
+    Returns:
+        `completed`, `failed`, `errors` (how many of each), `duration` in seconds, `request_throughput` in requests per second,
+        `{mean,median,std,p90,p95,p99}_e2el_ms`, the same below `preview` for previews alone, and `step_batch_size`, the mean
+        number of pictures in an engine step; None where the server does not tell.
+    """
+    bodies = await asyncio.to_thread(bodies_of, load)
+    if load.num_warmups:
+        warmup = await send_all(client, bodies[: load.num_warmups], replace(load, request_rate=math.inf))
+        if (failed := next((answer.error for answer in warmup if answer.error), None)) is not None:
+            raise SliderEditError(
+                f"the server at {client.base_url} does not answer edits ({failed}); is it slideredit-rt serve?"
+            )
+    before, started = await step_totals(client), time.perf_counter()
+    answers = await send_all(client, bodies[load.num_warmups :], load)
+    duration, after = time.perf_counter() - started, await step_totals(client)
+    completed = [answer for answer in answers if answer.error is None]
+    rows, steps = (after[0] - before[0], after[1] - before[1]) if before and after else (0.0, 0.0)
+    previews = [answer for answer in completed if answer.preview]
+    return {
+        "completed": len(completed),
+        "failed": len(answers) - len(completed),
+        "errors": dict(Counter(answer.error for answer in answers if answer.error)),
+        "duration": duration,
+        "request_throughput": len(completed) / duration,
+        **latencies([answer.seconds for answer in completed]),
+        **({"preview": {"completed": len(previews), **latencies([a.seconds for a in previews])}} if load.preview_share else {}),
+        "step_batch_size": rows / steps if steps else None,
+    }
+
+
+def latencies(seconds: Sequence[float]) -> dict[str, float]:
+    """Mean, median, standard deviation and percentiles under vLLM's names; empty without answers."""
+    if not seconds:
+        return {}
+    import numpy as np
+
+    ms = [1000 * second for second in seconds]
+    return {
+        "mean_e2el_ms": statistics.fmean(ms),
+        "median_e2el_ms": statistics.median(ms),
+        "std_e2el_ms": statistics.pstdev(ms),
+        **{f"p{p}_e2el_ms": float(np.percentile(ms, p)) for p in PERCENTILES},
+    }
+
+
+async def step_totals(client: httpx.AsyncClient) -> tuple[float, float] | None:
+    """Pictures in all engine steps so far, and the number of these steps, from `/metrics`."""
+    import httpx
+
+    try:
+        response = await client.get("/metrics")
+        response.raise_for_status()
+    except httpx.HTTPError:
+        return None
+    totals = dict.fromkeys(("sum", "count"), 0.0)
+    found = False
+    for line in response.text.splitlines():
+        name, _, value = line.rpartition(" ")
+        for what in totals:
+            if name.split("{")[0] == f"slideredit_step_batch_size_{what}":
+                totals[what] += float(value)
+                found = True
+    return (totals["sum"], totals["count"]) if found else None
+
+
+@contextmanager
+def local_server(*options: str) -> Iterator[str]:
+    """A server of its own process on a free port; yields its URL and leaves nothing running.
+
+    Args:
+        options: of `slideredit-rt serve`, an engine first if it is not to be the embedded one.
+
+    Raises:
+        SliderEditError: it did not start.
+    """
+    command = [sys.executable, "-m", "slideredit_rt.cli", "serve", *options, "--port", "0", "--json", "--quiet"]
+    with tempfile.TemporaryFile() as log, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log) as process:
+        try:
+            assert process.stdout is not None
+            line = process.stdout.readline()
+            if not line:
+                process.wait(_STOP_SECONDS)
+                log.seek(0)
+                raise SliderEditError(f"the server did not start: {log.read().decode(errors='replace').strip()[-500:]}")
+            yield str(json.loads(line)["url"])
+        finally:
+            process.terminate()
+            try:
+                process.wait(_STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+
+
+def provenance() -> dict[str, Any]:
+    """Date, versions and, in a checkout, commit of a result."""
+    found = subprocess.run(
+        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    )
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": found.stdout.strip() or None,
+        "versions": {name: version(name) for name in ("slideredit-rt", "torch", "onnxruntime", "fastapi", "uvicorn", "httpx")},
+    }
+
+
+def bench_serve(
+    load: Load, *, base_url: str | None = None, engine: Path | None = None, api_key: str | None = None
+) -> dict[str, Any]:
+    """Measure a load on a server.
+
+    Args:
+        base_url: where it is; None starts one for the measurement.
+        engine: of that one; None takes the embedded editor.
+        api_key: that it asks for.
+
+    Returns:
+        What `measure` gives, with the load, the server and where the result comes from.
+    """
+    with nullcontext(base_url) if base_url else local_server(*([] if engine is None else [str(engine)])) as url:
+
+        async def run() -> dict[str, Any]:
+            async with open_client(str(url), api_key) as client:
+                return await measure(client, load)
+
+        result = asyncio.run(run())
+    rate = load.request_rate if math.isfinite(load.request_rate) else "inf"
+    described = asdict(load) | {"request_rate": rate, "picture": load.picture and load.picture.name}
+    return {**provenance(), "endpoint": ENDPOINT, "server": base_url or "started for this run", **described, **result}
+
+
+def table(result: dict[str, Any]) -> list[str]:
+    """The result for a person, one line per figure."""
+    lines = [
+        ("successful requests", f"{result['completed']}"),
+        ("failed requests", f"{result['failed']}" + "".join(f", {n} × {e}" for e, n in result["errors"].items())),
+        ("duration (s)", f"{result['duration']:.2f}"),
+        ("request throughput (requests/s)", f"{result['request_throughput']:.2f}"),
+        ("mean step batch size", "-" if result["step_batch_size"] is None else f"{result['step_batch_size']:.2f}"),
+    ]
+    for name, part in (("", result), ("preview ", result.get("preview", {}))):
+        for key in ("mean", "median", *(f"p{p}" for p in PERCENTILES)):
+            if f"{key}_e2el_ms" in part:
+                lines.append((f"{name}{key} e2el (ms)", f"{part[f'{key}_e2el_ms']:.1f}"))
+    return [f"{name:<34} {value:>12}" for name, value in lines]
+
+
+def default_file(result: dict[str, Any]) -> str:
+    """What `--save-result` calls its file."""
+    stamp = result["date"].translate(str.maketrans("", "", ":-+"))
+    return f"serve-{result['request_rate']}qps-concurrency{result['max_concurrency']}-{stamp}.json"
