@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from slideredit_rt.adapters import Adapter, adapter_report, bank_adapters, fill_ranks, load_adapter, load_adapters, save_adapter
+from slideredit_rt.cli import main
 from slideredit_rt.editor import SliderEditor
 from slideredit_rt.engines import open_engine, read_manifest
 from slideredit_rt.errors import SliderEditError
@@ -348,3 +349,39 @@ def test_tensorrt_rtx_builds_a_bank(files: list[str], tmp_path: Path) -> None:
     )
     assert [s.shape for s in manifest.inputs if s.name == "alpha"] == [("batch", "sliders", 2)]
     assert read_manifest(tmp_path / "rtx").members.keys() == {files[0], "other"}
+
+
+@pytest.mark.parametrize("kind", ["st"], indirect=True)
+def test_commands_build_show_edit_and_replace_a_bank(
+    engine: Path, files: list[str], scene: Image.Image, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["inspect", str(engine)]) == 0
+    out = capsys.readouterr().out
+    assert f"member     other ({files[1]})" in out
+    assert "input      alpha float32 [batch, sliders, 2]" in out
+    scene.save(tmp_path / "scene.png")
+    picture, edited = ["--image", str(tmp_path / "scene.png"), "--steps", "1", "--quiet"], str(tmp_path / "out.png")
+    sliders = ["--slider", f"{RED}=0.5", "--slider", DARK]
+    members = ["--member", files[0], "--member", "other"]
+    assert main(["edit", str(engine), *picture, *sliders, *members, "--json", "--out", edited]) == 0
+    assert [s["member"] for s in json.loads(capsys.readouterr().out)["sliders"]] == [files[0], "other"]
+    swept = ["--slider", f"{RED}=0:1:2", "--member", "other"]
+    assert main(["sweep", str(engine), *picture, *swept, "--out", edited]) == 0
+    assert json.loads((tmp_path / "out.json").read_text())["sliders"][0]["member"] == "other"
+    capsys.readouterr()
+    assert main(["edit", str(engine), *picture, *sliders, *members[:2], "--out", edited]) == 2
+    assert "1 --member for 2 --slider" in capsys.readouterr().err
+    copied = tmp_path / "engine"
+    shutil.copytree(engine, copied, copy_function=os.link)
+    assert main(["adapter", "replace", str(copied), *files]) == 0
+    assert main(["adapter", "show", files[0]]) == 0
+    assert "members" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["gst"], indirect=True)
+def test_the_command_builds_a_bank_from_repeated_adapters(
+    files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = [word for source in files for word in ("--adapter", source)]
+    assert main(["build", "--base", "shapes-kontext", *options, "--out", str(tmp_path / "bank"), "--quiet"]) == 0
+    assert list(read_manifest(tmp_path / "bank").members) == [files[0], "other"]

@@ -72,5 +72,5 @@ def concepts_recipe() -> ConceptConfig:
 def offsets_recipe() -> OffsetConfig:
     """The settings that `shapes-offsets` was trained with: one vector per instruction of the world."""
     return OffsetConfig(
-        attributes=tuple(i.text for i in ALL_INSTRUCTIONS), steps=800, batch=44, learning_rate=0.1, schedule="cosine"
+        attributes=tuple(i.text for i in ALL_INSTRUCTIONS), steps=1000, batch=22, learning_rate=0.1, schedule="cosine"
     )

@@ -26,7 +26,7 @@ class OffsetControl(System):
     """Runs on any engine of ours: text embeddings are an input per row. Setting 0 is the edit at the neutral prompt."""
 
     name, knob, plain, joint = "attribute-offsets", "offset scale", 0.0, True
-    ranges = ((0.0, 0.5), (0.0, 1.0), (0.0, 1.5), (0.0, 2.0), (0.0, 3.0))
+    ranges = ((0.0, 1.0), (0.0, 1.5), (0.0, 2.0), (0.0, 3.0), (0.0, 5.0))
     how = "an offset per attribute on the noun's embeddings of a neutral prompt, an input of the same engine"
 
     def __init__(self, editor: SliderEditor, offsets: AttributeOffsets) -> None:
