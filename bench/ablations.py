@@ -76,7 +76,9 @@ def calibrated(name: str, folder: Path, threads: int | None) -> Path:
 def _evaluate(adapters: Sequence[str], run: Path, threads: int | None, known: Sequence[Instruction] | None = None) -> str:
     config = BenchmarkConfig(scenes=(32,), search_scenes=6)
     texts = None if known is None else [i.text for i in known]
-    given = Given(BASE, adapters, systems=("st", "gst"), threads=threads)
+    # The slider systems alone, not what else these adapters allow.
+    kinds = tuple(sorted({load_adapter(adapter).kind for adapter in adapters}))
+    given = Given(BASE, adapters, systems=kinds, threads=threads)
     report = run_evaluation(given, config, run, instructions=texts)
     results = RESULTS / run.name
     results.mkdir(parents=True, exist_ok=True)
