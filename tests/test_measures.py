@@ -6,7 +6,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slideredit_rt.errors import SliderEditError
-from slideredit_rt.evaluation.measures import chi_square_per_dof, continuity, estimate, extrapolation, monotonicity
+from slideredit_rt.evaluation.measures import (
+    chi_square_per_dof,
+    continuity,
+    coverage,
+    estimate,
+    extrapolation,
+    monotonicity,
+)
 
 
 @pytest.mark.parametrize("count", [3, 7, 15, 64])
@@ -42,6 +49,15 @@ def test_extrapolation_is_a_share_of_the_plain_edit():
     assert extrapolation([0.1, 0.2], source=0.0, edited=0.8) == pytest.approx(-0.75)
     # A score that falls under the edit is read the same way.
     assert extrapolation([3.0, 1.5], source=3.0, edited=2.0) == pytest.approx(0.5)
+
+
+def test_coverage_is_the_part_of_the_way_that_the_sweep_goes():
+    assert coverage([0, 0.5, 1.4], source=0.0, edited=1.0) == 1
+    assert coverage([0.25, 0.5], source=0.0, edited=1.0) == 0.25
+    assert coverage([-1.0, -0.5], source=0.0, edited=1.0) == 0
+    # A score that falls under the edit is read the same way.
+    assert coverage([3.0, 2.5], source=3.0, edited=2.0) == 0.5
+    assert coverage([1.0, 2.0], source=1.0, edited=1.0) == 0
 
 
 def test_what_cannot_be_said_is_refused():

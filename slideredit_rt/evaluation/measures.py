@@ -46,6 +46,22 @@ def monotonicity(knobs: Sequence[float], scores: Sequence[float]) -> float:
     return 0.0 if np.ptp(scores) == 0 else float(spearmanr(knobs, scores).statistic)
 
 
+def coverage(scores: Sequence[float], source: float, edited: float) -> float:
+    """How much of the way from the source to the base model's own edit the sweep covers, in [0, 1].
+
+    1 where it goes from nothing to the plain edit or beyond; 0 where the plain edit does not change the score.
+
+    Args:
+        scores: of the sweep.
+        source: score of the source picture.
+        edited: score of the base model's edit without any slider.
+    """
+    if edited == source:
+        return 0.0
+    reached = [min(1.0, max(0.0, (score - source) / (edited - source))) for score in scores]
+    return max(reached) - min(reached)
+
+
 def extrapolation(scores: Sequence[float], source: float, edited: float) -> float:
     """How far the sweep reaches beyond the base model's own edit, as a share of what that edit does.
 

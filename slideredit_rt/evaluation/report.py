@@ -14,11 +14,12 @@ import numpy as np
 from PIL import Image
 
 from slideredit_rt.errors import SliderEditError
-from slideredit_rt.evaluation.measures import Estimate, estimate, extrapolation, monotonicity
+from slideredit_rt.evaluation.measures import Estimate, coverage, estimate, extrapolation, monotonicity
 from slideredit_rt.evaluation.run import Row, case_continuity, lines
 from slideredit_rt.files import atomic_file
 from slideredit_rt.images import draw_grid, save_image
 
+_MEASURES = ("continuity", "monotonicity", "coverage", "extrapolation")
 _SMALL_EDIT = 0.25
 """A plain edit that changes a score by less than this share of the median plain edit is no base to measure extrapolation on."""
 _SHOWN = 8
@@ -26,27 +27,29 @@ _SHOWN = 8
 
 
 def _attribute_measures(rows: Sequence[Row], base: Mapping[str, Sequence[Row]], scorer: str) -> dict[str, Any]:
-    """Continuity, monotonicity and extrapolation of one system by one scorer, as JSON."""
+    """Continuity, monotonicity, coverage and extrapolation of one system by one scorer, as JSON."""
     cases: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
         cases[row.case].append(row)
     indices = range(rows[0].sliders)
     ends = {name: [row.scores.attributes[scorer] for row in base[name]] for name in cases}
     typical = statistics.median(edited[i] - source[i] for source, edited in ends.values() for i in indices)
-    evenness, order, reach, left_out = [], [], [], 0
+    evenness, order, covered, reach, left_out = [], [], [], [], 0
     for name, swept in cases.items():
         source, edited = ends[name]
         evenness.append(case_continuity(swept, scorer))
         sweeps = [line for index in indices for line in lines(swept, index, scorer)]
         order.append(statistics.fmean(monotonicity(range(len(line)), line) for line in sweeps))
+        shown = {i: [row.scores.attributes[scorer][i] for row in swept] for i in indices}
+        covered.append(statistics.fmean(coverage(shown[i], source[i], edited[i]) for i in indices))
         usable = [i for i in indices if edited[i] - source[i] > max(0.0, _SMALL_EDIT * typical)]
         left_out += len(source) - len(usable)
         if usable:
-            shown = {i: [row.scores.attributes[scorer][i] for row in swept] for i in usable}
             reach.append(statistics.fmean(extrapolation(shown[i], source[i], edited[i]) for i in usable))
     return {
         "continuity": asdict(estimate(evenness)),
         "monotonicity": asdict(estimate(order)),
+        "coverage": asdict(estimate(covered)),
         "extrapolation": asdict(estimate(reach)) if reach else None,
         "edits_left_out_of_extrapolation": left_out,
     }
@@ -103,12 +106,13 @@ def markdown_table(summary: Sequence[Mapping[str, Any]]) -> str:
         return "–" if value is None else str(Estimate(**value))
 
     attributes, distances = list(summary[0]["attributes"]), list(summary[0]["distances"])
-    measures = [(name, measure) for name in attributes for measure in ("continuity", "monotonicity", "extrapolation")]
+    measures = [
+        (name, measure) for name in attributes for measure in ("continuity", "monotonicity", "coverage", "extrapolation")
+    ]
     head = [
         *("sliders", "system", "range"),
         *(f"{measure} ↑" if len(attributes) == 1 else f"{measure} {name} ↑" for name, measure in measures),
         *(f"{name} ↓" for name in distances),
-        "ms per image",
     ]
     out = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for entry in summary:
@@ -119,7 +123,6 @@ def markdown_table(summary: Sequence[Mapping[str, Any]]) -> str:
             "{:g} to {:g}".format(*entry["range"]),
             *(cell(entry["attributes"][name][measure]) for name, measure in measures),
             *(cell(d["distance"]) + (f" ({d['untold']} untold)" if d["untold"] else "") for d in told),
-            f"{1000 * entry['median_seconds_per_image']:.0f}",
         ]
         out.append("| " + " | ".join(cells) + " |")
     return "\n".join(out) + "\n"

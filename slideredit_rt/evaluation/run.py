@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.evaluation.dataset import Dataset, Scores
-from slideredit_rt.evaluation.measures import continuity, monotonicity
+from slideredit_rt.evaluation.measures import continuity, coverage, monotonicity
 from slideredit_rt.evaluation.systems import Case, System
 from slideredit_rt.files import atomic_file
 from slideredit_rt.images import save_image
@@ -175,15 +175,14 @@ def usefulness(rows: Sequence[Row], source: Scores, edited: Scores) -> float:
     """What a range is chosen by: continuity × rank correlation × share of the way from source to plain edit that it covers.
 
     Without the correlation, which counts as 0 below 0, ranges would win in which the response turns back: folded, it fills its
-    bins evenly. The mean over the attribute scorers; one that sees no difference between source and plain edit counts as 0.
+    bins evenly. The mean over the attribute scorers.
     """
     values = []
     for scorer in source.attributes:
-        start, end = source.attributes[scorer][0], edited.attributes[scorer][0]
         shown = [row.scores.attributes[scorer][0] for row in rows]
-        reached = [min(1.0, max(0.0, (s - start) / (end - start))) for s in shown] if end != start else [0.0]
+        covered = coverage(shown, source.attributes[scorer][0], edited.attributes[scorer][0])
         order = monotonicity([row.knobs[0] for row in rows], shown)
-        values.append(case_continuity(rows, scorer) * max(0.0, order) * (max(reached) - min(reached)))
+        values.append(case_continuity(rows, scorer) * max(0.0, order) * covered)
     return statistics.fmean(values)
 
 
