@@ -13,10 +13,10 @@ from scipy.stats import spearmanr
 from slideredit_rt.files import atomic_file
 
 RESULTS = Path(__file__).parent / "results"
-PAGE = Path(__file__).parents[1] / "docs" / "evaluation.md"
+PAGE = RESULTS.parents[1] / "docs" / "evaluation.md"
 _BLOCK = re.compile(r"(<!-- table (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
-# SliderEdit, arXiv 2511.09715, table 1: FLUX.1-Kontext, one slider, 15 settings; continuity by CLIP, LPIPS (alex) to the source.
+# SliderEdit, arXiv 2511.09715, table 1 (FLUX.1-Kontext, one slider, 15 settings): continuity by CLIP, LPIPS (alex).
 _TABLE_1: Mapping[str, tuple[float, float]] = {
     "gst": (0.2998, 0.1868),
     "st": (0.2538, 0.1902),
@@ -69,7 +69,15 @@ def beside_table_2() -> str:
         paper = [f"{value:.4f}" for value in (extrapolation, continuity, disentanglement)]
         here = [_mean(ours["extrapolation"]), _mean(ours["continuity"]), _mean(apart)]
         rows.append([str(count), *(value for pair in zip(paper, here, strict=True) for value in pair)])
-    head = ["sliders", "extrapolation, paper ↑", "here ↑", "continuity, paper ↑", "here ↑", "disentanglement, paper ↓", "here ↓"]
+    head = [
+        "sliders",
+        "extrapolation, paper ↑",
+        "here ↑",
+        "continuity, paper ↑",
+        "here ↑",
+        "disentanglement, paper ↓",
+        "here ↓",
+    ]
     return _table(head, rows)
 
 

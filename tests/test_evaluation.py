@@ -10,6 +10,7 @@ import torch
 
 from slideredit_rt.adapters import load_adapter
 from slideredit_rt.assets import resolve_adapter, resolve_base
+from slideredit_rt.bench.evaluation_page import PAGE, refreshed, tables
 from slideredit_rt.cli import main
 from slideredit_rt.editor import SliderEditor
 from slideredit_rt.errors import SliderEditError
@@ -25,6 +26,7 @@ from slideredit_rt.families import get_family
 from slideredit_rt.training.shapes_world import ALL_INSTRUCTIONS, render
 
 STEPS = 2
+RESULTS = Path(__file__).parents[1] / "bench" / "results"
 
 
 @pytest.fixture(scope="module")
@@ -233,11 +235,17 @@ def test_bad_input_is_refused_before_anything_is_written(arguments, message, tmp
     assert not (tmp_path / "run").exists()
 
 
-def test_committed_table_is_what_its_rows_say():
-    folder = Path(__file__).parents[1] / "bench/results/evaluation"
+@pytest.mark.parametrize("folder", sorted({p.parent for p in RESULTS.glob("**/rows.csv")}), ids=lambda p: p.name)
+def test_committed_tables_are_what_their_rows_say(folder):
     summary = summarise_run(read_rows(folder / "rows.csv"))
     assert json.loads((folder / "report.json").read_text())["systems"] == summary
     assert (folder / "table.md").read_text() == markdown_table(summary)
+
+
+def test_the_page_shows_the_committed_tables():
+    page = PAGE.read_text()
+    assert refreshed(page) == page
+    assert page.count("<!-- table") == len(tables())
 
 
 def test_a_range_in_which_the_response_turns_back_is_not_chosen():
