@@ -188,7 +188,7 @@ class TestBatching:
     ) -> None:
         wide = scene.resize((128, 64))
         requests = [
-            edit(scene, 0.2, steps=4),
+            edit(scene, 0.2, steps=5),
             edit(scene, 1.4, 0.1, sliders=(RED, DARK), steps=2, seeds=(3, 4)),
             edit(scene, 0.7, sliders=(DARK,), steps=3, seeds=(5,), guidance_scale=2.0),
             edit(wide, 0.3, sliders=(DARK, RED), steps=3),

@@ -191,7 +191,7 @@ def _outcome_of(future: Future[Any]) -> Outcome:
     if future.cancelled():
         return "cancelled"
     error = future.exception()
-    kinds: dict[type[Exception], Outcome] = {Cancelled: "cancelled", DeadlineExceeded: "deadline", EngineFailure: "failed"}
+    kinds: dict[type[BaseException], Outcome] = {Cancelled: "cancelled", DeadlineExceeded: "deadline", EngineFailure: "failed"}
     return "completed" if error is None else kinds.get(type(error), "refused")
 
 
