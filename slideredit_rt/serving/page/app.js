@@ -216,6 +216,12 @@ function want() {
   if (failed === wanted && prompt === null) failed++;
   wanted++;
   since = performance.now();
+  setBusy(true);
+}
+
+// Busy is for as long as the picture is not what was asked for.
+function setBusy(busy) {
+  $("edited").setAttribute("aria-busy", busy);
 }
 
 function moved() {
@@ -263,7 +269,6 @@ function typed() {
 function drop() {
   flight?.abort.abort();
   flight = null;
-  document.body.classList.remove("busy");
 }
 
 function nextWork() {
@@ -278,9 +283,11 @@ function nextWork() {
 async function pump() {
   if (flight) return;
   const work = nextWork();
-  if (!work) return;
+  if (!work) {
+    setBusy(Boolean(typing));
+    return;
+  }
   const mine = (flight = { abort: new AbortController(), full: work === fullEdit });
-  document.body.classList.add("busy");
   const version = wanted;
   try {
     await work(version, mine.abort.signal);
@@ -293,7 +300,6 @@ async function pump() {
   }
   if (flight !== mine) return; // whoever dropped it has started the next
   flight = null;
-  document.body.classList.remove("busy");
   pump();
 }
 
@@ -383,9 +389,11 @@ const toBlob = (canvas) => new Promise((done) => canvas.toBlob(done, "image/png"
 // more pixels than the engine edits, because every preview sends it.
 async function usePicture(file) {
   let bitmap;
+  setBusy(true);
   try {
     bitmap = await createImageBitmap(file);
   } catch {
+    pump();
     showError(`“${file.name ?? "This"}” is no picture that this browser can read; choose a PNG, JPEG or WebP.`);
     return;
   }
