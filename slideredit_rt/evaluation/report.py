@@ -188,8 +188,10 @@ def draw_trajectories(rows: Sequence[Row], path: Path) -> None:
     groups = _by_system(rows, 1)
     scorer, distances = next(iter(rows[0].scores.attributes)), list(rows[0].scores.distances)
     figure, panels = new_figure(len(distances))
+    # Room for the legend beside the panels.
+    figure.set_figwidth(figure.get_figwidth() + 2.2)
     for panel, distance in zip(panels, distances, strict=True):
-        for name, group in groups.items():
+        for number, (name, group) in enumerate(groups.items()):
             points = []
             for sample in sorted({row.sample for row in group}):
                 of = [row for row in group if row.sample == sample]
@@ -197,11 +199,13 @@ def draw_trajectories(rows: Sequence[Row], path: Path) -> None:
                 if told:
                     points.append((statistics.fmean(r.scores.attributes[scorer][0] for r in of), statistics.fmean(told)))
             if points:
-                line = panel.plot(*zip(*points, strict=True), marker=".", linewidth=1, label=name)[0]
-                panel.plot(*points[-1], marker="o", color=line.get_color())
+                # Ten colours, then the same ones dotted: a study of variants has many.
+                style = {"color": f"C{number % 10}", "linestyle": ("-", ":")[number // 10 % 2]}
+                panel.plot(*zip(*points, strict=True), marker=".", linewidth=1, label=name, **style)
+                panel.plot(*points[-1], marker="o", color=style["color"])
         panel.set_xlabel(f"{scorer} (dot: far end)")
         panel.set_ylabel(f"{distance}, distance to the source")
-    panels[0].legend(fontsize=7)
+    figure.legend(*panels[0].get_legend_handles_labels(), fontsize=7, loc="outside right upper")
     save_figure(figure, path)
 
 
