@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test slow-test lint bench gpu-test gpu-bench gpu-trt gpu-model marks evaluation ablations clean
+.PHONY: demo test slow-test lint bench bench-serve soak ray-test gpu-test gpu-bench gpu-trt gpu-model marks evaluation ablations clean
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; set PYTHON=python3.11"; exit 2; }
@@ -34,6 +34,17 @@ lint: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m pytest bench -o addopts=-q --benchmark-columns=median,iqr,rounds
+
+# Some minutes of both cores; writes bench/results/serving.json and .md.
+bench-serve: $(STAMP)
+	$(BIN)/python -m slideredit_rt.bench.serving_marks $(BENCH_OPTIONS)
+
+soak: $(STAMP)
+	$(BIN)/python -m pytest -m slow -s tests/test_soak.py
+
+ray-test: $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[ray]'
+	$(BIN)/python -m pytest -m slow -s tests/test_ray.py
 
 marks: $(STAMP)
 	$(BIN)/python -m slideredit_rt.bench.marks

@@ -22,6 +22,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+
 from slideredit_rt.errors import SliderEditError
 
 if TYPE_CHECKING:
@@ -78,30 +80,28 @@ class Load:
 
 @dataclass(frozen=True)
 class Answer:
-    """What became of a request: seconds from sending it to its whole answer, and why it failed, if it did."""
+    """What became of a request: seconds from sending it to its whole answer, and why it failed, if it did: its status or the
+    kind of error, and the server's words."""
 
     seconds: float
     preview: bool
     error: str | None = None
+    words: str = ""
 
 
 def pictures_of(load: Load) -> list[str]:
-    """The source pictures as data URLs."""
+    """The source pictures' files in base64."""
     if load.picture is not None:
-        return [_data_url(load.picture.read_bytes())]
+        return [base64.b64encode(load.picture.read_bytes()).decode()]
     from slideredit_rt.training.shapes_evaluation import scene_image
     from slideredit_rt.training.shapes_world import held_out_examples
 
-    urls = []
+    pictures = []
     for example in held_out_examples(load.pictures, 1):
         file = io.BytesIO()
         scene_image(example).save(file, "PNG")
-        urls.append(_data_url(file.getvalue()))
-    return urls
-
-
-def _data_url(content: bytes) -> str:
-    return f"data:image/*;base64,{base64.b64encode(content).decode()}"
+        pictures.append(base64.b64encode(file.getvalue()).decode())
+    return pictures
 
 
 def bodies_of(load: Load) -> list[dict[str, Any]]:
@@ -128,16 +128,16 @@ async def send(client: httpx.AsyncClient, body: dict[str, Any]) -> Answer:
     import httpx
 
     started = time.perf_counter()
-    error = None
+    error, words = None, ""
     try:
         response = await client.post(ENDPOINT, json=body)
         if response.status_code != 200:
-            error = str(response.status_code)
+            error, words = str(response.status_code), response.text
         elif not base64.b64decode(response.json()["data"][0]["b64_json"]):
             error = "no picture"
     except (httpx.HTTPError, ValueError, LookupError) as failure:
-        error = type(failure).__name__
-    return Answer(time.perf_counter() - started, bool(body["preview"]), error)
+        error, words = type(failure).__name__, str(failure)
+    return Answer(time.perf_counter() - started, bool(body["preview"]), error, words)
 
 
 async def send_all(client: httpx.AsyncClient, bodies: Sequence[dict[str, Any]], load: Load) -> list[Answer]:
@@ -218,8 +218,6 @@ def latencies(seconds: Sequence[float]) -> dict[str, float]:
     """Mean, median, standard deviation and percentiles under vLLM's names; empty without answers."""
     if not seconds:
         return {}
-    import numpy as np
-
     ms = [1000 * second for second in seconds]
     return {
         "mean_e2el_ms": statistics.fmean(ms),
@@ -250,8 +248,8 @@ async def step_totals(client: httpx.AsyncClient) -> tuple[float, float] | None:
 
 
 @contextmanager
-def local_server(*options: str) -> Iterator[str]:
-    """A server of its own process on a free port; yields its URL and leaves nothing running.
+def local_server(*options: str) -> Iterator[tuple[str, int]]:
+    """A server of its own process on a free port; yields its URL and its process id, and leaves nothing running.
 
     Args:
         options: of `slideredit-rt serve`, an engine first if it is not to be the embedded one.
@@ -268,7 +266,7 @@ def local_server(*options: str) -> Iterator[str]:
                 process.wait(_STOP_SECONDS)
                 log.seek(0)
                 raise SliderEditError(f"the server did not start: {log.read().decode(errors='replace').strip()[-500:]}")
-            yield str(json.loads(line)["url"])
+            yield str(json.loads(line)["url"]), process.pid
         finally:
             process.terminate()
             try:
@@ -302,10 +300,10 @@ def bench_serve(
     Returns:
         What `measure` gives, with the load, the server and where the result comes from.
     """
-    with nullcontext(base_url) if base_url else local_server(*([] if engine is None else [str(engine)])) as url:
+    with nullcontext((base_url, 0)) if base_url else local_server(*([] if engine is None else [str(engine)])) as (url, _):
 
         async def run() -> dict[str, Any]:
-            async with open_client(str(url), api_key) as client:
+            async with open_client(url, api_key) as client:
                 return await measure(client, load)
 
         result = asyncio.run(run())

@@ -159,7 +159,7 @@ def _ratio(by_round: list[float], mark: float | None, *, at_least: bool) -> dict
 def measure_marks(size: Size) -> dict[str, Any]:
     """Start the servers, measure, and describe the machine."""
     with ExitStack() as stack:
-        urls = {name: stack.enter_context(local_server(*options)) for name, options in _SERVERS.items()}
+        urls = {name: stack.enter_context(local_server(*options))[0] for name, options in _SERVERS.items()}
         cells, previews = asyncio.run(measure_rounds(urls, size))
     return {
         "command": "make bench-serve",

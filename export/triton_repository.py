@@ -207,7 +207,9 @@ def _constant(graph: onnx_ir.Graph, name: str, content: int | list[int]) -> onnx
     if name not in graph.initializers:
         tensor = onnx_ir.tensor(content, onnx_ir.DataType.INT64, name=name)
         graph.register_initializer(
-            onnx_ir.Value(name=name, const_value=tensor, type=onnx_ir.TensorType(tensor.dtype), shape=tensor.shape)
+            onnx_ir.Value(
+                name=name, const_value=tensor, type=onnx_ir.TensorType(tensor.dtype), shape=onnx_ir.Shape(tensor.shape)
+            )
         )
     return graph.initializers[name]
 

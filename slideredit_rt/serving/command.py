@@ -18,8 +18,10 @@ from typing import TYPE_CHECKING
 from slideredit_rt.errors import SliderEditError
 
 if TYPE_CHECKING:
-    from slideredit_rt.editor import SliderEditor
+    from fastapi import FastAPI
+
     from slideredit_rt.engines import RuntimeOptions
+    from slideredit_rt.serving.service import EditService
 
 _PACKAGES = ("fastapi", "uvicorn", "python_multipart", "prometheus_client")
 _KEY_VARIABLE = "SLIDEREDIT_API_KEY"
@@ -54,6 +56,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--drain-seconds", type=float, default=30.0, help="for accepted edits to finish after a signal (default: %(default)g)"
     )
+    ray = parser.add_argument_group("on several processes or machines (pip install 'slideredit-rt[ray]')")
+    ray.add_argument("--ray", action="store_true", help="with Ray Serve, on the cluster that $RAY_ADDRESS names or a local one")
+    ray.add_argument("--min-replicas", type=int, default=1, help="engines at all times (default: %(default)s)")
+    ray.add_argument("--max-replicas", type=int, help="engines while the queue is long (default: as many as at all times)")
+    ray.add_argument("--replica-cpus", type=float, default=1, help="that Ray counts for each (default: %(default)g)")
+    ray.add_argument("--replica-gpus", type=float, default=0, help="that Ray counts for each (default: %(default)g)")
 
 
 def serve(args: argparse.Namespace, options: RuntimeOptions | None) -> int:
@@ -66,33 +74,14 @@ def serve(args: argparse.Namespace, options: RuntimeOptions | None) -> int:
     if missing:
         raise SliderEditError(f"serving needs {', '.join(missing)}; install them with pip install 'slideredit-rt[serve]'")
     _check(args)
-    key = _api_key(args)
+    if args.ray:
+        return _serve_with_ray(args, options)
+    key = read_api_key(args)
     listener = _bind(args.host, args.port)
     with listener:
-        from slideredit_rt.serving.app import create_app
-        from slideredit_rt.serving.body import Limits
-        from slideredit_rt.serving.metrics import Metrics
         from slideredit_rt.serving.server import Server
-        from slideredit_rt.serving.service import EditService
 
-        editor, folder = _open(args, options)
-        metrics = Metrics()
-        service = EditService(
-            editor,
-            max_queue=args.max_queue,
-            cache_bytes=args.cache_mib * 2**20,
-            max_batch=args.max_batch,
-            step_batching=not args.no_step_batching,
-            observer=metrics,
-        )
-        model = args.model or folder.resolve().name
-        limits = Limits(
-            body_bytes=int(args.max_body_mib * 2**20),
-            pixels=int(args.max_megapixels * 1e6),
-            request_seconds=args.request_seconds,
-        )
-        app = create_app(service, model=model, api_key=key, limits=limits, preview_steps=args.preview_steps, metrics=metrics)
-
+        app, service, model = make_app(args, options, key)
         host, port = listener.getsockname()[:2]
         url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
@@ -111,8 +100,51 @@ def serve(args: argparse.Namespace, options: RuntimeOptions | None) -> int:
     return 0
 
 
+def _serve_with_ray(args: argparse.Namespace, options: RuntimeOptions | None) -> int:
+    if find_spec("ray") is None:
+        raise SliderEditError("--ray needs Ray Serve; install it with pip install 'slideredit-rt[ray]'")
+    from slideredit_rt.serving.ray_app import serve
+
+    return serve(args, options)
+
+
+def make_app(args: argparse.Namespace, options: RuntimeOptions | None, key: str | None) -> tuple[FastAPI, EditService, str]:
+    """The application and the service that it is over, and what clients call the engine.
+
+    Raises:
+        SliderEditError: an engine that cannot be run here.
+    """
+    from slideredit_rt.editor import SliderEditor
+    from slideredit_rt.serving.app import create_app
+    from slideredit_rt.serving.body import Limits
+    from slideredit_rt.serving.metrics import Metrics
+    from slideredit_rt.serving.service import EditService
+
+    folder = prepare_engine(args)
+    editor = SliderEditor.from_engine(folder, args.base, threads=args.threads, options=options)
+    metrics = Metrics()
+    service = EditService(
+        editor,
+        max_queue=args.max_queue,
+        cache_bytes=args.cache_mib * 2**20,
+        max_batch=args.max_batch,
+        step_batching=not args.no_step_batching,
+        observer=metrics,
+    )
+    model = args.model or folder.resolve().name
+    limits = Limits(
+        body_bytes=int(args.max_body_mib * 2**20),
+        pixels=int(args.max_megapixels * 1e6),
+        request_seconds=args.request_seconds,
+    )
+    app = create_app(service, model=model, api_key=key, limits=limits, preview_steps=args.preview_steps, metrics=metrics)
+    return app, service, model
+
+
 def _check(args: argparse.Namespace) -> None:
     """Refuse numbers that serve nobody."""
+    if not 0 <= args.port <= 65535:
+        raise SliderEditError(f"--port is {args.port}; give 0 to 65535")
     for name, least in (("preview_steps", 1), ("cache_mib", 0), ("drain_seconds", 0)):
         if getattr(args, name) < least:
             raise SliderEditError(f"--{name.replace('_', '-')} is {getattr(args, name)}; give at least {least}")
@@ -121,7 +153,7 @@ def _check(args: argparse.Namespace) -> None:
             raise SliderEditError(f"--{name.replace('_', '-')} is {getattr(args, name):g}; give a number above 0")
 
 
-def _api_key(args: argparse.Namespace) -> str | None:
+def read_api_key(args: argparse.Namespace) -> str | None:
     """The key that clients have to bring; None asks for none."""
     if args.api_key_file is not None:
         try:
@@ -156,21 +188,20 @@ def _bind(host: str, port: int) -> socket.socket:
         raise SliderEditError(f"cannot listen at {host} port {port} ({reason}); choose another --port") from None
 
 
-def _open(args: argparse.Namespace, options: RuntimeOptions | None) -> tuple[SliderEditor, Path]:
-    """The editor, and the folder of its engine."""
-    from slideredit_rt.editor import SliderEditor
-
+def prepare_engine(args: argparse.Namespace) -> Path:
+    """The folder of the engine; the embedded one is built where it is not yet, or from files that have moved since."""
     if args.engine is not None:
-        return SliderEditor.from_engine(args.engine, args.base, threads=args.threads, options=options), args.engine
+        engine: Path = args.engine
+        return engine
+    from slideredit_rt.engines.manifest import read_manifest
     from slideredit_rt.export.build import build_engine
 
     folder = _default_engine()
     try:
-        return SliderEditor.from_engine(folder, args.base, threads=args.threads, options=options), folder
+        read_manifest(folder)
     except SliderEditError:
-        # Not built yet, or built from files that have moved since.
         build_engine("shapes-kontext", "shapes-st", folder, overwrite=True, progress=not args.quiet)
-    return SliderEditor.from_engine(folder, args.base, threads=args.threads, options=options), folder
+    return folder
 
 
 def _default_engine() -> Path:
