@@ -504,7 +504,8 @@ def test_training_learns_on_prompts_of_different_lengths(
 ) -> None:
     base = {"st": "plus", "gst": "edit"}[kind]
     target = {"st": "remaining", "gst": "neutral"}[kind]
-    config = SuppressionConfig(kind, target, rank=2, steps=2, batch=2, learning_rate=1e-2, gradient_checkpointing=kind == "st")
+    options = {"rank": 2, "steps": 2, "batch": 2, "learning_rate": 1e-2, "gradient_checkpointing": kind == "st"}
+    config = SuppressionConfig(kind=kind, target=target, **options)
     trainer = SuppressionTrainer(family, family.load_pipeline(bases[base]), _TwoEdits(), config, tmp_path / "new.safetensors")
     adapter = trainer.train(progress=False)
     assert adapter.family == "qwen_image_edit"

@@ -33,7 +33,7 @@ TargetPrompt = Literal["remaining", "empty", "neutral"]
 AlphaSampling = Literal["uniform", "fixed"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SuppressionConfig(TrainingConfig):
     """Settings of a run (others in `TrainingConfig`); the defaults are the paper's, but for `alpha_sampling`.
 

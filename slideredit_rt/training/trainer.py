@@ -27,7 +27,7 @@ TimestepSampling = Literal["uniform", "logit-normal"]
 Trained = TypeVar("Trained")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
     """Settings of every run.
 
