@@ -1,6 +1,7 @@
 """The benchmark on a handful of small scenes: systems against what they must equal, the run, and its report."""
 
 import json
+import random
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -23,9 +24,10 @@ from slideredit_rt.evaluation.systems.merged_lora import MergedLoRA
 from slideredit_rt.evaluation.systems.pad_interpolation import PadInterpolation, interpolated_rows
 from slideredit_rt.evaluation.systems.slideredit import GloballySelective, SelectiveToken
 from slideredit_rt.families import get_family
-from slideredit_rt.training.shapes_world import ALL_INSTRUCTIONS, render
+from slideredit_rt.training.shapes_world import ALL_INSTRUCTIONS, Example, draw_scene, find_instruction, render
 
 STEPS = 2
+EVERYTHING = ("circle larger", "square smaller", "background dark")
 RESULTS = Path(__file__).parents[1] / "bench" / "results"
 
 
@@ -104,6 +106,13 @@ def test_a_change_where_nothing_was_asked_counts_in_full():
     image = render([example.target])
     image[:, :, untouched(example)] += 0.1
     assert score_shapes(example, image)[0].distances["elsewhere"] == pytest.approx(0.1, abs=1e-6)
+
+
+def test_where_everything_may_change_there_is_no_distance():
+    example = Example(draw_scene(random.Random(0)), tuple(find_instruction(f"make the {t}") for t in EVERYTHING))
+    assert not untouched(example).any()
+    (scores,) = score_shapes(example, render([example.target]))
+    assert scores.distances == {"elsewhere": None}
 
 
 def test_scenes_of_some_instructions_are_new_scenes_of_these_alone():

@@ -83,12 +83,14 @@ def score_shapes(example: Example, images: Tensor) -> list[Scores]:
     """Measure pictures `[N, 3, SIZE, SIZE]` in [0, 1].
 
     `response` is the exact measurer's: 0 as in the source, 1 exactly as asked. `elsewhere` is the root mean squared difference
-    to the source, in [0, 1] pixel units, over the pixels that no instruction may change.
+    to the source, in [0, 1] pixel units, over the pixels that no instruction may change; None where there is no such pixel.
     """
     free = untouched(example)
     source = render([example.scene])[0][:, free]
     measured = measure(images, [example.scene] * len(images))
-    apart = (images[:, :, free] - source).square().flatten(1).mean(1).sqrt().tolist()
+    apart: list[float | None] = [None] * len(images)
+    if free.any():
+        apart = (images[:, :, free] - source).square().flatten(1).mean(1).sqrt().tolist()
     return [
         Scores({"response": tuple(response(m, i, example.scene) for i in example.instructions)}, {"elsewhere": distance})
         for m, distance in zip(measured, apart, strict=True)
