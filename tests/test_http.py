@@ -1,0 +1,760 @@
+"""The HTTP API over a real engine: OpenAI's shape with sliders, and a status and a sentence for whatever else is sent."""
+
+import base64
+import io
+import json
+import re
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+import zlib
+from contextlib import contextmanager, suppress
+
+import httpx
+import numpy as np
+import openai
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, given, settings
+from PIL import Image
+from schemathesis.checks import CHECKS
+
+from slideredit_rt import Slider, SliderEditError, SliderEditor
+from slideredit_rt.cli import main
+from slideredit_rt.serving.app import PREVIEW_STEPS, create_app
+from slideredit_rt.serving.body import Limits
+from slideredit_rt.serving.metrics import Metrics
+from slideredit_rt.serving.pictures import decode_picture
+from slideredit_rt.serving.server import HEADER_BYTES, Server
+from slideredit_rt.serving.service import EditRequest, EditService
+
+RED, DARK = "make the circle red", "make the background dark"
+BOTH = f"{RED} and {DARK}"
+SLIDERS = [{"instruction": RED, "strength": 0.5}, {"instruction": DARK, "strength": 1.25}]
+STEPS = 3
+
+
+@contextmanager
+def listening(app, service, **options):
+    """A server of its own thread; yields its address and the server."""
+    started = threading.Event()
+    server = Server(app, service, on_ready=started.set, **options)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        thread = threading.Thread(target=server.run, args=([listener],))
+        thread.start()
+        assert started.wait(30)
+        try:
+            yield address, server
+        finally:
+            server.should_exit = True
+            thread.join(30)
+    assert not thread.is_alive()
+
+
+@pytest.fixture(scope="module")
+def editor(engines):
+    """The server's own; what it should answer comes from the fixture `st_editor`."""
+    return SliderEditor.from_engine(engines["st"], threads=1)
+
+
+@pytest.fixture(scope="module")
+def metrics():
+    return Metrics()
+
+
+@pytest.fixture(scope="module")
+def service(editor, metrics):
+    with EditService(editor, observer=metrics) as service:
+        yield service
+
+
+@pytest.fixture(scope="module")
+def url(service, metrics):
+    with listening(create_app(service, model="shapes", metrics=metrics), service) as (address, _):
+        yield address
+
+
+@pytest.fixture
+def client(url):
+    """Asks, and sees that the server still answers afterwards."""
+    with httpx.Client(base_url=url, timeout=60) as client:
+        yield client
+        assert client.get("/health").json() == {"status": "ok"}
+
+
+@pytest.fixture
+def ai(url):
+    """OpenAI's own client, which does not try again."""
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def png(request):
+    return as_file(request.getfixturevalue("scene"))
+
+
+def as_file(image, kind="PNG", **options):
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def picture(item):
+    """The picture of an entry of `data`, or of an event."""
+    return Image.open(io.BytesIO(base64.b64decode(item["b64_json"])))
+
+
+def pixels(image):
+    return np.asarray(image).astype(int)
+
+
+def data_url(data):
+    return f"data:image/png;base64,{base64.b64encode(data).decode()}"
+
+
+def edit(client, png, **fields):
+    """An edit as a form."""
+    form = {"num_inference_steps": STEPS, **fields}
+    return client.post("/v1/images/edits", files={"image": ("scene.png", png, "image/png")}, data=form)
+
+
+def events(text):
+    """Kinds and data of server-sent events."""
+    blocks = [dict(line.split(": ", 1) for line in block.split("\n")) for block in text.strip().split("\n\n")]
+    return [(block["event"], json.loads(block["data"])) for block in blocks]
+
+
+def waited_for(condition, seconds=20):
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.01)
+    return condition()
+
+
+# Edits.
+
+
+def test_an_edit_is_the_editors_own_bit_for_bit(client, png, scene, st_editor):
+    answer = edit(client, png, sliders=json.dumps(SLIDERS), seed=7, num_inference_steps=4, guidance_scale=3).json()
+    expected = st_editor.edit(scene, [Slider(RED, 0.5), Slider(DARK, 1.25)], seed=7, steps=4, guidance_scale=3)
+    (item,) = answer["data"]
+    assert picture(item).tobytes() == expected.tobytes()
+    assert (item["seed"], item["strengths"]) == (7, [0.5, 1.25])
+    assert (answer["size"], answer["output_format"], answer["background"]) == ("64x64", "png", "opaque")
+    # 64 rows of 8 × 8 pixels; the tokens are make the circle red and make the background dark.
+    assert answer["usage"] == {
+        "input_tokens": 73,
+        "input_tokens_details": {"text_tokens": 9, "image_tokens": 64},
+        "output_tokens": 64,
+        "total_tokens": 137,
+    }
+
+
+@pytest.mark.parametrize("place", ["image", "images", "list"])
+def test_json_holds_the_picture_in_base64(client, png, place):
+    form = edit(client, png, sliders=json.dumps(SLIDERS)).json()
+    sent = {
+        "image": {"image": base64.b64encode(png).decode()},
+        "images": {"images": [{"image_url": data_url(png)}]},
+        "list": {"image": [data_url(png)]},
+    }[place]
+    answer = client.post("/v1/images/edits", json={"sliders": SLIDERS, "num_inference_steps": STEPS, **sent})
+    assert answer.json()["data"] == form["data"]
+
+
+def test_without_sliders_the_whole_prompt_is_one_at_strength_1(client, png, scene, st_editor):
+    answer = edit(client, png, prompt=BOTH).json()
+    assert picture(answer["data"][0]).tobytes() == st_editor.edit(scene, [Slider(BOTH)], steps=STEPS).tobytes()
+
+
+def test_nulls_and_fields_without_meaning_here_change_nothing(client, png):
+    plain = {"prompt": RED, "image": data_url(png), "num_inference_steps": STEPS}
+    nulls = dict.fromkeys(("n", "size", "stream", "output_format", "partial_images"))
+    openais = {"quality": "high", "user": "me", "background": "auto"}
+    answers = [client.post("/v1/images/edits", json=fields).json() for fields in (plain, plain | nulls | openais)]
+    assert answers[0]["data"] == answers[1]["data"]
+
+
+def test_n_pictures_have_consecutive_seeds(client, png, scene, st_editor):
+    data = edit(client, png, prompt=RED, n=3, seed=5).json()["data"]
+    assert [item["seed"] for item in data] == [5, 6, 7]
+    for item in data:
+        expected = st_editor.edit(scene, [Slider(RED)], seed=item["seed"], steps=STEPS)
+        assert np.abs(pixels(picture(item)) - pixels(expected)).max() <= 1
+
+
+def test_a_sweep_has_one_picture_per_strength(client, png, scene, st_editor):
+    sweep = {"slider": 0, "from": 0, "to": 1.5, "count": 4}
+    data = edit(client, png, sliders=json.dumps(SLIDERS), sweep=json.dumps(sweep)).json()["data"]
+    assert [item["strengths"] for item in data] == [[0, 1.25], [0.5, 1.25], [1, 1.25], [1.5, 1.25]]
+    expected = st_editor.sweep(scene, [Slider(RED), Slider(DARK, 1.25)], 0, [0, 0.5, 1, 1.5], steps=STEPS)
+    for item, image in zip(data, expected, strict=True):
+        assert np.abs(pixels(picture(item)) - pixels(image)).max() <= 1
+
+
+def test_a_sweeps_strip_is_one_picture(client, png):
+    sweep = {"from": 0, "to": 1, "count": 3, "strip": True}
+    (item,) = edit(client, png, prompt=RED, sweep=json.dumps(sweep)).json()["data"]
+    width, height = picture(item).size
+    assert width > 3 * 64
+    assert width > height
+    assert item["strengths"] is None
+
+
+def test_a_preview_takes_fewer_steps_unless_it_says_how_many(client, png, scene, st_editor):
+    files = {"image": png}
+    data = client.post("/v1/images/edits", files=files, data={"prompt": RED, "preview": "true"}).json()["data"]
+    assert picture(data[0]).tobytes() == st_editor.edit(scene, [Slider(RED)], steps=PREVIEW_STEPS).tobytes()
+    data = edit(client, png, prompt=RED, preview="true").json()["data"]
+    assert picture(data[0]).tobytes() == st_editor.edit(scene, [Slider(RED)], steps=STEPS).tobytes()
+
+
+@pytest.mark.parametrize(("output_format", "pillow"), [("png", "PNG"), ("jpeg", "JPEG"), ("webp", "WEBP")])
+def test_output_formats(client, png, output_format, pillow):
+    full, small = (
+        edit(client, png, prompt=RED, output_format=output_format, output_compression=quality).json()["data"][0]
+        for quality in (100, 10)
+    )
+    assert picture(full).format == pillow
+    assert picture(full).size == (64, 64)
+    assert (len(small["b64_json"]) < len(full["b64_json"])) == (output_format != "png")
+
+
+def test_the_size_is_the_engines_for_the_picture(client, scene):
+    wide = as_file(scene.resize((80, 40)))
+    answers = [edit(client, wide, prompt=RED, size=size) for size in ("auto", "88x48", "1024x1024")]
+    assert [a.status_code for a in answers] == [200, 200, 400]
+    assert answers[0].json()["size"] == "88x48"
+    assert "this engine edits this picture at 88x48" in answers[2].json()["error"]["message"]
+
+
+# Streams.
+
+
+def test_a_stream_sends_partial_pictures_and_then_the_edit(client, png):
+    whole = edit(client, png, prompt=RED, num_inference_steps=6).json()
+    answer = edit(client, png, prompt=RED, num_inference_steps=6, stream="true", partial_images=2)
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    kinds, data = zip(*events(answer.text), strict=True)
+    assert kinds == ("image_edit.partial_image",) * 2 + ("image_edit.completed",)
+    assert [d["type"] for d in data] == list(kinds)
+    assert [d["partial_image_index"] for d in data[:2]] == [0, 1]
+    assert all((d["size"], d["output_format"]) == ("64x64", "png") and d["created_at"] > 1e9 for d in data)
+    assert data[-1]["b64_json"] == whole["data"][0]["b64_json"]
+    assert data[-1]["usage"] == whole["usage"]
+    # What is shown first is further from the end.
+    distances = [np.abs(pixels(picture(d)) - pixels(picture(data[-1]))).mean() for d in data]
+    assert distances[0] > distances[1] > distances[2] == 0
+
+
+def test_a_stream_of_several_pictures_completes_each(client, png):
+    answer = edit(client, png, prompt=RED, n=2, stream="true", partial_images=1, num_inference_steps=4)
+    data = [d for _, d in events(answer.text)]
+    assert [(d["type"].split(".")[1], d["image_index"]) for d in data] == [
+        ("partial_image", 0),
+        ("partial_image", 1),
+        ("completed", 0),
+        ("completed", 1),
+    ]
+    assert [d["seed"] for d in data[2:]] == [0, 1]
+
+
+def test_what_fails_before_the_first_event_has_a_status(client, png):
+    answer = edit(client, png, prompt=DARK, sliders=json.dumps(SLIDERS[:1]), stream="true")
+    assert answer.status_code == 422
+    assert "nowhere in the prompt" in answer.json()["error"]["message"]
+
+
+# OpenAI's client.
+
+
+def test_openais_client_edits(ai, png, scene, st_editor):
+    answer = ai.images.edit(model="shapes", image=("scene.png", png), prompt=BOTH, extra_body={"num_inference_steps": STEPS})
+    expected = st_editor.edit(scene, [Slider(BOTH)], steps=STEPS)
+    assert picture({"b64_json": answer.data[0].b64_json}).tobytes() == expected.tobytes()
+    assert answer.size == "64x64"
+    assert answer.usage.output_tokens == 64
+
+
+@pytest.mark.parametrize("send", [json.dumps, list])
+def test_openais_client_sends_sliders(ai, png, scene, st_editor, send):
+    extra = {"sliders": send(SLIDERS), "num_inference_steps": STEPS, "seed": 2}
+    answer = ai.images.edit(image=png, prompt=BOTH, extra_body=extra)
+    expected = st_editor.edit(scene, [Slider(RED, 0.5), Slider(DARK, 1.25)], steps=STEPS, seed=2)
+    assert picture({"b64_json": answer.data[0].b64_json}).tobytes() == expected.tobytes()
+
+
+def test_openais_client_sends_a_sweep_taken_apart(ai, png):
+    extra = {"sweep": {"slider": 0, "from": 0, "to": 1, "count": 3}, "num_inference_steps": STEPS}
+    answer = ai.images.edit(image=png, prompt=RED, extra_body=extra)
+    assert [item.strengths for item in answer.data] == [[0.0], [0.5], [1.0]]
+
+
+def test_sliders_whose_fields_cannot_be_told_apart_are_refused(ai, png):
+    # The client sends two instructions and one strength, without saying whose.
+    extra = {"sliders": [{"instruction": RED}, {"instruction": DARK, "strength": 0.5}]}
+    with pytest.raises(openai.BadRequestError, match=r"2 × instruction, 1 × strength.*one field that holds JSON"):
+        ai.images.edit(image=png, prompt=BOTH, extra_body=extra)
+
+
+def test_openais_client_streams(ai, png):
+    extra = {"sliders": json.dumps(SLIDERS), "num_inference_steps": 8}
+    stream = ai.images.edit(image=png, prompt=BOTH, stream=True, partial_images=3, extra_body=extra)
+    kinds = [event.type for event in stream]
+    assert kinds == ["image_edit.partial_image"] * 3 + ["image_edit.completed"]
+
+
+def test_openais_client_knows_the_errors(ai, png):
+    with pytest.raises(openai.NotFoundError) as unknown:
+        ai.images.edit(image=png, prompt=RED, model="gpt-image-1")
+    assert unknown.value.code == "model_not_found"
+    assert unknown.value.param == "model"
+    with pytest.raises(openai.UnprocessableEntityError):
+        ai.images.edit(image=b"no picture", prompt=RED)
+    assert [model.id for model in ai.models.list()] == ["shapes"]
+    assert ai.models.retrieve("shapes").engine["max_sliders"] == 8
+
+
+# The rest of the surface.
+
+
+def test_the_model_says_what_its_engine_is(client, st_editor):
+    (model,) = client.get("/v1/models").json()["data"]
+    assert model["id"] == "shapes"
+    assert client.get("/v1/models/shapes").json() == model
+    assert model["engine"] == {
+        "kind": "st",
+        "family": "flux_kontext",
+        "backend": "onnxruntime",
+        "adapters": [],
+        "max_sliders": st_editor.max_sliders,
+        "num_inference_steps": st_editor.family.num_inference_steps,
+        "preview_steps": PREVIEW_STEPS,
+        "side": 64,
+        "embedded": True,
+    }
+
+
+def test_spans_say_which_slider_owns_each_token(client):
+    answer = client.post("/v1/sliders/spans", json={"prompt": f"Please {BOTH}", "sliders": SLIDERS}).json()
+    words = [(answer["prompt"][t["start"] : t["end"]], t["slider"]) for t in answer["tokens"] if t["end"] > t["start"]]
+    owned = {0: [w for w, s in words if s == 0], 1: [w for w, s in words if s == 1]}
+    assert owned == {0: RED.split(), 1: DARK.split()}
+    assert answer["text_rows"] == 24
+    composed = client.post("/v1/sliders/spans", json={"sliders": SLIDERS}).json()
+    assert composed["prompt"] == BOTH
+
+
+def test_health(client):
+    assert client.get("/v2/health/live").json() == {"live": True}
+    assert client.get("/v2/health/ready").json() == {"ready": True}
+
+
+def test_the_page_comes_from_the_package_and_loads_nothing_from_elsewhere(client, scene):
+    page = client.get("/")
+    assert page.headers["content-type"] == "text/html; charset=utf-8"
+    for name, kind in (("app.js", "text/javascript"), ("style.css", "text/css")):
+        assert name in page.text
+        assert client.get(f"/{name}").headers["content-type"].startswith(kind)
+    policy = page.headers["content-security-policy"]
+    assert "default-src 'none'" in policy
+    assert "unsafe" not in policy
+    assert "http" not in policy
+    assert page.headers["x-content-type-options"] == "nosniff"
+    sample = Image.open(io.BytesIO(client.get("/sample.png").content))
+    assert sample.tobytes() == scene.tobytes()
+
+
+def test_metrics_count_what_was_done(client, png):
+    def values():
+        lines = [line for line in client.get("/metrics").text.splitlines() if not line.startswith("#")]
+        return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines)}
+
+    secret = "make the square green"
+    before = values()
+    edit(client, png, prompt=secret, n=2, num_inference_steps=5)
+    edit(client, png, prompt=secret, seed=9, preview="true", num_inference_steps=2)
+    edit(client, png, prompt=secret, sliders=json.dumps(SLIDERS))
+    after = values()
+    grown = {name: after[name] - before.get(name, 0) for name in after}
+    assert grown['slideredit_requests_total{mode="full",outcome="completed"}'] == 1
+    assert grown['slideredit_requests_total{mode="preview",outcome="completed"}'] == 1
+    assert grown['slideredit_requests_total{mode="full",outcome="refused"}'] == 1
+    assert grown['slideredit_images_total{mode="full"}'] == 2
+    # Two images, five steps, in the same calls; then one image, two steps.
+    assert grown['slideredit_step_batch_size_sum{mode="full"}'] == 10
+    assert grown['slideredit_step_batch_size_count{mode="full"}'] == 5
+    assert grown['slideredit_step_seconds_count{mode="preview"}'] == 2
+    assert grown['slideredit_request_seconds_count{mode="preview",outcome="completed"}'] == 1
+    assert grown['slideredit_cache_lookups_total{kind="text",result="miss"}'] == 1
+    assert grown['slideredit_cache_lookups_total{kind="text",result="hit"}'] == 1
+    assert grown['slideredit_http_responses_total{route="/v1/images/edits",status="200"}'] == 2
+    assert grown['slideredit_http_responses_total{route="/v1/images/edits",status="422"}'] == 1
+    assert after["slideredit_queued_images"] == after["slideredit_running_images"] == 0
+    assert "square" not in client.get("/metrics").text
+
+
+# Pictures of all kinds.
+
+
+def decoded(data, max_pixels=10**6):
+    return decode_picture(data, "the picture", max_pixels=max_pixels, max_aspect=4)
+
+
+def test_pictures_are_turned_upright_and_made_rgb(scene):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter
+    turned = decoded(as_file(scene.resize((64, 48)), exif=exif))
+    assert turned.size == (48, 64)
+    clear = decoded(as_file(Image.new("RGBA", (4, 4), (255, 0, 0, 0))))
+    assert clear.getpixel((0, 0)) == (255, 255, 255)
+    deep = decoded(as_file(Image.fromarray(np.full((4, 4), 32768, np.uint16))))
+    assert deep.getpixel((0, 0)) == (128, 128, 128)
+    moving = decoded(as_file(scene, "WEBP", save_all=True, append_images=[Image.new("RGB", (64, 64))], lossless=True))
+    assert moving.tobytes() == scene.tobytes()
+    assert decoded(as_file(scene.convert("CMYK"), "JPEG")).mode == "RGB"
+
+
+def bomb(width, height):
+    """A small PNG file that says it is large."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(10**6))) + chunk(b"IEND", b"")
+
+
+def test_damaged_files_are_refused_whatever_they_do_to_the_decoder(scene):
+    rng = np.random.default_rng(0)
+    for kind in ("PNG", "JPEG", "WEBP"):
+        data = as_file(scene, kind)
+        for _ in range(60):
+            broken = bytearray(data[: rng.integers(len(data))] if rng.random() < 0.3 else data)
+            for place in rng.integers(0, max(1, len(broken)), 4):
+                broken[place : place + 1] = bytes([rng.integers(256)])
+            with suppress(SliderEditError):
+                assert decoded(bytes(broken)).mode == "RGB"
+
+
+# Bad input.
+
+
+def refused(answer, status, code, sentence):
+    assert answer.status_code == status, answer.text
+    error = answer.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["code"] == code
+    assert re.search(sentence, error["message"]), error["message"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "status", "code", "sentence"),
+    [
+        ({}, 400, "missing", "neither a prompt nor sliders"),
+        ({"prompt": RED, "strength": 1}, 400, "extra_forbidden", r"strength: extra inputs are not permitted"),
+        ({"prompt": RED, "n": 11}, 400, "less_than_equal", r"^n: input should be less than or equal to 10 \(got '11'\)"),
+        ({"prompt": RED, "seed": -1}, 400, "greater_than_equal", "^seed: "),
+        ({"prompt": RED, "seed": "many"}, 400, "int_parsing", r"^seed: .*valid integer"),
+        ({"prompt": RED, "num_inference_steps": 10**6}, 400, "less_than_equal", "^num_inference_steps: "),
+        ({"prompt": RED, "guidance_scale": "inf"}, 400, "finite_number", "^guidance_scale: .*finite"),
+        ({"prompt": "a" * 5000}, 400, "string_too_long", "^prompt: "),
+        ({"prompt": RED, "size": "1x1"}, 400, "invalid_size", "at 64x64"),
+        ({"prompt": RED, "response_format": "url"}, 400, "literal_error", "^response_format: input should be 'b64_json'"),
+        ({"prompt": RED, "output_format": "gif"}, 400, "literal_error", "^output_format: "),
+        ({"prompt": RED, "background": "transparent"}, 400, "literal_error", "^background: "),
+        ({"prompt": RED, "partial_images": 4}, 400, "less_than_equal", "^partial_images: "),
+        ({"prompt": RED, "model": "dall-e-2"}, 404, "model_not_found", "'dall-e-2' is not served here; this is 'shapes'"),
+        ({"prompt": RED, "sliders": "[{"}, 400, "json_invalid", "^sliders is no JSON"),
+        ({"prompt": RED, "sliders": "[]"}, 400, "too_short", "^sliders: "),
+        (
+            {"sliders": '[{"instruction": "a", "strength": NaN}]'},
+            400,
+            "finite_number",
+            r"^sliders\[0\]\.strength: .*finite.*nan",
+        ),
+        ({"sliders": '[{"instruction": "a", "strength": 1e300}]'}, 400, "less_than_equal", r"^sliders\[0\]\.strength: "),
+        ({"sliders": json.dumps([{"instruction": RED}] * 100)}, 400, "too_long", "^sliders: .*at most 64"),
+        ({"sliders": json.dumps([{"instruction": f"w{i}"} for i in range(20)])}, 422, "unprocessable_edit", "takes at most 8"),
+        ({"prompt": DARK, "sliders": json.dumps(SLIDERS)}, 422, "unprocessable_edit", "nowhere in the prompt"),
+        ({"sliders": json.dumps([{"instruction": RED, "adapter": "x"}])}, 422, "unprocessable_edit", "names the adapter 'x'"),
+        ({"prompt": RED, "sweep": '{"from": 0, "to": 1, "count": 1000}'}, 400, "less_than_equal", r"^sweep\.count: "),
+        ({"prompt": RED, "sweep": '{"slider": 1, "from": 0, "to": 1}'}, 400, "no_such_slider", "there are 1 slider"),
+        ({"prompt": RED, "n": 2, "sweep": '{"from": 0, "to": 1}'}, 400, "sweep_alone", "n is 2"),
+        ({"prompt": RED, "negative_prompt": "blur"}, 422, "unprocessable_edit", "true-CFG scale above 1"),
+    ],
+)
+def test_fields_that_cannot_be(client, png, fields, status, code, sentence):
+    files = {"image": png}
+    refused(client.post("/v1/images/edits", files=files, data=fields), status, code, sentence)
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "code", "sentence"),
+    [
+        (b"{", 400, "json_invalid", "invalid JSON"),
+        (b"", 400, "json_invalid", "invalid JSON"),
+        (b"[1]", 400, "model_type", "the body: "),
+        (b"\xff\xfe", 400, "json_invalid", "invalid JSON"),
+        (b"[" * 100_000, 400, "json_invalid", "invalid JSON"),
+        (b'{"prompt": "\\ud800", "image": "AA=="}', 400, "json_invalid", "invalid JSON"),
+        (b'{"prompt": 1, "image": "AA=="}', 400, "string_type", "^prompt: "),
+        (b'{"prompt": "a", "n": "1", "image": "AA=="}', 400, "int_type", "^n: "),
+        (b'{"prompt": "a"}', 400, "one_image", "0 pictures were sent"),
+        (b'{"prompt": "a", "image": ["AA==", "AA=="]}', 400, "one_image", "2 pictures were sent"),
+        (b'{"prompt": "a", "image": "https://example.com/a.png"}', 400, "url_not_allowed", "this server fetches none"),
+        (b'{"prompt": "a", "images": [{"image_url": "file:///etc/passwd"}]}', 400, "url_not_allowed", "fetches none"),
+        (b'{"prompt": "a", "image": "/etc/passwd"}', 400, "invalid_base64", "image is no base64"),
+        (b'{"prompt": "a", "image": "not base64!"}', 400, "invalid_base64", "image is no base64"),
+        (b'{"prompt": "a", "image": ""}', 422, "unprocessable_edit", "the picture cannot be read"),
+    ],
+)
+def test_json_that_cannot_be(client, body, status, code, sentence):
+    headers = {"content-type": "application/json"}
+    refused(client.post("/v1/images/edits", content=body, headers=headers), status, code, sentence)
+
+
+def test_files_that_are_no_pictures(client, png, scene):
+    refused(edit(client, b"no picture", prompt=RED), 422, "unprocessable_edit", "the picture cannot be read")
+    refused(edit(client, png[: len(png) // 2], prompt=RED), 422, "unprocessable_edit", "the picture cannot be read .*truncated")
+    # A format whose decoder would start another program.
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\nshowpage\n"
+    refused(edit(client, eps, prompt=RED), 422, "unprocessable_edit", "the picture cannot be read")
+    for size in ((5000, 5000), (60_000, 60_000)):
+        refused(edit(client, bomb(*size), prompt=RED), 413, "image_too_large", "more than the 16 megapixels allowed")
+    refused(edit(client, as_file(scene.resize((300, 10))), prompt=RED), 422, "unprocessable_edit", "crop it")
+
+
+def test_forms_that_cannot_be_read(client, png):
+    def post(content, content_type):
+        return client.post("/v1/images/edits", content=content, headers={"content-type": content_type})
+
+    refused(post(b"x", "multipart/form-data"), 400, None, "boundary")
+    refused(post(b"x", "multipart/form-data; boundary=b"), 400, None, "multipart")
+    nameless = b"--b\r\nContent-Disposition: form-data\r\n\r\nx\r\n--b--\r\n"
+    refused(post(nameless, "multipart/form-data; boundary=b"), 400, None, "name")
+    refused(post(b"prompt=a", "application/x-www-form-urlencoded"), 415, "unsupported_media_type", "application/json or")
+    two = [("image[]", png), ("image[]", png)]
+    refused(client.post("/v1/images/edits", files=two, data={"prompt": RED}), 400, "one_image", "2 pictures were sent")
+    mask = {"image": png, "mask": png}
+    refused(client.post("/v1/images/edits", files=mask, data={"prompt": RED}), 400, "unknown_file", "mask is a file")
+
+
+def test_unknown_paths_and_methods(client):
+    refused(client.get("/v1/nothing"), 404, None, "Not Found")
+    refused(client.get("/v1/models/gpt-image-1"), 404, "model_not_found", "'gpt-image-1' is not served here")
+    refused(client.get("/v1/images/edits"), 405, None, "Method Not Allowed")
+
+
+def test_bodies_over_the_limit_or_too_slow(service, png):
+    limits = Limits(body_bytes=100_000, body_seconds=0.5)
+    with (
+        listening(create_app(service, model="shapes", limits=limits), service) as (address, _),
+        httpx.Client(base_url=address, timeout=30) as client,
+    ):
+        assert edit(client, png, prompt=RED).status_code == 200
+        for body in (bytes(10**6), (bytes(1000) for _ in range(1000))):  # with a length, and in chunks without one
+            answer = client.post("/v1/images/edits", content=body, headers={"content-type": "application/json"})
+            refused(answer, 413, "body_too_large", r"larger than the 0\.09\d+ MiB allowed")
+        refused(edit(client, bytes(10**6), prompt=RED), 413, "body_too_large", "allowed")
+
+        def slow():
+            yield b"{"
+            time.sleep(1)
+            yield b"}"
+
+        answer = client.post("/v1/images/edits", content=slow(), headers={"content-type": "application/json"})
+        refused(answer, 408, "body_timeout", r"did not arrive within 0\.5 seconds")
+        assert edit(client, png, prompt=RED).status_code == 200
+
+
+def test_an_edit_that_is_not_done_in_time(service, png):
+    app = create_app(service, model="shapes", limits=Limits(request_seconds=0.05))
+    with listening(app, service) as (address, _), httpx.Client(base_url=address, timeout=30) as client:
+        refused(edit(client, png, prompt=RED, num_inference_steps=100), 504, "deadline_exceeded", r"within 0\.05 seconds")
+
+
+def raw(url, data):
+    """A connection on which this was sent."""
+    connection = socket.create_connection(("127.0.0.1", int(url.rsplit(":", 1)[1])), timeout=20)
+    connection.sendall(data)
+    return connection
+
+
+def post_head(body):
+    """The headers of an edit with this body."""
+    sent = {"Host": "here", "Content-Type": "application/json", "Content-Length": len(body)}
+    lines = [f"{name}: {value}\r\n" for name, value in sent.items()]
+    return f"POST /v1/images/edits HTTP/1.1\r\n{''.join(lines)}\r\n".encode()
+
+
+def test_headers_that_are_too_large_or_no_http(client, url):
+    for data, status in ((b"GET / HTTP/1.1\r\nX: " + b"a" * 2 * HEADER_BYTES, b"431"), (b"\x16\x03\x01\r\n\r\n", b"400")):
+        with raw(url, data) as connection:
+            answer = connection.recv(10_000)
+            while chunk := connection.recv(10_000):
+                answer += chunk
+        assert answer.startswith(b"HTTP/1.1 " + status)
+        assert json.loads(answer.split(b"\r\n\r\n", 1)[1])["error"]["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_edit_whose_client_went_away_is_cancelled(client, url, service, png, stream):
+    body = json.dumps({"image": data_url(png), "prompt": RED, "num_inference_steps": 100, "n": 10, "stream": stream}).encode()
+    before = service.stats()
+    with raw(url, post_head(body) + body):
+        assert waited_for(lambda: service.stats().running)
+    assert waited_for(lambda: service.stats().outcomes.get("cancelled", 0) == before.outcomes.get("cancelled", 0) + 1)
+    assert waited_for(lambda: not service.stats().running)
+
+
+def test_a_client_that_goes_away_in_its_body(client, url):
+    raw(url, post_head(bytes(100)) + b"{").close()
+
+
+def test_only_the_right_key_opens(service, png):
+    with (
+        listening(create_app(service, model="shapes", api_key="s3cret"), service) as (address, _),
+        httpx.Client(base_url=address, timeout=30) as client,
+    ):
+        for key in (None, "Bearer wrong", b"Bearer \xff\xfe", "s3cret", "Basic s3cret"):
+            headers = {} if key is None else {"Authorization": key}
+            for answer in (client.get("/v1/models", headers=headers), client.post("/v1/images/edits", headers=headers)):
+                refused(answer, 401, "invalid_api_key", "Authorization: Bearer")
+                assert answer.headers["www-authenticate"] == "Bearer"
+        for path in ("/health", "/v2/health/ready", "/metrics", "/"):
+            assert client.get(path).status_code == 200
+        client.headers["Authorization"] = "Bearer s3cret"
+        assert edit(client, png, prompt=RED).status_code == 200
+        with pytest.raises(openai.AuthenticationError):
+            openai.OpenAI(base_url=f"{address}/v1", api_key="wrong").models.list()
+
+
+def test_a_full_queue_says_when_to_come_back_and_a_signal_finishes_what_was_accepted(engines, scene, png):
+    service = EditService(SliderEditor.from_engine(engines["st"], threads=1), max_queue=2, max_batch=1)
+    answers = {}
+
+    def ask(name, **fields):
+        with httpx.Client(base_url=address, timeout=60) as client:
+            answers[name] = edit(client, png, prompt=RED, **fields)
+
+    with listening(create_app(service, model="shapes"), service) as (address, server):
+        accepted = threading.Thread(target=ask, args=("accepted",), kwargs={"num_inference_steps": 60})
+        accepted.start()
+        assert waited_for(lambda: service.stats().running == 1)
+        waiting = service.submit(EditRequest(scene, (Slider(RED),), ((1.0,), (0.5,)), steps=100))
+        ask("too many")
+        refused(answers["too many"], 429, "queue_full", "2 images wait and the queue takes 2")
+        assert int(answers["too many"].headers["retry-after"]) >= 1
+        waiting.cancel()
+
+        # One that has yet to send its picture, and one that waits for its edit.
+        body = json.dumps({"image": data_url(png), "prompt": RED}).encode()
+        with raw(address, post_head(body) + body[:100]) as late:
+            assert waited_for(lambda: len(server.server_state.tasks) == 2)
+            server.stop()
+            assert waited_for(lambda: service.closed)
+            late.sendall(body[100:])
+            assert late.recv(10_000).startswith(b"HTTP/1.1 503 ")
+        accepted.join(30)
+    assert answers["accepted"].status_code == 200
+    with pytest.raises(OSError, match="refused"):
+        raw(address, b"")
+    assert service.stats().outcomes == {"completed": 1, "refused": 2, "cancelled": 1}
+
+
+def test_a_closed_service_answers_503(engines, png):
+    service = EditService(SliderEditor.from_engine(engines["st"], threads=1))
+    with listening(create_app(service, model="shapes"), service) as (address, _), httpx.Client(base_url=address) as client:
+        service.close()
+        refused(edit(client, png, prompt=RED), 503, "closed", "takes no more requests")
+        assert client.get("/health").status_code == client.get("/v2/health/ready").status_code == 503
+        assert client.get("/v2/health/live").status_code == 200
+
+
+# Its own description.
+
+
+ROUTES = [
+    ("POST", "/v1/images/edits"),
+    ("POST", "/v1/sliders/spans"),
+    ("GET", "/v1/models"),
+    ("GET", "/v1/models/{name}"),
+    ("GET", "/health"),
+    ("GET", "/v2/health/live"),
+    ("GET", "/v2/health/ready"),
+    ("GET", "/metrics"),
+]
+
+
+@pytest.mark.parametrize(("method", "path"), ROUTES)
+def test_answers_are_as_described(client, url, method, path):
+    operation = schemathesis.openapi.from_url(f"{url}/openapi.json")[path][method]
+    # That a file is a picture and a prompt holds an instruction is beyond a schema.
+    beyond = [CHECKS.get_one("positive_data_acceptance")]
+
+    @settings(max_examples=12, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+    @given(operation.as_strategy() | operation.as_strategy(generation_mode=schemathesis.GenerationMode.NEGATIVE))
+    def check(case):
+        case.call_and_validate(excluded_checks=beyond)
+
+    check()
+
+
+def test_every_route_is_checked(client):
+    described = client.get("/openapi.json").json()["paths"]
+    assert {(method.upper(), path) for path, methods in described.items() for method in methods} == set(ROUTES)
+
+
+# The command.
+
+
+def test_serve_refuses_an_address_that_is_taken(capsys):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert main(["serve", "--port", str(port)]) == 2
+    assert f"cannot listen at 127.0.0.1 port {port} (Address already in use); choose another --port" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--port", "70000"], "--port is 70000; give 0 to 65535"),
+        (["--host", "no.such.host.invalid"], "no address to listen at"),
+        (["--api-key", "two words"], "choose another one"),
+        (["--api-key-file", "nowhere"], "cannot be read"),
+        (["--preview-steps", "0"], "--preview-steps is 0; give at least 1"),
+        (["--max-body-mib", "0"], "--max-body-mib is 0; give a number above 0"),
+        (["nowhere", "--port", "0"], "nowhere"),
+    ],
+)
+def test_serve_refuses_what_it_cannot_serve(capsys, arguments, message):
+    assert main(["serve", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_serve_names_the_extra_that_is_missing(capsys, monkeypatch):
+    monkeypatch.setattr("slideredit_rt.serving.command.find_spec", lambda name: None if name == "uvicorn" else name)
+    assert main(["serve"]) == 2
+    assert "serving needs uvicorn; install them with pip install 'slideredit-rt[serve]'" in capsys.readouterr().err
+
+
+def test_serve_says_where_it_is_and_stops_at_a_signal(engines, tmp_path, png):
+    (tmp_path / "key").write_text("s3cret\n")
+    command = [sys.executable, "-m", "slideredit_rt.cli", "serve", engines["st"], "--port", "0", "--json", "--threads", "1"]
+    with subprocess.Popen([*command, "--api-key-file", tmp_path / "key"], stdout=subprocess.PIPE, text=True) as process:
+        try:
+            said = json.loads(process.stdout.readline())
+            with openai.OpenAI(base_url=f"{said['url']}/v1", api_key="s3cret") as ai:
+                extra = {"num_inference_steps": 1}
+                assert ai.images.edit(image=png, prompt=RED, model=said["model"], extra_body=extra).data
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(60) == 0
+        finally:
+            process.kill()
