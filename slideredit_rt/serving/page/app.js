@@ -11,6 +11,7 @@ const $ = (id) => document.getElementById(id);
 
 let engine = null; // what /v1/models says of the engine
 let model = "";
+let chosen = 0, read = 0; // pictures: how many were chosen, and up to which they are read
 let picture = null; // {blob, bitmap}: a PNG as it is sent, and as it is drawn
 let result = null; // Blob of the edit shown
 let prompt = null; // composed by the server from the instructions; null while they are unread
@@ -284,7 +285,7 @@ async function pump() {
   if (flight) return;
   const work = nextWork();
   if (!work) {
-    setBusy(Boolean(typing));
+    setBusy(Boolean(typing) || read < chosen);
     return;
   }
   const mine = (flight = { abort: new AbortController(), full: work === fullEdit });
@@ -341,7 +342,7 @@ async function request(extra, version, signal) {
 async function previewEdit(version, signal) {
   const start = since;
   if (!(await request({ preview: "true" }, version, signal))) return;
-  lastPreview = `${Math.round(performance.now() - start)} ms`;
+  lastPreview = took(start);
   showStatus("preview", lastPreview);
 }
 
@@ -349,8 +350,7 @@ async function fullEdit(version, signal) {
   const start = performance.now();
   if (!(await request({}, version, signal))) return;
   finished = version;
-  const took = `${Math.round(performance.now() - start)} ms`;
-  showStatus("full", `${engine.num_inference_steps} steps, ${took}${lastPreview && ` · preview ${lastPreview}`}`);
+  showStatus("full", `${engine.num_inference_steps} steps, ${took(start)}${lastPreview && ` · preview ${lastPreview}`}`);
   $("announce").textContent = "Full edit shown.";
 }
 
@@ -360,6 +360,11 @@ async function showSource(version) {
   $("save").disabled = true;
   showStatus("", "no instruction yet");
   previewed = finished = version;
+}
+
+function took(start) {
+  const time = performance.now() - start;
+  return time < 1000 ? `${Math.round(time)} ms` : `${(time / 1000).toFixed(1)} s`;
 }
 
 function showStatus(quality, detail) {
@@ -387,15 +392,12 @@ const toBlob = (canvas) => new Promise((done) => canvas.toBlob(done, "image/png"
 
 // Every picture is sent as a PNG that looks as it does here: turned upright, on white where it is transparent, and with no
 // more pixels than the engine edits, because every preview sends it.
-async function usePicture(file) {
+async function readPicture(file) {
   let bitmap;
-  setBusy(true);
   try {
     bitmap = await createImageBitmap(file);
   } catch {
-    pump();
-    showError(`“${file.name ?? "This"}” is no picture that this browser can read; choose a PNG, JPEG or WebP.`);
-    return;
+    throw new Error(`“${file.name ?? "This"}” is no picture that this browser can read; choose a PNG, JPEG or WebP.`);
   }
   const most = Math.max(engine?.side ?? 0, 512) ** 2;
   const scale = Math.min(1, Math.sqrt(most / (bitmap.width * bitmap.height)));
@@ -408,21 +410,38 @@ async function usePicture(file) {
   context.fillRect(0, 0, canvas.width, canvas.height);
   context.drawImage(bitmap, 0, 0, canvas.width, canvas.height);
   const blob = await toBlob(canvas);
-  picture = { blob, bitmap: await createImageBitmap(blob) };
+  return { blob, bitmap: await createImageBitmap(blob) };
+}
+
+// Takes a file or the promise of one. Of several the last one chosen counts, not the last one read.
+async function usePicture(file) {
+  const mine = ++chosen;
+  setBusy(true);
+  let next;
+  try {
+    next = await readPicture(await file);
+  } catch (error) {
+    if (mine !== chosen) return;
+    read = mine;
+    pump();
+    showError(error.message);
+    return;
+  }
+  if (mine !== chosen) return;
+  read = mine;
+  picture = next;
   draw($("source"), picture.bitmap);
   draw($("under"), picture.bitmap);
   if (!result) draw($("result"), picture.bitmap);
-  showError("");
+  if (engine) showError(""); // else it says why there is none
   restart();
 }
 
-async function useSample() {
-  try {
-    const answer = await fetch("sample.png");
-    await usePicture(await answer.blob());
-  } catch {
-    showError("The sample picture cannot be loaded; check that the server still runs.");
-  }
+function useSample() {
+  const gone = () => {
+    throw new Error("The sample picture cannot be loaded; check that the server still runs.");
+  };
+  return usePicture(fetch("sample.png").then((answer) => answer.blob(), gone));
 }
 
 function save(blob, name) {
@@ -598,7 +617,8 @@ async function start() {
     showError("");
     const first = ["make the circle red", "make the background dark"];
     for (const text of first.slice(0, sliderLimit())) addRow(text);
-    await useSample();
+    if (picture) restart();
+    else await useSample();
   } catch (error) {
     showError(error.message, true);
   }
