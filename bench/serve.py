@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -92,7 +92,10 @@ class Answer:
 def pictures_of(load: Load) -> list[str]:
     """The source pictures' files in base64."""
     if load.picture is not None:
-        return [base64.b64encode(load.picture.read_bytes()).decode()]
+        try:
+            return [base64.b64encode(load.picture.read_bytes()).decode()]
+        except OSError as error:
+            raise SliderEditError(f"the picture {str(load.picture)!r} cannot be read ({error.strerror})") from None
     from slideredit_rt.training.shapes_evaluation import scene_image
     from slideredit_rt.training.shapes_world import held_out_examples
 
@@ -192,10 +195,8 @@ async def measure(client: httpx.AsyncClient, load: Load) -> dict[str, Any]:
     bodies = await asyncio.to_thread(bodies_of, load)
     if load.num_warmups:
         warmup = await send_all(client, bodies[: load.num_warmups], replace(load, request_rate=math.inf))
-        if (failed := next((answer.error for answer in warmup if answer.error), None)) is not None:
-            raise SliderEditError(
-                f"the server at {client.base_url} does not answer edits ({failed}); is it slideredit-rt serve?"
-            )
+        if (failed := next((answer for answer in warmup if answer.error), None)) is not None:
+            raise SliderEditError(f"the server at {client.base_url} does not make edits ({failed.error}: {failed.words[:200]})")
     before, started = await step_totals(client), time.perf_counter()
     answers = await send_all(client, bodies[load.num_warmups :], load)
     duration, after = time.perf_counter() - started, await step_totals(client)
@@ -277,12 +278,13 @@ def local_server(*options: str) -> Iterator[tuple[str, int]]:
 
 def provenance() -> dict[str, Any]:
     """Date, versions and, in a checkout, commit of a result."""
-    found = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    )
+    commit = None
+    with suppress(OSError, subprocess.CalledProcessError):
+        asked = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+        commit = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": found.stdout.strip() or None,
+        "commit": commit,
         "versions": {name: version(name) for name in ("slideredit-rt", "torch", "onnxruntime", "fastapi", "uvicorn", "httpx")},
     }
 

@@ -208,7 +208,7 @@ def _constant(graph: onnx_ir.Graph, name: str, content: int | list[int]) -> onnx
         tensor = onnx_ir.tensor(content, onnx_ir.DataType.INT64, name=name)
         graph.register_initializer(
             onnx_ir.Value(
-                name=name, const_value=tensor, type=onnx_ir.TensorType(tensor.dtype), shape=onnx_ir.Shape(tensor.shape)
+                name=name, const_value=tensor, type=onnx_ir.TensorType(tensor.dtype), shape=onnx_ir.Shape(tensor.shape.numpy())
             )
         )
     return graph.initializers[name]

@@ -110,6 +110,7 @@ def test_command_prints_a_table_and_saves_the_result(
     assert {"date", "versions", "commit", "num_prompts", "request_rate", "max_concurrency"} <= saved.keys()
     assert saved["request_rate"] == "inf"
     assert main([*command, "--num-prompts", "0"]) == 2
+    assert main([*command, "--picture", str(tmp_path / "none.png")]) == 2
 
 
 def test_a_small_comparison(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
