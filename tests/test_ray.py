@@ -56,8 +56,10 @@ def url(engines: dict[str, Path]) -> Iterator[str]:
         serve.run(ray_app.application(arguments(engines["st"], *options)), name=ray_app.NAME)
         yield f"http://127.0.0.1:{port}"
     finally:
-        serve.shutdown()
-        ray.shutdown()
+        # The last test has ended this cluster; asked once more, Ray Serve would start another one.
+        if ray.is_initialized():
+            serve.shutdown()
+            ray.shutdown()
 
 
 def replicas() -> list[str]:
