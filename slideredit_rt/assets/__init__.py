@@ -7,7 +7,8 @@ from pathlib import Path
 from slideredit_rt.errors import SliderEditError
 
 _HERE = Path(__file__).parent
-_BASES = {"shapes-kontext": _HERE / "shapes-kontext"}
+EMBEDDED_BASE = "shapes-kontext"
+_BASES = {EMBEDDED_BASE: _HERE / EMBEDDED_BASE}
 _ADAPTERS = {name: _HERE / f"{name}.safetensors" for name in ("shapes-st", "shapes-gst", "shapes-concepts")}
 _OFFSETS = {"shapes-offsets": _HERE / "shapes-offsets.safetensors"}
 

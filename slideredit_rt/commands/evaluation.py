@@ -29,7 +29,15 @@ def _evaluate(args: argparse.Namespace) -> int:
     )
     base = args.base or (read_manifest(args.engine[0]).base["source"] if args.engine else "shapes-kontext")
     report = run_evaluation(
-        Given(base, args.adapter, args.engine, args.systems, args.concepts, args.offsets),
+        Given(
+            base=base,
+            adapters=args.adapter,
+            engines=args.engine,
+            systems=args.systems,
+            threads=args.threads,
+            concepts=args.concepts,
+            offsets=args.offsets,
+        ),
         config,
         args.out,
         pictures=picture_options(args),

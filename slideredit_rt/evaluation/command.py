@@ -7,7 +7,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cache, partial
 from importlib.metadata import version
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from slideredit_rt.adapters import Adapter, load_adapter
-from slideredit_rt.assets import resolve_base, resolve_offsets
+from slideredit_rt.assets import EMBEDDED_BASE, resolve_base, resolve_offsets
 from slideredit_rt.editor import SliderEditor
 from slideredit_rt.engines.manifest import read_manifest
 from slideredit_rt.errors import SliderEditError
@@ -61,8 +61,9 @@ class Given:
         adapters: an engine is built for each.
         engines: folders written by `slideredit-rt build`, of the same base.
         systems: names from `SYSTEMS`; empty for all that the adapters and engines allow.
-        concepts: a bank of concept sliders, from `slideredit-rt train concepts`.
-        offsets: a file of attribute offsets, from `slideredit-rt train offsets`.
+        concepts: a bank of concept sliders, from `slideredit-rt train concepts`. None takes the embedded one for the embedded
+            base on scenes of its own world, and none elsewhere.
+        offsets: a file of attribute offsets, from `slideredit-rt train offsets`; None as for `concepts`.
     """
 
     base: str
@@ -114,6 +115,8 @@ def run_evaluation(
     family = family_of(folder)
     adapters = [load_adapter(source, family) for source in given.adapters]
     sources = _sources(given, adapters, out)
+    if folder == resolve_base(EMBEDDED_BASE) and pictures is None:
+        given = replace(given, concepts=given.concepts or "shapes-concepts", offsets=given.offsets or "shapes-offsets")
     contenders = _contenders(given, family, folder, adapters, sources)
     rivals, trained = _rivals(given, family, sources, out)
     contenders |= rivals
