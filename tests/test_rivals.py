@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import random
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from slideredit_rt.adapters import Adapter, load_adapter
+from slideredit_rt.assets import resolve_adapter, resolve_base, resolve_offsets
 from slideredit_rt.cli import main
 from slideredit_rt.editor import SliderEditor
 from slideredit_rt.errors import SliderEditError
@@ -34,9 +37,9 @@ from slideredit_rt.training.attribute_offsets import (
 )
 from slideredit_rt.training.concepts import ConceptConfig, ConceptTrainer, concept_target
 from slideredit_rt.training.contrast import ContrastTrainer
-from slideredit_rt.training.shapes_adapters import BalancedShapes
+from slideredit_rt.training.shapes_adapters import BalancedShapes, concepts_recipe, offsets_recipe
 from slideredit_rt.training.shapes_evaluation import scene_image
-from slideredit_rt.training.shapes_world import find_instruction, held_out_examples
+from slideredit_rt.training.shapes_world import ALL_INSTRUCTIONS, find_instruction, held_out_examples, measure, response
 from slideredit_rt.training.trainer import Trainer
 
 ATTRIBUTES = ("make the circle red", "make the square larger", "make the background dark")
@@ -239,8 +242,6 @@ def both(case: Case) -> Case:
 @pytest.fixture(scope="module")
 def bank(family: Family, tmp_path_factory: pytest.TempPathFactory) -> Adapter:
     """Random concepts: what a system does with them does not depend on what they were trained for."""
-    from slideredit_rt.assets import resolve_base
-
     pipeline = family.load_pipeline(resolve_base("shapes-kontext"))
     out = tmp_path_factory.mktemp("concepts") / "a.safetensors"
     adapter = ConceptTrainer(family, pipeline, BalancedShapes(KNOWN), CONCEPTS, out).result()
@@ -341,9 +342,8 @@ def test_the_command_trains_and_the_benchmark_takes_the_result(
 
 @pytest.mark.parametrize(("name", "what"), [("concept-sliders", "concepts"), ("attribute-offsets", "offsets")])
 def test_a_base_without_trained_rivals_says_how_to_train_them(name: str, what: str, tmp_path: Path) -> None:
-    from slideredit_rt.assets import resolve_base
-
-    given = Given(str(resolve_base("shapes-kontext")), ["shapes-st"], systems=[name])
+    shutil.copytree(resolve_base("shapes-kontext"), tmp_path / "base")
+    given = Given(str(tmp_path / "base"), ["shapes-st"], systems=[name])
     with pytest.raises(SliderEditError, match=rf"{name}' needs training .*slideredit-rt train {what}, then --{what}"):
         run_evaluation(given, BenchmarkConfig(), tmp_path / "run", progress=False)
 
@@ -360,3 +360,30 @@ def test_settings_that_make_no_sense_are_refused(config: dict[str, Any], message
 def test_data_with_another_instruction_is_refused(make: Any) -> None:
     with pytest.raises(SliderEditError, match="none of the 3 attributes"):
         make(BalancedShapes([find_instruction("make the circle blue")])).loss(0)
+
+
+# ------------------------------------------------------------------------------------------------ what the package ships
+
+
+def test_the_shipped_rivals_come_from_the_shipped_recipes(family: Family) -> None:
+    texts = tuple(i.text for i in ALL_INSTRUCTIONS)
+    bank, offsets = load_adapter("shapes-concepts", family), load_offsets(resolve_offsets("shapes-offsets"), family)
+    assert tuple(bank.members) == offsets.attributes == texts
+    for training, recipe in ((bank.training, concepts_recipe()), (offsets.training, offsets_recipe())):
+        assert training == json.loads(json.dumps(dataclasses.asdict(recipe)))
+    assert resolve_adapter("shapes-concepts").stat().st_size < 1_200_000
+
+
+def test_the_shipped_rivals_carry_out_an_instruction_and_leave_the_picture_alone_at_zero(
+    st_editor: SliderEditor, family: Family
+) -> None:
+    """One scene; how even and how far is the benchmark's to say."""
+    (example,) = held_out_examples(1, 1, seed=3, known=[find_instruction("make the square larger")])
+    case = Case("one", scene_image(example), example.prompt, (example.instructions[0].text,), seed=0)
+    concepts = ConceptSliders(SliderEditor.from_pretrained("shapes-kontext", "shapes-concepts"))
+    offsets = OffsetControl(st_editor, load_offsets(resolve_offsets("shapes-offsets"), family))
+    for system, far in ((concepts, 1.0), (offsets, 3.0)):
+        images = system.render(system.prepare(case), [[0.0], [far]], 12)
+        zero, moved = (response(m, example.instructions[0], example.scene) for m in measure(images, [example.scene] * 2))
+        assert abs(zero) < 0.1, system.name
+        assert moved > 0.5, system.name

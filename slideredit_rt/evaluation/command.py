@@ -86,6 +86,15 @@ class _Source:
     open: Callable[[], SliderEditor]
 
 
+@dataclass(frozen=True)
+class _Rival:
+    """A system that was trained beforehand: how it is made, and what from."""
+
+    contender: Contender
+    origin: str
+    fingerprint: str
+
+
 def run_evaluation(
     given: Given,
     config: BenchmarkConfig,
@@ -118,8 +127,8 @@ def run_evaluation(
     if folder == resolve_base(EMBEDDED_BASE) and pictures is None:
         given = replace(given, concepts=given.concepts or "shapes-concepts", offsets=given.offsets or "shapes-offsets")
     contenders = _contenders(given, family, folder, adapters, sources)
-    rivals, trained = _rivals(given, family, sources, out)
-    contenders |= rivals
+    rivals = _rivals(given, family, sources, out)
+    contenders |= {name: rival.contender for name, rival in rivals.items()}
     chosen = {name: c for name, c in contenders.items() if not given.systems or c.system.name in given.systems}
     found = {c.system.name for c in chosen.values()}
     if missing := [name for name in given.systems if name not in found]:
@@ -131,7 +140,9 @@ def run_evaluation(
     else:
         dataset = open_pictures(pictures, family, folder)
         data = {"images": folder_fingerprint(pictures.images), "prompts": sha256(pictures.prompts)}
-    fingerprints = {"base": folder_fingerprint(folder)} | {s.stem: s.fingerprint for s in sources} | trained | data
+    trained = {name: rival for name, rival in rivals.items() if name in chosen}
+    fingerprints = {"base": folder_fingerprint(folder)} | {s.stem: s.fingerprint for s in sources} | data
+    fingerprints |= {name: rival.fingerprint for name, rival in trained.items()}
     # The plain edit is the reference system's own at strength 1, so it has to be there even if it is not compared.
     reference = next(c for c in contenders.values() if issubclass(c.system, SelectiveToken))
     benchmark = Benchmark(chosen, reference.make, dataset, config, out, fingerprints)
@@ -139,7 +150,7 @@ def run_evaluation(
     compared = {c.system.name: c.system for c in chosen.values()}
     about = {
         "base": given.base,
-        "sources": {s.stem: s.origin for s in sources},
+        "sources": {s.stem: s.origin for s in sources} | {name: rival.origin for name, rival in trained.items()},
         "fingerprints": fingerprints,
         "settings": benchmark.settings["config"],
         "instructions": "all" if instructions is None else list(instructions),
@@ -187,20 +198,20 @@ def _build(given: Given, adapter: Adapter, path: Path) -> SliderEditor:
     return SliderEditor.from_engine(path, given.base, threads=given.threads)
 
 
-def _rivals(given: Given, family: Family, sources: Sequence[_Source], out: Path) -> tuple[dict[str, Contender], dict[str, str]]:
-    """The systems that were trained beforehand, and fingerprints of what they were trained to."""
-    found, fingerprints = {}, {}
+def _rivals(given: Given, family: Family, sources: Sequence[_Source], out: Path) -> dict[str, _Rival]:
+    """Those that something was given for, by name."""
+    found = {}
     if given.concepts is not None:
         bank = load_adapter(given.concepts, family)
         open_it = partial(_build, given, bank, out / "engines" / ConceptSliders.name)
-        found[ConceptSliders.name] = Contender(ConceptSliders, lambda: ConceptSliders(open_it()))
-        fingerprints[ConceptSliders.name] = bank.fingerprint
+        concepts = Contender(ConceptSliders, lambda: ConceptSliders(open_it()))
+        found[ConceptSliders.name] = _Rival(concepts, given.concepts, bank.fingerprint)
     if given.offsets is not None:
         path = resolve_offsets(given.offsets)
         offsets = load_offsets(path, family)
-        found[OffsetControl.name] = Contender(OffsetControl, lambda: OffsetControl(sources[0].open(), offsets))
-        fingerprints[OffsetControl.name] = sha256(path)
-    return found, fingerprints
+        control = Contender(OffsetControl, lambda: OffsetControl(sources[0].open(), offsets))
+        found[OffsetControl.name] = _Rival(control, given.offsets, sha256(path))
+    return found
 
 
 def _safe(name: str) -> str:
