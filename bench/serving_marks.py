@@ -24,6 +24,7 @@ from typing import Any
 import httpx
 
 from slideredit_rt.bench.serve import Answer, Load, bodies_of, latencies, local_server, measure, open_client, provenance, send
+from slideredit_rt.serving.service import PREVIEWS_COME
 
 RESULTS = Path(__file__).parent / "results" / "serving.json"
 CONCURRENT = 16
@@ -110,6 +111,8 @@ async def measure_rounds(
                 if name == "previews":
                     for cell, answers in (await preview_cells(clients["batching"], size, number)).items():
                         previews[cell].append(answers)
+                    # Full edits run in smaller batches as long as another preview may come; the next cell is about none.
+                    await asyncio.sleep(PREVIEWS_COME + 1)
                     continue
                 server, sliders, concurrent = _CELLS[name]
                 load = Load(

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 _PACKAGES = ("fastapi", "uvicorn", "python_multipart", "prometheus_client")
 _KEY_VARIABLE = "SLIDEREDIT_API_KEY"
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
+_SWITCH_INTERVAL = 0.0005
+"""Seconds that a thread may keep Python's lock while another one waits for it. The thread that makes the engine's steps gives
+the lock up in every step, and with Python's usual 5 ms would wait for the threads of HTTP as long as a small step takes."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -77,6 +80,7 @@ def serve(args: argparse.Namespace, options: RuntimeOptions | None) -> int:
     if args.ray:
         return _serve_with_ray(args, options)
     key = read_api_key(args)
+    sys.setswitchinterval(_SWITCH_INTERVAL)
     listener = _bind(args.host, args.port)
     with listener:
         from slideredit_rt.serving.server import Server
