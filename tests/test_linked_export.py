@@ -238,7 +238,7 @@ def test_the_bfloat16_update_errs_at_most_twice_as_much_as_the_same_expression_i
     exact = y.double() + scale.double()[..., None] * (x.double() @ a.double().T @ b.double().T)
     torchs = y + ((x @ a.T).float() * scale[..., None]).bfloat16() @ b.T
     narrow = [t.float().numpy().astype(ml_dtypes.bfloat16) for t in (y, x, a, b)]
-    names = dict(zip(MaskedLoRA.to_function_proto().input, [*narrow, scale.numpy()], strict=True))
+    names = dict(zip(MaskedLoRA.to_function_proto().input, [*narrow, scale[..., None].numpy()], strict=True))
     found = ReferenceEvaluator(MaskedLoRA.to_function_proto()).run(None, names, attributes={})[0]
     assert found.dtype == ml_dtypes.bfloat16
     ours = torch.from_numpy(np.asarray(found, dtype=np.float64))
