@@ -175,9 +175,12 @@ def alone(editor: SliderEditor, request: EditRequest) -> Tensor:
 
 
 def submit_all(service: EditService, gate: Gate, recorder: Recorder, *requests: EditRequest) -> list[Ticket[Tensor]]:
-    """Submit requests and wait until they are encoded, while the engine stands still."""
+    """Submit requests and wait until they are encoded, while the engine stands still in the first one's first step."""
     before = recorder.encodings
-    tickets = [service.submit_tensor(request) for request in requests]
+    tickets = []
+    for request in requests:
+        tickets.append(service.submit_tensor(request))
+        gate.stand()
     recorder.wait(lambda: recorder.encodings == before + len(requests))
     return tickets
 
@@ -357,9 +360,7 @@ class TestOrder:
     ) -> None:
         service = serve()
         preview = edit(scene, 0.5, steps=2 * BACKGROUND_EVERY + 3, interactive=True)
-        tickets = submit_all(service, gate, recorder, preview)
-        gate.stand()
-        tickets += submit_all(service, gate, recorder, edit(scene, 0.9, steps=3))
+        tickets = submit_all(service, gate, recorder, preview, edit(scene, 0.9, steps=3))
         gate.let()
         for ticket in tickets:
             ticket.future.result(WAIT)
