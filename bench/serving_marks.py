@@ -165,13 +165,22 @@ def measure_marks(size: Size) -> dict[str, Any]:
         urls = {name: stack.enter_context(local_server(*options))[0] for name, options in _SERVERS.items()}
         cells, previews = asyncio.run(measure_rounds(urls, size))
     return {
-        "command": "make bench-serve",
+        "command": f"make bench-serve BENCH_OPTIONS='--rounds {size.rounds} --requests {size.requests} --previews {size.previews}'",
         **provenance(),
         "machine": f"{platform.machine()}, {os.cpu_count()} threads",
         "size": vars(size),
         "background": BACKGROUND,
         **summarise(cells, previews),
     }
+
+
+def verdict(ratio: dict[str, Any]) -> str:
+    """The mark of a ratio, and whether every round met or missed it; the median alone decides nothing where rounds disagree."""
+    if "mark" not in ratio:
+        return ""
+    rounds = {value >= ratio["mark"] if ratio["at_least"] else value <= ratio["mark"] for value in ratio["by_round"]}
+    word = "not decided, rounds on both sides" if len(rounds) == 2 else "met" if rounds == {True} else "missed"
+    return f"{'≥' if ratio['at_least'] else '≤'} {ratio['mark']:g}, {word}"
 
 
 def markdown(result: dict[str, Any]) -> str:
@@ -190,13 +199,8 @@ def markdown(result: dict[str, Any]) -> str:
         lines.append(f"| {name} | {cell['concurrency']} | {' | '.join(shown)} |")
     lines += ["", "| ratio, within rounds | median | least | most | mark |", "|---|---|---|---|---|"]
     for name, ratio in result["ratios"].items():
-        mark = (
-            f"{'≥' if ratio['at_least'] else '≤'} {ratio['mark']:g}, {'met' if ratio['met'] else 'missed'}"
-            if "mark" in ratio
-            else ""
-        )
         by_round = ratio["by_round"]
-        lines.append(f"| {name} | {ratio['value']:.2f} | {min(by_round):.2f} | {max(by_round):.2f} | {mark} |")
+        lines.append(f"| {name} | {ratio['value']:.2f} | {min(by_round):.2f} | {max(by_round):.2f} | {verdict(ratio)} |")
     return "\n".join(lines) + "\n"
 
 
