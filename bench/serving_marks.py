@@ -164,8 +164,9 @@ def measure_marks(size: Size) -> dict[str, Any]:
     with ExitStack() as stack:
         urls = {name: stack.enter_context(local_server(*options))[0] for name, options in _SERVERS.items()}
         cells, previews = asyncio.run(measure_rounds(urls, size))
+    options = f"--rounds {size.rounds} --requests {size.requests} --previews {size.previews}"
     return {
-        "command": f"make bench-serve BENCH_OPTIONS='--rounds {size.rounds} --requests {size.requests} --previews {size.previews}'",
+        "command": f"make bench-serve BENCH_OPTIONS='{options}'",
         **provenance(),
         "machine": f"{platform.machine()}, {os.cpu_count()} threads",
         "size": vars(size),

@@ -13,7 +13,7 @@ import pytest
 from test_http import listening
 
 from slideredit_rt.bench.serve import Load, bodies_of, measure, open_client
-from slideredit_rt.bench.serving_marks import Size, markdown, measure_rounds, summarise
+from slideredit_rt.bench.serving_marks import Size, markdown, measure_rounds, summarise, verdict
 from slideredit_rt.cli import main
 from slideredit_rt.editor import SliderEditor
 from slideredit_rt.errors import SliderEditError
@@ -132,3 +132,12 @@ def test_a_small_comparison(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     page = markdown({"command": "make bench-serve", "date": "2026-11-24", "machine": "m", "size": vars(size), **result})
     for name in (*result["cells"], *result["ratios"]):
         assert f"| {name} |" in page
+
+
+@pytest.mark.parametrize(
+    ("by_round", "word"), [([1.0, 1.2], "met"), ([0.5, 0.9], "missed"), ([0.5, 1.0, 2.0], "not decided, rounds on both sides")]
+)
+def test_a_mark_is_met_when_every_round_meets_it(by_round: list[float], word: str) -> None:
+    assert verdict({"by_round": by_round, "mark": 0.98, "at_least": True}) == f"≥ 0.98, {word}"
+    assert verdict({"by_round": [-v for v in by_round], "mark": -0.98, "at_least": False}) == f"≤ -0.98, {word}"
+    assert verdict({"by_round": by_round}) == ""
