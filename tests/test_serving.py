@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import random
 import threading
 import time
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import CancelledError
@@ -498,6 +500,33 @@ class TestEndings:
             service.submit(edit(scene, 0.5, prompt="make the square blue")).future.result(WAIT)
         service.close()
         assert service.stats().outcomes == {"refused": 1}
+
+    def test_what_is_over_is_forgotten_without_the_garbage_collector(
+        self, gate: Gate, serve: Callable[..., EditService], scene: Image.Image
+    ) -> None:
+        service = serve(cache_bytes=0)
+        service.submit_tensor(edit(scene, 1.0))
+        gate.stand()
+        words = (Slider("say nothing of it"),)
+        requests = [edit(scene.copy(), 1.0), edit(scene.copy(), 1.0), edit(scene.copy(), 1.0, prompt="else", sliders=words)]
+        pictures = [weakref.ref(request.image) for request in requests]
+        gc.collect()
+        gc.disable()
+        try:
+            completed, cancelled, refused = [service.submit_tensor(request) for request in requests]
+            del requests
+            cancelled.cancel()
+            gate.let()
+            assert completed.future.result(WAIT).shape[0] == 1
+            for ticket in (cancelled, refused):
+                assert isinstance(ticket.future.exception(WAIT), SliderEditError)
+            del ticket, completed, cancelled, refused
+            deadline = time.monotonic() + 5
+            while any(picture() for picture in pictures) and time.monotonic() < deadline:
+                time.sleep(0.01)
+            assert [picture() for picture in pictures] == [None] * 3
+        finally:
+            gc.enable()
 
     def test_closing_finishes_what_was_accepted(
         self, recorder: Recorder, serve: Callable[..., EditService], scene: Image.Image

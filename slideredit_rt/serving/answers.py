@@ -39,13 +39,14 @@ class Running:
     """
 
     def __init__(self, service: EditService, request: EditRequest, receive: Receive) -> None:
-        self._events: asyncio.Queue[Partial | Future[list[Image.Image]] | None] = asyncio.Queue()
+        events: asyncio.Queue[Partial | Future[list[Image.Image]] | None] = asyncio.Queue()
         loop = asyncio.get_running_loop()
+        self._events = events
 
         def tell(event: Any) -> None:
             # The loop is closed when the server was stopped at once: nobody waits then.
             with suppress(RuntimeError):
-                loop.call_soon_threadsafe(self._events.put_nowait, event)
+                loop.call_soon_threadsafe(events.put_nowait, event)
 
         self._ticket = service.submit(request, on_partial=tell)
         self._ticket.future.add_done_callback(tell)

@@ -182,6 +182,10 @@ class _Job(Generic[T]):
             self.future.set_result(self.collect([self.images[index] for index in range(len(self.seeds))]))
 
     def fail(self, error: Exception) -> None:
+        # Tracebacks keep frames, and those keep this job, in a cycle until the collector comes by.
+        for part in (error, error.__cause__):
+            if part is not None:
+                part.__traceback__ = None
         with suppress(InvalidStateError):
             self.future.set_exception(error)
 
@@ -252,7 +256,7 @@ class EditService:
         self._scheduler = Scheduler(max_batch, step_batching=step_batching)
         # Everything below is read and written under this lock.
         self._changed = threading.Condition()
-        self._jobs: dict[_Job[Any], None] = {}
+        self._jobs: dict[Future[Any], _Job[Any]] = {}
         self._to_encode: dict[bool, deque[_Job[Any]]] = {True: deque(), False: deque()}
         self._to_decode: list[Row] = []
         self._partials: dict[Row, tuple[int, Tensor]] = {}
@@ -307,8 +311,8 @@ class EditService:
                 if self._closing:
                     raise Closed("the service is closing and takes no more requests; try another one")
                 self._check_room(job)
-                job.future.add_done_callback(partial(self._retire, job))
-                self._jobs[job] = None
+                job.future.add_done_callback(self._retire)
+                self._jobs[job.future] = job
                 self._to_encode[request.interactive].append(job)
                 if request.interactive:
                     self._last_preview = job.submitted
@@ -344,7 +348,7 @@ class EditService:
 
     def _check_room(self, job: _Job[Any]) -> None:
         interactive, count = job.request.interactive, len(job.seeds)
-        ahead = [other for other in self._jobs if other.request.interactive >= interactive]
+        ahead = [other for other in self._jobs.values() if other.request.interactive >= interactive]
         waiting = sum(other.waiting for other in ahead if other.request.interactive == interactive)
         excess = waiting + count - self.max_queue
         if excess <= 0:
@@ -367,7 +371,7 @@ class EditService:
             self._closing = True
             if drain:
                 self._changed.wait_for(lambda: not self._jobs, timeout)
-            left = list(self._jobs)
+            left = list(self._jobs.values())
         for job in left:
             job.fail(Cancelled("the service was closed before the request was done"))
         with self._changed:
@@ -386,18 +390,19 @@ class EditService:
     def stats(self) -> Stats:
         """What it does now and has done."""
         with self._changed:
-            queued = sum(job.waiting for job in self._jobs)
-            running = sum(len(job.seeds) - job.waiting - len(job.images) for job in self._jobs)
+            queued = sum(job.waiting for job in self._jobs.values())
+            running = sum(len(job.seeds) - job.waiting - len(job.images) for job in self._jobs.values())
             outcomes, batch_sizes, step_seconds = dict(self._outcomes), dict(self._batch_sizes), self._step_seconds
         cache = self._cache
         kept = (dict(cache.hits), dict(cache.misses), cache.bytes, len(cache))
         return Stats(queued, running, outcomes, batch_sizes, step_seconds, *kept)
 
-    def _retire(self, job: _Job[Any], future: Future[Any]) -> None:
+    def _retire(self, future: Future[Any]) -> None:
         """The future of a job was settled, by whomever: exactly once per job."""
         outcome = _outcome_of(future)
         with self._changed:
-            self._jobs.pop(job, None)
+            job = self._jobs.pop(future)
+            job.rows = []  # they know the job: another such cycle
             self._outcomes[outcome] += 1
             self._changed.notify_all()
         seconds = time.monotonic() - job.submitted
@@ -411,7 +416,7 @@ class EditService:
             _log.exception("the edit service stopped")
             with self._changed:
                 self._closing = self._stopped = True
-                left = list(self._jobs)
+                left = list(self._jobs.values())
                 self._changed.notify_all()
             for job in left:
                 job.fail(EngineFailure(f"the edit service stopped ({type(error).__name__}: {error}); start it again"))
@@ -422,25 +427,30 @@ class EditService:
     # Engine steps.
 
     def _make_steps(self) -> None:
-        while True:
-            with self._changed:
-                expired: list[_Job[Any]] = []
-                while not expired and not self._stopped:
-                    now = time.monotonic()
-                    expired = [job for job in self._jobs if job.deadline <= now]
-                    self._scheduler.discard(lambda row: row.done or row.owner.future.done())
-                    if len(self._scheduler) or expired:
-                        break
-                    self._batches.clear()
-                    deadline = min((job.deadline for job in self._jobs), default=math.inf)
-                    self._changed.wait(None if deadline == math.inf else deadline - now)
-                if self._stopped:
-                    return
-                rows = [] if expired else self._scheduler.next_rows(beside_previews=self._beside_previews())
-            for job in expired:
-                job.fail(DeadlineExceeded(f"the images were not ready within {job.request.timeout:g} seconds"))
-            if rows:
-                self._step(rows)
+        while self._make_step():
+            pass
+
+    def _make_step(self) -> bool:
+        """Wait for rows, and make one step with some; False when the service has stopped."""
+        with self._changed:
+            expired: list[_Job[Any]] = []
+            while not expired and not self._stopped:
+                now = time.monotonic()
+                expired = [job for job in self._jobs.values() if job.deadline <= now]
+                self._scheduler.discard(lambda row: row.done or row.owner.future.done())
+                if len(self._scheduler) or expired:
+                    break
+                self._batches.clear()
+                deadline = min((job.deadline for job in self._jobs.values()), default=math.inf)
+                self._changed.wait(None if deadline == math.inf else deadline - now)
+            if self._stopped:
+                return False
+            rows = [] if expired else self._scheduler.next_rows(beside_previews=self._beside_previews())
+        for job in expired:
+            job.fail(DeadlineExceeded(f"the images were not ready within {job.request.timeout:g} seconds"))
+        if rows:
+            self._step(rows)
+        return True
 
     def _step(self, rows: list[Row]) -> None:
         started = time.perf_counter()
@@ -489,14 +499,19 @@ class EditService:
 
     @torch.no_grad()
     def _run_pipeline(self) -> None:
-        while True:
-            task = None
-            with self._changed:
-                while not self._stopped and (task := self._next_task()) is None:
-                    self._changed.wait()
-            if task is None:
-                return
+        while (task := self._wait_for_task()) is not None:
             task()
+            # Not while waiting for the next one: it holds pictures.
+            del task
+
+    def _wait_for_task(self) -> Callable[[], None] | None:
+        """None when the service has stopped."""
+        with self._changed:
+            while not self._stopped:
+                if (task := self._next_task()) is not None:
+                    return task
+                self._changed.wait()
+        return None
 
     def _next_task(self) -> Callable[[], None] | None:
         """Previews that are finished, then those to encode; finished full edits, partial images, full edits to encode."""
@@ -551,6 +566,8 @@ class EditService:
             return
         self._observer.encoded(time.perf_counter() - started)
         with self._changed:
+            if job.future not in self._jobs:
+                return
             job.rows = rows
             self._scheduler.add(rows)
             self._changed.notify_all()
