@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import gc
 import hashlib
 import json
 import os
@@ -80,12 +81,12 @@ def serve(args: argparse.Namespace, options: RuntimeOptions | None) -> int:
     if args.ray:
         return _serve_with_ray(args, options)
     key = read_api_key(args)
-    sys.setswitchinterval(_SWITCH_INTERVAL)
     listener = _bind(args.host, args.port)
     with listener:
         from slideredit_rt.serving.server import Server
 
         app, service, model = make_app(args, options, key)
+        tune_interpreter()
         host, port = listener.getsockname()[:2]
         url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
@@ -110,6 +111,17 @@ def _serve_with_ray(args: argparse.Namespace, options: RuntimeOptions | None) ->
     from slideredit_rt.serving.ray_app import serve
 
     return serve(args, options)
+
+
+def tune_interpreter() -> None:
+    """Settings of this process that suit a server; called when all is loaded.
+
+    What lives as long as the process is put out of the garbage collector's sight: it would walk through all modules for some
+    tenths of a second now and then, while every request waits, and for that reason come by too seldom.
+    """
+    sys.setswitchinterval(_SWITCH_INTERVAL)
+    gc.collect()
+    gc.freeze()
 
 
 def make_app(args: argparse.Namespace, options: RuntimeOptions | None, key: str | None) -> tuple[FastAPI, EditService, str]:
