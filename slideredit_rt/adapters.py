@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from slideredit_rt.assets import resolve_adapter
@@ -590,13 +590,14 @@ def save_adapter(adapter: Adapter, path: Path, form: Format = "canonical", *, dt
         metadata["lora_adapter_metadata"] = json.dumps({f"transformer.{key}": value for key, value in config.items()})
     if form in ("diffusers", "peft"):
         with atomic_folder(path) as folder:
-            save_file(tensors, folder / (_PEFT_FILE if form == "peft" else _DIFFUSERS_FILE), metadata)
+            # The library's save_file lets nobody but the owner read the file.
+            (folder / (_PEFT_FILE if form == "peft" else _DIFFUSERS_FILE)).write_bytes(save(tensors, metadata))
             if form == "peft":
                 (folder / _PEFT_CONFIG).write_text(json.dumps({"peft_type": "LORA", **config}, indent=2) + "\n")
     else:
         with atomic_file(path) as temporary:
             if form == "canonical":
-                save_file(tensors, temporary, metadata)
+                temporary.write_bytes(save(tensors, metadata))
             else:
                 torch.save(tensors, temporary)
 

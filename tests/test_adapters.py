@@ -47,6 +47,13 @@ def test_canonical_file_round_trips(family: Family, tmp_path: Path, pairs: Any) 
     assert (adapter.kind, adapter.rank, adapter.training, adapter.curve) == ("st", 4, {"steps": 3}, curve)
 
 
+@pytest.mark.parametrize(("form", "file"), [("canonical", ""), ("peft", "adapter_model.safetensors")])
+def test_others_may_read_what_is_written(family: Family, tmp_path: Path, pairs: Any, form: Any, file: str) -> None:
+    save_adapter(Adapter(family.name, "st", 4, pairs, "x"), tmp_path / "a", form)
+    (tmp_path / "usual").touch()
+    assert (tmp_path / "a" / file).stat().st_mode == (tmp_path / "usual").stat().st_mode
+
+
 @pytest.mark.parametrize("prefix", ["", "transformer.", "base_model.model."])
 def test_diffusers_files_with_and_without_prefix(family: Family, tmp_path: Path, pairs: Any, prefix: str) -> None:
     save_file(flat(pairs, prefix), tmp_path / "pytorch_lora_weights.safetensors")

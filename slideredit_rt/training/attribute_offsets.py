@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from slideredit_rt.editor import Prepared, SliderEditor
@@ -94,7 +94,7 @@ def save_offsets(offsets: AttributeOffsets, path: Path) -> None:
         "training": json.dumps(offsets.training, sort_keys=True),
     }
     with atomic_file(path) as temporary:
-        save_file({"vectors": offsets.vectors.contiguous()}, temporary, metadata)
+        temporary.write_bytes(save({"vectors": offsets.vectors.contiguous()}, metadata))
 
 
 def load_offsets(path: Path, family: Family) -> AttributeOffsets:
