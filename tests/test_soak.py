@@ -186,6 +186,7 @@ def test_soak(engines: dict[str, Path]) -> None:
             "warm": int(warm) >> 20,
             "end": int(end) >> 20,
             "ratio": round(end / warm, 3),
+            "every tenth": [rss >> 20 for rss in account.rss[:: max(1, len(account.rss) // 10)]],
         },
         "threads": threads,
     }
