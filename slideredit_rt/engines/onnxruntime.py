@@ -17,6 +17,9 @@ from slideredit_rt.errors import SliderEditError
 _NUMPY = {"float32": np.float32, "bool": np.bool_}
 _TORCH = {"float32": torch.float32, "bool": torch.bool}
 _MAX_BINDINGS = 16
+_SPIN_MICROSECONDS = 50
+"""That a thread without work looks for some before it sleeps: as long as from one operator to the next. ONNX Runtime's own
+choice is longer, and other threads on the same cores (decoding, HTTP) wait meanwhile."""
 
 
 class _Binding:
@@ -39,6 +42,7 @@ class OnnxRuntimeEngine:
     def __init__(self, folder: Path, manifest: Manifest, *, threads: int | None = None) -> None:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
+        options.add_session_config_entry("session.intra_op.spin_duration_us", str(_SPIN_MICROSECONDS))
         if threads is not None:
             options.intra_op_num_threads = threads
         try:
