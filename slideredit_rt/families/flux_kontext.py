@@ -34,7 +34,10 @@ class FluxKontext(Family):
     def load_pipeline(self, folder: Path, *, transformer: bool = True, dtype: torch.dtype = torch.float32) -> Any:
         parts = {} if transformer else {"transformer": None}
         with no_progress_bars():
-            return FluxKontextPipeline.from_pretrained(folder, dtype=dtype, local_files_only=True, **parts)
+            pipeline = FluxKontextPipeline.from_pretrained(folder, dtype=dtype, local_files_only=True, **parts)
+        # Convolutions prefer it: a batch is decoded in two thirds of the time on a CPU.
+        pipeline.vae.to(memory_format=torch.channels_last)
+        return pipeline
 
     def rows_of(self, module_name: str) -> RowSet | None:
         patterns: tuple[tuple[str, RowSet], ...] = (
