@@ -86,7 +86,6 @@ def serve(args: argparse.Namespace, options: RuntimeOptions | None) -> int:
         from slideredit_rt.serving.server import Server
 
         app, service, model = make_app(args, options, key)
-        tune_interpreter()
         host, port = listener.getsockname()[:2]
         url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
@@ -113,29 +112,23 @@ def _serve_with_ray(args: argparse.Namespace, options: RuntimeOptions | None) ->
     return serve(args, options)
 
 
-def tune_interpreter() -> None:
-    """Settings of this process that suit a server; called when all is loaded.
-
-    What lives as long as the process is put out of the garbage collector's sight: it would walk through all modules for some
-    tenths of a second now and then, while every request waits, and for that reason come by too seldom.
-    """
-    sys.setswitchinterval(_SWITCH_INTERVAL)
-    gc.collect()
-    gc.freeze()
-
-
 def make_app(args: argparse.Namespace, options: RuntimeOptions | None, key: str | None) -> tuple[FastAPI, EditService, str]:
-    """The application and the service that it is over, and what clients call the engine.
+    """The application and the service that it is over, and what clients call the engine; settles this process for serving.
 
     Raises:
         SliderEditError: an engine that cannot be run here.
     """
+    import torch
+
     from slideredit_rt.editor import SliderEditor
     from slideredit_rt.serving.app import create_app
     from slideredit_rt.serving.body import Limits
     from slideredit_rt.serving.metrics import Metrics
     from slideredit_rt.serving.service import EditService
 
+    sys.setswitchinterval(_SWITCH_INTERVAL)
+    # Pictures are encoded and decoded beside the engine, whose threads stand still as long as one of them has no core.
+    torch.set_num_threads(max(1, torch.get_num_threads() // 2))
     folder = prepare_engine(args)
     editor = SliderEditor.from_engine(folder, args.base, threads=args.threads, options=options)
     metrics = Metrics()
@@ -154,6 +147,10 @@ def make_app(args: argparse.Namespace, options: RuntimeOptions | None, key: str 
         request_seconds=args.request_seconds,
     )
     app = create_app(service, model=model, api_key=key, limits=limits, preview_steps=args.preview_steps, metrics=metrics)
+    # What lives as long as the process is put out of the garbage collector's sight: it would walk through all modules for some
+    # tenths of a second now and then, while every request waits, and for that reason come by too seldom.
+    gc.collect()
+    gc.freeze()
     return app, service, model
 
 

@@ -24,7 +24,7 @@ from starlette.types import ASGIApp
 from slideredit_rt.engines import RuntimeOptions
 from slideredit_rt.engines.manifest import read_manifest
 from slideredit_rt.errors import SliderEditError
-from slideredit_rt.serving.command import add_options, make_app, prepare_engine, read_api_key, tune_interpreter
+from slideredit_rt.serving.command import add_options, make_app, prepare_engine, read_api_key
 
 NAME = "slideredit"
 DEPLOYMENT = "edits"
@@ -48,7 +48,6 @@ class EditReplica:
     def __init__(self, arguments: Mapping[str, Any], options: RuntimeOptions | None) -> None:
         args = argparse.Namespace(**arguments)
         self._app, self._service, _ = make_app(args, options, read_api_key(args))
-        tune_interpreter()
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         return self._app
