@@ -14,7 +14,7 @@ from torch.nn.functional import pad
 
 from slideredit_rt.editor import Prepared, SliderEditor
 
-_SLIDERS = ("alpha", "token_mask")  # as wide as the row with the most sliders
+_SLIDERS = ("alpha", "token_mask")  # as wide as the engine allows
 _OF_THE_STEP = ("hidden_states", "timestep")  # written by every step, the same in the negative pass
 
 
@@ -139,11 +139,12 @@ class Batch:
 
     def _gather(self, inputs: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
         batched = _batched(self.editor)
-        sliders = max(i["alpha"].shape[1] for i in inputs)
+        sliders = self.editor.max_sliders
         gathered = {}
         for name, first in inputs[0].items():
             if name in _SLIDERS:
-                # An unused slot has alpha 0 and an empty mask. Both have the sliders on axis 1.
+                # An unused slot has alpha 0 and an empty mask. All are filled up: an engine plans anew for each set of shapes.
+                # Both have the sliders on axis 1.
                 values = [pad(i[name], (0, 0) * (first.ndim - 2) + (0, sliders - i[name].shape[1])) for i in inputs]
                 gathered[name] = torch.cat(values)
             else:
