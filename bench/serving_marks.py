@@ -57,7 +57,7 @@ class Size:
     """How much is measured: rounds, requests of a cell in each, previews of a cell in each, steps of a full edit."""
 
     rounds: int = 5
-    requests: int = 64
+    requests: int = 192
     previews: int = 40
     steps: int = 12
 
