@@ -748,13 +748,15 @@ def test_serve_names_the_extra_that_is_missing(capsys, monkeypatch):
 def test_serve_says_where_it_is_and_stops_at_a_signal(engines, tmp_path, png):
     (tmp_path / "key").write_text("s3cret\n")
     command = [sys.executable, "-m", "slideredit_rt.cli", "serve", engines["st"], "--port", "0", "--json", "--threads", "1"]
-    with subprocess.Popen([*command, "--api-key-file", tmp_path / "key"], stdout=subprocess.PIPE, text=True) as process:
+    command += ["--api-key-file", tmp_path / "key"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
             said = json.loads(process.stdout.readline())
             with openai.OpenAI(base_url=f"{said['url']}/v1", api_key="s3cret") as ai:
                 extra = {"num_inference_steps": 1}
                 assert ai.images.edit(image=png, prompt=RED, model=said["model"], extra_body=extra).data
             process.send_signal(signal.SIGTERM)
-            assert process.wait(60) == 0
+            assert process.communicate(timeout=60) == ("", "")
+            assert process.returncode == 0
         finally:
             process.kill()

@@ -101,6 +101,8 @@ def serve(args: argparse.Namespace, options: RuntimeOptions | None) -> int:
             server.run([listener])
         finally:
             service.close(drain=False)
+            # Triton complains at the end of what it finds uncollected.
+            gc.unfreeze()
     return 0
 
 
