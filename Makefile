@@ -19,8 +19,9 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)
 	$(BIN)/slideredit-rt demo --out demo
 
+# A file's tests stay in one process: they share what is slow to make.
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
 
 slow-test: $(STAMP)
 	$(BIN)/python -m pytest -m slow -s

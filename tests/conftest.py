@@ -1,4 +1,4 @@
-"""Shared fixtures: the embedded editor, its engines built once per session, and a scene to edit."""
+"""Shared fixtures: the embedded editor, its engines built once per process, and a scene to edit."""
 
 from __future__ import annotations
 
@@ -10,6 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+if (processes := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))) > 1:
+    # Read when torch is imported, here and in what the tests start: two processes with all cores each stand in each other's way.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+
 import torch
 
 if not torch.cuda.is_available():
