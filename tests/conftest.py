@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 if (processes := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))) > 1:
-    # Read when torch is imported, here and in what the tests start: two processes with all cores each stand in each other's way.
+    # Read when torch is imported, here and in what the tests start. With all cores each, they stand in each other's way.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
 
 import torch

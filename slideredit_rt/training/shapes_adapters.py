@@ -72,7 +72,7 @@ def concepts_recipe() -> ConceptConfig:
 def offsets_recipe() -> OffsetConfig:
     """The settings that `shapes-offsets` was trained with: one vector per instruction of the world.
 
-    Forty examples per vector and step, as published; with one or ten, more of the vectors learn nothing.
+    Forty examples per vector and step, as published.
     """
     return OffsetConfig(
         attributes=tuple(i.text for i in ALL_INSTRUCTIONS), steps=100, batch=880, learning_rate=0.1, schedule="cosine"
