@@ -128,7 +128,7 @@ async def measure_rounds(
 
 
 def summarise(cells: dict[str, list[dict[str, Any]]], previews: dict[str, list[list[Answer]]]) -> dict[str, Any]:
-    """Medians over rounds, ratios within rounds, and whether the marks are met."""
+    """Medians over rounds, and ratios within rounds with the marks that they have (see `verdict`)."""
     failed = sum(r["failed"] for results in cells.values() for r in results)
     failed += sum(answer.error is not None for rounds in previews.values() for answers in rounds for answer in answers)
     table: dict[str, dict[str, Any]] = {}
@@ -155,8 +155,8 @@ def summarise(cells: dict[str, list[dict[str, Any]]], previews: dict[str, list[l
 
 def _ratio(by_round: list[float], mark: float | None, *, at_least: bool) -> dict[str, Any]:
     value = statistics.median(by_round)
-    met = None if mark is None else value >= mark if at_least else value <= mark
-    return {"value": value, "by_round": by_round, **({} if mark is None else {"mark": mark, "at_least": at_least, "met": met})}
+    ratio = {"value": value, "by_round": by_round}
+    return ratio if mark is None else ratio | {"mark": mark, "at_least": at_least}
 
 
 def measure_marks(size: Size) -> dict[str, Any]:

@@ -257,6 +257,17 @@ def test_the_page_shows_the_committed_tables():
     assert page.count("<!-- table") == len(tables())
 
 
+def test_the_page_names_the_attributes_whose_offsets_never_act():
+    asked = {case.name: case.instructions[0] for case in ShapesScenes().cases("bench", 64, 1)}
+    most = dict.fromkeys(asked.values(), 0.0)
+    for row in read_rows(RESULTS / "evaluation" / "rows.csv"):
+        if (row.phase, row.system) == ("bench", "attribute-offsets") and row.case in asked:
+            most[asked[row.case]] = max(most[asked[row.case]], row.scores.attributes["response"][0])
+    assert len(most) == 20
+    never = {"make the background dark", "make the circle green", "make the circle white"}
+    assert {instruction for instruction, response in most.items() if response < 0.9} == never
+
+
 def test_a_range_in_which_the_response_turns_back_is_not_chosen():
     source, edited = (Scores({"response": (v,)}, {}) for v in (0.0, 1.0))
     straight = [_row((v,), (min(v, 0.9),)) for v in (0.0, 0.25, 0.5, 0.75, 1.0)]

@@ -7,7 +7,9 @@ import io
 import json
 import re
 import shutil
+import statistics
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -23,6 +25,7 @@ import torch
 import uvicorn
 from PIL import Image
 
+from slideredit_rt.bench.serve import local_server
 from slideredit_rt.editor import SliderEditor
 from slideredit_rt.serving.app import create_app
 from slideredit_rt.serving.service import EditService
@@ -209,6 +212,23 @@ def test_the_sample_is_edited_before_anything_is_touched(page: Page) -> None:
     assert shown(page).shape == shown(page, "source").shape == (64, 64, 3)
     assert not same(shown(page), shown(page, "source"))
     expect(page.locator("#status")).to_have_text(re.compile(r"^full · 28 steps, [\d.]+ m?s · preview [\d.]+ m?s$"))
+
+
+@pytest.mark.slow
+def test_a_drag_shows_its_preview_within_half_a_second(browser: Any, engines: dict[str, Path]) -> None:
+    """On a quiet machine: the median over drags, from the last move to the picture, as the page itself reports it."""
+    took: list[float] = []
+    with local_server(str(engines["st"])) as (url, _), opened(browser, url) as page:
+        settled(page)
+        for number in range(25):
+            drag(page, 1, [0.25, 1.25, 0.75][number % 3])
+            page.wait_for_timeout(100)  # until the status is of this drag
+            settled(page)
+            took += map(float, re.findall(r"preview (\d+) ms", page.locator("#status").inner_text()))
+    assert len(took) == 25
+    median = statistics.median(took)
+    sys.stdout.write(f"\npreviews: median {median:g} ms, {max(took):g} ms at most\n")
+    assert median <= 500
 
 
 def test_dragging_a_slider_carries_its_instruction_out_as_far_as_it_says(
