@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import logging
 import os
 import signal
@@ -39,8 +40,26 @@ def _terminate(signum: int, frame: Any) -> None:
     raise KeyboardInterrupt
 
 
+def _prepare_streams() -> None:
+    """Make the standard streams writable whatever the caller left of them."""
+    # Files that are opened later would take the numbers of closed streams, and get what libraries print there.
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - open as long as the process
+        elif isinstance(stream, io.TextIOWrapper):
+            # A character that the terminal's encoding lacks, or a file name that is not UTF-8, is shown by its code.
+            stream.reconfigure(errors="backslashreplace")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; 0 on success, 1 when a verification fails, 2 for bad input, 130 when interrupted."""
+    _prepare_streams()
     args = _parser().parse_args(argv)
     _silence_libraries()
     signal.signal(signal.SIGTERM, _terminate)

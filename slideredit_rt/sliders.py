@@ -20,7 +20,13 @@ JOINER = " and "
 
 
 def normalise(text: str) -> str:
-    """Unicode NFC, so that a composed and a decomposed accent are the same text to tokenizers and to span search."""
+    """Unicode NFC, so that a composed and a decomposed accent are the same text to tokenizers and to span search.
+
+    Raises:
+        SliderEditError: half of a surrogate pair: what Python makes of bytes that are not UTF-8, and no tokenizer takes.
+    """
+    if broken := next((character for character in text if unicodedata.category(character) == "Cs"), None):
+        raise SliderEditError(f"the text {text!r} holds {broken!r}, which is not a character; write it in UTF-8")
     return unicodedata.normalize("NFC", text)
 
 
@@ -123,9 +129,19 @@ def compose_prompt(instructions: Sequence[str]) -> str:
     return JOINER.join(normalise(i).strip() for i in instructions)
 
 
+_JOINERS = "\u200c\u200d"  # zero width: non-joiners within Persian words, joiners within Indic words and emoji
+
+
+def _extends(character: str) -> bool:
+    """Whether a character belongs to the one before it: a combining mark, a joiner or the skin tone of an emoji."""
+    return unicodedata.category(character)[0] == "M" or character in _JOINERS or "\U0001f3fb" <= character <= "\U0001f3ff"
+
+
 def _one_word(left: str, right: str) -> bool:
     """Whether two neighbouring characters belong to one word, as far as spaces separate the words of their script."""
-    return all(c.isalnum() and unicodedata.east_asian_width(c) not in ("W", "F") for c in (left, right))
+    if _extends(right) or left in _JOINERS:
+        return True
+    return all((c.isalnum() or _extends(c)) and unicodedata.east_asian_width(c) not in ("W", "F") for c in (left, right))
 
 
 def _occurrences(prompt: str, instruction: str) -> list[tuple[int, int]]:
@@ -139,6 +155,11 @@ def _occurrences(prompt: str, instruction: str) -> list[tuple[int, int]]:
             found.append((start, end))
         start = prompt.find(instruction, end if opens and closes else start + 1)
     return found
+
+
+def stands_in(prompt: str, instruction: str) -> bool:
+    """Whether `find_spans` finds an instruction in a prompt; both normalised."""
+    return bool(instruction) and bool(_occurrences(prompt, instruction))
 
 
 def find_spans(prompt: str, sliders: Sequence[Slider], tokens: Sequence[PromptToken], max_rows: int) -> list[list[int]]:

@@ -19,6 +19,8 @@ from safetensors.torch import save_file
 
 from slideredit_rt.assets import resolve_base
 from slideredit_rt.cli import main
+from slideredit_rt.commands.edit import parse_slider, parse_swept_slider
+from slideredit_rt.editor import SliderEditor
 
 RED = "make the circle red"
 
@@ -357,3 +359,98 @@ def test_debug_shows_the_traceback(tmp_path: Path, capsys: Any) -> None:
     code, _, err = run(capsys, "inspect", tmp_path / "x", "--debug")
     assert code == 2
     assert "Traceback" in err
+
+
+def in_a_process(*arguments: object, **options: Any) -> subprocess.CompletedProcess[bytes]:
+    """The command as a shell runs it; `options` of `subprocess.run`."""
+    command = [sys.executable, "-m", "slideredit_rt.cli", *map(os.fsencode, map(str, arguments))]
+    return subprocess.run(command, stderr=subprocess.PIPE, timeout=120, check=False, **options)
+
+
+def test_a_full_or_closed_standard_output(engines: dict[str, Path]) -> None:
+    command = ("inspect", engines["st"])
+    with open("/dev/full", "wb") as full:
+        done = in_a_process(*command, stdout=full)
+    assert (done.returncode, done.stderr.count(b"\n")) == (2, 1)
+    assert b"cannot write to standard output: No space left on device" in done.stderr
+
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = in_a_process(*command, stdout=writer)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+    done = in_a_process(*command, preexec_fn=lambda: os.close(1))
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_a_standard_output_that_is_not_utf8_shows_codes(tmp_path: Path) -> None:
+    spans = ("spans", "--slider", "mach es größer …")
+    done = in_a_process(*spans, stdout=subprocess.PIPE, env=os.environ | {"PYTHONIOENCODING": "latin-1"})
+    assert done.returncode == 0
+    assert "größer \\u2026".encode("latin-1") in done.stdout
+
+
+def test_arguments_that_are_not_utf8(engines: dict[str, Path], picture: Path, tmp_path: Path, capsys: Any) -> None:
+    base = ("edit", engines["st"], "--steps", 1, "--slider", RED)
+    out = tmp_path / os.fsdecode(b"caf\xe9.png")
+    code, text, _ = run(capsys, *base, "--image", picture.rename(tmp_path / os.fsdecode(b"\xe9.png")), "--out", out, "--json")
+    assert code == 0
+    assert Path(json.loads(text)["out"]) == out
+    assert Image.open(out).size == (64, 64)
+    message = refused(capsys, *base[:-1], os.fsdecode(b"make it r\xe9d"), "--image", out, "--out", tmp_path / "o.png")
+    assert "is not a character; write it in UTF-8" in message
+
+
+@pytest.mark.parametrize("seed", [2**64, -(2**63) - 1, 10**40])
+def test_seeds_beyond_what_torch_takes(engines: dict[str, Path], picture: Path, tmp_path: Path, capsys: Any, seed: int) -> None:
+    out = tmp_path / "o.png"
+    message = refused(
+        capsys, "edit", engines["st"], "--image", picture, "--slider", RED, "--steps", 1, "--seed", seed, "--out", out
+    )
+    assert f"the seed is {seed}" in message
+    assert not out.exists()
+    train = ("train", "adapter", "--kind", "st", "--seed", seed, "--out", tmp_path / "a.safetensors")
+    assert f"seed is {seed}" in refused(capsys, *train)
+
+
+def test_the_largest_and_the_smallest_seed(st_editor: SliderEditor) -> None:
+    first, last = (
+        st_editor.family.draw_noise(st_editor.pipeline, 64, 64, seed).flatten()[0].item() for seed in (-(2**63), 2**64 - 1)
+    )
+    expected = [
+        torch.randn(8, 16, 16, generator=torch.Generator().manual_seed(s))[0, 0, 0].item() for s in (-(2**63), 2**64 - 1)
+    ]
+    assert [first, last] == expected
+
+
+@pytest.mark.parametrize("threads", [0, -1, 10_000])
+def test_a_number_of_threads_that_makes_no_sense(
+    engines: dict[str, Path], picture: Path, tmp_path: Path, capsys: Any, threads: int
+) -> None:
+    message = refused(
+        capsys, "edit", engines["st"], "--image", picture, "--slider", RED, "--threads", threads, "--out", tmp_path / "o.png"
+    )
+    assert f"{threads} CPU threads were asked for; give 1 to 1024" in message
+
+
+@pytest.mark.parametrize(
+    ("text", "prompt", "expected"),
+    [
+        ("write 1+1=2", None, ("write 1+1", 2.0)),
+        ("write 1+1=2", "write 1+1=2 on the board", ("write 1+1=2", 1.0)),
+        ("write 1+1=2=0.5", "write 1+1=2 on the board", ("write 1+1=2", 0.5)),
+        ("write 1+1=2", "write 1+1 on the board", ("write 1+1", 2.0)),
+        ("write 1+1=2", "write 1+1=25 on the board", ("write 1+1", 2.0)),
+        ("write a=b", "write a=b and smile", ("write a=b", 1.0)),
+        ("write 1:2:3=1:2:3", "write 1:2:3=1:2:3", ("write 1:2:3=1:2:3", 1.0)),
+    ],
+)
+def test_the_prompt_decides_what_an_equals_sign_means(text: str, prompt: str | None, expected: tuple[str, float]) -> None:
+    for slider in (parse_slider(text, prompt), parse_swept_slider(text, prompt)[0]):
+        assert (slider.instruction, slider.strength) == expected
+
+
+def test_a_sweep_of_an_instruction_with_an_equals_sign() -> None:
+    slider, strengths = parse_swept_slider("write 1+1=2=0:1:3", "write 1+1=2")
+    assert (slider.instruction, strengths) == ("write 1+1=2", [0.0, 0.5, 1.0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import unicodedata
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from slideredit_rt.assets import resolve_base
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.families import Family
-from slideredit_rt.sliders import Slider, StrengthCurve, combine_row_scale, compose_prompt, find_spans, row_mask
+from slideredit_rt.sliders import PromptToken, Slider, StrengthCurve, combine_row_scale, compose_prompt, find_spans, row_mask
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +53,35 @@ def test_a_curve_is_straight_between_its_points_and_beyond_them() -> None:
 def test_what_is_no_curve_is_refused(strengths: tuple[float, ...], alphas: tuple[float, ...]) -> None:
     with pytest.raises(SliderEditError, match="no strength curve"):
         StrengthCurve(strengths, alphas)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "instruction"),
+    [
+        ("शर्ट लाल करो", "शर्ट लाल कर"),  # करो is one word: its vowel sign is a combining mark
+        ("क्षत्रिय को हटाओ", "क्ष"),  # the conjunct goes on with a consonant
+        ("این را می‌خواهم", "این را می"),  # a zero-width non-joiner stands inside the word
+        ("add 👍🏽 here", "add 👍"),  # the skin tone belongs to the emoji
+        ("add 👩‍🚀 here", "add 👩"),
+        ("add 👩‍🚀 here", "🚀 here"),
+        ("write x̂ here", "write x"),
+    ],
+)
+def test_a_slider_ends_where_the_word_and_the_character_end(prompt: str, instruction: str) -> None:
+    tokens = [PromptToken(c, i, i + 1, i) for i, c in enumerate(prompt)]
+    with pytest.raises(SliderEditError, match="nowhere in the prompt"):
+        find_spans(prompt, [Slider(instruction)], tokens, len(prompt) + 1)
+    whole = prompt.removeprefix("add ").removesuffix(" here")
+    first = prompt.index(whole)
+    assert find_spans(prompt, [Slider(whole)], tokens, len(prompt) + 1) == [list(range(first, first + len(whole)))]
+
+
+def test_text_that_is_not_utf8_is_refused() -> None:
+    for text in (os.fsdecode(b"make it r\xe9d"), "make it \ud83d"):
+        with pytest.raises(SliderEditError, match="is not a character; write it in UTF-8"):
+            Slider(text)
+        with pytest.raises(SliderEditError, match="is not a character"):
+            compose_prompt([text])
 
 
 @pytest.mark.parametrize("strength", [float("nan"), float("inf"), -float("inf")])

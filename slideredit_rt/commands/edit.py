@@ -15,15 +15,20 @@ from slideredit_rt.commands.shared import (
     with_members,
 )
 from slideredit_rt.errors import SliderEditError
-from slideredit_rt.sliders import Slider, compose_prompt, normalise
+from slideredit_rt.sliders import Slider, compose_prompt, normalise, stands_in
 
 _MAX_SWEEP = 64
 
 
-def parse_slider(text: str) -> Slider:
-    """`INSTRUCTION=STRENGTH` or `INSTRUCTION` (strength 1)."""
+def _is_instruction(text: str, prompt: str | None) -> bool:
+    """Whether a slider's text is an instruction to its last character, `=` included: the prompt that was given says so."""
+    return prompt is not None and stands_in(normalise(prompt), normalise(text).strip())
+
+
+def parse_slider(text: str, prompt: str | None = None) -> Slider:
+    """`INSTRUCTION=STRENGTH` or `INSTRUCTION` (strength 1); the latter where `prompt` holds all of the text."""
     instruction, separator, value = text.rpartition("=")
-    if not separator:
+    if not separator or _is_instruction(text, prompt):
         return Slider(text)
     try:
         return Slider(instruction, float(value))
@@ -31,11 +36,11 @@ def parse_slider(text: str) -> Slider:
         raise SliderEditError(f"slider {text!r} has the strength {value!r}; write it as 'make the circle red=0.5'") from None
 
 
-def parse_swept_slider(text: str) -> tuple[Slider, list[float] | None]:
-    """`INSTRUCTION=START:STOP:COUNT` for a swept slider, else a fixed one."""
+def parse_swept_slider(text: str, prompt: str | None = None) -> tuple[Slider, list[float] | None]:
+    """`INSTRUCTION=START:STOP:COUNT` for a swept slider, else a fixed one as `parse_slider` reads it."""
     instruction, _, value = text.rpartition("=")
-    if ":" not in value or not instruction:
-        return parse_slider(text), None
+    if ":" not in value or not instruction or _is_instruction(text, prompt):
+        return parse_slider(text, prompt), None
     try:
         first, last, number = value.split(":")
         start, stop, count = float(first), float(last), int(number)
@@ -58,7 +63,7 @@ def _edit(args: argparse.Namespace) -> int:
     from slideredit_rt.images import open_image, picture_format, save_image
 
     picture_format(args.out)
-    sliders = with_members(args, [parse_slider(s) for s in args.slider])
+    sliders = with_members(args, [parse_slider(s, args.prompt) for s in args.slider])
     images = [open_image(path) for path in args.image]
     editor = SliderEditor.from_engine(args.engine, args.base, threads=args.threads, options=runtime_options(args))
     edited = editor.edit(
@@ -90,7 +95,7 @@ def _sweep(args: argparse.Namespace) -> int:
     from slideredit_rt.images import draw_grid, open_image, picture_format, save_image
 
     picture_format(args.out)
-    parsed = [parse_swept_slider(s) for s in args.slider]
+    parsed = [parse_swept_slider(s, args.prompt) for s in args.slider]
     sliders = with_members(args, [s for s, _ in parsed])
     swept = [(i, v) for i, (_, v) in enumerate(parsed) if v is not None]
     if len(swept) not in (1, 2):
@@ -146,7 +151,7 @@ def _spans(args: argparse.Namespace) -> int:
     folder = resolve_base(args.base)
     family = family_of(folder)
     pipeline = family.load_pipeline(folder, transformer=False)
-    sliders = [parse_slider(s) for s in args.slider]
+    sliders = [parse_slider(s, args.prompt) for s in args.slider]
     prompt = normalise(args.prompt) if args.prompt else compose_prompt([s.instruction for s in sliders])
     tokens, rows = family.tokenize(pipeline, prompt), family.max_text_rows(pipeline)
     owners = {row: i for i, span in enumerate(find_spans(prompt, sliders, tokens, rows)) for row in span}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -39,7 +40,21 @@ class Commands:
 
 
 def write(text: str = "") -> None:
-    sys.stdout.write(f"{text}\n")
+    """A line on standard output, delivered before this returns. Once the reader has gone, nothing more is written.
+
+    Raises:
+        SliderEditError: it cannot be written.
+    """
+    try:
+        sys.stdout.write(f"{text}\n")
+        sys.stdout.flush()
+    except OSError as error:
+        # The interpreter flushes what is left once more on exit, and would fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            raise SliderEditError(
+                f"cannot write to standard output: {error.strerror}; files that the command names were written before"
+            ) from error
 
 
 def emit(args: argparse.Namespace, result: dict[str, Any], lines: Sequence[str]) -> None:

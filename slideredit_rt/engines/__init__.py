@@ -40,6 +40,10 @@ BACKENDS: dict[str, Callable[..., Engine]] = {
 }
 
 
+MAX_THREADS = 1024
+"""More than a machine has cores. A backend starts all of them at once, and the system may refuse."""
+
+
 def open_engine(folder: Path, *, threads: int | None = None, options: RuntimeOptions | None = None) -> tuple[Manifest, Engine]:
     """Check an engine folder and load it into its backend.
 
@@ -51,6 +55,10 @@ def open_engine(folder: Path, *, threads: int | None = None, options: RuntimeOpt
     Raises:
         SliderEditError: a damaged engine, one that cannot run here, or options that its backend does not have.
     """
+    if threads is not None and not 1 <= threads <= MAX_THREADS:
+        raise SliderEditError(
+            f"{threads} CPU threads were asked for; give 1 to {MAX_THREADS}, or leave the choice to the backend"
+        )
     manifest = read_manifest(folder)
     if manifest.backend not in BACKENDS:
         raise SliderEditError(f"engine {str(folder)!r} needs the backend {manifest.backend!r}; known: {', '.join(BACKENDS)}")

@@ -25,6 +25,7 @@ from slideredit_rt.training.data import Data
 
 TimestepSampling = Literal["uniform", "logit-normal"]
 Trained = TypeVar("Trained")
+_SEEDS = 2**32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +58,9 @@ class TrainingConfig:
         for name in counts:
             if getattr(self, name) < 1:
                 raise SliderEditError(f"{name} is {getattr(self, name)}; give at least 1")
+        # Every step has a seed of its own, a multiple of this one, within what torch's generator takes.
+        if abs(self.seed) >= _SEEDS:
+            raise SliderEditError(f"seed is {self.seed}; give a number between −{_SEEDS} and {_SEEDS}")
 
 
 @dataclass(frozen=True)
