@@ -1,0 +1,196 @@
+"""The value: the trained A/B pairs of one adapter or of a bank, and what they are in words."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+import re
+from collections import Counter, defaultdict
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slideredit_rt.errors import SliderEditError
+from slideredit_rt.families import Kind, RowSet, get_family
+from slideredit_rt.sliders import StrengthCurve
+
+
+@dataclass(frozen=True)
+class Member:
+    """One adapter of a bank: where it came from, and its map from strength to alpha."""
+
+    source: str
+    curve: StrengthCurve = field(default_factory=StrengthCurve)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A low-rank update per linear, or a bank of several whose strengths are set one by one.
+
+    Attributes:
+        family: base-model family it was trained for.
+        kind: `st` or `gst`.
+        rank: the largest R, of all members of a bank together.
+        pairs: module name to (A `[R, K]`, B `[N, R]`), float32, `lora_alpha / r` folded into B. In a bank of G members every
+            R is a multiple of G and each member has R/G rows of A and columns of B, in the members' order.
+        source: where it came from, for messages.
+        training: how it was trained, as far as the file says.
+        curve: from strength to alpha; found by `slideredit-rt adapter calibrate`, else `alpha = 1 − strength`.
+        dtype: of the tensors as they were stored; several, joined by "+", where they were mixed.
+        members: of a bank, by name (`bank_adapters`); empty for a single adapter. A bank's own `curve` maps nothing.
+    """
+
+    family: str
+    kind: Kind
+    rank: int
+    pairs: dict[str, tuple[Tensor, Tensor]]
+    source: str
+    training: dict[str, Any] = field(default_factory=dict)
+    curve: StrengthCurve = field(default_factory=StrengthCurve)
+    dtype: str = "float32"
+    members: dict[str, Member] = field(default_factory=dict)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over members, module names, shapes and values, independent of the file format."""
+        digest = hashlib.sha256()
+        for member in self.members:
+            digest.update(f"{member}\n".encode())
+        for name in sorted(self.pairs):
+            for tensor in self.pairs[name]:
+                digest.update(f"{name}{tuple(tensor.shape)}".encode())
+                digest.update(tensor.detach().float().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    @property
+    def targets(self) -> list[str]:
+        """Names of the updated linears with `*` for the block: `transformer_blocks.*.attn.add_q_proj`."""
+        return sorted({_target(name) for name in self.pairs})
+
+    def without(self, modules: Collection[str]) -> Adapter:
+        """The adapter less some of its modules."""
+        pairs = {name: pair for name, pair in self.pairs.items() if name not in modules}
+        return dataclasses.replace(self, pairs=pairs, rank=max((len(a) for a, _ in pairs.values()), default=0))
+
+
+def fill_ranks(adapter: Adapter, ranks: Mapping[str, int]) -> Adapter:
+    """The same update with higher ranks: rows of zeros below each A and columns of zeros beside each B, in every member.
+
+    Args:
+        ranks: by module; a multiple of the number of members. Lower ones than a module has change nothing.
+    """
+    count = len(adapter.members) or 1
+    pairs = {}
+    for name, (a, b) in adapter.pairs.items():
+        more = max(ranks[name] - len(a), 0) // count
+        each_a, each_b = a.unflatten(0, (count, -1)), b.unflatten(1, (count, -1))
+        pairs[name] = (
+            nn.functional.pad(each_a, (0, 0, 0, more)).flatten(0, 1),
+            nn.functional.pad(each_b, (0, more)).flatten(1, 2),
+        )
+    return dataclasses.replace(adapter, pairs=pairs, rank=max(len(a) for a, _ in pairs.values()))
+
+
+def bank_adapters(adapters: Sequence[Adapter], names: Sequence[str]) -> Adapter:
+    """One adapter whose members keep strengths of their own: A's stacked, B's side by side.
+
+    In every module each member is filled with zeros to the largest rank that one of them has there; a member that leaves a
+    module alone has zeros.
+
+    Args:
+        adapters: single ones, of one family and kind.
+        names: of the members, all different.
+
+    Raises:
+        SliderEditError: no adapter, a bank among them, two families or kinds, an empty name or one that comes twice, or sizes
+            that belong to different bases.
+    """
+    if not adapters or len(adapters) != len(names):
+        raise SliderEditError(f"a bank needs one name per adapter, got {len(adapters)} adapters and {len(names)} names")
+    first = adapters[0]
+    for adapter in adapters:
+        if adapter.members:
+            raise SliderEditError(f"adapter {adapter.source!r} is a bank already; give its members' own files")
+        if (adapter.family, adapter.kind) != (first.family, first.kind):
+            raise SliderEditError(
+                f"adapters {first.source!r} ({first.family}, {first.kind}) and {adapter.source!r} ({adapter.family}, "
+                f"{adapter.kind}) cannot share an engine; give adapters of one family and one kind"
+            )
+    if twice := next((name for name, count in Counter(names).items() if count > 1 or not name.strip()), None):
+        raise SliderEditError(f"two adapters would be called {twice!r} in the bank; rename one of the files")
+    modules = dict.fromkeys(name for adapter in adapters for name in adapter.pairs)
+    pairs = {}
+    for module in modules:
+        found = [adapter.pairs.get(module) for adapter in adapters]
+        shapes = {(a.shape[1], b.shape[0]) for a, b in filter(None, found)}
+        if len(shapes) > 1:
+            raise SliderEditError(
+                f"the adapters update {module} as if it were {' and '.join(f'{n}×{k}' for k, n in sorted(shapes))}; "
+                "give adapters that were trained on one base"
+            )
+        ((k, n),) = shapes
+        rank = max(len(a) for a, _ in filter(None, found))
+        filled = [pair or (torch.zeros(0, k), torch.zeros(n, 0)) for pair in found]
+        pairs[module] = (
+            torch.cat([nn.functional.pad(a, (0, 0, 0, rank - len(a))) for a, _ in filled]),
+            torch.cat([nn.functional.pad(b, (0, rank - b.shape[1])) for _, b in filled], dim=1),
+        )
+    return Adapter(
+        family=first.family,
+        kind=first.kind,
+        rank=max(len(a) for a, _ in pairs.values()),
+        pairs=pairs,
+        source=", ".join(adapter.source for adapter in adapters),
+        training={name: adapter.training for name, adapter in zip(names, adapters, strict=True)},
+        dtype="+".join(sorted({adapter.dtype for adapter in adapters})),
+        members={name: Member(a.source, a.curve) for name, a in zip(names, adapters, strict=True)},
+    )
+
+
+def adapter_report(adapter: Adapter) -> dict[str, Any]:
+    """What an adapter is, for JSON: ranks, targets with their rows, sizes and norms, metadata.
+
+    A norm is the Frobenius norm of B·A, over all modules of a target or of the adapter.
+    """
+    family = get_family(adapter.family)
+    targets: dict[str, dict[str, Any]] = {}
+    squares: defaultdict[str, float] = defaultdict(float)
+    for name, (a, b) in adapter.pairs.items():
+        rows: RowSet | None = family.rows_of(name)
+        target = targets.setdefault(_target(name), {"rows": rows, "modules": 0, "ranks": set()})
+        target["modules"] += 1
+        target["ranks"].add(len(a))
+        # ‖BA‖² = ⟨BᵀB, AAᵀ⟩ needs no N×K matrix.
+        wide_a, wide_b = a.double(), b.double()
+        squares[_target(name)] += ((wide_b.T @ wide_b) * (wide_a @ wide_a.T)).sum().item()
+    for name, target in targets.items():
+        target |= {"ranks": sorted(target["ranks"]), "norm": math.sqrt(max(squares[name], 0))}
+    return {
+        "source": adapter.source,
+        "family": adapter.family,
+        "kind": adapter.kind,
+        "rank": adapter.rank,
+        "members": describe_members(adapter),
+        "ranks": {str(r): n for r, n in sorted(Counter(len(a) for a, _ in adapter.pairs.values()).items())},
+        "dtype": adapter.dtype,
+        "modules": len(adapter.pairs),
+        "parameters": sum(a.numel() + b.numel() for a, b in adapter.pairs.values()),
+        "norm": math.sqrt(max(sum(squares.values()), 0)),
+        "targets": dict(sorted(targets.items())),
+        "training": adapter.training,
+        "strength_curve": adapter.curve.to_json(),
+        "fingerprint": adapter.fingerprint,
+    }
+
+
+def describe_members(adapter: Adapter) -> dict[str, dict[str, Any]]:
+    """A bank's members by name: `source` and `strength_curve`; empty for a single adapter."""
+    return {name: {"source": m.source, "strength_curve": m.curve.to_json()} for name, m in adapter.members.items()}
+
+
+def _target(module: str) -> str:
+    return re.sub(r"\.\d+\.", ".*.", module, count=1)

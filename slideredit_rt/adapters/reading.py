@@ -1,0 +1,284 @@
+"""Read an adapter from the formats that it comes in."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from slideredit_rt.adapters.adapter import Adapter, Member, bank_adapters
+from slideredit_rt.adapters.writing import DIFFUSERS_FILE, PEFT_CONFIG, PEFT_FILE
+from slideredit_rt.assets import resolve_adapter
+from slideredit_rt.errors import SliderEditError
+from slideredit_rt.families import FAMILIES, KINDS, Family, get_family
+from slideredit_rt.sliders import StrengthCurve
+
+_FOLDER_FILES = (DIFFUSERS_FILE, PEFT_FILE, "adapter_model.bin")
+_PREFIX = re.compile(r"^(transformer\.|base_model\.model\.|diffusion_model\.)+")
+_KEY = re.compile(r"^(?P<module>.+)\.lora_(?P<part>[AB])(\.(?P<adapter>[\w-]+))?\.weight$")
+
+AdapterSource = str | Path | Adapter | Sequence[str | Path]
+"""An adapter: an embedded name, a file, a folder, or what was loaded from one. Several files make a bank."""
+
+
+def load_adapters(source: AdapterSource, family: Family | None = None) -> Adapter:
+    """Whatever names an adapter, loaded: as `load_adapter` for one, a bank for several files.
+
+    A bank's members are called as their files or folders without the suffix, or as the embedded names.
+
+    Raises:
+        SliderEditError: as `load_adapter` and `bank_adapters`.
+    """
+    if isinstance(source, Adapter):
+        return source
+    if isinstance(source, str | Path):
+        return load_adapter(source, family)
+    if len(source) == 1:
+        return load_adapter(source[0], family)
+    return bank_adapters([load_adapter(one, family) for one in source], [resolve_adapter(one).stem for one in source])
+
+
+def _is_safetensors(path: Path) -> bool:
+    """By its name or, whatever its name, by its content: the length of a JSON header, then the header."""
+    try:
+        with path.open("rb") as file:
+            return path.suffix == ".safetensors" or file.read(9)[8:] == b"{"
+    except OSError as error:
+        raise SliderEditError(f"cannot read adapter {str(path)!r}: {error.strerror}") from None
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise SliderEditError(f"adapter {str(path)!r} is not a readable safetensors file ({error})") from None
+
+
+def _read_torch(path: Path) -> dict[str, Tensor]:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError):
+        raise SliderEditError(
+            f"adapter {str(path)!r} is not a file of plain tensors and was not unpickled; "
+            "convert it to safetensors on a machine where you trust it"
+        ) from None
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise SliderEditError(
+            f"adapter {str(path)!r} holds no dictionary of tensors; give the dictionary that the trainer saved"
+        )
+    return state
+
+
+def _settings(text: str | bytes, what: str, path: Path) -> dict[str, Any]:
+    try:
+        settings = json.loads(text)
+        if not isinstance(settings, dict):
+            raise ValueError("no JSON object")
+    except ValueError as error:
+        raise SliderEditError(
+            f"the {what} of adapter {str(path)!r} cannot be read ({error}); save or download it again"
+        ) from None
+    return settings
+
+
+def _members(metadata: Mapping[str, str], ranks: Mapping[str, int], source: str | Path, path: Path) -> dict[str, Member]:
+    """Those of a bank, as its file names them."""
+    if "members" not in metadata:
+        return {}
+    stored = _settings(metadata["members"], "list of members", path)
+    if not stored or any(rank % len(stored) for rank in ranks.values()):
+        raise SliderEditError(
+            f"adapter {str(source)!r} is a bank of {len(stored)} members and has ranks that these do not share evenly; "
+            "save or download it again"
+        )
+    return {name: Member(str(source), StrengthCurve.from_json(curve)) for name, curve in stored.items()}
+
+
+def _curve(metadata: Mapping[str, str], path: Path) -> StrengthCurve:
+    if "strength_curve" not in metadata:
+        return StrengthCurve()
+    return StrengthCurve.from_json(_settings(metadata["strength_curve"], "strength curve", path))
+
+
+def _by_pattern(patterns: Any, module: str, default: Any) -> Any:
+    """PEFT's rule for `rank_pattern` and `alpha_pattern`: the first pattern that matches the end of the module's name."""
+    return next((value for pattern, value in (patterns or {}).items() if re.match(rf"(.*\.)?({pattern})$", module)), default)
+
+
+def _stored_scale(module: str, rank: int, settings: Mapping[str, Any], source: str | Path) -> float:
+    """`lora_alpha / r` from a PEFT configuration (its patterns and `use_rslora` included)."""
+    try:
+        stated = int(_by_pattern(settings.get("rank_pattern"), module, settings.get("r", rank)))
+        alpha = float(_by_pattern(settings.get("alpha_pattern"), module, settings.get("lora_alpha", rank)))
+    except (TypeError, ValueError, AttributeError, re.error) as error:
+        raise SliderEditError(
+            f"adapter {str(source)!r} has an unreadable rank or alpha for {module} in its configuration ({error}); "
+            "save or download it again"
+        ) from None
+    if stated != rank:
+        raise SliderEditError(
+            f"adapter {str(source)!r} has rank {rank} at {module} and its configuration says {stated}, so its scale is "
+            "unknown; save or download it again"
+        )
+    return alpha / (rank**0.5 if settings.get("use_rslora") else rank)
+
+
+def _recognise(modules: Collection[str], family: Family | None, source: str | Path) -> Family:
+    """The family whose linears these are; refuses an adapter for another one than `family`."""
+    known = {name: sum(f.rows_of(module) is not None for module in modules) for name, f in FAMILIES.items()}
+    best = [name for name, count in known.items() if count == max(known.values())]
+    if not any(known.values()):
+        raise SliderEditError(
+            f"adapter {str(source)!r} updates no linear that a slider may touch (its first is {min(modules)}); "
+            f"give an adapter for {family.name if family else ' or '.join(FAMILIES)}"
+        )
+    if family is None:
+        if len(best) > 1:
+            raise SliderEditError(f"adapter {str(source)!r} fits {' and '.join(best)} by its names; say which with --base")
+        return FAMILIES[best[0]]
+    if known.get(family.name, 0) < known[best[0]]:
+        odd = next(m for m in sorted(modules) if family.rows_of(m) is None and FAMILIES[best[0]].rows_of(m) is not None)
+        raise SliderEditError(
+            f"adapter {str(source)!r} is for {best[0]}, not for {family.name}: it updates {odd}; "
+            f"use it with a {best[0]} base, or give an adapter that was trained on this one"
+        )
+    return family
+
+
+def load_adapter(source: str | Path, family: Family | None = None, *, mixed_dtypes: bool = False) -> Adapter:
+    """Read an adapter.
+
+    Formats: safetensors as diffusers writes them (`transformer.` prefix or not, stored alphas, `lora_adapter_metadata` or
+    neither), a PEFT folder (`rank_pattern`, `alpha_pattern`, `use_rslora` included), a `torch.save`d dictionary of
+    tensors (read with `weights_only`), and the embedded names. Ranks may differ between modules.
+
+    Args:
+        family: of the base. None recognises it by the metadata or by the names of the linears.
+        mixed_dtypes: accept a file whose tensors are not all of one dtype.
+
+    Raises:
+        SliderEditError: no such file, not a plain LoRA, an A that does not fit its B, another family's, of mixed dtypes, or
+            with values that are not finite.
+    """
+    path = resolve_adapter(source)
+    settings: dict[str, Any] = {}
+    if path.is_dir():
+        config = path / PEFT_CONFIG
+        if config.exists():
+            settings = _settings(config.read_bytes(), PEFT_CONFIG, path)
+        found = next((path / name for name in _FOLDER_FILES if (path / name).exists()), None)
+        if found is None:
+            raise SliderEditError(
+                f"folder {str(path)!r} holds none of {', '.join(_FOLDER_FILES)}; give the adapter's file or folder"
+            )
+        path = found
+    if not path.exists():
+        raise SliderEditError(f"adapter {str(source)!r} does not exist; give a file, a PEFT folder, shapes-st or shapes-gst")
+    metadata: dict[str, str] = {}
+    if _is_safetensors(path):
+        state, metadata = _read_safetensors(path)
+        if "lora_adapter_metadata" in metadata:
+            stored = _settings(metadata["lora_adapter_metadata"], "lora_adapter_metadata", path)
+            settings = {key.removeprefix("transformer."): value for key, value in stored.items()}
+    else:
+        state = _read_torch(path)
+
+    halves, alphas = _halves(state, source)
+    if settings.get("use_dora"):
+        raise SliderEditError(f"adapter {str(source)!r} is a DoRA, which no slider can scale; give a plain LoRA")
+    family = _recognise(halves, _stated_family(metadata, family, source), source)
+    ranks = {module: _rank(module, parts, source) for module, parts in halves.items()}
+    stored_dtypes = sorted({str(t.dtype).removeprefix("torch.") for parts in halves.values() for t in parts.values()})
+    if len(stored_dtypes) > 1 and not mixed_dtypes:
+        raise SliderEditError(
+            f"adapter {str(source)!r} mixes {' and '.join(stored_dtypes)}; choose one with "
+            "slideredit-rt adapter convert --dtype"
+        )
+    pairs = {}
+    for module, parts in halves.items():
+        rank = ranks[module]
+        scale = alphas[module] / rank if module in alphas else _stored_scale(module, rank, settings, source)
+        pairs[module] = (parts["A"].float().contiguous(), (parts["B"].float() * scale).contiguous())
+        if not all(torch.isfinite(t).all() for t in pairs[module]):
+            raise SliderEditError(
+                f"adapter {str(source)!r} has values at {module} that are not finite; train or download it again"
+            )
+    rows = {family.rows_of(module) for module in pairs} - {None}
+    kind = metadata.get("kind", "st" if rows == {"text"} else "gst")
+    if kind not in KINDS:
+        raise SliderEditError(f"adapter {str(source)!r} is of the unknown kind {kind!r}; known: {', '.join(KINDS)}")
+    return Adapter(
+        family=family.name,
+        kind=kind,
+        rank=max(ranks.values()),
+        pairs=pairs,
+        source=str(source),
+        training=_settings(metadata.get("training", "{}"), "training record", path),
+        curve=_curve(metadata, path),
+        dtype="+".join(stored_dtypes),
+        members=_members(metadata, ranks, source, path),
+    )
+
+
+def _halves(state: Mapping[str, Tensor], source: str | Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, float]]:
+    """A and B of each module, and the alphas stored beside them."""
+    halves: dict[str, dict[str, Tensor]] = {}
+    alphas: dict[str, float] = {}
+    other = []
+    names = set()
+    for key, tensor in state.items():
+        name = _PREFIX.sub("", key)
+        if match := _KEY.match(name):
+            halves.setdefault(match["module"], {})[match["part"]] = tensor
+            names.add(match["adapter"])
+        elif name.endswith(".alpha") and tensor.numel() == 1:
+            alphas[name.removesuffix(".alpha")] = float(tensor)
+        else:
+            other.append(key)
+    if not halves:
+        raise SliderEditError(f"adapter {str(source)!r} holds no lora_A/lora_B weights; give a LoRA file")
+    if other:
+        raise SliderEditError(
+            f"adapter {str(source)!r} holds {min(other)}, which is no lora_A, lora_B or alpha; "
+            "only plain LoRA can be scaled by a slider, not DoRA, biases or whole weights"
+        )
+    if len(names) > 1:
+        raise SliderEditError(f"adapter {str(source)!r} holds {len(names)} adapters; save the one to use by itself")
+    return halves, alphas
+
+
+def _stated_family(metadata: Mapping[str, str], family: Family | None, source: str | Path) -> Family | None:
+    stated = metadata.get("family")
+    if stated is None:
+        return family
+    if family is not None and stated != family.name:
+        raise SliderEditError(f"adapter {str(source)!r} was trained for {stated}, not for {family.name}")
+    return get_family(stated)
+
+
+def _rank(module: str, parts: Mapping[str, Tensor], source: str | Path) -> int:
+    if set(parts) != {"A", "B"}:
+        raise SliderEditError(
+            f"adapter {str(source)!r} is incomplete at {module}: lora_{'B' if 'A' in parts else 'A'} is missing; "
+            "save or download it again"
+        )
+    a, b = parts["A"], parts["B"]
+    if a.ndim != 2 or b.ndim != 2 or not (a.is_floating_point() and b.is_floating_point()):
+        raise SliderEditError(
+            f"adapter {str(source)!r} has no matrices of floating-point numbers at {module} "
+            f"({a.dtype} {list(a.shape)}, {b.dtype} {list(b.shape)}); give an adapter for linears that is not quantised"
+        )
+    if len(a) != b.shape[1] or not len(a):
+        raise SliderEditError(
+            f"adapter {str(source)!r} has a lora_A of rank {len(a)} and a lora_B of rank {b.shape[1]} at {module}; "
+            "they must agree and be 1 or more: save or download it again"
+        )
+    return len(a)

@@ -1,0 +1,108 @@
+"""Write an adapter in each format."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import save
+
+from slideredit_rt.adapters.adapter import Adapter
+from slideredit_rt.errors import SliderEditError
+from slideredit_rt.files import atomic_file, atomic_folder
+
+Format = Literal["canonical", "diffusers", "peft", "slideredit-st"]
+"""`canonical`: one safetensors file with metadata, which diffusers loads, too. `diffusers`: a folder with that file under the
+name that `load_lora_weights` looks for. `peft`: a folder for `PeftModel.from_pretrained`. `slideredit-st`: the `torch.save`d
+dictionary of the authors' ST trainer."""
+FORMATS: tuple[Format, ...] = ("canonical", "diffusers", "peft", "slideredit-st")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
+PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+def save_adapter(adapter: Adapter, path: Path, form: Format = "canonical", *, dtype: torch.dtype | None = None) -> None:
+    """Write an adapter; the file or folder appears whole or not at all.
+
+    Every format states a scale of 1 for every module, since `lora_alpha / r` is in B already, and reading it gives the same
+    float32 numbers back. Family, kind, training and strength curve are kept by all but `slideredit-st`.
+
+    Args:
+        path: a file; for `diffusers` and `peft` a folder, which must not exist.
+        dtype: of the tensors in the file. None keeps the dtype that they were stored in if it holds them exactly, else float32.
+
+    Raises:
+        SliderEditError: `path` cannot be written, a value exceeds the dtype, or the format cannot express the adapter.
+    """
+    if form == "slideredit-st" and (adapter.kind != "st" or len({len(a) for a, _ in adapter.pairs.values()}) > 1):
+        raise SliderEditError(
+            f"adapter {adapter.source!r} is not an ST adapter of one rank, which is all that slideredit-st holds; "
+            "use canonical, diffusers or peft"
+        )
+    if form != "canonical" and adapter.members:
+        raise SliderEditError(
+            f"adapter {adapter.source!r} is a bank, which only the canonical format holds; use --to canonical"
+        )
+    prefix = {"slideredit-st": "", "peft": "base_model.model."}.get(form, "transformer.")
+    tensors = {}
+    dtype = _exact_dtype(adapter) if dtype is None else dtype
+    for module, pair in adapter.pairs.items():
+        for part, tensor in zip("AB", pair, strict=True):
+            # A copy of its own: safetensors refuses tensors that share memory.
+            stored = tensor.detach().to("cpu", dtype, copy=True).contiguous()
+            if not torch.isfinite(stored).all():
+                raise SliderEditError(
+                    f"adapter {adapter.source!r} has values at {module} beyond what {str(dtype).removeprefix('torch.')} holds; "
+                    "use bfloat16 or float32"
+                )
+            tensors[f"{prefix}{module}.lora_{part}.weight"] = stored
+    config = _lora_config(adapter)
+    metadata = {
+        "format": "pt",
+        "family": adapter.family,
+        "kind": adapter.kind,
+        "rank": str(adapter.rank),
+        "targets": json.dumps(adapter.targets),
+        "training": json.dumps(adapter.training, sort_keys=True),
+        "strength_curve": json.dumps(adapter.curve.to_json()),
+    }
+    if adapter.members:
+        metadata["members"] = json.dumps({name: member.curve.to_json() for name, member in adapter.members.items()})
+    if form in ("canonical", "diffusers"):
+        metadata["lora_adapter_metadata"] = json.dumps({f"transformer.{key}": value for key, value in config.items()})
+    if form in ("diffusers", "peft"):
+        with atomic_folder(path) as folder:
+            # The library's save_file lets nobody but the owner read the file.
+            (folder / (PEFT_FILE if form == "peft" else DIFFUSERS_FILE)).write_bytes(save(tensors, metadata))
+            if form == "peft":
+                (folder / PEFT_CONFIG).write_text(json.dumps({"peft_type": "LORA", **config}, indent=2) + "\n")
+    else:
+        with atomic_file(path) as temporary:
+            if form == "canonical":
+                temporary.write_bytes(save(tensors, metadata))
+            else:
+                torch.save(tensors, temporary)
+
+
+def _exact_dtype(adapter: Adapter) -> torch.dtype:
+    dtype = DTYPES.get(adapter.dtype, torch.float32)
+    exact = all(torch.equal(t.to(dtype).float(), t.float()) for pair in adapter.pairs.values() for t in pair)
+    return dtype if exact else torch.float32
+
+
+def _lora_config(adapter: Adapter) -> dict[str, Any]:
+    """PEFT's configuration of the adapter, with alpha equal to the rank in every module."""
+    ranks = {name: len(a) for name, (a, _) in adapter.pairs.items()}
+    rank = Counter(ranks.values()).most_common(1)[0][0]
+    pattern = {name: r for name, r in ranks.items() if r != rank}
+    return {
+        "r": rank,
+        "lora_alpha": rank,
+        "rank_pattern": pattern,
+        "alpha_pattern": pattern,
+        "target_modules": sorted(ranks),
+    }
