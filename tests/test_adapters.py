@@ -79,6 +79,53 @@ def test_peft_folder(family: Family, tmp_path: Path, pairs: Any, settings: dict[
     assert same(load_adapter(tmp_path, family), pairs, scale)
 
 
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_model.bin", "pytorch_lora_weights.safetensors"])
+def test_a_configuration_counts_for_the_file_beside_it(family: Family, tmp_path: Path, pairs: Any, name: str) -> None:
+    state = flat(pairs, "base_model.model.")
+    (torch.save if name.endswith("bin") else save_file)(state, tmp_path / name)
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 4, "lora_alpha": 8}))
+    assert same(load_adapter(tmp_path / name, family), pairs, scale=2.0)
+    assert same(load_adapter(tmp_path, family), pairs, scale=2.0)
+    (tmp_path / name).rename(tmp_path / "other.bin")
+    assert same(load_adapter(tmp_path / "other.bin", family), pairs), "it may be anybody's"
+
+
+METADATA: dict[str, tuple[dict[str, str], float]] = {
+    "kohya": ({"ss_network_alpha": "8", "ss_network_dim": "4"}, 2.0),
+    "kohya's rank is a float": ({"ss_network_alpha": "8.0", "ss_network_dim": "4.0"}, 2.0),
+    "lora": ({"lora_alpha": "2", "rank": "4"}, 0.5),
+    "network": ({"network_alpha": "1"}, 0.25),
+    "alpha": ({"alpha": "4", "r": "4"}, 1.0),
+    "rslora": ({"lora_alpha": "4", "lora_rank": "4", "use_rslora": "True"}, 2.0),
+    "network arguments": ({"ss_network_alpha": "4", "ss_network_args": '{"rs_lora": "True"}'}, 2.0),
+    "PEFT's configuration": ({"peft_config": json.dumps({"r": 4, "lora_alpha": 8, "use_rslora": True})}, 4.0),
+    "a rank alone": ({"rank": "8", "ss_network_dim": "8"}, 1.0),
+    "a trainer's record": ({"training": json.dumps({"lora_alpha": 8})}, 1.0),
+    "a text encoder's": ({"lora_adapter_metadata": json.dumps({"text_encoder.r": 4, "text_encoder.lora_alpha": 8})}, 1.0),
+}
+
+
+@pytest.mark.parametrize(("metadata", "scale"), METADATA.values(), ids=METADATA)
+def test_a_scale_in_the_metadata(family: Family, tmp_path: Path, pairs: Any, metadata: dict[str, str], scale: float) -> None:
+    save_file(flat(pairs), tmp_path / "a.safetensors", metadata)
+    assert same(load_adapter(tmp_path / "a.safetensors", family), pairs, scale)
+
+
+AGREEING: dict[str, dict[str, str]] = {
+    "alpha": {"ss_network_alpha": "8", "ss_network_dim": "16"},
+    "ratio": {"ss_network_alpha": "32", "ss_network_dim": "16"},
+    "dynamic": {"ss_network_alpha": "Dynamic", "ss_network_dim": "Dynamic"},
+    "both": {"ss_network_alpha": "8", "lora_adapter_metadata": json.dumps({"transformer.r": 4, "transformer.lora_alpha": 8})},
+}
+
+
+@pytest.mark.parametrize("metadata", AGREEING.values(), ids=AGREEING)
+def test_stored_alphas_and_metadata_that_agree(family: Family, tmp_path: Path, pairs: Any, metadata: dict[str, str]) -> None:
+    state = flat(pairs) | {f"{m}.alpha": torch.tensor(8.0) for m in MODULES}
+    save_file(state, tmp_path / "a.safetensors", metadata)
+    assert same(load_adapter(tmp_path / "a.safetensors", family), pairs, scale=2.0)
+
+
 def test_the_authors_dictionary_of_tensors(family: Family, tmp_path: Path, pairs: Any) -> None:
     torch.save(flat(pairs), tmp_path / "stlora.pt")
     adapter = load_adapter(tmp_path / "stlora.pt", family)
@@ -353,6 +400,35 @@ def test_a_peft_configuration_that_does_not_fit(family: Family, tmp_path: Path, 
     (tmp_path / "adapter_config.json").write_text(config)
     with pytest.raises(SliderEditError, match=message):
         load_adapter(tmp_path, family)
+
+
+@pytest.mark.parametrize(
+    ("alphas", "metadata", "message"),
+    [
+        ({MODULES[0]: 8.0}, {}, f"stores alphas, but none for {MODULES[1]}"),
+        ({}, {"ss_network_alpha": "8", "ss_network_dim": "16"}, "rank 4 at .* says 16, so its scale is unknown"),
+        ({}, {"ss_network_alpha": "Dynamic"}, "no number in its metadata"),
+        ({}, {"lora_alpha": "much"}, "unreadable rank or alpha"),
+        (
+            {},
+            {"lora_alpha": "8", "network_alpha": "4"},
+            "different scales .* 2 by its .*lora_alpha.*, 1 by its .*network_alpha",
+        ),
+        ({}, {"lora_adapter_metadata": '{"transformer.r": 4}'}, "no lora_alpha in its lora_adapter_metadata"),
+        (
+            {MODULES[0]: 8.0, MODULES[1]: 8.0},
+            {"lora_adapter_metadata": '{"transformer.r": 4, "transformer.lora_alpha": 4}'},
+            "different scales .* 2 by its stored alpha, 1 by its lora_adapter_metadata",
+        ),
+    ],
+)
+def test_a_scale_that_is_unknown_or_contradicted(
+    family: Family, tmp_path: Path, pairs: Any, alphas: dict[str, float], metadata: dict[str, str], message: str
+) -> None:
+    state = flat(pairs) | {f"{name}.alpha": torch.tensor(value) for name, value in alphas.items()}
+    save_file(state, tmp_path / "a.safetensors", metadata)
+    with pytest.raises(SliderEditError, match=message):
+        load_adapter(tmp_path / "a.safetensors", family)
 
 
 @pytest.mark.parametrize(

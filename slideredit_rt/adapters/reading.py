@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from slideredit_rt.adapters.adapter import Adapter, Member, bank_adapters
+from slideredit_rt.adapters.scales import metadata_statements, module_scale, peft_statement, read_settings
 from slideredit_rt.adapters.writing import DIFFUSERS_FILE, PEFT_CONFIG, PEFT_FILE
 from slideredit_rt.assets import resolve_adapter
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.families import FAMILIES, KINDS, Family, get_family
 from slideredit_rt.sliders import StrengthCurve
 
-_FOLDER_FILES = (DIFFUSERS_FILE, PEFT_FILE, "adapter_model.bin")
 _PREFIX = re.compile(r"^(transformer\.|base_model\.model\.|diffusion_model\.)+")
 _KEY = re.compile(r"^(?P<module>.+)\.lora_(?P<part>[AB])(\.(?P<adapter>[\w-]+))?\.weight$")
+_FOLDER_FILES = (DIFFUSERS_FILE, PEFT_FILE, "adapter_model.bin")
 
 AdapterSource = str | Path | Adapter | Sequence[str | Path]
 """An adapter: an embedded name, a file, a folder, or what was loaded from one. Several files make a bank."""
@@ -77,23 +76,11 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
     return state
 
 
-def _settings(text: str | bytes, what: str, path: Path) -> dict[str, Any]:
-    try:
-        settings = json.loads(text)
-        if not isinstance(settings, dict):
-            raise ValueError("no JSON object")
-    except ValueError as error:
-        raise SliderEditError(
-            f"the {what} of adapter {str(path)!r} cannot be read ({error}); save or download it again"
-        ) from None
-    return settings
-
-
 def _members(metadata: Mapping[str, str], ranks: Mapping[str, int], source: str | Path, path: Path) -> dict[str, Member]:
     """Those of a bank, as its file names them."""
     if "members" not in metadata:
         return {}
-    stored = _settings(metadata["members"], "list of members", path)
+    stored = read_settings(metadata["members"], "list of members", path)
     if not stored or any(rank % len(stored) for rank in ranks.values()):
         raise SliderEditError(
             f"adapter {str(source)!r} is a bank of {len(stored)} members and has ranks that these do not share evenly; "
@@ -105,30 +92,7 @@ def _members(metadata: Mapping[str, str], ranks: Mapping[str, int], source: str 
 def _curve(metadata: Mapping[str, str], path: Path) -> StrengthCurve:
     if "strength_curve" not in metadata:
         return StrengthCurve()
-    return StrengthCurve.from_json(_settings(metadata["strength_curve"], "strength curve", path))
-
-
-def _by_pattern(patterns: Any, module: str, default: Any) -> Any:
-    """PEFT's rule for `rank_pattern` and `alpha_pattern`: the first pattern that matches the end of the module's name."""
-    return next((value for pattern, value in (patterns or {}).items() if re.match(rf"(.*\.)?({pattern})$", module)), default)
-
-
-def _stored_scale(module: str, rank: int, settings: Mapping[str, Any], source: str | Path) -> float:
-    """`lora_alpha / r` from a PEFT configuration (its patterns and `use_rslora` included)."""
-    try:
-        stated = int(_by_pattern(settings.get("rank_pattern"), module, settings.get("r", rank)))
-        alpha = float(_by_pattern(settings.get("alpha_pattern"), module, settings.get("lora_alpha", rank)))
-    except (TypeError, ValueError, AttributeError, re.error) as error:
-        raise SliderEditError(
-            f"adapter {str(source)!r} has an unreadable rank or alpha for {module} in its configuration ({error}); "
-            "save or download it again"
-        ) from None
-    if stated != rank:
-        raise SliderEditError(
-            f"adapter {str(source)!r} has rank {rank} at {module} and its configuration says {stated}, so its scale is "
-            "unknown; save or download it again"
-        )
-    return alpha / (rank**0.5 if settings.get("use_rslora") else rank)
+    return StrengthCurve.from_json(read_settings(metadata["strength_curve"], "strength curve", path))
 
 
 def _recognise(modules: Collection[str], family: Family | None, source: str | Path) -> Family:
@@ -157,23 +121,21 @@ def load_adapter(source: str | Path, family: Family | None = None, *, mixed_dtyp
     """Read an adapter.
 
     Formats: safetensors as diffusers writes them (`transformer.` prefix or not, stored alphas, `lora_adapter_metadata` or
-    neither), a PEFT folder (`rank_pattern`, `alpha_pattern`, `use_rslora` included), a `torch.save`d dictionary of
-    tensors (read with `weights_only`), and the embedded names. Ranks may differ between modules.
+    neither), a PEFT folder or the file in it
+    (`rank_pattern`, `alpha_pattern`, `use_rslora` included), a `torch.save`d dictionary of tensors (read with `weights_only`),
+    and the embedded names. Ranks may differ between modules. A scale counts wherever it is stated: beside the tensors, in
+    PEFT's configuration or in the metadata.
 
     Args:
         family: of the base. None recognises it by the metadata or by the names of the linears.
         mixed_dtypes: accept a file whose tensors are not all of one dtype.
 
     Raises:
-        SliderEditError: no such file, not a plain LoRA, an A that does not fit its B, another family's, of mixed dtypes, or
-            with values that are not finite.
+        SliderEditError: no such file, not a plain LoRA on the base's own weights, an A that does not fit its B, a scale that is
+            unknown or stated in two ways, another family's, of mixed dtypes, or with values that are not finite.
     """
     path = resolve_adapter(source)
-    settings: dict[str, Any] = {}
     if path.is_dir():
-        config = path / PEFT_CONFIG
-        if config.exists():
-            settings = _settings(config.read_bytes(), PEFT_CONFIG, path)
         found = next((path / name for name in _FOLDER_FILES if (path / name).exists()), None)
         if found is None:
             raise SliderEditError(
@@ -182,19 +144,20 @@ def load_adapter(source: str | Path, family: Family | None = None, *, mixed_dtyp
         path = found
     if not path.exists():
         raise SliderEditError(f"adapter {str(source)!r} does not exist; give a file, a PEFT folder, shapes-st or shapes-gst")
+    statements = []
+    config = path.with_name(PEFT_CONFIG)
+    if path.name in _FOLDER_FILES and config.is_file():
+        settings = read_settings(config.read_bytes(), PEFT_CONFIG, path)
+        statements.append(peft_statement(settings, "configuration", source))
     metadata: dict[str, str] = {}
     if _is_safetensors(path):
         state, metadata = _read_safetensors(path)
-        if "lora_adapter_metadata" in metadata:
-            stored = _settings(metadata["lora_adapter_metadata"], "lora_adapter_metadata", path)
-            settings = {key.removeprefix("transformer."): value for key, value in stored.items()}
+        statements += metadata_statements(metadata, source, path)
     else:
         state = _read_torch(path)
 
+    family = _stated_family(metadata, family, source)
     halves, alphas = _halves(state, source)
-    if settings.get("use_dora"):
-        raise SliderEditError(f"adapter {str(source)!r} is a DoRA, which no slider can scale; give a plain LoRA")
-    family = _recognise(halves, _stated_family(metadata, family, source), source)
     ranks = {module: _rank(module, parts, source) for module, parts in halves.items()}
     stored_dtypes = sorted({str(t.dtype).removeprefix("torch.") for parts in halves.values() for t in parts.values()})
     if len(stored_dtypes) > 1 and not mixed_dtypes:
@@ -202,12 +165,21 @@ def load_adapter(source: str | Path, family: Family | None = None, *, mixed_dtyp
             f"adapter {str(source)!r} mixes {' and '.join(stored_dtypes)}; choose one with "
             "slideredit-rt adapter convert --dtype"
         )
-    pairs = {}
+    scaled = {}
     for module, parts in halves.items():
-        rank = ranks[module]
-        scale = alphas[module] / rank if module in alphas else _stored_scale(module, rank, settings, source)
-        pairs[module] = (parts["A"].float().contiguous(), (parts["B"].float() * scale).contiguous())
-        if not all(torch.isfinite(t).all() for t in pairs[module]):
+        alpha = alphas.get(module)
+        if alphas and alpha is None and not statements:
+            raise SliderEditError(
+                f"adapter {str(source)!r} stores alphas, but none for {module}, so its scale is unknown; "
+                "save or download it again"
+            )
+        scale = module_scale(module, ranks[module], alpha, statements, source)
+        scaled[module] = (parts["A"].float().contiguous(), (parts["B"].float() * scale).contiguous())
+    pairs = scaled
+    family = _recognise(pairs, family, source)
+    ranks = {module: len(a) for module, (a, _) in pairs.items()}
+    for module, pair in pairs.items():
+        if not all(torch.isfinite(t).all() for t in pair):
             raise SliderEditError(
                 f"adapter {str(source)!r} has values at {module} that are not finite; train or download it again"
             )
@@ -221,7 +193,7 @@ def load_adapter(source: str | Path, family: Family | None = None, *, mixed_dtyp
         rank=max(ranks.values()),
         pairs=pairs,
         source=str(source),
-        training=_settings(metadata.get("training", "{}"), "training record", path),
+        training=read_settings(metadata.get("training", "{}"), "training record", path),
         curve=_curve(metadata, path),
         dtype="+".join(stored_dtypes),
         members=_members(metadata, ranks, source, path),
