@@ -164,7 +164,7 @@ def build_engine(
                     files = [PLAN_FILE, LOG_FILE]
             bar.update()
             if progress:
-                for note in exported.notes + _partial_notes(match):
+                for note in exported.notes + _partial_notes(match, loaded.ignored if loaded else ()):
                     tqdm.write(note, file=sys.stderr)
             stage("fingerprint the base")
             fingerprint = fingerprint_base(path)
@@ -210,9 +210,12 @@ def _operator(lowering: str) -> Literal["operator"]:
     return "operator"
 
 
-def _partial_notes(match: AdapterMatch | None) -> list[str]:
-    """A sentence for modules that the adapter or the base lacks."""
+def _partial_notes(match: AdapterMatch | None, ignored: Sequence[str]) -> list[str]:
+    """A sentence for modules that the adapter or the base lacks, and one for what the adapter has for the text encoders."""
     notes = []
+    if ignored:
+        names = f"{', '.join(ignored[:4])}{', …' if len(ignored) > 4 else ''}"
+        notes.append(f"left out {len(ignored)} linears of the text encoders that the adapter also updates: {names}")
     if match and match.unexpected:
         notes.append(
             f"left out {len(match.unexpected)} modules of the adapter that the base lacks: {', '.join(match.unexpected)}"

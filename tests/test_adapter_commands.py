@@ -212,6 +212,31 @@ def test_a_partial_build_only_when_told_so(
     assert adapter["fingerprint"] == exported[0].fingerprint
 
 
+def test_text_encoders_are_reported_wherever_an_adapter_is_told(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    state = load_file(resolve_adapter("shapes-st"))
+    encoder = [f"text_encoder.text_model.encoder.layers.{i}.mlp.fc1" for i in range(5)]
+    extra = {f"{name}.lora_{part}.weight": torch.ones(2, 2) for name in encoder for part in "AB"}
+    save_file(state | extra, tmp_path / "both.safetensors")
+    assert "ignored      5 linears of the text encoders" in run(capsys, "adapter", "show", tmp_path / "both.safetensors")
+    show = ("adapter", "show", tmp_path / "both.safetensors", "--base", "shapes-kontext", "--json")
+    report = json.loads(run(capsys, *show))
+    assert (report["ignored"], len(report["base"]["matched"]), report["base"]["unexpected"]) == (encoder, 12, [])
+    convert = ("adapter", "convert", tmp_path / "both.safetensors", tmp_path / "one.safetensors", "--json")
+    assert json.loads(run(capsys, *convert))["dropped"] == encoder
+
+    def export(family: Family, checkpoint: Path, adapter: Adapter, folder: Path, **_: Any) -> LinkedExport:
+        (folder / MODEL_FILE).write_bytes(b"graph")
+        return LinkedExport({}, "float32", [], [], [MODEL_FILE], {}, 5, {"native": 12}, [])
+
+    monkeypatch.setattr("slideredit_rt.export.build.export_linked", export)
+    build = ("build", "--base", "shapes-kontext", "--adapter", tmp_path / "both.safetensors", "--out", tmp_path / "engine")
+    assert main([str(a) for a in build]) == 0
+    note = f"left out 5 linears of the text encoders that the adapter also updates: {', '.join(encoder[:4])}, …"
+    assert note in capsys.readouterr().err
+
+
 def test_verify_leaves_out_what_the_build_left_out(
     capsys: pytest.CaptureFixture[str], engines: dict[str, Path], family: Family, tmp_path: Path
 ) -> None:

@@ -90,6 +90,21 @@ def test_a_configuration_counts_for_the_file_beside_it(family: Family, tmp_path:
     assert same(load_adapter(tmp_path / "other.bin", family), pairs), "it may be anybody's"
 
 
+KOHYA = "lora_unet_" + MODULES[0].replace(".", "_")
+ALPHAS: dict[str, dict[str, float]] = {
+    "with kohya's names": {f"lora_unet_{m.replace('.', '_')}.alpha": 8.0 for m in MODULES},
+    "with another prefix": {f"base_model.model.{m}.alpha": 8.0 for m in MODULES},
+    "beside lora_A": {f"{m}.lora_A.alpha": 8.0 for m in MODULES},
+    "twice": {f"{m}{part}.alpha": 8.0 for m in MODULES for part in ("", ".lora_A", ".lora_B.default")},
+}
+
+
+@pytest.mark.parametrize("alphas", ALPHAS.values(), ids=ALPHAS)
+def test_alphas_under_other_names_are_matched(family: Family, tmp_path: Path, pairs: Any, alphas: dict[str, float]) -> None:
+    save_file(flat(pairs, "transformer.") | {k: torch.tensor(v) for k, v in alphas.items()}, tmp_path / "a.safetensors")
+    assert same(load_adapter(tmp_path / "a.safetensors", family), pairs, scale=2.0)
+
+
 METADATA: dict[str, tuple[dict[str, str], float]] = {
     "kohya": ({"ss_network_alpha": "8", "ss_network_dim": "4"}, 2.0),
     "kohya's rank is a float": ({"ss_network_alpha": "8.0", "ss_network_dim": "4.0"}, 2.0),
@@ -405,7 +420,10 @@ def test_a_peft_configuration_that_does_not_fit(family: Family, tmp_path: Path, 
 @pytest.mark.parametrize(
     ("alphas", "metadata", "message"),
     [
+        ({"lora_unet_double_blocks_0_txt_attn_proj": 8.0}, {}, "an alpha for lora_unet_double_blocks_0_txt_attn_proj and no"),
+        ({"transformer_blocks.5.attn.to_q": 8.0}, {}, "scale of some linear would be lost"),
         ({MODULES[0]: 8.0}, {}, f"stores alphas, but none for {MODULES[1]}"),
+        ({MODULES[0]: 8.0, KOHYA: 4.0}, {}, f"stores the alphas (8 and 4|4 and 8) for {MODULES[0]}"),
         ({}, {"ss_network_alpha": "8", "ss_network_dim": "16"}, "rank 4 at .* says 16, so its scale is unknown"),
         ({}, {"ss_network_alpha": "Dynamic"}, "no number in its metadata"),
         ({}, {"lora_alpha": "much"}, "unreadable rank or alpha"),
@@ -428,6 +446,14 @@ def test_a_scale_that_is_unknown_or_contradicted(
     state = flat(pairs) | {f"{name}.alpha": torch.tensor(value) for name, value in alphas.items()}
     save_file(state, tmp_path / "a.safetensors", metadata)
     with pytest.raises(SliderEditError, match=message):
+        load_adapter(tmp_path / "a.safetensors", family)
+
+
+def test_a_module_under_two_names(family: Family, tmp_path: Path, pairs: Any) -> None:
+    save_file(
+        flat(pairs) | flat({m: (a * 2, b * 2) for m, (a, b) in pairs.items()}, "transformer."), tmp_path / "a.safetensors"
+    )
+    with pytest.raises(SliderEditError, match="under another name, too"):
         load_adapter(tmp_path / "a.safetensors", family)
 
 

@@ -42,6 +42,7 @@ class Adapter:
         curve: from strength to alpha; found by `slideredit-rt adapter calibrate`, else `alpha = 1 − strength`.
         dtype: of the tensors as they were stored; several, joined by "+", where they were mixed.
         members: of a bank, by name (`bank_adapters`); empty for a single adapter. A bank's own `curve` maps nothing.
+        ignored: linears of the text encoders that its file updates, too. They have no effect here.
     """
 
     family: str
@@ -53,6 +54,7 @@ class Adapter:
     curve: StrengthCurve = field(default_factory=StrengthCurve)
     dtype: str = "float32"
     members: dict[str, Member] = field(default_factory=dict)
+    ignored: tuple[str, ...] = ()
 
     @property
     def fingerprint(self) -> str:
@@ -148,6 +150,7 @@ def bank_adapters(adapters: Sequence[Adapter], names: Sequence[str]) -> Adapter:
         training={name: adapter.training for name, adapter in zip(names, adapters, strict=True)},
         dtype="+".join(sorted({adapter.dtype for adapter in adapters})),
         members={name: Member(a.source, a.curve) for name, a in zip(names, adapters, strict=True)},
+        ignored=tuple(name for adapter in adapters for name in adapter.ignored),
     )
 
 
@@ -181,6 +184,7 @@ def adapter_report(adapter: Adapter) -> dict[str, Any]:
         "parameters": sum(a.numel() + b.numel() for a, b in adapter.pairs.values()),
         "norm": math.sqrt(max(sum(squares.values()), 0)),
         "targets": dict(sorted(targets.items())),
+        "ignored": list(adapter.ignored),
         "training": adapter.training,
         "strength_curve": adapter.curve.to_json(),
         "fingerprint": adapter.fingerprint,

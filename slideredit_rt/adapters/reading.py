@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from slideredit_rt.adapters.adapter import Adapter, Member, bank_adapters
+from slideredit_rt.adapters.layouts import read_layout, with_diffusers_names
 from slideredit_rt.adapters.scales import metadata_statements, module_scale, peft_statement, read_settings
 from slideredit_rt.adapters.writing import DIFFUSERS_FILE, PEFT_CONFIG, PEFT_FILE
 from slideredit_rt.assets import resolve_adapter
@@ -19,8 +19,6 @@ from slideredit_rt.errors import SliderEditError
 from slideredit_rt.families import FAMILIES, KINDS, Family, get_family
 from slideredit_rt.sliders import StrengthCurve
 
-_PREFIX = re.compile(r"^(transformer\.|base_model\.model\.|diffusion_model\.)+")
-_KEY = re.compile(r"^(?P<module>.+)\.lora_(?P<part>[AB])(\.(?P<adapter>[\w-]+))?\.weight$")
 _FOLDER_FILES = (DIFFUSERS_FILE, PEFT_FILE, "adapter_model.bin")
 
 AdapterSource = str | Path | Adapter | Sequence[str | Path]
@@ -121,7 +119,7 @@ def load_adapter(source: str | Path, family: Family | None = None, *, mixed_dtyp
     """Read an adapter.
 
     Formats: safetensors as diffusers writes them (`transformer.` prefix or not, stored alphas, `lora_adapter_metadata` or
-    neither), a PEFT folder or the file in it
+    neither), as kohya's scripts, OneTrainer, ComfyUI, XLabs and Black Forest Labs name them, a PEFT folder or the file in it
     (`rank_pattern`, `alpha_pattern`, `use_rslora` included), a `torch.save`d dictionary of tensors (read with `weights_only`),
     and the embedded names. Ranks may differ between modules. A scale counts wherever it is stated: beside the tensors, in
     PEFT's configuration or in the metadata.
@@ -157,26 +155,30 @@ def load_adapter(source: str | Path, family: Family | None = None, *, mixed_dtyp
         state = _read_torch(path)
 
     family = _stated_family(metadata, family, source)
-    halves, alphas = _halves(state, source)
-    ranks = {module: _rank(module, parts, source) for module, parts in halves.items()}
-    stored_dtypes = sorted({str(t.dtype).removeprefix("torch.") for parts in halves.values() for t in parts.values()})
+    layout = read_layout(state, source)
+    ranks = {module: _rank(module, parts, source) for module, parts in layout.halves.items()}
+    stored_dtypes = sorted({str(t.dtype).removeprefix("torch.") for parts in layout.halves.values() for t in parts.values()})
     if len(stored_dtypes) > 1 and not mixed_dtypes:
         raise SliderEditError(
             f"adapter {str(source)!r} mixes {' and '.join(stored_dtypes)}; choose one with "
             "slideredit-rt adapter convert --dtype"
         )
     scaled = {}
-    for module, parts in halves.items():
-        alpha = alphas.get(module)
-        if alphas and alpha is None and not statements:
+    for module, parts in layout.halves.items():
+        alpha = layout.alphas.get(module)
+        if layout.alphas and alpha is None and not statements:
             raise SliderEditError(
                 f"adapter {str(source)!r} stores alphas, but none for {module}, so its scale is unknown; "
                 "save or download it again"
             )
         scale = module_scale(module, ranks[module], alpha, statements, source)
         scaled[module] = (parts["A"].float().contiguous(), (parts["B"].float() * scale).contiguous())
-    pairs = scaled
-    family = _recognise(pairs, family, source)
+    pairs, named_for = with_diffusers_names(scaled, source)
+    if family and named_for and family.name != named_for.name:
+        raise SliderEditError(
+            f"adapter {str(source)!r} is for {named_for.name}, not for {family.name}: so are its linears named"
+        )
+    family = _recognise(pairs, family or named_for, source)
     ranks = {module: len(a) for module, (a, _) in pairs.items()}
     for module, pair in pairs.items():
         if not all(torch.isfinite(t).all() for t in pair):
@@ -197,34 +199,8 @@ def load_adapter(source: str | Path, family: Family | None = None, *, mixed_dtyp
         curve=_curve(metadata, path),
         dtype="+".join(stored_dtypes),
         members=_members(metadata, ranks, source, path),
+        ignored=layout.ignored,
     )
-
-
-def _halves(state: Mapping[str, Tensor], source: str | Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, float]]:
-    """A and B of each module, and the alphas stored beside them."""
-    halves: dict[str, dict[str, Tensor]] = {}
-    alphas: dict[str, float] = {}
-    other = []
-    names = set()
-    for key, tensor in state.items():
-        name = _PREFIX.sub("", key)
-        if match := _KEY.match(name):
-            halves.setdefault(match["module"], {})[match["part"]] = tensor
-            names.add(match["adapter"])
-        elif name.endswith(".alpha") and tensor.numel() == 1:
-            alphas[name.removesuffix(".alpha")] = float(tensor)
-        else:
-            other.append(key)
-    if not halves:
-        raise SliderEditError(f"adapter {str(source)!r} holds no lora_A/lora_B weights; give a LoRA file")
-    if other:
-        raise SliderEditError(
-            f"adapter {str(source)!r} holds {min(other)}, which is no lora_A, lora_B or alpha; "
-            "only plain LoRA can be scaled by a slider, not DoRA, biases or whole weights"
-        )
-    if len(names) > 1:
-        raise SliderEditError(f"adapter {str(source)!r} holds {len(names)} adapters; save the one to use by itself")
-    return halves, alphas
 
 
 def _stated_family(metadata: Mapping[str, str], family: Family | None, source: str | Path) -> Family | None:

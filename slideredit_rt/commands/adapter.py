@@ -50,6 +50,8 @@ def _adapter_show(args: argparse.Namespace) -> int:
     for name, target in report["targets"].items():
         target_ranks = ",".join(map(str, target["ranks"]))
         lines.append(f"{name:<52} {target['rows'] or '-':<6} {target['modules']:>5}  {target_ranks:<8} {target['norm']:.4g}")
+    if adapter.ignored:
+        lines.append(f"ignored      {len(adapter.ignored)} linears of the text encoders, the first is {adapter.ignored[0]}")
     if base is not None:
         match = dataclasses.asdict(match_adapter(adapter, *base))
         report["base"] = {"source": str(args.base), **match}
@@ -70,7 +72,7 @@ def _adapter_convert(args: argparse.Namespace) -> int:
     loaded = load_adapter(args.source, base and base[0], mixed_dtypes=args.dtype is not None)
     adapter = loaded if base is None else fit_adapter(loaded, *base, allow_partial=args.allow_partial)
     save_adapter(adapter, args.destination, args.to, dtype=args.dtype and DTYPES[args.dtype])
-    dropped = [name for name in loaded.pairs if name not in adapter.pairs]
+    dropped = [*loaded.ignored, *(name for name in loaded.pairs if name not in adapter.pairs)]
     result = {
         "out": str(args.destination),
         "format": args.to,
