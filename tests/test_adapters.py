@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pickle
 from pathlib import Path
@@ -295,6 +296,80 @@ def test_what_peft_saves(family: Family, transformer: Any, tmp_path: Path, optio
         torch.save(load_file(file), tmp_path / "adapter_model.bin")
         file.unlink()
     assert gives(load_adapter(tmp_path, family), updates)
+
+
+def run_peft(transformer: Any, folder: Path, start: Any, **save: Any) -> tuple[Any, dict[str, torch.Tensor]]:
+    """Train, as it were, with PEFT from an initialisation; returns what it does to each linear of the unchanged base."""
+    before = {name: m.weight.clone() for name, m in transformer.named_modules() if isinstance(m, torch.nn.Linear)}
+    options = {"loftq_config": {"loftq_bits": 4, "loftq_iter": 1}} if start == "loftq" else {}
+    model = get_peft_model(transformer, peft_config(init_lora_weights=start, lora_alpha=6, **options))
+    # PEFT starts its conversion from the adapter as it was before training.
+    model.peft_config["default"].init_lora_weights = True
+    model.save_pretrained(folder / "untrained")
+    model.peft_config["default"].init_lora_weights = start
+    g = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in transformer.named_parameters():
+            if "lora_" in name:
+                parameter.add_(torch.randn(parameter.shape, generator=g))
+    updates = expected_updates(transformer)
+    for name in updates:
+        updates[name] = updates[name] + transformer.get_submodule(name).base_layer.weight - before[name]
+    model.save_pretrained(folder / "trained", **save)
+    return model, updates
+
+
+@pytest.mark.parametrize("start", [True, False, "gaussian", "orthogonal", "mica"])
+def test_initialisations_that_leave_the_base_alone(family: Family, transformer: Any, tmp_path: Path, start: Any) -> None:
+    _, updates = run_peft(transformer, tmp_path, start)
+    assert gives(load_adapter(tmp_path / "trained", family), updates)
+
+
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_2", "olora"])
+def test_initialisations_that_change_the_base(family: Family, transformer: Any, tmp_path: Path, start: str) -> None:
+    model, updates = run_peft(transformer, tmp_path, start)
+    with pytest.raises(SliderEditError, match=f"'{start}', which changes the base.*path_initial_model_for_weight_conversion"):
+        load_adapter(tmp_path / "trained", family)
+    initial = str(tmp_path / "untrained")
+    model.save_pretrained(tmp_path / "converted", path_initial_model_for_weight_conversion=initial)
+    adapter = load_adapter(tmp_path / "converted", family)
+    assert {len(a) for a, _ in adapter.pairs.values()} == {8}
+    assert all(torch.allclose(b @ a, updates[name], atol=1e-4) for name, (a, b) in adapter.pairs.items())
+
+
+@pytest.mark.parametrize("start", ["pissa", "corda", "lora_ga", "loftq", "a_later_one"])
+def test_initialisations_named_in_diffusers_metadata(family: Family, tmp_path: Path, pairs: Any, start: str) -> None:
+    config = {"transformer.r": 4, "transformer.lora_alpha": 4, "transformer.init_lora_weights": start}
+    save_file(flat(pairs, "transformer."), tmp_path / "a.safetensors", {"lora_adapter_metadata": json.dumps(config)})
+    with pytest.raises(SliderEditError, match=f"init_lora_weights '{start}', which "):
+        load_adapter(tmp_path / "a.safetensors", family)
+
+
+def test_every_option_of_peft_is_known(family: Family, tmp_path: Path, pairs: Any) -> None:
+    """A configuration with PEFT's defaults is plain; what PEFT itself calls a variant of LoRA is refused, VeLoRA excepted,
+    which is another backward pass."""
+    save_file(flat(pairs), tmp_path / "adapter_model.safetensors")
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS).to_dict()
+    config["target_modules"] = TARGETS
+
+    def loaded(**changes: Any) -> Adapter:
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config | changes))
+        return load_adapter(tmp_path, family)
+
+    plain = {"runtime_config": {"ephemeral_gpu_offload": True}, "eva_config": {"rho": 2.0}, "lora_dropout": 0.1}
+    assert same(loaded(**plain, fan_in_fan_out=True, velora_config={"scale": 1.0}), pairs, scale=2.0)
+    variants = {field.name for field in dataclasses.fields(LoraConfig) if field.metadata.get("is_lora_variant")}
+    others = {"use_qalora", "lora_bias", "layer_replication", "megatron_config", "modules_to_save", "trainable_token_indices"}
+    for name in {*variants, *others, "target_parameters", "use_a_later_one"} - {"velora_config", "use_dora"}:
+        with pytest.raises(SliderEditError, match=f"PEFT's option {name},"):
+            loaded(**{name: [1]})
+    for changes, message in (
+        ({"bias": "all"}, "option bias"),
+        ({"peft_type": "LOHA"}, "type LOHA"),
+        ({"use_dora": True}, "is a DoRA"),
+    ):
+        with pytest.raises(SliderEditError, match=message):
+            loaded(**changes)
 
 
 @pytest.mark.parametrize("options", CONFIGS.values(), ids=CONFIGS)

@@ -19,6 +19,16 @@ _RSLORA = re.compile(r"\b(ss_)?(use_rslora|rs_lora)\W+true", re.IGNORECASE)
 # What kohya's scripts write where the tensors' own alphas and ranks count.
 _NO_NUMBERS = ("dynamic", "none")
 
+# Initialisations that leave the base's weights as they are. PEFT's others move a part of them into the adapter.
+_PLAIN_INITIALISATIONS = ("true", "false", "gaussian", "eva", "orthogonal", "mica")
+_CONVERTIBLE_INITIALISATIONS = ("pissa", "olora", "corda", "lora_ga")
+# Options of PEFT that make an adapter more than a low-rank update of linears. The configurations that are excepted act at
+# initialisation, in training or at run time.
+_MORE_THAN_LORA = re.compile(
+    r"use_(?!rslora$).+|(?!runtime_|eva_|corda_|loftq_|lora_ga_|velora_).+_config|lora_bias|alora_invocation_tokens|"
+    r"layer_replication|modules_to_save|trainable_token_indices|target_parameters"
+)
+
 
 def read_settings(text: str | bytes, what: str, path: Path) -> dict[str, Any]:
     """The JSON object in `text`.
@@ -70,11 +80,33 @@ def peft_statement(settings: Mapping[str, Any], where: str, source: str | Path) 
     """What PEFT's configuration states.
 
     Raises:
-        SliderEditError: it states no alpha, or a DoRA.
+        SliderEditError: it states no alpha, or an adapter that is not plain LoRA on the base's own weights.
     """
     name = f"adapter {str(source)!r}"
+    kind = str(settings.get("peft_type") or "LORA")
+    if kind.upper().rpartition(".")[2] != "LORA":
+        raise SliderEditError(f"{name} is of PEFT's type {kind}, not LORA; give a plain LoRA")
     if settings.get("use_dora"):
         raise SliderEditError(f"{name} is a DoRA, which no slider can scale; give a plain LoRA")
+    more = next((key for key, value in settings.items() if value and _MORE_THAN_LORA.fullmatch(key)), None)
+    if more or (settings.get("bias") or "none") != "none":
+        raise SliderEditError(
+            f"{name} was trained with PEFT's option {more or 'bias'}, so it is more than low-rank updates of linears, which "
+            "are all that a slider can scale; give a plain LoRA"
+        )
+    start = settings.get("init_lora_weights")
+    if isinstance(start, str) and start.lower() not in _PLAIN_INITIALISATIONS:
+        if start.lower().startswith(_CONVERTIBLE_INITIALISATIONS):
+            remedy = (
+                "convert it with PEFT where it was trained: "
+                "save_pretrained(folder, path_initial_model_for_weight_conversion=the folder of the untrained adapter)"
+            )
+        else:
+            remedy = "train it with another init_lora_weights, such as gaussian"
+        raise SliderEditError(
+            f"{name} was trained with init_lora_weights {start!r}, which changes the base's own weights, so it does not fit "
+            f"the unchanged base; {remedy}"
+        )
     if "lora_alpha" not in settings:
         raise SliderEditError(f"{name} has no lora_alpha in its {where}, so its scale is unknown; save or download it again")
     return Statement(where, settings)
