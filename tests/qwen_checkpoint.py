@@ -24,6 +24,8 @@ from transformers import (
     Qwen2VLImageProcessorPil,
 )
 
+from slideredit_rt.adapters import Adapter
+from slideredit_rt.families import get_family
 from slideredit_rt.families.qwen_image_edit import PictureProcessor
 
 SIDE = 64
@@ -138,6 +140,22 @@ def save_tiny_checkpoint(folder: Path, *, plus: bool = False, zero_cond_t: bool 
     index["processor"] = ["transformers", "Qwen2VLProcessor"]
     (folder / "model_index.json").write_text(json.dumps(index))
     return folder
+
+
+def qwen_adapter(base: Path) -> Adapter:
+    """A random ST adapter for a tiny Qwen checkpoint."""
+    family = get_family("qwen_image_edit")
+    transformer = family.load_pipeline(base).transformer
+    generator = torch.Generator().manual_seed(3)
+    pairs = {
+        name: (
+            torch.randn(4, module.in_features, generator=generator) * 0.6,
+            torch.randn(module.out_features, 4, generator=generator) * 0.6,
+        )
+        for name, module in transformer.named_modules()
+        if isinstance(module, torch.nn.Linear) and family.targets("st").fullmatch(name)
+    }
+    return Adapter(family.name, "st", 4, pairs, "random-adapter")
 
 
 def picture(width: int = 64, height: int = 64, seed: int = 0) -> Image.Image:

@@ -18,13 +18,13 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from qwen_checkpoint import picture, save_tiny_checkpoint
+from qwen_checkpoint import picture, qwen_adapter, save_tiny_checkpoint
 from torch import Tensor
 
-from slideredit_rt.adapters import Adapter, load_adapter, save_adapter
+from slideredit_rt.adapters import load_adapter, save_adapter
 from slideredit_rt.editor import SliderEditor
 from slideredit_rt.errors import SliderEditError
-from slideredit_rt.families import Family, get_family
+from slideredit_rt.families import Family
 from slideredit_rt.families.flux_kontext import FluxKontext
 from slideredit_rt.serving import (
     Cancelled,
@@ -302,22 +302,6 @@ class TestBatching:
         # The first two share calls; another length, and a request without a negative pass, have calls of their own.
         assert {rows for rows, _ in recorder.steps} >= {1, 2}
         assert max(rows for rows, _ in recorder.steps) <= 3
-
-
-def qwen_adapter(base: Path) -> Adapter:
-    """A random ST adapter for a tiny Qwen checkpoint."""
-    family = get_family("qwen_image_edit")
-    transformer = family.load_pipeline(base).transformer
-    generator = torch.Generator().manual_seed(3)
-    pairs = {
-        name: (
-            torch.randn(4, module.in_features, generator=generator) * 0.6,
-            torch.randn(module.out_features, 4, generator=generator) * 0.6,
-        )
-        for name, module in transformer.named_modules()
-        if isinstance(module, torch.nn.Linear) and family.targets("st").fullmatch(name)
-    }
-    return Adapter(family.name, "st", 4, pairs, "random-adapter")
 
 
 class TestOrder:

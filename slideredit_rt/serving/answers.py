@@ -90,6 +90,7 @@ class Form:
         strip: slider's instruction, if the pictures are to be laid side by side.
         text_tokens: of the prompt.
         pixels_per_row: of an image row of the backbone.
+        other_rows: image rows of the source images before the last one, whose size the edit has.
     """
 
     output_format: OutputFormat
@@ -99,11 +100,12 @@ class Form:
     strip: tuple[str, int] | None
     text_tokens: int
     pixels_per_row: int
+    other_rows: int = 0
 
     def usage(self, size: tuple[int, int], pictures: int) -> Usage:
-        # The source is encoded at the size that it is edited at.
+        # The last source is encoded at the size that it is edited at.
         rows = size[0] * size[1] // self.pixels_per_row
-        inputs = InputTokens(text_tokens=self.text_tokens, image_tokens=rows)
+        inputs = InputTokens(text_tokens=self.text_tokens, image_tokens=self.other_rows + rows)
         total = inputs.text_tokens + inputs.image_tokens
         return Usage(
             input_tokens=total,

@@ -36,6 +36,8 @@ from slideredit_rt.serving.faults import Fault, fault_of
 from slideredit_rt.serving.metrics import Metrics
 from slideredit_rt.serving.pictures import decode_picture, picture_bytes
 from slideredit_rt.serving.schemas import (
+    MAX_SEED,
+    MAX_SOURCES,
     EditFields,
     EditResponse,
     EngineInfo,
@@ -104,6 +106,7 @@ class Api:
         self.editor = service.editor
         self.limits = limits
         self.preview_steps = min(preview_steps, self.editor.family.num_inference_steps)
+        self.max_images = MAX_SOURCES if self.editor.family.takes_several_pictures(self.editor.pipeline) else 1
         self.tokens = Tokens(self.editor)
         self._workers = CapacityLimiter(_DECODERS)
         self.model = Model(id=model, created=int(time.time()), engine=self._engine())
@@ -119,6 +122,7 @@ class Api:
             max_sliders=editor.max_sliders,
             num_inference_steps=editor.family.num_inference_steps,
             preview_steps=self.preview_steps,
+            max_images=self.max_images,
             side=editor.family.side(editor.pipeline),
             embedded=Path(editor.pipeline.name_or_path) == resolve_base("shapes-kontext"),
         )
@@ -146,12 +150,6 @@ class Api:
     def _submission(self, fields: EditFields, files: Sequence[bytes]) -> tuple[EditRequest, Form]:
         """What to submit for these fields, and how to write its answer."""
         self.check_model(fields.model)
-        sources = [*files]
-        given = [fields.image] if isinstance(fields.image, str) else fields.image or []
-        sources += [picture_bytes(text, "image") for text in given]
-        sources += [picture_bytes(image.image_url, "images") for image in fields.images or []]
-        if len(sources) != 1:
-            raise Fault(400, f"{len(sources)} pictures were sent; send one as image", param="image", code="one_image")
         sliders = self._sliders(fields)
         strengths = tuple(slider.strength for slider in sliders)
         n = fields.n or 1
@@ -167,11 +165,15 @@ class Api:
             settings = tuple((*strengths[: sweep.slider], s, *strengths[sweep.slider + 1 :]) for s in sweep.strengths)
             strip = (sliders[sweep.slider].instruction, sweep.slider) if sweep.strip else None
         seeds = tuple(range(fields.seed, fields.seed + n))
-        image = decode_picture(sources[0], "the picture", max_pixels=self.limits.pixels, max_aspect=self.limits.aspect)
-        self._check_size(fields.size, image)
+        if seeds[-1] > MAX_SEED:
+            message = f"seed is {fields.seed} and n is {n}, so that the last seed would be {seeds[-1]}; give at most {MAX_SEED}"
+            raise Fault(400, message, param="seed", code="seed_too_large")
+        images = self._sources(fields, files)
+        self._check_size(fields.size, images[-1])
+        pixels_per_row = (2 * self.editor.pipeline.vae_scale_factor) ** 2
         steps = fields.num_inference_steps or (self.preview_steps if fields.preview else None)
         request = EditRequest(
-            image=image,
+            image=images,
             sliders=sliders,
             settings=settings,
             prompt=fields.prompt,
@@ -193,10 +195,27 @@ class Api:
             seeds=seeds if len(seeds) == len(settings) else seeds * len(settings),
             strengths=settings,
             strip=strip,
-            text_tokens=sum(token.end > token.start for token in self.tokens.of(prompt, [image])),
-            pixels_per_row=(2 * self.editor.pipeline.vae_scale_factor) ** 2,
+            text_tokens=sum(token.end > token.start for token in self.tokens.of(prompt, images)),
+            pixels_per_row=pixels_per_row,
+            other_rows=sum(math.prod(self._edited_at(image)) // pixels_per_row for image in images[:-1]),
         )
         return request, form
+
+    def _sources(self, fields: EditFields, files: Sequence[bytes]) -> tuple[Image.Image, ...]:
+        """The images to edit: those of the form, then those in the fields, as they stand there."""
+        texts = [("image", text) for text in ([fields.image] if isinstance(fields.image, str) else fields.image or [])]
+        texts += [("images", image.image_url) for image in fields.images or []]
+        count = len(files) + len(texts)
+        if not 1 <= count <= self.max_images:
+            wanted = "one" if self.max_images == 1 else f"1 to {self.max_images}"
+            code = "one_image" if self.max_images == 1 else "number_of_images"
+            raise Fault(400, f"{count} pictures were sent; send {wanted} as image", param="image", code=code)
+        sources = [*files, *(picture_bytes(text, param) for param, text in texts)]
+        names = ["the picture"] if count == 1 else [f"image {number}" for number in range(1, count + 1)]
+        return tuple(
+            decode_picture(data, name, max_pixels=self.limits.pixels, max_aspect=self.limits.aspect)
+            for data, name in zip(sources, names, strict=True)
+        )
 
     def _sliders(self, fields: EditFields) -> tuple[Slider, ...]:
         """The sliders, or one for the whole prompt."""
@@ -209,10 +228,15 @@ class Api:
     def _check_size(self, size: str | None, image: Image.Image) -> None:
         if size in (None, "auto"):
             return
-        height, width = self.editor.family.preprocess(self.editor.pipeline, image).shape[-2:]
+        width, height = self._edited_at(image)
         if size != f"{width}x{height}":
             message = f"size is {size[:40]!r} and this engine edits this picture at {width}x{height}; give that, or auto"
             raise Fault(400, message, param="size", code="invalid_size")
+
+    def _edited_at(self, image: Image.Image) -> tuple[int, int]:
+        """Width and height that the editor gives to a source image."""
+        height, width = self.editor.family.preprocess(self.editor.pipeline, image).shape[-2:]
+        return width, height
 
     def check_model(self, name: str | None) -> None:
         if name is not None and name != self.model.id:
@@ -302,14 +326,16 @@ def _body(schema: dict[str, Any], example: dict[str, Any], form: dict[str, Any] 
     return {"requestBody": {"required": True, "content": content | ({"multipart/form-data": form} if form else {})}}
 
 
-def _edit_body() -> dict[str, Any]:
+def _edit_body(max_images: int) -> dict[str, Any]:
     """How the description of the API shows the body of an edit."""
+    file = {"type": "string", "format": "binary"}
+    files = file if max_images == 1 else {"type": "array", "items": file, "minItems": 1, "maxItems": max_images}
     sliders = [{"instruction": "make the circle red", "strength": 0.5}, {"instruction": "make the background dark"}]
     example = {"image": f"data:image/png;base64,{_PIXEL}", "sliders": sliders}
     fields = EditFields.model_json_schema(ref_template="#/components/schemas/{model}")["properties"]
     form = {
         "type": "object",
-        "properties": {**fields, "image": {"type": "string", "format": "binary"}},
+        "properties": {**fields, "image": files},
         "required": ["image"],
         "additionalProperties": False,
     }
@@ -377,7 +403,7 @@ def create_app(
         tags=["edits"],
         summary="Edit a picture",
         responses={**edited, **_refusals(400, 404, 408, 413, 415, 422, 429, 500, 503, 504)},
-        openapi_extra=_edit_body(),
+        openapi_extra=_edit_body(api.max_images),
     )
     async def edit(request: Request) -> Response:
         """One picture per strength of a sweep, or `n` pictures, as base64; or, with `stream`, server-sent events:

@@ -8,8 +8,11 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from slideredit_rt.serving.pictures import OutputFormat
 
-MAX_SEED = 2**32 - 1
+MAX_SEED = 2**64 - 1
+"""Largest seed of torch's generators."""
 MAX_IMAGES = 10
+MAX_SOURCES = 16
+"""Most source images of an edit."""
 MAX_SWEEP = 32
 MAX_STEPS = 100
 MAX_SLIDERS = 64
@@ -59,7 +62,9 @@ class EditFields(_Strict):
 
     prompt: _Text | None = Field(None, description="default: the instructions joined by ' and '")
     model: str | None = Field(None, description="as GET /v1/models names it; default: the one there is")
-    image: str | list[str] | None = Field(None, description="base64 or data URL")
+    image: str | list[str] | None = Field(
+        None, description="base64 or data URL; a list where the engine takes several (max_images of GET /v1/models)"
+    )
     images: list[ImageReference] | None = None
     sliders: list[SliderField] | None = Field(
         None, min_length=1, max_length=MAX_SLIDERS, description="default: the whole prompt at strength 1"
@@ -70,7 +75,13 @@ class EditFields(_Strict):
     )
     n: int | None = Field(None, ge=1, le=MAX_IMAGES, description="pictures, with the seeds seed, seed + 1, …")
     size: str | None = Field(None, description="auto, or the size that the engine edits the picture at")
-    seed: int = Field(0, ge=0, le=MAX_SEED, description="of the initial noise")
+    seed: int = Field(
+        0,
+        ge=0,
+        le=MAX_SEED,
+        description="of the initial noise; with n images, the last one's is seed + n − 1 and within the same range. JavaScript "
+        "keeps no number above 2⁵³ exactly",
+    )
     num_inference_steps: int | None = Field(None, ge=1, le=MAX_STEPS)
     guidance_scale: _Scale | None = None
     true_cfg_scale: _Scale | None = None
@@ -145,6 +156,7 @@ class EngineInfo(BaseModel):
     max_sliders: int
     num_inference_steps: int = Field(description="default of a full edit")
     preview_steps: int = Field(description="default of a preview")
+    max_images: int = Field(description="source images that an edit may have")
     side: int = Field(description="edge in pixels of the square that the engine edits")
     embedded: bool = Field(description="whether it is the small editor of shapes that the package brings")
 

@@ -61,10 +61,10 @@ class EngineFailure(SliderEditError):
 
 @dataclass(frozen=True, eq=False)
 class EditRequest:
-    """One picture, one prompt, and one image per setting of its sliders.
+    """One source image or several, one prompt, and one image per setting of its sliders.
 
     Attributes:
-        image: the picture to edit, RGB; not to be changed while the request runs.
+        image: the image to edit, RGB; several for a base that takes them. Not to be changed while the request runs.
         sliders: instructions; the strengths that count are those of `settings`.
         settings: one strength per slider, for each image: n images, or a sweep.
         prompt, guidance_scale, true_cfg_scale, negative_prompt: see `SliderEditor.prepare`.
@@ -75,7 +75,7 @@ class EditRequest:
         partial_every: steps from one partial image to the next; 0 makes none.
     """
 
-    image: Image.Image
+    image: Image.Image | Sequence[Image.Image]
     sliders: tuple[Slider, ...]
     settings: tuple[tuple[float, ...], ...]
     prompt: str | None = None
