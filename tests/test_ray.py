@@ -86,6 +86,10 @@ def test_the_surface_is_the_servers(url: str) -> None:
         assert picture.size == (64, 64)
         refused = client.post("/v1/images/edits", json={**body, "prompt": "something else"})
         assert (refused.status_code, refused.json()["error"]["code"]) == (422, "unprocessable_edit")
+        strangers = (({"host": "evil.example"}, "host_not_allowed"), ({"origin": "https://evil.example"}, "origin_not_allowed"))
+        for headers, code in strangers:
+            refused = client.get("/v1/models", headers=headers)
+            assert (refused.status_code, refused.json()["error"]["code"]) == (403, code)
         with client.stream("POST", "/v1/images/edits", json={**body, "stream": True, "partial_images": 1}) as stream:
             events = [line for line in stream.iter_lines() if line.startswith("event:")]
         assert events == ["event: image_edit.partial_image", "event: image_edit.completed"]

@@ -9,7 +9,7 @@ import math
 import mimetypes
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from functools import lru_cache
 from importlib.resources import files as package_files
@@ -24,6 +24,7 @@ from PIL import Image
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -34,6 +35,7 @@ from slideredit_rt.serving.answers import EventStream, Form, Running
 from slideredit_rt.serving.body import Limits, read_edit, read_json
 from slideredit_rt.serving.faults import Fault, fault_of
 from slideredit_rt.serving.metrics import Metrics
+from slideredit_rt.serving.origins import guards
 from slideredit_rt.serving.pictures import decode_picture, picture_bytes
 from slideredit_rt.serving.schemas import (
     MAX_SEED,
@@ -65,7 +67,8 @@ _PAGE_HEADERS = {
         "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; connect-src 'self'; "
         "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     ),
-    "Referrer-Policy": "no-referrer",
+    # Without any referrer, browsers also leave out Origin, which tells the page's own requests from a stranger's.
+    "Referrer-Policy": "same-origin",
 }
 _MEDIA_TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 _PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGP4//8/AAX+Av4N70a4AAAAAElFTkSuQmCC"
@@ -367,6 +370,8 @@ def create_app(
     limits: Limits | None = None,
     preview_steps: int = PREVIEW_STEPS,
     metrics: Metrics | None = None,
+    allowed_hosts: Collection[str] = (),
+    allowed_origins: Collection[str] = (),
 ) -> FastAPI:
     """The API over a service, as an ASGI application. It keeps nothing outside itself, and leaves the service open.
 
@@ -377,6 +382,11 @@ def create_app(
         limits: of one request.
         preview_steps: denoising steps of a preview that names none.
         metrics: that the service was given as its observer; None counts requests only, not what the engine does.
+        allowed_hosts: names in `Host` that are answered besides IP addresses and localhost; `*` for any. With a key, all are.
+        allowed_origins: origins whose web pages may send requests; `*` for any.
+
+    Raises:
+        SliderEditError: a malformed host name or origin.
     """
     api = Api(service, model, Limits() if limits is None else limits, preview_steps)
     metrics = Metrics() if metrics is None else metrics
@@ -386,8 +396,12 @@ def create_app(
         description="Image edits in OpenAI's shape, with a slider for each instruction.",
         version="1",
         redoc_url=None,
+        responses=_refusals(403),
+        middleware=[
+            Middleware(_Outermost, metrics=metrics),
+            *guards(allowed_hosts if api_key is None else ("*",), allowed_origins),
+        ],
     )
-    app.add_middleware(_Outermost, metrics=metrics)
     _answer_faults(app)
 
     v1 = APIRouter(

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from slideredit_rt.engines import RuntimeOptions
     from slideredit_rt.serving.service import EditService
 
-_PACKAGES = ("fastapi", "uvicorn", "python_multipart", "prometheus_client")
+_PACKAGES = ("fastapi", "uvicorn", "python_multipart", "prometheus_client", "fastapi_swagger")
 _KEY_VARIABLE = "SLIDEREDIT_API_KEY"
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 _SWITCH_INTERVAL = 0.0005
@@ -47,6 +47,21 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     key = parser.add_mutually_exclusive_group()
     key.add_argument("--api-key-file", type=Path, metavar="FILE", help=f"holds the key (default: ${_KEY_VARIABLE})")
     key.add_argument("--api-key", metavar="KEY", help="other users of this machine can read it in the list of processes")
+    parser.add_argument(
+        "--allowed-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="host name that clients call the server by, besides IP addresses, localhost, --host and this machine's name; "
+        "repeatable; * takes any, which an API key does as well",
+    )
+    parser.add_argument(
+        "--allow-origin",
+        action="append",
+        default=[],
+        metavar="ORIGIN",
+        help="web pages that may use the server besides its own, as https://example.com; repeatable; * takes all",
+    )
     parser.add_argument("--base", help="where the base checkpoint is, if not where the manifest says")
     parser.add_argument("--threads", type=int, help="CPU threads of the backend")
     parser.add_argument("--max-queue", type=int, default=64, help="images that may wait, before 429 (default: %(default)s)")
@@ -122,6 +137,8 @@ def make_app(args: argparse.Namespace, options: RuntimeOptions | None, key: str 
     """
     import torch
 
+    hosts, origins = read_access(args)
+
     from slideredit_rt.editor import SliderEditor
     from slideredit_rt.serving.app import create_app
     from slideredit_rt.serving.body import Limits
@@ -148,7 +165,16 @@ def make_app(args: argparse.Namespace, options: RuntimeOptions | None, key: str 
         pixels=int(args.max_megapixels * 1e6),
         request_seconds=args.request_seconds,
     )
-    app = create_app(service, model=model, api_key=key, limits=limits, preview_steps=args.preview_steps, metrics=metrics)
+    app = create_app(
+        service,
+        model=model,
+        api_key=key,
+        limits=limits,
+        preview_steps=args.preview_steps,
+        metrics=metrics,
+        allowed_hosts=hosts,
+        allowed_origins=origins,
+    )
     # What lives as long as the process is put out of the garbage collector's sight: it would walk through all modules for some
     # tenths of a second now and then, while every request waits, and for that reason come by too seldom.
     gc.collect()
@@ -182,6 +208,18 @@ def read_api_key(args: argparse.Namespace) -> str | None:
     if not key or not key.isascii() or not key.isprintable() or " " in key:
         raise SliderEditError("the API key is empty, or holds spaces or characters beyond ASCII; choose another one")
     return str(key)
+
+
+def read_access(args: argparse.Namespace) -> tuple[list[str], list[str]]:
+    """The host names that the server answers to, and the origins whose web pages may use it.
+
+    Raises:
+        SliderEditError: a malformed name or origin.
+    """
+    from slideredit_rt.serving.origins import host_pattern, web_origin
+
+    own = [name for name in (args.host, socket.gethostname()) if name]
+    return [*own, *map(host_pattern, args.allowed_host)], list(map(web_origin, args.allow_origin))
 
 
 def _bind(host: str, port: int) -> socket.socket:

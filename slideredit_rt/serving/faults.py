@@ -13,11 +13,11 @@ from slideredit_rt.serving.service import Cancelled, Closed, DeadlineExceeded, E
 class Fault(Exception):
     """A refused request.
 
-    Statuses: 400 for a malformed body or a field of the wrong type or range, 401 for a wrong key, 404 for an unknown model, 408
-    for a body that comes too slowly, 413 for one that is too large or whose picture is, 415 for a body of another kind, 422 for
-    a request that reads well and cannot be carried out (an instruction that is not in the prompt, a file that is no picture),
-    429 for a full queue, 500 for a fault of the server's own, 503 for a server that stops, 504 for a request that was not done
-    in time.
+    Statuses: 400 for a malformed body or a field of the wrong type or range, 401 for a wrong key, 403 for a host name or web
+    page that is not allowed, 404 for an unknown model, 408 for a body that comes too slowly, 413 for one that is too large or
+    whose picture is, 415 for a body of another kind, 422 for a request that reads well and cannot be carried out (an
+    instruction that is not in the prompt, a file that is no picture), 429 for a full queue, 500 for a fault of the server's
+    own, 503 for a server that stops, 504 for a request that was not done in time.
     """
 
     def __init__(

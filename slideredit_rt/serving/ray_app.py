@@ -24,7 +24,7 @@ from starlette.types import ASGIApp
 from slideredit_rt.engines import RuntimeOptions
 from slideredit_rt.engines.manifest import read_manifest
 from slideredit_rt.errors import SliderEditError
-from slideredit_rt.serving.command import add_options, make_app, prepare_engine, read_api_key
+from slideredit_rt.serving.command import add_options, make_app, prepare_engine, read_access, read_api_key
 
 NAME = "slideredit"
 DEPLOYMENT = "edits"
@@ -95,16 +95,18 @@ def application(args: argparse.Namespace, options: RuntimeOptions | None = None)
     return deployment.bind({name: value for name, value in vars(args).items() if name != "run"}, options)
 
 
-def app(arguments: dict[str, str]) -> ray_serve.Application:
+def app(arguments: dict[str, str | list[str]]) -> ray_serve.Application:
     """For `serve run` and Ray's configuration files: the options of `slideredit-rt serve`, such as `engine` and `max_replicas`.
 
-    Address and port are Ray's own (`http_options`). The cluster's nodes want `CLUSTER_ENVIRONMENT` when they are started.
+    An option that may be repeated, such as `allowed_host`, also takes a list. Address and port are Ray's own (`http_options`).
+    The cluster's nodes want `CLUSTER_ENVIRONMENT` when they are started.
     """
     parser = argparse.ArgumentParser(prog="slideredit_rt.serving.ray_app:app")
     add_options(parser)
     given = dict(arguments)
-    words = [given.pop("engine")] if "engine" in given else []
-    words += [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
+    words = [str(given.pop("engine"))] if "engine" in given else []
+    for name, value in given.items():
+        words += [f"--{name.replace('_', '-')}={each}" for each in (value if isinstance(value, list) else [value])]
     return application(argparse.Namespace(**vars(parser.parse_args(words)), quiet=True))
 
 
@@ -132,6 +134,7 @@ def serve(args: argparse.Namespace, options: RuntimeOptions | None) -> int:
     if args.port == 0:
         raise SliderEditError("Ray Serve needs a port of its own; give --port")
     read_api_key(args)
+    read_access(args)
     edits = application(args, options)
     start_cluster()
     try:

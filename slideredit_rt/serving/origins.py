@@ -1,0 +1,152 @@
+"""Which web pages may use a server: the check of `Host`, `Origin` and `Sec-Fetch-Site`, and the CORS headers.
+
+A browser lets any page send requests to a server on the reader's own machine. Two headers tell such requests apart:
+
+- `Host` is the name in the URL. A page whose own name was made to resolve to this machine (DNS rebinding) sends that name, so
+  only known names are answered. IP addresses and localhost cannot be rebound and are always answered, as are requests without
+  `Host` (HTTP/1.0 health checks). A server with an API key answers any name, because such a page does not have the key.
+- `Origin` and `Sec-Fetch-Site` tell where the page comes from, and scripts cannot change them. Requests from pages of another
+  origin are refused unless that origin is allowed, with or without a key. A link to this server may be followed. Clients other
+  than browsers send neither header.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from fnmatch import fnmatchcase
+from ipaddress import ip_address
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from slideredit_rt.errors import SliderEditError
+from slideredit_rt.serving.faults import Fault
+
+_LOCAL = ("localhost", "*.localhost")
+_HOST_HEADER = re.compile(r"(\[[^]]*\]|[^:]*)(?::\d*)?")
+_NAME = re.compile(r"[^\s/:@?\[\]]+")
+_DEFAULT_PORTS = {"http": 80, "https": 443}
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ip_address(name)
+    except ValueError:
+        return False
+    return True
+
+
+def host_pattern(text: str) -> str:
+    """Return the value of `--allowed-host` as `Host` headers are compared with it.
+
+    Args:
+        text: a host name without a port; `*` stands for any characters.
+
+    Raises:
+        SliderEditError: a URL, a name with a port, or not a host name.
+    """
+    name = text.strip().lower().removesuffix(".")
+    if not (_is_address(name) or _NAME.fullmatch(name)):
+        raise SliderEditError(
+            f"--allowed-host {text!r} is not a host name; give one such as gpu-box.example.com, without a port"
+        )
+    return name
+
+
+def web_origin(text: str) -> str:
+    """Return the value of `--allow-origin` as browsers write it.
+
+    Args:
+        text: `scheme://host[:port]`; `*` for any page, `null` for pages without an origin (files, sandboxed frames).
+
+    Raises:
+        SliderEditError: anything else, such as an address with a path.
+    """
+    text = text.strip().lower()
+    if text in ("*", "null"):
+        return text
+    try:
+        parts = urlsplit(text)
+        port = None if parts.port == _DEFAULT_PORTS.get(parts.scheme) else parts.port
+    except ValueError:
+        parts, port = urlsplit(""), None
+    if not (parts.scheme and parts.hostname) or "@" in parts.netloc or text != f"{parts.scheme}://{parts.netloc}":
+        raise SliderEditError(f"--allow-origin {text!r} is not an origin; give scheme://host[:port], as in https://example.com")
+    host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
+    return f"{parts.scheme}://{host}" + (f":{port}" if port is not None else "")
+
+
+class Guard:
+    """Answers 403 to requests for a foreign name, and to those from pages of a foreign origin.
+
+    Args:
+        app: the application behind it.
+        hosts: as `host_pattern` gives them; `*` for any name.
+        origins: as `web_origin` gives them.
+    """
+
+    def __init__(self, app: ASGIApp, hosts: Collection[str], origins: Collection[str]) -> None:
+        self.app = app
+        self._hosts = (*_LOCAL, *hosts)
+        self._origins = frozenset(origins)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        fault = self._fault(scope["method"], Headers(scope=scope)) if scope["type"] == "http" else None
+        app = self.app if fault is None else JSONResponse(fault.body, fault.status, fault.headers)
+        await app(scope, receive, send)
+
+    def _fault(self, method: str, headers: Headers) -> Fault | None:
+        host, origin = headers.get("host", "").strip().lower(), headers.get("origin")
+        if not self._knows(host):
+            message = f"{host[:80]!r} is not a name of this server; use its IP address, or start it with --allowed-host"
+            return Fault(403, message, code="host_not_allowed")
+        if self._is_foreign(method, headers, host, origin):
+            page = "another site" if origin is None else repr(origin[:80])
+            message = f"requests from web pages of {page} are refused; to take them, start the server with --allow-origin"
+            return Fault(403, message, code="origin_not_allowed")
+        return None
+
+    def _knows(self, host: str) -> bool:
+        found = _HOST_HEADER.fullmatch(host)
+        name = "" if found is None else found[1].removesuffix(".")
+        known = _is_address(name.strip("[]")) or any(fnmatchcase(name, pattern) for pattern in self._hosts)
+        return known or not host
+
+    def _is_foreign(self, method: str, headers: Headers, host: str, origin: str | None) -> bool:
+        if not self._origins.isdisjoint(("*", origin)):
+            return False
+        site = headers.get("sec-fetch-site")
+        if site is None:
+            # Older browsers, and pages without HTTPS that are not on this machine.
+            return origin is not None and origin.partition("://")[2].lower() != host
+        # The browser compared the origins by the URL that it sees, which a proxy may not pass on in Host.
+        followed_link = method == "GET" and headers.get("sec-fetch-mode") == "navigate"
+        return site not in ("same-origin", "none") and not followed_link
+
+
+def guards(hosts: Collection[str], origins: Collection[str]) -> list[Middleware]:
+    """Return the middlewares for these hosts and origins, the outermost first.
+
+    Args:
+        hosts: names that the server is called by, besides IP addresses and localhost; see `host_pattern`.
+        origins: whose pages may send requests and read the answers; see `web_origin`.
+
+    Raises:
+        SliderEditError: one of them is malformed.
+    """
+    origins = tuple(map(web_origin, origins))
+    guard = Middleware(Guard, hosts=tuple(map(host_pattern, hosts)), origins=origins)
+    cors = Middleware(
+        CORSMiddleware,
+        allow_origins=origins,
+        allow_methods=("GET", "HEAD", "POST"),
+        allow_headers=("*",),
+        expose_headers=("Retry-After",),
+        allow_private_network=True,
+    )
+    return [guard, cors] if origins else [guard]
