@@ -14,6 +14,8 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -710,3 +712,75 @@ def test_the_page_asks_no_other_host_and_needs_no_inline_code(page: Page, server
     assert "script-src 'self'" in policy
     hosts = page.evaluate("performance.getEntriesByType('resource').map((entry) => entry.name)")
     assert {urlparse(host).netloc for host in hosts if not host.startswith("blob:")} == {urlparse(server).netloc}
+
+
+def test_the_description_of_the_api_is_shown_from_the_package_alone(browser: Any, server: str) -> None:
+    described = httpx.get(f"{server}/openapi.json").json()["paths"]
+    operations = {(method.upper(), path) for path, methods in described.items() for method in methods}
+    with browser.new_context() as context:
+        page = context.new_page()
+        faults: list[str] = []
+        page.on("console", lambda message: faults.append(message.text) if message.type == "error" else None)
+        page.on("pageerror", lambda error: faults.append(str(error)))
+        page.on("requestfailed", lambda request: faults.append(request.url))
+        page.on("response", lambda response: None if response.ok else faults.append(response.url))
+        page.on("request", lambda request: None if request.url.startswith((server, "data:")) else faults.append(request.url))
+        page.goto(f"{server}/docs")
+        rows = page.locator(".opblock-summary")
+        expect(rows).to_have_count(len(operations))
+        shown = [(row.locator(".opblock-summary-method"), row.locator(".opblock-summary-path")) for row in rows.all()]
+        assert {(method.inner_text(), path.get_attribute("data-path")) for method, path in shown} == operations
+
+        # It works, too.
+        health = page.locator("#operations-health-health_health_get")
+        health.get_by_role("button").first.click()
+        health.get_by_role("button", name="Try it out").click()
+        health.get_by_role("button", name="Execute").click()
+        expect(health.locator(".live-responses-table .microlight").first).to_contain_text('"status": "ok"')
+        assert faults == []
+
+
+@pytest.fixture
+def stranger(tmp_path: Path) -> Iterator[str]:
+    """Another server of this machine: its origin. Browsers let pages from elsewhere ask this machine only with permission."""
+    (tmp_path / "index.html").write_text("<!doctype html><title>A stranger</title>")
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=tmp_path)) as other:
+        thread = threading.Thread(target=other.serve_forever)
+        thread.start()
+        yield f"http://localhost:{other.server_port}"
+        other.shutdown()
+        thread.join()
+
+
+def test_a_page_of_another_site_is_refused_unless_its_origin_is_allowed(
+    browser: Any, engines: dict[str, Path], server: str, stranger: str, picture: bytes
+) -> None:
+    fields = {"image": base64.b64encode(picture).decode(), "prompt": "make the circle red", "num_inference_steps": 1}
+    ask = """async ([url, fields]) => {
+        const options = { method: "POST", headers: { "content-type": "application/json" }, body: JSON.stringify(fields) };
+        try {
+            return (await (await fetch(`${url}/v1/images/edits`, options)).json()).size;
+        } catch (error) {
+            return String(error);
+        }
+    }"""
+    send_blindly = """async ([url, fields]) => {
+        const form = new FormData();
+        for (const [name, value] of Object.entries(fields)) form.append(name, value);
+        await fetch(`${url}/v1/images/edits`, { method: "POST", mode: "no-cors", body: form }).catch(() => null);
+    }"""
+
+    def answers(route: str, status: int) -> float:
+        found = re.search(rf'responses_total{{route="{route}",status="{status}"}} (.*)', httpx.get(f"{server}/metrics").text)
+        return float(found[1]) if found else 0
+
+    with browser.new_context() as context, serving(engines["st"], allowed_origins=[stranger]) as friend:
+        page = context.new_page()
+        page.goto(stranger)
+        edits, refusals = answers("/v1/images/edits", 200), answers("unknown", 403)
+        assert page.evaluate(ask, [server, fields]) == "TypeError: Failed to fetch"
+        page.evaluate(send_blindly, [server, fields])
+        # The preflight of the first one, and the second one, which browsers send without asking.
+        assert answers("unknown", 403) == refusals + 2
+        assert answers("/v1/images/edits", 200) == edits
+        assert page.evaluate(ask, [friend, fields]) == "64x64"

@@ -71,6 +71,7 @@ _PAGE_HEADERS = {
     "Referrer-Policy": "same-origin",
 }
 _MEDIA_TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
+_SWAGGER_UI = ("swagger-ui-bundle.js", "swagger-ui.css")
 _PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGP4//8/AAX+Av4N70a4AAAAAElFTkSuQmCC"
 
 T = TypeVar("T")
@@ -395,6 +396,7 @@ def create_app(
         title="slideredit-rt",
         description="Image edits in OpenAI's shape, with a slider for each instruction.",
         version="1",
+        docs_url=None,
         redoc_url=None,
         responses=_refusals(403),
         middleware=[
@@ -507,7 +509,7 @@ def _answer_faults(app: FastAPI) -> None:
 
 
 def _serve_page(app: FastAPI) -> None:
-    """`GET /`, and the files beside it."""
+    """`GET /`, `/docs` with Swagger UI, and the files beside them."""
 
     def serve(path: str, content: bytes | Callable[[], bytes], media_type: str) -> None:
         async def get() -> Response:
@@ -515,8 +517,11 @@ def _serve_page(app: FastAPI) -> None:
 
         app.add_api_route(path, get, methods=["GET", "HEAD"], include_in_schema=False)
 
-    for file in package_files("slideredit_rt.serving").joinpath("page").iterdir():
-        suffix = Path(file.name).suffix
-        media_type = _MEDIA_TYPES.get(suffix) or mimetypes.guess_type(file.name)[0] or "application/octet-stream"
-        serve("/" if file.name == "index.html" else f"/{file.name}", file.read_bytes(), media_type)
+    swagger = package_files("fastapi_swagger.resources")
+    files = [*package_files("slideredit_rt.serving").joinpath("page").iterdir(), *(swagger.joinpath(n) for n in _SWAGGER_UI)]
+    for file in files:
+        name, suffix = file.name, Path(file.name).suffix
+        media_type = _MEDIA_TYPES.get(suffix) or mimetypes.guess_type(name)[0] or "application/octet-stream"
+        path = name.removesuffix("index.html").removesuffix(".html")
+        serve(f"/{path}", file.read_bytes(), media_type)
     serve("/sample.png", sample_picture, "image/png")
