@@ -13,6 +13,7 @@ import threading
 import time
 import zlib
 from contextlib import contextmanager, suppress
+from urllib.parse import quote
 
 import httpx
 import numpy as np
@@ -21,6 +22,8 @@ import pytest
 import schemathesis
 from hypothesis import HealthCheck, given, settings
 from PIL import Image
+from qwen_checkpoint import picture as qwen_picture
+from qwen_checkpoint import qwen_adapter, save_tiny_checkpoint
 from schemathesis.checks import CHECKS
 
 from slideredit_rt import Slider, SliderEditError, SliderEditor
@@ -124,6 +127,15 @@ def edit(client, png, **fields):
     return client.post("/v1/images/edits", files={"image": ("scene.png", png, "image/png")}, data=form)
 
 
+FORM = {"content-type": "multipart/form-data; boundary=b"}
+
+
+def form_body(parts):
+    """A form of parts: name, what follows it in the headers, content."""
+    head = b'--b\r\nContent-Disposition: form-data; name="%s"%s\r\n\r\n%s\r\n'
+    return b"".join(head % part for part in parts) + b"--b--\r\n"
+
+
 def events(text):
     """Kinds and data of server-sent events."""
     blocks = [dict(line.split(": ", 1) for line in block.split("\n")) for block in text.strip().split("\n\n")]
@@ -166,6 +178,109 @@ def test_json_holds_the_picture_in_base64(client, png, place):
     }[place]
     answer = client.post("/v1/images/edits", json={"sliders": SLIDERS, "num_inference_steps": STEPS, **sent})
     assert answer.json()["data"] == form["data"]
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda png: data_url(png).replace("image/png", "image/png;charset=utf-8;name=a.png"),
+        lambda png: data_url(png).replace("data:image/png;base64", "DATA:Image/PNG;BASE64"),
+        lambda png: data_url(png).replace("image/png", ""),
+        lambda png: "data:image/png;base64," + quote(base64.b64encode(png), safe=""),
+        lambda png: base64.urlsafe_b64encode(png).decode(),
+        lambda png: base64.urlsafe_b64encode(png).decode().rstrip("="),
+        lambda png: f"\n {data_url(png).rstrip('=')}\n",
+    ],
+)
+def test_base64_and_data_urls_may_be_written_in_other_ways(client, png, write):
+    # Padded, and with characters that only one of the alphabets has.
+    png = png + b"\xfb\xff\xbf" + bytes(1 + -len(png) % 3)
+    assert base64.b64encode(png).endswith(b"==")
+    expected = edit(client, png, prompt=RED).json()
+    answer = client.post("/v1/images/edits", json={"prompt": RED, "image": write(png), "num_inference_steps": STEPS})
+    assert answer.json()["data"] == expected["data"]
+
+
+def test_the_largest_seed_is_torchs(client, png, scene, st_editor):
+    data = edit(client, png, prompt=RED, seed=2**64 - 2, n=2).json()["data"]
+    assert [item["seed"] for item in data] == [2**64 - 2, 2**64 - 1]
+    expected = st_editor.edit(scene, [Slider(RED)], seed=2**64 - 1, steps=STEPS)
+    assert np.abs(pixels(picture(data[1])) - pixels(expected)).max() <= 1
+
+
+@pytest.mark.parametrize("header", ["; filename*=UTF-8''sc%C3%A8ne.png", "\r\nContent-Type: image/png"])
+def test_a_part_is_a_file_without_a_plain_filename(client, png, header):
+    expected = edit(client, png, prompt=RED).json()
+    parts = [(b"prompt", b"", RED.encode()), (b"num_inference_steps", b"", b"%d" % STEPS), (b"image", header.encode(), png)]
+    answer = client.post("/v1/images/edits", content=form_body(parts), headers=FORM)
+    assert answer.json()["data"] == expected["data"]
+
+
+@pytest.fixture(scope="module")
+def qwen_base(tmp_path_factory):
+    """A base that takes several images."""
+    return save_tiny_checkpoint(tmp_path_factory.mktemp("qwen") / "base", plus=True)
+
+
+@pytest.fixture(scope="module")
+def qwen(qwen_base):
+    """A server of an editor on that base: its address."""
+    editor = SliderEditor.from_pretrained(qwen_base, qwen_adapter(qwen_base))
+    limits = Limits(pixels=10_000)
+    with EditService(editor) as service, listening(create_app(service, model="qwen", limits=limits), service) as (address, _):
+        yield address
+
+
+@pytest.mark.parametrize("send", ["openai", "form", "image", "images", "both"])
+def test_several_images_are_edited_as_the_editor_edits_them(qwen, qwen_base, send):
+    images = [qwen_picture(96, 48, seed=1), qwen_picture(64, 64)]
+    files = [as_file(image) for image in images]
+    fields = {"prompt": RED, "seed": 3, "num_inference_steps": 2, "sliders": [{"instruction": RED, "strength": 0.4}]}
+    form = {**fields, "sliders": json.dumps(fields["sliders"])}
+    urls = [data_url(file) for file in files]
+    sent = {
+        "image": {"image": urls},
+        "images": {"images": [{"image_url": url} for url in urls]},
+        "both": {"image": urls[0], "images": [{"image_url": urls[1]}]},
+    }
+    with httpx.Client(base_url=qwen, timeout=60) as client, openai.OpenAI(base_url=f"{qwen}/v1", api_key="any") as ai:
+        if send == "openai":
+            extra = {name: form[name] for name in ("seed", "num_inference_steps", "sliders")}
+            answer = ai.images.edit(image=files, prompt=RED, extra_body=extra).to_dict()
+        elif send == "form":
+            parts = [("image", (f"{i}.png", file, "image/png")) for i, file in enumerate(files)]
+            answer = client.post("/v1/images/edits", files=parts, data=form).json()
+        else:
+            answer = client.post("/v1/images/edits", json={**fields, **sent[send]}).json()
+        assert client.get("/v1/models").json()["data"][0]["engine"]["max_images"] == 16
+    editor = SliderEditor.from_pretrained(qwen_base, qwen_adapter(qwen_base))
+    expected = editor.edit(images, [Slider(RED, 0.4)], prompt=RED, seed=3, steps=2)
+    (item,) = answer["data"]
+    assert picture(item).tobytes() == expected.tobytes()
+    turned = editor.edit(images[::-1], [Slider(RED, 0.4)], prompt=RED, seed=3, steps=2)
+    assert expected.tobytes() != turned.tobytes()  # their order counts
+    # Rows of 8 × 8 pixels: the first image is encoded at 96 × 32, the second one at 64 × 64, as the edit is.
+    assert answer["size"] == "64x64"
+    usage = answer["usage"]
+    assert (usage["input_tokens_details"]["image_tokens"], usage["output_tokens"]) == (12 * 4 + 8 * 8, 8 * 8)
+    rows = editor.prepare(images, [RED], prompt=RED).conditioning.image_rows
+    assert rows == usage["input_tokens_details"]["image_tokens"] + usage["output_tokens"]
+
+
+def test_limits_of_several_images(qwen):
+    file = as_file(qwen_picture())
+    with httpx.Client(base_url=qwen, timeout=60) as client:
+
+        def send(*images):
+            fields = {"prompt": RED, "image": [data_url(image) for image in images]}
+            return client.post("/v1/images/edits", json=fields)
+
+        refused(send(), 400, "number_of_images", "0 pictures were sent; send 1 to 16 as image")
+        refused(send(*[file] * 17), 400, "number_of_images", "17 pictures were sent; send 1 to 16 as image")
+        many = [("image[]", file)] * 17
+        refused(client.post("/v1/images/edits", files=many, data={"prompt": RED}), 400, None, "Maximum number of files is 16")
+        refused(send(file, as_file(qwen_picture(128, 100))), 413, "image_too_large", "image 2 .*megapixels allowed")
+        refused(send(file, b"no image"), 422, "unprocessable_edit", "image 2 cannot be read")
 
 
 def test_without_sliders_the_whole_prompt_is_one_at_strength_1(client, png, scene, st_editor):
@@ -336,6 +451,7 @@ def test_the_model_says_what_its_engine_is(client, st_editor):
         "max_sliders": st_editor.max_sliders,
         "num_inference_steps": st_editor.family.num_inference_steps,
         "preview_steps": PREVIEW_STEPS,
+        "max_images": 1,
         "side": 64,
         "embedded": True,
     }
@@ -461,6 +577,7 @@ def refused(answer, status, code, sentence):
         ({"prompt": RED, "strength": 1}, 400, "extra_forbidden", r"strength: extra inputs are not permitted"),
         ({"prompt": RED, "n": 11}, 400, "less_than_equal", r"^n: input should be less than or equal to 10 \(got '11'\)"),
         ({"prompt": RED, "seed": -1}, 400, "greater_than_equal", "^seed: "),
+        ({"prompt": RED, "seed": 2**64}, 400, "less_than_equal", "^seed: "),
         ({"prompt": RED, "seed": "many"}, 400, "int_parsing", r"^seed: .*valid integer"),
         ({"prompt": RED, "num_inference_steps": 10**6}, 400, "less_than_equal", "^num_inference_steps: "),
         ({"prompt": RED, "guidance_scale": "inf"}, 400, "finite_number", "^guidance_scale: .*finite"),
@@ -510,7 +627,17 @@ def test_fields_that_cannot_be(client, png, fields, status, code, sentence):
         (b'{"prompt": "a", "image": ["AA==", "AA=="]}', 400, "one_image", "2 pictures were sent"),
         (b'{"prompt": "a", "image": "https://example.com/a.png"}', 400, "url_not_allowed", "this server fetches none"),
         (b'{"prompt": "a", "images": [{"image_url": "file:///etc/passwd"}]}', 400, "url_not_allowed", "fetches none"),
-        (b'{"prompt": "a", "image": "/etc/passwd"}', 400, "invalid_base64", "image is no base64"),
+        (b'{"prompt": "a", "image": "/etc/passwd"}', 422, "unprocessable_edit", "the picture cannot be read"),
+        (b'{"prompt": "a", "image": "data:image/png,AAAA"}', 400, "invalid_base64", "image is no base64"),
+        (b'{"prompt": "a", "image": "AAAAA"}', 400, "invalid_base64", "image is no base64"),
+        (b'{"prompt": "a", "image": "AA=A"}', 400, "invalid_base64", "image is no base64"),
+        (
+            b'{"prompt": "a", "image": "AA==", "seed": 18446744073709551616}',
+            400,
+            "less_than_equal",
+            "^seed: .*18446744073709551615",
+        ),
+        (b'{"prompt": "a", "image": "AA==", "seed": 18446744073709551615, "n": 2}', 400, "seed_too_large", "^seed is .*n is 2"),
         (b'{"prompt": "a", "image": "not base64!"}', 400, "invalid_base64", "image is no base64"),
         (b'{"prompt": "a", "image": ""}', 422, "unprocessable_edit", "the picture cannot be read"),
     ],
@@ -542,8 +669,22 @@ def test_forms_that_cannot_be_read(client, png):
     refused(post(b"prompt=a", "application/x-www-form-urlencoded"), 415, "unsupported_media_type", "application/json or")
     two = [("image[]", png), ("image[]", png)]
     refused(client.post("/v1/images/edits", files=two, data={"prompt": RED}), 400, "one_image", "2 pictures were sent")
+    latin = form_body([(b"image", b'; filename="a.png"', png), (b"prompt", b"", "make the café red".encode("latin-1"))])
+    message = r"^prompt is not UTF-8 \(.* at byte 12\); send the form's text in UTF-8"
+    refused(client.post("/v1/images/edits", content=latin, headers=FORM), 400, "invalid_utf8", message)
     mask = {"image": png, "mask": png}
     refused(client.post("/v1/images/edits", files=mask, data={"prompt": RED}), 400, "unknown_file", "mask is a file")
+
+
+def test_head_answers_as_get_without_a_body(client):
+    for path in ("/health", "/v2/health/live", "/v2/health/ready", "/metrics", "/v1/models", "/v1/models/shapes", "/", "/docs"):
+        got, head = client.get(path), client.head(path)
+        assert (head.status_code, head.content) == (200, b""), path
+        assert head.headers["content-type"] == got.headers["content-type"]
+        if path != "/metrics":  # which counts these requests
+            assert head.headers["content-length"] == got.headers["content-length"]
+    assert client.head("/v1/models/gpt-image-1").status_code == 404
+    assert client.head("/v1/images/edits").status_code == 405
 
 
 def test_unknown_paths_and_methods(client):
@@ -589,7 +730,7 @@ def raw(url, data):
 
 def post_head(body):
     """The headers of an edit with this body."""
-    sent = {"Host": "here", "Content-Type": "application/json", "Content-Length": len(body)}
+    sent = {"Host": "127.0.0.1", "Content-Type": "application/json", "Content-Length": len(body)}
     lines = [f"{name}: {value}\r\n" for name, value in sent.items()]
     return f"POST /v1/images/edits HTTP/1.1\r\n{''.join(lines)}\r\n".encode()
 
@@ -678,6 +819,96 @@ def test_a_closed_service_answers_503(engines, png):
         assert client.get("/v2/health/live").status_code == 200
 
 
+# Who may ask.
+
+
+NAMES = ["localhost:8000", "LocalHost.", "app.localhost", "127.0.0.1:1", "[::1]:8000", "[2001:db8::1]", "10.1.2.3", ""]
+
+
+@pytest.mark.parametrize("host", NAMES)
+def test_local_names_and_addresses_are_answered(client, host):
+    assert client.get("/v1/models", headers={"host": host}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "host", ["evil.example:8000", "127.0.0.1.evil.example", "localhost.evil.example", "[::1", "::1", "a@localhost"]
+)
+@pytest.mark.parametrize("path", ["/", "/v1/models", "/metrics"])
+def test_a_name_that_was_made_to_resolve_here_is_refused(client, host, path):
+    sentence = "is not a name of this server; use its IP address, or start it with --allowed-host"
+    refused(client.get(path, headers={"host": host}), 403, "host_not_allowed", sentence)
+
+
+def test_a_health_check_without_host_is_answered(client, url):
+    with raw(url, b"GET /health HTTP/1.0\r\n\r\n") as connection:
+        assert connection.recv(10_000).startswith(b"HTTP/1.1 200 ")
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"origin": "https://evil.example"},
+        {"origin": "null"},
+        {"origin": "http://localhost:3000", "sec-fetch-site": "same-site", "sec-fetch-mode": "cors"},
+        {"origin": "https://evil.example", "sec-fetch-site": "cross-site", "sec-fetch-mode": "navigate"},
+        {"sec-fetch-site": "cross-site", "sec-fetch-mode": "no-cors"},
+    ],
+)
+def test_pages_of_other_sites_are_refused(client, service, png, headers):
+    before = service.stats().outcomes
+    form = {"files": {"image": png}, "data": {"prompt": RED, "num_inference_steps": 1}, "headers": headers}
+    refused(client.post("/v1/images/edits", **form), 403, "origin_not_allowed", "start the server with --allow-origin")
+    assert service.stats().outcomes == before
+    preflight = client.options("/v1/images/edits", headers=headers | {"access-control-request-method": "POST"})
+    refused(preflight, 403, "origin_not_allowed", "are refused")
+    assert not [name for name in preflight.headers if name.startswith("access-control")]
+
+
+def test_the_servers_own_pages_and_links_to_them_are_answered(client, url, png):
+    for headers in (
+        {"origin": url},
+        {"origin": url.upper(), "sec-fetch-site": "same-origin", "sec-fetch-mode": "cors"},
+        # Through a proxy that puts its own name into Host.
+        {"origin": "https://images.example.com", "sec-fetch-site": "same-origin"},
+        {"sec-fetch-site": "none"},
+    ):
+        form = {"files": {"image": png}, "data": {"prompt": RED, "num_inference_steps": 1}, "headers": headers}
+        assert client.post("/v1/images/edits", **form).status_code == 200, headers
+    link = {"sec-fetch-site": "cross-site", "sec-fetch-mode": "navigate"}
+    assert client.get("/", headers=link).status_code == 200
+
+
+def test_what_is_allowed_is_answered_with_what_browsers_ask_for(service, png):
+    hosts, origins = ("GPU-Box.", "*.example.com"), ("HTTPS://App.Example.org:443", "null")
+    app = create_app(service, model="shapes", api_key="s3cret", allowed_origins=origins)
+    with listening(app, service) as (address, _), httpx.Client(base_url=address, timeout=30) as client:
+        # The key does what the names would.
+        assert client.get("/health", headers={"host": "anything.example"}).status_code == 200
+        for origin in ("https://app.example.org", "null"):
+            asked = {"origin": origin, "sec-fetch-site": "cross-site", "access-control-request-method": "POST"}
+            asked |= {"access-control-request-headers": "authorization, x-stainless-lang"}
+            preflight = client.options("/v1/images/edits", headers=asked | {"access-control-request-private-network": "true"})
+            assert preflight.status_code == 200
+            assert preflight.headers["access-control-allow-origin"] == origin
+            assert "POST" in preflight.headers["access-control-allow-methods"]
+            assert preflight.headers["access-control-allow-headers"] == "authorization, x-stainless-lang"
+            assert preflight.headers["access-control-allow-private-network"] == "true"
+            for key, status in (("s3cret", 200), ("wrong", 401)):  # a page may read why it was refused
+                headers = {"origin": origin, "sec-fetch-site": "cross-site", "authorization": f"Bearer {key}"}
+                answer = client.post("/v1/images/edits", files={"image": png}, data={"prompt": RED}, headers=headers)
+                assert answer.status_code == status
+                assert answer.headers["access-control-allow-origin"] == origin
+                assert "Origin" in answer.headers["vary"]
+        headers = {"origin": "https://evil.example", "authorization": "Bearer s3cret"}
+        refused(client.get("/v1/models", headers=headers), 403, "origin_not_allowed", "'https://evil.example' are refused")
+    app = create_app(service, model="shapes", allowed_hosts=hosts, allowed_origins=["*"])
+    with listening(app, service) as (address, _), httpx.Client(base_url=address, timeout=30) as client:
+        for host, status in (("gpu-box:80", 200), ("a.example.com", 200), ("example.com", 403)):
+            assert client.get("/v1/models", headers={"host": host}).status_code == status
+        answer = client.get("/v1/models", headers={"origin": "https://any.example"})
+        assert (answer.status_code, answer.headers["access-control-allow-origin"]) == (200, "*")
+
+
 # Its own description.
 
 
@@ -729,6 +960,11 @@ def test_serve_refuses_an_address_that_is_taken(capsys):
         (["--host", "no.such.host.invalid"], "no address to listen at"),
         (["--api-key", "two words"], "choose another one"),
         (["--api-key-file", "nowhere"], "cannot be read"),
+        (["--port", "0", "--allowed-host", "http://gpu-box"], "--allowed-host 'http://gpu-box' is not a host name"),
+        (["--port", "0", "--allowed-host", "gpu-box:8000"], "give one such as gpu-box.example.com, without a port"),
+        (["--port", "0", "--allow-origin", "https://example.com/app"], "is not an origin; give scheme://host[:port]"),
+        (["--port", "0", "--allow-origin", "example.com"], "--allow-origin 'example.com' is not an origin"),
+        (["--port", "0", "--allow-origin", "http://[::1"], "is not an origin"),
         (["--preview-steps", "0"], "--preview-steps is 0; give at least 1"),
         (["--max-body-mib", "0"], "--max-body-mib is 0; give a number above 0"),
         (["nowhere", "--port", "0"], "nowhere"),
@@ -748,13 +984,15 @@ def test_serve_names_the_extra_that_is_missing(capsys, monkeypatch):
 def test_serve_says_where_it_is_and_stops_at_a_signal(engines, tmp_path, png):
     (tmp_path / "key").write_text("s3cret\n")
     command = [sys.executable, "-m", "slideredit_rt.cli", "serve", engines["st"], "--port", "0", "--json", "--threads", "1"]
-    command += ["--api-key-file", tmp_path / "key"]
+    command += ["--api-key-file", tmp_path / "key", "--allow-origin", "https://example.com"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
             said = json.loads(process.stdout.readline())
             with openai.OpenAI(base_url=f"{said['url']}/v1", api_key="s3cret") as ai:
                 extra = {"num_inference_steps": 1}
                 assert ai.images.edit(image=png, prompt=RED, model=said["model"], extra_body=extra).data
+            for origin, status in (("https://example.com", 200), ("https://example.org", 403)):
+                assert httpx.get(f"{said['url']}/health", headers={"origin": origin}).status_code == status
             process.send_signal(signal.SIGTERM)
             assert process.communicate(timeout=60) == ("", "")
             assert process.returncode == 0

@@ -275,7 +275,7 @@ class _App(FastAPI):
 
 
 class _Outermost:
-    """Counts answers by route, and forbids browsers to guess at media types."""
+    """Counts answers by route, answers HEAD as GET without a body, and forbids browsers to guess at media types."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self.app = app
@@ -285,10 +285,14 @@ class _Outermost:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        answered = False
+        answered, bodiless = False, scope["method"] == "HEAD"
+        if bodiless:
+            scope = {**scope, "method": "GET"}
 
         async def counted(message: Message) -> None:
             nonlocal answered
+            if bodiless and message["type"] == "http.response.body":
+                message = {**message, "body": b""}
             if message["type"] == "http.response.start":
                 answered = True
                 self.metrics.answered(_route(scope), message["status"])
@@ -515,7 +519,7 @@ def _serve_page(app: FastAPI) -> None:
         async def get() -> Response:
             return Response(content if isinstance(content, bytes) else content(), media_type=media_type, headers=_PAGE_HEADERS)
 
-        app.add_api_route(path, get, methods=["GET", "HEAD"], include_in_schema=False)
+        app.add_api_route(path, get, include_in_schema=False)
 
     swagger = package_files("fastapi_swagger.resources")
     files = [*package_files("slideredit_rt.serving").joinpath("page").iterdir(), *(swagger.joinpath(n) for n in _SWAGGER_UI)]

@@ -5,19 +5,23 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import from_json
-from starlette.datastructures import UploadFile
+from python_multipart.multipart import parse_options_header
+from starlette.datastructures import FormData, UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 from starlette.types import Message, Receive
 
 from slideredit_rt.serving.faults import Fault
+from slideredit_rt.serving.schemas import MAX_SOURCES
 
-_MAX_FIELDS, _MAX_FILES = 512, 16
+_MAX_FIELDS = 512
+_EXTENDED_FILENAME = re.compile(rb";\s*filename\*", re.IGNORECASE)
 _APART = re.compile(r"(sliders(?=\[\])|sweep)(?:\[\])?\[(\w+)\]")
 
 Fields = TypeVar("Fields", bound=BaseModel)
@@ -140,6 +144,49 @@ async def read_json(request: Request, model: type[Fields], limits: Limits) -> Fi
         raise _sentence(error) from None
 
 
+class _FormParser(MultiPartParser):
+    """Starlette's parser, except that text must be UTF-8 and that more parts are files.
+
+    Starlette reads text that is not UTF-8 as Latin-1, and takes every part without a plain `filename` for text.
+    """
+
+    def on_headers_finished(self) -> None:
+        part = self._current_part
+        disposition = part.content_disposition or b""
+        if b"filename" not in parse_options_header(disposition)[1]:
+            media_type = dict(part.item_headers).get(b"content-type", b"").lower()
+            if _EXTENDED_FILENAME.search(disposition) or media_type.startswith(b"image/"):
+                part.content_disposition = disposition + b'; filename=""'
+        super().on_headers_finished()
+
+    def on_part_end(self) -> None:
+        part = self._current_part
+        if part.file is not None:
+            super().on_part_end()
+            return
+        try:
+            self.items.append((part.field_name, part.data.decode()))
+        except UnicodeDecodeError as error:
+            name = part.field_name[:80]
+            message = f"{name} is not UTF-8 ({error.reason} at byte {error.start}); send the form's text in UTF-8"
+            raise Fault(400, message, param=name, code="invalid_utf8") from None
+
+
+@asynccontextmanager
+async def _form(request: Request, limits: Limits) -> AsyncIterator[FormData]:
+    """The parts of a multipart body; their files are closed afterwards."""
+    sizes = {"max_files": MAX_SOURCES, "max_fields": _MAX_FIELDS, "max_part_size": limits.body_bytes}
+    try:
+        async with aclosing(request.stream()) as stream:
+            form = await _FormParser(request.headers, stream, **sizes).parse()
+    except MultiPartException as error:
+        raise Fault(400, f"the form cannot be read: {error.message}") from None
+    try:
+        yield form
+    finally:
+        await form.close()
+
+
 async def read_edit(request: Request, model: type[Fields], limits: Limits) -> tuple[Fields, list[bytes]]:
     """A JSON or multipart body, and the files in it that are called `image` or `image[]`.
 
@@ -150,8 +197,7 @@ async def read_edit(request: Request, model: type[Fields], limits: Limits) -> tu
         return await read_json(request, model, limits), []
     files: list[bytes] = []
     texts: dict[str, list[str]] = {}
-    sizes = {"max_files": _MAX_FILES, "max_fields": _MAX_FIELDS, "max_part_size": limits.body_bytes}
-    async with _reading(request, limits) as bounded, bounded.form(**sizes) as form:
+    async with _reading(request, limits) as bounded, _form(bounded, limits) as form:
         for name, value in form.multi_items():
             if not isinstance(value, UploadFile):
                 texts.setdefault(name, []).append(value)

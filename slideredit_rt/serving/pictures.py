@@ -8,6 +8,7 @@ import io
 import re
 from collections.abc import Sequence
 from typing import Any, Literal
+from urllib.parse import unquote
 
 from PIL import Image
 
@@ -20,15 +21,18 @@ OutputFormat = Literal["png", "jpeg", "webp"]
 # Pillow knows formats that call other programs; a stranger's file is not tried as one of those.
 _FORMATS = ("PNG", "JPEG", "WEBP")
 _ELSEWHERE = re.compile(r"(?!data:)[a-z][a-z0-9+.-]*:", re.IGNORECASE)
-_DATA_URL = re.compile(r"data:image/[\w.+-]+;base64,", re.ASCII)
+# The media type is not trusted anyway, so any is taken, with any parameters.
+_DATA_URL = re.compile(r"data:[^,]*;base64,", re.IGNORECASE)
+_URL_SAFE = str.maketrans("-_", "+/")
 
 
 def picture_bytes(text: str, param: str) -> bytes:
-    """The file in base64, or in a data URL of base64.
+    """The file in base64 (standard or URL-safe, padded or not), or in a data URL of base64.
 
     Raises:
         Fault: another kind of URL, which is never fetched, or no base64.
     """
+    text = text.strip()
     if _ELSEWHERE.match(text[:32]):
         raise Fault(
             400,
@@ -37,9 +41,10 @@ def picture_bytes(text: str, param: str) -> bytes:
             param=param,
             code="url_not_allowed",
         )
-    data = text[found.end() :] if (found := _DATA_URL.match(text)) else text
+    data = unquote(text[found.end() :]) if (found := _DATA_URL.match(text)) else text
+    data = "".join(data.split()).rstrip("=").translate(_URL_SAFE)
     try:
-        return base64.b64decode("".join(data.split()), validate=True)
+        return base64.b64decode(data + "=" * (-len(data) % 4), validate=True)
     except (binascii.Error, ValueError):
         raise Fault(
             400,
