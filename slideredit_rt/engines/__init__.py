@@ -18,7 +18,7 @@ __all__ = ["BACKENDS", "Engine", "Manifest", "RuntimeOptions", "open_engine", "r
 
 
 class Engine(Protocol):
-    """A backbone that runs one denoising step."""
+    """A backbone that runs one denoising step. Any number of threads may call it at the same time."""
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """One prediction.
@@ -27,7 +27,7 @@ class Engine(Protocol):
             inputs: the tensors that the manifest lists, `alpha` and `token_mask` among them.
 
         Returns:
-            `[B, image_rows, C]`, valid until the next call with the same shapes.
+            `[B, image_rows, C]`, valid until the same thread's next call with the same shapes.
         """
         ...
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -18,7 +19,7 @@ from torch import Tensor
 from slideredit_rt.adapters import Member, load_adapter
 from slideredit_rt.checkpoint import CONFIG_FILE, meta_transformer
 from slideredit_rt.engines.manifest import Manifest
-from slideredit_rt.engines.request import check_request
+from slideredit_rt.engines.request import check_request, own_output
 from slideredit_rt.engines.tensorrt import CudaDevice
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.families import get_family
@@ -29,6 +30,8 @@ COMPILER = "inductor"
 # Dynamo counts the compiled forms of a block's source code over every engine of the process; at its default of 8 it gives up.
 RECOMPILE_LIMIT = 256
 _MAX_BINDINGS = 8
+# Tracing and compiling go by state of the whole process.
+_COMPILING = threading.Lock()
 
 
 @dataclass
@@ -83,7 +86,8 @@ class InductorEngine:
     lie on any device and are copied into buffers of fixed addresses. Sliders are filled up to the engine's largest number with
     alpha 0 and empty masks, which changes no bit, so that their number is no shape. Hence only another batch, text or image
     size compiles; the buffers and graphs of the last eight sets of shapes are kept. Torch caches compiled code on disk
-    (`TORCHINDUCTOR_CACHE_DIR`). One thread at a time. A context manager.
+    (`TORCHINDUCTOR_CACHE_DIR`). Safe between threads: their calls run one after the other, and each gets an output of its own.
+    A context manager.
 
     Args:
         backbone: its transformer's blocks are compiled in place.
@@ -92,6 +96,7 @@ class InductorEngine:
 
     def __init__(self, backbone: SliderBackbone, manifest: Manifest) -> None:
         self.manifest = manifest
+        self._lock = threading.RLock()
         self._device = next(backbone.parameters()).device
         self._cuda = CudaDevice() if self._device.type == "cuda" else None
         # Outputs lie outside of it and graphs replay one at a time, so that all of them can use the same memory.
@@ -102,13 +107,15 @@ class InductorEngine:
 
     def close(self) -> None:
         """Let go of graphs, buffers and weights; twice is once."""
-        self.forget_shapes()
-        self._backbone = None
+        with self._lock:
+            self.forget_shapes()
+            self._backbone = None
 
     def forget_shapes(self) -> None:
         """Let go of buffers and graphs; the next call captures again. For a transformer that was changed since."""
-        self._wait()
-        self._bindings.clear()
+        with self._lock:
+            self._wait()
+            self._bindings.clear()
 
     def __enter__(self) -> InductorEngine:
         return self
@@ -124,23 +131,26 @@ class InductorEngine:
             SliderEditError: the engine is closed, a tensor is not what it takes, the device's memory is used up, or torch
                 cannot compile here.
         """
-        if self._backbone is None:
-            raise SliderEditError("the engine was closed; open it again")
         sizes = check_request(self.manifest, inputs)
         if "sliders" in sizes:
             sizes |= {"sliders": self.manifest.max_sliders}
         key = tuple(sizes.values())
-        with self._stream():
-            binding = self._bindings.get(key)
-            if binding is None:
-                while len(self._bindings) >= _MAX_BINDINGS:
-                    self._wait()
-                    self._bindings.popitem(last=False)
-                binding = self._bindings[key] = self._bind(self._backbone, sizes, inputs)
-            self._bindings.move_to_end(key)
-            _fill(binding.inputs, inputs)
-            binding.step()
-        return binding.output.to(inputs[self.manifest.inputs[0].name].device)
+        with self._lock:
+            if self._backbone is None:
+                raise SliderEditError("the engine was closed; open it again")
+            result = own_output(self.manifest, sizes, inputs)
+            with self._stream():
+                binding = self._bindings.get(key)
+                if binding is None:
+                    while len(self._bindings) >= _MAX_BINDINGS:
+                        self._wait()
+                        self._bindings.popitem(last=False)
+                    binding = self._bindings[key] = self._bind(self._backbone, sizes, inputs)
+                self._bindings.move_to_end(key)
+                _fill(binding.inputs, inputs)
+                binding.step()
+                result.copy_(binding.output)
+        return result
 
     def _stream(self) -> AbstractContextManager[Any]:
         return self._cuda.stream() if self._cuda else nullcontext()
@@ -161,9 +171,8 @@ class InductorEngine:
 
             # Valid values: a kernel may index by them.
             _fill(buffers, inputs)
-            with torch._dynamo.config.patch(  # type: ignore[attr-defined]
-                recompile_limit=RECOMPILE_LIMIT, accumulated_recompile_limit=RECOMPILE_LIMIT
-            ):
+            limits = {"recompile_limit": RECOMPILE_LIMIT, "accumulated_recompile_limit": RECOMPILE_LIMIT}
+            with _COMPILING, torch._dynamo.config.patch(limits):  # type: ignore[attr-defined]
                 step()
             return _Binding(buffers, output, self._capture(step) if self._cuda else step)
         except torch.OutOfMemoryError:

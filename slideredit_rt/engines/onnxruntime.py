@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -32,11 +33,19 @@ class _Binding:
         self.io.bind_output(output, "cpu", 0, np.float32, shape, self.output.data_ptr())
 
 
+class _Bindings(threading.local):
+    """One thread's bindings, by shapes: a thread never writes an output that another one has yet to read."""
+
+    def __init__(self) -> None:
+        self.by_shapes: dict[tuple[tuple[int, ...], ...], _Binding] = {}
+
+
 class OnnxRuntimeEngine:
     """Runs `model.onnx` of an engine folder on the CPU.
 
     A step copies nothing and allocates no arrays on the Python side: inputs are bound where they lie, and the output
-    tensor of a set of shapes is reused by the next call with the same shapes.
+    tensor of a set of shapes is reused by the same thread's next call with the same shapes. Safe between threads, which
+    run side by side.
     """
 
     def __init__(self, folder: Path, manifest: Manifest, *, threads: int | None = None) -> None:
@@ -50,25 +59,27 @@ class OnnxRuntimeEngine:
         except Exception as error:  # onnxruntime raises several unrelated classes
             raise SliderEditError(f"ONNX Runtime cannot load {str(folder)!r} ({error}); build the engine again") from error
         self.manifest = manifest
-        self._bindings: dict[tuple[tuple[int, ...], ...], _Binding] = {}
+        self._bindings = _Bindings()
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """One prediction (see `slideredit_rt.engines.Engine`)."""
-        specs = self.manifest.inputs
+        specs, bindings = self.manifest.inputs, self._bindings.by_shapes
         key = tuple(tuple(inputs[s.name].shape) if s.name in inputs else () for s in specs)
-        binding = self._bindings.get(key)
+        binding = bindings.get(key)
         if binding is None:
-            if len(self._bindings) == _MAX_BINDINGS:
-                del self._bindings[next(iter(self._bindings))]
+            if len(bindings) == _MAX_BINDINGS:
+                del bindings[next(iter(bindings))]
             output = self.manifest.outputs[0]
             binding = _Binding(self.session, output.name, output.resolve(check_request(self.manifest, inputs)))
-            self._bindings[key] = binding
+            bindings[key] = binding
         for spec in specs:
             tensor = inputs[spec.name]
+            # On every call: a tensor of another dtype or layout may lie where one that was bound has been.
+            if tensor.dtype != _TORCH[spec.dtype] or not tensor.is_contiguous() or not tensor.is_cpu:
+                check_request(self.manifest, inputs)
+                raise SliderEditError(f"engine input {spec.name!r} lies on {tensor.device}; this engine runs on the CPU")
             pointer = tensor.data_ptr()
             if binding.bound.get(spec.name) != pointer:
-                if tensor.dtype != _TORCH[spec.dtype] or not tensor.is_contiguous():
-                    check_request(self.manifest, inputs)
                 binding.io.bind_input(spec.name, "cpu", 0, _NUMPY[spec.dtype], tuple(tensor.shape), pointer)
                 binding.bound[spec.name] = pointer
         self.session.run_with_iobinding(binding.io)

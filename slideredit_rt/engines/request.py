@@ -1,4 +1,4 @@
-"""Whether the tensors of a call are what an engine takes; the same sentences for every backend."""
+"""The tensors of a call: whether they are what an engine takes, the same sentences for every backend, and its output."""
 
 from __future__ import annotations
 
@@ -52,3 +52,24 @@ def check_request(manifest: Manifest, inputs: Mapping[str, Tensor]) -> dict[str,
                 f"the engine was built for {low} to {high} in the axis {axis!r}, got {size}; build it with more room"
             )
     return sizes
+
+
+def own_output(manifest: Manifest, sizes: Mapping[str, int], inputs: Mapping[str, Tensor]) -> Tensor:
+    """An output tensor for one caller alone, on the device of its inputs, to be filled before another one's turn comes.
+
+    Called on the caller's CUDA stream, to which its memory then belongs: the engine's stream waits for that one and the other
+    way round.
+
+    Args:
+        sizes: from `check_request`.
+
+    Raises:
+        SliderEditError: the device's memory is used up.
+    """
+    spec, device = manifest.outputs[0], inputs[manifest.inputs[0].name].device
+    try:
+        return torch.empty(spec.resolve(sizes), dtype=getattr(torch, spec.dtype), device=device)
+    except torch.OutOfMemoryError:
+        raise SliderEditError(
+            f"the GPU has no memory left for the sizes {dict(sizes)}; use a smaller batch or resolution"
+        ) from None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 import re
+import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from slideredit_rt.engines.manifest import Manifest
-from slideredit_rt.engines.request import check_request
+from slideredit_rt.engines.request import check_request, own_output
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.files import atomic_file
 
@@ -196,8 +197,9 @@ class TensorRTEngine:
     """Runs a plan; several execution contexts, one per set of shapes, share its weights and their scratch memory.
 
     Inputs may lie on the CPU or on the GPU: they are copied into buffers whose addresses stay the same, so that a captured
-    CUDA graph replays with new alphas and masks. Calls run on the caller's CUDA stream, one after the other; one thread at a
-    time. A context manager; without `close()` it is released when it is collected, or when the interpreter exits.
+    CUDA graph replays with new alphas and masks. Safe between threads: calls run one after the other, each on its caller's
+    CUDA stream, and each gets an output of its own. A context manager; without `close()` it is released when it is collected,
+    or when the interpreter exits.
 
     Args:
         plan: the serialized engine.
@@ -215,6 +217,7 @@ class TensorRTEngine:
         self, plan: Path, manifest: Manifest, trt: Any, device: CudaDevice, options: RuntimeOptions, threads: int | None = None
     ) -> None:
         self.manifest = manifest
+        self._lock = threading.RLock()
         self._name = NAMES[manifest.backend]
         self._trt, self._device, self._options = trt, device, options
         self._logger = _logger(trt)
@@ -244,7 +247,8 @@ class TensorRTEngine:
 
     def close(self) -> None:
         """Release graphs, contexts, weights and the runtime, and keep what TensorRT-RTX compiled; twice is once."""
-        self._release()
+        with self._lock:
+            self._release()
 
     def __enter__(self) -> TensorRTEngine:
         return self
@@ -264,22 +268,25 @@ class TensorRTEngine:
         Raises:
             SliderEditError: the engine is closed, a tensor is not what it takes, or the device's memory is used up.
         """
-        if not self._release.alive:
-            raise SliderEditError("the engine was closed; open it again")
         sizes = check_request(self.manifest, inputs)
         key, bindings = tuple(sizes.values()), self._loaded.bindings
-        with self._device.stream() as stream:
-            if key not in bindings:
-                while len(bindings) >= self._options.max_contexts:
-                    self._device.wait()
-                    bindings.popitem(last=False)[1].release()
-                bindings[key] = self._bind(sizes)
-            bindings.move_to_end(key)
-            binding = bindings[key]
-            for name, buffer in binding.inputs.items():
-                buffer.copy_(inputs[name])
-            self._run(binding, stream)
-        return binding.output.to(inputs[self.manifest.inputs[0].name].device)
+        with self._lock:
+            if not self._release.alive:
+                raise SliderEditError("the engine was closed; open it again")
+            result = own_output(self.manifest, sizes, inputs)
+            with self._device.stream() as stream:
+                if key not in bindings:
+                    while len(bindings) >= self._options.max_contexts:
+                        self._device.wait()
+                        bindings.popitem(last=False)[1].release()
+                    bindings[key] = self._bind(sizes)
+                bindings.move_to_end(key)
+                binding = bindings[key]
+                for name, buffer in binding.inputs.items():
+                    buffer.copy_(inputs[name])
+                self._run(binding, stream)
+                result.copy_(binding.output)
+        return result
 
     def _bind(self, sizes: dict[str, int]) -> _Binding:
         """A context for one set of shapes, with its buffers."""
