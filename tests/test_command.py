@@ -189,6 +189,29 @@ def test_output_name_without_a_format(engines: dict[str, Path], picture: Path, t
     )
 
 
+def test_output_that_cannot_hold_the_result_is_refused_before_the_work(
+    engines: dict[str, Path], picture: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(SliderEditor, "render", lambda *_, **__: pytest.fail("it was denoised"))
+    common = ["--image", picture, "--steps", 1, "--quiet", "--out"]
+    edit = ["edit", engines["st"], "--slider", RED, *common]
+    assert "Pillow does not write PSD files" in refused(capsys, *edit, tmp_path / "o.psd")
+    sweep = ["sweep", engines["st"], "--slider", f"{RED}=0:1:64", *common]
+    monkeypatch.setattr(SliderEditor, "edited_size", lambda *_: (1024, 64))
+    assert "cannot hold an RGB image of 66064×128 pixels" in refused(capsys, *sweep, tmp_path / "o.webp")
+    assert not list(tmp_path.glob("o.*"))
+
+
+@pytest.mark.parametrize("command", [["edit", f"{RED}=1e20"], ["sweep", f"{RED}=0:1e20:3"]])
+def test_an_image_that_is_not_finite_is_bad_input(
+    engines: dict[str, Path], picture: Path, tmp_path: Path, capsys: Any, command: list[str]
+) -> None:
+    name, slider = command
+    arguments = [name, engines["st"], "--image", picture, "--slider", slider, "--steps", 2, "--out", tmp_path / "o.png"]
+    assert "'make the circle red' at strength" in refused(capsys, *arguments, "--quiet")
+    assert not list(tmp_path.glob("o.*"))
+
+
 def test_bad_bases(tmp_path: Path, capsys: Any) -> None:
     (tmp_path / "empty").mkdir()
     other = tmp_path / "other"

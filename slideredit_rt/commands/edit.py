@@ -60,12 +60,13 @@ def member_of(slider: Slider) -> dict[str, str]:
 
 def _edit(args: argparse.Namespace) -> int:
     from slideredit_rt.editor import SliderEditor
-    from slideredit_rt.images import open_image, picture_format, save_image
+    from slideredit_rt.images import check_output, open_image, save_image
 
-    picture_format(args.out)
+    check_output(args.out)
     sliders = with_members(args, [parse_slider(s, args.prompt) for s in args.slider])
     images = [open_image(path) for path in args.image]
     editor = SliderEditor.from_engine(args.engine, args.base, threads=args.threads, options=runtime_options(args))
+    check_output(args.out, editor.edited_size(images))
     edited = editor.edit(
         images,
         sliders,
@@ -92,9 +93,9 @@ def _edit(args: argparse.Namespace) -> int:
 def _sweep(args: argparse.Namespace) -> int:
     from slideredit_rt.editor import SliderEditor
     from slideredit_rt.files import atomic_file
-    from slideredit_rt.images import draw_grid, open_image, picture_format, save_image
+    from slideredit_rt.images import check_output, draw_grid, grid_size, open_image, save_image
 
-    picture_format(args.out)
+    check_output(args.out)
     parsed = [parse_swept_slider(s, args.prompt) for s in args.slider]
     sliders = with_members(args, [s for s, _ in parsed])
     swept = [(i, v) for i, (_, v) in enumerate(parsed) if v is not None]
@@ -111,18 +112,16 @@ def _sweep(args: argparse.Namespace) -> int:
         "negative_prompt": args.negative_prompt,
         "progress": not args.quiet,
     }
-    if len(swept) == 1:
-        index, strengths = swept[0]
-        cells = [editor.sweep(images, sliders, index, strengths, **options)]
-        columns = [f"{s:g}" for s in strengths]
-        row_labels = [""]
-        title = sliders[index].instruction
+    *rest, across = swept
+    columns, row_labels, title = [f"{s:g}" for s in across[1]], [""], sliders[across[0]].instruction
+    for index, down in rest:
+        row_labels = [f"{s:g}" for s in down]
+        title = f"rows: {sliders[index].instruction}    columns: {title}"
+    check_output(args.out, grid_size(editor.edited_size(images), len(columns), row_labels, title))
+    if rest:
+        cells = editor.grid(images, sliders, *rest, across, **options)
     else:
-        down, across = swept
-        cells = editor.grid(images, sliders, down, across, **options)
-        columns = [f"{s:g}" for s in across[1]]
-        row_labels = [f"{s:g}" for s in down[1]]
-        title = f"rows: {sliders[down[0]].instruction}    columns: {sliders[across[0]].instruction}"
+        cells = [editor.sweep(images, sliders, *across, **options)]
     save_image(draw_grid(cells, columns, row_labels, title), args.out)
     beside = args.out.with_suffix(".json")
     result = {
