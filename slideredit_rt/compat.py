@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import FluxKontextPipeline
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from slideredit_rt.adapters import fit_adapter, load_adapter
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.families import Kind, get_family
+from slideredit_rt.images import read_images
 from slideredit_rt.modules import SliderBackbone
 from slideredit_rt.sliders import Slider, combine_row_scale, find_spans, normalise, row_mask
 
@@ -40,12 +44,26 @@ class SliderEditFluxKontextPipeline(FluxKontextPipeline):
     - With `prompt_2`, sub-prompts are looked up in it: it is what the T5 encoder reads.
     - The negative pass of true CFG runs without the adapter.
     - `lora_dropout` does nothing: dropout belongs to training. The released code leaves it switched on.
+    - Images may be PIL images of any mode, and paths; the released code takes RGB only.
+    - An image that came out as NaN or infinity is an error and not black.
+    - It is safe between threads: calls run one after the other.
     """
 
     _backbone: SliderBackbone | None = None
     _hook: RemovableHandle | None = None
     _row_scale: Tensor | None = None
     _text_ids: Sequence[Tensor] = ()
+
+    _lock: threading.RLock
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> SliderEditFluxKontextPipeline:
+        # Not in __init__: diffusers reads the names of a pipeline's parts off its signature.
+        self = super().__new__(cls)
+        self._lock = threading.RLock()
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_lock"}  # a copy has its own
 
     def load_gstlora(self, ckpt: str | Path) -> None:
         """Load a GST adapter, in place of the one that was loaded.
@@ -83,21 +101,24 @@ class SliderEditFluxKontextPipeline(FluxKontextPipeline):
         if rank is not None and rank != adapter.rank:
             raise SliderEditError(f"adapter {adapter.source!r} has rank {adapter.rank}, not {rank}; leave lora_rank out")
         fit_adapter(adapter, family, self.transformer)  # so that one that is refused leaves the loaded one in place
-        self.unload_slideredit_lora()
-        self._backbone = SliderBackbone(family, self.transformer, adapter)
-        self._hook = self.transformer.register_forward_pre_hook(self._scale_rows, with_kwargs=True)
+        with self._lock:
+            self.unload_slideredit_lora()
+            self._backbone = SliderBackbone(family, self.transformer, adapter)
+            self._hook = self.transformer.register_forward_pre_hook(self._scale_rows, with_kwargs=True)
 
     def unload_slideredit_lora(self) -> None:
         """Remove the adapter: the base model's own linears are back. Without one, nothing happens."""
-        if self._backbone is not None and self._hook is not None:
-            self._hook.remove()
-            self._backbone.remove()
-        self._backbone = self._hook = None
+        with self._lock:
+            if self._backbone is not None and self._hook is not None:
+                self._hook.remove()
+                self._backbone.remove()
+            self._backbone = self._hook = None
 
     def encode_prompt(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
         """As in diffusers."""
-        encoded: tuple[Tensor, Tensor, Tensor] = super().encode_prompt(*args, **kwargs)
-        self._text_ids = [*self._text_ids, encoded[2]]
+        with self._lock:
+            encoded: tuple[Tensor, Tensor, Tensor] = super().encode_prompt(*args, **kwargs)
+            self._text_ids = [*self._text_ids, encoded[2]]
         return encoded
 
     def _scale_rows(self, transformer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -129,7 +150,8 @@ class SliderEditFluxKontextPipeline(FluxKontextPipeline):
         """Edit pictures. Without an adapter this is `FluxKontextPipeline.__call__`, and all its other arguments are passed on.
 
         Args:
-            image, prompt, prompt_2: as in diffusers.
+            image: as in diffusers, PIL images of any mode (see `slideredit_rt.images.as_rgb`), or paths; a list of them.
+            prompt, prompt_2: as in diffusers.
             slider_alpha: with a GST adapter: alpha of the whole prompt, or one per prompt of a list.
             subprompts_list: with an ST adapter: instructions as they stand in the prompt; for a list of prompts either the same
                 for all, or a list per prompt.
@@ -141,41 +163,61 @@ class SliderEditFluxKontextPipeline(FluxKontextPipeline):
 
         Raises:
             SliderEditError: arguments that do not belong to the adapter that is loaded, a sub-prompt that is not in its prompt,
-                lists of different lengths, or an alpha that is not finite.
+                lists of different lengths, an alpha that is not finite, or images that come out as NaN or infinity.
         """
-        given = [slider_alpha is not None, subprompts_list is not None, slider_alpha_list is not None]
-        kind = None if self._backbone is None else self._backbone.kind
-        if kind is None and any(given):
-            raise SliderEditError("no adapter is loaded; call load_gstlora or load_stlora before giving alphas")
-        if kind == "gst" and given != [True, False, False]:
-            raise SliderEditError("a GST adapter is loaded; give slider_alpha and no sub-prompts")
-        if kind == "st" and given != [False, True, True]:
-            raise SliderEditError("an ST adapter is loaded; give subprompts_list and slider_alpha_list, and no slider_alpha")
-        row_scale = None
-        if slider_alpha is not None:
-            prompts = kwargs.get("prompt_embeds") if prompt is None else prompt
-            row_scale = _gst_row_scale(slider_alpha, 1 if prompts is None or isinstance(prompts, str) else len(prompts))
-        elif subprompts_list is not None and slider_alpha_list is not None:
-            texts = prompt_2 or prompt
-            if texts is None:
-                raise SliderEditError("sub-prompts are looked up in the prompt, and there is none; give prompt, not embeddings")
-            texts = [normalise(text) for text in ([texts] if isinstance(texts, str) else texts)]
-            # Encoded as it is searched.
-            prompt, prompt_2 = (prompt, texts) if prompt_2 else (texts, None)
-            row_scale = self._st_row_scale(texts, subprompts_list, slider_alpha_list, max_sequence_length)
-        self._row_scale = None if row_scale is None else row_scale.repeat_interleave(num_images_per_prompt, 0)
-        self._text_ids = ()
-        try:
-            return super().__call__(
-                image,
-                prompt,
-                prompt_2,
-                num_images_per_prompt=num_images_per_prompt,
-                max_sequence_length=max_sequence_length,
-                **kwargs,
+        with self._lock:
+            given = [slider_alpha is not None, subprompts_list is not None, slider_alpha_list is not None]
+            kind = None if self._backbone is None else self._backbone.kind
+            if kind is None and any(given):
+                raise SliderEditError("no adapter is loaded; call load_gstlora or load_stlora before giving alphas")
+            if kind == "gst" and given != [True, False, False]:
+                raise SliderEditError("a GST adapter is loaded; give slider_alpha and no sub-prompts")
+            if kind == "st" and given != [False, True, True]:
+                raise SliderEditError(
+                    "an ST adapter is loaded; give subprompts_list and slider_alpha_list, and no slider_alpha"
+                )
+            row_scale = None
+            if slider_alpha is not None:
+                prompts = kwargs.get("prompt_embeds") if prompt is None else prompt
+                row_scale = _gst_row_scale(slider_alpha, 1 if prompts is None or isinstance(prompts, str) else len(prompts))
+            elif subprompts_list is not None and slider_alpha_list is not None:
+                texts = prompt_2 or prompt
+                if texts is None:
+                    raise SliderEditError(
+                        "sub-prompts are looked up in the prompt, and there is none; give prompt, not embeddings"
+                    )
+                texts = [normalise(text) for text in ([texts] if isinstance(texts, str) else texts)]
+                # Encoded as it is searched.
+                prompt, prompt_2 = (prompt, texts) if prompt_2 else (texts, None)
+                row_scale = self._st_row_scale(texts, subprompts_list, slider_alpha_list, max_sequence_length)
+            self._row_scale = None if row_scale is None else row_scale.repeat_interleave(num_images_per_prompt, 0)
+            self._text_ids = ()
+            finite: list[Tensor] = []
+            watch = self.vae.decoder.register_forward_hook(
+                lambda _, args, output: finite.extend(map(_finite_rows, (args[0], output)))
             )
-        finally:
-            self._row_scale, self._text_ids = None, ()
+            try:
+                edited = super().__call__(
+                    _as_rgb(image),
+                    prompt,
+                    prompt_2,
+                    num_images_per_prompt=num_images_per_prompt,
+                    max_sequence_length=max_sequence_length,
+                    **kwargs,
+                )
+            finally:
+                watch.remove()
+                self._row_scale, self._text_ids = None, ()
+            if kwargs.get("output_type") == "latent":
+                finite.append(_finite_rows(edited[0]))
+            if not all(rows.all() for rows in finite):
+                alphas = slider_alpha_list if slider_alpha is None else slider_alpha
+                setting = "without sliders" if alphas is None else f"with the alphas {alphas}"
+                raise SliderEditError(
+                    f"an image came out as NaN or infinity {setting}; give alphas nearer to 0, or, if they are not to blame, "
+                    "check the adapter and the pipeline's dtype"
+                )
+            return edited
 
     def _st_row_scale(self, prompts: Sequence[str], subprompts: Sequence[Any], alphas: Sequence[Any], text_rows: int) -> Tensor:
         """Float32 `[prompts, text_rows]`."""
@@ -191,6 +233,19 @@ class SliderEditFluxKontextPipeline(FluxKontextPipeline):
             spans = find_spans(prompt, [Slider(i) for i in instructions], family.tokenize(self, prompt), text_rows)
             rows.append(combine_row_scale(_alphas(values)[None], row_mask(spans, text_rows)[None]))
         return torch.cat(rows)
+
+
+def _as_rgb(image: Any) -> Any:
+    """PIL images and paths as RGB images; whatever else diffusers takes as it is."""
+    sources = (Image.Image, str, os.PathLike)
+    if isinstance(image, list | tuple) and any(isinstance(one, sources) for one in image):
+        return read_images(image)
+    return read_images(image)[0] if isinstance(image, sources) else image
+
+
+def _finite_rows(tensor: Tensor) -> Tensor:
+    """Bool `[B]`."""
+    return tensor.isfinite().flatten(1).all(1)
 
 
 def _gst_row_scale(alpha: float | Sequence[float], count: int) -> Tensor:

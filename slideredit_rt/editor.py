@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
+import threading
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,20 +22,19 @@ from slideredit_rt.engines import Engine, RuntimeOptions, open_engine
 from slideredit_rt.engines.manifest import fingerprint_base
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.families import Conditioning, Family, family_of, get_family
+from slideredit_rt.images import ImageSource, read_images
 from slideredit_rt.modules import SliderBackbone
 from slideredit_rt.sliders import Slider, StrengthCurve, compose_prompt, find_spans, normalise, row_mask
 
 T = TypeVar("T")
+# diffusers and transformers change state of the whole process while they load.
+_LOADING = threading.Lock()
 
 
 class Remember(Protocol):
     """Gives what `encode` makes, or what it made under the same key before (see `slideredit_rt.serving.cache`)."""
 
     def __call__(self, key: tuple[Hashable, ...], encode: Callable[[], T]) -> T: ...
-
-
-def _afresh(key: tuple[Hashable, ...], encode: Callable[[], T]) -> T:
-    return encode()
 
 
 def picture_key(image: Image.Image) -> tuple[Hashable, ...]:
@@ -60,6 +60,8 @@ class Prepared:
 
 class SliderEditor:
     """Edits images with sliders. Create one with `from_engine` or `from_pretrained`.
+
+    Safe between threads: their steps run side by side as far as the engine allows, encoding and decoding one after the other.
 
     Attributes:
         family: base-model family.
@@ -90,6 +92,8 @@ class SliderEditor:
         self.kind = kind
         self.max_batch = max_batch
         self.max_sliders = max_sliders
+        # Tokenizers, text encoders and autoencoders keep state during a call.
+        self._pipeline_lock = threading.RLock()
         self.curve = curve or StrengthCurve()
         self.members = dict(members or {})
 
@@ -129,7 +133,8 @@ class SliderEditor:
                 f"base {str(folder)!r} is not what engine {str(path)!r} was built from: {', '.join(changed)} differ; "
                 "pass the original base or rebuild the engine"
             )
-        pipeline = family.load_pipeline(folder, transformer=False)
+        with _LOADING:
+            pipeline = family.load_pipeline(folder, transformer=False)
         limits = (manifest.max_batch, manifest.max_sliders)
         return cls(family, pipeline, engine, manifest.config, manifest.kind, *limits, manifest.curve, manifest.members)
 
@@ -152,13 +157,17 @@ class SliderEditor:
         """
         folder = resolve_base(base)
         family = family_of(folder)
-        pipeline = family.load_pipeline(folder, dtype=dtype)
+        with _LOADING:
+            pipeline = family.load_pipeline(folder, dtype=dtype)
         loaded = load_adapters(adapter, family)
         backbone = SliderBackbone(family, pipeline.transformer.eval(), loaded).to(dtype)
 
+        lock = threading.Lock()
+
         @torch.no_grad()
         def engine(inputs: Any) -> Tensor:
-            output: Tensor = backbone(inputs)
+            with lock:  # the linears share the call's row scales
+                output: Tensor = backbone(inputs)
             return output
 
         config = dict(pipeline.transformer.config)
@@ -168,7 +177,7 @@ class SliderEditor:
     @torch.no_grad()
     def prepare(
         self,
-        image: Image.Image | Sequence[Image.Image],
+        image: ImageSource | Sequence[ImageSource],
         sliders: Sequence[Slider | str],
         *,
         prompt: str | None = None,
@@ -181,7 +190,8 @@ class SliderEditor:
         """Encode an image and a prompt and find the rows of each slider.
 
         Args:
-            image: the picture to edit, RGB; several for a base that takes them.
+            image: the image to edit, in memory or as a path, of any mode (see `slideredit_rt.images.as_rgb`); several for a
+                base that takes them.
             sliders: instructions (or sliders; their strengths do not matter here).
             prompt: holds every instruction; composed from them with " and " when not given. A GST adapter scales the whole
                 prompt with one slider, which may name any part of it; in a bank, one slider per member. A slider of a GST bank
@@ -194,7 +204,7 @@ class SliderEditor:
             remember: keeps encodings by their content: `pictures` by the pictures, `tokens` and `text` by the prompt, and by
                 the pictures where the text encoder reads them. None encodes everything afresh.
         """
-        images = [image] if isinstance(image, Image.Image) else list(image)
+        images = read_images(image)
         if not images or (len(images) > 1 and not self.family.takes_several_pictures(self.pipeline)):
             raise SliderEditError(
                 f"{len(images)} pictures were given and a {type(self.pipeline).__name__} edits one; give one picture"
@@ -232,7 +242,11 @@ class SliderEditor:
         text_rows = self.family.max_text_rows(self.pipeline)
         pictures_key = () if remember is None else tuple(map(picture_key, images))
         text_key = pictures_key if self.family.text_reads_pictures else ()
-        recall: Remember = _afresh if remember is None else remember
+
+        def recall(key: tuple[Hashable, ...], encode: Callable[[], T]) -> T:
+            with self._pipeline_lock:
+                return encode() if remember is None else remember(key, encode)
+
         tokens = recall(("tokens", text, text_key), lambda: self.family.tokenize(self.pipeline, text, images))
         found = iter(find_spans(text, spoken, tokens, text_rows))
         spans = [next(found) if s in spoken else [] for s in wanted]
@@ -283,7 +297,8 @@ class SliderEditor:
         """What the engine takes for N settings of K strengths: float32 `[N, K]`, for a bank `[N, K, G]`.
 
         Raises:
-            SliderEditError: no setting, one without a strength for each slider, or a strength that is no finite number.
+            SliderEditError: no setting, one without a strength for each slider, or a strength that is not a finite number or
+                has no alpha in float32.
         """
         names = prepared.instructions
         if not strengths or any(len(setting) != len(names) for setting in strengths):
@@ -291,13 +306,17 @@ class SliderEditor:
                 f"give one or more settings of {len(names)} strength(s) each, got {[list(s) for s in strengths]}"
             )
         strengths = [[Slider(name, s).strength for name, s in zip(names, setting, strict=True)] for setting in strengths]
+        curves = [self.members[name] for name in prepared.members] or [self.curve] * len(names)
+        values = torch.tensor([[curve(s) for curve, s in zip(curves, setting, strict=True)] for setting in strengths])
+        for row, k in (~values.isfinite()).nonzero().tolist():
+            raise SliderEditError(
+                f"slider {names[k]!r} has strength {strengths[row][k]:g}, too far out for float32; give one such as 0.5"
+            )
         if not prepared.members:
-            return torch.tensor([[self.curve(strength) for strength in setting] for setting in strengths])
-        alpha = torch.zeros(len(strengths), len(prepared.members), len(self.members))
-        for k, name in enumerate(prepared.members):
-            values = [self.members[name](setting[k]) for setting in strengths]
-            alpha[:, k, list(self.members).index(name)] = torch.tensor(values)
-        return alpha
+            return values
+        alpha = torch.zeros(*values.shape, len(self.members))
+        columns = torch.tensor([list(self.members).index(name) for name in prepared.members])
+        return alpha.scatter(2, columns.expand(values.shape)[:, :, None], values[:, :, None])
 
     def backbone_inputs(self, prepared: Prepared, alpha: Tensor) -> dict[str, Tensor]:
         """Backbone inputs of one batch; `alpha` as `alphas` makes it, N up to `max_batch`."""
@@ -346,7 +365,11 @@ class SliderEditor:
         progress: bool = False,
         first_step: int = 0,
     ) -> Tensor:
-        """As `render`, but float32 `[N, 3, H, W]` in [0, 1] without rounding to 8 bits; `first_step` as in `denoise`."""
+        """As `render`, but float32 `[N, 3, H, W]` in [0, 1] without rounding to 8 bits; `first_step` as in `denoise`.
+
+        Raises:
+            SliderEditError: strengths that `alphas` refuses, or with which the model gives NaN or infinity.
+        """
         alphas = self.alphas(prepared, strengths)
         steps = self.number_of_steps(steps)
         conditioning = prepared.conditioning
@@ -355,8 +378,11 @@ class SliderEditor:
         with tqdm(total=steps * len(chunks), desc="denoise", disable=not progress, leave=False) as bar:
             for chunk in chunks:
                 inputs = self.backbone_inputs(prepared, chunk)
-                images.append(self.denoise(conditioning, inputs, steps, conditioning.true_cfg_scale, bar, first_step))
-        return torch.cat(images)
+                images.append(self._denoise(conditioning, inputs, steps, conditioning.true_cfg_scale, bar, first_step))
+        together = torch.cat(images)
+        for row in broken_rows(together):
+            raise not_finite(prepared.instructions, strengths[row])
+        return together
 
     @torch.no_grad()
     def denoise(
@@ -376,7 +402,26 @@ class SliderEditor:
                 row its own.
             bar: advanced by one per step.
             first_step: from which the sliders act; the frozen model makes the steps before it.
+
+        Raises:
+            SliderEditError: a row is NaN or infinite.
         """
+        images = self._denoise(conditioning, inputs, steps, true_cfg_scale, bar, first_step)
+        for row in broken_rows(images):
+            alpha = inputs["alpha"][row].tolist()
+            raise SliderEditError(f"row {row} of a batch, with alpha {alpha}, came out as NaN or infinity; give smaller alphas")
+        return images
+
+    def _denoise(
+        self,
+        conditioning: Conditioning,
+        inputs: dict[str, Tensor],
+        steps: int,
+        true_cfg_scale: float | Tensor,
+        bar: tqdm[Any] | None,
+        first_step: int,
+    ) -> Tensor:
+        """See `denoise`; a row that is not finite is NaN throughout."""
         negative = self.family.negative_inputs(self.config, conditioning, inputs)
         latents = conditioning.latents.repeat(len(inputs["alpha"]), 1, 1)
         scheduler = copy.deepcopy(self.pipeline.scheduler)
@@ -388,11 +433,25 @@ class SliderEditor:
             latents = scheduler.step(velocity, timestep, latents, return_dict=False)[0]
             if bar is not None:
                 bar.update()
-        return self.family.decode(self.pipeline, latents, conditioning.height, conditioning.width)
+        return self.decode(latents, conditioning.height, conditioning.width)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor, height: int, width: int) -> Tensor:
+        """Latents `[B, latent_rows, C]` to images `[B, 3, height, width]` in [0, 1].
+
+        A row that is not finite before or after the autoencoder is NaN throughout: see `broken_rows`.
+        """
+        with self._pipeline_lock:
+            return self.family.decode(self.pipeline, latents, height, width)
+
+    def edited_size(self, images: Sequence[Image.Image]) -> tuple[int, int]:
+        """Width and height in pixels of what an edit of these RGB images gives."""
+        height, width = self.family.preprocess(self.pipeline, images[-1]).shape[-2:]
+        return width, height
 
     def edit(
         self,
-        image: Image.Image | Sequence[Image.Image],
+        image: ImageSource | Sequence[ImageSource],
         sliders: Sequence[Slider],
         *,
         prompt: str | None = None,
@@ -417,7 +476,7 @@ class SliderEditor:
 
     def sweep(
         self,
-        image: Image.Image | Sequence[Image.Image],
+        image: ImageSource | Sequence[ImageSource],
         sliders: Sequence[Slider],
         index: int,
         strengths: Sequence[float],
@@ -445,7 +504,7 @@ class SliderEditor:
 
     def grid(
         self,
-        image: Image.Image | Sequence[Image.Image],
+        image: ImageSource | Sequence[ImageSource],
         sliders: Sequence[Slider],
         rows: tuple[int, Sequence[float]],
         columns: tuple[int, Sequence[float]],
@@ -476,6 +535,20 @@ class SliderEditor:
         images = self.render(prepared, settings, steps=steps, progress=progress)
         width = len(columns[1])
         return [images[i : i + width] for i in range(0, len(images), width)]
+
+
+def broken_rows(images: Tensor) -> list[int]:
+    """Which of the images `[B, …]` that `SliderEditor.decode` gave are not finite."""
+    return images.isnan().flatten(1).any(1).nonzero().flatten().tolist()
+
+
+def not_finite(instructions: Sequence[str], strengths: Sequence[float]) -> SliderEditError:
+    """The error of an edit whose image is not finite."""
+    setting = " and ".join(f"{i!r} at strength {s:g}" for i, s in zip(instructions, strengths, strict=True))
+    return SliderEditError(
+        f"the edit with {setting} came out as NaN or infinity; give strengths nearer to 1, or, if they are not to blame, check "
+        "the adapter and the engine with slideredit-rt verify"
+    )
 
 
 def with_strength(sliders: Sequence[Slider], strengths: dict[int, float]) -> list[Slider]:

@@ -338,3 +338,30 @@ def test_adapters_that_do_not_belong_leave_the_loaded_one(
         with pytest.raises(SliderEditError, match=message):
             call()
     assert torch.equal(edit(pipe, scene, **sliders), before)
+
+
+@pytest.mark.parametrize("output_type", ["pil", "pt", "latent"])
+def test_an_image_that_is_not_finite_is_an_error(pipe: Any, scene: Image.Image, output_type: str) -> None:
+    pipe.load_stlora("shapes-st")
+    options = {"subprompts_list": [RED], "output_type": output_type}
+    with pytest.raises(SliderEditError, match=r"came out as NaN or infinity with the alphas \[-1e\+20\]; give"):
+        edit(pipe, scene, slider_alpha_list=[-1e20], **options)
+    edit(pipe, scene, slider_alpha_list=[-0.5], **options)
+
+
+def test_an_autoencoder_that_overflows_is_noticed(pipe: Any, scene: Image.Image) -> None:
+    with torch.no_grad():
+        pipe.vae.decoder.conv_out.bias[0] = torch.inf
+    with pytest.raises(SliderEditError, match="came out as NaN or infinity without sliders"):
+        edit(pipe, scene)
+
+
+def test_images_of_any_mode_and_paths(pipe: Any, scene: Image.Image, tmp_path: Path) -> None:
+    scene.save(tmp_path / "scene.png")
+    expected = edit(pipe, scene)
+    for source in (scene.convert("RGBA"), tmp_path / "scene.png", str(tmp_path / "scene.png"), [scene.convert("RGBA")]):
+        assert torch.equal(edit(pipe, source), expected)
+    grey = scene.convert("L")
+    assert torch.equal(edit(pipe, grey), edit(pipe, grey.convert("RGB")))
+    # What diffusers takes beside them is as good as before.
+    assert (edit(pipe, torch.from_numpy(np.asarray(scene)).permute(2, 0, 1)[None] / 255) - expected).abs().max() <= 1e-5

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -92,3 +94,59 @@ def test_a_gst_engine_has_one_slider(gst_editor: SliderEditor, scene: Image.Imag
 def test_zero_steps_are_refused(st_editor: SliderEditor, scene: Image.Image) -> None:
     with pytest.raises(SliderEditError, match="at least 1"):
         st_editor.render(st_editor.prepare(scene, PARTS[:1]), [[1.0]], steps=0)
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda editor, image: editor.edit(image, [Slider(PARTS[0], 1e20)], steps=2),
+        lambda editor, image: editor.sweep(image, [Slider(PARTS[0])], 0, [0.5, 1e20, 1.0], steps=2),
+        lambda editor, image: editor.grid(image, [Slider(p) for p in PARTS], (1, [1.0]), (0, [0.0, 1e20]), steps=2),
+    ],
+)
+def test_an_image_that_is_not_finite_is_an_error(
+    st_editor: SliderEditor, scene: Image.Image, draw: Callable[[SliderEditor, Image.Image], object]
+) -> None:
+    with pytest.raises(SliderEditError, match=r"'make the circle red' at strength 1e\+20.* came out as NaN or infinity; give"):
+        draw(st_editor, scene)
+
+
+def test_a_strength_beyond_float32_is_refused(st_editor: SliderEditor, scene: Image.Image) -> None:
+    prepared = st_editor.prepare(scene, PARTS)
+    with pytest.raises(SliderEditError, match=r"'make the background dark' has strength 1e\+39, too far out for float32"):
+        st_editor.alphas(prepared, [[1.0, 1.0], [1.0, 1e39]])
+
+
+def test_rows_of_one_batch_share_no_nan(st_editor: SliderEditor, scene: Image.Image) -> None:
+    prepared = st_editor.prepare(scene, PARTS)
+    expected = st_editor.render_tensor(prepared, [[0.5, 1.0]], steps=2)
+    inputs = st_editor.backbone_inputs(prepared, torch.tensor([[-1e20, 0.0], [0.5, 0.0]]))
+    images = st_editor._denoise(prepared.conditioning, inputs, 2, 1.0, None, 0)
+    assert images[0].isnan().all()
+    assert (images[1] - expected[0]).abs().max() <= 1e-5
+    with pytest.raises(SliderEditError, match=r"row 0 of a batch, with alpha \[-1.*e\+20, 0.0\], came out"):
+        st_editor.denoise(prepared.conditioning, inputs, 2)
+
+
+def test_an_autoencoder_that_overflows_is_noticed(st_editor: SliderEditor, scene: Image.Image) -> None:
+    """Clamping to [0, 1] would make a white point of it."""
+
+    class Overflows(type(st_editor.family)):  # type: ignore[misc]
+        def decode_pixels(self, *args: Any) -> torch.Tensor:
+            pixels: torch.Tensor = super().decode_pixels(*args)
+            pixels[-1, 0, 5, 5] = torch.inf
+            return pixels
+
+    editor = copy.copy(st_editor)
+    editor.family = Overflows()
+    with pytest.raises(SliderEditError, match=r"at strength 0\.25 came out as NaN or infinity"):
+        editor.render(editor.prepare(scene, PARTS[:1]), [[1.0], [0.25]], steps=1)
+
+
+def test_latents_that_an_autoencoder_would_bring_back_into_bounds_are_noticed(st_editor: SliderEditor) -> None:
+    latents = st_editor.family.draw_noise(st_editor.pipeline, 64, 64, 0).repeat(2, 1, 1)
+    whole = st_editor.decode(latents, 64, 64)
+    latents[0, 3, 3] = torch.inf
+    images = st_editor.decode(latents, 64, 64)
+    assert images[0].isnan().all()
+    assert torch.equal(images[1], whole[1])

@@ -40,6 +40,7 @@ from slideredit_rt.serving import (
     Ticket,
 )
 from slideredit_rt.serving.cache import EncodingCache, size_of
+from slideredit_rt.serving.faults import fault_of
 from slideredit_rt.serving.scheduler import BACKGROUND_EVERY
 from slideredit_rt.sliders import Slider
 
@@ -220,6 +221,30 @@ class TestBatching:
                 prepared = editor.prepare(request.image, request.sliders, prompt=request.prompt, seed=seed, **guided)
                 expected = editor.render_tensor(prepared, [setting], steps=request.steps)
                 assert (result[index] - expected[0]).abs().max() <= 1e-5
+
+    def test_a_row_that_is_not_finite_fails_its_own_request_and_no_other(
+        self, editor: SliderEditor, gate: Gate, recorder: Recorder, serve: Callable[..., EditService], scene: Image.Image
+    ) -> None:
+        requests = [edit(scene, 0.2, steps=3), edit(scene, 0.5, 1e20, steps=3, partial_every=1), edit(scene, 0.7, steps=3)]
+        service, shown = serve(), []
+        tickets = [service.submit_tensor(requests[0])]
+        gate.stand()
+        broken = service.submit(requests[1], shown.append)
+        tickets.append(service.submit_tensor(requests[2]))
+        recorder.wait(lambda: recorder.encodings == 3)
+        gate.let()
+        with pytest.raises(SliderEditError, match=r"'make the circle red' at strength 1e\+20 came out as NaN or inf") as error:
+            broken.future.result(WAIT)
+        assert not isinstance(error.value, EngineFailure)
+        assert fault_of(error.value).status == 422
+        assert max(gate.sizes) == 4, "all of them made steps together"
+        assert_each_as_alone(editor, [requests[0], requests[2]], tickets)
+        assert {partial.index for partial in shown} <= {0}
+        assert Counter(recorder.outcomes) == {"completed": 2, "refused": 1}
+
+    def test_a_strength_beyond_float32_is_bad_input(self, serve: Callable[..., EditService], scene: Image.Image) -> None:
+        with pytest.raises(SliderEditError, match="too far out for float32"):
+            serve().submit(edit(scene, 1e39)).future.result(WAIT)
 
     def test_pictures_are_those_of_render(
         self, editor: SliderEditor, serve: Callable[..., EditService], scene: Image.Image

@@ -285,8 +285,20 @@ class Family(ABC):
         return timesteps
 
     @abstractmethod
+    def decode_pixels(self, pipeline: Any, latents: Tensor, height: int, width: int) -> Tensor:
+        """Latents `[B, latent_rows, C]` to images `[B, 3, height, width]`, as the autoencoder gives them: about [−1, 1]."""
+
+    @torch.no_grad()
     def decode(self, pipeline: Any, latents: Tensor, height: int, width: int) -> Tensor:
-        """Latents `[B, latent_rows, C]` to images `[B, 3, height, width]` in [0, 1]."""
+        """Latents `[B, latent_rows, C]` to images `[B, 3, height, width]` in [0, 1].
+
+        A row that is not finite before or after the autoencoder is NaN throughout: clamping would make infinities look like
+        colours, and normalisation may bring them back into bounds.
+        """
+        pixels = self.decode_pixels(pipeline, latents, height, width)
+        finite = latents.isfinite().flatten(1).all(1) & pixels.isfinite().flatten(1).all(1)
+        images: Tensor = pipeline.image_processor.postprocess(pixels, output_type="pt")
+        return images.masked_fill(~finite[:, None, None, None], torch.nan)
 
     def batch_inputs(
         self, config: Mapping[str, Any], conditioning: Conditioning, alpha: Tensor, token_mask: Tensor

@@ -159,11 +159,9 @@ class FluxKontext(Family):
         height, width = pixels.shape[-2:]
         return EncodedPictures(reference, {"img_ids": torch.cat([ids, self._reference_ids(ids)])}, height, width)
 
-    @torch.no_grad()
-    def decode(self, pipeline: Any, latents: Tensor, height: int, width: int) -> Tensor:
+    def decode_pixels(self, pipeline: Any, latents: Tensor, height: int, width: int) -> Tensor:
         vae = pipeline.vae
         unpacked = pipeline._unpack_latents(latents, height, width, pipeline.vae_scale_factor)
         unpacked = unpacked / vae.config.scaling_factor + vae.config.shift_factor
-        decoded = vae.decode(unpacked.to(vae.dtype), return_dict=False)[0]
-        images: Tensor = pipeline.image_processor.postprocess(decoded, output_type="pt")
-        return images
+        pixels: Tensor = vae.decode(unpacked.to(vae.dtype), return_dict=False)[0]
+        return pixels

@@ -386,14 +386,12 @@ class QwenImageEdit(Family):
         rescaled: Tensor = guided * (before / after)
         return rescaled
 
-    @torch.no_grad()
-    def decode(self, pipeline: Any, latents: Tensor, height: int, width: int) -> Tensor:
+    def decode_pixels(self, pipeline: Any, latents: Tensor, height: int, width: int) -> Tensor:
         vae = pipeline.vae
         unpacked = pipeline._unpack_latents(latents, height, width, pipeline.vae_scale_factor).to(vae.dtype)
         mean, std = (
             torch.tensor(values, device=unpacked.device, dtype=unpacked.dtype)[:, None, None, None]
             for values in (vae.config.latents_mean, vae.config.latents_std)
         )
-        decoded = vae.decode(unpacked * std + mean, return_dict=False)[0][:, :, 0]
-        images: Tensor = pipeline.image_processor.postprocess(decoded, output_type="pt")
-        return images
+        pixels: Tensor = vae.decode(unpacked * std + mean, return_dict=False)[0][:, :, 0]
+        return pixels

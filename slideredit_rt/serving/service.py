@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from slideredit_rt.editor import SliderEditor
+from slideredit_rt.editor import SliderEditor, broken_rows, not_finite
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.serving.batch import Batch, Row, make_rows
 from slideredit_rt.serving.cache import EncodingCache
@@ -219,10 +219,10 @@ class Ticket(Generic[T]):
 class EditService:
     """Runs edits with step-level continuous batching; safe between threads, and a context manager that closes itself.
 
-    Two threads: one makes the engine's steps, the other encodes and decodes meanwhile (an autoencoder keeps state between its
-    layers and does not stand two threads). Each image is a row with its own latents, scheduler and step; rows that agree in
-    shape share an engine call, whatever their sliders, strengths and steps (see `Scheduler` for their order). An image is what
-    `SliderEditor.render` makes of the same request alone. Deadlines and cancellations act at the next step boundary.
+    Two threads: one makes the engine's steps, the other encodes and decodes meanwhile. Each image is a row with its own
+    latents, scheduler and step; rows that agree in shape share an engine call, whatever their sliders, strengths and steps (see
+    `Scheduler` for their order). An image is what `SliderEditor.render` makes of the same request alone. Deadlines and
+    cancellations act at the next step boundary.
 
     Args:
         editor: used by this service alone until it is closed.
@@ -576,7 +576,7 @@ class EditService:
         """Pixels of several rows, `[B, 3, H, W]`; None where that failed, and with it the rows' jobs."""
         started = time.perf_counter()
         try:
-            pixels = self.editor.family.decode(self.editor.pipeline, torch.cat(list(latents)), rows[0].height, rows[0].width)
+            pixels = self.editor.decode(torch.cat(list(latents)), rows[0].height, rows[0].width)
         except Exception as error:
             self._fail(rows, "images could not be decoded", error)
             return None
@@ -587,8 +587,13 @@ class EditService:
         pixels = self._decode(rows, [row.latents for row in rows])
         if pixels is None:
             return
-        for row, image in zip(rows, pixels, strict=True):
+        broken = broken_rows(pixels)
+        for place, (row, image) in enumerate(zip(rows, pixels, strict=True)):
             job: _Job[Any] = row.owner
+            if place in broken:
+                names = [slider.instruction for slider in job.request.sliders]
+                job.fail(not_finite(names, job.request.settings[row.index]))
+                continue
             with self._changed:
                 job.images[row.index] = job.convert(image[None])[0]
             if len(job.images) == len(job.seeds):
@@ -598,8 +603,11 @@ class EditService:
         pixels = self._decode([row for row, *_ in parts], [clean for *_, clean in parts])
         if pixels is None:
             return
-        images = self.editor.to_images(pixels)
-        for (row, step, _), image in zip(parts, images, strict=True):
+        # Whether a request fails is decided by its last step.
+        broken = broken_rows(pixels)
+        whole = [place for place in range(len(parts)) if place not in broken]
+        for place, image in zip(whole, self.editor.to_images(pixels[whole]), strict=True):
+            row, step, _ = parts[place]
             job: _Job[Any] = row.owner
             if job.on_partial is None or job.future.done():
                 continue
