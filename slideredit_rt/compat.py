@@ -58,7 +58,7 @@ class SliderEditFluxKontextPipeline(FluxKontextPipeline):
 
     def __new__(cls, *args: Any, **kwargs: Any) -> SliderEditFluxKontextPipeline:
         # Not in __init__: diffusers reads the names of a pipeline's parts off its signature.
-        self = super().__new__(cls)
+        self: SliderEditFluxKontextPipeline = super().__new__(cls)
         self._lock = threading.RLock()
         return self
 

@@ -64,10 +64,9 @@ def open_image(
         PictureTooLarge: more than `max_pixels`.
         SliderEditError: no such file, not an image, or damaged.
     """
-    path = os.fspath(source) if isinstance(source, (str, os.PathLike)) else None
     name = f"image {str(source)!r}" if name is None else name
     try:
-        with Path(path).open("rb") if path is not None else nullcontext(source) as file:
+        with Path(source).open("rb") if isinstance(source, (str, os.PathLike)) else nullcontext(source) as file:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
                 image: Image.Image = Image.open(_without_extras(file), formats=formats)
@@ -112,8 +111,8 @@ def read_images(source: ImageSource | Sequence[ImageSource]) -> list[Image.Image
     Raises:
         SliderEditError: anything else, or an image that cannot be read.
     """
-    several = isinstance(source, Sequence) and not isinstance(source, (str, bytes))
-    return [_read(image) for image in (source if several else [source])]
+    several = source if isinstance(source, Sequence) and not isinstance(source, (str, bytes)) else [source]
+    return [_read(image) for image in several]
 
 
 def _read(source: Any) -> Image.Image:
@@ -136,7 +135,8 @@ def _convert(image: Image.Image, name: str) -> Image.Image:
     if image.mode.partition(";")[0] in ("I", "F"):
         image = _as_grey(image, name)
     elif image.mode == "LAB":
-        image = ImageCms.profileToProfile(image, *map(ImageCms.createProfile, ("LAB", "sRGB")), outputMode="RGB")
+        profiles = [ImageCms.ImageCmsProfile(p) for p in (ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"))]
+        image = ImageCms.ImageCmsTransform(profiles[0], profiles[1], "LAB", "RGB").apply(image)
     elif image.mode == "La":
         image = image.convert("LA")  # the only mode that Pillow converts it to
     if image.has_transparency_data:
@@ -151,7 +151,7 @@ def _turn(image: Image.Image) -> Image.Transpose | None:
     """What turns an opened file upright; None where nothing does, or where its EXIF block is damaged."""
     if isinstance(image, ImageFile.ImageFile):
         with suppress(Exception):
-            return _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
+            return _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     return None
 
 

@@ -70,7 +70,8 @@ class SliderBackbone(nn.Module):
 
     The eager reference of every engine and the module that is exported. With `adapter=None` it is the frozen backbone
     and takes no slider inputs. With a bank of G adapters, `alpha` has one number per slider and member. The transformer passed
-    in is changed in place; `remove()` restores it.
+    in is changed in place; `remove()` restores it. One thread at a time: the linears share the row scales of a call, until its
+    backward pass is over. Engines, `SliderEditor` and the compat pipeline take turns around it.
     """
 
     def __init__(self, family: Family, transformer: nn.Module, adapter: Adapter | None) -> None:

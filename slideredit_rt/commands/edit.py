@@ -119,7 +119,7 @@ def _sweep(args: argparse.Namespace) -> int:
         title = f"rows: {sliders[index].instruction}    columns: {title}"
     check_output(args.out, grid_size(editor.edited_size(images), len(columns), row_labels, title))
     if rest:
-        cells = editor.grid(images, sliders, *rest, across, **options)
+        cells = editor.grid(images, sliders, rest[0], across, **options)
     else:
         cells = [editor.sweep(images, sliders, *across, **options)]
     save_image(draw_grid(cells, columns, row_labels, title), args.out)

@@ -79,7 +79,7 @@ _Responses = dict[int | str, dict[str, Any]]
 
 
 class Tokens:
-    """Tokens of prompts, for several threads. Its tokenizers are its own: a tokenizer that another thread uses may refuse."""
+    """Tokens of prompts; safe between threads. Its tokenizers are its own, so that none waits for the editor's encodings."""
 
     def __init__(self, editor: SliderEditor) -> None:
         self.editor = editor
