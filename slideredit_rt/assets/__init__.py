@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from slideredit_rt.errors import SliderEditError
+from slideredit_rt.files import user_path
 
 _HERE = Path(__file__).parent
 EMBEDDED_BASE = "shapes-kontext"
@@ -22,7 +23,7 @@ def resolve_base(source: str | Path) -> Path:
     text = str(source)
     if text in _BASES:
         return _BASES[text]
-    path = Path(text).expanduser()
+    path = user_path(text)
     looks_like_repository = text.count("/") == 1 and not text.startswith((".", "/", "~"))
     if path.exists() or not looks_like_repository:
         return path
@@ -39,11 +40,17 @@ def resolve_base(source: str | Path) -> Path:
         ) from None
 
 
+def from_anywhere(source: str | Path) -> str:
+    """The same source, found from any working folder: a path that exists becomes absolute, a name stays as it is."""
+    text, path = str(source), user_path(source)
+    return str(path.resolve()) if text not in _BASES | _ADAPTERS and path.exists() else text
+
+
 def resolve_adapter(source: str | Path) -> Path:
     """File or folder of an adapter: an embedded name or a local path."""
-    return _ADAPTERS.get(str(source), Path(source).expanduser())
+    return _ADAPTERS.get(str(source), user_path(source))
 
 
 def resolve_offsets(source: str | Path) -> Path:
     """File of attribute offsets: an embedded name or a local path."""
-    return _OFFSETS.get(str(source), Path(source).expanduser())
+    return _OFFSETS.get(str(source), user_path(source))

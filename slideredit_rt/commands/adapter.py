@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slideredit_rt.commands.shared import Commands, add_picture_options, emit, options_given, picture_options
 from slideredit_rt.errors import SliderEditError
+from slideredit_rt.files import user_path
 
 if TYPE_CHECKING:
     from slideredit_rt.families import Family
@@ -143,7 +143,7 @@ def add_commands(commands: Commands) -> None:
     shown.add_argument("--base", help="report which linears match, are missing or unexpected; its weights are not read")
     converted = adapter_commands.add("convert", _adapter_convert, "write an adapter in another format")
     converted.add_argument("source", metavar="SRC", help="shapes-st, shapes-gst, a file or a PEFT folder")
-    converted.add_argument("destination", type=Path, metavar="DST", help="file to write; a folder for diffusers and peft")
+    converted.add_argument("destination", type=user_path, metavar="DST", help="file to write; a folder for diffusers and peft")
     converted.add_argument(
         "--to",
         choices=("canonical", "diffusers", "peft", "slideredit-st"),
@@ -158,7 +158,7 @@ def add_commands(commands: Commands) -> None:
     converted.add_argument("--base", help="refuse an adapter with modules that this base lacks")
     converted.add_argument("--allow-partial", action="store_true", help="with --base: leave these modules out instead")
     replacement = adapter_commands.add("replace", _adapter_replace, "give an engine another adapter without a build")
-    replacement.add_argument("engine", type=Path, metavar="ENGINE")
+    replacement.add_argument("engine", type=user_path, metavar="ENGINE")
     replacement.add_argument(
         "adapter",
         metavar="ADAPTER",
@@ -170,12 +170,12 @@ def add_commands(commands: Commands) -> None:
         "calibrate", _adapter_calibrate, "learn the map from strength to alpha that makes a response even"
     )
     calibrated.add_argument("source", metavar="SRC", help="shapes-st, shapes-gst, a file or a PEFT folder")
-    calibrated.add_argument("destination", type=Path, metavar="DST", help="adapter file to write, with the map in it")
+    calibrated.add_argument("destination", type=user_path, metavar="DST", help="adapter file to write, with the map in it")
     calibrated.add_argument("--base", default="shapes-kontext", help="(default: shapes-kontext)")
-    calibrated.add_argument("--engine", type=Path, help="built with this adapter (default: one is built for ONNX Runtime)")
+    calibrated.add_argument("--engine", type=user_path, help="built with this adapter (default: one is built for ONNX Runtime)")
     calibrated.add_argument("--cases", type=int, help="edits to measure (default: 32)")
     calibrated.add_argument("--samples", type=int, help="strengths per edit, odd (default: 17)")
     calibrated.add_argument("--steps", type=int, help="denoising steps (default: 12)")
     calibrated.add_argument("--threads", type=int, help="CPU threads of the engine")
-    calibrated.add_argument("--plot", type=Path, metavar="PNG", help="draw the response before and after, and the map")
+    calibrated.add_argument("--plot", type=user_path, metavar="PNG", help="draw the response before and after, and the map")
     add_picture_options(calibrated, distances=False)

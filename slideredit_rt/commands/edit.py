@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 
 from slideredit_rt.commands.shared import (
     Commands,
@@ -15,6 +14,7 @@ from slideredit_rt.commands.shared import (
     with_members,
 )
 from slideredit_rt.errors import SliderEditError
+from slideredit_rt.files import user_path
 from slideredit_rt.sliders import Slider, compose_prompt, normalise, stands_in
 
 _MAX_SWEEP = 64
@@ -131,7 +131,7 @@ def _sweep(args: argparse.Namespace) -> int:
             {"instruction": s.instruction, "strengths" if v else "strength": v or s.strength, **member_of(s)}
             for s, (_, v) in zip(sliders, parsed, strict=True)
         ],
-        "images": args.image,
+        "images": [str(path) for path in args.image],
         "engine": str(args.engine),
         "seed": args.seed,
         "steps": args.steps or editor.family.num_inference_steps,
@@ -186,8 +186,10 @@ def _demo(args: argparse.Namespace) -> int:
 
 def _add_image_options(sub: argparse.ArgumentParser, example: str) -> None:
     """The options of `edit` and `sweep`."""
-    sub.add_argument("engine", type=Path, metavar="ENGINE", help="folder written by slideredit-rt build")
-    sub.add_argument("--image", action="append", required=True, help="picture to edit; repeat for a base that takes several")
+    sub.add_argument("engine", type=user_path, metavar="ENGINE", help="folder written by slideredit-rt build")
+    sub.add_argument(
+        "--image", type=user_path, action="append", required=True, help="picture to edit; repeat for a base that takes several"
+    )
     sub.add_argument("--slider", action="append", required=True, metavar=example, help="repeat for several sliders")
     add_member_option(sub)
     sub.add_argument("--prompt", help="holds every instruction; default: the instructions joined by ' and '")
@@ -199,7 +201,7 @@ def _add_image_options(sub: argparse.ArgumentParser, example: str) -> None:
     sub.add_argument("--base", help="where the base checkpoint is, if not where the manifest says")
     sub.add_argument("--threads", type=int, help="CPU threads of the backend")
     add_runtime_options(sub)
-    sub.add_argument("--out", type=Path, required=True, help="picture to write")
+    sub.add_argument("--out", type=user_path, required=True, help="picture to write")
 
 
 def add_commands(commands: Commands) -> None:
@@ -215,5 +217,5 @@ def add_commands(commands: Commands) -> None:
     spans.add_argument("--prompt", help="default: the instructions joined by ' and '")
 
     commands.add("demo", _demo, "build the embedded engines, move sliders, measure what moved").add_argument(
-        "--out", type=Path, required=True, help="folder for engines, pictures and the report"
+        "--out", type=user_path, required=True, help="folder for engines, pictures and the report"
     )

@@ -20,6 +20,7 @@ from slideredit_rt.commands.shared import (
     with_members,
 )
 from slideredit_rt.errors import SliderEditError
+from slideredit_rt.files import user_path
 
 if TYPE_CHECKING:
     from slideredit_rt.engines import Manifest
@@ -53,6 +54,7 @@ def _build(args: argparse.Namespace) -> int:
         max_sliders=MAX_SLIDERS if args.max_sliders is None else args.max_sliders,
         allow_partial=args.allow_partial,
         tensorrt=TensorRTOptions(**given) if args.backend in PACKAGES else None,
+        copy_weights=args.copy_weights,
         overwrite=args.overwrite,
         progress=not args.quiet,
     )
@@ -145,7 +147,7 @@ def add_commands(commands: Commands) -> None:
         help="shapes-st, shapes-gst, a file or a PEFT folder; repeat for a bank, whose adapters have strengths of their own; "
         "without it the frozen backbone is exported",
     )
-    build.add_argument("--out", type=Path, required=True, help="engine folder to create")
+    build.add_argument("--out", type=user_path, required=True, help="engine folder to create")
     build.add_argument("--backend", default="onnxruntime", help="onnxruntime (default), inductor, tensorrt-rtx or tensorrt")
     build.add_argument(
         "--lowering",
@@ -177,19 +179,24 @@ def add_commands(commands: Commands) -> None:
         choices=("ampere_plus", "same_compute_capability"),
         help="other cards run the engine, tensorrt only (default: none)",
     )
-    compiled.add_argument("--timing-cache", type=Path, help="file to read and write the builder's timings, tensorrt only")
+    compiled.add_argument("--timing-cache", type=user_path, help="file to read and write the builder's timings, tensorrt only")
     build.add_argument(
         "--allow-partial",
         action="store_true",
         help="leave out modules of the adapter that the base lacks instead of refusing it",
     )
+    build.add_argument(
+        "--copy-weights",
+        action="store_true",
+        help="copy the base's weights instead of linking them, so that the base may change or go",
+    )
     build.add_argument("--overwrite", action="store_true", help="replace an existing folder")
 
-    commands.add("inspect", _inspect, "print what an engine is").add_argument("engine", type=Path, metavar="ENGINE")
+    commands.add("inspect", _inspect, "print what an engine is").add_argument("engine", type=user_path, metavar="ENGINE")
 
     verify = commands.add("verify", _verify, "compare an engine with the eager reference")
-    verify.add_argument("engine", type=Path, metavar="ENGINE")
-    verify.add_argument("--image", help="a real picture (default: a generated scene)")
+    verify.add_argument("engine", type=user_path, metavar="ENGINE")
+    verify.add_argument("--image", type=user_path, help="a real picture (default: a generated scene)")
     verify.add_argument("--slider", action="append", metavar="INSTRUCTION", help="(default: 'make the circle red')")
     add_member_option(verify)
     verify.add_argument("--base", help="where the base checkpoint is, if not where the manifest says")

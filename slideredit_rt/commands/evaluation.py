@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from slideredit_rt.commands.shared import (
     Commands,
@@ -14,6 +13,7 @@ from slideredit_rt.commands.shared import (
     picture_options,
     read_lines,
 )
+from slideredit_rt.files import user_path
 
 
 def _evaluate(args: argparse.Namespace) -> int:
@@ -54,7 +54,7 @@ def add_commands(commands: Commands) -> None:
     evaluate = commands.add("evaluate", _evaluate, "compare sliders with other ways to scale an edit")
     evaluate.add_argument("--base", help="(default: that of the first engine, else shapes-kontext)")
     evaluate.add_argument("--adapter", action="append", default=[], help="shapes-st, shapes-gst, a file or a folder; repeat")
-    evaluate.add_argument("--engine", type=Path, action="append", default=[], help="folder written by build; repeat")
+    evaluate.add_argument("--engine", type=user_path, action="append", default=[], help="folder written by build; repeat")
     evaluate.add_argument(
         "--systems",
         type=listed(str),
@@ -73,6 +73,8 @@ def add_commands(commands: Commands) -> None:
     evaluate.add_argument("--search-scenes", type=int, help="for choosing each system's range (default: 12)")
     evaluate.add_argument("--steps", type=int, help="denoising steps (default: 12)")
     evaluate.add_argument("--threads", type=int, help="CPU threads of the engines")
-    evaluate.add_argument("--instructions", type=Path, help="instructions of the shapes scenes, one per line (default: all)")
+    evaluate.add_argument(
+        "--instructions", type=user_path, help="instructions of the shapes scenes, one per line (default: all)"
+    )
     add_picture_options(evaluate, distances=True)
-    evaluate.add_argument("--out", type=Path, required=True, help="folder of the run; a killed run continues in it")
+    evaluate.add_argument("--out", type=user_path, required=True, help="folder of the run; a killed run continues in it")

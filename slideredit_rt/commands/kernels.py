@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from slideredit_rt.commands.shared import Commands, emit, listed
+from slideredit_rt.files import user_path
 
 
 def _kernels_build(args: argparse.Namespace) -> int:
@@ -44,6 +44,6 @@ def add_commands(commands: Commands) -> None:
     kernels.add_argument("--ranks", type=listed(int), default="16", help="1 to 128, padded (default: %(default)s)")
     kernels.add_argument("--ptx-isa", default="8.7", help="PTX version; newer ones need newer drivers (default: %(default)s)")
     kernels.add_argument("--processes", type=int, help="(default: one per core)")
-    kernels.add_argument("--out", type=Path, required=True, help="folder to write; what is up to date stays")
+    kernels.add_argument("--out", type=user_path, required=True, help="folder to write; what is up to date stays")
     listing = kernel_commands.add("list", _kernels_list, "show the kernels of a folder and what they use")
-    listing.add_argument("folder", type=Path, metavar="DIR")
+    listing.add_argument("folder", type=user_path, metavar="DIR")

@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 
 from slideredit_rt.commands.shared import Commands, add_runtime_options, emit, options_given, runtime_options
+from slideredit_rt.files import user_path
 from slideredit_rt.serving.command import add_options as add_serve_options
 
 
@@ -50,7 +51,7 @@ def _bench_serve(args: argparse.Namespace) -> int:
 def _add_bench_options(sub: argparse.ArgumentParser) -> None:
     place = sub.add_mutually_exclusive_group()
     place.add_argument("--base-url", help="of a running server, whose key is in $SLIDEREDIT_API_KEY (default: one is started)")
-    place.add_argument("--engine", type=Path, help="of the server that is started (default: the embedded one)")
+    place.add_argument("--engine", type=user_path, help="of the server that is started (default: the embedded one)")
     sub.add_argument("--num-prompts", type=int, metavar="N", help="requests to measure (default: 64)")
     sub.add_argument("--request-rate", type=float, metavar="RATE", help="per second, at random times (default: inf, at once)")
     sub.add_argument("--max-concurrency", type=int, metavar="N", help="most requests under way at a time (default: no limit)")
@@ -58,11 +59,11 @@ def _add_bench_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--sliders", choices=("mixed", "equal"), help="drawn for each request, or the same (default: mixed)")
     sub.add_argument("--preview-share", type=float, metavar="SHARE", help="of requests that are previews (default: 0)")
     sub.add_argument("--steps", type=int, help="denoising steps (default: the server's)")
-    sub.add_argument("--picture", type=Path, help="to edit (default: scenes of the shapes world)")
+    sub.add_argument("--picture", type=user_path, help="to edit (default: scenes of the shapes world)")
     sub.add_argument("--instruction", action="append", help="of the prompt; repeat (default: two of the shapes world)")
     sub.add_argument("--seed", type=int, help="of strengths, noise and times (default: 0)")
     sub.add_argument("--save-result", action="store_true", help="write the result as JSON")
-    sub.add_argument("--result-dir", type=Path, default=Path(), help="(default: here)")
+    sub.add_argument("--result-dir", type=user_path, default=Path(), help="(default: here)")
     sub.add_argument("--result-filename", metavar="NAME", help="(default: from rate, concurrency and time)")
 
 
@@ -76,8 +77,8 @@ def add_commands(commands: Commands) -> None:
     _add_bench_options(bench.add("serve", _bench_serve, "send edits to a server and measure latency and throughput"))
 
     triton = commands.add("export-triton", _export_triton, "write an engine as a model of NVIDIA Triton Inference Server")
-    triton.add_argument("engine", type=Path, metavar="ENGINE", help="built for onnxruntime or tensorrt")
-    triton.add_argument("--out", type=Path, required=True, help="model repository; other models in it stay")
+    triton.add_argument("engine", type=user_path, metavar="ENGINE", help="built for onnxruntime or tensorrt")
+    triton.add_argument("--out", type=user_path, required=True, help="model repository; other models in it stay")
     triton.add_argument("--name", help="of the model (default: slider_backbone)")
     triton.add_argument(
         "--max-queue-delay-us", type=int, metavar="N", help="how long a request may wait for others to join it (default: 0)"

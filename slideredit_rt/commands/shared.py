@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slideredit_rt.errors import SliderEditError
+from slideredit_rt.files import user_path
 from slideredit_rt.sliders import Slider
 
 if TYPE_CHECKING:
@@ -154,7 +155,8 @@ def picture_options(args: argparse.Namespace) -> PictureOptions | None:
     if args.scorer:
         if odd := [text for text in args.scorer if "=" not in text]:
             raise SliderEditError(f"--scorer {odd[0]!r} names no model; write it as clip=FOLDER")
-        own["sources"] = dict(text.split("=", 1) for text in args.scorer)
+        named = dict(text.split("=", 1) for text in args.scorer)
+        own["sources"] = {name: os.path.expanduser(source) for name, source in named.items()}
     if own and not {"images", "prompts"} <= set(own):
         raise SliderEditError("pictures of your own need both --images and --prompts; the scorers are for them")
     return PictureOptions(**own) if own else None
@@ -163,8 +165,8 @@ def picture_options(args: argparse.Namespace) -> PictureOptions | None:
 def add_picture_options(sub: argparse.ArgumentParser, *, distances: bool) -> None:
     """Options of `picture_options`; `distances`: with those that choose distance scorers."""
     own = sub.add_argument_group("on pictures of your own instead of shapes scenes")
-    own.add_argument("--images", type=Path, metavar="DIR", help="pictures to edit")
-    own.add_argument("--prompts", type=Path, metavar="FILE", help='JSON lines: {"instructions": […], "attributes": […]}')
+    own.add_argument("--images", type=user_path, metavar="DIR", help="pictures to edit")
+    own.add_argument("--prompts", type=user_path, metavar="FILE", help='JSON lines: {"instructions": […], "attributes": […]}')
     own.add_argument("--attribute-scorers", type=listed(str), help="of clip, siglip, blip-itm (default: clip,siglip)")
     if distances:
         own.add_argument(

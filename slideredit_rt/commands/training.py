@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slideredit_rt.commands.shared import Commands, emit, listed, options_given, read_lines
 from slideredit_rt.errors import SliderEditError
+from slideredit_rt.files import user_path
 
 if TYPE_CHECKING:
     from slideredit_rt.families import Family
@@ -110,8 +110,10 @@ def _train_contrast(args: argparse.Namespace, trainer: Any, settings: Any, recip
 def _add_training_options(sub: argparse.ArgumentParser) -> None:
     """Options of every trainer of sliders."""
     sub.add_argument("--base", default="shapes-kontext", help="shapes-kontext, a diffusers folder or a hub repository")
-    sub.add_argument("--images", type=Path, help="folder of source pictures (default: shapes scenes and the shipped recipe)")
-    sub.add_argument("--instructions", type=Path, help="text file, one edit per line (default: all of the shapes world)")
+    sub.add_argument(
+        "--images", type=user_path, help="folder of source pictures (default: shapes scenes and the shipped recipe)"
+    )
+    sub.add_argument("--instructions", type=user_path, help="text file, one edit per line (default: all of the shapes world)")
     sub.add_argument("--timestep-sampling", choices=("uniform", "logit-normal"))
     sub.add_argument("--steps", type=int)
     sub.add_argument("--batch", type=int)
@@ -124,14 +126,14 @@ def _add_training_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--snapshots", type=listed(int), default=[], metavar="STEP,…", help="keep what is trained after these steps, too"
     )
-    sub.add_argument("--out", type=Path, required=True, help="file to write (.safetensors)")
+    sub.add_argument("--out", type=user_path, required=True, help="file to write (.safetensors)")
 
 
 def add_commands(commands: Commands) -> None:
     """Add the commands of this module."""
     kinds = commands.group("train", "train an editor, an adapter, or a rival's sliders")
     editor = kinds.add("shapes-editor", _train_editor, "reproduce the embedded editor, shapes-kontext")
-    editor.add_argument("--out", type=Path, required=True, help="pipeline folder to write")
+    editor.add_argument("--out", type=user_path, required=True, help="pipeline folder to write")
     editor.add_argument("--vae-steps", type=int, default=1600)
     editor.add_argument("--decoder-steps", type=int, default=800)
     editor.add_argument("--editor-steps", type=int, default=2800)

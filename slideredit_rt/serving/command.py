@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from slideredit_rt.errors import SliderEditError
+from slideredit_rt.files import user_path
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -36,7 +37,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of `slideredit-rt serve`."""
     parser.add_argument(
         "engine",
-        type=Path,
+        type=user_path,
         nargs="?",
         metavar="ENGINE",
         help="folder written by slideredit-rt build (default: the embedded one)",
@@ -45,7 +46,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--port", type=int, default=8000, help="(default: %(default)s; 0 takes a free one)")
     parser.add_argument("--model", help="what clients call it (default: the name of the engine's folder)")
     key = parser.add_mutually_exclusive_group()
-    key.add_argument("--api-key-file", type=Path, metavar="FILE", help=f"holds the key (default: ${_KEY_VARIABLE})")
+    key.add_argument("--api-key-file", type=user_path, metavar="FILE", help=f"holds the key (default: ${_KEY_VARIABLE})")
     key.add_argument("--api-key", metavar="KEY", help="other users of this machine can read it in the list of processes")
     parser.add_argument(
         "--allowed-host",
