@@ -1,17 +1,205 @@
-"""What a checkpoint's configuration says about its transformer, without its weights."""
+"""What a diffusers checkpoint holds, told from its configurations and the headers of its weights: no weight is read."""
 
 from __future__ import annotations
 
+import fnmatch
+import hashlib
+import inspect
 import json
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import diffusers
+import torch
+import transformers
 from accelerate import init_empty_weights
+from torch import Tensor
 
 from slideredit_rt.errors import SliderEditError
+from slideredit_rt.files import is_plain_name, read_json, sha256
 
+INDEX_FILE = "model_index.json"
 CONFIG_FILE = "config.json"
+_LIBRARIES = {"diffusers": diffusers, "transformers": transformers}
+_WEIGHTS = {"diffusers": "diffusion_pytorch_model.safetensors", "transformers": "model.safetensors"}
+# Everything beside weights that diffusers and transformers read from a component's folder.
+_SETTINGS = (
+    *("*.json", "*.jinja", "*.model", "*.spm", "*.tiktoken", "*.codes", "*.tokenizer"),
+    *("merges.txt", "vocab.txt", "dict.txt"),
+)
+_DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
+_MAX_HEADER = 100_000_000  # what the safetensors library accepts, in bytes
+_LFS_POINTER = b"version https://git-lfs"
+_POINTED = "it is a Git LFS pointer and not the file itself: run git lfs pull"
+# Any tokenizer that has read English knows some of them.
+_WORDS = "make the image red and keep a small blue circle in it"
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Hide the bars and the warnings of diffusers and transformers.
+
+    A command shows a bar of its own where work is long, and what is wrong with a model is an error of ours.
+    """
+    libraries = (diffusers.utils.logging, transformers.utils.logging)
+    before = [(library.is_progress_bar_enabled(), library.get_verbosity()) for library in libraries]
+    for library in libraries:
+        library.disable_progress_bar()
+        library.set_verbosity_error()
+    try:
+        yield
+    finally:
+        for library, (was_shown, verbosity) in zip(libraries, before, strict=True):
+            library.set_verbosity(verbosity)
+            if was_shown:
+                library.enable_progress_bar()
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where a tensor lies: `length` bytes from `offset` in `file`."""
+
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+    length: int
+
+
+def read_header(path: Path) -> tuple[dict[str, Stored], bytes]:
+    """The tensors of a safetensors file in the order of their data, and the header's bytes with its length in front.
+
+    Raises:
+        SliderEditError: the file is missing or damaged.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            prefix = file.read(8)
+            length = int.from_bytes(prefix, "little")
+            if prefix and _LFS_POINTER.startswith(prefix):
+                raise ValueError(_POINTED)
+            if len(prefix) < 8 or length > min(size - 8, _MAX_HEADER):
+                raise ValueError(f"its {size} bytes do not hold the header")
+            raw = file.read(length)
+        start = 8 + length
+        entries = {name: entry for name, entry in json.loads(raw).items() if name != "__metadata__"}
+        places = {}
+        for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
+            first, last = entry["data_offsets"]
+            if entry["dtype"] not in _DTYPES:
+                raise ValueError(f"{name} is of the unknown dtype {entry['dtype']}")
+            place = Stored(path, _DTYPES[entry["dtype"]], tuple(entry["shape"]), start + first, last - first)
+            if first < 0 or start + last > size or place.length != math.prod(place.shape) * place.dtype.itemsize:
+                raise ValueError(f"{name} is not whole")
+            places[name] = place
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise SliderEditError(f"cannot read the weights in {str(path)!r} ({error}); download or build them again") from error
+    return places, prefix + raw
+
+
+def weight_files(source: Path, library: str) -> list[Path]:
+    """The files that a library loads a model's weights from; none where it would find none.
+
+    Of a single file beside an index of shards, diffusers reads the shards and transformers the single file. Neither reads a
+    variant (`….fp16.safetensors`) that it is not asked for.
+
+    Args:
+        source: folder of the model.
+        library: `diffusers` or `transformers`.
+
+    Raises:
+        SliderEditError: an index that is damaged.
+    """
+    single = source / _WEIGHTS[library]
+    index = source / f"{single.name}.index.json"
+    if not index.exists() or (library == "transformers" and single.exists()):
+        return [single] if single.exists() else []
+    try:
+        names = sorted(set(read_json(index)["weight_map"].values()))
+        if odd := [name for name in names if not is_plain_name(name)]:
+            # The name becomes a link's: it must not lead out of the folder.
+            raise ValueError(f"it names a shard {odd[0]!r}, which is no plain file name")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise SliderEditError(f"{str(index)!r} is not an index of shards ({error}); download the checkpoint again") from error
+    return [index, *(source / name for name in names)]
+
+
+def read_weights(source: Path, library: str = "diffusers") -> dict[str, Stored]:
+    """Every tensor that a library would load from a model's folder, by name; only headers are read.
+
+    Raises:
+        SliderEditError: no weights stored as safetensors, or a damaged file.
+    """
+    files = weight_files(source, library)
+    if not files:
+        stem = _WEIGHTS[library].removesuffix(".safetensors")
+        variants = sorted(file.name for file in source.glob(f"{stem}.*.safetensors*"))
+        found = f", only the variant {variants[0]}: save it without one" if variants else ""
+        raise SliderEditError(
+            f"{str(source)!r} holds neither {_WEIGHTS[library]} nor its index{found}; "
+            "give a diffusers checkpoint stored as safetensors"
+        )
+    stored: dict[str, Stored] = {}
+    for file in files:
+        if file.suffix != ".json":
+            stored |= read_header(file)[0]
+    return stored
+
+
+def check_not_quantised(source: Path) -> None:
+    """Refuse a model whose configuration says that its weights are quantised."""
+    try:
+        quantisation = read_json(source / CONFIG_FILE).get("quantization_config")
+    except (OSError, ValueError):
+        return  # whoever builds the model says what is wrong with the configuration
+    if quantisation:
+        method = quantisation.get("quant_method") if isinstance(quantisation, Mapping) else None
+        raise SliderEditError(
+            f"checkpoint {str(source)!r} is quantised ({method or 'its config.json says so'}) and cannot be exported; "
+            "give the float32, bfloat16 or float16 checkpoint that it was made from"
+        )
+
+
+def check_complete(state: Mapping[str, Tensor], stored: Mapping[str, Stored], source: Path) -> None:
+    """Compare the tensors that a model needs with those that its files hold.
+
+    Raises:
+        SliderEditError: one is missing or has another shape.
+    """
+    for name, tensor in state.items():
+        if name not in stored:
+            raise _missing(source, name)
+        if stored[name].shape != tuple(tensor.shape):
+            raise _mismatched(source, name, stored[name].shape, tensor.shape)
+
+
+def _missing(source: Path, name: str) -> SliderEditError:
+    return SliderEditError(f"checkpoint {str(source)!r} lacks the tensor {name}; download it again")
+
+
+def _mismatched(source: Path, name: str, stored: Collection[int], wanted: Collection[int]) -> SliderEditError:
+    return SliderEditError(
+        f"checkpoint {str(source)!r} stores {name} as {list(stored)} and its configuration says {list(wanted)}; "
+        "download it again"
+    )
 
 
 def meta_transformer(source: Path) -> Any:
@@ -22,13 +210,226 @@ def meta_transformer(source: Path) -> Any:
     """
     path = source / CONFIG_FILE
     try:
-        config = json.loads(path.read_text())
+        config = read_json(path)
         model_class = getattr(diffusers, config["_class_name"])
         if not issubclass(model_class, diffusers.ModelMixin):
             raise TypeError(f"{config['_class_name']} is not a model")
         with init_empty_weights():
             return model_class.from_config(config).eval()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise SliderEditError(
-            f"cannot build the transformer that {str(path)!r} describes ({error}); download the checkpoint again"
+            f"cannot build the model that {str(path)!r} describes ({error}); download the checkpoint again"
         ) from error
+
+
+def read_index(base: Path) -> dict[str, Any]:
+    """`model_index.json` of a diffusers checkpoint: `_class_name` and, by name, each component's library and class.
+
+    Raises:
+        SliderEditError: no such folder, or not a checkpoint.
+    """
+    index = base / INDEX_FILE
+    try:
+        data = read_json(index)
+        if not isinstance(data["_class_name"], str):
+            raise ValueError(f"its class is {data['_class_name']!r}")
+        return data
+    except FileNotFoundError:
+        what = "is not a diffusers checkpoint: model_index.json is missing" if base.exists() else "does not exist"
+        raise SliderEditError(
+            f"base {str(base)!r} {what}; give a folder saved with save_pretrained, or shapes-kontext"
+        ) from None
+    except (OSError, KeyError, ValueError) as error:
+        raise SliderEditError(
+            f"{str(index)!r} is not a diffusers model index ({error}); download the checkpoint again"
+        ) from None
+
+
+def components(base: Path) -> dict[str, tuple[str, str]]:
+    """Library and class of each component that a checkpoint says it has.
+
+    Raises:
+        SliderEditError: a component that is described in another way, or is not a plain folder name.
+    """
+    found = {}
+    for name, entry in read_index(base).items():
+        if name.startswith("_") or not isinstance(entry, list) or entry == [None, None]:
+            continue
+        if not is_plain_name(name) or len(entry) != 2 or entry[0] not in _LIBRARIES or not isinstance(entry[1], str):
+            raise SliderEditError(
+                f"base {str(base)!r} describes its {name} as {entry}, where a class of diffusers or transformers is expected; "
+                "give a folder saved with save_pretrained"
+            )
+        found[name] = (entry[0], entry[1])
+    return found
+
+
+def check_pipeline(base: Path, *, skip: Collection[str] = (), classes: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Check that every component of a checkpoint loads and that its tokenizers know words, without reading a weight.
+
+    Models are built on the `meta` device and compared with the names and shapes in the headers of their files.
+
+    Args:
+        base: folder of a diffusers pipeline.
+        skip: components that are not needed.
+        classes: what stands in for the classes in `model_index.json`, by component.
+
+    Returns:
+        The components that are not models, loaded: schedulers, tokenizers, processors.
+
+    Raises:
+        SliderEditError: a component is missing, damaged, quantised or not stored as safetensors.
+    """
+    pipeline_class = getattr(diffusers, read_index(base)["_class_name"])
+    parameters = list(inspect.signature(pipeline_class.__init__).parameters.values())[1:]
+    described, loaded = components(base), {}
+    for name in (p.name for p in parameters if p.name not in skip):
+        if name not in described:
+            if name in pipeline_class._optional_components:
+                continue
+            raise SliderEditError(f"base {str(base)!r} has no {name} in its model_index.json; download the checkpoint again")
+        library, class_name = described[name]
+        component_class = (classes or {}).get(name) or getattr(_LIBRARIES[library], class_name, None)
+        if component_class is None:
+            raise SliderEditError(
+                f"base {str(base)!r} wants a {class_name} as its {name}, which the installed {library} "
+                f"{_LIBRARIES[library].__version__} does not have; install another version of it"
+            )
+        with quiet_libraries():
+            component = _check_component(base / name, library, component_class)
+        if component is not None:
+            loaded[name] = component
+    return loaded
+
+
+def _check_component(folder: Path, library: str, component_class: Any) -> Any:
+    """Check one component; returned loaded where it is no model, else None."""
+    if not folder.is_dir():
+        raise SliderEditError(f"base {str(folder.parent)!r} lacks its folder {folder.name}; download the checkpoint again")
+    for file in component_files(folder, library):
+        if file.exists() and file.open("rb").read(len(_LFS_POINTER)) == _LFS_POINTER:
+            raise SliderEditError(f"cannot read {str(file)!r}: {_POINTED}")
+    if issubclass(component_class, diffusers.ModelMixin):
+        check_not_quantised(folder)
+        stored, model = read_weights(folder), meta_transformer(folder)
+        # Attention blocks of old autoencoders are stored under other names; it asks for the names only.
+        model._fix_state_dict_keys_on_load(stored)
+        check_complete(model.state_dict(), stored, folder)
+        return None
+    if issubclass(component_class, transformers.PreTrainedModel):
+        check_not_quantised(folder)
+        _check_encoder(folder, component_class)
+        return None
+    component = load_components(folder, lambda: component_class.from_pretrained(folder, local_files_only=True))
+    tokenizer = getattr(component, "tokenizer", component)
+    if isinstance(tokenizer, transformers.PreTrainedTokenizerBase):
+        _check_tokenizer(tokenizer, folder)
+    return component
+
+
+def load_components(folder: Path, load: Callable[[], Any]) -> Any:
+    """What a library makes of the folder of a pipeline or of a component; whatever it raises becomes one sentence."""
+    try:
+        return load()
+    except Exception as error:  # the libraries and what they are written in raise many unrelated classes
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise SliderEditError(
+            f"{str(folder)!r} of the base cannot be loaded ({reason}); download the checkpoint again"
+        ) from error
+
+
+def _check_encoder(folder: Path, model_class: Any) -> None:
+    """Compare a model of transformers with its files; transformers itself maps their names to its own."""
+    stored = read_weights(folder, "transformers")
+    state = {name: torch.empty(place.shape, dtype=place.dtype, device="meta") for name, place in stored.items()}
+
+    def load() -> Any:
+        read_json(folder / CONFIG_FILE)  # without one, transformers takes its defaults
+        config = model_class.config_class.from_pretrained(folder, local_files_only=True)
+        return model_class.from_pretrained(
+            None,
+            config=config,
+            state_dict=state,
+            device_map="meta",
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
+
+    _, report = load_components(folder, load)
+    # Transformers would make up the values of both.
+    for name in sorted(report["missing_keys"]):
+        raise _missing(folder, name)
+    for name, found, wanted in sorted(report["mismatched_keys"]):
+        raise _mismatched(folder, name, found, wanted)
+
+
+def _check_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Transformers makes an empty tokenizer, to which every word is unknown, of a folder that lacks its vocabulary."""
+    vocabulary = {name for part, name in tokenizer.vocab_files_names.items() if part != "tokenizer_file"}
+    lacking = [] if (folder / "tokenizer.json").exists() else [n for n in sorted(vocabulary) if not (folder / n).exists()]
+    lacking += [name for name in ("tokenizer_config.json",) if not (folder / name).exists()]
+    if lacking:
+        raise SliderEditError(
+            f"the tokenizer {str(folder)!r} of the base lacks {' and '.join(lacking)}; download the checkpoint again"
+        )
+    encoded = load_components(
+        folder, lambda: tokenizer(_WORDS, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    )
+    known = [
+        number
+        for number, (start, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+        if start < end and number != tokenizer.unk_token_id
+    ]
+    if not known:
+        raise SliderEditError(
+            f"the tokenizer {str(folder)!r} of the base knows none of the words {_WORDS!r}; download the checkpoint again"
+        )
+
+
+def component_files(folder: Path, library: str) -> list[Path]:
+    """What is read when a component is loaded, sorted: its settings, vocabulary and templates, and the weights in use.
+
+    Everything else may come and go: hidden files, notes, other formats of the weights, a variant.
+
+    Args:
+        folder: of the component.
+        library: `diffusers` or `transformers`.
+    """
+    settings = [
+        file
+        for file in folder.rglob("*")
+        if file.is_file()
+        and any(fnmatch.fnmatchcase(file.name, pattern) for pattern in _SETTINGS)
+        and not any(part.startswith(".") for part in file.relative_to(folder).parts)
+    ]
+    # Transformers puts an adapter that lies beside a model into it.
+    adapter = folder / "adapter_model.safetensors"
+    found = {*settings, *weight_files(folder, library), *([adapter] if adapter.exists() else [])}
+    return sorted(found)
+
+
+def fingerprint_base(base: Path, *, skip: Collection[str] = (), digest: Callable[[Path], str] = sha256) -> dict[str, str]:
+    """SHA-256 of each component of a diffusers checkpoint, over the names and contents of its `component_files`.
+
+    The pipeline's class and those of its components are one more, under the name of `model_index.json`.
+
+    Args:
+        skip: components that are left out.
+        digest: gives a file's SHA-256.
+
+    Raises:
+        SliderEditError: not a checkpoint, or a file that cannot be read.
+    """
+    index = {name: value for name, value in read_index(base).items() if name == "_class_name" or not name.startswith("_")}
+    found = {INDEX_FILE: hashlib.sha256(json.dumps(index, sort_keys=True).encode()).hexdigest()}
+    for name, (library, _) in components(base).items():
+        if name in skip:
+            continue
+        folder, lines = base / name, []
+        for file in component_files(folder, library):
+            try:
+                lines.append(f"{file.relative_to(folder).as_posix()}\0{digest(file)}\n")
+            except OSError as error:
+                raise SliderEditError(f"cannot read {str(file)!r} of the base ({error.strerror or error})") from error
+        found[name] = hashlib.sha256("".join(lines).encode()).hexdigest()
+    return found

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
+from slideredit_rt.checkpoint import read_index
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.families.base import KINDS, Conditioning, Family, Kind, RowSet, TensorSpec
 from slideredit_rt.families.flux_kontext import FluxKontext
@@ -24,18 +24,7 @@ def get_family(name: str) -> Family:
 
 def family_of(base: Path) -> Family:
     """The family of a diffusers checkpoint folder, from the pipeline class in its `model_index.json`."""
-    index = base / "model_index.json"
-    try:
-        pipeline_class = json.loads(index.read_text())["_class_name"]
-    except FileNotFoundError:
-        what = "is not a diffusers checkpoint: model_index.json is missing" if base.exists() else "does not exist"
-        raise SliderEditError(
-            f"base {str(base)!r} {what}; give a folder saved with save_pretrained, or shapes-kontext"
-        ) from None
-    except (KeyError, ValueError, UnicodeDecodeError) as error:
-        raise SliderEditError(
-            f"{str(index)!r} is not a diffusers model index ({error}); download the checkpoint again"
-        ) from None
+    pipeline_class = read_index(base)["_class_name"]
     for family in FAMILIES.values():
         if pipeline_class in family.pipeline_classes:
             return family

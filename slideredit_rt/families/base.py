@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral
 from pathlib import Path
@@ -14,11 +13,11 @@ from typing import Any, ClassVar, Literal
 import diffusers
 import numpy as np
 import torch
-import transformers
 from diffusers.pipelines.flux.pipeline_flux_kontext import calculate_shift, retrieve_timesteps
 from PIL import Image
 from torch import Tensor, nn
 
+from slideredit_rt.checkpoint import check_pipeline, load_components, quiet_libraries
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.sliders import PromptToken
 
@@ -95,21 +94,6 @@ Backbone = Callable[[Mapping[str, Tensor]], Tensor]
 """Runs the backbone once: named inputs (with `alpha` and `token_mask`) to its prediction `[batch, image_rows, C]`."""
 
 
-@contextmanager
-def no_progress_bars() -> Iterator[None]:
-    """Hide the bars that diffusers and transformers draw per file; a command shows one of its own where work is long."""
-    libraries = (diffusers.utils.logging, transformers.utils.logging)
-    shown = [library.is_progress_bar_enabled() for library in libraries]
-    for library in libraries:
-        library.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for library, was_shown in zip(libraries, shown, strict=True):
-            if was_shown:
-                library.enable_progress_bar()
-
-
 class Family(ABC):
     """One base-model architecture. A family holds no weights; it works on a loaded diffusers pipeline.
 
@@ -120,6 +104,7 @@ class Family(ABC):
         negative_prompt: default prompt of the negative pass.
         usual_text_rows: most text rows of an engine that is compiled for a range, unless it is told.
         text_reads_pictures: whether the text encoder sees the pictures, so that its output depends on them.
+        component_classes: classes that stand in for those in `model_index.json`, by component.
         no_float16: why the family cannot compute in float16; None where it can.
     """
 
@@ -132,11 +117,23 @@ class Family(ABC):
     negative_prompt: ClassVar[str] = ""
     usual_text_rows: ClassVar[int] = 512
     text_reads_pictures: ClassVar[bool] = False
+    component_classes: ClassVar[Mapping[str, Any]] = {}
     no_float16: ClassVar[str | None] = None
 
-    @abstractmethod
+    def check_base(self, folder: Path, *, transformer: bool = True) -> dict[str, Any]:
+        """Check that the pipeline in `folder` is whole, as `slideredit_rt.checkpoint.check_pipeline` does."""
+        return check_pipeline(folder, skip=() if transformer else ("transformer",), classes=self.component_classes)
+
     def load_pipeline(self, folder: Path, *, transformer: bool = True, dtype: torch.dtype = torch.float32) -> Any:
-        """The diffusers pipeline in `folder`; without its transformer when an engine will stand in for it."""
+        """The diffusers pipeline in `folder`; without its transformer when an engine will stand in for it.
+
+        Raises:
+            SliderEditError: a component is missing or damaged.
+        """
+        parts = self.check_base(folder, transformer=transformer) | ({} if transformer else {"transformer": None})
+        options = {"dtype": dtype, "local_files_only": True, **parts}
+        with quiet_libraries():
+            return load_components(folder, lambda: diffusers.DiffusionPipeline.from_pretrained(folder, **options))
 
     def prepare_transformer(self, transformer: Any) -> None:  # noqa: B027
         """Let a transformer take tensors where diffusers passes Python objects; diffusers' own calls work as before."""

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import FluxKontextPipeline
 from diffusers.pipelines.flux.pipeline_flux_kontext import PREFERRED_KONTEXT_RESOLUTIONS
 from PIL import Image
 from torch import Tensor, nn
 
-from slideredit_rt.families.base import EncodedPictures, Family, Kind, RowSet, TensorSpec, no_progress_bars
+from slideredit_rt.families.base import EncodedPictures, Family, Kind, RowSet, TensorSpec
 from slideredit_rt.sliders import PromptToken
 
 _TEXT_LINEARS = r"transformer_blocks\.\d+\.(attn\.(add_[qkv]_proj|to_add_out)|ff_context\.net\.(0\.proj|2))"
@@ -32,9 +31,7 @@ class FluxKontext(Family):
     no_float16 = "its activations exceed 65504, the largest float16, and turn into infinities"
 
     def load_pipeline(self, folder: Path, *, transformer: bool = True, dtype: torch.dtype = torch.float32) -> Any:
-        parts = {} if transformer else {"transformer": None}
-        with no_progress_bars():
-            pipeline = FluxKontextPipeline.from_pretrained(folder, dtype=dtype, local_files_only=True, **parts)
+        pipeline = super().load_pipeline(folder, transformer=transformer, dtype=dtype)
         # Convolutions prefer it: a batch is decoded in two thirds of the time on a CPU.
         pipeline.vae.to(memory_format=torch.channels_last)
         return pipeline

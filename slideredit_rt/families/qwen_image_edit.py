@@ -8,11 +8,10 @@ import dataclasses
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from diffusers import DiffusionPipeline, QwenImageEditPlusPipeline
+from diffusers import QwenImageEditPlusPipeline
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.transformers.transformer_qwenimage import QwenDoubleStreamAttnProcessor2_0
 from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus import calculate_dimensions
@@ -23,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import Qwen2VLProcessor
 
 from slideredit_rt.errors import SliderEditError
-from slideredit_rt.families.base import Conditioning, EncodedPictures, Family, Kind, RowSet, TensorSpec, no_progress_bars
+from slideredit_rt.families.base import Conditioning, EncodedPictures, Family, Kind, RowSet, TensorSpec
 from slideredit_rt.sliders import PromptToken
 
 _TEXT_LINEARS = r"transformer_blocks\.\d+\.(attn\.(add_[qkv]_proj|to_add_out)|txt_mlp\.net\.(0\.proj|2))"
@@ -193,12 +192,7 @@ class QwenImageEdit(Family):
     # A picture of 1024² takes about 1,370 of them.
     usual_text_rows = 1536
     text_reads_pictures = True
-
-    def load_pipeline(self, folder: Path, *, transformer: bool = True, dtype: torch.dtype = torch.float32) -> Any:
-        parts = {} if transformer else {"transformer": None}
-        with no_progress_bars():
-            processor = PictureProcessor.from_pretrained(folder / "processor")
-            return DiffusionPipeline.from_pretrained(folder, dtype=dtype, local_files_only=True, processor=processor, **parts)
+    component_classes: ClassVar[Mapping[str, Any]] = {"processor": PictureProcessor}
 
     def prepare_transformer(self, transformer: Any) -> None:
         if isinstance(transformer.pos_embed, _RotaryInputs):

@@ -11,7 +11,7 @@ import transformers
 from PIL import Image
 from torch import Tensor
 
-from slideredit_rt.families.base import no_progress_bars
+from slideredit_rt.checkpoint import quiet_libraries
 
 BATCH = 16
 """Pictures that a model is shown at once."""
@@ -81,7 +81,7 @@ class PretrainedVision:
     """
 
     def __init__(self, architecture: str, source: str, device: str) -> None:
-        with no_progress_bars():
+        with quiet_libraries():
             # Without safetensors in a repository this reads a pickle, as tensors only.
             self.model, report = getattr(transformers, architecture).from_pretrained(
                 source, dtype=torch.float32, weights_only=True, output_loading_info=True
