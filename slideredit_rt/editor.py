@@ -19,7 +19,7 @@ from tqdm import tqdm
 from slideredit_rt.adapters import AdapterSource, load_adapters
 from slideredit_rt.assets import resolve_base
 from slideredit_rt.engines import Engine, RuntimeOptions, open_engine
-from slideredit_rt.engines.manifest import fingerprint_base
+from slideredit_rt.engines.manifest import check_base
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.families import Conditioning, Family, family_of, get_family
 from slideredit_rt.images import ImageSource, read_images
@@ -125,14 +125,7 @@ class SliderEditor:
         family = get_family(manifest.family)
         folder = resolve_base(base if base is not None else manifest.base["source"])
         family_of(folder)
-        expected = {k: v for k, v in manifest.base["fingerprint"].items() if k != "transformer"}
-        actual = fingerprint_base(folder, skip="transformer")
-        changed = sorted(k for k in expected if actual.get(k) != expected[k])
-        if changed:
-            raise SliderEditError(
-                f"base {str(folder)!r} is not what engine {str(path)!r} was built from: {', '.join(changed)} differ; "
-                "pass the original base or rebuild the engine"
-            )
+        check_base(manifest, Path(path), folder, skip=("transformer",))
         with _LOADING:
             pipeline = family.load_pipeline(folder, transformer=False)
         limits = (manifest.max_batch, manifest.max_sliders)

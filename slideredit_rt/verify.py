@@ -13,9 +13,10 @@ from PIL import Image
 from torch import Tensor
 
 from slideredit_rt.adapters import load_adapters
+from slideredit_rt.assets import resolve_base
 from slideredit_rt.editor import Prepared, SliderEditor
 from slideredit_rt.engines import Engine
-from slideredit_rt.engines.manifest import read_manifest
+from slideredit_rt.engines.manifest import check_base, read_manifest
 from slideredit_rt.engines.tensorrt import RuntimeOptions
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.families import get_family
@@ -169,7 +170,7 @@ def verify_engine(
         steps: denoising steps of the final images.
 
     Raises:
-        SliderEditError: the adapter is not the one in the engine.
+        SliderEditError: the base or the adapter is not the one that the engine was built from.
     """
     manifest = read_manifest(path)
     if manifest.adapter is None:
@@ -180,6 +181,8 @@ def verify_engine(
     loaded = load_adapters(adapter, get_family(manifest.family)).without(manifest.adapter.get("dropped", ()))
     if loaded.fingerprint != manifest.adapter["fingerprint"]:
         raise SliderEditError(f"adapter {adapter!r} is not the one in engine {str(path)!r}; pass the original with --adapter")
+    # The whole base: what the engine was built from is what it is compared with.
+    check_base(manifest, path, resolve_base(base))
     engine = SliderEditor.from_engine(path, base, options=options)
     eager = SliderEditor.from_pretrained(base, loaded)
     same_dtype = None

@@ -18,6 +18,7 @@ from slideredit_rt.engines import open_engine
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.export.onnx_graph import example_inputs
 from slideredit_rt.families import Family
+from slideredit_rt.files import sha256
 from slideredit_rt.modules import SliderBackbone
 
 SHAPES = [(1, 24, 128, 1), (3, 24, 128, 2), (5, 17, 96, 8), (2, 31, 60, 1)]
@@ -74,8 +75,8 @@ def test_weights_of_the_base_are_linked_and_not_copied(engines: dict[str, Path],
     manifest, _ = open_engine(engines[kind])
     source = resolve_base("shapes-kontext") / "transformer"
     for name, link in manifest.links.items():
-        size = (source / name).stat().st_size
-        assert link == {"bytes": size, "kind": "hard"}
+        file = source / name
+        assert link == {"sha256": sha256(file), "bytes": file.stat().st_size, "kind": "hard"}
     written = sum(file["bytes"] for name, file in manifest.files.items() if name not in os.listdir(source))
     assert written < sum(f.stat().st_size for f in source.glob("*.safetensors")) / 4
 

@@ -21,6 +21,7 @@ from slideredit_rt.engines import read_manifest, tensorrt_report
 from slideredit_rt.engines.manifest import describe_files, write_manifest
 from slideredit_rt.engines.tensorrt import PLAN_FILE
 from slideredit_rt.engines.tensorrt_report import describe_plan, engine_report
+from slideredit_rt.files import sha256
 
 Inspect = Callable[[Path], tuple[str, dict[str, Any]]]
 
@@ -76,10 +77,13 @@ def test_an_onnx_runtime_engine(engines: dict[str, Path], kind: str, inspect: In
 
 def test_links_are_named_with_their_sizes(engines: dict[str, Path], tmp_path: Path, inspect: Inspect) -> None:
     shutil.copytree(engines["st"], tmp_path / "engine", copy_function=os.link)
-    (tmp_path / "engine" / "shard.safetensors").write_bytes(bytes(2**20))
+    shard = tmp_path / "engine" / "shard.safetensors"
+    shard.write_bytes(bytes(2**20))
     manifest = read_manifest(tmp_path / "engine")
     (tmp_path / "engine" / "manifest.json").unlink()
-    links = {"shard.safetensors": {"bytes": 2**20, "kind": "symbolic"}}
+    links = {
+        "shard.safetensors": {"bytes": 2**20, "sha256": sha256(tmp_path / "engine" / "shard.safetensors"), "kind": "symbolic"}
+    }
     write_manifest(dataclasses.replace(manifest, links=links), tmp_path / "engine")
     lines, report = inspect(tmp_path / "engine")
     assert "link       shard.safetensors 1.0 MiB (symbolic)" in lines

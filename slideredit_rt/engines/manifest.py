@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from slideredit_rt.checkpoint import fingerprint_base
 from slideredit_rt.errors import SliderEditError
-from slideredit_rt.families import TensorSpec
-from slideredit_rt.files import folder_fingerprint, sha256
+from slideredit_rt.families import FAMILIES, KINDS, TensorSpec
+from slideredit_rt.files import Digests, is_plain_name, read_json, sha256
 from slideredit_rt.sliders import StrengthCurve
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 NAME = "manifest.json"
+DIGESTS = ".digests.json"
+"""What is remembered in an engine folder about files that were read whole: not a part of the engine, and made again."""
+MAX_BATCH, MAX_SLIDERS = 1024, 256
+"""The largest limits that an engine may have."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +30,7 @@ class Manifest:
 
     Attributes:
         family: base-model family.
-        base: `source` (embedded name, hub repository or folder) and `fingerprint`, SHA-256 per pipeline component.
+        base: `source` (embedded name, hub repository or absolute folder) and `fingerprint`, SHA-256 per pipeline component.
         adapter: `source`, `fingerprint`, `kind`, `rank`, `modules`, `strength_curve`, and for a bank `members`, by name, each
             with its `source` and `strength_curve`; None for an engine of the frozen backbone.
         backend, backend_version: what executes it.
@@ -42,8 +49,7 @@ class Manifest:
         layers: number of layers by type in the network that the builder was given, before it fused them.
         compatibility: what beside the build machine's own TensorRT version and GPU a plan takes: `versions` (bool, later ones
             of the same major) and `hardware` (`none`, `ampere_plus` or `same_compute_capability`).
-        links: checkpoint files that lie in the folder as links: name to size in bytes and `kind`, `hard` or `symbolic`.
-            Not hashed again: the base's fingerprint covers them.
+        links: checkpoint files that lie in the folder as links: name to SHA-256, size and `kind`, `hard` or `symbolic`.
     """
 
     family: str
@@ -88,15 +94,31 @@ class Manifest:
         return dataclasses.asdict(self)
 
 
-def fingerprint_base(base: Path, skip: str | None = None) -> dict[str, str]:
-    """SHA-256 of each component folder of a diffusers checkpoint, but for the one called `skip`."""
-    folders = [f for f in sorted(base.iterdir()) if f.is_dir() and f.name != skip and not f.name.startswith(".")]
-    return {folder.name: folder_fingerprint(folder) for folder in folders}
+def check_base(manifest: Manifest, engine: Path, base: Path, *, skip: Collection[str] = ()) -> None:
+    """Compare a base with the one that an engine was built from.
+
+    Args:
+        engine: folder of the manifest; what was read of large files is remembered in it.
+        base: folder of a diffusers checkpoint.
+        skip: components that are not compared.
+
+    Raises:
+        SliderEditError: another base, or one that was changed after the build.
+    """
+    digests = Digests(engine / DIGESTS)
+    actual = fingerprint_base(base, skip=skip, digest=digests)
+    digests.save()
+    expected = {name: value for name, value in manifest.base["fingerprint"].items() if name not in skip}
+    if changed := sorted(name for name in expected if actual.get(name) != expected[name]):
+        raise SliderEditError(
+            f"base {str(base)!r} is not what engine {str(engine)!r} was built from: {', '.join(changed)} differ; "
+            "pass the original base or rebuild the engine"
+        )
 
 
-def describe_files(folder: Path, names: list[str]) -> dict[str, dict[str, Any]]:
+def describe_files(folder: Path, names: list[str], digest: Callable[[Path], str] = sha256) -> dict[str, dict[str, Any]]:
     """SHA-256 and size of files in an engine folder."""
-    return {name: {"sha256": sha256(folder / name), "bytes": (folder / name).stat().st_size} for name in names}
+    return {name: {"sha256": digest(folder / name), "bytes": (folder / name).stat().st_size} for name in names}
 
 
 def write_manifest(manifest: Manifest, folder: Path) -> None:
@@ -107,51 +129,264 @@ def write_manifest(manifest: Manifest, folder: Path) -> None:
 def read_manifest(folder: Path, *, unchecked: str | None = None) -> Manifest:
     """Read a manifest and check that the files it lists are there, whole and unchanged.
 
+    A large file is read once, and again only after something happened to it: what it was is remembered in the folder
+    (`slideredit_rt.files.Digests`). Links are followed, as what they lead to must have the recorded content.
+
     Args:
         folder: of an engine.
         unchecked: name of a file that the caller is about to write anew.
 
     Raises:
-        SliderEditError: not an engine folder, another schema version, or a missing, truncated or changed file.
+        SliderEditError: not an engine folder, another schema version, a manifest that does not describe an engine, or a
+            missing, truncated or changed file.
     """
     path = folder / NAME
     try:
-        data = json.loads(path.read_text())
+        data = read_json(path)
         version = data["schema_version"]
+        if version == SCHEMA_VERSION:
+            manifest = _parse(data)
     except FileNotFoundError:
         what = "is not an engine folder: manifest.json is missing" if folder.exists() else "does not exist"
         raise SliderEditError(f"engine {str(folder)!r} {what}; build one with slideredit-rt build") from None
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise SliderEditError(f"{str(path)!r} is damaged ({type(error).__name__}: {error}); build the engine again") from None
+    except (ValueError, KeyError, OSError) as error:
+        raise SliderEditError(f"{str(path)!r} is damaged ({error}); build the engine again") from None
     if version != SCHEMA_VERSION:
         raise SliderEditError(
-            f"engine {str(folder)!r} has manifest schema {version}, this version reads {SCHEMA_VERSION}; build the engine again"
+            f"engine {str(folder)!r} has manifest schema {version!r:.40}, this version reads {SCHEMA_VERSION}; "
+            "build the engine again"
         )
+    digests = Digests(folder / DIGESTS)
+    for name, expected in (manifest.files | manifest.links).items():
+        if name != unchecked:
+            _check_file(folder, name, expected, digests, linked=name in manifest.links, source=manifest.base["source"])
+    digests.save()
+    return manifest
+
+
+def _check_file(folder: Path, name: str, expected: Mapping[str, Any], digests: Digests, *, linked: bool, source: str) -> None:
+    file = folder / name
     try:
-        specs = {
-            key: [TensorSpec(s["name"], s["dtype"], tuple(s["shape"])) for s in data[key]] for key in ("inputs", "outputs")
+        # What is no regular file, a pipe for example, might never end.
+        size = file.stat().st_size if file.is_file() else None
+        whole = size == expected["bytes"] and digests(file) == expected["sha256"]
+    except OSError as error:
+        raise SliderEditError(f"engine file {str(file)!r} cannot be read ({error.strerror or error})") from error
+    if whole:
+        return
+    if linked:
+        raise SliderEditError(
+            f"engine {str(folder)!r} needs the checkpoint's file {name} as it was at the build, and it is gone or changed; put "
+            f"the original back into {source!r} and build the engine again, with --copy-weights if the checkpoint may change"
+        )
+    if size is None:
+        raise SliderEditError(f"engine {str(folder)!r} lacks its file {name}; build the engine again")
+    if size != expected["bytes"]:
+        raise SliderEditError(
+            f"engine file {str(file)!r} has {size} bytes instead of {expected['bytes']}; build the engine again"
+        )
+    raise SliderEditError(f"engine file {str(file)!r} was changed after the build; build the engine again")
+
+
+# --- Reading a manifest that anybody may have written ------------------------------------------------------------------
+
+# Takes a value and where it stands, and raises ValueError if it is not what belongs there.
+_Check = Callable[[Any, str], None]
+_MOST = 4096  # entries of any list or mapping
+_LARGEST = 2**31  # of sizes, counts and the configuration's numbers
+
+
+def _refuse(where: str, value: Any, expected: str) -> ValueError:
+    return ValueError(f"{where} is {value!r:.60}, expected {expected}")
+
+
+def _text(value: Any, where: str) -> None:
+    # Escape sequences would reach the terminal of whoever inspects the engine. Half a surrogate pair can be written nowhere;
+    # those that stand for undecodable bytes of a path can.
+    if not isinstance(value, str) or len(value) > _MOST or re.search(r"[\x00-\x1f\x7f-\x9f\ud800-\udc7f\udd00-\udfff]", value):
+        raise _refuse(where, value, "a line of text")
+
+
+def _file_name(value: Any, where: str) -> None:
+    _text(value, where)
+    if not is_plain_name(value) or len(value) > 255:
+        raise _refuse(where, value, "a plain file name")
+
+
+def _sha256(value: Any, where: str) -> None:
+    if not isinstance(value, str) or len(value) != 64 or set(value) - set("0123456789abcdef"):
+        raise _refuse(where, value, "a SHA-256 in hexadecimal")
+
+
+def _whole(low: int, high: int) -> _Check:
+    def check(value: Any, where: str) -> None:
+        if type(value) is not int or not low <= value <= high:
+            raise _refuse(where, value, f"a whole number from {low} to {high}")
+
+    return check
+
+
+def _one_of(*known: Any) -> _Check:
+    def check(value: Any, where: str) -> None:
+        if not any(type(value) is type(one) and value == one for one in known):
+            raise _refuse(where, value, f"one of {', '.join(map(repr, known))}")
+
+    return check
+
+
+def _either(one: _Check, other: _Check) -> _Check:
+    """The second where the first refuses."""
+
+    def check(value: Any, where: str) -> None:
+        try:
+            one(value, where)
+        except ValueError:
+            other(value, where)
+
+    return check
+
+
+def _list(item: _Check, fewest: int = 0, most: int = _MOST) -> _Check:
+    def check(value: Any, where: str) -> None:
+        if not isinstance(value, list) or not fewest <= len(value) <= most:
+            raise _refuse(where, value, f"a list of {fewest} to {most}")
+        for index, one in enumerate(value):
+            item(one, f"{where}[{index}]")
+
+    return check
+
+
+def _mapping(item: _Check, key: _Check = _text, most: int = _MOST) -> _Check:
+    def check(value: Any, where: str) -> None:
+        if not isinstance(value, dict) or len(value) > most:
+            raise _refuse(where, value, f"an object of at most {most} entries")
+        for name, one in value.items():
+            key(name, f"a name in {where}")
+            item(one, f"{where}.{name}")
+
+    return check
+
+
+def _record(needed: Mapping[str, _Check], optional: Mapping[str, _Check] | None = None) -> _Check:
+    known = {**needed, **(optional or {})}
+
+    def check(value: Any, where: str) -> None:
+        if not isinstance(value, dict):
+            raise _refuse(where, value, "an object")
+        if lacking := [name for name in needed if name not in value]:
+            raise ValueError(f"{where} has no {lacking[0]}")
+        for name, one in value.items():
+            if name not in known:
+                raise ValueError(f"{where} has the unknown entry {name!r:.60}")
+            known[name](one, f"{where}.{name}")
+
+    return check
+
+
+def _plain(value: Any, where: str, depth: int = 8) -> None:
+    """Any JSON of reasonable size: what a model's configuration or an adapter's training record consists of."""
+    if isinstance(value, dict | list):
+        if depth == 0:
+            raise ValueError(f"{where} is nested too deep")
+        entries = value.values() if isinstance(value, dict) else value
+        if len(entries) > _MOST:
+            raise _refuse(where, value, f"at most {_MOST} entries")
+        for one in entries:
+            _plain(one, where, depth - 1)
+    elif isinstance(value, int | float) and abs(value) > _LARGEST:
+        raise _refuse(where, value, f"numbers up to {_LARGEST}")
+
+
+def _curve(value: Any, where: str) -> None:
+    _plain(value, where)
+    try:
+        StrengthCurve.from_json(value)
+    except SliderEditError:
+        raise _refuse(where, value, "a strength curve") from None
+
+
+def _rising(value: Any, where: str) -> None:
+    _list(_whole(1, _LARGEST), 3, 3)(value, where)
+    if value != sorted(value):
+        raise _refuse(where, value, "three numbers that do not fall")
+
+
+_COUNTS = _mapping(_whole(0, _LARGEST))
+_AXES = ("batch", "text_rows", "image_rows", "sliders", "rows")
+_SPECS = _list(
+    _record(
+        {
+            "name": _text,
+            "dtype": _one_of("float32", "bool"),
+            "shape": _list(_either(_one_of(*_AXES), _whole(1, _LARGEST)), 1, 8),
         }
-        manifest = Manifest(**(data | specs))
-    except (TypeError, KeyError) as error:
-        raise SliderEditError(f"{str(path)!r} is damaged ({error}); build the engine again") from None
-    for name, expected in manifest.files.items():
-        if name == unchecked:
-            continue
-        file = folder / name
-        if not file.is_file():
-            raise SliderEditError(f"engine {str(folder)!r} lacks its file {name}; build the engine again")
-        if file.stat().st_size != expected["bytes"]:
-            raise SliderEditError(
-                f"engine file {str(file)!r} has {file.stat().st_size} bytes instead of {expected['bytes']}; "
-                "build the engine again"
-            )
-        if sha256(file) != expected["sha256"]:
-            raise SliderEditError(f"engine file {str(file)!r} was changed after the build; build the engine again")
-    for name, expected in manifest.links.items():
-        file = folder / name
-        if not file.is_file() or file.stat().st_size != expected["bytes"]:
-            raise SliderEditError(
-                f"engine {str(folder)!r} needs the checkpoint's file {name} as it was at the build, and it is gone or changed; "
-                "build the engine again"
-            )
+    ),
+    1,
+    64,
+)
+_FILE = {"sha256": _sha256, "bytes": _whole(0, 2**50)}
+_ADAPTER = _record(
+    {
+        "source": _text,
+        "fingerprint": _text,
+        "kind": _one_of(*KINDS),
+        "rank": _whole(1, _LARGEST),
+        "modules": _whole(1, _LARGEST),
+        "strength_curve": _curve,
+    },
+    {
+        "training": _plain,
+        "members": _mapping(_record({"source": _text, "strength_curve": _curve}), most=MAX_SLIDERS),
+        "dropped": _list(_text, most=_LARGEST),
+    },
+)
+_MANIFEST = _record(
+    {
+        "family": _text,
+        "base": _record({"source": _text, "fingerprint": _mapping(_sha256)}),
+        "adapter": _either(_one_of(None), _ADAPTER),
+        "backend": _text,
+        "backend_version": _text,
+        "lowering": _text,
+        "targets": _list(_text),
+        "max_batch": _whole(1, MAX_BATCH),
+        "max_sliders": _whole(1, MAX_SLIDERS),
+        "config": _mapping(_plain),
+        "inputs": _SPECS,
+        "outputs": _SPECS,
+        "files": _mapping(_record(_FILE), key=_file_name),
+        "created": _text,
+        "versions": _mapping(_text),
+        "schema_version": _whole(SCHEMA_VERSION, SCHEMA_VERSION),
+    },
+    {
+        "ranges": _mapping(_rising, key=_one_of(*_AXES)),
+        "dtype": _one_of("float32", "bfloat16", "float16"),
+        "updates": _COUNTS,
+        "layers": _COUNTS,
+        "compatibility": _record(
+            {}, {"versions": _one_of(True, False), "hardware": _one_of("none", "ampere_plus", "same_compute_capability")}
+        ),
+        "links": _mapping(_record(_FILE | {"kind": _one_of("hard", "symbolic")}), key=_file_name),
+    },
+)
+
+
+def _parse(data: dict[str, Any]) -> Manifest:
+    """A manifest from its JSON.
+
+    Raises:
+        ValueError: it does not describe an engine.
+    """
+    _MANIFEST(data, "the manifest")
+    specs = {key: [TensorSpec(s["name"], s["dtype"], tuple(s["shape"])) for s in data[key]] for key in ("inputs", "outputs")}
+    manifest = Manifest(**(data | specs))
+    # An unknown family has an error of its own, which names the known ones.
+    if family := FAMILIES.get(manifest.family):
+        try:
+            inputs, output = family.input_specs(manifest.config), family.output_spec(manifest.config)
+        except (KeyError, TypeError, ValueError, ArithmeticError) as error:
+            raise ValueError(f"config lacks what a {family.name} needs: {error}") from None
+        if manifest.inputs[: len(inputs)] != inputs or manifest.outputs != [output]:
+            raise ValueError(f"inputs and outputs are not those of a {family.name} of this config")
     return manifest

@@ -16,6 +16,7 @@ from typing import Any
 
 from slideredit_rt.adapters import Adapter, load_adapter
 from slideredit_rt.assets import EMBEDDED_BASE, resolve_base, resolve_offsets
+from slideredit_rt.checkpoint import fingerprint_base
 from slideredit_rt.editor import SliderEditor
 from slideredit_rt.engines.manifest import read_manifest
 from slideredit_rt.errors import SliderEditError
@@ -141,7 +142,8 @@ def run_evaluation(
         dataset = open_pictures(pictures, family, folder)
         data = {"images": folder_fingerprint(pictures.images), "prompts": sha256(pictures.prompts)}
     trained = {name: rival for name, rival in rivals.items() if name in chosen}
-    fingerprints = {"base": folder_fingerprint(folder)} | {s.stem: s.fingerprint for s in sources} | data
+    fingerprints = {f"base {name}": value for name, value in fingerprint_base(folder).items()}
+    fingerprints |= {s.stem: s.fingerprint for s in sources} | data
     fingerprints |= {name: rival.fingerprint for name, rival in trained.items()}
     # The plain edit is the reference system's own at strength 1, so it has to be there even if it is not compared.
     reference = next(c for c in contenders.values() if issubclass(c.system, SelectiveToken))
