@@ -23,10 +23,12 @@ from slideredit_rt.adapters import (
     load_adapters,
     match_adapter,
 )
-from slideredit_rt.assets import resolve_base
-from slideredit_rt.checkpoint import meta_transformer
+from slideredit_rt.assets import from_anywhere, resolve_base
+from slideredit_rt.checkpoint import fingerprint_base, meta_transformer
 from slideredit_rt.engines import BACKENDS
-from slideredit_rt.engines.manifest import Manifest, describe_files, fingerprint_base, write_manifest
+from slideredit_rt.engines.manifest import DIGESTS, Manifest, describe_files, write_manifest
+from slideredit_rt.engines.manifest import MAX_BATCH as LARGEST_BATCH
+from slideredit_rt.engines.manifest import MAX_SLIDERS as LARGEST_SLIDERS
 from slideredit_rt.engines.tensorrt import PACKAGES, PLAN_FILE
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.export.linked_weights import export_linked, export_weights
@@ -44,7 +46,7 @@ from slideredit_rt.export.tensorrt_engine import (
     targets_of,
 )
 from slideredit_rt.families import family_of
-from slideredit_rt.files import atomic_folder
+from slideredit_rt.files import Digests, atomic_folder
 
 BATCH: Range = (1, 1, 16)
 MAX_SLIDERS = 8
@@ -66,6 +68,7 @@ def build_engine(
     max_sliders: int = MAX_SLIDERS,
     allow_partial: bool = False,
     tensorrt: TensorRTOptions | None = None,
+    copy_weights: bool = False,
     overwrite: bool = False,
     progress: bool = True,
 ) -> Manifest:
@@ -83,6 +86,8 @@ def build_engine(
         max_sliders: the largest K.
         allow_partial: leave out modules of the adapter that the base lacks instead of refusing it.
         tensorrt: sizes, targets and builder settings, for the backends `tensorrt` and `tensorrt-rtx` only.
+        copy_weights: copy the base's weights instead of linking them, so that the base may change or go. A compiled plan holds
+            them anyway.
         overwrite: replace an existing folder.
         progress: show a progress bar on standard error.
 
@@ -93,8 +98,10 @@ def build_engine(
         raise SliderEditError(f"unknown backend {backend!r}; known: {', '.join(BACKENDS)}")
     if not 1 <= batch[0] <= batch[1] <= batch[2]:
         raise SliderEditError(f"the batch sizes {','.join(map(str, batch))} do not rise from 1 or more; give MIN,OPT,MAX")
-    if max_sliders < 1:
-        raise SliderEditError(f"an engine needs room for one slider or more, got {max_sliders}")
+    if not 1 <= max_sliders <= LARGEST_SLIDERS:
+        raise SliderEditError(f"an engine has room for 1 to {LARGEST_SLIDERS} sliders, got {max_sliders}")
+    if batch[2] > LARGEST_BATCH:
+        raise SliderEditError(f"an engine takes batches of at most {LARGEST_BATCH}, got {batch[2]}")
     if backend == "onnxruntime":
         dtype = dtype or "float32"
         if dtype == "bfloat16":
@@ -110,6 +117,8 @@ def build_engine(
         loaded = fit_adapter(loaded, family, transformer, allow_partial=allow_partial)
     kind, bank = (loaded.kind, bool(loaded.members)) if loaded else (None, False)
     form = _operator(lowering) if backend == "inductor" else choose(lowering, kind, backend, bank=bank)
+    # The transformer is checked where its weights are linked.
+    family.check_base(path, transformer=False)
     profile: Profile | None = None
     targets: tuple[str, ...] = ()
     if options is not None:
@@ -133,7 +142,9 @@ def build_engine(
             with tempfile.TemporaryDirectory(dir=folder) if options else nullcontext(folder) as graph_folder:
                 weights_dtype = None if dtype is None else getattr(torch, dtype)
                 if form == "operator":
-                    exported = export_weights(family, path, loaded, Path(graph_folder), dtype=weights_dtype)
+                    exported = export_weights(
+                        family, path, loaded, Path(graph_folder), dtype=weights_dtype, copy_weights=copy_weights
+                    )
                 else:
                     exported = export_linked(
                         family,
@@ -145,6 +156,7 @@ def build_engine(
                         target=plugin_target(targets, options) if options and form == "plugin" else None,
                         # ONNX Runtime reads nothing through a symbolic link.
                         symbolic_links=options is not None,
+                        copy_weights=copy_weights and options is None,
                     )
                 bar.update()
                 files, layers = exported.files, {}
@@ -167,13 +179,16 @@ def build_engine(
                 for note in exported.notes + _partial_notes(match, loaded.ignored if loaded else ()):
                     tqdm.write(note, file=sys.stderr)
             stage("fingerprint the base")
-            fingerprint = fingerprint_base(path)
+            # Links are the base's own files: hashed once, and remembered for whoever opens the engine.
+            digests = Digests(folder / DIGESTS)
+            fingerprint = fingerprint_base(path, digest=digests)
             bar.update()
             stage("write the manifest")
             links = {} if options else exported.links
+            linked = describe_files(folder, list(links), digests)
             manifest = Manifest(
                 family=family.name,
-                base={"source": str(base) if str(base) != str(path) else str(path.resolve()), "fingerprint": fingerprint},
+                base={"source": from_anywhere(base), "fingerprint": fingerprint},
                 adapter=describe_adapter(loaded, match.unexpected) if loaded and match else None,
                 backend=backend,
                 # TensorRT's metadata may belong to a package of another name.
@@ -186,7 +201,7 @@ def build_engine(
                 config=exported.config,
                 inputs=exported.inputs,
                 outputs=exported.outputs,
-                files=describe_files(folder, files),
+                files=describe_files(folder, files, digests),
                 created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
                 versions=_versions(),
                 dtype=exported.dtype,
@@ -195,8 +210,9 @@ def build_engine(
                 compatibility={}
                 if backend != "tensorrt" or options is None
                 else {"versions": options.version_compatible, "hardware": options.hardware_compatibility},
-                links={name: {"bytes": (folder / name).stat().st_size, "kind": kind} for name, kind in links.items()},
+                links={name: described | {"kind": links[name]} for name, described in linked.items()},
             )
+            digests.save()
             write_manifest(manifest, folder)
             bar.update()
             stage("done")
@@ -228,15 +244,17 @@ def _partial_notes(match: AdapterMatch | None, ignored: Sequence[str]) -> list[s
 
 def describe_adapter(adapter: Adapter, dropped: Sequence[str] = ()) -> dict[str, Any]:
     """The manifest's section about an adapter; `dropped` are modules of its file that the engine does without."""
+    members = {name: m | {"source": from_anywhere(m["source"])} for name, m in describe_members(adapter).items()}
+    sources = dict.fromkeys(m["source"] for m in members.values()) or [from_anywhere(adapter.source)]
     return {
-        "source": adapter.source,
+        "source": ", ".join(sources),
         "fingerprint": adapter.fingerprint,
         "kind": adapter.kind,
         "rank": adapter.rank,
         "modules": len(adapter.pairs),
         "training": adapter.training,
         "strength_curve": adapter.curve.to_json(),
-        **({"members": describe_members(adapter)} if adapter.members else {}),
+        **({"members": members} if members else {}),
         **({"dropped": list(dropped)} if dropped else {}),
     }
 

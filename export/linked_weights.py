@@ -19,6 +19,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -30,7 +31,15 @@ from onnx_ir.passes import common as passes
 from torch import Tensor, nn
 
 from slideredit_rt.adapters import Adapter, fill_ranks
-from slideredit_rt.checkpoint import CONFIG_FILE, meta_transformer
+from slideredit_rt.checkpoint import (
+    CONFIG_FILE,
+    Stored,
+    check_complete,
+    check_not_quantised,
+    meta_transformer,
+    read_header,
+    read_weights,
+)
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.export.lowering import Lowering, lower
 from slideredit_rt.export.onnx_graph import MODEL_FILE, trace
@@ -42,12 +51,9 @@ from slideredit_rt.modules import SliderBackbone
 ADAPTER_FILE = "adapter.safetensors"
 CONVERTED_FILE = "converted.safetensors"
 _OWN_FILES = (MODEL_FILE, ADAPTER_FILE, CONVERTED_FILE, CONFIG_FILE)
-_WEIGHTS = "diffusion_pytorch_model.safetensors"
-_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-_CODES = {dtype: code for code, dtype in _DTYPES.items()}
+_CODES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 # Elements: enough for shapes, slices and the tables of position frequencies, far below any weight matrix.
 _FOLD_LIMIT = 1024
-_MAX_HEADER = 100_000_000  # what the safetensors library accepts, in bytes
 
 Link = Literal["hard", "symbolic"]
 
@@ -87,7 +93,7 @@ class _LinkedWeights:
     dtype: torch.dtype
     files: list[str]
     links: dict[str, Link]
-    places: dict[str, _Stored]
+    places: dict[str, Stored]
 
     def export(self, folder: Path, model_file: str, updates: dict[str, int], notes: list[str]) -> LinkedExport:
         """The account of a finished folder, whose `model_file` came to the weights."""
@@ -105,17 +111,6 @@ class _LinkedWeights:
         )
 
 
-@dataclass(frozen=True)
-class _Stored:
-    """Where a tensor lies: `length` bytes from `offset` in `file`."""
-
-    file: Path
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    offset: int
-    length: int
-
-
 def export_linked(
     family: Family,
     checkpoint: Path,
@@ -126,6 +121,7 @@ def export_linked(
     lowering: Lowering = "native",
     target: str | None = None,
     symbolic_links: bool = True,
+    copy_weights: bool = False,
 ) -> LinkedExport:
     """Write `model.onnx` and the adapter's file into `folder` and link the checkpoint's weights beside them.
 
@@ -142,13 +138,21 @@ def export_linked(
         lowering, target: what becomes of the slider nodes (`lowering.lower`). Plugins get an adapter whose ranks are filled up
             with zeros to a multiple of 16.
         symbolic_links: link symbolically where a hard link is impossible, instead of copying.
+        copy_weights: copy and do not link at all.
 
     Raises:
         SliderEditError: the checkpoint is incomplete, damaged, not safetensors or of mixed dtypes; the family cannot
             compute in the dtype; the adapter does not fit; the folder takes neither links nor copies.
     """
     weights = _link_weights(
-        family, checkpoint, adapter, folder, dtype=dtype, higher_ranks=lowering == "plugin", symbolic_links=symbolic_links
+        family,
+        checkpoint,
+        adapter,
+        folder,
+        dtype=dtype,
+        higher_ranks=lowering == "plugin",
+        symbolic_links=symbolic_links,
+        copy_weights=copy_weights,
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -167,13 +171,23 @@ def export_weights(
     folder: Path,
     *,
     dtype: torch.dtype | None = None,
+    copy_weights: bool = False,
 ) -> LinkedExport:
     """As `export_linked`, but with the transformer's `config.json` in the place of a graph: for engines that run the module.
 
     Raises:
         SliderEditError: as `export_linked`.
     """
-    weights = _link_weights(family, checkpoint, adapter, folder, dtype=dtype, higher_ranks=False, symbolic_links=True)
+    weights = _link_weights(
+        family,
+        checkpoint,
+        adapter,
+        folder,
+        dtype=dtype,
+        higher_ranks=False,
+        symbolic_links=True,
+        copy_weights=copy_weights,
+    )
     with atomic_file(folder / CONFIG_FILE) as temporary:
         shutil.copyfile(checkpoint / "transformer" / CONFIG_FILE, temporary)
     return weights.export(folder, CONFIG_FILE, {"operator": len(adapter.pairs)} if adapter else {}, [])
@@ -188,15 +202,27 @@ def _link_weights(
     dtype: torch.dtype | None,
     higher_ranks: bool,
     symbolic_links: bool,
+    copy_weights: bool,
 ) -> _LinkedWeights:
     """Link the checkpoint's weights into `folder` and write the adapter's beside them (see `export_linked`)."""
     source = checkpoint / "transformer"
-    _check_not_quantised(source)
-    stored = _read_checkpoint(source)
+    check_not_quantised(source)
+    stored = read_weights(source)
     transformer = meta_transformer(source)
     state = transformer.state_dict()
-    _check_complete(state, stored, source)
+    check_complete(state, stored, source)
     places = {name: stored[name] for name in state}
+    for name, place in places.items():
+        if place.dtype not in _CODES:
+            raise SliderEditError(
+                f"checkpoint {str(source)!r} stores {name} as {place.dtype}, where only {', '.join(_CODES.values())} can be "
+                "exported; give the checkpoint that it was made from"
+            )
+        if place.file.name in _OWN_FILES:
+            raise SliderEditError(
+                f"checkpoint {str(source)!r} calls its weights {place.file.name}, as the engine calls a file of its own; "
+                "download it again"
+            )
     dtype = _choose_dtype(family, places, dtype, source)
     # Not the model's own `to`, which warns about modules that a family would keep in float32 even where it has none.
     nn.Module.to(transformer, dtype)
@@ -214,21 +240,21 @@ def _link_weights(
     links: dict[str, Link] = {}
     files = []
     for file in sorted({place.file for name, place in places.items() if name not in foreign}):
-        if link := link_or_copy(file, folder / file.name, symbolic_links):
+        if link := link_or_copy(file, folder / file.name, symbolic_links, copy=copy_weights):
             links[file.name] = link
         else:
             files.append(file.name)
     if foreign:
         files.append(CONVERTED_FILE)
         _write(folder / CONVERTED_FILE, _header(foreign, dtype), (_read(place).to(dtype) for place in foreign.values()))
-        places |= _read_header(folder / CONVERTED_FILE)[0]
+        places |= read_header(folder / CONVERTED_FILE)[0]
     if adapter is not None:
         files.append(ADAPTER_FILE)
         tensors = _adapter_tensors(adapter)
         # How many members a bank has, not their names: a header that another adapter could not keep would move its tensors.
         metadata = {"kind": adapter.kind, "member_count": str(len(adapter.members))}
         _write(folder / ADAPTER_FILE, _header(tensors, dtype, metadata), tensors.values())
-        for key, place in _read_header(folder / ADAPTER_FILE)[0].items():
+        for key, place in read_header(folder / ADAPTER_FILE)[0].items():
             module, _, part = key.removeprefix("transformer.").rpartition(".lora_")
             places[f"{module}.lora_{part.removesuffix('.weight')}"] = place
     return _LinkedWeights(backbone, config, dtype, files, links, places)
@@ -254,7 +280,7 @@ def replace_adapter(folder: Path, adapter: Adapter) -> None:
         raise SliderEditError(
             f"{str(folder)!r} holds no {ADAPTER_FILE}, so there is no adapter to replace; give an export with linked weights"
         )
-    places, header = _read_header(path)
+    places, header = read_header(path)
     metadata = _metadata(header)
     kind, members = metadata.get("kind"), int(metadata.get("member_count", "0"))
     if adapter.kind != kind:
@@ -284,85 +310,12 @@ def replace_adapter(folder: Path, adapter: Adapter) -> None:
     _write(path, header, (tensors[key].to(place.dtype) for key, place in places.items()))
 
 
-def _check_not_quantised(source: Path) -> None:
-    try:
-        quantisation = json.loads((source / "config.json").read_text()).get("quantization_config")
-    except (OSError, ValueError, AttributeError):
-        return  # `meta_transformer` says what is wrong with the configuration
-    if quantisation:
-        method = quantisation.get("quant_method") if isinstance(quantisation, Mapping) else None
-        raise SliderEditError(
-            f"checkpoint {str(source)!r} is quantised ({method or 'its config.json says so'}) and cannot be exported; "
-            "give the float32, bfloat16 or float16 checkpoint that it was made from"
-        )
-
-
-def _read_checkpoint(source: Path) -> dict[str, _Stored]:
-    """Every tensor of a transformer folder, by name; only headers are read."""
-    index = source / f"{_WEIGHTS}.index.json"
-    if (source / _WEIGHTS).exists():
-        return _read_header(source / _WEIGHTS)[0]
-    try:
-        weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
-        names = sorted(set(weight_map.values()))
-    except FileNotFoundError:
-        raise SliderEditError(
-            f"{str(source)!r} holds neither {_WEIGHTS} nor its index; give a diffusers checkpoint stored as safetensors"
-        ) from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise SliderEditError(f"{str(index)!r} is not an index of shards ({error}); download the checkpoint again") from error
-    stored: dict[str, _Stored] = {}
-    for name in names:
-        # The name becomes the link's: it must not lead out of the folder or onto a file of the export.
-        if Path(name).name != name or name in _OWN_FILES:
-            raise SliderEditError(f"{str(index)!r} names a shard {name!r}, which is no plain file name; download it again")
-        stored |= _read_header(source / name)[0]
-    return stored
-
-
-def _read_header(path: Path) -> tuple[dict[str, _Stored], bytes]:
-    """The tensors of a safetensors file in the order of their data, and the header's bytes with its length in front."""
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            prefix = file.read(8)
-            length = int.from_bytes(prefix, "little")
-            if len(prefix) < 8 or length > min(size - 8, _MAX_HEADER):
-                raise ValueError(f"its {size} bytes do not hold the header")
-            raw = file.read(length)
-        start = 8 + length
-        entries = {name: entry for name, entry in json.loads(raw).items() if name != "__metadata__"}
-        places = {}
-        for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
-            first, last = entry["data_offsets"]
-            if entry["dtype"] not in _DTYPES:
-                raise ValueError(f"{name} is {entry['dtype']}, where only {', '.join(_DTYPES)} can be exported")
-            place = _Stored(path, _DTYPES[entry["dtype"]], tuple(entry["shape"]), start + first, last - first)
-            if first < 0 or start + last > size or place.length != math.prod(place.shape) * place.dtype.itemsize:
-                raise ValueError(f"{name} is not whole")
-            places[name] = place
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise SliderEditError(f"cannot read the weights in {str(path)!r} ({error}); download or build them again") from error
-    return places, prefix + raw
-
-
 def _metadata(header: bytes) -> dict[str, str]:
     metadata: dict[str, str] = json.loads(header[8:]).get("__metadata__", {})
     return metadata
 
 
-def _check_complete(state: Mapping[str, Tensor], stored: Mapping[str, _Stored], source: Path) -> None:
-    for name, tensor in state.items():
-        if name not in stored:
-            raise SliderEditError(f"checkpoint {str(source)!r} lacks the tensor {name}; download it again")
-        if stored[name].shape != tuple(tensor.shape):
-            raise SliderEditError(
-                f"checkpoint {str(source)!r} stores {name} as {list(stored[name].shape)} and its configuration says "
-                f"{list(tensor.shape)}; download it again"
-            )
-
-
-def _choose_dtype(family: Family, places: Mapping[str, _Stored], dtype: torch.dtype | None, source: Path) -> torch.dtype:
+def _choose_dtype(family: Family, places: Mapping[str, Stored], dtype: torch.dtype | None, source: Path) -> torch.dtype:
     if dtype is None:
         found = sorted({str(place.dtype).removeprefix("torch.") for place in places.values()})
         if len(found) > 1:
@@ -388,7 +341,7 @@ def _adapter_tensors(adapter: Adapter) -> dict[str, Tensor]:
     }
 
 
-def _header(tensors: Mapping[str, Tensor | _Stored], dtype: torch.dtype, metadata: Mapping[str, str] | None = None) -> bytes:
+def _header(tensors: Mapping[str, Tensor | Stored], dtype: torch.dtype, metadata: Mapping[str, str] | None = None) -> bytes:
     """A safetensors header, its length in front, for tensors that follow in this order."""
     entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
@@ -408,7 +361,7 @@ def _write(path: Path, header: bytes, tensors: Iterable[Tensor]) -> None:
             file.write(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
 
 
-def _read(place: _Stored) -> Tensor:
+def _read(place: Stored) -> Tensor:
     # Read and not mapped: pages of a mapped shard would count as memory of this process.
     with place.file.open("rb") as file:
         file.seek(place.offset)
@@ -416,29 +369,29 @@ def _read(place: _Stored) -> Tensor:
     return torch.frombuffer(data, dtype=place.dtype).reshape(place.shape)
 
 
-def link_or_copy(source: Path, target: Path, symbolic: bool = False) -> Link | None:
-    """Link `target` to `source`; None if it had to be copied."""
+def link_or_copy(source: Path, target: Path, symbolic: bool = False, *, copy: bool = False) -> Link | None:
+    """Link `target` to `source`; None if it was copied, which it is on request or where nothing else is possible."""
     # Files in the hub's cache are symbolic links themselves.
     source = source.resolve()
     if target.exists():
         raise SliderEditError(f"{str(target)!r} exists already; export into an empty folder")
+    if not copy:
+        with suppress(OSError):
+            os.link(source, target)
+            return "hard"
     try:
-        os.link(source, target)
-        return "hard"
-    except OSError:
-        try:
-            if symbolic:
-                target.symlink_to(source)
-                return "symbolic"
-            shutil.copyfile(source, target)
-            return None
-        except OSError as error:
-            raise SliderEditError(
-                f"cannot put the weights {str(source)!r} into {str(target.parent)!r} ({error.strerror}); choose another folder"
-            ) from error
+        if symbolic and not copy:
+            target.symlink_to(source)
+            return "symbolic"
+        shutil.copyfile(source, target)
+        return None
+    except OSError as error:
+        raise SliderEditError(
+            f"cannot put the weights {str(source)!r} into {str(target.parent)!r} ({error.strerror}); choose another folder"
+        ) from error
 
 
-def _finish(model: onnx_ir.Model, places: Mapping[str, _Stored]) -> None:
+def _finish(model: onnx_ir.Model, places: Mapping[str, Stored]) -> None:
     """Give the weights their places in the files, fold what tracing left over, and make the output float32."""
     graph = model.graph
     weights = [value for name, value in graph.initializers.items() if name in places]

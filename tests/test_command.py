@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shutil
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +19,14 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from slideredit_rt.assets import resolve_base
-from slideredit_rt.cli import main
+from slideredit_rt.assets import resolve_adapter, resolve_base
+from slideredit_rt.cli import _parser, main
 from slideredit_rt.commands.edit import parse_slider, parse_swept_slider
+from slideredit_rt.commands.shared import picture_options
 from slideredit_rt.editor import SliderEditor
+from slideredit_rt.engines import read_manifest
+from slideredit_rt.export.build import build_engine
+from slideredit_rt.files import user_path
 
 RED = "make the circle red"
 
@@ -293,14 +299,19 @@ def test_damaged_engines(copied: Path, capsys: Any) -> None:
     assert "does not exist" in refused(capsys, "inspect", copied / "nothing")
 
 
-def test_engine_whose_linked_weights_are_gone_or_of_another_size(copied: Path, capsys: Any) -> None:
-    name, size = "diffusion_pytorch_model.safetensors", 1000
-    (copied / name).write_bytes(bytes(size))
-    rewrite(copied / "manifest.json", links={name: {"bytes": size, "kind": "hard"}}, files={})
+def test_engine_whose_linked_weights_are_gone_or_changed(copied: Path, capsys: Any) -> None:
+    file = copied / "diffusion_pytorch_model.safetensors"
+    content = file.read_bytes()
     assert run(capsys, "inspect", copied)[0] == 0
-    for damage in (lambda: (copied / name).write_bytes(bytes(size - 1)), (copied / name).unlink):
+    for damage in (
+        lambda: file.write_bytes(content[:-1]),
+        lambda: file.write_bytes(content[:-1] + bytes([content[-1] ^ 1])),
+        file.unlink,
+    ):
         damage()
-        assert f"needs the checkpoint's file {name} as it was at the build" in refused(capsys, "inspect", copied)
+        message = refused(capsys, "inspect", copied)
+        assert f"needs the checkpoint's file {file.name} as it was at the build" in message
+        assert "--copy-weights" in message
 
 
 def test_engine_of_an_unknown_family_or_backend_or_another_base(
@@ -319,6 +330,69 @@ def test_engine_of_an_unknown_family_or_backend_or_another_base(
     shutil.copytree(resolve_base("shapes-kontext"), base)
     (base / "scheduler" / "scheduler_config.json").write_text("{}")
     assert "scheduler differ" in refused(capsys, *arguments, "--base", base)
+
+
+@pytest.mark.parametrize("typed", ["./base", "base/", "~/base", "../work/base"])
+def test_sources_are_stored_so_that_any_folder_finds_them(
+    tmp_path: Path, scene: Image.Image, capsys: Any, monkeypatch: pytest.MonkeyPatch, typed: str
+) -> None:
+    work, elsewhere = tmp_path / "work", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    shutil.copytree(resolve_base("shapes-kontext"), work / "base")
+    shutil.copy(resolve_adapter("shapes-st"), work / "mine.safetensors")
+    scene.save(elsewhere / "in.png")
+    monkeypatch.setenv("HOME", str(work))
+    monkeypatch.chdir(work)
+    assert run(capsys, "build", "--base", typed, "--adapter", "mine.safetensors", "--out", "~/engine", "--quiet")[0] == 0
+    manifest = read_manifest(work / "engine")
+    assert manifest.base["source"] == str(work / "base")
+    assert manifest.adapter is not None
+    assert manifest.adapter["source"] == str(work / "mine.safetensors")
+    monkeypatch.setenv("HOME", str(elsewhere))
+    monkeypatch.chdir(elsewhere)
+    edit = ["edit", work / "engine", "--image", "~/in.png", "--slider", RED, "--steps", 1, "--out", "~/out.png", "--quiet"]
+    assert run(capsys, *edit)[0] == 0
+    assert Image.open(elsewhere / "out.png").size == (64, 64)
+
+
+def test_members_of_a_bank_are_stored_so_that_any_folder_finds_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("first", "second"):
+        shutil.copy(resolve_adapter("shapes-st"), tmp_path / f"{name}.safetensors")
+    monkeypatch.chdir(tmp_path)
+    build_engine("shapes-kontext", ["first.safetensors", "./second.safetensors"], tmp_path / "bank", progress=False)
+    manifest = read_manifest(tmp_path / "bank")
+    assert manifest.base["source"] == "shapes-kontext"
+    assert manifest.adapter is not None
+    sources = [str(tmp_path / f"{name}.safetensors") for name in ("first", "second")]
+    assert [member["source"] for member in manifest.adapter["members"].values()] == sources
+    assert manifest.adapter["source"] == ", ".join(sources)
+
+
+def _options(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for sub in action.choices.values():
+                yield from _options(sub)
+        else:
+            yield action
+
+
+def test_every_option_that_is_a_path_expands_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/someone")
+    options = list(_options(_parser()))
+    assert not [action.dest for action in options if action.type is Path]
+    paths = [action for action in options if action.type is user_path]
+    assert {"engine", "image", "out", "images", "prompts", "instructions", "api_key_file", "timing_cache", "plot"} <= {
+        action.dest for action in paths
+    }
+    assert all(action.type("~/x") == Path("/home/someone/x") for action in paths if callable(action.type))
+    assert user_path("~nobody-of-this-name/x") == Path("~nobody-of-this-name/x")
+    scorers = _parser().parse_args(
+        ["evaluate", "--out", "o", "--images", "i", "--prompts", "p", "--scorer", "clip=~/clip", "--scorer", "siglip=a/b"]
+    )
+    options_given = picture_options(scorers)
+    assert options_given is not None
+    assert options_given.sources == {"clip": "/home/someone/clip", "siglip": "a/b"}
 
 
 def test_an_engine_without_an_adapter_has_no_sliders(tmp_path: Path, picture: Path, capsys: Any) -> None:

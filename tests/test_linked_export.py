@@ -370,6 +370,12 @@ def _edit_index(folder: Path, change: Any) -> None:
     (folder / INDEX).write_text(json.dumps(index))
 
 
+def _rename_shard(folder: Path, name: str) -> None:
+    first = sorted(folder.glob("*.safetensors"))[0]
+    first.rename(folder / name)
+    _edit_index(folder, lambda m: m.update({k: name for k, v in m.items() if v == first.name}))
+
+
 def _edit_config(folder: Path, **values: Any) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | values))
@@ -384,7 +390,7 @@ def _edit_config(folder: Path, **values: Any) -> None:
         (lambda f: (f / INDEX).unlink(), "stored as safetensors"),
         (lambda f: (f / INDEX).write_text("[]"), "not an index of shards"),
         (lambda f: _edit_index(f, lambda m: m.update(extra="../elsewhere.safetensors")), "no plain file name"),
-        (lambda f: _edit_index(f, lambda m: m.update(extra=ADAPTER_FILE)), "no plain file name"),
+        (lambda f: _rename_shard(f, ADAPTER_FILE), "as the engine calls a file of its own"),
         (lambda f: _edit_config(f, num_layers=9), "lacks the tensor transformer_blocks"),
         (lambda f: _edit_config(f, in_channels=48), "its configuration says"),
         (lambda f: _edit_config(f, _class_name="DiffusionPipeline"), "is not a model"),
