@@ -27,6 +27,7 @@ import triton
 from torch import Tensor
 
 from slideredit_rt import kernels
+from slideredit_rt.bench.projection import exact, plain, problem
 from slideredit_rt.files import atomic_file
 from slideredit_rt.kernels import dispatch
 
@@ -104,22 +105,11 @@ def rehearsal_cases() -> Iterator[Case]:
 
 def inputs(case: Case, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
     """A projection's arguments; the active rows are one span per batch item, as an instruction's are."""
-    g = torch.Generator(device).manual_seed(0)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=g, device=device)
-
-    scale = torch.zeros(case.batch, case.rows, device=device)
+    p = problem(case.batch, case.rows, case.k, case.n, RANK, dtype, generator=torch.Generator(device).manual_seed(0))
+    scale = torch.zeros_like(p["row_scale"])
     start = (case.rows - case.active) // 2
     scale[:, start : start + case.active] = 0.5
-    return {
-        "x": normal(case.batch, case.rows, case.k).to(dtype),
-        "weight": (normal(case.n, case.k) / case.k**0.5).to(dtype),
-        "bias": normal(case.n).to(dtype),
-        "lora_a": (normal(RANK, case.k) / case.k**0.5).to(dtype),
-        "lora_b": (normal(case.n, RANK) / RANK**0.5).to(dtype),
-        "row_scale": scale,
-    }
+    return p | {"row_scale": scale}
 
 
 def base(p: dict[str, Tensor]) -> Tensor:
@@ -127,14 +117,8 @@ def base(p: dict[str, Tensor]) -> Tensor:
     return F.linear(p["x"], p["weight"], p["bias"])
 
 
-def peft(p: dict[str, Tensor]) -> Tensor:
-    """`peft.tuners.lora.Linear.forward`, with a mask where its scaling is."""
-    y = F.linear(p["x"], p["weight"], p["bias"])
-    return y + F.linear(F.linear(p["x"], p["lora_a"]), p["lora_b"]) * p["row_scale"].to(y.dtype).unsqueeze(-1)
-
-
 def peft_addmm(p: dict[str, Tensor]) -> Tensor:
-    """The same with the second product added into the first one's output."""
+    """As `plain`, with the second product added into the first one's output."""
     y = F.linear(p["x"], p["weight"], p["bias"])
     low = F.linear(p["x"], p["lora_a"]) * p["row_scale"].to(y.dtype).unsqueeze(-1)
     return y.view(-1, y.shape[-1]).addmm_(low.view(-1, RANK), p["lora_b"].T).view_as(y)
@@ -159,17 +143,10 @@ OURS: dict[str, Callable[[dict[str, Tensor]], Tensor]] = {
     "fused": lambda p: kernels.masked_lora_linear_triton(**p),
 }
 OTHERS: dict[str, Callable[[dict[str, Tensor]], Tensor]] = {
-    "PEFT eager": peft,
+    "PEFT eager": plain,
     "PEFT addmm": peft_addmm,
     "upcast": upcast,
 }
-
-
-def exact(p: dict[str, Tensor], rows: slice) -> Tensor:
-    """The formula in float64, on some rows of the first batch item."""
-    d = {name: t.double() for name, t in p.items()}
-    x, scale = d["x"][0, rows], d["row_scale"][0, rows]
-    return x @ d["weight"].T + d["bias"] + scale.unsqueeze(-1) * (x @ d["lora_a"].T @ d["lora_b"].T)
 
 
 class GraphTimer:
@@ -217,7 +194,7 @@ class Bench:
     deadline: float
     measurements: list[Measurement] = field(default_factory=list)
     # Compiled once more for each new shape.
-    compiled_peft: Callable[[dict[str, Tensor]], Tensor] = field(default_factory=lambda: torch.compile(peft, dynamic=False))
+    compiled_peft: Callable[[dict[str, Tensor]], Tensor] = field(default_factory=lambda: torch.compile(plain, dynamic=False))
 
     def run(self, case: Case) -> None:
         """Every candidate on one case, the right ones timed."""
@@ -225,8 +202,8 @@ class Bench:
         # An eighth of the rows, the active span's middle among them, keeps float64 short.
         middle, count = case.rows // 2, max(1, case.rows // 8)
         rows = slice(max(0, middle - count // 2), middle + count // 2 + 1)
-        expected = exact(p, rows)
-        allowed = 2 * float((peft(p)[0, rows].double() - expected).abs().max())
+        expected = exact(p | {"x": p["x"][:1, rows], "row_scale": p["row_scale"][:1, rows]})[0]
+        allowed = 2 * float((plain(p)[0, rows].double() - expected).abs().max())
         candidates = {"base": base, **OURS, **OTHERS}
         if self.timer is not None and case.batch == 1 and time.monotonic() < self.deadline:
             candidates["PEFT compiled"] = self.compiled_peft

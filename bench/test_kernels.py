@@ -9,22 +9,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from slideredit_rt.bench.projection import problem
 from slideredit_rt.kernels import masked_lora_linear, masked_lora_update_
 
 
 @pytest.fixture(scope="module")
 def arguments() -> dict[str, torch.Tensor]:
-    g = torch.Generator().manual_seed(0)
     scale = torch.zeros(1, 512)
     scale[0, 20:52] = 0.5
-    return {
-        "x": torch.randn(1, 512, 3072, generator=g),
-        "weight": torch.randn(3072, 3072, generator=g) / 3072**0.5,
-        "bias": torch.randn(3072, generator=g),
-        "lora_a": torch.randn(16, 3072, generator=g) / 3072**0.5,
-        "lora_b": torch.randn(3072, 16, generator=g) / 4,
-        "row_scale": scale,
-    }
+    return problem(1, 512, 3072, 3072, 16) | {"row_scale": scale}
 
 
 @pytest.mark.parametrize("name", ["base", "masked_lora_linear", "masked_lora_update_"])

@@ -9,15 +9,15 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path as FilePath
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-Path = Literal["update", "addmm", "accumulate", "fused"]
+ProjectionPath = Literal["update", "addmm", "accumulate", "fused"]
 # Paths that begin with the vendor's own projection.
-EXACT_PATHS: tuple[Path, ...] = ("update", "addmm")
-TABLE = FilePath(__file__).parent / "dispatch.json"
+EXACT_PATHS: tuple[ProjectionPath, ...] = ("update", "addmm")
+TABLE = Path(__file__).parent / "dispatch.json"
 # Shared memory that one thread block can use, in KiB, by compute capability (CUDA C++ Programming Guide, technical
 # specifications). Cards that are not listed are taken for the smallest.
 SHARED_KIB = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99}
@@ -93,7 +93,7 @@ def configurations(kernel: str, rank: int, dtype: torch.dtype, capability: int, 
     return found
 
 
-def path(rows: int, n: int, k: int, dtype: torch.dtype, gpu: str, *, exact: bool) -> Path:
+def path(rows: int, n: int, k: int, dtype: torch.dtype, gpu: str, *, exact: bool) -> ProjectionPath:
     """How a projection of `rows` rows from `k` to `n` columns is computed on this card.
 
     Rules measured on a card of that name win; among them, the nearest measured shape decides. Without any, the defaults.
@@ -105,9 +105,9 @@ def path(rows: int, n: int, k: int, dtype: torch.dtype, gpu: str, *, exact: bool
     name = str(dtype).removeprefix("torch.")
     if measured is not None and name == measured["dtype"]:
         nearest = min(measured["shapes"], key=lambda s: (abs(s["rows"] - rows), abs(s["n"] - n) + abs(s["k"] - k)))
-        chosen: Path = nearest["exact_path" if exact else "path"]
+        chosen: ProjectionPath = nearest["exact_path" if exact else "path"]
         return chosen
     # The last rule has no condition.
     rules = table()["paths"]["default"]["rules"]
-    by_rule: Path = next(r["path"] for r in rules if rows >= r.get("min_rows", 0) and name in r.get("dtypes", [name]))
+    by_rule: ProjectionPath = next(r["path"] for r in rules if rows >= r.get("min_rows", 0) and name in r.get("dtypes", [name]))
     return by_rule

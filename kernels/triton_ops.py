@@ -225,7 +225,7 @@ def _by_update(x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, l
     return y
 
 
-PATHS: dict[dispatch.Path, Callable[..., Tensor]] = {
+PATHS: dict[dispatch.ProjectionPath, Callable[..., Tensor]] = {
     "update": _by_update,
     "addmm": _masked_lora_addmm_triton,
     "accumulate": _masked_lora_accumulate_triton,

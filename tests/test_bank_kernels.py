@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from slideredit_rt import SliderEditError
+from slideredit_rt.bench.projection import exact, plain, problem
 from slideredit_rt.kernels import masked_lora_linear, masked_lora_qkv, masked_lora_update_
 
 
@@ -15,35 +16,8 @@ def bank_problem(
     batch: int, rows: int, k: int, n: int, members: int, rank: int, dtype: torch.dtype = torch.float32
 ) -> dict[str, Tensor]:
     """`rank` is each member's."""
-    g = torch.Generator().manual_seed(members)
-    return {
-        "x": torch.randn(batch, rows, k, generator=g).to(dtype),
-        "weight": (torch.randn(n, k, generator=g) / k**0.5).to(dtype),
-        "bias": torch.randn(n, generator=g).to(dtype),
-        "lora_a": torch.randn(members * rank, k, generator=g) / k**0.5,
-        "lora_b": torch.randn(n, members * rank, generator=g) / rank**0.5,
-        "row_scale": torch.randn(batch, rows, members, generator=g),
-    }
-
-
-def exact(p: dict[str, Tensor]) -> Tensor:
-    """One adapter after the other in float64."""
-    d = {name: t.double() for name, t in p.items()}
-    y = d["x"] @ d["weight"].T + d["bias"]
-    members = d["row_scale"].shape[-1]
-    for a, b, scale in zip(
-        d["lora_a"].chunk(members), d["lora_b"].chunk(members, dim=1), d["row_scale"].unbind(-1), strict=True
-    ):
-        y = y + scale.unsqueeze(-1) * (d["x"] @ a.T @ b.T)
-    return y
-
-
-def plain(p: dict[str, Tensor]) -> Tensor:
-    """What a user would write in the dtype of `x`."""
-    x, dtype = p["x"], p["x"].dtype
-    columns = p["row_scale"].to(dtype).repeat_interleave(len(p["lora_a"]) // p["row_scale"].shape[-1], dim=-1)
-    low = F.linear(x, p["lora_a"].to(dtype)) * columns
-    return F.linear(x, p["weight"], p["bias"]) + F.linear(low, p["lora_b"].to(dtype))
+    generator = torch.Generator().manual_seed(members)
+    return problem(batch, rows, k, n, rank, dtype, adapter_dtype=torch.float32, members=members, generator=generator)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from slideredit_rt import SliderEditError
+from slideredit_rt.bench.projection import exact, plain, problem
 from slideredit_rt.kernels import (
     masked_lora_linear,
     masked_lora_linear_reference,
@@ -20,38 +21,10 @@ from slideredit_rt.kernels import (
 )
 
 
-def problem(
-    batch: int, rows: int, k: int, n: int, rank: int, dtype: torch.dtype = torch.float32, seed: int = 0
-) -> dict[str, Tensor]:
-    g = torch.Generator().manual_seed(seed)
-    return {
-        "x": torch.randn(batch, rows, k, generator=g).to(dtype),
-        "weight": (torch.randn(n, k, generator=g) / k**0.5).to(dtype),
-        "bias": torch.randn(n, generator=g).to(dtype),
-        "lora_a": torch.randn(rank, k, generator=g) / k**0.5,
-        "lora_b": torch.randn(n, rank, generator=g) / rank**0.5,
-        "row_scale": torch.randn(batch, rows, generator=g),
-    }
-
-
-def exact(p: dict[str, Tensor]) -> Tensor:
-    """The formula in float64."""
-    d = {name: t.double() for name, t in p.items()}
-    base = d["x"] @ d["weight"].T + d["bias"]
-    return base + d["row_scale"].unsqueeze(-1) * (d["x"] @ d["lora_a"].T @ d["lora_b"].T)
-
-
-def plain(p: dict[str, Tensor]) -> Tensor:
-    """What a user would write in the dtype of `x`."""
-    x, dtype = p["x"], p["x"].dtype
-    low = F.linear(F.linear(x, p["lora_a"].to(dtype)), p["lora_b"].to(dtype))
-    return F.linear(x, p["weight"], p["bias"]) + p["row_scale"].to(dtype).unsqueeze(-1) * low
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("rows", "k", "n", "rank"), [(1, 60, 100, 4), (63, 60, 100, 16), (129, 128, 33, 33)])
 def test_error_is_at_most_twice_that_of_the_plain_expression(rows: int, k: int, n: int, rank: int, dtype: torch.dtype) -> None:
-    p = problem(2, rows, k, n, rank, dtype)
+    p = problem(2, rows, k, n, rank, dtype, adapter_dtype=torch.float32)
     expected = exact(p)
     error = (masked_lora_linear(**p).double() - expected).abs().max()
     allowed = (plain(p).double() - expected).abs().max()
@@ -60,7 +33,7 @@ def test_error_is_at_most_twice_that_of_the_plain_expression(rows: int, k: int, 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_scale_zero_on_every_row_is_the_frozen_projection_bit_for_bit(dtype: torch.dtype) -> None:
-    p = problem(2, 17, 60, 100, 16, dtype)
+    p = problem(2, 17, 60, 100, 16, dtype, adapter_dtype=torch.float32)
     p["row_scale"].zero_()
     assert torch.equal(masked_lora_linear(**p), F.linear(p["x"], p["weight"], p["bias"]))
 
@@ -153,7 +126,7 @@ def test_update_in_place_keeps_the_bits_of_inactive_rows() -> None:
 
 
 def test_qkv_is_three_projections() -> None:
-    p, other = problem(2, 7, 24, 20, 4), problem(2, 7, 24, 20, 4, seed=1)
+    p, other = problem(2, 7, 24, 20, 4), problem(2, 7, 24, 20, 4, generator=torch.Generator().manual_seed(1))
     three = {n: [p[n], other[n], p[n] - other[n]] for n in ("weight", "bias", "lora_a", "lora_b")}
     three["bias"][1] = None  # type: ignore[call-overload]
     arguments = (p["x"], *three.values(), p["row_scale"])

@@ -19,14 +19,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from slideredit_rt import SliderEditError, kernels
+from slideredit_rt.bench import projection
+from slideredit_rt.bench.projection import exact, plain
 from slideredit_rt.kernels import dispatch, triton_accumulate
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Rows, K, N, rank: nothing is a multiple of a tile.
 ODD_SHAPES = [(1, 60, 100, 4), (63, 60, 100, 16), (129, 128, 33, 33), (300, 72, 257, 128)]
-
-Problem = dict[str, Tensor]
 
 
 @pytest.fixture(autouse=True)
@@ -40,32 +40,11 @@ def _memory_holds_nan_before_a_kernel_writes_it() -> Iterator[None]:
 
 
 def problem(
-    batch: int, rows: int, k: int, n: int, rank: int, dtype: torch.dtype = torch.float32, active: float = 0.3, seed: int = 0
-) -> Problem:
-    g = torch.Generator().manual_seed(seed)
-    scale = torch.randn(batch, rows, generator=g) * (torch.rand(batch, rows, generator=g) < active)
-    p = {
-        "x": torch.randn(batch, rows, k, generator=g).to(dtype),
-        "weight": (torch.randn(n, k, generator=g) / k**0.5).to(dtype),
-        "bias": torch.randn(n, generator=g).to(dtype),
-        "lora_a": (torch.randn(rank, k, generator=g) / k**0.5).to(dtype),
-        "lora_b": (torch.randn(n, rank, generator=g) / rank**0.5).to(dtype),
-        "row_scale": scale,
-    }
+    batch: int, rows: int, k: int, n: int, rank: int, dtype: torch.dtype = torch.float32, active: float = 0.3
+) -> dict[str, Tensor]:
+    """The same numbers on every device; most rows are inactive."""
+    p = projection.problem(batch, rows, k, n, rank, dtype, active=active)
     return {name: tensor.to(DEVICE) for name, tensor in p.items()}
-
-
-def exact(p: Problem) -> Tensor:
-    """The formula in float64."""
-    d = {name: t.double() for name, t in p.items()}
-    base = d["x"] @ d["weight"].T + d["bias"]
-    return base + d["row_scale"].unsqueeze(-1) * (d["x"] @ d["lora_a"].T @ d["lora_b"].T)
-
-
-def plain(p: Problem) -> Tensor:
-    """What a user would write in the dtype of `x`."""
-    low = F.linear(F.linear(p["x"], p["lora_a"]), p["lora_b"])
-    return F.linear(p["x"], p["weight"], p["bias"]) + p["row_scale"].to(p["x"].dtype).unsqueeze(-1) * low
 
 
 def update(**p: Tensor) -> Tensor:
@@ -105,13 +84,13 @@ def kernel(request: pytest.FixtureRequest) -> Callable[..., Tensor]:
     return KERNELS[request.param]
 
 
-def run(kernel: Callable[..., Tensor], p: Problem) -> Tensor:
+def run(kernel: Callable[..., Tensor], p: dict[str, Tensor]) -> Tensor:
     if kernel is kernels.masked_lora_addmm_triton and p["x"].dtype == torch.float16:
         pytest.skip("addmm does not take float16")
     return kernel(**p)
 
 
-def assert_close_to_exact(name: str, y: Tensor, p: Problem) -> None:
+def assert_close_to_exact(name: str, y: Tensor, p: dict[str, Tensor]) -> None:
     """At most twice the error that the same-dtype expression makes on the same inputs."""
     expected = exact(p)
     error, allowed = ((t.double() - expected).abs().max().item() for t in (y, plain(p)))
