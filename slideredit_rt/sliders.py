@@ -9,12 +9,12 @@ import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from slideredit_rt.errors import SliderEditError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 JOINER = " and "
 
@@ -218,6 +218,9 @@ def find_spans(prompt: str, sliders: Sequence[Slider], tokens: Sequence[PromptTo
 
 def row_mask(spans: Sequence[Sequence[int]], rows: int) -> Tensor:
     """Bool `[K, rows]`: which rows each slider owns. Refuses an empty span, which would be a silent no-op."""
+    # Here and not above: the command's help and its complaints about arguments would wait seconds for it.
+    import torch
+
     mask = torch.zeros(len(spans), rows, dtype=torch.bool)
     for index, span in enumerate(spans):
         if not span:
