@@ -114,28 +114,9 @@ def compile_job(job: Job) -> tuple[str, dict[str, Any]]:
     """
     if triton.knobs.runtime.interpret:
         raise SliderEditError("TRITON_INTERPRET is set, so there is nothing to compile; unset it")
-    spec, function = job.spec, job.spec.function
+    spec = job.spec
     arguments = argument_types(spec, job.dtype)
-    constants = job.configuration.constants(even_k=True, rank=job.rank)
-    # Row counts differ from call to call; everything else of a projection is a multiple of 16.
-    aligned = [a["name"] for a in arguments if a["name"] != "rows"]
-    position = {name: i for i, name in enumerate(function.arg_names)}
-    source = ASTSource(
-        fn=function,
-        signature={**{a["name"]: a["type"] for a in arguments}, **dict.fromkeys(constants, "constexpr")},
-        constexprs={(position[name],): value for name, value in constants.items()},
-        attrs={(position[name],): [["tt.divisibility", ALIGNMENT]] for name in aligned},
-    )
-    compiled = triton.compile(
-        source,
-        target=GPUTarget("cuda", int(job.target[2:]), 32),
-        options={
-            "num_warps": job.configuration.num_warps,
-            "num_stages": job.configuration.num_stages,
-            "ptx_version": int(job.ptx_isa.replace(".", "")),
-            "enable_fp_fusion": True,
-        },
-    )
+    compiled = _compile(job, arguments)
     metadata = compiled.metadata
     scratch = {"global_scratch_bytes": metadata.global_scratch_size, "profile_scratch_bytes": metadata.profile_scratch_size}
     if any(scratch.values()):
@@ -167,6 +148,28 @@ def compile_job(job: Job) -> tuple[str, dict[str, Any]]:
         "triton": triton.__version__,
         "source_sha256": content_hash(job),
     }
+
+
+def _compile(job: Job, arguments: list[dict[str, str]]) -> Any:
+    """Triton's compiled kernel."""
+    function = job.spec.function
+    constants = job.configuration.constants(even_k=True, rank=job.rank)
+    # Row counts differ from call to call; everything else of a projection is a multiple of 16.
+    aligned = [a["name"] for a in arguments if a["name"] != "rows"]
+    position = {name: i for i, name in enumerate(function.arg_names)}
+    source = ASTSource(
+        fn=function,
+        signature={**{a["name"]: a["type"] for a in arguments}, **dict.fromkeys(constants, "constexpr")},
+        constexprs={(position[name],): value for name, value in constants.items()},
+        attrs={(position[name],): [["tt.divisibility", ALIGNMENT]] for name in aligned},
+    )
+    options = {
+        "num_warps": job.configuration.num_warps,
+        "num_stages": job.configuration.num_stages,
+        "ptx_version": int(job.ptx_isa.replace(".", "")),
+        "enable_fp_fusion": True,
+    }
+    return triton.compile(source, target=GPUTarget("cuda", int(job.target[2:]), 32), options=options)
 
 
 def parameters(ptx: str) -> list[str]:

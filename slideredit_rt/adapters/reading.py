@@ -11,12 +11,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from slideredit_rt.adapters.adapter import Adapter, Member, bank_adapters
-from slideredit_rt.adapters.layouts import read_layout, with_diffusers_names
-from slideredit_rt.adapters.scales import metadata_statements, module_scale, peft_statement, read_settings
+from slideredit_rt.adapters.layouts import Layout, Pair, read_layout, with_diffusers_names
+from slideredit_rt.adapters.scales import Statement, metadata_statements, module_scale, peft_statement, read_settings
 from slideredit_rt.adapters.writing import DIFFUSERS_FILE, PEFT_CONFIG, PEFT_FILE
 from slideredit_rt.assets import resolve_adapter
 from slideredit_rt.errors import SliderEditError
-from slideredit_rt.families import FAMILIES, KINDS, Family, get_family
+from slideredit_rt.families import FAMILIES, KINDS, Family, Kind, get_family
 from slideredit_rt.sliders import StrengthCurve
 
 _FOLDER_FILES = (DIFFUSERS_FILE, PEFT_FILE, "adapter_model.bin")
@@ -132,29 +132,8 @@ def load_adapter(source: str | Path, family: Family | None = None, *, mixed_dtyp
         SliderEditError: no such file, not a plain LoRA on the base's own weights, an A that does not fit its B, a scale that is
             unknown or stated in two ways, another family's, of mixed dtypes, or with values that are not finite.
     """
-    path = resolve_adapter(source)
-    if path.is_dir():
-        found = next((path / name for name in _FOLDER_FILES if (path / name).exists()), None)
-        if found is None:
-            raise SliderEditError(
-                f"folder {str(path)!r} holds none of {', '.join(_FOLDER_FILES)}; give the adapter's file or folder"
-            )
-        path = found
-    if not path.exists():
-        raise SliderEditError(f"adapter {str(source)!r} does not exist; give a file, a PEFT folder, shapes-st or shapes-gst")
-    statements = []
-    config = path.with_name(PEFT_CONFIG)
-    if path.name in _FOLDER_FILES and config.is_file():
-        settings = read_settings(config.read_bytes(), PEFT_CONFIG, path)
-        statements.append(peft_statement(settings, "configuration", source))
-    metadata: dict[str, str] = {}
-    if _is_safetensors(path):
-        state, metadata = _read_safetensors(path)
-        statements += metadata_statements(metadata, source, path)
-    else:
-        state = _read_torch(path)
-
-    family = _stated_family(metadata, family, source)
+    path = _file_of(source)
+    state, metadata, statements = _read(path, source)
     layout = read_layout(state, source)
     ranks = {module: _rank(module, parts, source) for module, parts in layout.halves.items()}
     stored_dtypes = sorted({str(t.dtype).removeprefix("torch.") for parts in layout.halves.values() for t in parts.values()})
@@ -163,35 +142,17 @@ def load_adapter(source: str | Path, family: Family | None = None, *, mixed_dtyp
             f"adapter {str(source)!r} mixes {' and '.join(stored_dtypes)}; choose one with "
             "slideredit-rt adapter convert --dtype"
         )
-    scaled = {}
-    for module, parts in layout.halves.items():
-        alpha = layout.alphas.get(module)
-        if layout.alphas and alpha is None and not statements:
-            raise SliderEditError(
-                f"adapter {str(source)!r} stores alphas, but none for {module}, so its scale is unknown; "
-                "save or download it again"
-            )
-        scale = module_scale(module, ranks[module], alpha, statements, source)
-        scaled[module] = (parts["A"].float().contiguous(), (parts["B"].float() * scale).contiguous())
-    pairs, named_for = with_diffusers_names(scaled, source)
+    family = _stated_family(metadata, family, source)
+    pairs, named_for = with_diffusers_names(_scaled(layout, ranks, statements, source), source)
     if family and named_for and family.name != named_for.name:
         raise SliderEditError(
             f"adapter {str(source)!r} is for {named_for.name}, not for {family.name}: so are its linears named"
         )
     family = _recognise(pairs, family or named_for, source)
     ranks = {module: len(a) for module, (a, _) in pairs.items()}
-    for module, pair in pairs.items():
-        if not all(torch.isfinite(t).all() for t in pair):
-            raise SliderEditError(
-                f"adapter {str(source)!r} has values at {module} that are not finite; train or download it again"
-            )
-    rows = {family.rows_of(module) for module in pairs} - {None}
-    kind = metadata.get("kind", "st" if rows == {"text"} else "gst")
-    if kind not in KINDS:
-        raise SliderEditError(f"adapter {str(source)!r} is of the unknown kind {kind!r}; known: {', '.join(KINDS)}")
     return Adapter(
         family=family.name,
-        kind=kind,
+        kind=_kind(pairs, metadata, family, source),
         rank=max(ranks.values()),
         pairs=pairs,
         source=str(source),
@@ -201,6 +162,63 @@ def load_adapter(source: str | Path, family: Family | None = None, *, mixed_dtyp
         members=_members(metadata, ranks, source, path),
         ignored=layout.ignored,
     )
+
+
+def _file_of(source: str | Path) -> Path:
+    """The file that holds the tensors of what names an adapter."""
+    path = resolve_adapter(source)
+    if path.is_dir():
+        found = next((path / name for name in _FOLDER_FILES if (path / name).exists()), None)
+        if found is None:
+            raise SliderEditError(
+                f"folder {str(path)!r} holds none of {', '.join(_FOLDER_FILES)}; give the adapter's file or folder"
+            )
+        return found
+    if not path.exists():
+        raise SliderEditError(f"adapter {str(source)!r} does not exist; give a file, a PEFT folder, shapes-st or shapes-gst")
+    return path
+
+
+def _read(path: Path, source: str | Path) -> tuple[dict[str, Tensor], dict[str, str], list[Statement]]:
+    """A file's tensors and metadata, and what these and a configuration beside the file state about scales."""
+    statements = []
+    config = path.with_name(PEFT_CONFIG)
+    if path.name in _FOLDER_FILES and config.is_file():
+        settings = read_settings(config.read_bytes(), PEFT_CONFIG, path)
+        statements.append(peft_statement(settings, "configuration", source))
+    if not _is_safetensors(path):
+        return _read_torch(path), {}, statements
+    state, metadata = _read_safetensors(path)
+    return state, metadata, [*statements, *metadata_statements(metadata, source, path)]
+
+
+def _scaled(layout: Layout, ranks: Mapping[str, int], statements: Sequence[Statement], source: str | Path) -> dict[str, Pair]:
+    """A and B of each module under the file's own names, in float32, its scale folded into B."""
+    scaled = {}
+    for module, parts in layout.halves.items():
+        alpha = layout.alphas.get(module)
+        if layout.alphas and alpha is None and not statements:
+            raise SliderEditError(
+                f"adapter {str(source)!r} stores alphas, but none for {module}, so its scale is unknown; "
+                "save or download it again"
+            )
+        scale = module_scale(module, ranks[module], alpha, statements, source)
+        pair = parts["A"].float().contiguous(), (parts["B"].float() * scale).contiguous()
+        if not all(torch.isfinite(t).all() for t in pair):
+            raise SliderEditError(
+                f"adapter {str(source)!r} has values at {module} that are not finite; train or download it again"
+            )
+        scaled[module] = pair
+    return scaled
+
+
+def _kind(modules: Collection[str], metadata: Mapping[str, str], family: Family, source: str | Path) -> Kind:
+    """The kind that the file states, or that follows from the rows of its linears."""
+    rows = {family.rows_of(module) for module in modules} - {None}
+    kind = metadata.get("kind", "st" if rows == {"text"} else "gst")
+    if kind not in KINDS:
+        raise SliderEditError(f"adapter {str(source)!r} is of the unknown kind {kind!r}; known: {', '.join(KINDS)}")
+    return kind
 
 
 def _stated_family(metadata: Mapping[str, str], family: Family | None, source: str | Path) -> Family | None:

@@ -9,8 +9,10 @@ from typing import Any, Literal
 
 import torch
 from safetensors.torch import save
+from torch import Tensor
 
 from slideredit_rt.adapters.adapter import Adapter
+from slideredit_rt.adapters.scales import DIFFUSERS_METADATA
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.files import atomic_file, atomic_folder
 
@@ -47,33 +49,10 @@ def save_adapter(adapter: Adapter, path: Path, form: Format = "canonical", *, dt
         raise SliderEditError(
             f"adapter {adapter.source!r} is a bank, which only the canonical format holds; use --to canonical"
         )
-    prefix = {"slideredit-st": "", "peft": "base_model.model."}.get(form, "transformer.")
-    tensors = {}
-    dtype = _exact_dtype(adapter) if dtype is None else dtype
-    for module, pair in adapter.pairs.items():
-        for part, tensor in zip("AB", pair, strict=True):
-            # A copy of its own: safetensors refuses tensors that share memory.
-            stored = tensor.detach().to("cpu", dtype, copy=True).contiguous()
-            if not torch.isfinite(stored).all():
-                raise SliderEditError(
-                    f"adapter {adapter.source!r} has values at {module} beyond what {str(dtype).removeprefix('torch.')} holds; "
-                    "use bfloat16 or float32"
-                )
-            tensors[f"{prefix}{module}.lora_{part}.weight"] = stored
-    config = _lora_config(adapter)
-    metadata = {
-        "format": "pt",
-        "family": adapter.family,
-        "kind": adapter.kind,
-        "rank": str(adapter.rank),
-        "targets": json.dumps(adapter.targets),
-        "training": json.dumps(adapter.training, sort_keys=True),
-        "strength_curve": json.dumps(adapter.curve.to_json()),
-    }
-    if adapter.members:
-        metadata["members"] = json.dumps({name: member.curve.to_json() for name, member in adapter.members.items()})
+    tensors, config = _stored_tensors(adapter, form, dtype), _lora_config(adapter)
+    metadata = _metadata(adapter)
     if form in ("canonical", "diffusers"):
-        metadata["lora_adapter_metadata"] = json.dumps({f"transformer.{key}": value for key, value in config.items()})
+        metadata[DIFFUSERS_METADATA] = json.dumps({f"transformer.{key}": value for key, value in config.items()})
     if form in ("diffusers", "peft"):
         with atomic_folder(path) as folder:
             # The library's save_file lets nobody but the owner read the file.
@@ -86,6 +65,40 @@ def save_adapter(adapter: Adapter, path: Path, form: Format = "canonical", *, dt
                 temporary.write_bytes(save(tensors, metadata))
             else:
                 torch.save(tensors, temporary)
+
+
+def _stored_tensors(adapter: Adapter, form: Format, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """The tensors as the file of a format holds them, by their names there."""
+    prefix = {"slideredit-st": "", "peft": "base_model.model."}.get(form, "transformer.")
+    dtype = _exact_dtype(adapter) if dtype is None else dtype
+    tensors = {}
+    for module, pair in adapter.pairs.items():
+        for part, tensor in zip("AB", pair, strict=True):
+            # A copy of its own: safetensors refuses tensors that share memory.
+            stored = tensor.detach().to("cpu", dtype, copy=True).contiguous()
+            if not torch.isfinite(stored).all():
+                raise SliderEditError(
+                    f"adapter {adapter.source!r} has values at {module} beyond what {str(dtype).removeprefix('torch.')} holds; "
+                    "use bfloat16 or float32"
+                )
+            tensors[f"{prefix}{module}.lora_{part}.weight"] = stored
+    return tensors
+
+
+def _metadata(adapter: Adapter) -> dict[str, str]:
+    """What a safetensors file says about the adapter beside its tensors."""
+    metadata = {
+        "format": "pt",
+        "family": adapter.family,
+        "kind": adapter.kind,
+        "rank": str(adapter.rank),
+        "targets": json.dumps(adapter.targets),
+        "training": json.dumps(adapter.training, sort_keys=True),
+        "strength_curve": json.dumps(adapter.curve.to_json()),
+    }
+    if adapter.members:
+        metadata["members"] = json.dumps({name: member.curve.to_json() for name, member in adapter.members.items()})
+    return metadata
 
 
 def _exact_dtype(adapter: Adapter) -> torch.dtype:
