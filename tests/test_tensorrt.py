@@ -19,7 +19,7 @@ import torch
 from slideredit_rt import SliderEditError, cli
 from slideredit_rt.assets import resolve_base
 from slideredit_rt.engines import open_engine
-from slideredit_rt.engines.manifest import Manifest, read_manifest
+from slideredit_rt.engines.manifest import DIGESTS, Manifest, read_manifest
 from slideredit_rt.engines.request import check_request
 from slideredit_rt.engines.tensorrt import Environment, check_environment
 from slideredit_rt.export import tensorrt_engine
@@ -38,7 +38,7 @@ def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def test_build_writes_a_plan_its_log_and_a_manifest_and_nothing_else(engine: Path) -> None:
-    assert sorted(p.name for p in engine.iterdir()) == ["build.log", "manifest.json", "model.engine"]
+    assert sorted(p.name for p in engine.iterdir()) == [DIGESTS, "build.log", "manifest.json", "model.engine"]
     assert (engine / "model.engine").stat().st_size > 10_000_000, "weights are in the plan"
     assert "Adding 1 engine(s) to plan file" in (engine / "build.log").read_text()
 
@@ -189,7 +189,7 @@ def test_memory_is_checked_before_the_build_starts(
         ([*BUILD, "--lowering", "plugin"], "the backend tensorrt-rtx has no plugins"),
         ([*BUILD, "--batch", "4,2,8"], "the batch sizes 4,2,8 do not rise"),
         ([*BUILD, "--batch", "1,2"], "--batch takes the largest batch or MIN,OPT,MAX, got 2 numbers"),
-        ([*BUILD, "--max-sliders", "0"], "room for one slider or more, got 0"),
+        ([*BUILD, "--max-sliders", "0"], "room for 1 to 256 sliders, got 0"),
         (["build", "--base", "shapes-kontext", "--dtype", "bfloat16"], "multiplies no bfloat16 matrices on the CPU"),
         (["build", "--base", "shapes-kontext", "--dtype", "float16"], "cannot run in float16: its activations exceed"),
         (
