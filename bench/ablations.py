@@ -21,13 +21,13 @@ from slideredit_rt.evaluation.report import markdown_table
 from slideredit_rt.evaluation.run import BenchmarkConfig
 from slideredit_rt.evaluation.shapes import CALIBRATION_SEEDS, ShapesScenes
 from slideredit_rt.families import get_family
-from slideredit_rt.training.shapes_adapters import ShapesData, shapes_recipe
-from slideredit_rt.training.shapes_world import ALL_INSTRUCTIONS, Instruction
+from slideredit_rt.shapes.adapter_recipes import ShapesData, adapter_recipe
+from slideredit_rt.shapes.world import ALL_INSTRUCTIONS, Instruction
 from slideredit_rt.training.suppression import SuppressionConfig, SuppressionTrainer
 
 RESULTS = Path(__file__).parent / "results" / "ablations"
 BASE = "shapes-kontext"
-_ST, _GST = shapes_recipe("st"), shapes_recipe("gst")
+_ST, _GST = adapter_recipe("st"), adapter_recipe("gst")
 NARROW = tuple(
     i
     for i in ALL_INSTRUCTIONS

@@ -14,8 +14,8 @@ from slideredit_rt.assets import resolve_base
 from slideredit_rt.editor import SliderEditor
 from slideredit_rt.export.build import build_engine
 from slideredit_rt.families import get_family
-from slideredit_rt.training.shapes_editor import evaluate_editor
-from slideredit_rt.training.shapes_evaluation import evaluate_sliders, table
+from slideredit_rt.shapes.editor_recipe import evaluate_editor
+from slideredit_rt.shapes.sweeps import evaluate_sliders, table
 
 RESULTS = Path(__file__).parent / "results" / "shapes_marks.json"
 

@@ -96,8 +96,7 @@ def pictures_of(load: Load) -> list[str]:
             return [base64.b64encode(load.picture.read_bytes()).decode()]
         except OSError as error:
             raise SliderEditError(f"the picture {str(load.picture)!r} cannot be read ({error.strerror})") from None
-    from slideredit_rt.training.shapes_evaluation import scene_image
-    from slideredit_rt.training.shapes_world import held_out_examples
+    from slideredit_rt.shapes.world import held_out_examples, scene_image
 
     pictures = []
     for example in held_out_examples(load.pictures, 1):

@@ -23,8 +23,7 @@ import torch
 from slideredit_rt.editor import SliderEditor
 from slideredit_rt.engines import open_engine
 from slideredit_rt.export.build import build_engine
-from slideredit_rt.training.shapes_evaluation import scene_image
-from slideredit_rt.training.shapes_world import held_out_examples
+from slideredit_rt.shapes.world import held_out_examples, scene_image
 
 THREADS = 2
 RESULTS = Path(__file__).parent / "results"

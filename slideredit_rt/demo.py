@@ -15,9 +15,9 @@ from slideredit_rt.editor import SliderEditor
 from slideredit_rt.export.build import build_engine
 from slideredit_rt.files import atomic_file
 from slideredit_rt.images import draw_grid, save_image
+from slideredit_rt.shapes.sweeps import sweep_example
+from slideredit_rt.shapes.world import Example, Instruction, draw_scene, held_out_examples, scene_image
 from slideredit_rt.sliders import Slider
-from slideredit_rt.training.shapes_evaluation import scene_image, sweep_example
-from slideredit_rt.training.shapes_world import Example, Instruction, draw_scene, held_out_examples
 from slideredit_rt.verify import verify_engine
 
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)

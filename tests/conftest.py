@@ -27,8 +27,7 @@ from slideredit_rt.assets import resolve_base
 from slideredit_rt.editor import SliderEditor
 from slideredit_rt.export.build import build_engine
 from slideredit_rt.families import Family, get_family
-from slideredit_rt.training.shapes_evaluation import scene_image
-from slideredit_rt.training.shapes_world import held_out_examples
+from slideredit_rt.shapes.world import held_out_examples, scene_image
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -22,9 +22,8 @@ from slideredit_rt.editor import SliderEditor
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.families import Family
 from slideredit_rt.modules import MaskedLoRALinear
+from slideredit_rt.shapes.world import held_out_examples, scene_image
 from slideredit_rt.sliders import Slider
-from slideredit_rt.training.shapes_evaluation import scene_image
-from slideredit_rt.training.shapes_world import held_out_examples
 
 RED, DARK = "make the circle red", "make the background dark"
 PROMPT = f"{RED} and {DARK}"

@@ -18,13 +18,14 @@ from slideredit_rt.errors import SliderEditError
 from slideredit_rt.evaluation.dataset import Scores
 from slideredit_rt.evaluation.report import markdown_table, summarise_run
 from slideredit_rt.evaluation.run import BenchmarkConfig, Row, case_continuity, lines, read_rows, usefulness, write_rows
-from slideredit_rt.evaluation.shapes import ShapesScenes, score_shapes, untouched
+from slideredit_rt.evaluation.shapes import ShapesScenes, score_shapes
 from slideredit_rt.evaluation.systems.guidance import ExplicitGuidance, ImplicitGuidance
 from slideredit_rt.evaluation.systems.merged_lora import MergedLoRA
 from slideredit_rt.evaluation.systems.pad_interpolation import PadInterpolation, interpolated_rows
 from slideredit_rt.evaluation.systems.slideredit import GloballySelective, SelectiveToken
 from slideredit_rt.families import get_family
-from slideredit_rt.training.shapes_world import ALL_INSTRUCTIONS, Example, draw_scene, find_instruction, render
+from slideredit_rt.shapes.measurer import untouched
+from slideredit_rt.shapes.world import ALL_INSTRUCTIONS, Example, draw_scene, find_instruction, render
 
 STEPS = 2
 EVERYTHING = ("circle larger", "square smaller", "background dark")

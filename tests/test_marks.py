@@ -7,8 +7,8 @@ import pytest
 from slideredit_rt.assets import resolve_base
 from slideredit_rt.editor import SliderEditor
 from slideredit_rt.families import Family
-from slideredit_rt.training.shapes_editor import evaluate_editor
-from slideredit_rt.training.shapes_evaluation import evaluate_sliders, table
+from slideredit_rt.shapes.editor_recipe import evaluate_editor
+from slideredit_rt.shapes.sweeps import evaluate_sliders, table
 
 
 @pytest.fixture(scope="module", params=["st", "gst"])

@@ -31,8 +31,8 @@ from slideredit_rt.bench.serve import local_server
 from slideredit_rt.editor import SliderEditor
 from slideredit_rt.serving.app import create_app
 from slideredit_rt.serving.service import EditService
-from slideredit_rt.training.shapes_evaluation import scene_image
-from slideredit_rt.training.shapes_world import Example, held_out_examples, measure, response
+from slideredit_rt.shapes.measurer import measure, response
+from slideredit_rt.shapes.world import Example, held_out_examples, scene_image
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="the page's tests drive a browser with playwright")
 Page, Route, expect = sync_api.Page, sync_api.Route, sync_api.expect

@@ -26,6 +26,9 @@ from slideredit_rt.evaluation.systems import Case
 from slideredit_rt.evaluation.systems.attribute_offsets import OffsetControl
 from slideredit_rt.evaluation.systems.concept_sliders import ConceptSliders
 from slideredit_rt.families import Family, get_family
+from slideredit_rt.shapes.adapter_recipes import BalancedShapes, concepts_recipe, offsets_recipe
+from slideredit_rt.shapes.measurer import measure, response
+from slideredit_rt.shapes.world import ALL_INSTRUCTIONS, find_instruction, held_out_examples, scene_image
 from slideredit_rt.sliders import StrengthCurve
 from slideredit_rt.training.attribute_offsets import (
     AttributeOffsets,
@@ -37,9 +40,6 @@ from slideredit_rt.training.attribute_offsets import (
 )
 from slideredit_rt.training.concepts import ConceptConfig, ConceptTrainer, concept_target
 from slideredit_rt.training.contrast import ContrastTrainer
-from slideredit_rt.training.shapes_adapters import BalancedShapes, concepts_recipe, offsets_recipe
-from slideredit_rt.training.shapes_evaluation import scene_image
-from slideredit_rt.training.shapes_world import ALL_INSTRUCTIONS, find_instruction, held_out_examples, measure, response
 from slideredit_rt.training.trainer import Trainer
 
 ATTRIBUTES = ("make the circle red", "make the square larger", "make the background dark")

@@ -24,7 +24,7 @@ from torch import nn
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.evaluation.scorers import SCORERS, AttributeScorer, DistanceScorer, load_scorer
 from slideredit_rt.evaluation.scorers.base import BATCH
-from slideredit_rt.training.shapes_editor import build_clip_tokenizer
+from slideredit_rt.shapes.editor_recipe import build_clip_tokenizer
 
 SIDE = 32
 PHRASES = ["curly hair", "a warm smile on the man's face"]

@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 
 import pytest
 import torch
 
-from slideredit_rt.training.shapes_world import (
+from slideredit_rt.shapes.measurer import area, measure, response
+from slideredit_rt.shapes.world import (
     ALL_INSTRUCTIONS,
     BACKGROUNDS,
     COLOURS,
     SHAPES,
     SIZE,
     Instruction,
-    area,
     draw_example,
     draw_scene,
     held_out_examples,
-    measure,
     render,
-    response,
 )
 
 
@@ -80,3 +80,15 @@ def test_the_whole_vocabulary_is_there() -> None:
 def test_held_out_scenes_are_the_same_every_time() -> None:
     assert held_out_examples(3, 2) == held_out_examples(3, 2)
     assert held_out_examples(3, 2) != held_out_examples(3, 2, seed=1)
+
+
+def test_a_sample_image_does_not_load_the_trainers() -> None:
+    """Neither for the HTTP page, nor for the demo and its measured sweeps."""
+    script = """
+import sys
+import slideredit_rt.demo
+from slideredit_rt.serving.app import sample_picture
+print(sample_picture()[1:4], [name for name in sys.modules if name.startswith("slideredit_rt.training")])
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "b'PNG' []\n"

@@ -16,9 +16,9 @@ from slideredit_rt.adapters import load_adapter
 from slideredit_rt.assets import resolve_base
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.families import Family
+from slideredit_rt.shapes.adapter_recipes import ShapesData, adapter_recipe
+from slideredit_rt.shapes.world import find_instruction
 from slideredit_rt.training.data import FolderData
-from slideredit_rt.training.shapes_adapters import ShapesData, shapes_recipe
-from slideredit_rt.training.shapes_world import find_instruction
 from slideredit_rt.training.suppression import SuppressionConfig, SuppressionTrainer
 
 TINY = SuppressionConfig(kind="st", rank=4, steps=4, batch=4, learning_rate=1e-3)
@@ -194,7 +194,7 @@ def test_folder_of_images(tmp_path: Path) -> None:
 @torch.no_grad()
 def test_the_shipped_adapters_come_from_the_shipped_recipes(family: Family, kind: Any) -> None:
     adapter = load_adapter(f"shapes-{kind}", family)
-    recipe = shapes_recipe(kind)
+    recipe = adapter_recipe(kind)
     # The shipped ones were trained before there was a choice of projections.
     assert adapter.training | {"all_projections": False} == recipe.__dict__
     assert F.mse_loss(torch.cat([b.flatten() for _, b in adapter.pairs.values()]), torch.zeros(1)) > 0

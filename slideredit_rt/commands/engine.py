@@ -119,8 +119,7 @@ def _on_device(folder: Path, manifest: Manifest) -> tuple[dict[str, Any], list[s
 
 def _verify(args: argparse.Namespace) -> int:
     from slideredit_rt.images import open_image
-    from slideredit_rt.training.shapes_evaluation import scene_image
-    from slideredit_rt.training.shapes_world import held_out_examples
+    from slideredit_rt.shapes.world import held_out_examples, scene_image
     from slideredit_rt.verify import verify_engine
 
     image = open_image(args.image) if args.image else scene_image(held_out_examples(1, 1)[0])

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def _train_editor(args: argparse.Namespace) -> int:
-    from slideredit_rt.training.shapes_editor import train_shapes_editor
+    from slideredit_rt.shapes.editor_recipe import train_shapes_editor
 
     report = train_shapes_editor(args.out, args.vae_steps, args.decoder_steps, args.editor_steps)
     lines = [
@@ -42,8 +42,8 @@ def _frozen_base(args: argparse.Namespace) -> tuple[Family, Any]:
 
 def _training_data(args: argparse.Namespace, side: int, shapes: type[Data]) -> Data:
     """Pictures of `--images` with the edits of `--instructions`, else shapes scenes."""
+    from slideredit_rt.shapes.world import find_instruction
     from slideredit_rt.training.data import FolderData
-    from slideredit_rt.training.shapes_world import find_instruction
 
     edits = None if args.instructions is None else read_lines(args.instructions)
     if args.images is None:
@@ -63,13 +63,13 @@ def _train(args: argparse.Namespace, trainer: Trainer[Any]) -> Any:
 def _train_adapter(args: argparse.Namespace) -> int:
     import dataclasses
 
-    from slideredit_rt.training.shapes_adapters import ShapesData, shapes_recipe
+    from slideredit_rt.shapes.adapter_recipes import ShapesData, adapter_recipe
     from slideredit_rt.training.suppression import SuppressionConfig, SuppressionTrainer
 
     family, pipeline = _frozen_base(args)
     data = _training_data(args, family.side(pipeline), ShapesData)
     target = "remaining" if args.kind == "st" else "neutral"
-    recipe = shapes_recipe(args.kind) if args.images is None else SuppressionConfig(kind=args.kind, target=target)  # type: ignore[arg-type]
+    recipe = adapter_recipe(args.kind) if args.images is None else SuppressionConfig(kind=args.kind, target=target)  # type: ignore[arg-type]
     config = dataclasses.replace(recipe, **options_given(args, *(f.name for f in dataclasses.fields(SuppressionConfig))))
     adapter = _train(args, SuppressionTrainer(family, pipeline, data, config, args.out))
     emit(args, {"out": str(args.out), "modules": len(adapter.pairs), **adapter.training}, [f"wrote {args.out}"])
@@ -77,15 +77,15 @@ def _train_adapter(args: argparse.Namespace) -> int:
 
 
 def _train_concepts(args: argparse.Namespace) -> int:
+    from slideredit_rt.shapes.adapter_recipes import concepts_recipe
     from slideredit_rt.training.concepts import ConceptConfig, ConceptTrainer
-    from slideredit_rt.training.shapes_adapters import concepts_recipe
 
     return _train_contrast(args, ConceptTrainer, ConceptConfig, concepts_recipe())
 
 
 def _train_offsets(args: argparse.Namespace) -> int:
+    from slideredit_rt.shapes.adapter_recipes import offsets_recipe
     from slideredit_rt.training.attribute_offsets import OffsetConfig, OffsetTrainer
-    from slideredit_rt.training.shapes_adapters import offsets_recipe
 
     return _train_contrast(args, OffsetTrainer, OffsetConfig, offsets_recipe())
 
@@ -94,7 +94,7 @@ def _train_contrast(args: argparse.Namespace, trainer: Any, settings: Any, recip
     """A trainer of one slider per instruction, by its own settings, or on shapes scenes by the shipped recipe."""
     import dataclasses
 
-    from slideredit_rt.training.shapes_adapters import BalancedShapes
+    from slideredit_rt.shapes.adapter_recipes import BalancedShapes
 
     family, pipeline = _frozen_base(args)
     data = _training_data(args, family.side(pipeline), BalancedShapes)

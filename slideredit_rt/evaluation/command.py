@@ -35,8 +35,8 @@ from slideredit_rt.evaluation.systems.slideredit import GloballySelective, Selec
 from slideredit_rt.export.build import build_engine
 from slideredit_rt.families import Family, family_of
 from slideredit_rt.files import folder_fingerprint, sha256
+from slideredit_rt.shapes.world import ALL_INSTRUCTIONS, find_instruction
 from slideredit_rt.training.attribute_offsets import load_offsets
-from slideredit_rt.training.shapes_world import ALL_INSTRUCTIONS, find_instruction
 
 SYSTEMS: Mapping[str, type[System]] = {
     s.name: s

@@ -4,24 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from slideredit_rt.evaluation.dataset import Phase, Scores
 from slideredit_rt.evaluation.systems import Case
-from slideredit_rt.training.shapes_evaluation import scene_image
-from slideredit_rt.training.shapes_world import (
-    ALL_INSTRUCTIONS,
-    SHAPES,
-    SIZE,
-    Example,
-    Instruction,
-    Scene,
-    held_out_examples,
-    measure,
-    render,
-    response,
-)
+from slideredit_rt.shapes.measurer import measure, response, untouched
+from slideredit_rt.shapes.world import ALL_INSTRUCTIONS, Example, Instruction, held_out_examples, render, scene_image
 
 SEEDS: dict[Phase, int] = {"bench": 1, "search": 2}
 """Of the benchmark's scenes. `make marks` reports on those of seed 0."""
@@ -56,27 +44,6 @@ class ShapesScenes:
 
     def score(self, case: Case, images: Tensor) -> list[Scores]:
         return score_shapes(self.examples[case.name], images)
-
-
-def untouched(example: Example) -> Tensor:
-    """Bool `[SIZE, SIZE]`: the pixels that no instruction of the example may change."""
-    centre = torch.arange(SIZE) + 0.5
-    y, x = centre[:, None], centre[None, :]
-    scene: Scene = example.scene
-    distance = {}
-    for name in SHAPES:
-        shape = scene.shape(name)
-        dx, dy = (x - shape.x).abs() / shape.radius, (y - shape.y).abs() / shape.radius
-        distance[name] = torch.hypot(dx, dy) if name == "circle" else torch.maximum(dx, dy)
-    free = torch.ones(SIZE, SIZE, dtype=torch.bool)
-    for subject in {i.subject for i in example.instructions}:
-        if subject == "background":
-            # A shape's outermost pixels are mixed with the background.
-            free &= (distance["circle"] < 0.8) | (distance["square"] < 0.8)
-        else:
-            # The same window as the measurer's: a shape made larger, and larger again.
-            free &= distance[subject] > 1.65
-    return free
 
 
 def score_shapes(example: Example, images: Tensor) -> list[Scores]:

@@ -359,8 +359,7 @@ def _refusals(*statuses: int) -> _Responses:
 @lru_cache
 def sample_picture() -> bytes:
     """A scene of the shapes world, as a PNG file: something to edit."""
-    from slideredit_rt.training.shapes_evaluation import scene_image
-    from slideredit_rt.training.shapes_world import held_out_examples
+    from slideredit_rt.shapes.world import held_out_examples, scene_image
 
     file = io.BytesIO()
     scene_image(held_out_examples(1, 1)[0]).save(file, "PNG")

@@ -7,12 +7,12 @@ can be measured back into numbers. That makes every claim about a slider checkab
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from slideredit_rt.errors import SliderEditError
@@ -200,72 +200,7 @@ def render(scenes: Iterable[Scene]) -> Tensor:
     return image
 
 
-def area(name: str, shape: Shape) -> float:
-    """Exact area of a shape in square pixels."""
-    return math.pi * shape.radius**2 if name == "circle" else 4 * shape.radius**2
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """What a rendered image shows where `Scene` says its shapes are.
-
-    `colour` is the mean RGB of each shape's core, `area` the soft area in square pixels (each pixel counts by
-    how far it has gone from the background to the core's colour), `position` the soft centroid (x, y).
-    """
-
-    background: float
-    colour: dict[str, tuple[float, float, float]]
-    area: dict[str, float]
-    position: dict[str, tuple[float, float]]
-
-
-def measure(images: Tensor, scenes: Sequence[Scene]) -> list[Measurement]:
-    """Read edited images back into numbers.
-
-    Args:
-        images: float `[N, 3, SIZE, SIZE]` in [0, 1].
-        scenes: the N source scenes; edits never move a shape, so they say where to look.
-    """
-    if images.shape[1:] != (3, SIZE, SIZE) or len(images) != len(scenes):
-        raise ValueError(f"expected {len(scenes)} images of [3, {SIZE}, {SIZE}], got {tuple(images.shape)}")
-    centre = torch.arange(SIZE, dtype=torch.float64) + 0.5
-    y, x = centre[:, None].expand(SIZE, SIZE), centre[None, :].expand(SIZE, SIZE)
-    result = []
-    for image, scene in zip(images.double(), scenes, strict=True):
-        distance = {}
-        for name in SHAPES:
-            s = scene.shape(name)
-            dx, dy = (x - s.x).abs() / s.radius, (y - s.y).abs() / s.radius
-            distance[name] = torch.hypot(dx, dy) if name == "circle" else torch.maximum(dx, dy)
-        outside = (distance["circle"] > 1.7) & (distance["square"] > 1.7)
-        background = image[:, outside].median(dim=1).values
-        colour, areas, position = {}, {}, {}
-        for name in SHAPES:
-            core = image[:, distance[name] < 0.45].mean(dim=1)
-            towards = core - background
-            window = distance[name] < 1.65
-            cover = ((image - background[:, None, None]) * towards[:, None, None]).sum(0) / towards.square().sum().clamp_min(
-                1e-6
-            )
-            cover = torch.where(window, cover, 0).clamp(-0.2, 1.2)
-            total = cover.sum().clamp_min(1e-6)
-            red, green, blue = core.tolist()
-            colour[name] = (red, green, blue)
-            areas[name] = cover.sum().item()
-            position[name] = ((cover * x).sum().div(total).item(), (cover * y).sum().div(total).item())
-        result.append(Measurement(background.mean().item(), colour, areas, position))
-    return result
-
-
-def response(measured: Measurement, instruction: Instruction, scene: Scene) -> float:
-    """How far an instruction was carried out on `scene`: 0 as in the source, 1 exactly as asked, above 1 beyond it."""
-    target = instruction.apply(scene)
-    if instruction.subject == "background":
-        return (measured.background - scene.background) / (target.background - scene.background)
-    before, after = scene.shape(instruction.subject), target.shape(instruction.subject)
-    if instruction.change in SIZES:
-        start, end = area(instruction.subject, before), area(instruction.subject, after)
-        return (measured.area[instruction.subject] - start) / (end - start)
-    step = [b - a for a, b in zip(before.colour, after.colour, strict=True)]
-    moved = [m - a for a, m in zip(before.colour, measured.colour[instruction.subject], strict=True)]
-    return sum(s * m for s, m in zip(step, moved, strict=True)) / sum(s * s for s in step)
+def scene_image(example: Example) -> Image.Image:
+    """The source picture of an example, as a user would have it: 8 bits per channel."""
+    pixels = (render([example.scene])[0].permute(1, 2, 0) * 255).round().to(torch.uint8)
+    return Image.fromarray(pixels.numpy())

@@ -6,15 +6,14 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-from PIL import Image
 from scipy.stats import spearmanr
 from torch import Tensor
 from tqdm import tqdm
 
 from slideredit_rt.editor import SliderEditor
+from slideredit_rt.shapes.measurer import measure, response
+from slideredit_rt.shapes.world import Example, held_out_examples, render, scene_image
 from slideredit_rt.sliders import Slider
-from slideredit_rt.training.shapes_world import Example, held_out_examples, measure, render, response
 
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5)
 
@@ -41,12 +40,6 @@ class SliderSweep:
     erased: float
     leak: float | None
     beyond: bool | None
-
-
-def scene_image(example: Example) -> Image.Image:
-    """The source picture of an example, as a user would have it: 8 bits per channel."""
-    pixels = (render([example.scene])[0].permute(1, 2, 0) * 255).round().to(torch.uint8)
-    return Image.fromarray(pixels.numpy())
 
 
 def summarise(example: Example, index: int, strengths: Sequence[float], images: Tensor) -> SliderSweep:

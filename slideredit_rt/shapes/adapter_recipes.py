@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from slideredit_rt.families import Kind
+from slideredit_rt.shapes.world import ALL_INSTRUCTIONS, Instruction, draw_example, render
 from slideredit_rt.training.attribute_offsets import OffsetConfig
 from slideredit_rt.training.concepts import ConceptConfig
-from slideredit_rt.training.shapes_world import ALL_INSTRUCTIONS, Instruction, draw_example, render
 from slideredit_rt.training.suppression import SuppressionConfig
 
 
@@ -42,7 +42,7 @@ class BalancedShapes:
         return render(e.scene for e in examples), [[i.text for i in e.instructions] for e in examples]
 
 
-def shapes_recipe(kind: Kind) -> SuppressionConfig:
+def adapter_recipe(kind: Kind) -> SuppressionConfig:
     """The settings that the shipped adapter of this kind was trained with."""
     return SuppressionConfig(
         kind=kind,

@@ -36,8 +36,7 @@ from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
 
 from slideredit_rt.families.flux_kontext import FluxKontext
-from slideredit_rt.training.checkpoint import load_checkpoint, save_checkpoint
-from slideredit_rt.training.shapes_world import (
+from slideredit_rt.shapes.world import (
     ALL_INSTRUCTIONS,
     BACKGROUNDS,
     COLOURS,
@@ -52,6 +51,7 @@ from slideredit_rt.training.shapes_world import (
     held_out_examples,
     render,
 )
+from slideredit_rt.training.checkpoint import load_checkpoint, save_checkpoint
 
 MAX_SEQUENCE_LENGTH = 24
 _TEXT_WIDTH = 128
