@@ -52,6 +52,11 @@ class Slider:
             )
 
 
+def linear_sweep(first: float, last: float, count: int) -> list[float]:
+    """Return `count` evenly spaced settings, 2 or more, from `first` to `last`."""
+    return [first + (last - first) * i / (count - 1) for i in range(count)]
+
+
 @dataclass(frozen=True)
 class StrengthCurve:
     """From the strength that people set to the alpha that engines take.

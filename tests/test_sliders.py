@@ -12,7 +12,16 @@ import torch
 from slideredit_rt.assets import resolve_base
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.families import Family
-from slideredit_rt.sliders import PromptToken, Slider, StrengthCurve, combine_row_scale, compose_prompt, find_spans, row_mask
+from slideredit_rt.sliders import (
+    PromptToken,
+    Slider,
+    StrengthCurve,
+    combine_row_scale,
+    compose_prompt,
+    find_spans,
+    linear_sweep,
+    row_mask,
+)
 
 
 @pytest.fixture(scope="module")
@@ -26,6 +35,12 @@ def owned(family: Family, encoders: Any, prompt: str, *instructions: str, max_ro
     spans = find_spans(prompt, [Slider(i) for i in instructions], tokens, max_rows)
     text = {t.row: t.text for t in tokens}
     return ["".join(text[row] for row in span).replace("▁", " ").strip() for span in spans]
+
+
+def test_a_sweep_is_evenly_spaced_with_both_ends() -> None:
+    assert linear_sweep(0.0, 1.5, 4) == [0.0, 0.5, 1.0, 1.5]
+    assert linear_sweep(1.0, -1.0, 5) == [1.0, 0.5, 0.0, -0.5, -1.0]
+    assert linear_sweep(-0.5, 2.0, 2) == [-0.5, 2.0]
 
 
 def test_alpha_is_one_minus_strength() -> None:

@@ -15,7 +15,7 @@ from slideredit_rt.commands.shared import (
 )
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.files import user_path
-from slideredit_rt.sliders import Slider, compose_prompt, normalise, stands_in
+from slideredit_rt.sliders import Slider, compose_prompt, linear_sweep, normalise, stands_in
 
 _MAX_SWEEP = 64
 
@@ -50,7 +50,7 @@ def parse_swept_slider(text: str, prompt: str | None = None) -> tuple[Slider, li
         ) from None
     if not 2 <= count <= _MAX_SWEEP:
         raise SliderEditError(f"slider {text!r} asks for {count} strengths; give 2 to {_MAX_SWEEP}")
-    strengths = [start + (stop - start) * i / (count - 1) for i in range(count)]
+    strengths = linear_sweep(start, stop, count)
     return Slider(instruction, strengths[0]), [Slider(instruction, s).strength for s in strengths]
 
 

@@ -20,7 +20,7 @@ from slideredit_rt.engines.manifest import read_manifest
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.evaluation.dataset import Dataset
 from slideredit_rt.export.build import build_engine
-from slideredit_rt.sliders import StrengthCurve
+from slideredit_rt.sliders import StrengthCurve, linear_sweep
 
 FARTHEST = 2.0
 """Largest uncalibrated strength that is tried, α = −1: the far end of the range that the paper works in."""
@@ -101,7 +101,7 @@ def calibrate(
     """
     if samples < 5 or samples % 2 == 0:
         raise SliderEditError(f"{samples} samples were asked for; give an odd number, 5 or more, so that strength 1 is one")
-    strengths = [FARTHEST * i / (samples - 1) for i in range(samples)]
+    strengths = linear_sweep(0.0, FARTHEST, samples)
     swept = []
     editor.curve = StrengthCurve()
     for case in tqdm(dataset.cases("bench", cases, 1), "calibrate", unit="edit", disable=not progress):

@@ -23,6 +23,7 @@ from slideredit_rt.evaluation.measures import continuity, coverage, monotonicity
 from slideredit_rt.evaluation.systems import Case, System
 from slideredit_rt.files import atomic_file
 from slideredit_rt.images import save_image
+from slideredit_rt.sliders import linear_sweep
 
 PICTURED = 3
 """Cases whose pictures are kept, for each number of sliders."""
@@ -150,11 +151,6 @@ def read_rows(path: Path) -> list[Row]:
         raise SliderEditError(
             f"{str(path)!r} cannot be read as the rows of an evaluation ({error}); delete it and run again"
         ) from None
-
-
-def evenly(low: float, high: float, count: int) -> list[float]:
-    """`count` settings from `low` to `high`."""
-    return [low + (high - low) * i / (count - 1) for i in range(count)]
 
 
 def lines(rows: Sequence[Row], index: int, scorer: str) -> list[list[float]]:
@@ -308,7 +304,7 @@ class Benchmark:
         sliders = len(case.instructions)
         path = self.out / "rows" / f"{phase}.{name}.{case.name}.{ends[0]:g}.{ends[1]:g}.csv"
         if not path.exists():
-            system, settings = self._system(name), list(itertools.product(evenly(*ends, samples), repeat=sliders))
+            system, settings = self._system(name), list(itertools.product(linear_sweep(*ends, samples), repeat=sliders))
             start = time.perf_counter()
             images = system.render(system.prepare(case), settings, self.config.steps)
             seconds = (time.perf_counter() - start) / len(settings)

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from slideredit_rt.serving.pictures import OutputFormat
+from slideredit_rt.sliders import linear_sweep
 
 MAX_SEED = 2**64 - 1
 """Largest seed of torch's generators."""
@@ -48,7 +49,7 @@ class SweepField(_Strict):
 
     @property
     def strengths(self) -> list[float]:
-        return [self.first + (self.last - self.first) * i / (self.count - 1) for i in range(self.count)]
+        return linear_sweep(self.first, self.last, self.count)
 
 
 class ImageReference(_Strict):
