@@ -16,9 +16,10 @@ from pathlib import Path
 from slideredit_rt.adapters import load_adapter, save_adapter
 from slideredit_rt.assets import resolve_base
 from slideredit_rt.evaluation.calibrate import calibrate_adapter
-from slideredit_rt.evaluation.command import Given, run_evaluation
+from slideredit_rt.evaluation.evaluate import run_evaluation
 from slideredit_rt.evaluation.report import markdown_table
 from slideredit_rt.evaluation.run import BenchmarkConfig
+from slideredit_rt.evaluation.setup import Setup
 from slideredit_rt.evaluation.shapes import CALIBRATION_SEEDS, ShapesScenes
 from slideredit_rt.families import get_family
 from slideredit_rt.shapes.adapter_recipes import ShapesData, adapter_recipe
@@ -78,8 +79,8 @@ def _evaluate(adapters: Sequence[str], run: Path, threads: int | None, known: Se
     texts = None if known is None else [i.text for i in known]
     # The slider systems alone, not what else these adapters allow.
     kinds = tuple(sorted({load_adapter(adapter).kind for adapter in adapters}))
-    given = Given(BASE, adapters, systems=kinds, threads=threads)
-    report = run_evaluation(given, config, run, instructions=texts)
+    setup = Setup(BASE, run, adapters, threads=threads)
+    report = run_evaluation(setup, config, systems=kinds, instructions=texts)
     results = RESULTS / run.name
     results.mkdir(parents=True, exist_ok=True)
     for file in _FILES:

@@ -13,8 +13,7 @@ from slideredit_rt.cli import main
 from slideredit_rt.editor import SliderEditor
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.evaluation.calibrate import calibrate, curve_of_responses, monotone_response
-from slideredit_rt.evaluation.dataset import Scores
-from slideredit_rt.evaluation.systems import Case
+from slideredit_rt.evaluation.dataset import Case, Scores
 from slideredit_rt.sliders import StrengthCurve
 
 STRENGTHS = np.linspace(0, 2, 17)

@@ -3,11 +3,15 @@
 import json
 import random
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from slideredit_rt.adapters import load_adapter
 from slideredit_rt.assets import resolve_adapter, resolve_base
@@ -15,10 +19,13 @@ from slideredit_rt.bench.evaluation_page import PAGE, refreshed, tables
 from slideredit_rt.cli import main
 from slideredit_rt.editor import SliderEditor
 from slideredit_rt.errors import SliderEditError
-from slideredit_rt.evaluation.dataset import Scores
+from slideredit_rt.evaluation.dataset import Case, Scores
+from slideredit_rt.evaluation.evaluate import run_evaluation
 from slideredit_rt.evaluation.report import markdown_table, summarise_run
 from slideredit_rt.evaluation.run import BenchmarkConfig, Row, case_continuity, lines, read_rows, usefulness, write_rows
+from slideredit_rt.evaluation.setup import Setup
 from slideredit_rt.evaluation.shapes import ShapesScenes, score_shapes
+from slideredit_rt.evaluation.systems import SYSTEMS, System, register
 from slideredit_rt.evaluation.systems.guidance import ExplicitGuidance, ImplicitGuidance
 from slideredit_rt.evaluation.systems.merged_lora import MergedLoRA
 from slideredit_rt.evaluation.systems.pad_interpolation import PadInterpolation, interpolated_rows
@@ -226,6 +233,90 @@ def test_several_adapters_and_engines_go_by_their_names(tmp_path, engines):
     first, second = (s["attributes"] for s in report["systems"])
     assert first == second
     assert report["pictures"] == ["lattices.png", "grid.shapes-st.png", "grid.mine.png"]
+
+
+@pytest.fixture
+def crossfade():
+    """A rival system, all of it: the source fades into the plain edit."""
+
+    @register
+    class Crossfade(System):
+        name, knob, how = "crossfade", "opacity", "the plain edit laid over the source"
+        needs = "an adapter or an engine (--adapter, --engine)"
+        ranges = ((0.0, 1.0),)
+
+        def __init__(self, editor: SliderEditor) -> None:
+            self.editor = editor
+
+        @classmethod
+        def make(cls, setup: Setup, variant: str) -> System:
+            return cls(setup.open_any())
+
+        def prepare(self, case: Case) -> tuple[Any, Tensor]:
+            source = torch.from_numpy(np.array(case.image)).permute(2, 0, 1) / 255
+            return self.editor.prepare(case.image, case.instructions, prompt=case.prompt, seed=case.seed), source
+
+        def render(self, prepared: tuple[Any, Tensor], settings: Sequence[Sequence[float]], steps: int) -> Tensor:
+            encoded, source = prepared
+            edited = self.editor.render_tensor(encoded, [[1.0]], steps=steps)[0]
+            return torch.stack([torch.lerp(source, edited, opacity) for (opacity,) in settings])
+
+    yield Crossfade
+    del SYSTEMS[Crossfade.name]
+
+
+def test_a_new_system_takes_one_class(crossfade, tmp_path, engines, capsys):
+    run = tmp_path / "run"
+    command = ["evaluate", "--engine", str(engines["st"]), "--systems", "crossfade", "--out", str(run), *SMALL, "--json"]
+    assert main(command) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert [(entry["system"], entry["range"]) for entry in report["systems"]] == [("crossfade", [0, 1])]
+    assert report["how"] == {"crossfade": "the plain edit laid over the source; the knob is opacity"}
+    assert "| crossfade |" in (run / "table.md").read_text()
+    (source, plain), swept = (
+        [row.scores for row in read_rows(run / "rows.csv") if row.phase == phase and row.case.startswith("scene-1")]
+        for phase in ("base", "bench")
+    )
+    ends = [scores.attributes["response"][0] for scores in (source, plain)]
+    shown = [scores.attributes["response"][0] for scores in swept]
+    assert shown == pytest.approx([ends[0], sum(ends) / 2, ends[1]], abs=0.02)
+    assert swept[2].distances["elsewhere"] == pytest.approx(plain.distances["elsewhere"], abs=1e-5)
+    # The same run from Python, which finds everything there.
+    config = BenchmarkConfig(scenes=(1,), samples=3, search_scenes=1, steps=2)
+    setup = Setup("shapes-kontext", run, engines=[engines["st"]])
+    again = run_evaluation(setup, config, systems=["crossfade"], progress=False)
+    assert again["systems"] == report["systems"]
+
+
+def test_the_name_of_a_system_is_its_own(crossfade):
+    with pytest.raises(SliderEditError, match="a system 'crossfade' already"):
+        register(crossfade)
+
+
+def test_what_a_setup_allows_is_told_before_an_engine_is_built(tmp_path):
+    shutil.copy(resolve_adapter("shapes-st"), tmp_path / "mine.safetensors")
+    out, mine = tmp_path / "run", str(tmp_path / "mine.safetensors")
+    allowed = {}
+    for adapters in (["shapes-gst"], [mine, "shapes-gst", "shapes-st"]):
+        setup = Setup("shapes-kontext", out, adapters, concepts="shapes-concepts")
+        allowed[len(adapters)] = [variant for system in SYSTEMS.values() for variant in system.variants(setup)]
+    rest = ["implicit-cfg", "explicit-cfg", "merged-lora", "concept-sliders"]
+    assert allowed == {1: ["gst", *rest], 3: ["mine", "shapes-st", "gst", "pad-interpolation", *rest]}
+    assert not out.exists()
+
+
+def test_systems_stand_in_the_order_of_the_committed_table():
+    report = json.loads((RESULTS / "evaluation" / "report.json").read_text())
+    assert list(dict.fromkeys(entry["system"] for entry in report["systems"])) == list(SYSTEMS)
+
+
+def test_an_adapter_may_not_go_by_the_name_of_another_system(tmp_path, capsys):
+    shutil.copy(resolve_adapter("shapes-st"), tmp_path / "gst.safetensors")
+    adapters = [str(tmp_path / "gst.safetensors"), "shapes-st", "shapes-gst"]
+    given = [word for adapter in adapters for word in ("--adapter", adapter)]
+    assert main(["evaluate", *given, "--out", str(tmp_path / "run"), *SMALL]) == 2
+    assert "two systems would be called 'gst'" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

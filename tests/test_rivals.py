@@ -20,9 +20,10 @@ from slideredit_rt.assets import resolve_adapter, resolve_base, resolve_offsets
 from slideredit_rt.cli import main
 from slideredit_rt.editor import SliderEditor
 from slideredit_rt.errors import SliderEditError
-from slideredit_rt.evaluation.command import Given, run_evaluation
+from slideredit_rt.evaluation.dataset import Case
+from slideredit_rt.evaluation.evaluate import run_evaluation
 from slideredit_rt.evaluation.run import BenchmarkConfig
-from slideredit_rt.evaluation.systems import Case
+from slideredit_rt.evaluation.setup import Setup
 from slideredit_rt.evaluation.systems.attribute_offsets import OffsetControl
 from slideredit_rt.evaluation.systems.concept_sliders import ConceptSliders
 from slideredit_rt.families import Family, get_family
@@ -335,17 +336,17 @@ def test_the_command_trains_and_the_benchmark_takes_the_result(
     assert "1 attributes" in capsys.readouterr().out
     name = {"concepts": "concept-sliders", "offsets": "attribute-offsets"}[what]
     config = BenchmarkConfig(scenes=(1,), search_scenes=1, samples=3, search_samples=3, steps=1)
-    given = Given("shapes-kontext", ["shapes-st"], systems=[name], **{what: str(out)})
-    report = run_evaluation(given, config, tmp_path / "run", instructions=ATTRIBUTES[:1], progress=False)
+    setup = Setup("shapes-kontext", tmp_path / "run", ["shapes-st"], **{what: str(out)})
+    report = run_evaluation(setup, config, systems=[name], instructions=ATTRIBUTES[:1], progress=False)
     assert [entry["system"] for entry in report["systems"]] == [name]
 
 
 @pytest.mark.parametrize(("name", "what"), [("concept-sliders", "concepts"), ("attribute-offsets", "offsets")])
 def test_a_base_without_trained_rivals_says_how_to_train_them(name: str, what: str, tmp_path: Path) -> None:
     shutil.copytree(resolve_base("shapes-kontext"), tmp_path / "base")
-    given = Given(str(tmp_path / "base"), ["shapes-st"], systems=[name])
+    setup = Setup(str(tmp_path / "base"), tmp_path / "run", ["shapes-st"])
     with pytest.raises(SliderEditError, match=rf"{name}' needs training .*slideredit-rt train {what}, then --{what}"):
-        run_evaluation(given, BenchmarkConfig(), tmp_path / "run", progress=False)
+        run_evaluation(setup, BenchmarkConfig(), systems=[name], progress=False)
 
 
 @pytest.mark.parametrize(

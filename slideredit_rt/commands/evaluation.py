@@ -18,9 +18,10 @@ from slideredit_rt.files import user_path
 
 def _evaluate(args: argparse.Namespace) -> int:
     from slideredit_rt.engines.manifest import read_manifest
-    from slideredit_rt.evaluation.command import Given, run_evaluation
+    from slideredit_rt.evaluation.evaluate import run_evaluation
     from slideredit_rt.evaluation.report import markdown_table
     from slideredit_rt.evaluation.run import BenchmarkConfig
+    from slideredit_rt.evaluation.setup import Setup
 
     config = BenchmarkConfig(
         sliders=tuple(args.sliders),
@@ -29,17 +30,17 @@ def _evaluate(args: argparse.Namespace) -> int:
     )
     base = args.base or (read_manifest(args.engine[0]).base["source"] if args.engine else "shapes-kontext")
     report = run_evaluation(
-        Given(
+        Setup(
             base=base,
+            out=args.out,
             adapters=args.adapter,
             engines=args.engine,
-            systems=args.systems,
             threads=args.threads,
             concepts=args.concepts,
             offsets=args.offsets,
         ),
         config,
-        args.out,
+        systems=args.systems,
         pictures=picture_options(args),
         instructions=args.instructions and read_lines(args.instructions),
         progress=not args.quiet,
@@ -59,8 +60,7 @@ def add_commands(commands: Commands) -> None:
         "--systems",
         type=listed(str),
         default=[],
-        help="of st, gst, pad-interpolation, implicit-cfg, explicit-cfg, merged-lora, concept-sliders, attribute-offsets "
-        "(default: all that can be)",
+        help="systems to compare, such as st,explicit-cfg (default: all that can be; an unknown name lists them)",
     )
     evaluate.add_argument("--concepts", help="bank of concept sliders (default: shapes-concepts, on its own base and scenes)")
     evaluate.add_argument("--offsets", help="attribute offsets (default: shapes-offsets, on their own base and scenes)")

@@ -6,12 +6,30 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from PIL import Image
 from torch import Tensor
-
-from slideredit_rt.evaluation.systems import Case
 
 Phase = Literal["search", "bench"]
 """`search`: cases on which each system's range is chosen. `bench`: the others, which the report is about."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One edit of the benchmark.
+
+    Attributes:
+        name: tells it from the others; file-name safe.
+        image: source picture, RGB.
+        prompt: holds every instruction.
+        instructions: the swept ones, one knob each.
+        seed: of the initial noise, the same for every system.
+    """
+
+    name: str
+    image: Image.Image
+    prompt: str
+    instructions: tuple[str, ...]
+    seed: int
 
 
 @dataclass(frozen=True)

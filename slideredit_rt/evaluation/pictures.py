@@ -15,9 +15,8 @@ from PIL import Image
 from torch import Tensor
 
 from slideredit_rt.errors import SliderEditError
-from slideredit_rt.evaluation.dataset import Phase, Scores
+from slideredit_rt.evaluation.dataset import Case, Phase, Scores
 from slideredit_rt.evaluation.scorers import SCORERS, AttributeScorer, DistanceScorer, load_scorer
-from slideredit_rt.evaluation.systems import Case
 from slideredit_rt.families import Family
 from slideredit_rt.images import open_image
 from slideredit_rt.sliders import PromptToken, Slider, compose_prompt, find_spans, normalise

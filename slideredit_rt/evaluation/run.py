@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
@@ -18,12 +18,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from slideredit_rt.errors import SliderEditError
-from slideredit_rt.evaluation.dataset import Dataset, Scores
+from slideredit_rt.evaluation.dataset import Case, Dataset, Scores
 from slideredit_rt.evaluation.measures import continuity, coverage, monotonicity
-from slideredit_rt.evaluation.systems import Case, System
 from slideredit_rt.files import atomic_file
 from slideredit_rt.images import save_image
 from slideredit_rt.sliders import linear_sweep
+
+if TYPE_CHECKING:
+    # A report is read without engines and models, whose packages take seconds to import.
+    from slideredit_rt.evaluation.setup import Setup
+    from slideredit_rt.evaluation.systems import System
 
 PICTURED = 3
 """Cases whose pictures are kept, for each number of sliders."""
@@ -182,43 +186,38 @@ def usefulness(rows: Sequence[Row], source: Scores, edited: Scores) -> float:
     return statistics.fmean(values)
 
 
-@dataclass(frozen=True)
-class Contender:
-    """One system of a run: its class, and how it is made when it is first needed."""
-
-    system: type[System]
-    make: Callable[[], System]
-
-
 class Benchmark:
-    """One run in the folder `out`; a killed run continues where it stopped.
+    """One run in the folder `setup.out`; a killed run continues where it stopped.
+
+    The folder gets `rows/` (one file per case, written whole), `rows.csv`, and pictures.
 
     Args:
-        contenders: the systems, by the name that rows and pictures give them.
-        reference: makes the plain edit, at its `plain` setting.
+        setup: what the systems are made from.
+        systems: those to compare, by the variant of the setup that rows and pictures name.
+        reference: makes the system whose `plain` setting is the plain edit.
         dataset: pictures and scorers.
-        config: settings; those of an unfinished run in `out` must be the same.
-        out: gets `rows/` (one file per case, written whole), `rows.csv`, and pictures.
+        config: settings; those of an unfinished run in the folder must be the same.
         fingerprints: of base, adapters and data, so that a continued run does not mix two.
     """
 
     def __init__(
         self,
-        contenders: Mapping[str, Contender],
+        setup: Setup,
+        systems: Mapping[str, type[System]],
         reference: Callable[[], System],
         dataset: Dataset,
         config: BenchmarkConfig,
-        out: Path,
         fingerprints: Mapping[str, str],
     ) -> None:
-        self.contenders, self.reference, self.dataset, self.config, self.out = contenders, reference, dataset, config, out
+        self.setup, self.systems, self.reference = setup, systems, reference
+        self.dataset, self.config, self.out = dataset, config, setup.out
         self._made: dict[str, System] = {}
         self.settings = json.loads(json.dumps({"config": asdict(config), "fingerprints": dict(fingerprints)}))
-        path = out / "settings.json"
+        path = self.out / "settings.json"
         if path.exists():
             if json.loads(path.read_text()) != self.settings:
                 raise SliderEditError(
-                    f"{str(out)!r} holds an evaluation with other settings; continue with those or choose another --out"
+                    f"{str(self.out)!r} holds an evaluation with other settings; continue with those or choose another --out"
                 )
         else:
             with atomic_file(path) as temporary:
@@ -227,7 +226,7 @@ class Benchmark:
     def _system(self, name: str) -> System:
         """Only the latest is kept: systems are swept one after the other, and a base may be large."""
         if name not in self._made:
-            self._made = {name: self.contenders[name].make()}
+            self._made = {name: self.systems[name].make(self.setup, name)}
         return self._made[name]
 
     def run(self, *, progress: bool = True) -> list[Row]:
@@ -239,9 +238,9 @@ class Benchmark:
             rows = [row for cases in (search, *bench.values()) for case in cases for row in self._base(case, bar)]
             plain = {row.case: row.scores for row in rows if row.sample == 1}
             source = {row.case: row.scores for row in rows if row.sample == 0}
-            for name, contender in self.contenders.items():
+            for name, system in self.systems.items():
                 best, best_value = None, -1.0
-                for ends in contender.system.ranges:
+                for ends in system.ranges:
                     values = []
                     for case in search:
                         swept = self._sweep("search", name, case, ends, config.search_samples, bar)
@@ -252,7 +251,7 @@ class Benchmark:
                         best, best_value = ends, statistics.fmean(values)
                 assert best is not None
                 for count, cases in bench.items():
-                    if count > 1 and not contender.system.joint:
+                    if count > 1 and not system.joint:
                         continue
                     samples = config.samples if count == 1 else config.joint_samples
                     for index, case in enumerate(cases):
@@ -263,7 +262,7 @@ class Benchmark:
     def _total(self, bench: Mapping[int, Sequence[Case]]) -> int:
         config = self.config
         total = 2 * (config.search_scenes + sum(map(len, bench.values())))
-        for system in (contender.system for contender in self.contenders.values()):
+        for system in self.systems.values():
             total += len(system.ranges) * config.search_scenes * config.search_samples
             for count, cases in bench.items():
                 if count == 1 or system.joint:

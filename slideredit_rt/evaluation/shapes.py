@@ -6,8 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from slideredit_rt.evaluation.dataset import Phase, Scores
-from slideredit_rt.evaluation.systems import Case
+from slideredit_rt.evaluation.dataset import Case, Phase, Scores
 from slideredit_rt.shapes.measurer import measure, response, untouched
 from slideredit_rt.shapes.world import ALL_INSTRUCTIONS, Example, Instruction, held_out_examples, render, scene_image
 

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from slideredit_rt.assets import resolve_offsets
 from slideredit_rt.editor import Prepared, SliderEditor
 from slideredit_rt.errors import SliderEditError
-from slideredit_rt.evaluation.systems.base import Case, System
-from slideredit_rt.training.attribute_offsets import AttributeOffsets
+from slideredit_rt.evaluation.dataset import Case
+from slideredit_rt.evaluation.setup import Setup
+from slideredit_rt.evaluation.systems.base import System, register
+from slideredit_rt.files import sha256
+
+if TYPE_CHECKING:
+    from slideredit_rt.training.attribute_offsets import AttributeOffsets
 
 
 @dataclass(frozen=True)
@@ -22,15 +29,40 @@ class _Encoded:
     attributes: list[int]
 
 
+@register
 class OffsetControl(System):
     """Runs on any engine of ours: text embeddings are an input per row. Setting 0 is the edit at the neutral prompt."""
 
     name, knob, plain, joint = "attribute-offsets", "offset scale", 0.0, True
     ranges = ((0.0, 1.0), (0.0, 1.5), (0.0, 2.0), (0.0, 3.0), (0.0, 5.0))
+    needs = "training on this base and its instructions (slideredit-rt train offsets, then --offsets)"
     how = "an offset per attribute on the noun's embeddings of a neutral prompt, an input of the same engine"
 
     def __init__(self, editor: SliderEditor, offsets: AttributeOffsets) -> None:
         self.editor, self.offsets = editor, offsets
+
+    @classmethod
+    def variants(cls, setup: Setup) -> list[str]:
+        return [] if setup.offsets is None else [cls.name]
+
+    @classmethod
+    def make(cls, setup: Setup, variant: str) -> System:
+        assert setup.offsets is not None
+        return cls(setup.open_any(), cls._load(setup.offsets, setup))
+
+    @classmethod
+    def trained(cls, setup: Setup) -> tuple[str, str] | None:
+        if setup.offsets is None:
+            return None
+        cls._load(setup.offsets, setup)
+        return setup.offsets, sha256(resolve_offsets(setup.offsets))
+
+    @staticmethod
+    def _load(offsets: str, setup: Setup) -> AttributeOffsets:
+        # The trainer's packages come with it; no other system needs them.
+        from slideredit_rt.training.attribute_offsets import load_offsets
+
+        return load_offsets(resolve_offsets(offsets), setup.family)
 
     def prepare(self, case: Case) -> _Encoded:
         names = self.offsets.attributes

@@ -6,20 +6,25 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from slideredit_rt.adapters import load_adapter
 from slideredit_rt.editor import Prepared, SliderEditor
 from slideredit_rt.errors import SliderEditError
-from slideredit_rt.evaluation.systems.base import Case, System
+from slideredit_rt.evaluation.dataset import Case
+from slideredit_rt.evaluation.setup import Setup
+from slideredit_rt.evaluation.systems.base import System, register
 from slideredit_rt.sliders import Slider
 
 _FROZEN = 2 / 28
 """Share of the steps that the base model makes alone: the first two of the usual 28."""
 
 
+@register
 class ConceptSliders(System):
     """Every attribute is a member of one bank, so that several move at once; setting 0 is the edit at the neutral prompt."""
 
     name, knob, plain, joint = "concept-sliders", "LoRA scale", 0.0, True
     ranges = ((0.0, 0.5), (0.0, 0.75), (0.0, 1.0), (0.0, 1.5), (0.0, 2.0))
+    needs = "training on this base and its instructions (slideredit-rt train concepts, then --concepts)"
     how = "a LoRA per attribute at a neutral prompt, scales are inputs of one engine, base model for the first 2 of 28 steps"
 
     def __init__(self, editor: SliderEditor) -> None:
@@ -28,6 +33,19 @@ class ConceptSliders(System):
                 "concept sliders are a bank of adapters, one per attribute; make one with slideredit-rt train concepts"
             )
         self.editor = editor
+
+    @classmethod
+    def variants(cls, setup: Setup) -> list[str]:
+        return [] if setup.concepts is None else [cls.name]
+
+    @classmethod
+    def make(cls, setup: Setup, variant: str) -> System:
+        assert setup.concepts is not None
+        return cls(setup.build(load_adapter(setup.concepts, setup.family), variant))
+
+    @classmethod
+    def trained(cls, setup: Setup) -> tuple[str, str] | None:
+        return None if setup.concepts is None else (setup.concepts, load_adapter(setup.concepts, setup.family).fingerprint)
 
     def prepare(self, case: Case) -> Prepared:
         if missing := next((text for text in case.instructions if text not in self.editor.members), None):

@@ -9,12 +9,18 @@ from torch import Tensor
 
 from slideredit_rt.editor import Prepared, SliderEditor
 from slideredit_rt.errors import SliderEditError
-from slideredit_rt.evaluation.systems.base import Case, System
+from slideredit_rt.evaluation.dataset import Case
+from slideredit_rt.evaluation.setup import Setup
+from slideredit_rt.evaluation.systems.base import System, register
 
 
 class _Guidance(System):
     def __init__(self, editor: SliderEditor) -> None:
         self.editor = editor
+
+    @classmethod
+    def make(cls, setup: Setup, variant: str) -> System:
+        return cls(setup.open_any())
 
     def _denoise(self, prepared: Prepared, values: Sequence[float], steps: int, *, embedded: bool) -> Tensor:
         editor, images = self.editor, []
@@ -30,17 +36,23 @@ class _Guidance(System):
         return torch.cat(images)
 
 
+@register
 class ImplicitGuidance(_Guidance):
     """Implicit CFG: the guidance scalar that the backbone embeds."""
 
     name, knob, plain = "implicit-cfg", "guidance", 3.5
     ranges = ((1.0, 3.5), (1.0, 5.0), (1.0, 7.0), (0.0, 10.5), (0.0, 30.0))
+    needs = "a base with embedded guidance"
     how = "embedded guidance scalar, an input of the same engine"
 
     def __init__(self, editor: SliderEditor) -> None:
         if editor.family.guidance_scale is None:
             raise SliderEditError(f"{editor.family.name} embeds no guidance; leave implicit-cfg out of --systems")
         super().__init__(editor)
+
+    @classmethod
+    def variants(cls, setup: Setup) -> list[str]:
+        return [cls.name] if setup.family.guidance_scale is not None else []
 
     def prepare(self, case: Case) -> Prepared:
         return self.editor.prepare(case.image, case.instructions[:1], prompt=case.prompt, seed=case.seed)
@@ -49,11 +61,13 @@ class ImplicitGuidance(_Guidance):
         return self._denoise(prepared, [value for (value,) in settings], steps, embedded=True)
 
 
+@register
 class ExplicitGuidance(_Guidance):
     """Explicit CFG: `v(∅) + w (v(P) − v(∅))`, two passes per step; a family may rescale the result, as Qwen-Image-Edit does."""
 
     name, knob = "explicit-cfg", "guidance weight"
     ranges = ((0.0, 1.0), (0.0, 1.5), (0.0, 2.0), (0.0, 3.0), (0.0, 5.0))
+    needs = "an adapter or an engine (--adapter, --engine)"
     how = "two passes per step on the same engine"
 
     def prepare(self, case: Case) -> Prepared:

@@ -12,15 +12,19 @@ from torch import Tensor
 
 from slideredit_rt.adapters import Adapter, save_adapter
 from slideredit_rt.editor import Prepared, SliderEditor
-from slideredit_rt.evaluation.systems.base import Case, System
+from slideredit_rt.evaluation.dataset import Case
+from slideredit_rt.evaluation.setup import Setup
+from slideredit_rt.evaluation.systems.base import System, register
 from slideredit_rt.families import Family
 
 
+@register
 class MergedLoRA(System):
     """diffusers' `fuse_lora` and `unfuse_lora` per strength; every row is touched, and a batch has one strength."""
 
     name, knob = "merged-lora", "strength"
     ranges = ((0.0, 1.0), (0.0, 1.5), (0.0, 2.0), (0.0, 3.0), (-0.5, 2.0))
+    needs = "a GST adapter (--adapter)"
     how = "diffusers fuse_lora and unfuse_lora per strength, unmasked, eager torch"
 
     def __init__(self, family: Family, pipeline: Any, adapter: Adapter) -> None:
@@ -36,6 +40,14 @@ class MergedLoRA(System):
             return family.run(pipeline.transformer, own)
 
         self.editor = SliderEditor(family, pipeline, engine, dict(pipeline.transformer.config), "gst", 16, 1, adapter.curve)
+
+    @classmethod
+    def variants(cls, setup: Setup) -> list[str]:
+        return [cls.name] if setup.adapters_of("gst") else []
+
+    @classmethod
+    def make(cls, setup: Setup, variant: str) -> System:
+        return cls(setup.family, setup.family.load_pipeline(setup.folder), setup.adapters_of("gst")[0])
 
     def prepare(self, case: Case) -> Prepared:
         return self.editor.prepare(case.image, case.instructions[:1], prompt=case.prompt, seed=case.seed)

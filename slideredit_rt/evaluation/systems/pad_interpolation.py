@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 from slideredit_rt.editor import Prepared, SliderEditor
 from slideredit_rt.errors import SliderEditError
-from slideredit_rt.evaluation.systems.base import Case, System
+from slideredit_rt.evaluation.dataset import Case
+from slideredit_rt.evaluation.setup import Setup
+from slideredit_rt.evaluation.systems.base import System, register
 
 
 @contextmanager
@@ -46,17 +48,27 @@ def interpolated_rows(transformer: nn.Module, weight: Tensor, pad_row: int) -> I
             hook.remove()
 
 
+@register
 class PadInterpolation(System):
     """Strength is 1 − β."""
 
     name, knob, joint = "pad-interpolation", "1 − β", True
     ranges = ((0.0, 1.0), (0.0, 1.25), (0.0, 1.5), (0.0, 2.0))
+    needs = "an ST adapter (--adapter)"
     how = "rows blended inside each attention layer, eager torch"
 
     def __init__(self, editor: SliderEditor) -> None:
         if editor.kind != "st" or getattr(editor.pipeline, "transformer", None) is None:
             raise SliderEditError("pad interpolation changes activations inside the backbone; give --base and an ST adapter")
         self.editor = editor
+
+    @classmethod
+    def variants(cls, setup: Setup) -> list[str]:
+        return [cls.name] if setup.adapters_of("st") else []
+
+    @classmethod
+    def make(cls, setup: Setup, variant: str) -> System:
+        return cls(SliderEditor.from_pretrained(setup.base, setup.adapters_of("st")[0]))
 
     def prepare(self, case: Case) -> Prepared:
         prepared = self.editor.prepare(case.image, case.instructions, prompt=case.prompt, seed=case.seed)

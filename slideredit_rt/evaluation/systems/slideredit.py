@@ -7,18 +7,36 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from slideredit_rt.editor import Prepared, SliderEditor
-from slideredit_rt.evaluation.systems.base import Case, System
+from slideredit_rt.evaluation.dataset import Case
+from slideredit_rt.evaluation.setup import Setup, SliderEngine
+from slideredit_rt.evaluation.systems.base import System, register
 
 
+@register
 class SelectiveToken(System):
     """ST: the text rows of the slider's own instruction are scaled (paper, section on selective tokens)."""
 
     name, knob, joint = "st", "strength", True
     ranges = ((0.0, 1.0), (0.0, 1.5), (0.0, 2.0), (0.0, 3.0), (-0.5, 2.0))
-    how = "ST adapter, strength is an input of one engine"
+    needs = "an adapter or an engine of its kind (--adapter, --engine)"
+    how, reference = "ST adapter, strength is an input of one engine", True
 
     def __init__(self, editor: SliderEditor) -> None:
         self.editor = editor
+
+    @classmethod
+    def variants(cls, setup: Setup) -> list[str]:
+        return list(cls._engines(setup))
+
+    @classmethod
+    def make(cls, setup: Setup, variant: str) -> System:
+        return cls(cls._engines(setup)[variant].open())
+
+    @classmethod
+    def _engines(cls, setup: Setup) -> dict[str, SliderEngine]:
+        """Those of its kind: a single one goes by the system's name, several by their own."""
+        own = [engine for engine in setup.slider_engines if engine.kind == cls.name]
+        return {cls.name if len(own) == 1 else engine.stem: engine for engine in own}
 
     def prepare(self, case: Case) -> Prepared:
         return self.editor.prepare(case.image, case.instructions, prompt=case.prompt, seed=case.seed)
@@ -27,6 +45,7 @@ class SelectiveToken(System):
         return self.editor.render_tensor(prepared, settings, steps=steps)
 
 
+@register
 class GloballySelective(SelectiveToken):
     """GST: every row is scaled, so that one slider moves the whole prompt."""
 

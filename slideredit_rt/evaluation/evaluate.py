@@ -1,0 +1,102 @@
+"""Evaluate: which systems a setup allows, on which pictures, and one run of them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from functools import partial
+from importlib.metadata import version
+from typing import Any
+
+from slideredit_rt.assets import EMBEDDED_BASE, resolve_base
+from slideredit_rt.checkpoint import fingerprint_base
+from slideredit_rt.errors import SliderEditError
+from slideredit_rt.evaluation.dataset import Dataset
+from slideredit_rt.evaluation.pictures import PictureOptions, open_pictures
+from slideredit_rt.evaluation.report import write_report
+from slideredit_rt.evaluation.run import Benchmark, BenchmarkConfig
+from slideredit_rt.evaluation.setup import Setup
+from slideredit_rt.evaluation.shapes import ShapesScenes
+from slideredit_rt.evaluation.systems import SYSTEMS, System
+from slideredit_rt.files import folder_fingerprint, sha256
+from slideredit_rt.shapes.world import ALL_INSTRUCTIONS, find_instruction
+
+
+def run_evaluation(
+    setup: Setup,
+    config: BenchmarkConfig,
+    *,
+    systems: Sequence[str] = (),
+    pictures: PictureOptions | None = None,
+    instructions: Sequence[str] | None = None,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Build an ONNX Runtime engine per adapter, run the benchmark, write the report.
+
+    Args:
+        setup: what the systems are made from, and the folder of the run; a killed run continues in it.
+        systems: names from `SYSTEMS`; empty for all that the setup allows.
+        pictures: pictures and scorers; None takes shapes scenes, which a base like `shapes-kontext` edits.
+        instructions: instructions of the shapes scenes; None takes all of that world.
+
+    Returns:
+        The contents of `report.json`.
+
+    Raises:
+        SliderEditError: an unknown system or scorer, a system whose adapter is missing, pictures that cannot be used.
+    """
+    if unknown := [name for name in systems if name not in SYSTEMS]:
+        raise SliderEditError(f"{unknown[0]!r} is no system of this benchmark; choose among {', '.join(SYSTEMS)}")
+    if pictures is None and setup.folder == resolve_base(EMBEDDED_BASE):
+        setup = replace(setup, concepts=setup.concepts or "shapes-concepts", offsets=setup.offsets or "shapes-offsets")
+    allowed = _allowed(setup)
+    chosen = {name: system for name, system in allowed.items() if not systems or system.name in systems}
+    compared = {system.name: system for system in chosen.values()}
+    if missing := [name for name in systems if name not in compared]:
+        needs = SYSTEMS[missing[0]].needs
+        raise SliderEditError(f"system {missing[0]!r} needs {needs}; what was given allows {', '.join(allowed)}")
+    trained = {name: found for name, system in allowed.items() if (found := system.trained(setup)) and name in chosen}
+    dataset, data = _open_dataset(setup, pictures, instructions)
+    fingerprints = {f"base {name}": digest for name, digest in fingerprint_base(setup.folder).items()}
+    fingerprints |= {e.stem: e.fingerprint for e in setup.slider_engines} | data
+    fingerprints |= {name: fingerprint for name, (_, fingerprint) in trained.items()}
+    # The plain edit has to be there even if the reference is not compared.
+    reference, system = next((name, system) for name, system in allowed.items() if system.reference)
+    benchmark = Benchmark(setup, chosen, partial(system.make, setup, reference), dataset, config, fingerprints)
+    rows = benchmark.run(progress=progress)
+    about = {
+        "base": setup.base,
+        "sources": {e.stem: e.origin for e in setup.slider_engines} | {name: origin for name, (origin, _) in trained.items()},
+        "fingerprints": fingerprints,
+        "settings": benchmark.settings["config"],
+        "instructions": "all" if instructions is None else list(instructions),
+        "how": {name: f"{system.how}; the knob is {system.knob}" for name, system in compared.items()},
+        "searched_ranges": {name: [list(ends) for ends in system.ranges] for name, system in compared.items()},
+        "date": datetime.now(UTC).date().isoformat(),
+        "versions": {name: version(name) for name in ("torch", "onnxruntime", "diffusers", "peft", "scipy")},
+    }
+    return write_report(rows, setup.out, about)
+
+
+def _allowed(setup: Setup) -> dict[str, type[System]]:
+    """Every system that the setup allows, by the name of its variant, in the order of the registry."""
+    allowed: dict[str, type[System]] = {}
+    for system in SYSTEMS.values():
+        for variant in system.variants(setup):
+            if variant in allowed:
+                raise SliderEditError(f"two systems would be called {variant!r}; rename the adapter or engine of that name")
+            allowed[variant] = system
+    return allowed
+
+
+def _open_dataset(
+    setup: Setup, pictures: PictureOptions | None, instructions: Sequence[str] | None
+) -> tuple[Dataset, dict[str, str]]:
+    """The dataset and the fingerprints of its parts."""
+    if pictures is not None:
+        dataset = open_pictures(pictures, setup.family, setup.folder)
+        return dataset, {"images": folder_fingerprint(pictures.images), "prompts": sha256(pictures.prompts)}
+    known = ALL_INSTRUCTIONS if instructions is None else [find_instruction(text) for text in instructions]
+    return ShapesScenes(known), {"shapes": hashlib.sha256("\n".join(i.text for i in known).encode()).hexdigest()}
