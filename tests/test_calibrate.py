@@ -12,7 +12,7 @@ from slideredit_rt.adapters import load_adapter
 from slideredit_rt.cli import main
 from slideredit_rt.editor import SliderEditor
 from slideredit_rt.errors import SliderEditError
-from slideredit_rt.evaluation.calibrate import calibrate, curve_of_responses, monotone_response
+from slideredit_rt.evaluation.calibrate import CalibrationConfig, calibrate, curve_of_responses, monotone_response
 from slideredit_rt.evaluation.dataset import Case, Scores
 from slideredit_rt.sliders import StrengthCurve
 
@@ -72,20 +72,20 @@ class _Bent:
 def test_calibrating_measures_the_response_without_the_present_curve():
     both = _Bent([1.0, 2.0, 0.5])
     both.curve = StrengthCurve((0.0, 1.0), (0.3, 0.1))
-    found = calibrate(both, both, cases=3, progress=False)
+    found = calibrate(both, both, CalibrationConfig(cases=3), progress=False)
     assert found.curve.alphas == pytest.approx(curve_of_responses(STRENGTHS, bent(STRENGTHS)).alphas, abs=1e-6)
     assert (found.cases, found.left_out) == (3, 0)
 
 
 def test_edits_that_do_nothing_are_left_out_and_counted():
     both = _Bent([1.0, 0.0, 1.0])
-    found = calibrate(both, both, cases=3, progress=False)
+    found = calibrate(both, both, CalibrationConfig(cases=3), progress=False)
     assert (found.cases, found.left_out) == (2, 1)
     nothing = _Bent([0.0])
     with pytest.raises(SliderEditError, match="none of 1 edits"):
-        calibrate(nothing, nothing, cases=1, progress=False)
+        calibrate(nothing, nothing, CalibrationConfig(cases=1), progress=False)
     with pytest.raises(SliderEditError, match="odd number"):
-        calibrate(both, both, samples=8)
+        CalibrationConfig(samples=8)
 
 
 def test_the_command_writes_an_adapter_that_engines_obey(tmp_path, engines, scene, capsys):

@@ -100,7 +100,7 @@ def _adapter_calibrate(args: argparse.Namespace) -> int:
 
     from slideredit_rt.adapters import load_adapter, save_adapter
     from slideredit_rt.assets import resolve_base
-    from slideredit_rt.evaluation.calibrate import calibrate_adapter, draw_calibration
+    from slideredit_rt.evaluation.calibrate import CalibrationConfig, calibrate_adapter, draw_calibration
     from slideredit_rt.evaluation.dataset import Dataset
     from slideredit_rt.evaluation.pictures import open_pictures
     from slideredit_rt.evaluation.shapes import CALIBRATION_SEEDS, ShapesScenes
@@ -120,9 +120,10 @@ def _adapter_calibrate(args: argparse.Namespace) -> int:
         args.base,
         load_adapter(args.source, family),
         dataset,
+        CalibrationConfig(**options_given(args, "cases", "samples", "steps")),
         engine=args.engine,
+        threads=args.threads,
         progress=not args.quiet,
-        **options_given(args, "cases", "samples", "steps", "threads"),
     )
     if args.plot is not None:
         draw_calibration(found, args.plot)

@@ -29,6 +29,30 @@ _SMALL_EDIT = 0.25
 
 
 @dataclass(frozen=True)
+class CalibrationConfig:
+    """Settings of a calibration.
+
+    Attributes:
+        cases: edits to measure.
+        samples: strengths per edit, odd, evenly spaced from 0 to `FARTHEST`.
+        steps: denoising steps.
+
+    Raises:
+        SliderEditError: too few samples, or an even number of them.
+    """
+
+    cases: int = 32
+    samples: int = 17
+    steps: int = 12
+
+    def __post_init__(self) -> None:
+        if self.samples < 5 or self.samples % 2 == 0:
+            raise SliderEditError(
+                f"{self.samples} samples were asked for; give an odd number, 5 or more, so that strength 1 is one"
+            )
+
+
+@dataclass(frozen=True)
 class Calibration:
     """A curve and what it was learnt from.
 
@@ -84,29 +108,26 @@ def monotone_response(responses: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def calibrate(
-    editor: SliderEditor, dataset: Dataset, *, cases: int = 32, samples: int = 17, steps: int = 12, progress: bool = True
+    editor: SliderEditor, dataset: Dataset, config: CalibrationConfig | None = None, *, progress: bool = True
 ) -> Calibration:
     """Sweep one-instruction edits and turn the response around.
 
     Args:
         editor: with the adapter; its present curve is set aside.
         dataset: pictures and scorers; the first attribute scorer is what is made even.
-        cases: edits to measure.
-        samples: strengths per edit, odd, evenly spaced from 0 to `FARTHEST`.
-        steps: denoising steps.
+        config: settings; None takes the defaults.
         progress: show a bar on standard error.
 
     Raises:
-        SliderEditError: too few samples, or a response that says nothing.
+        SliderEditError: a response that says nothing.
     """
-    if samples < 5 or samples % 2 == 0:
-        raise SliderEditError(f"{samples} samples were asked for; give an odd number, 5 or more, so that strength 1 is one")
-    strengths = linear_sweep(0.0, FARTHEST, samples)
+    config = config or CalibrationConfig()
+    strengths = linear_sweep(0.0, FARTHEST, config.samples)
     swept = []
     editor.curve = StrengthCurve()
-    for case in tqdm(dataset.cases("bench", cases, 1), "calibrate", unit="edit", disable=not progress):
+    for case in tqdm(dataset.cases("bench", config.cases, 1), "calibrate", unit="edit", disable=not progress):
         prepared = editor.prepare(case.image, case.instructions, prompt=case.prompt, seed=case.seed)
-        images = editor.render_tensor(prepared, [[s] for s in strengths], steps=steps)
+        images = editor.render_tensor(prepared, [[s] for s in strengths], steps=config.steps)
         swept.append([next(iter(scores.attributes.values()))[0] for scores in dataset.score(case, images)])
     one = strengths.index(1.0)
     rises = [scores[one] - scores[0] for scores in swept]
@@ -125,12 +146,10 @@ def calibrate_adapter(
     base: str,
     adapter: Adapter,
     dataset: Dataset,
+    config: CalibrationConfig | None = None,
     *,
     engine: Path | None = None,
     threads: int | None = None,
-    cases: int = 32,
-    samples: int = 17,
-    steps: int = 12,
     progress: bool = True,
 ) -> tuple[Adapter, Calibration]:
     """The adapter with a curve learnt from `dataset`, which costs nothing at run time.
@@ -140,7 +159,7 @@ def calibrate_adapter(
         adapter: a single one; members of a bank are calibrated before they are put into it.
         engine: built with this adapter; None builds an ONNX Runtime engine for the purpose.
         threads: CPU threads of the engine; None leaves the choice to the backend.
-        cases, samples, steps, progress: as for `calibrate`.
+        config, progress: as for `calibrate`.
     """
     if engine is not None:
         built = read_manifest(engine).adapter
@@ -153,7 +172,7 @@ def calibrate_adapter(
             engine = Path(folder) / "engine"
             build_engine(base, adapter, engine, progress=False)
         editor = SliderEditor.from_engine(engine, base, threads=threads)
-        found = calibrate(editor, dataset, cases=cases, samples=samples, steps=steps, progress=progress)
+        found = calibrate(editor, dataset, config, progress=progress)
     return dataclasses.replace(adapter, curve=found.curve), found
 
 
