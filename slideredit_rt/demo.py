@@ -38,6 +38,46 @@ def _pictures(editor: SliderEditor, images: Tensor) -> list[Image.Image]:
     return pictures
 
 
+class _Laps:
+    """Seconds of each part of the demo, from one `end` to the next."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.start = time.perf_counter()
+
+    def end(self, name: str) -> None:
+        self.seconds[name] = round(time.perf_counter() - self.start, 2)
+        self.start = time.perf_counter()
+
+
+def _sweep(editor: SliderEditor, where: str, pair: Example, index: int) -> tuple[dict[str, Any], list[Image.Image]]:
+    """Sweep one instruction of a scene; returns its entry in the report, and its row of the strip."""
+    # A GST slider scales the whole prompt, so each of its prompts holds one instruction.
+    alone = editor.kind == "gst"
+    example = Example(pair.scene, (pair.instructions[index],)) if alone else pair
+    sweep, images = sweep_example(editor, example, 0 if alone else index, STRENGTHS, STEPS)
+    entry = {
+        "kind": editor.kind,
+        "image": where,
+        "prompt": example.prompt,
+        "instruction": sweep.instruction,
+        "strengths": list(sweep.strengths),
+        "response": [round(r, 4) for r in sweep.response],
+        "spearman": round(sweep.spearman, 4),
+        "leak": None if sweep.leak is None else round(sweep.leak, 4),
+    }
+    return entry, [scene_image(example), *_pictures(editor, images)]
+
+
+def _draw_grid(editor: SliderEditor, example: Example, path: Path) -> None:
+    """Both sliders of an example at every pair of strengths."""
+    rows, columns = (i.text for i in example.instructions)
+    sliders = [Slider(rows), Slider(columns)]
+    cells = editor.grid(scene_image(example), sliders, (0, GRID_STRENGTHS), (1, GRID_STRENGTHS), steps=STEPS)
+    labels = [f"{s:g}" for s in GRID_STRENGTHS]
+    save_image(draw_grid(cells, labels, labels, f"rows: {rows}    columns: {columns}"), path)
+
+
 def run_demo(out: Path, *, progress: bool = True) -> dict[str, Any]:
     """Build both engines, sweep, and write `strip.png`, `grid.png` and `report.json` into `out`.
 
@@ -48,72 +88,37 @@ def run_demo(out: Path, *, progress: bool = True) -> dict[str, Any]:
     Returns:
         The contents of `report.json`.
     """
-    examples = {"generated": _generated_example(), "held-out": held_out_examples(8, 2)[7]}
-    seconds: dict[str, float] = {}
-    sliders, engines, rows, labels = [], [], [], []
-    start = time.perf_counter()
-
-    def lap(name: str) -> None:
-        nonlocal start
-        seconds[name] = round(time.perf_counter() - start, 2)
-        start = time.perf_counter()
-
+    generated = _generated_example()
+    examples = {"generated": generated, "held-out": held_out_examples(8, 2)[7]}
+    laps = _Laps()
+    sliders, engines, rows = [], [], []
     out.mkdir(parents=True, exist_ok=True)
     for kind in ("st", "gst"):
         path = out / f"engine-{kind}"
         build_engine("shapes-kontext", f"shapes-{kind}", path, overwrite=True, progress=progress)
-        lap(f"build {kind}")
+        laps.end(f"build {kind}")
         editor = SliderEditor.from_engine(path)
-        lap(f"load {kind}")
+        laps.end(f"load {kind}")
         for where, pair in examples.items():
             for index in range(2):
-                # A GST slider scales the whole prompt, so each of its prompts holds one instruction.
-                example = pair if kind == "st" else Example(pair.scene, (pair.instructions[index],))
-                sweep, images = sweep_example(editor, example, index if kind == "st" else 0, STRENGTHS, STEPS)
-                sliders.append(
-                    {
-                        "kind": kind,
-                        "image": where,
-                        "prompt": example.prompt,
-                        "instruction": sweep.instruction,
-                        "strengths": list(sweep.strengths),
-                        "response": [round(r, 4) for r in sweep.response],
-                        "spearman": round(sweep.spearman, 4),
-                        "leak": None if sweep.leak is None else round(sweep.leak, 4),
-                    }
-                )
-                rows.append([scene_image(example), *_pictures(editor, images)])
-                labels.append(f"{kind.upper()}  {sweep.instruction}")
-        lap(f"sweep {kind}")
+                entry, row = _sweep(editor, where, pair, index)
+                sliders.append(entry)
+                rows.append(row)
+        laps.end(f"sweep {kind}")
         if kind == "st":
-            example = examples["generated"]
-            texts = [i.text for i in example.instructions]
-            cells = editor.grid(
-                scene_image(example), [Slider(t) for t in texts], (0, GRID_STRENGTHS), (1, GRID_STRENGTHS), steps=STEPS
-            )
-            labels_of = [f"{s:g}" for s in GRID_STRENGTHS]
-            grid = draw_grid(cells, labels_of, labels_of, f"rows: {texts[0]}    columns: {texts[1]}")
-            save_image(grid, out / "grid.png")
-            lap("grid")
-        verification = verify_engine(
-            path, scene_image(examples["generated"]), [Slider(examples["generated"].instructions[0].text)]
-        )
+            _draw_grid(editor, generated, out / "grid.png")
+            laps.end("grid")
+        verification = verify_engine(path, scene_image(generated), [Slider(generated.instructions[0].text)])
         engines.append({"path": str(path), "backend": "onnxruntime", "max_abs_error": verification.max_abs_error})
-        lap(f"verify {kind}")
-    strip = draw_grid(
-        rows,
-        ["source", *(f"strength {s:g}" for s in STRENGTHS)],
-        labels,
-        "One engine per adapter, every strength at run time",
-        110,
-    )
-    save_image(strip, out / "strip.png")
-    seconds["total"] = round(sum(seconds.values()), 2)
+        laps.end(f"verify {kind}")
+    heads = ["source", *(f"strength {s:g}" for s in STRENGTHS)]
+    labels = [f"{entry['kind'].upper()}  {entry['instruction']}" for entry in sliders]
+    save_image(draw_grid(rows, heads, labels, "One engine per adapter, every strength at run time", 110), out / "strip.png")
     report = {
         "sliders": sliders,
         "engines": engines,
         "files": [str(out / name) for name in ("strip.png", "grid.png", "report.json")],
-        "seconds": seconds,
+        "seconds": laps.seconds | {"total": round(sum(laps.seconds.values()), 2)},
     }
     with atomic_file(out / "report.json") as temporary:
         temporary.write_text(json.dumps(report, indent=2) + "\n")
