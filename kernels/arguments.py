@@ -1,4 +1,4 @@
-"""What the operators accept, checked before anything is launched."""
+"""What the operators accept, checked before anything is launched, and what they return, as far as shapes tell."""
 
 from __future__ import annotations
 
@@ -100,3 +100,23 @@ def check_qkv(
         )
     for i in range(3):
         check_linear(x, weights[i], biases[i], lora_as[i], lora_bs[i], row_scale)
+
+
+def empty_projection(
+    x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, row_scale: Tensor
+) -> Tensor:
+    """`[..., S, N]` without values: what a compiler traces with."""
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+def empty_qkv(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    lora_as: Sequence[Tensor],
+    lora_bs: Sequence[Tensor],
+    row_scale: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Three times `[..., S, N]` without values."""
+    q, k, v = (x.new_empty(*x.shape[:-1], weight.shape[0]) for weight in weights)
+    return q, k, v

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slideredit_rt.kernels.arguments import check_linear, check_qkv, check_update
+from slideredit_rt.kernels.arguments import check_linear, check_qkv, check_update, empty_projection, empty_qkv
 from slideredit_rt.kernels.reference import (
     masked_lora_linear_reference,
     masked_lora_qkv_reference,
@@ -44,12 +44,7 @@ def _masked_lora_linear(
     return y
 
 
-@_masked_lora_linear.register_fake
-def empty_projection(
-    x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, row_scale: Tensor
-) -> Tensor:
-    """`[..., S, N]` without values: what a compiler traces with."""
-    return x.new_empty(*x.shape[:-1], weight.shape[0])
+_masked_lora_linear.register_fake(empty_projection)
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -97,18 +92,7 @@ def _masked_lora_qkv(
     return q, k, v
 
 
-@_masked_lora_qkv.register_fake
-def empty_qkv(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    lora_as: Sequence[Tensor],
-    lora_bs: Sequence[Tensor],
-    row_scale: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Three times `[..., S, N]` without values."""
-    q, k, v = (x.new_empty(*x.shape[:-1], weight.shape[0]) for weight in weights)
-    return q, k, v
+_masked_lora_qkv.register_fake(empty_qkv)
 
 
 def masked_lora_linear(

@@ -15,8 +15,14 @@ from torch import Tensor
 
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.kernels import dispatch
-from slideredit_rt.kernels.arguments import check_linear, check_one_scale_per_row, check_qkv, check_update
-from slideredit_rt.kernels.ops import empty_projection, empty_qkv
+from slideredit_rt.kernels.arguments import (
+    check_linear,
+    check_one_scale_per_row,
+    check_qkv,
+    check_update,
+    empty_projection,
+    empty_qkv,
+)
 from slideredit_rt.kernels.triton_accumulate import launch_linear as launch_accumulate_linear
 from slideredit_rt.kernels.triton_accumulate import launch_low_rank
 from slideredit_rt.kernels.triton_linear import launch as launch_masked_lora_linear
