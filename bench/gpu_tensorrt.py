@@ -35,13 +35,13 @@ try:
     from slideredit_rt.assets import resolve_base
     from slideredit_rt.bench.gpu_kernels import commit
     from slideredit_rt.engines import RuntimeOptions, open_engine
+    from slideredit_rt.engines.cuda import CudaDevice
     from slideredit_rt.engines.manifest import read_manifest
     from slideredit_rt.engines.tensorrt import (
         NAMES,
         PACKAGES,
         PLAN_FILE,
         RTX,
-        CudaDevice,
         Environment,
         TensorRTEngine,
     )

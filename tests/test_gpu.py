@@ -178,7 +178,7 @@ def test_kernels_touch_no_memory_that_is_not_theirs() -> None:
 def test_engine_calls_follow_each_other_across_streams_and_replay_a_capture() -> None:
     for package in ("diffusers", "onnxruntime"):
         pytest.importorskip(package)
-    from slideredit_rt.engines.tensorrt import CudaDevice
+    from slideredit_rt.engines.cuda import CudaDevice
 
     device, x = CudaDevice(), torch.zeros(2**24, device="cuda")
     with device.stream() as handle:

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from slideredit_rt.adapters import Member, load_adapter
 from slideredit_rt.checkpoint import CONFIG_FILE, meta_transformer
+from slideredit_rt.engines.cuda import CudaDevice
 from slideredit_rt.engines.manifest import Manifest
 from slideredit_rt.engines.request import check_request, own_output
-from slideredit_rt.engines.tensorrt import CudaDevice
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.families import get_family
 from slideredit_rt.modules import SliderBackbone

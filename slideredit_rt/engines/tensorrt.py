@@ -8,8 +8,8 @@ import re
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
@@ -19,6 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from slideredit_rt.engines.cuda import CudaDevice
 from slideredit_rt.engines.manifest import Manifest
 from slideredit_rt.engines.request import check_request, own_output
 from slideredit_rt.errors import SliderEditError
@@ -114,42 +115,6 @@ class RuntimeOptions:
     cuda_graphs: bool = True
     specialization: Literal["lazy", "eager", "none"] = "lazy"
     max_contexts: int = 8
-
-
-class CudaDevice:
-    """What an engine asks of CUDA: where buffers lie, a stream that can be captured, and graphs."""
-
-    def __init__(self) -> None:
-        self.device = torch.device("cuda", torch.cuda.current_device())
-        self.name = torch.cuda.get_device_name(self.device)
-        self._own = self._last = torch.cuda.Stream(self.device)
-
-    @contextmanager
-    def stream(self) -> Iterator[int]:
-        """The handle of the caller's stream, behind whatever ran before: contexts share their scratch memory.
-
-        In place of the default stream, which cannot be captured, stands one of our own that the default one then waits for.
-        """
-        caller = torch.cuda.current_stream(self.device)
-        stream = self._own if caller == torch.cuda.default_stream(self.device) else caller
-        for earlier in {caller, self._last} - {stream}:
-            stream.wait_stream(earlier)
-        self._last = stream
-        with torch.cuda.stream(stream):
-            yield stream.cuda_stream
-        if stream != caller:
-            caller.wait_stream(stream)
-
-    def capture(self, enqueue: Callable[[int], object]) -> Callable[[], None]:
-        """Record what `enqueue(stream)` launches, without running it; the result replays it on the current stream."""
-        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
-        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-            enqueue(stream.cuda_stream)
-        return graph.replay
-
-    def wait(self) -> None:
-        """Until everything that was enqueued has run."""
-        self._last.synchronize()
 
 
 @dataclass

@@ -1,0 +1,44 @@
+"""What engines ask of CUDA."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+class CudaDevice:
+    """What an engine asks of CUDA: where buffers lie, a stream that can be captured, and graphs."""
+
+    def __init__(self) -> None:
+        self.device = torch.device("cuda", torch.cuda.current_device())
+        self.name = torch.cuda.get_device_name(self.device)
+        self._own = self._last = torch.cuda.Stream(self.device)
+
+    @contextmanager
+    def stream(self) -> Iterator[int]:
+        """The handle of the caller's stream, behind whatever ran before: contexts share their scratch memory.
+
+        In place of the default stream, which cannot be captured, stands one of our own that the default one then waits for.
+        """
+        caller = torch.cuda.current_stream(self.device)
+        stream = self._own if caller == torch.cuda.default_stream(self.device) else caller
+        for earlier in {caller, self._last} - {stream}:
+            stream.wait_stream(earlier)
+        self._last = stream
+        with torch.cuda.stream(stream):
+            yield stream.cuda_stream
+        if stream != caller:
+            caller.wait_stream(stream)
+
+    def capture(self, enqueue: Callable[[int], object]) -> Callable[[], None]:
+        """Record what `enqueue(stream)` launches, without running it; the result replays it on the current stream."""
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            enqueue(stream.cuda_stream)
+        return graph.replay
+
+    def wait(self) -> None:
+        """Block until all enqueued work has finished."""
+        self._last.synchronize()
