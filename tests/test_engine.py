@@ -15,6 +15,7 @@ from slideredit_rt.adapters import load_adapter
 from slideredit_rt.assets import resolve_base
 from slideredit_rt.editor import SliderEditor
 from slideredit_rt.engines import open_engine
+from slideredit_rt.engines.shapes import ShapeCache
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.export.onnx_graph import example_inputs
 from slideredit_rt.families import Family
@@ -136,3 +137,20 @@ def test_limits_of_the_manifest_hold(engines: dict[str, Path], backbone: SliderB
     for batch, sliders, axis in ((manifest.max_batch + 1, 1, "batch"), (1, manifest.max_sliders + 1, "sliders")):
         with pytest.raises(SliderEditError, match=f"built for 1 to .* in the axis '{axis}'"):
             engine(example_inputs(backbone, manifest.config, batch, 8, 8, sliders))
+
+
+def test_shapes_that_were_not_used_for_longest_go_first() -> None:
+    made: list[str] = []
+    released: list[str] = []
+
+    def use(key: str) -> str:
+        return cache.get(key, lambda: made.append(key) or key.upper())
+
+    cache: ShapeCache[str] = ShapeCache(2, released.append)
+    assert [use(key) for key in "abaca"] == ["A", "B", "A", "C", "A"]
+    assert (made, released, len(cache)) == (["a", "b", "c"], ["B"], 2)
+    with pytest.raises(ZeroDivisionError):
+        cache.get("d", lambda: str(1 // 0))
+    assert (released, len(cache)) == (["B", "C"], 1), "room is made first, and nothing is kept of what failed"
+    cache.clear()
+    assert (released, len(cache)) == (["B", "C", "A"], 0)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from slideredit_rt.checkpoint import CONFIG_FILE, meta_transformer
 from slideredit_rt.engines.cuda import CudaDevice
 from slideredit_rt.engines.manifest import Manifest
 from slideredit_rt.engines.request import check_request, own_output
+from slideredit_rt.engines.shapes import ShapeCache
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.families import get_family
 from slideredit_rt.modules import SliderBackbone
@@ -98,10 +98,10 @@ class InductorEngine:
         self.manifest = manifest
         self._lock = threading.RLock()
         self._device = next(backbone.parameters()).device
-        self._cuda = CudaDevice() if self._device.type == "cuda" else None
+        self._cuda = cuda = CudaDevice() if self._device.type == "cuda" else None
         # Outputs lie outside of it and graphs replay one at a time, so that all of them can use the same memory.
         self._pool = torch.cuda.graph_pool_handle() if self._cuda else None
-        self._bindings: OrderedDict[tuple[int, ...], _Binding] = OrderedDict()
+        self._bindings: ShapeCache[_Binding] = ShapeCache(_MAX_BINDINGS, lambda _: cuda.wait() if cuda else None)
         self._backbone: SliderBackbone | None = backbone
         compile_blocks(backbone)
 
@@ -114,7 +114,6 @@ class InductorEngine:
     def forget_shapes(self) -> None:
         """Let go of buffers and graphs; the next call captures again. For a transformer that was changed since."""
         with self._lock:
-            self._wait()
             self._bindings.clear()
 
     def __enter__(self) -> InductorEngine:
@@ -136,17 +135,12 @@ class InductorEngine:
             sizes |= {"sliders": self.manifest.max_sliders}
         key = tuple(sizes.values())
         with self._lock:
-            if self._backbone is None:
+            backbone = self._backbone
+            if backbone is None:
                 raise SliderEditError("the engine was closed; open it again")
             result = own_output(self.manifest, sizes, inputs)
             with self._stream():
-                binding = self._bindings.get(key)
-                if binding is None:
-                    while len(self._bindings) >= _MAX_BINDINGS:
-                        self._wait()
-                        self._bindings.popitem(last=False)
-                    binding = self._bindings[key] = self._bind(self._backbone, sizes, inputs)
-                self._bindings.move_to_end(key)
+                binding = self._bindings.get(key, lambda: self._bind(backbone, sizes, inputs))
                 _fill(binding.inputs, inputs)
                 binding.step()
                 result.copy_(binding.output)
@@ -154,10 +148,6 @@ class InductorEngine:
 
     def _stream(self) -> AbstractContextManager[Any]:
         return self._cuda.stream() if self._cuda else nullcontext()
-
-    def _wait(self) -> None:
-        if self._cuda:
-            self._cuda.wait()
 
     def _bind(self, backbone: SliderBackbone, sizes: Mapping[str, int], inputs: Mapping[str, Tensor]) -> _Binding:
         """Allocate the buffers of one set of shapes, compile, and capture."""

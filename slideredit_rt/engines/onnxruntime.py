@@ -13,6 +13,7 @@ from torch import Tensor
 
 from slideredit_rt.engines.manifest import Manifest
 from slideredit_rt.engines.request import check_request
+from slideredit_rt.engines.shapes import ShapeCache
 from slideredit_rt.errors import SliderEditError
 
 _NUMPY = {"float32": np.float32, "bool": np.bool_}
@@ -37,7 +38,7 @@ class _Bindings(threading.local):
     """One thread's bindings, by shapes: a thread never writes an output that another one has yet to read."""
 
     def __init__(self) -> None:
-        self.by_shapes: dict[tuple[tuple[int, ...], ...], _Binding] = {}
+        self.by_shapes: ShapeCache[_Binding] = ShapeCache(_MAX_BINDINGS)
 
 
 class OnnxRuntimeEngine:
@@ -63,15 +64,9 @@ class OnnxRuntimeEngine:
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """One prediction (see `slideredit_rt.engines.Engine`)."""
-        specs, bindings = self.manifest.inputs, self._bindings.by_shapes
+        specs = self.manifest.inputs
         key = tuple(tuple(inputs[s.name].shape) if s.name in inputs else () for s in specs)
-        binding = bindings.get(key)
-        if binding is None:
-            if len(bindings) == _MAX_BINDINGS:
-                del bindings[next(iter(bindings))]
-            output = self.manifest.outputs[0]
-            binding = _Binding(self.session, output.name, output.resolve(check_request(self.manifest, inputs)))
-            bindings[key] = binding
+        binding = self._bindings.by_shapes.get(key, lambda: self._bind(inputs))
         for spec in specs:
             tensor = inputs[spec.name]
             # On every call: a tensor of another dtype or layout may lie where one that was bound has been.
@@ -84,3 +79,7 @@ class OnnxRuntimeEngine:
                 binding.bound[spec.name] = pointer
         self.session.run_with_iobinding(binding.io)
         return binding.output
+
+    def _bind(self, inputs: Mapping[str, Tensor]) -> _Binding:
+        output = self.manifest.outputs[0]
+        return _Binding(self.session, output.name, output.resolve(check_request(self.manifest, inputs)))

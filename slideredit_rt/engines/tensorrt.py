@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import mmap
-import os
 import re
 import threading
 import weakref
-from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -22,8 +20,9 @@ from torch import Tensor
 from slideredit_rt.engines.cuda import CudaDevice
 from slideredit_rt.engines.manifest import Manifest
 from slideredit_rt.engines.request import check_request, own_output
+from slideredit_rt.engines.shapes import ShapeCache
 from slideredit_rt.errors import SliderEditError
-from slideredit_rt.files import atomic_file
+from slideredit_rt.files import atomic_file, cache_directory
 
 PLAN_FILE = "model.engine"
 RTX = "tensorrt-rtx"
@@ -142,17 +141,16 @@ class _Loaded:
     logger: Any  # TensorRT keeps a bare pointer to it
     runtime: Any
     engine: Any
+    bindings: ShapeCache[_Binding]
     cache: Any = None
     cache_file: Path | None = None
     scratch: Tensor | None = None
-    bindings: OrderedDict[tuple[int, ...], _Binding] = field(default_factory=OrderedDict)
 
     def release(self) -> None:
         self.device.wait()
         if self.cache_file is not None:
             save_runtime_cache(self.cache, self.cache_file)
-        while self.bindings:
-            self.bindings.popitem()[1].release()
+        self.bindings.clear()
         self.scratch = self.cache = None
         self.engine = None
         self.runtime = None
@@ -203,7 +201,12 @@ class TensorRTEngine:
             raise SliderEditError(f"{self._name} cannot load {str(plan)!r} ({reason}); {todo}")
         if options.weight_budget is not None:
             _set_weight_budget(engine, options.weight_budget)
-        self._loaded = _Loaded(device, self._logger, runtime, engine)
+
+        def release(binding: _Binding) -> None:
+            device.wait()
+            binding.release()
+
+        self._loaded = _Loaded(device, self._logger, runtime, engine, ShapeCache(options.max_contexts, release))
         self._release = weakref.finalize(self, self._loaded.release)
         if manifest.backend == RTX:
             self._loaded.cache = engine.create_runtime_config().create_runtime_cache()
@@ -234,19 +237,12 @@ class TensorRTEngine:
             SliderEditError: the engine is closed, a tensor is not what it takes, or the device's memory is used up.
         """
         sizes = check_request(self.manifest, inputs)
-        key, bindings = tuple(sizes.values()), self._loaded.bindings
         with self._lock:
             if not self._release.alive:
                 raise SliderEditError("the engine was closed; open it again")
             result = own_output(self.manifest, sizes, inputs)
             with self._device.stream() as stream:
-                if key not in bindings:
-                    while len(bindings) >= self._options.max_contexts:
-                        self._device.wait()
-                        bindings.popitem(last=False)[1].release()
-                    bindings[key] = self._bind(sizes)
-                bindings.move_to_end(key)
-                binding = bindings[key]
+                binding = self._loaded.bindings.get(tuple(sizes.values()), lambda: self._bind(sizes))
                 for name, buffer in binding.inputs.items():
                     buffer.copy_(inputs[name])
                 self._run(binding, stream)
@@ -353,10 +349,9 @@ def runtime_cache_file(manifest: Manifest, card: str) -> Path:
         manifest: its plan's hash and its backend's version are part of the name.
         card: the GPU's name.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     plan = manifest.files[PLAN_FILE]["sha256"][:16]
     slug = re.sub(r"[^a-z0-9]+", "-", card.lower()).strip("-")
-    return cache / "slideredit-rt" / manifest.backend / f"{plan}-{slug}-{manifest.backend_version}.bin"
+    return cache_directory() / manifest.backend / f"{plan}-{slug}-{manifest.backend_version}.bin"
 
 
 def load_runtime_cache(cache: Any, file: Path) -> None:

@@ -1,0 +1,45 @@
+"""What engines keep for each set of shapes."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class ShapeCache(Generic[T]):
+    """Values by sets of shapes; the least recently used goes first. One thread at a time.
+
+    Args:
+        most: values that are kept, 1 or more.
+        release: called with each value before it is dropped.
+    """
+
+    def __init__(self, most: int, release: Callable[[T], object] | None = None) -> None:
+        self._most = most
+        self._release = release
+        self._values: OrderedDict[Hashable, T] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def get(self, key: Hashable, make: Callable[[], T]) -> T:
+        """Return the value of `key`; `make` it if there is none, after room was made for it."""
+        if key not in self._values:
+            while len(self._values) >= self._most:
+                self._drop(last=False)
+            self._values[key] = make()
+        self._values.move_to_end(key)
+        return self._values[key]
+
+    def clear(self) -> None:
+        """Release and drop all values."""
+        while self._values:
+            self._drop(last=True)
+
+    def _drop(self, *, last: bool) -> None:
+        _, value = self._values.popitem(last=last)
+        if self._release is not None:
+            self._release(value)
