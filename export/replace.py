@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 
 from slideredit_rt.adapters import AdapterSource, load_adapters
-from slideredit_rt.engines.manifest import NAME, Manifest, describe_files, read_manifest
+from slideredit_rt.engines.manifest import Manifest, describe_files, read_manifest, write_manifest
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.export.build import describe_adapter
 from slideredit_rt.export.linked_weights import ADAPTER_FILE, replace_adapter
 from slideredit_rt.families import get_family
-from slideredit_rt.files import atomic_file
 
 
 def replace_engine_adapter(folder: Path, source: AdapterSource) -> Manifest:
@@ -38,14 +36,13 @@ def replace_engine_adapter(folder: Path, source: AdapterSource) -> Manifest:
             f"engine {str(folder)!r} was built without an adapter and has no sliders; rebuild it with --adapter"
         )
     if ADAPTER_FILE not in manifest.files:
-        place = "model.onnx.data" if manifest.backend == "onnxruntime" else f"the compiled plan of {manifest.backend}"
         raise SliderEditError(
-            f"engine {str(folder)!r} holds no {ADAPTER_FILE}, its adapter is inside {place}; build it again with the new one"
+            f"engine {str(folder)!r} holds no {ADAPTER_FILE}, its adapter is inside what {manifest.backend} compiled; "
+            "build it again with the new one"
         )
     adapter = load_adapters(source, get_family(manifest.family))
     replace_adapter(folder, adapter)
     files = manifest.files | describe_files(folder, [ADAPTER_FILE])
     manifest = dataclasses.replace(manifest, adapter=describe_adapter(adapter), files=files)
-    with atomic_file(folder / NAME) as temporary:
-        temporary.write_text(json.dumps(manifest.to_json(), indent=2) + "\n")
+    write_manifest(manifest, folder)
     return manifest

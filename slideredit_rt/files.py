@@ -83,6 +83,11 @@ def _remove_leftovers(path: Path) -> None:
             continue
 
 
+def cache_directory() -> Path:
+    """Return the user's cache of this program: `$XDG_CACHE_HOME/slideredit-rt`, by default below `~/.cache`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "slideredit-rt"
+
+
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
     """Yield a temporary name beside `path`; rename it into place if the block succeeds, remove it if not."""

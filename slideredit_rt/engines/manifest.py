@@ -13,7 +13,7 @@ from typing import Any
 from slideredit_rt.checkpoint import fingerprint_base
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.families import FAMILIES, KINDS, TensorSpec
-from slideredit_rt.files import Digests, is_plain_name, read_json, sha256
+from slideredit_rt.files import Digests, atomic_file, is_plain_name, read_json, sha256
 from slideredit_rt.sliders import StrengthCurve
 
 SCHEMA_VERSION = 2
@@ -122,8 +122,9 @@ def describe_files(folder: Path, names: list[str], digest: Callable[[Path], str]
 
 
 def write_manifest(manifest: Manifest, folder: Path) -> None:
-    """Write the manifest as the last file of a folder that is still under its temporary name."""
-    (folder / NAME).write_text(json.dumps(manifest.to_json(), indent=2) + "\n")
+    """Write the manifest whole, in the place of an older one; last, when the files that it describes are there."""
+    with atomic_file(folder / NAME) as temporary:
+        temporary.write_text(json.dumps(manifest.to_json(), indent=2) + "\n")
 
 
 def read_manifest(folder: Path, *, unchecked: str | None = None) -> Manifest:

@@ -261,15 +261,14 @@ def prepare_engine(args: argparse.Namespace) -> Path:
 def _default_engine() -> Path:
     """Where the engine of the embedded editor is kept: one for each content that it may be built from."""
     from slideredit_rt.assets import resolve_adapter, resolve_base
-    from slideredit_rt.files import folder_fingerprint, sha256
+    from slideredit_rt.files import cache_directory, folder_fingerprint, sha256
 
     parts = folder_fingerprint(resolve_base("shapes-kontext")), sha256(resolve_adapter("shapes-st"))
-    name = Path("slideredit-rt") / "engines" / hashlib.sha256("".join(parts).encode()).hexdigest()[:16] / "shapes-st"
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    kept = cache_directory() / "engines" / hashlib.sha256("".join(parts).encode()).hexdigest()[:16] / "shapes-st"
     try:
-        (cache / name).parent.mkdir(parents=True, exist_ok=True)
-        if os.access((cache / name).parent, os.W_OK):
-            return cache / name
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        if os.access(kept.parent, os.W_OK):
+            return kept
     except OSError:
         pass
     folder = Path(tempfile.mkdtemp(prefix="slideredit-rt-"))
