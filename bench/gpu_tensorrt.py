@@ -37,7 +37,8 @@ try:
     from slideredit_rt.engines import RuntimeOptions, open_engine
     from slideredit_rt.engines.cuda import CudaDevice
     from slideredit_rt.engines.manifest import read_manifest
-    from slideredit_rt.engines.tensorrt import (
+    from slideredit_rt.engines.tensorrt.build import TensorRTOptions
+    from slideredit_rt.engines.tensorrt.engine import (
         NAMES,
         PACKAGES,
         PLAN_FILE,
@@ -49,7 +50,6 @@ try:
     from slideredit_rt.export.build import DType, build_engine
     from slideredit_rt.export.lowering import LOWERINGS
     from slideredit_rt.export.onnx_graph import example_inputs
-    from slideredit_rt.export.tensorrt_engine import TensorRTOptions
     from slideredit_rt.families import KINDS, Kind, family_of, get_family
     from slideredit_rt.files import atomic_file
     from slideredit_rt.modules import SliderBackbone

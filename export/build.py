@@ -29,12 +29,7 @@ from slideredit_rt.engines import BACKENDS
 from slideredit_rt.engines.manifest import DIGESTS, Manifest, describe_files, write_manifest
 from slideredit_rt.engines.manifest import MAX_BATCH as LARGEST_BATCH
 from slideredit_rt.engines.manifest import MAX_SLIDERS as LARGEST_SLIDERS
-from slideredit_rt.engines.tensorrt import PACKAGES, PLAN_FILE
-from slideredit_rt.errors import SliderEditError
-from slideredit_rt.export.linked_weights import export_linked, export_weights
-from slideredit_rt.export.lowering import choose
-from slideredit_rt.export.onnx_graph import MODEL_FILE
-from slideredit_rt.export.tensorrt_engine import (
+from slideredit_rt.engines.tensorrt.build import (
     LOG_FILE,
     Profile,
     Range,
@@ -45,6 +40,11 @@ from slideredit_rt.export.tensorrt_engine import (
     plugin_target,
     targets_of,
 )
+from slideredit_rt.engines.tensorrt.engine import PACKAGES, PLAN_FILE
+from slideredit_rt.errors import SliderEditError
+from slideredit_rt.export.linked_weights import export_linked, export_weights
+from slideredit_rt.export.lowering import choose
+from slideredit_rt.export.onnx_graph import MODEL_FILE
 from slideredit_rt.families import family_of
 from slideredit_rt.files import Digests, atomic_folder
 

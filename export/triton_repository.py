@@ -17,7 +17,7 @@ import onnx_ir
 from onnx_ir.passes import common as passes
 
 from slideredit_rt.engines.manifest import Manifest, read_manifest
-from slideredit_rt.engines.tensorrt import PLAN_FILE
+from slideredit_rt.engines.tensorrt.engine import PLAN_FILE
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.export.linked_weights import link_or_copy
 from slideredit_rt.export.onnx_graph import MODEL_FILE

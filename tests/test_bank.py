@@ -341,7 +341,7 @@ def test_inductor_runs_a_bank(files: list[str], family: Family, pipeline: Any, p
 @pytest.mark.parametrize("kind", ["gst"], indirect=True)
 def test_tensorrt_rtx_builds_a_bank(files: list[str], tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
-    from slideredit_rt.export.tensorrt_engine import TensorRTOptions
+    from slideredit_rt.engines.tensorrt.build import TensorRTOptions
 
     options = TensorRTOptions(resolution=64, max_text_rows=24, targets=("sm89",))
     manifest = build_engine(

@@ -18,8 +18,8 @@ from torch import nn
 from slideredit_rt.adapters import Adapter, load_adapter
 from slideredit_rt.assets import resolve_base
 from slideredit_rt.editor import SliderEditor
+from slideredit_rt.engines.tensorrt.build import image_rows_of
 from slideredit_rt.export.build import build_engine
-from slideredit_rt.export.tensorrt_engine import image_rows_of
 from slideredit_rt.families import Family
 from slideredit_rt.sliders import Slider, find_spans
 

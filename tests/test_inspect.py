@@ -17,10 +17,11 @@ import pytest
 import torch
 
 from slideredit_rt.cli import main
-from slideredit_rt.engines import read_manifest, tensorrt_report
+from slideredit_rt.engines import read_manifest
 from slideredit_rt.engines.manifest import describe_files, write_manifest
-from slideredit_rt.engines.tensorrt import PLAN_FILE
-from slideredit_rt.engines.tensorrt_report import describe_plan, engine_report
+from slideredit_rt.engines.tensorrt import report as tensorrt_report
+from slideredit_rt.engines.tensorrt.engine import PLAN_FILE
+from slideredit_rt.engines.tensorrt.report import describe_plan, engine_report
 from slideredit_rt.files import sha256
 
 Inspect = Callable[[Path], tuple[str, dict[str, Any]]]

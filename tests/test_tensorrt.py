@@ -21,9 +21,9 @@ from slideredit_rt.assets import resolve_base
 from slideredit_rt.engines import open_engine
 from slideredit_rt.engines.manifest import DIGESTS, Manifest, read_manifest
 from slideredit_rt.engines.request import check_request
-from slideredit_rt.engines.tensorrt import Environment, check_environment
-from slideredit_rt.export import tensorrt_engine
-from slideredit_rt.export.tensorrt_engine import Profile, check_memory, image_rows_of
+from slideredit_rt.engines.tensorrt import build as tensorrt_engine
+from slideredit_rt.engines.tensorrt.build import Profile, check_memory, image_rows_of
+from slideredit_rt.engines.tensorrt.engine import Environment, check_environment
 
 BUILD = ["build", "--base", "shapes-kontext", "--backend", "tensorrt-rtx", "--quiet"]
 SIZES = ["--resolution", "64", "--max-text-rows", "24", "--batch", "4"]

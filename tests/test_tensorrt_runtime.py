@@ -28,7 +28,7 @@ from slideredit_rt import SliderEditError, cli
 from slideredit_rt.engines import open_engine
 from slideredit_rt.engines.cuda import CudaDevice
 from slideredit_rt.engines.manifest import Manifest, describe_files, read_manifest, write_manifest
-from slideredit_rt.engines.tensorrt import (
+from slideredit_rt.engines.tensorrt.engine import (
     PACKAGES,
     PLAN_FILE,
     Environment,

@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 def _build(args: argparse.Namespace) -> int:
     import dataclasses
 
-    from slideredit_rt.engines.tensorrt import PACKAGES
+    from slideredit_rt.engines.tensorrt.build import TensorRTOptions
+    from slideredit_rt.engines.tensorrt.engine import PACKAGES
     from slideredit_rt.export.build import BATCH, MAX_SLIDERS, build_engine
-    from slideredit_rt.export.tensorrt_engine import TensorRTOptions
 
     fields = [f.name for f in dataclasses.fields(TensorRTOptions)]
     given = options_given(args, *fields)
@@ -65,7 +65,7 @@ def _build(args: argparse.Namespace) -> int:
 
 def _inspect(args: argparse.Namespace) -> int:
     from slideredit_rt.engines.manifest import read_manifest
-    from slideredit_rt.engines.tensorrt import PACKAGES
+    from slideredit_rt.engines.tensorrt.engine import PACKAGES
 
     manifest = read_manifest(args.engine)
     adapter, compatibility = manifest.adapter, manifest.compatibility
@@ -103,7 +103,7 @@ def _inspect(args: argparse.Namespace) -> int:
 
 def _on_device(folder: Path, manifest: Manifest) -> tuple[dict[str, Any], list[str]]:
     """What only the GPU tells about a compiled engine, as JSON and as lines; without one, why not."""
-    from slideredit_rt.engines.tensorrt_report import engine_report
+    from slideredit_rt.engines.tensorrt.report import engine_report
 
     try:
         report = engine_report(folder, manifest)

@@ -11,7 +11,7 @@ from torch import Tensor
 from slideredit_rt.engines.inductor import open_inductor
 from slideredit_rt.engines.manifest import Manifest, read_manifest
 from slideredit_rt.engines.onnxruntime import OnnxRuntimeEngine
-from slideredit_rt.engines.tensorrt import PACKAGES, RuntimeOptions, open_tensorrt
+from slideredit_rt.engines.tensorrt.engine import PACKAGES, RuntimeOptions, open_tensorrt
 from slideredit_rt.errors import SliderEditError
 
 __all__ = ["BACKENDS", "Engine", "Manifest", "RuntimeOptions", "open_engine", "read_manifest"]

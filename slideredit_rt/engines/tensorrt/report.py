@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from slideredit_rt.engines.manifest import Manifest
-from slideredit_rt.engines.tensorrt import PACKAGES, open_tensorrt
+from slideredit_rt.engines.tensorrt.engine import PACKAGES, open_tensorrt
 
 
 def engine_report(folder: Path, manifest: Manifest) -> dict[str, Any]:

@@ -22,7 +22,7 @@ import onnx_ir
 import psutil
 from tqdm import tqdm
 
-from slideredit_rt.engines.tensorrt import NAMES, PACKAGES, PLAN_FILE
+from slideredit_rt.engines.tensorrt.engine import NAMES, PACKAGES, PLAN_FILE
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.export import tensorrt_plugin
 from slideredit_rt.export.lowering import Lowering

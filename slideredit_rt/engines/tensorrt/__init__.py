@@ -1,0 +1,1 @@
+"""TensorRT and TensorRT-RTX: building plans, running them, and what they hold."""
