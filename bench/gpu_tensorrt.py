@@ -19,7 +19,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
-from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -34,21 +33,13 @@ try:
     from slideredit_rt.adapters import Adapter, load_adapter
     from slideredit_rt.assets import resolve_base
     from slideredit_rt.bench.gpu_kernels import commit
-    from slideredit_rt.engines import RuntimeOptions, open_engine
+    from slideredit_rt.engines import BACKENDS, BuildSettings, RuntimeOptions, get_backend, open_engine
+    from slideredit_rt.engines.backend import DType
     from slideredit_rt.engines.cuda import CudaDevice
     from slideredit_rt.engines.manifest import read_manifest
-    from slideredit_rt.engines.tensorrt.build import TensorRTOptions
-    from slideredit_rt.engines.tensorrt.engine import (
-        NAMES,
-        PACKAGES,
-        PLAN_FILE,
-        RTX,
-        Environment,
-        TensorRTEngine,
-    )
+    from slideredit_rt.engines.tensorrt import PLAN_FILE, TensorRT, TensorRTOptions, TensorRTRTX
     from slideredit_rt.errors import SliderEditError
-    from slideredit_rt.export.build import DType, build_engine
-    from slideredit_rt.export.lowering import LOWERINGS
+    from slideredit_rt.export.build import build_engine
     from slideredit_rt.export.onnx_graph import example_inputs
     from slideredit_rt.families import KINDS, Kind, family_of, get_family
     from slideredit_rt.files import atomic_file
@@ -56,6 +47,8 @@ try:
 except ModuleNotFoundError as missing:
     sys.exit(f"gpu_tensorrt: this Python lacks {missing.name}; install slideredit-rt's dependencies into GPU_PYTHON")
 
+FLAVOURS = {name: backend for name, backend in BACKENDS.items() if isinstance(backend, TensorRT)}
+RTX = TensorRTRTX.name
 SETTINGS = 20
 STEPS = 50
 # A plan may round at other places than eager torch does: it gets twice eager's error. In float32 both are the last bits.
@@ -142,12 +135,12 @@ def random_adapter(base: Path, kind: Kind) -> Adapter:
 def cases(folder: Path, *, full_width: bool) -> Iterator[Case]:
     """What is built; random checkpoints go into `folder`."""
     for adapter in (None, "shapes-st", "shapes-gst"):
-        yield Case("embedded editor", "shapes-kontext", adapter, 64, 24, 128, LOWERINGS if adapter else ("native",))
+        yield Case("embedded editor", "shapes-kontext", adapter, 64, 24, 128, TensorRT.lowerings if adapter else ("native",))
     if full_width:
         base = random_checkpoint(folder / "base", FULL_WIDTH)
         yield Case("FLUX 2+2, full width", str(base), None, 1024, 512, 8192, ("native",))
         for kind in KINDS:
-            yield Case("FLUX 2+2, full width", str(base), random_adapter(base, kind), 1024, 512, 8192, LOWERINGS)
+            yield Case("FLUX 2+2, full width", str(base), random_adapter(base, kind), 1024, 512, 8192, TensorRT.lowerings)
 
 
 def rehearsal_cases(folder: Path) -> Iterator[Case]:
@@ -217,11 +210,12 @@ def measure(
         folder: for the engine.
         run: False leaves it at the build.
     """
-    version = str(Environment.here(backend).package_version) if backend in PACKAGES else ""
+    trt = FLAVOURS.get(backend)
+    version = str(trt.environment().package_version) if trt else ""
     m = Measurement(case.name, case.kind, backend, version, lowering, allowed_error=reference.allowed_error)
     options = None
-    if backend in PACKAGES:
-        targets = (str(Environment.here(backend).capability),) if backend == RTX and run else None
+    if trt:
+        targets = (str(trt.environment().capability),) if backend == RTX and run else None
         options = TensorRTOptions(targets=targets, resolution=case.resolution, max_text_rows=case.text_rows)
     started = time.perf_counter()
     try:
@@ -229,12 +223,7 @@ def measure(
             case.base,
             case.adapter,
             folder,
-            backend=backend,
-            lowering=lowering,
-            dtype=dtype,
-            batch=(1, 1, 1),
-            max_sliders=2,
-            tensorrt=options,
+            BuildSettings(backend, lowering, dtype, (1, 1, 1), max_sliders=2, options=options),
             progress=False,
         )
         m.build_seconds, m.updates = round(time.perf_counter() - started, 1), manifest.updates
@@ -245,7 +234,7 @@ def measure(
         _, engine = open_engine(folder)
         outputs = [engine(inputs).clone() for inputs in reference.inputs]
         m.error = reference.error(outputs)
-        if backend in PACKAGES:
+        if trt:
             _, plain = open_engine(folder, options=RuntimeOptions(cuda_graphs=False))
             m.graph_equals_enqueue = all(
                 torch.equal(plain(inputs), output) for inputs, output in zip(reference.inputs, outputs, strict=True)
@@ -259,14 +248,14 @@ def measure(
 
 def refusal(folder: Path) -> str | None:
     """What TensorRT-RTX says to an engine on a card that it builds none for; None for a card that it knows."""
-    card = str(Environment.here(RTX).capability)
-    trt = import_module(PACKAGES[RTX])
+    backend = FLAVOURS[RTX]
+    card, trt = str(backend.environment().capability), backend.module()
     if card.upper() in trt.ComputeCapability.__members__:
         return None
     options = TensorRTOptions(resolution=64, max_text_rows=24)
     try:
-        build_engine("shapes-kontext", "shapes-st", folder, backend=RTX, tensorrt=options, progress=False)
-        TensorRTEngine(folder / PLAN_FILE, read_manifest(folder), trt, CudaDevice(), RuntimeOptions()).close()
+        build_engine("shapes-kontext", "shapes-st", folder, BuildSettings(RTX, options=options), progress=False)
+        backend.engine(folder / PLAN_FILE, read_manifest(folder), trt, CudaDevice(), RuntimeOptions()).close()
     except SliderEditError as error:
         return str(error)
     return f"it builds nothing for {card}, yet loads an engine for other cards"
@@ -307,7 +296,7 @@ def main() -> int:
     if not torch.cuda.is_available() and not rehearse:
         sys.stderr.write("gpu_tensorrt: no CUDA device here; pass --rehearse to build plans and compare them on the CPU\n")
         return 2
-    flavours = [backend for backend, package in PACKAGES.items() if find_spec(package)]
+    flavours = [name for name, backend in FLAVOURS.items() if find_spec(backend.import_name)]
     if not flavours and not rehearse:
         sys.stderr.write("gpu_tensorrt: no TensorRT here; pip install tensorrt or tensorrt-rtx into GPU_PYTHON\n")
         return 2
@@ -320,15 +309,15 @@ def main() -> int:
         if rehearse:
             flavours = [*(f for f in flavours if f == RTX), "onnxruntime"]
         elif RTX in flavours and (words := refusal(folder / "refused")):
-            refused[NAMES[RTX]] = words
+            refused[FLAVOURS[RTX].title] = words
             flavours.remove(RTX)
         for case in rehearsal_cases(folder) if rehearse else cases(folder, full_width=args.full_width):
             reference = Reference(case, getattr(torch, dtype), "cpu" if rehearse else "cuda")
             for backend in flavours:
                 for lowering in case.lowerings:
-                    if lowering == "plugin" and backend != "tensorrt":
+                    if lowering not in get_backend(backend).lowerings:
                         continue
-                    run = not (rehearse and backend in PACKAGES)
+                    run = not (rehearse and backend in FLAVOURS)
                     target = folder / f"engine-{len(measurements)}"
                     measurements.append(measure(case, reference, backend, lowering, dtype, target, run=run))
                     sys.stderr.write(f"{case.name} {case.kind} {backend} {lowering}: done\n")
@@ -339,7 +328,7 @@ def main() -> int:
             "torch": torch.__version__,
             "triton": triton.__version__,
         }
-    about |= {NAMES[m.backend]: m.version for m in measurements if m.backend in PACKAGES}
+    about |= {FLAVOURS[m.backend].title: m.version for m in measurements if m.backend in FLAVOURS}
     text = table(measurements) + "".join(f"\n{name} refuses this card: {words}\n" for name, words in refused.items())
     sys.stdout.write(text)
     if not rehearse:

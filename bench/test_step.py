@@ -21,7 +21,7 @@ import pytest
 import torch
 
 from slideredit_rt.editor import SliderEditor
-from slideredit_rt.engines import open_engine
+from slideredit_rt.engines import BuildSettings, open_engine
 from slideredit_rt.export.build import build_engine
 from slideredit_rt.shapes.world import held_out_examples, scene_image
 
@@ -53,7 +53,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Callable[[], Any
         runs["engine frozen"] = partial(frozen, plain)
         # The lowering that `auto` does not take for this kind.
         other = {"st": "folded", "gst": "native"}[kind]
-        build_engine("shapes-kontext", f"shapes-{kind}", root / other, lowering=other, progress=False)
+        build_engine("shapes-kontext", f"shapes-{kind}", root / other, BuildSettings(lowering=other), progress=False)
         runs[f"engine {kind}, {other}"] = partial(open_engine(root / other, threads=THREADS)[1], inputs)
     return runs
 

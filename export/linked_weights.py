@@ -40,15 +40,16 @@ from slideredit_rt.checkpoint import (
     read_header,
     read_weights,
 )
+from slideredit_rt.engines.backend import Lowering
+from slideredit_rt.engines.manifest import ADAPTER_FILE, MODEL_FILE
 from slideredit_rt.errors import SliderEditError
-from slideredit_rt.export.lowering import Lowering, lower
-from slideredit_rt.export.onnx_graph import MODEL_FILE, trace
+from slideredit_rt.export.lowering import lower
+from slideredit_rt.export.onnx_graph import trace
 from slideredit_rt.export.tensorrt_plugin import graph_rank
 from slideredit_rt.families import Family, TensorSpec
 from slideredit_rt.files import atomic_file
 from slideredit_rt.modules import SliderBackbone
 
-ADAPTER_FILE = "adapter.safetensors"
 CONVERTED_FILE = "converted.safetensors"
 _OWN_FILES = (MODEL_FILE, ADAPTER_FILE, CONVERTED_FILE, CONFIG_FILE)
 _CODES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -56,6 +57,22 @@ _CODES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 _FOLD_LIMIT = 1024
 
 Link = Literal["hard", "symbolic"]
+
+
+@dataclass(frozen=True)
+class WeightOptions:
+    """How a checkpoint's weights come into a folder.
+
+    Attributes:
+        dtype: converts the weights. Those stored in another dtype are copied, converted, into a file of their own. None keeps
+            the checkpoint's.
+        symbolic_links: link symbolically where a hard link is impossible, instead of copying.
+        copy: copy and do not link at all.
+    """
+
+    dtype: torch.dtype | None = None
+    symbolic_links: bool = True
+    copy: bool = False
 
 
 @dataclass(frozen=True)
@@ -116,12 +133,10 @@ def export_linked(
     checkpoint: Path,
     adapter: Adapter | None,
     folder: Path,
+    options: WeightOptions = WeightOptions(),
     *,
-    dtype: torch.dtype | None = None,
     lowering: Lowering = "native",
     target: str | None = None,
-    symbolic_links: bool = True,
-    copy_weights: bool = False,
 ) -> LinkedExport:
     """Write `model.onnx` and the adapter's file into `folder` and link the checkpoint's weights beside them.
 
@@ -133,27 +148,17 @@ def export_linked(
         checkpoint: folder of a diffusers pipeline whose `transformer` is stored as safetensors, in one file or in shards.
         adapter: None exports the frozen backbone without slider inputs.
         folder: an existing, empty folder; on the checkpoint's file system, links are hard.
-        dtype: converts the weights. Those stored in another dtype are copied, converted, into a file of their own.
-            None keeps the checkpoint's.
+        options: dtype, links or copies.
         lowering, target: what becomes of the slider nodes (`lowering.lower`). Plugins get an adapter whose ranks are filled up
             with zeros to a multiple of 16.
-        symbolic_links: link symbolically where a hard link is impossible, instead of copying.
-        copy_weights: copy and do not link at all.
 
     Raises:
         SliderEditError: the checkpoint is incomplete, damaged, not safetensors or of mixed dtypes; the family cannot
             compute in the dtype; the adapter does not fit; the folder takes neither links nor copies.
     """
-    weights = _link_weights(
-        family,
-        checkpoint,
-        adapter,
-        folder,
-        dtype=dtype,
-        higher_ranks=lowering == "plugin",
-        symbolic_links=symbolic_links,
-        copy_weights=copy_weights,
-    )
+    if adapter is not None and lowering == "plugin":
+        adapter = fill_ranks(adapter, {name: graph_rank(len(a)) for name, (a, _) in adapter.pairs.items()})
+    weights = _link_weights(family, checkpoint, adapter, folder, options)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = trace(weights.backbone, weights.config).model
@@ -169,40 +174,21 @@ def export_weights(
     checkpoint: Path,
     adapter: Adapter | None,
     folder: Path,
-    *,
-    dtype: torch.dtype | None = None,
-    copy_weights: bool = False,
+    options: WeightOptions = WeightOptions(),
 ) -> LinkedExport:
     """As `export_linked`, but with the transformer's `config.json` in the place of a graph: for engines that run the module.
 
     Raises:
         SliderEditError: as `export_linked`.
     """
-    weights = _link_weights(
-        family,
-        checkpoint,
-        adapter,
-        folder,
-        dtype=dtype,
-        higher_ranks=False,
-        symbolic_links=True,
-        copy_weights=copy_weights,
-    )
+    weights = _link_weights(family, checkpoint, adapter, folder, options)
     with atomic_file(folder / CONFIG_FILE) as temporary:
         shutil.copyfile(checkpoint / "transformer" / CONFIG_FILE, temporary)
     return weights.export(folder, CONFIG_FILE, {"operator": len(adapter.pairs)} if adapter else {}, [])
 
 
 def _link_weights(
-    family: Family,
-    checkpoint: Path,
-    adapter: Adapter | None,
-    folder: Path,
-    *,
-    dtype: torch.dtype | None,
-    higher_ranks: bool,
-    symbolic_links: bool,
-    copy_weights: bool,
+    family: Family, checkpoint: Path, adapter: Adapter | None, folder: Path, options: WeightOptions
 ) -> _LinkedWeights:
     """Link the checkpoint's weights into `folder` and write the adapter's beside them (see `export_linked`)."""
     source = checkpoint / "transformer"
@@ -212,24 +198,12 @@ def _link_weights(
     state = transformer.state_dict()
     check_complete(state, stored, source)
     places = {name: stored[name] for name in state}
-    for name, place in places.items():
-        if place.dtype not in _CODES:
-            raise SliderEditError(
-                f"checkpoint {str(source)!r} stores {name} as {place.dtype}, where only {', '.join(_CODES.values())} can be "
-                "exported; give the checkpoint that it was made from"
-            )
-        if place.file.name in _OWN_FILES:
-            raise SliderEditError(
-                f"checkpoint {str(source)!r} calls its weights {place.file.name}, as the engine calls a file of its own; "
-                "download it again"
-            )
-    dtype = _choose_dtype(family, places, dtype, source)
+    _check_places(places, source)
+    dtype = _choose_dtype(family, places, options.dtype, source)
     # Not the model's own `to`, which warns about modules that a family would keep in float32 even where it has none.
     nn.Module.to(transformer, dtype)
     if adapter is not None:
         adapter = _cast(adapter, dtype)
-        if higher_ranks:
-            adapter = fill_ranks(adapter, {name: graph_rank(len(a)) for name, (a, _) in adapter.pairs.items()})
     on_meta = adapter and dataclasses.replace(
         adapter, pairs={name: (a.to("meta"), b.to("meta")) for name, (a, b) in adapter.pairs.items()}
     )
@@ -240,7 +214,7 @@ def _link_weights(
     links: dict[str, Link] = {}
     files = []
     for file in sorted({place.file for name, place in places.items() if name not in foreign}):
-        if link := link_or_copy(file, folder / file.name, symbolic_links, copy=copy_weights):
+        if link := link_or_copy(file, folder / file.name, options.symbolic_links, copy=options.copy):
             links[file.name] = link
         else:
             files.append(file.name)
@@ -258,6 +232,21 @@ def _link_weights(
             module, _, part = key.removeprefix("transformer.").rpartition(".lora_")
             places[f"{module}.lora_{part.removesuffix('.weight')}"] = place
     return _LinkedWeights(backbone, config, dtype, files, links, places)
+
+
+def _check_places(places: Mapping[str, Stored], source: Path) -> None:
+    """Refuse weights that cannot be exported, and files that are called as the engine calls its own."""
+    for name, place in places.items():
+        if place.dtype not in _CODES:
+            raise SliderEditError(
+                f"checkpoint {str(source)!r} stores {name} as {place.dtype}, where only {', '.join(_CODES.values())} can be "
+                "exported; give the checkpoint that it was made from"
+            )
+        if place.file.name in _OWN_FILES:
+            raise SliderEditError(
+                f"checkpoint {str(source)!r} calls its weights {place.file.name}, as the engine calls a file of its own; "
+                "download it again"
+            )
 
 
 def replace_adapter(folder: Path, adapter: Adapter) -> None:

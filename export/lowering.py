@@ -9,24 +9,25 @@ weight `[N, K]`, bias `[N]` or none, lora_a `[R, K]`, lora_b `[N, R]`, row_scale
 | `native` | MatMul, Add, and one `slideredit::MaskedLoRA` local function of standard operators | every runtime |
 | `folded` | one MatMul with extra inner columns, `[x | s·xAᵀ] · [W | B]ᵀ`; projections of the same rows share `[x | …]` | GST |
 | `plugin` | the node stays and TensorRT runs our Triton kernel; projections without a kernel become `native` | TensorRT |
+
+A fourth, `operator`, is for Inductor, which runs our torch operator: there is no graph, and no node of it to replace.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
 import onnxscript
 from onnxscript import opset20 as op
 
+from slideredit_rt.engines import BACKENDS, Backend
+from slideredit_rt.engines.backend import LOWERINGS, Lowering
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.export import tensorrt_plugin
 from slideredit_rt.families import Kind
 
-Lowering = Literal["native", "folded", "plugin"]
-LOWERINGS: tuple[Lowering, ...] = ("native", "folded", "plugin")
 DOMAIN = tensorrt_plugin.NAMESPACE
 LINEAR = tensorrt_plugin.NAME
 # The folded form's extra columns come in multiples of this many elements: 16 bytes in half precision, the alignment that GEMM
@@ -46,13 +47,8 @@ def MaskedLoRA(y: _T, x: _T, lora_a: _T, lora_b: _T, scale: _T) -> _T:  # type: 
     return op.Add(y, op.CastLike(update, y))  # type: ignore[no-any-return]
 
 
-def choose(asked: str, kind: Kind | None, backend: str, *, bank: bool = False) -> Lowering:
-    """The lowering that an engine is built with.
-
-    `auto` takes the folded form for GST: a GST update touches every row, its cost is the bytes of a second pass over y, and the
-    folded form makes none. That is arithmetic; on ONNX Runtime the two are equal within 2% (bench/NOTES.md). An ST update
-    touches so few rows that its cost is its launches, which a compiler of standard operators fuses. The plugin is never
-    chosen unasked: it may break the fusions around it.
+def choose(asked: str, kind: Kind | None, backend: Backend, *, bank: bool = False) -> Lowering:
+    """Return the lowering that an engine is built with.
 
     Args:
         asked: `auto` or one of `LOWERINGS`.
@@ -61,22 +57,24 @@ def choose(asked: str, kind: Kind | None, backend: str, *, bank: bool = False) -
         bank: whether the adapter has members of its own strengths.
 
     Raises:
-        SliderEditError: no such lowering, or a plugin for a backend that has none or for a bank.
+        SliderEditError: no such lowering, one that the backend does not offer, or a plugin for a bank.
     """
     if asked == "auto":
-        return "folded" if kind == "gst" else "native"
+        return backend.default_lowering(kind)
     if asked not in LOWERINGS:
         raise SliderEditError(f"unknown lowering {asked!r}; choose auto, {', '.join(LOWERINGS)}")
-    if asked == "plugin" and backend != "tensorrt":
+    if asked not in backend.lowerings:
+        others = [name for name, other in BACKENDS.items() if asked in other.lowerings]
         raise SliderEditError(
-            f"the backend {backend} has no plugins; use --lowering native or folded with it, or --backend tensorrt"
+            f"the backend {backend.name} has no lowering {asked!r}; use --lowering {' or '.join(backend.lowerings)} with it, "
+            f"or --backend {' or '.join(others)}"
         )
     if asked == "plugin" and bank:
         raise SliderEditError(
             "the plugin's kernel takes one scale per row and a bank of adapters has one per member; "
             "use --lowering native or folded"
         )
-    return asked  # type: ignore[return-value]
+    return asked
 
 
 def lower(model: ir.Model, lowering: Lowering, target: str | None = None) -> tuple[dict[str, int], list[str]]:
@@ -92,6 +90,8 @@ def lower(model: ir.Model, lowering: Lowering, target: str | None = None) -> tup
     """
     nodes = [node for node in model.graph if node.domain == DOMAIN and node.op_type == LINEAR]
     reasons = {}
+    if lowering == "operator":
+        raise ValueError("torch's operator is not a lowering of a graph")
     if lowering == "plugin":
         if target is None:
             raise ValueError("a plugin is compiled for a target")

@@ -16,7 +16,6 @@ from slideredit_rt.export.lowering import DOMAIN, LINEAR
 from slideredit_rt.modules import SliderBackbone
 
 OPSET = 20
-MODEL_FILE = "model.onnx"
 
 
 def _schema() -> onnx.defs.OpSchema:

@@ -6,10 +6,10 @@ import dataclasses
 from pathlib import Path
 
 from slideredit_rt.adapters import AdapterSource, load_adapters
-from slideredit_rt.engines.manifest import Manifest, describe_files, read_manifest, write_manifest
+from slideredit_rt.engines.manifest import ADAPTER_FILE, Manifest, describe_files, read_manifest, write_manifest
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.export.build import describe_adapter
-from slideredit_rt.export.linked_weights import ADAPTER_FILE, replace_adapter
+from slideredit_rt.export.linked_weights import replace_adapter
 from slideredit_rt.families import get_family
 
 

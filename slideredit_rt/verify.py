@@ -15,9 +15,8 @@ from torch import Tensor
 from slideredit_rt.adapters import load_adapters
 from slideredit_rt.assets import resolve_base
 from slideredit_rt.editor import Prepared, SliderEditor
-from slideredit_rt.engines import Engine
+from slideredit_rt.engines import Engine, RuntimeOptions
 from slideredit_rt.engines.manifest import check_base, read_manifest
-from slideredit_rt.engines.tensorrt.engine import RuntimeOptions
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.families import get_family
 from slideredit_rt.sliders import Slider, StrengthCurve

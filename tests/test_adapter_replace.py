@@ -16,10 +16,9 @@ from slideredit_rt.adapters import Adapter, load_adapter, save_adapter
 from slideredit_rt.assets import resolve_adapter
 from slideredit_rt.cli import main
 from slideredit_rt.engines import open_engine
-from slideredit_rt.engines.manifest import describe_files, read_manifest
-from slideredit_rt.engines.tensorrt.engine import PLAN_FILE
+from slideredit_rt.engines.manifest import ADAPTER_FILE, describe_files, read_manifest
+from slideredit_rt.engines.tensorrt import PLAN_FILE
 from slideredit_rt.errors import SliderEditError
-from slideredit_rt.export.linked_weights import ADAPTER_FILE
 from slideredit_rt.export.onnx_graph import example_inputs
 from slideredit_rt.families import Family
 from slideredit_rt.modules import SliderBackbone

@@ -17,7 +17,7 @@ from torch import Tensor
 from slideredit_rt.adapters import Adapter, adapter_report, bank_adapters, fill_ranks, load_adapter, load_adapters, save_adapter
 from slideredit_rt.cli import main
 from slideredit_rt.editor import SliderEditor
-from slideredit_rt.engines import open_engine, read_manifest
+from slideredit_rt.engines import BuildSettings, get_backend, open_engine, read_manifest
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.export.build import build_engine
 from slideredit_rt.export.lowering import choose
@@ -182,7 +182,7 @@ def test_members_that_act_together_add_up_in_every_lowering(
     engine: Path, files: list[str], family: Family, pipeline: Any, pair: list[Adapter], tmp_path: Path, kind: str
 ) -> None:
     usual, other = ("native", "folded") if kind == "st" else ("folded", "native")
-    build_engine("shapes-kontext", files, tmp_path / "engine", lowering=other, progress=False)
+    build_engine("shapes-kontext", files, tmp_path / "engine", BuildSettings(lowering=other), progress=False)
     inputs = bank_inputs(family, pipeline.transformer, pair, read_manifest(engine).config)
     expected = SliderBackbone(family, pipeline.transformer.eval(), bank_adapters(pair, ["a", "b"]))(inputs)
     for form, path in ((usual, engine), (other, tmp_path / "engine")):
@@ -273,7 +273,10 @@ def test_adapters_that_make_no_bank_are_refused(pair: list[Adapter], files: list
         (lambda: load_adapters([files[0], files[0]], family), f"two adapters would be called '{files[0]}' in the bank"),
         (lambda: bank_adapters(pair, ["a"]), "2 adapters and 1 names"),
         (lambda: bank_adapters([bank_adapters(pair, ["a", "b"]), pair[0]], ["c", "d"]), "is a bank already"),
-        (lambda: choose("plugin", pair[0].kind, "tensorrt", bank=True), "one scale per row and a bank of adapters has one per"),
+        (
+            lambda: choose("plugin", pair[0].kind, get_backend("tensorrt"), bank=True),
+            "one scale per row and a bank of adapters",
+        ),
     ]
     for make, message in cases:
         with pytest.raises(SliderEditError, match=message):
@@ -331,7 +334,7 @@ def test_the_manifest_describes_the_members(engine: Path, files: list[str]) -> N
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["st"], indirect=True)
 def test_inductor_runs_a_bank(files: list[str], family: Family, pipeline: Any, pair: list[Adapter], tmp_path: Path) -> None:
-    build_engine("shapes-kontext", files, tmp_path / "engine", backend="inductor", progress=False)
+    build_engine("shapes-kontext", files, tmp_path / "engine", BuildSettings("inductor"), progress=False)
     manifest, run = open_engine(tmp_path / "engine")
     inputs = bank_inputs(family, pipeline.transformer, pair, manifest.config)
     expected = SliderBackbone(family, pipeline.transformer.eval(), bank_adapters(pair, ["a", "b"]))(inputs)
@@ -341,11 +344,15 @@ def test_inductor_runs_a_bank(files: list[str], family: Family, pipeline: Any, p
 @pytest.mark.parametrize("kind", ["gst"], indirect=True)
 def test_tensorrt_rtx_builds_a_bank(files: list[str], tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
-    from slideredit_rt.engines.tensorrt.build import TensorRTOptions
+    from slideredit_rt.engines.tensorrt import TensorRTOptions
 
     options = TensorRTOptions(resolution=64, max_text_rows=24, targets=("sm89",))
     manifest = build_engine(
-        "shapes-kontext", files, tmp_path / "rtx", backend="tensorrt-rtx", batch=(1, 1, 4), tensorrt=options, progress=False
+        "shapes-kontext",
+        files,
+        tmp_path / "rtx",
+        BuildSettings("tensorrt-rtx", batch=(1, 1, 4), options=options),
+        progress=False,
     )
     assert [s.shape for s in manifest.inputs if s.name == "alpha"] == [("batch", "sliders", 2)]
     assert read_manifest(tmp_path / "rtx").members.keys() == {files[0], "other"}

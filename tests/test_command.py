@@ -406,7 +406,7 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, capsys: Any, monkeypa
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("slideredit_rt.export.build.export_linked", full)
+    monkeypatch.setattr("slideredit_rt.export.linked_weights.export_linked", full)
     message = refused(capsys, "build", "--base", "shapes-kontext", "--adapter", "shapes-st", "--out", tmp_path / "engine")
     assert "No space left on device" in message
     assert list(tmp_path.iterdir()) == []

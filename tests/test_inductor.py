@@ -24,7 +24,7 @@ from torch._dynamo.utils import counters
 from slideredit_rt import cli
 from slideredit_rt.adapters import load_adapter
 from slideredit_rt.assets import resolve_base
-from slideredit_rt.engines import inductor, open_engine
+from slideredit_rt.engines import BuildSettings, inductor, open_engine
 from slideredit_rt.engines.manifest import read_manifest
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.export.build import build_engine
@@ -39,7 +39,7 @@ SIZES = (2, 8, 16)
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("inductor")
     for kind in ("st", "gst"):
-        build_engine("shapes-kontext", f"shapes-{kind}", root / kind, backend="inductor", progress=False)
+        build_engine("shapes-kontext", f"shapes-{kind}", root / kind, BuildSettings("inductor"), progress=False)
     return {kind: root / kind for kind in ("st", "gst")}
 
 
@@ -136,8 +136,8 @@ def test_alpha_zero_is_the_frozen_backbone_bit_for_bit(
 def test_more_shapes_than_dynamo_keeps_by_default_still_run(
     folders: dict[str, Path], eager: dict[str, SliderBackbone], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    manifest, engine = open_engine(folders["st"])
     monkeypatch.setattr(inductor, "_MAX_BINDINGS", 3)
+    manifest, engine = open_engine(folders["st"])
     with torch._dynamo.config.patch(recompile_limit=2):
         for text_rows in range(4, 8):
             inputs = example_inputs(eager["st"], manifest.config, 1, text_rows, 16, 1)
@@ -173,7 +173,9 @@ def test_a_closed_engine_says_so_and_holds_no_weights(folders: dict[str, Path], 
 def test_bfloat16_converts_at_the_build_and_errs_as_eager_does(
     tmp_path: Path, family: Family, eager: dict[str, SliderBackbone]
 ) -> None:
-    manifest = build_engine("shapes-kontext", "shapes-st", tmp_path / "e", backend="inductor", dtype="bfloat16", progress=False)
+    manifest = build_engine(
+        "shapes-kontext", "shapes-st", tmp_path / "e", BuildSettings("inductor", dtype="bfloat16"), progress=False
+    )
     assert (manifest.dtype, manifest.links, sorted(manifest.files)) == (
         "bfloat16",
         {},
@@ -189,7 +191,7 @@ def test_bfloat16_converts_at_the_build_and_errs_as_eager_does(
 
 @pytest.mark.usefixtures("as_traced")
 def test_frozen_backbone_takes_no_sliders(tmp_path: Path, eager: dict[str, SliderBackbone]) -> None:
-    manifest = build_engine("shapes-kontext", None, tmp_path / "e", backend="inductor", progress=False)
+    manifest = build_engine("shapes-kontext", None, tmp_path / "e", BuildSettings("inductor"), progress=False)
     assert "alpha" not in {s.name for s in manifest.inputs}
     _, engine = open_engine(tmp_path / "e")
     inputs = example_inputs(eager["st"], manifest.config, 1, 8, 16, 1)
@@ -207,7 +209,7 @@ def test_engine_folder_links_the_checkpoint_and_names_torch(folders: dict[str, P
 
 def test_a_lowering_for_graphs_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SliderEditError, match="inductor has no lowering 'folded'"):
-        build_engine("shapes-kontext", "shapes-gst", tmp_path / "e", backend="inductor", lowering="folded", progress=False)
+        build_engine("shapes-kontext", "shapes-gst", tmp_path / "e", BuildSettings("inductor", "folded"), progress=False)
     assert not list(tmp_path.iterdir())
 
 
@@ -246,7 +248,7 @@ def test_what_fails_in_the_first_call_is_one_sentence_and_can_be_tried_again(
 @pytest.mark.usefixtures("as_traced")
 def test_an_adapter_is_replaced_without_a_build(tmp_path: Path, eager: dict[str, SliderBackbone], capsys: Any) -> None:
     folder = tmp_path / "e"
-    build_engine("shapes-kontext", "shapes-st", folder, backend="inductor", progress=False)
+    build_engine("shapes-kontext", "shapes-st", folder, BuildSettings("inductor"), progress=False)
     assert cli.main(["adapter", "replace", str(folder), "shapes-st", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["manifest"]["backend"] == "inductor"
     manifest, engine = open_engine(folder)

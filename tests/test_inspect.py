@@ -17,11 +17,10 @@ import pytest
 import torch
 
 from slideredit_rt.cli import main
-from slideredit_rt.engines import read_manifest
+from slideredit_rt.engines import get_backend, read_manifest
 from slideredit_rt.engines.manifest import describe_files, write_manifest
-from slideredit_rt.engines.tensorrt import report as tensorrt_report
-from slideredit_rt.engines.tensorrt.engine import PLAN_FILE
-from slideredit_rt.engines.tensorrt.report import describe_plan, engine_report
+from slideredit_rt.engines.tensorrt import PLAN_FILE, TensorRTRTX
+from slideredit_rt.engines.tensorrt.report import describe_plan
 from slideredit_rt.files import sha256
 
 Inspect = Callable[[Path], tuple[str, dict[str, Any]]]
@@ -170,9 +169,9 @@ def test_a_compiled_engine_with_a_gpu(
 ) -> None:
     write_manifest(dataclasses.replace(read_manifest(compiled), backend="tensorrt-rtx"), compiled)
     opened = SimpleNamespace(plan=plan(layers))
-    monkeypatch.setattr(tensorrt_report, "open_tensorrt", lambda *_: nullcontext(opened))
+    monkeypatch.setattr(TensorRTRTX, "open", lambda *_: nullcontext(opened))
     lines, report = inspect(compiled)
     assert "device     8.0 MiB of weights, 6.0 MiB of them streamable" in lines
     assert "device     0.5 MiB for the profile's largest sizes" in lines
     assert line in lines.splitlines()
-    assert report["device"] == engine_report(compiled, read_manifest(compiled))
+    assert report["device"] == get_backend("tensorrt-rtx").report(compiled, read_manifest(compiled))

@@ -30,15 +30,18 @@ from safetensors import safe_open
 
 from slideredit_rt.adapters import Adapter, load_adapter, save_adapter
 from slideredit_rt.assets import resolve_base
+from slideredit_rt.engines.backend import Lowering
+from slideredit_rt.engines.tensorrt import TensorRT
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.export.linked_weights import (
     ADAPTER_FILE,
     CONVERTED_FILE,
     LinkedExport,
+    WeightOptions,
     export_linked,
     replace_adapter,
 )
-from slideredit_rt.export.lowering import LOWERINGS, Lowering, MaskedLoRA
+from slideredit_rt.export.lowering import MaskedLoRA
 from slideredit_rt.export.onnx_graph import example_inputs
 from slideredit_rt.families import KINDS, Family, Kind
 from slideredit_rt.modules import SliderBackbone
@@ -147,7 +150,7 @@ def test_linked_export_computes_what_the_copied_export_does(
 ) -> None:
     monkeypatch.setattr(os, "link", _no_hard_links)
     adapter = load_adapter(f"shapes-{kind}", family)
-    copied = export_linked(family, sharded[torch.float32], adapter, tmp_path, symbolic_links=False)
+    copied = export_linked(family, sharded[torch.float32], adapter, tmp_path, WeightOptions(symbolic_links=False))
     assert copied.links == {}
     assert set(linked[1].links) <= set(copied.files), "the weights are files of its own"
     backbone = SliderBackbone(family, pipeline.transformer.eval(), adapter)
@@ -204,7 +207,7 @@ def test_no_sequence_operators_remain_and_each_linear_has_its_slider_node(
     assert [(f.domain, f.name) for f in model.functions] == [("slideredit", "MaskedLoRA")]
 
 
-@pytest.mark.parametrize("form", LOWERINGS)
+@pytest.mark.parametrize("form", TensorRT.lowerings)
 def test_a_bfloat16_checkpoint_stays_bfloat16_between_float32_inputs_and_output(
     sharded: dict[torch.dtype, Path], tmp_path: Path, family: Family, form: Lowering
 ) -> None:
@@ -251,7 +254,7 @@ def test_conversion_writes_a_file_of_its_own_and_links_nothing(
     sharded: dict[torch.dtype, Path], tmp_path: Path, family: Family
 ) -> None:
     adapter = load_adapter("shapes-st", family)
-    result = export_linked(family, sharded[torch.bfloat16], adapter, tmp_path, dtype=torch.float32)
+    result = export_linked(family, sharded[torch.bfloat16], adapter, tmp_path, WeightOptions(torch.float32))
     assert (result.dtype, result.links) == ("float32", {})
     assert CONVERTED_FILE in result.files
     transformer = FluxTransformer2DModel.from_pretrained(sharded[torch.bfloat16] / "transformer", torch_dtype=torch.float32)
@@ -307,7 +310,7 @@ def test_a_folder_without_an_adapter_file_has_none_to_replace(tmp_path: Path, fa
 
 def test_float16_is_refused_with_the_reason(sharded: dict[torch.dtype, Path], tmp_path: Path, family: Family) -> None:
     with pytest.raises(SliderEditError, match="cannot run in float16: its activations exceed 65504"):
-        export_linked(family, sharded[torch.bfloat16], None, tmp_path, dtype=torch.float16)
+        export_linked(family, sharded[torch.bfloat16], None, tmp_path, WeightOptions(torch.float16))
     assert not list(tmp_path.iterdir())
 
 
@@ -335,7 +338,7 @@ def test_a_folder_that_takes_neither_links_nor_copies_says_so(
     monkeypatch.setattr(os, "link", _no_hard_links)
     monkeypatch.setattr(shutil, "copyfile", full)
     with pytest.raises(SliderEditError, match=r"cannot put the weights .*No space left on device.*choose another folder"):
-        export_linked(family, two_blocks, None, tmp_path, symbolic_links=False)
+        export_linked(family, two_blocks, None, tmp_path, WeightOptions(symbolic_links=False))
 
 
 def test_a_folder_that_holds_the_link_already_is_refused(two_blocks: Path, tmp_path: Path, family: Family) -> None:
@@ -497,7 +500,7 @@ print(json.dumps({"seconds": seconds, "peak_bytes": peak, "bytes_written": resul
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", LOWERINGS)
+@pytest.mark.parametrize("form", TensorRT.lowerings)
 def test_the_full_12b_transformer_exports_in_three_minutes_3_gb_and_200_mb(
     scratch: Path, family: Family, kind: Kind, form: Lowering, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -18,6 +18,7 @@ from onnxscript import opset20 as op
 
 from slideredit_rt.adapters import Adapter
 from slideredit_rt.assets import resolve_base
+from slideredit_rt.engines import get_backend
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.export import lowering, tensorrt_plugin
 from slideredit_rt.export.lowering import DOMAIN, LINEAR, choose, lower
@@ -200,15 +201,29 @@ def test_nodes_are_named_after_their_projections(traced: Traced) -> None:
         ("auto", None, "tensorrt", "native"),
         ("plugin", "st", "tensorrt", "plugin"),
         ("native", "gst", "tensorrt", "native"),
+        ("auto", "gst", "inductor", "operator"),
+        ("operator", None, "inductor", "operator"),
     ],
 )
 def test_what_auto_means(asked: str, kind: Kind | None, backend: str, chosen: str) -> None:
-    assert choose(asked, kind, backend) == chosen
+    assert choose(asked, kind, get_backend(backend)) == chosen
 
 
-def test_a_lowering_that_does_not_exist_or_that_the_backend_lacks() -> None:
-    with pytest.raises(SliderEditError, match="unknown lowering 'fast'; choose auto, native, folded, plugin"):
-        choose("fast", "st", "onnxruntime")
-    for backend in ("onnxruntime", "tensorrt-rtx"):
-        with pytest.raises(SliderEditError, match=f"the backend {backend} has no plugins; use --lowering native or folded"):
-            choose("plugin", "st", backend)
+def test_a_lowering_that_does_not_exist() -> None:
+    with pytest.raises(SliderEditError, match="unknown lowering 'fast'; choose auto, native, folded, plugin, operator"):
+        choose("fast", "st", get_backend("onnxruntime"))
+
+
+@pytest.mark.parametrize(
+    ("asked", "backend", "instead"),
+    [
+        ("plugin", "onnxruntime", "native or folded with it, or --backend tensorrt"),
+        ("plugin", "tensorrt-rtx", "native or folded with it, or --backend tensorrt"),
+        ("operator", "tensorrt", "native or folded or plugin with it, or --backend inductor"),
+        ("folded", "inductor", "operator with it, or --backend onnxruntime or tensorrt or tensorrt-rtx"),
+    ],
+)
+def test_a_lowering_that_the_backend_lacks(asked: str, backend: str, instead: str) -> None:
+    with pytest.raises(SliderEditError) as error:
+        choose(asked, "st", get_backend(backend))
+    assert str(error.value) == f"the backend {backend} has no lowering {asked!r}; use --lowering {instead}"

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from slideredit_rt.cli import main
-from slideredit_rt.engines import read_manifest
+from slideredit_rt.engines import BuildSettings, read_manifest
 from slideredit_rt.engines.manifest import MAX_BATCH, MAX_SLIDERS, NAME, SCHEMA_VERSION
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.export.build import build_engine
@@ -195,4 +195,4 @@ def test_a_pipe_is_not_waited_for(engine: Path, manifest: dict[str, Any]) -> Non
 )
 def test_no_engine_is_built_that_could_not_be_read(tmp_path: Path, limits: Any, message: str) -> None:
     with pytest.raises(SliderEditError, match=message):
-        build_engine("shapes-kontext", "shapes-st", tmp_path / "engine", progress=False, **limits)
+        build_engine("shapes-kontext", "shapes-st", tmp_path / "engine", BuildSettings(**limits), progress=False)

@@ -31,10 +31,11 @@ from slideredit_rt import cli
 from slideredit_rt.adapters import Adapter, load_adapter, save_adapter
 from slideredit_rt.assets import resolve_base
 from slideredit_rt.editor import SliderEditor
+from slideredit_rt.engines.backend import Lowering
 from slideredit_rt.engines.tensorrt.build import image_rows_of
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.export.build import build_engine
-from slideredit_rt.export.lowering import Lowering, lower
+from slideredit_rt.export.lowering import lower
 from slideredit_rt.export.onnx_graph import example_inputs, trace
 from slideredit_rt.families import KINDS, Family, Kind, family_of, get_family, qwen_image_edit
 from slideredit_rt.modules import SliderBackbone

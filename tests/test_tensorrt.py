@@ -18,12 +18,15 @@ import torch
 
 from slideredit_rt import SliderEditError, cli
 from slideredit_rt.assets import resolve_base
-from slideredit_rt.engines import open_engine
+from slideredit_rt.engines import BuildSettings, open_engine
+from slideredit_rt.engines.backend import BuildJob, Limits
 from slideredit_rt.engines.manifest import DIGESTS, Manifest, read_manifest
 from slideredit_rt.engines.request import check_request
-from slideredit_rt.engines.tensorrt import build as tensorrt_engine
-from slideredit_rt.engines.tensorrt.build import Profile, check_memory, image_rows_of
-from slideredit_rt.engines.tensorrt.engine import Environment, check_environment
+from slideredit_rt.engines.tensorrt import Environment, TensorRT, TensorRTOptions, TensorRTRTX
+from slideredit_rt.engines.tensorrt import build as tensorrt_build
+from slideredit_rt.engines.tensorrt.build import check_memory, configure, image_rows_of, profile_ranges
+from slideredit_rt.engines.tensorrt.options import HardwareCompatibility
+from slideredit_rt.families import Family
 
 BUILD = ["build", "--base", "shapes-kontext", "--backend", "tensorrt-rtx", "--quiet"]
 SIZES = ["--resolution", "64", "--max-text-rows", "24", "--batch", "4"]
@@ -99,11 +102,11 @@ def test_machine_that_cannot_run_the_engine(
 ) -> None:
     here = Environment(manifest.backend_version if package == "same" else package, capability)
     with pytest.raises(SliderEditError, match=message):
-        check_environment(manifest, here)
+        TensorRTRTX().check_environment(manifest, here)
 
 
 def test_machine_that_can_run_the_engine(manifest: Manifest) -> None:
-    check_environment(manifest, Environment(manifest.backend_version, "sm120"))
+    TensorRTRTX().check_environment(manifest, Environment(manifest.backend_version, "sm120"))
 
 
 @pytest.mark.parametrize(
@@ -139,8 +142,8 @@ def test_axes_of_a_request_must_agree(manifest: Manifest) -> None:
 
 
 def test_profile_gives_every_input_three_shapes(manifest: Manifest) -> None:
-    profile = Profile((1, 1, 4), (1, 24, 24), (32, 128, 131), (1, 2, 8))
-    shapes = {s.name: profile.shapes(s) for s in manifest.inputs}
+    limits = Limits(profile_ranges((1, 1, 4), (1, 24, 24), (32, 128, 131), (1, 2, 8)))
+    shapes = {s.name: limits.shapes(s) for s in manifest.inputs}
     assert shapes["hidden_states"] == [(1, 32, 64), (1, 128, 64), (4, 131, 64)]
     assert shapes["alpha"] == [(1, 1), (1, 2), (4, 8)]
 
@@ -171,7 +174,7 @@ def test_memory_is_checked_before_the_build_starts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     free = dataclasses.make_dataclass("free", [("available", int)])(10)
-    monkeypatch.setattr(tensorrt_engine.psutil, "virtual_memory", lambda: free)
+    monkeypatch.setattr(tensorrt_build.psutil, "virtual_memory", lambda: free)
     out = tmp_path / "engine"
     assert cli.main([*BUILD, *SIZES, "--adapter", "shapes-st", "--out", str(out)]) == 2
     assert "the build needs about" in capsys.readouterr().err
@@ -186,7 +189,7 @@ def test_memory_is_checked_before_the_build_starts(
         (["build", "--base", "shapes-kontext", "--targets", "sm86"], "--targets is for --backend tensorrt or tensorrt-rtx"),
         ([*BUILD, "--targets", ""], "an engine is built for one target or more; choose from"),
         ([*BUILD, "--timing-cache", "t"], "--timing-cache is for --backend tensorrt; TensorRT-RTX takes --targets"),
-        ([*BUILD, "--lowering", "plugin"], "the backend tensorrt-rtx has no plugins"),
+        ([*BUILD, "--lowering", "plugin"], "the backend tensorrt-rtx has no lowering 'plugin'"),
         ([*BUILD, "--batch", "4,2,8"], "the batch sizes 4,2,8 do not rise"),
         ([*BUILD, "--batch", "1,2"], "--batch takes the largest batch or MIN,OPT,MAX, got 2 numbers"),
         ([*BUILD, "--max-sliders", "0"], "room for 1 to 256 sliders, got 0"),
@@ -206,7 +209,7 @@ def test_bad_build_options_are_one_sentence_and_write_nothing(
     assert not list(tmp_path.iterdir())
 
 
-def test_node_that_the_parser_refuses_is_named(tmp_path: Path) -> None:
+def test_node_that_the_parser_refuses_is_named(tmp_path: Path, family: Family) -> None:
     import onnx
     from onnx import TensorProto, helper
 
@@ -215,24 +218,23 @@ def test_node_that_the_parser_refuses_is_named(tmp_path: Path) -> None:
     imports = [helper.make_opsetid("", 20), helper.make_opsetid("nobody", 1)]
     path = tmp_path / "model.onnx"
     onnx.save(helper.make_model(graph, opset_imports=imports), path)
-    profile = Profile((1, 1, 1), (1, 1, 1), (1, 1, 1), (1, 1, 1))
+    job = BuildJob(family, tmp_path, None, "native", BuildSettings(), Limits(targets=("sm89",)))
     with pytest.raises(SliderEditError, match=r"TensorRT-RTX refuses node 'the_node' \(Mystery\)"):
-        tensorrt_engine.build_plan(
-            "tensorrt-rtx", path, tmp_path, [], profile, tensorrt_engine.TensorRTOptions(), ["sm89"], progress=False
-        )
+        tensorrt_build.build_plan(TensorRTRTX(), job, path, [], tmp_path)
     assert not (tmp_path / "model.engine").exists()
 
 
-def configured(backend: str, options: tensorrt_engine.TensorRTOptions, targets: tuple[str, ...] = ()) -> Any:
+def configured(backend: TensorRT, options: TensorRTOptions, targets: tuple[str, ...] = ()) -> Any:
     """A real builder configuration; TensorRT-RTX's has every option of TensorRT's, though it ignores the hardware level."""
-    trt = tensorrt_engine.load_tensorrt("tensorrt-rtx")
+    trt = TensorRTRTX().module()
     config = trt.Builder(trt.Logger(trt.Logger.INTERNAL_ERROR)).create_builder_config()
-    tensorrt_engine._configure(trt, config, backend, options, targets)
+    configure(trt, config, options)
+    backend.configure(trt, config, options, targets)
     return config
 
 
 def test_options_reach_the_builder(tmp_path: Path) -> None:
-    options = tensorrt_engine.TensorRTOptions(
+    options = TensorRTOptions(
         optimization_level=2,
         workspace_mib=64,
         weight_streaming=True,
@@ -242,15 +244,15 @@ def test_options_reach_the_builder(tmp_path: Path) -> None:
     )
     import tensorrt_rtx as trt
 
-    config = configured("tensorrt", options)
+    config = configured(TensorRT(), options)
     assert config.builder_optimization_level == 2
     assert config.get_memory_pool_limit(trt.MemoryPoolType.WORKSPACE) == 64 * 2**20
     assert config.get_flag(trt.BuilderFlag.WEIGHT_STREAMING)
     assert config.get_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
-    levels = {level.upper() for level in typing.get_args(tensorrt_engine.HardwareCompatibility)}
+    levels = {level.upper() for level in typing.get_args(HardwareCompatibility)}
     assert levels <= set(trt.HardwareCompatibilityLevel.__members__)
     assert config.get_timing_cache() is not None
-    plain = configured("tensorrt-rtx", tensorrt_engine.TensorRTOptions(), ("sm86", "sm120"))
+    plain = configured(TensorRTRTX(), TensorRTOptions(), ("sm86", "sm120"))
     assert [plain.get_compute_capability(i) for i in range(plain.num_compute_capabilities)] == [
         trt.ComputeCapability.SM86,
         trt.ComputeCapability.SM120,
@@ -259,19 +261,19 @@ def test_options_reach_the_builder(tmp_path: Path) -> None:
 
 
 def test_plugins_of_an_engine_for_every_card_since_ampere_are_compiled_for_ampere() -> None:
-    options = tensorrt_engine.TensorRTOptions
-    assert tensorrt_engine.plugin_target(["sm120"], options(hardware_compatibility="ampere_plus")) == "sm80"
-    assert tensorrt_engine.plugin_target(["sm120"], options(hardware_compatibility="same_compute_capability")) == "sm120"
-    assert tensorrt_engine.plugin_target(["sm90"], options()) == "sm90"
+    options = TensorRTOptions
+    assert tensorrt_build.plugin_target(["sm120"], options(hardware_compatibility="ampere_plus")) == "sm80"
+    assert tensorrt_build.plugin_target(["sm120"], options(hardware_compatibility="same_compute_capability")) == "sm120"
+    assert tensorrt_build.plugin_target(["sm90"], options()) == "sm90"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_tensorrt_builds_for_the_card_at_hand_and_says_so_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(tensorrt_engine.PACKAGES, "tensorrt", "tensorrt_rtx")  # stands for the package that is not here
+    monkeypatch.setattr(TensorRT, "import_name", "tensorrt_rtx")  # stands for the package that is not here
     with pytest.raises(SliderEditError, match="no CUDA device is visible, and TensorRT builds for the device at hand"):
-        tensorrt_engine.targets_of("tensorrt", tensorrt_engine.TensorRTOptions())
+        TensorRT().targets(TensorRTOptions())
     with pytest.raises(SliderEditError, match="--targets is for --backend tensorrt-rtx; TensorRT builds for the card"):
-        tensorrt_engine.targets_of("tensorrt", tensorrt_engine.TensorRTOptions(targets=("sm89",)))
+        TensorRT().targets(TensorRTOptions(targets=("sm89",)))
 
 
 def test_interrupted_build_stops_the_builder_and_leaves_nothing(tmp_path: Path) -> None:
@@ -290,7 +292,7 @@ def test_interrupted_build_stops_the_builder_and_leaves_nothing(tmp_path: Path) 
     assert not list(tmp_path.iterdir())
 
 
-def test_refused_node_of_an_exported_model_is_said_to_come_from_its_module(tmp_path: Path) -> None:
+def test_refused_node_of_an_exported_model_is_said_to_come_from_its_module(tmp_path: Path, family: Family) -> None:
     import onnx
     from onnx import TensorProto, helper
 
@@ -300,8 +302,6 @@ def test_refused_node_of_an_exported_model_is_said_to_come_from_its_module(tmp_p
     imports = [helper.make_opsetid("", 20), helper.make_opsetid("nobody", 1)]
     path = tmp_path / "model.onnx"
     onnx.save(helper.make_model(helper.make_graph([node], "g", [x], [y]), opset_imports=imports), path)
-    profile = Profile((1, 1, 1), (1, 1, 1), (1, 1, 1), (1, 1, 1))
+    job = BuildJob(family, tmp_path, None, "native", BuildSettings(), Limits(targets=("sm89",)))
     with pytest.raises(SliderEditError, match=r"refuses node 'node_mystery' \(Mystery\) in transformer.norm_out: "):
-        tensorrt_engine.build_plan(
-            "tensorrt-rtx", path, tmp_path, [], profile, tensorrt_engine.TensorRTOptions(), ["sm89"], progress=False
-        )
+        tensorrt_build.build_plan(TensorRTRTX(), job, path, [], tmp_path)

@@ -28,13 +28,9 @@ from slideredit_rt import SliderEditError, cli
 from slideredit_rt.engines import open_engine
 from slideredit_rt.engines.cuda import CudaDevice
 from slideredit_rt.engines.manifest import Manifest, describe_files, read_manifest, write_manifest
+from slideredit_rt.engines.tensorrt import PLAN_FILE, Environment, RuntimeOptions, TensorRT, TensorRTRTX
 from slideredit_rt.engines.tensorrt.engine import (
-    PACKAGES,
-    PLAN_FILE,
-    Environment,
-    RuntimeOptions,
     TensorRTEngine,
-    check_environment,
     load_runtime_cache,
     runtime_cache_file,
     save_runtime_cache,
@@ -43,6 +39,7 @@ from slideredit_rt.families import TensorSpec
 
 BACKEND = os.environ.get("BACKEND_UNDER_TEST", "tensorrt-rtx")
 STREAM = 7
+FLAVOURS = {backend.name: backend for backend in (TensorRT(), TensorRTRTX())}
 
 
 def manifest_of(backend: str, **changes: Any) -> Manifest:
@@ -104,7 +101,9 @@ def test_machine_that_cannot_run_the_engine(
 ) -> None:
     manifest = manifest_of(backend, compatibility=compatibility)
     with pytest.raises(SliderEditError, match=message):
-        check_environment(manifest, Environment(manifest.backend_version if package == "same" else package, capability))
+        FLAVOURS[backend].check_environment(
+            manifest, Environment(manifest.backend_version if package == "same" else package, capability)
+        )
 
 
 @pytest.mark.parametrize(
@@ -121,14 +120,16 @@ def test_machine_that_cannot_run_the_engine(
 )
 def test_machine_that_can_run_the_engine(backend: str, compatibility: dict[str, Any], package: str, capability: str) -> None:
     manifest = manifest_of(backend, compatibility=compatibility)
-    check_environment(manifest, Environment(manifest.backend_version if package == "same" else package, capability))
+    FLAVOURS[backend].check_environment(
+        manifest, Environment(manifest.backend_version if package == "same" else package, capability)
+    )
 
 
 def test_environment_of_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     rtx = pytest.importorskip("tensorrt_rtx")
-    assert Environment.here("tensorrt-rtx").package_version == rtx.__version__
+    assert FLAVOURS["tensorrt-rtx"].environment().package_version == rtx.__version__
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
-    assert Environment.here("tensorrt-rtx").package_version is None
+    assert FLAVOURS["tensorrt-rtx"].environment().package_version is None
 
 
 # --- A real plan -------------------------------------------------------------------------------------------------------
@@ -172,7 +173,7 @@ def test_plan_that_tensorrt_cannot_read(plan_folder: Path, tmp_path: Path, damag
     write_manifest(dataclasses.replace(read_manifest(plan_folder), files=describe_files(tmp_path, [PLAN_FILE])), tmp_path)
     trt = importlib.import_module("tensorrt_rtx")
     with pytest.raises(SliderEditError, match=r"TensorRT-RTX cannot load '.*model\.engine' \(.+\); build the engine again$"):
-        TensorRTEngine(file, read_manifest(tmp_path), trt, Device(), RuntimeOptions())
+        TensorRTRTX.engine(file, read_manifest(tmp_path), trt, Device(), RuntimeOptions())
 
 
 @pytest.mark.parametrize("option", [["--cuda-graphs", "off"], ["--weight-budget-mib", "100"]])
@@ -477,7 +478,7 @@ class TestCalls:
 
     @pytest.fixture
     def trt(self, log: list[Any]) -> Tensorrt:
-        return Tensorrt(pytest.importorskip(PACKAGES[BACKEND]), log)
+        return Tensorrt(pytest.importorskip(FLAVOURS[BACKEND].import_name), log)
 
     @pytest.fixture
     def device(self, log: list[Any]) -> Device:
@@ -490,7 +491,7 @@ class TestCalls:
 
         def load(threads: int | None = None, changes: dict[str, Any] | None = None, **options: Any) -> TensorRTEngine:
             manifest = manifest_of(BACKEND, **(changes or {}))
-            return TensorRTEngine(plan, manifest, trt, device, RuntimeOptions(**options), threads)  # type: ignore[arg-type]
+            return FLAVOURS[BACKEND].engine(plan, manifest, trt, device, RuntimeOptions(**options), threads)  # type: ignore[arg-type]
 
         return load
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slideredit_rt.commands.edit import parse_slider
@@ -23,49 +22,53 @@ from slideredit_rt.errors import SliderEditError
 from slideredit_rt.files import user_path
 
 if TYPE_CHECKING:
-    from slideredit_rt.engines import Manifest
+    from slideredit_rt.engines import Backend
 
 
 def _build(args: argparse.Namespace) -> int:
-    import dataclasses
+    from slideredit_rt.engines import BuildSettings, get_backend
+    from slideredit_rt.export.build import build_engine
 
-    from slideredit_rt.engines.tensorrt.build import TensorRTOptions
-    from slideredit_rt.engines.tensorrt.engine import PACKAGES
-    from slideredit_rt.export.build import BATCH, MAX_SLIDERS, build_engine
-
-    fields = [f.name for f in dataclasses.fields(TensorRTOptions)]
-    given = options_given(args, *fields)
-    if "targets" in given:
-        given["targets"] = tuple(given["targets"])
-    if given and args.backend not in PACKAGES:
-        option = f"--{next(iter(given)).replace('_', '-')}"
-        raise SliderEditError(f"{option} is for --backend tensorrt or tensorrt-rtx; the backend {args.backend} takes any size")
-    batch = BATCH if args.batch is None else (1, 1, *args.batch) if len(args.batch) == 1 else tuple(args.batch)
-    if len(batch) != 3:
-        raise SliderEditError(f"--batch takes the largest batch or MIN,OPT,MAX, got {len(batch)} numbers")
-    manifest = build_engine(
-        args.base,
-        args.adapter,
-        args.out,
+    given = options_given(args, "dtype", "max_sliders")
+    if args.batch is not None:
+        given["batch"] = (1, 1, *args.batch) if len(args.batch) == 1 else tuple(args.batch)
+        if len(given["batch"]) != 3:
+            raise SliderEditError(f"--batch takes the largest batch or MIN,OPT,MAX, got {len(args.batch)} numbers")
+    settings = BuildSettings(
         backend=args.backend,
         lowering=args.lowering,
-        dtype=args.dtype,
-        batch=batch,
-        max_sliders=MAX_SLIDERS if args.max_sliders is None else args.max_sliders,
         allow_partial=args.allow_partial,
-        tensorrt=TensorRTOptions(**given) if args.backend in PACKAGES else None,
         copy_weights=args.copy_weights,
-        overwrite=args.overwrite,
-        progress=not args.quiet,
+        options=_build_options(args, get_backend(args.backend)),
+        **given,
     )
+    manifest = build_engine(args.base, args.adapter, args.out, settings, overwrite=args.overwrite, progress=not args.quiet)
     ends = ", ".join(f"{count} {name}" for name, count in manifest.updates.items()) or "no sliders"
     emit(args, {"out": str(args.out), "manifest": manifest.to_json()}, [f"built {args.out} ({manifest.backend}; {ends})"])
     return 0
 
 
+def _build_options(args: argparse.Namespace, backend: Backend) -> Any:
+    """What the backend alone can be told, from the options of the command; None if it was told nothing."""
+    import dataclasses
+
+    from slideredit_rt.engines import BACKENDS
+
+    kinds = {name: {f.name for f in dataclasses.fields(b.build_options)} for name, b in BACKENDS.items() if b.build_options}
+    given = options_given(args, *(name for name in sorted(set().union(*kinds.values())) if hasattr(args, name)))
+    if foreign := sorted(given.keys() - kinds.get(backend.name, set())):
+        others = " or ".join(name for name, fields in kinds.items() if foreign[0] in fields)
+        raise SliderEditError(
+            f"--{foreign[0].replace('_', '-')} is for --backend {others}; the backend {backend.name} takes any size"
+        )
+    if backend.build_options is None or not given:
+        return None
+    return backend.build_options(**{name: tuple(v) if isinstance(v, list) else v for name, v in given.items()})
+
+
 def _inspect(args: argparse.Namespace) -> int:
+    from slideredit_rt.engines import BACKENDS
     from slideredit_rt.engines.manifest import read_manifest
-    from slideredit_rt.engines.tensorrt.engine import PACKAGES
 
     manifest = read_manifest(args.engine)
     adapter, compatibility = manifest.adapter, manifest.compatibility
@@ -94,23 +97,22 @@ def _inspect(args: argparse.Namespace) -> int:
         f"created    {manifest.created}",
     ]
     result = manifest.to_json()
-    if manifest.backend in PACKAGES:
-        result["device"], found = _on_device(args.engine, manifest)
-        lines += found
+    if backend := BACKENDS.get(manifest.backend):
+        try:
+            if device := backend.report(args.engine, manifest):
+                result["device"] = device
+                lines += _device_lines(device)
+        except SliderEditError as error:
+            result["device"] = {"unavailable": str(error)}
+            lines.append(f"device     memory and fused layers need the GPU: {error}")
     emit(args, result, lines)
     return 0
 
 
-def _on_device(folder: Path, manifest: Manifest) -> tuple[dict[str, Any], list[str]]:
-    """What only the GPU tells about a compiled engine, as JSON and as lines; without one, why not."""
-    from slideredit_rt.engines.tensorrt.report import engine_report
-
-    try:
-        report = engine_report(folder, manifest)
-    except SliderEditError as error:
-        return {"unavailable": str(error)}, [f"device     memory and fused layers need the GPU: {error}"]
+def _device_lines(report: dict[str, Any]) -> list[str]:
+    """What only the GPU tells about a compiled engine."""
     types = counts(report["layer_types"]) or "of types that the plan does not tell"
-    return report, [
+    return [
         f"device     {mib(report['weight_bytes'])} of weights, {mib(report['streamable_weight_bytes'])} of them streamable",
         f"device     {mib(report['context_bytes'])} for the profile's largest sizes",
         f"layers     after fusion, {report['layers']}: {types}",
@@ -136,8 +138,7 @@ def _verify(args: argparse.Namespace) -> int:
     return 0 if report.passed else 1
 
 
-def add_commands(commands: Commands) -> None:
-    """Add the commands of this module."""
+def _add_build(commands: Commands) -> None:
     build = commands.add("build", _build, "build an engine from a checkpoint and an adapter")
     build.add_argument("--base", required=True, help="shapes-kontext, a diffusers folder or a hub repository")
     build.add_argument(
@@ -151,8 +152,8 @@ def add_commands(commands: Commands) -> None:
     build.add_argument(
         "--lowering",
         default="auto",
-        metavar="{auto,native,folded,plugin}",
-        help="how the masked update is expressed (default: folded for GST, native for ST)",
+        metavar="{auto,native,folded,plugin,operator}",
+        help="how the masked update is expressed (default: folded for GST, native for ST; operator for inductor)",
     )
     build.add_argument(
         "--dtype",
@@ -161,6 +162,21 @@ def add_commands(commands: Commands) -> None:
     )
     build.add_argument("--batch", type=listed(int), metavar="MAX or MIN,OPT,MAX", help="batch sizes (default: 1,1,16)")
     build.add_argument("--max-sliders", type=int, help="most sliders in one prompt (default: 8)")
+    build.add_argument(
+        "--allow-partial",
+        action="store_true",
+        help="leave out modules of the adapter that the base lacks instead of refusing it",
+    )
+    build.add_argument(
+        "--copy-weights",
+        action="store_true",
+        help="copy the base's weights instead of linking them, so that the base may change or go",
+    )
+    build.add_argument("--overwrite", action="store_true", help="replace an existing folder")
+    _add_compiler_options(build)
+
+
+def _add_compiler_options(build: argparse.ArgumentParser) -> None:
     compiled = build.add_argument_group("for --backend tensorrt-rtx and tensorrt")
     compiled.add_argument("--resolution", type=int, help="usual width and height in pixels (default: 1024)")
     compiled.add_argument("--max-text-rows", type=int, help="most text rows of a prompt (default: 512, Qwen 1536)")
@@ -179,18 +195,11 @@ def add_commands(commands: Commands) -> None:
         help="other cards run the engine, tensorrt only (default: none)",
     )
     compiled.add_argument("--timing-cache", type=user_path, help="file to read and write the builder's timings, tensorrt only")
-    build.add_argument(
-        "--allow-partial",
-        action="store_true",
-        help="leave out modules of the adapter that the base lacks instead of refusing it",
-    )
-    build.add_argument(
-        "--copy-weights",
-        action="store_true",
-        help="copy the base's weights instead of linking them, so that the base may change or go",
-    )
-    build.add_argument("--overwrite", action="store_true", help="replace an existing folder")
 
+
+def add_commands(commands: Commands) -> None:
+    """Add the commands of this module."""
+    _add_build(commands)
     commands.add("inspect", _inspect, "print what an engine is").add_argument("engine", type=user_path, metavar="ENGINE")
 
     verify = commands.add("verify", _verify, "compare an engine with the eager reference")

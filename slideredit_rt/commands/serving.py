@@ -19,7 +19,7 @@ def _serve(args: argparse.Namespace) -> int:
 
 
 def _export_triton(args: argparse.Namespace) -> int:
-    from slideredit_rt.export.triton_repository import export_triton
+    from slideredit_rt.export.inference_server import export_triton
 
     result = export_triton(args.engine, args.out, overwrite=args.overwrite, **options_given(args, "name", "max_queue_delay_us"))
     batching = f"batches up to {result['max_batch_size']}" if result["max_batch_size"] else "no batching, max_batch_size 0"

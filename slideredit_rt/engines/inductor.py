@@ -17,15 +17,15 @@ from torch import Tensor
 
 from slideredit_rt.adapters import Member, load_adapter
 from slideredit_rt.checkpoint import CONFIG_FILE, meta_transformer
+from slideredit_rt.engines.backend import Backend, BuildJob, Compiled, Lowering
 from slideredit_rt.engines.cuda import CudaDevice
-from slideredit_rt.engines.manifest import Manifest
+from slideredit_rt.engines.manifest import ADAPTER_FILE, Manifest
 from slideredit_rt.engines.request import check_request, own_output
 from slideredit_rt.engines.shapes import ShapeCache
 from slideredit_rt.errors import SliderEditError
-from slideredit_rt.families import get_family
+from slideredit_rt.families import Kind, get_family
 from slideredit_rt.modules import SliderBackbone
 
-ADAPTER_FILE = "adapter.safetensors"
 COMPILER = "inductor"
 # Dynamo counts the compiled forms of a block's source code over every engine of the process; at its default of 8 it gives up.
 RECOMPILE_LIMIT = 256
@@ -186,40 +186,6 @@ class InductorEngine:
         return torch.empty(shape, dtype=getattr(torch, dtype), device=self._device)
 
 
-def open_inductor(folder: Path, manifest: Manifest, *, threads: int | None = None) -> InductorEngine:
-    """Load an engine folder onto the current CUDA device, or onto the CPU where there is none.
-
-    Args:
-        folder: written by `slideredit-rt build --backend inductor`.
-        manifest: of that folder.
-        threads: CPU threads of torch, in the whole process; None leaves them as they are.
-
-    Raises:
-        SliderEditError: a weight cannot be read, or the device has no memory for them.
-    """
-    if threads is not None:
-        torch.set_num_threads(threads)
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
-    family, transformer = get_family(manifest.family), meta_transformer(folder)
-    # Weights that were converted at the build come before the shards that hold them as they were.
-    own = [name for name in manifest.files if name not in (CONFIG_FILE, ADAPTER_FILE)]
-    adapter = load_adapter(folder / ADAPTER_FILE, family) if manifest.adapter else None
-    if adapter is not None:
-        dtype = getattr(torch, manifest.dtype)
-        pairs = {name: (a.to(dtype), b.to(dtype)) for name, (a, b) in adapter.pairs.items()}
-        members = {name: Member(adapter.source, curve) for name, curve in manifest.members.items()}
-        adapter = dataclasses.replace(adapter, pairs=pairs, members=members)
-    try:
-        load_weights(transformer, [folder / name for name in (*own, *manifest.links)], device)
-        backbone = SliderBackbone(family, transformer, adapter)
-    except torch.OutOfMemoryError:
-        raise SliderEditError(
-            f"the GPU has no memory left for the weights of {str(folder)!r}; free some, or build it with --dtype bfloat16"
-        ) from None
-    return InductorEngine(backbone.eval().requires_grad_(False), manifest)
-
-
 def _fill(buffers: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> None:
     """Copy a call's tensors into the buffers; sliders that it does not have get alpha 0 and an empty mask."""
     for name, buffer in buffers.items():
@@ -229,3 +195,51 @@ def _fill(buffers: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> None:
             buffer[:, sliders:].zero_()
         else:
             buffer.copy_(inputs[name])
+
+
+class Inductor(Backend):
+    """Inductor: the diffusers transformer with our operators, which choose a kernel for the card when they run."""
+
+    name = "inductor"
+    title = "Inductor"
+    package = "torch"
+    lowerings = ("operator",)
+
+    def default_lowering(self, kind: Kind | None) -> Lowering:
+        """Return the only one: there is no graph whose nodes could become something else."""
+        return "operator"
+
+    def compile(self, job: BuildJob, folder: Path) -> Compiled:
+        """Link the weights beside the transformer's configuration (see `Backend.compile`)."""
+        from slideredit_rt.export.linked_weights import WeightOptions, export_weights
+
+        weights = WeightOptions(job.dtype, copy=job.settings.copy_weights)
+        exported = export_weights(job.family, job.base, job.adapter, folder, weights)
+        return Compiled(exported, exported.files, exported.links)
+
+    def open(self, folder: Path, manifest: Manifest, *, threads: int | None = None, options: Any = None) -> InductorEngine:
+        """Load an engine folder onto the current CUDA device, or onto the CPU where there is none (see `Backend.open`).
+
+        `threads` are those of torch, in the whole process; None leaves them as they are.
+        """
+        if threads is not None:
+            torch.set_num_threads(threads)
+        cuda = torch.cuda.is_available()
+        device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+        family, transformer = get_family(manifest.family), meta_transformer(folder)
+        # Weights that were converted at the build come before the shards that hold them as they were.
+        own = [name for name in manifest.files if name not in (CONFIG_FILE, ADAPTER_FILE)]
+        adapter = load_adapter(folder / ADAPTER_FILE, family) if manifest.adapter else None
+        if adapter is not None:
+            dtype = getattr(torch, manifest.dtype)
+            pairs = {name: (a.to(dtype), b.to(dtype)) for name, (a, b) in adapter.pairs.items()}
+            members = {name: Member(adapter.source, curve) for name, curve in manifest.members.items()}
+            adapter = dataclasses.replace(adapter, pairs=pairs, members=members)
+        try:
+            load_weights(transformer, [folder / name for name in (*own, *manifest.links)], device)
+            backbone = SliderBackbone(family, transformer, adapter)
+        except torch.OutOfMemoryError:
+            raise SliderEditError(
+                f"the GPU has no memory left for the weights of {str(folder)!r}; free some, or build it with --dtype bfloat16"
+            ) from None
+        return InductorEngine(backbone.eval().requires_grad_(False), manifest)

@@ -18,6 +18,8 @@ from slideredit_rt.sliders import StrengthCurve
 
 SCHEMA_VERSION = 2
 NAME = "manifest.json"
+MODEL_FILE = "model.onnx"
+ADAPTER_FILE = "adapter.safetensors"
 DIGESTS = ".digests.json"
 """What is remembered in an engine folder about files that were read whole: not a part of the engine, and made again."""
 MAX_BATCH, MAX_SLIDERS = 1024, 256
@@ -34,8 +36,8 @@ class Manifest:
         adapter: `source`, `fingerprint`, `kind`, `rank`, `modules`, `strength_curve`, and for a bank `members`, by name, each
             with its `source` and `strength_curve`; None for an engine of the frozen backbone.
         backend, backend_version: what executes it.
-        lowering: how the masked update was asked to be expressed: `native`, `folded` or `plugin`,
-            or `operator`: ours, run by torch.
+        lowering: how the masked update was asked to be expressed: `native`, `folded`, `plugin`, or `operator`: ours, run by
+            torch.
         targets: CUDA compute capabilities it was built for; empty for a CPU engine.
         max_batch, max_sliders: the largest B and K that it accepts.
         config: the transformer's configuration.

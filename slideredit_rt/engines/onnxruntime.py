@@ -5,13 +5,15 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
 import torch
 from torch import Tensor
 
-from slideredit_rt.engines.manifest import Manifest
+from slideredit_rt.engines.backend import Backend, BuildJob, Compiled, DType, ServedModel
+from slideredit_rt.engines.manifest import MODEL_FILE, Manifest
 from slideredit_rt.engines.request import check_request
 from slideredit_rt.engines.shapes import ShapeCache
 from slideredit_rt.errors import SliderEditError
@@ -56,7 +58,7 @@ class OnnxRuntimeEngine:
         if threads is not None:
             options.intra_op_num_threads = threads
         try:
-            self.session = onnxruntime.InferenceSession(folder / "model.onnx", options, providers=["CPUExecutionProvider"])
+            self.session = onnxruntime.InferenceSession(folder / MODEL_FILE, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime raises several unrelated classes
             raise SliderEditError(f"ONNX Runtime cannot load {str(folder)!r} ({error}); build the engine again") from error
         self.manifest = manifest
@@ -83,3 +85,32 @@ class OnnxRuntimeEngine:
     def _bind(self, inputs: Mapping[str, Tensor]) -> _Binding:
         output = self.manifest.outputs[0]
         return _Binding(self.session, output.name, output.resolve(check_request(self.manifest, inputs)))
+
+
+class OnnxRuntime(Backend):
+    """ONNX Runtime on the CPU: runs the graph as it was exported, beside the linked weights."""
+
+    name = "onnxruntime"
+    title = "ONNX Runtime"
+    package = "onnxruntime"
+    lowerings = ("native", "folded")
+    served = ServedModel("onnxruntime_onnx", MODEL_FILE, MODEL_FILE, is_graph=True)
+
+    def choose_dtype(self, asked: DType | None) -> DType:
+        """Return float32 where nothing was asked (see `Backend.choose_dtype`)."""
+        if asked == "bfloat16":
+            raise SliderEditError("ONNX Runtime multiplies no bfloat16 matrices on the CPU; use --dtype float32")
+        return asked or "float32"
+
+    def compile(self, job: BuildJob, folder: Path) -> Compiled:
+        """Write the graph and link the weights beside it (see `Backend.compile`)."""
+        from slideredit_rt.export.linked_weights import WeightOptions, export_linked
+
+        # ONNX Runtime reads nothing through a symbolic link.
+        weights = WeightOptions(job.dtype, symbolic_links=False, copy=job.settings.copy_weights)
+        exported = export_linked(job.family, job.base, job.adapter, folder, weights, lowering=job.lowering)
+        return Compiled(exported, exported.files, exported.links)
+
+    def open(self, folder: Path, manifest: Manifest, *, threads: int | None = None, options: Any = None) -> OnnxRuntimeEngine:
+        """Load the graph (see `Backend.open`)."""
+        return OnnxRuntimeEngine(folder, manifest, threads=threads)

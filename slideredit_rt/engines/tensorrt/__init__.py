@@ -1,1 +1,248 @@
-"""TensorRT and TensorRT-RTX: building plans, running them, and what they hold."""
+"""TensorRT and TensorRT-RTX: the two backends, and how they differ. `build` makes their engines, `engine` runs them."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+from slideredit_rt.engines.backend import Backend, BuildJob, BuildSettings, Compiled, Limits, Lowering, ServedModel
+from slideredit_rt.engines.cuda import CudaDevice
+from slideredit_rt.engines.manifest import MODEL_FILE, Manifest
+from slideredit_rt.engines.tensorrt.engine import PLAN_FILE, TensorRTEngine, TensorRTRTXEngine
+from slideredit_rt.engines.tensorrt.options import RuntimeOptions, TensorRTOptions
+from slideredit_rt.engines.tensorrt.report import describe_plan
+from slideredit_rt.errors import SliderEditError
+from slideredit_rt.families import Family
+
+__all__ = ["PLAN_FILE", "Environment", "RuntimeOptions", "TensorRT", "TensorRTOptions", "TensorRTRTX"]
+
+
+@dataclass(frozen=True)
+class Environment:
+    """What of this machine decides whether an engine can run.
+
+    Attributes:
+        package_version: of the backend's Python package; None if it cannot be imported.
+        capability: of the GPU, such as `sm89`; None without one.
+    """
+
+    package_version: str | None
+    capability: str | None
+
+
+class TensorRT(Backend):
+    """TensorRT, which builds for the GPU at hand.
+
+    Attributes:
+        import_name: of its Python package.
+        engine: what runs a plan.
+        foreign_options: fields of `TensorRTOptions` that only the other package has.
+        foreign: the sentence that refuses such an `{option}`.
+        another_card: how an engine for another GPU is built; `{card}` stands for that.
+    """
+
+    name = "tensorrt"
+    package = "tensorrt"
+    import_name: ClassVar[str] = "tensorrt"
+    engine: ClassVar[type[TensorRTEngine]] = TensorRTEngine
+    title = TensorRTEngine.title
+    lowerings: ClassVar[tuple[Lowering, ...]] = ("native", "folded", "plugin")
+    build_options = TensorRTOptions
+    run_options = RuntimeOptions
+    served: ClassVar[ServedModel | None] = ServedModel("tensorrt_plan", PLAN_FILE, "model.plan", is_graph=False)
+    foreign_options: ClassVar[tuple[str, ...]] = ("targets",)
+    foreign: ClassVar[str] = (
+        "--{option} is for --backend tensorrt-rtx; TensorRT builds for the card at hand, and for others of its kind with "
+        "--hardware-compatibility"
+    )
+    another_card: ClassVar[str] = "on this GPU, or with --hardware-compatibility ampere_plus"
+
+    def module(self) -> Any:
+        """Import the Python package.
+
+        Raises:
+            SliderEditError: it is not installed.
+        """
+        try:
+            return import_module(self.import_name)
+        except ImportError as error:
+            raise SliderEditError(
+                f"the backend {self.name!r} needs a package that is missing ({error}); pip install 'slideredit-rt[{self.name}]'"
+            ) from None
+
+    def version(self) -> str:
+        """Return what the package says: its metadata may belong to a package of another name."""
+        return str(self.module().__version__)
+
+    @staticmethod
+    def options_of(settings: BuildSettings) -> TensorRTOptions:
+        """Return the builder's options, or its defaults."""
+        return settings.options or TensorRTOptions()
+
+    def targets(self, options: TensorRTOptions) -> tuple[str, ...]:
+        """Return the compute capabilities that an engine will be built for, checked before anything slow starts.
+
+        Raises:
+            SliderEditError: the package is missing, it does not build for a target, an option belongs to the other package, or
+                TensorRT finds no card.
+        """
+        trt = self.module()
+        for name in self.foreign_options:
+            if getattr(options, name) != getattr(TensorRTOptions, name):
+                raise SliderEditError(self.foreign.format(option=name.replace("_", "-")))
+        return self._checked_targets(trt, options)
+
+    def _checked_targets(self, trt: Any, options: TensorRTOptions) -> tuple[str, ...]:
+        from slideredit_rt.export.tensorrt_plugin import this_card
+
+        return (this_card(),)
+
+    def compatibility(self, options: TensorRTOptions) -> dict[str, Any]:
+        """Return the manifest's section about later versions and other hardware."""
+        return {"versions": options.version_compatible, "hardware": options.hardware_compatibility}
+
+    def configure(self, trt: Any, config: Any, options: TensorRTOptions, targets: tuple[str, ...]) -> None:
+        """Give a builder configuration what this package alone has."""
+        from slideredit_rt.engines.tensorrt.build import configure_card
+
+        configure_card(trt, config, options)
+
+    def precheck(self, family: Family, base: Path, settings: BuildSettings) -> Limits:
+        """Settle targets and the optimization profile (see `Backend.precheck`)."""
+        from slideredit_rt.engines.tensorrt.build import image_rows_of, profile_ranges
+
+        options = self.options_of(settings)
+        targets = self.targets(options)
+        text_rows = options.max_text_rows or family.usual_text_rows
+        ranges = profile_ranges(
+            batch=settings.batch,
+            text_rows=(1, text_rows, text_rows),
+            image_rows=image_rows_of(base, options.resolution),
+            sliders=(1, min(2, settings.max_sliders), settings.max_sliders),
+        )
+        return Limits(ranges, targets, self.compatibility(options))
+
+    def compile(self, job: BuildJob, folder: Path) -> Compiled:
+        """Compile an ONNX graph, which goes away again: the plan holds the weights (see `Backend.compile`)."""
+        from slideredit_rt.engines.tensorrt.build import LOG_FILE, build_plan, plugin_target
+        from slideredit_rt.export.linked_weights import WeightOptions, export_linked
+
+        lowering, targets = job.lowering, job.limits.targets
+        with tempfile.TemporaryDirectory(dir=folder) as name:
+            graph = Path(name)
+            exported = export_linked(
+                job.family,
+                job.base,
+                job.adapter,
+                graph,
+                WeightOptions(job.dtype),
+                lowering=lowering,
+                target=plugin_target(targets, self.options_of(job.settings)) if lowering == "plugin" else None,
+            )
+            job.stage(f"compile for {', '.join(targets)}")
+            layers = build_plan(self, job, graph / MODEL_FILE, exported.inputs, folder)
+        return Compiled(exported, [PLAN_FILE, LOG_FILE], layers=layers)
+
+    def environment(self) -> Environment:
+        """Return what of this process and its current CUDA device decides whether an engine can run."""
+        try:
+            package: str | None = import_module(self.import_name).__version__
+        except (ImportError, OSError):  # OSError: the package is there and a library that it loads is not
+            package = None
+        if not torch.cuda.is_available():
+            return Environment(package, None)
+        major, minor = torch.cuda.get_device_capability()
+        return Environment(package, f"sm{major}{minor}")
+
+    def check_environment(self, manifest: Manifest, environment: Environment) -> None:
+        """Refuse an engine that cannot run here, before anything is allocated.
+
+        Raises:
+            SliderEditError: package missing or of a version that cannot read the plan, no GPU, or one that it was not built
+                for.
+        """
+        installed, card, targets = environment.package_version, environment.capability, ", ".join(manifest.targets)
+        if installed is None:
+            raise SliderEditError(
+                f"the backend {self.name!r} needs the package {self.package}, which cannot be imported here; "
+                f"pip install 'slideredit-rt[{self.name}]'"
+            )
+        if not _reads(manifest, installed):
+            later = " or a later one of the same major" if manifest.compatibility.get("versions") else ""
+            raise SliderEditError(
+                f"the engine was built by {self.title} {manifest.backend_version} and {installed} is installed; "
+                f"build it again or install that version{later}"
+            )
+        if card is None:
+            raise SliderEditError(
+                f"the engine runs on NVIDIA GPUs ({targets}) and none is visible here; "
+                "build one with --backend onnxruntime for the CPU"
+            )
+        if manifest.compatibility.get("hardware", "none") == "ampere_plus":
+            if int(card.removeprefix("sm")) < 80:
+                raise SliderEditError(
+                    f"the engine runs on GPUs of sm80 and later and this GPU is {card}; build it again on this GPU"
+                )
+        elif card not in manifest.targets:
+            how = self.another_card.format(card=card)
+            raise SliderEditError(f"the engine was built for {targets} and this GPU is {card}; build it again {how}")
+
+    def open(
+        self, folder: Path, manifest: Manifest, *, threads: int | None = None, options: RuntimeOptions | None = None
+    ) -> TensorRTEngine:
+        """Check that an engine can run here, and load it onto the current CUDA device (see `Backend.open`)."""
+        self.check_environment(manifest, self.environment())
+        plan, options = folder / PLAN_FILE, options or RuntimeOptions()
+        return self.engine(plan, manifest, self.module(), CudaDevice(), options, threads)
+
+    def report(self, folder: Path, manifest: Manifest) -> dict[str, Any]:
+        """Load a plan onto the current CUDA device and describe it (see `describe_plan`)."""
+        with self.open(folder, manifest) as engine:
+            return describe_plan(self.module(), engine.plan)
+
+
+class TensorRTRTX(TensorRT):
+    """TensorRT-RTX, which builds for the GPUs that it is told, on any machine, and has no plugins."""
+
+    name = "tensorrt-rtx"
+    package = "tensorrt-rtx"
+    import_name = "tensorrt_rtx"
+    engine = TensorRTRTXEngine
+    title = TensorRTRTXEngine.title
+    lowerings = ("native", "folded")
+    served = None
+    foreign_options = ("version_compatible", "hardware_compatibility", "timing_cache")
+    foreign = "--{option} is for --backend tensorrt; TensorRT-RTX takes --targets"
+    another_card = "with --targets {card}"
+    default_targets: ClassVar[tuple[str, ...]] = ("sm86", "sm89", "sm120")
+
+    def _checked_targets(self, trt: Any, options: TensorRTOptions) -> tuple[str, ...]:
+        from slideredit_rt.engines.tensorrt.build import compute_capabilities
+
+        targets = self.default_targets if options.targets is None else options.targets
+        compute_capabilities(trt, targets)
+        return targets
+
+    def compatibility(self, options: TensorRTOptions) -> dict[str, Any]:
+        """Return nothing: its engines run in the version that built them, on the targets."""
+        return {}
+
+    def configure(self, trt: Any, config: Any, options: TensorRTOptions, targets: tuple[str, ...]) -> None:
+        """Give a builder configuration its targets."""
+        from slideredit_rt.engines.tensorrt.build import configure_targets
+
+        configure_targets(trt, config, targets)
+
+
+def _reads(manifest: Manifest, installed: str) -> bool:
+    """Whether the installed version can read the plan."""
+    if not manifest.compatibility.get("versions"):
+        return installed == manifest.backend_version
+    here, there = ([int(n) for n in re.findall(r"\d+", v)] for v in (installed, manifest.backend_version))
+    return here[0] == there[0] and here >= there

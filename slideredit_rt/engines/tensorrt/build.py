@@ -1,12 +1,11 @@
 """ONNX to a serialized engine: with TensorRT-RTX on any machine, with TensorRT for the card at hand.
 
-The two packages share their Python interface; `backend` is `tensorrt-rtx` or `tensorrt`.
+The two packages share their Python interface.
 """
 
 from __future__ import annotations
 
 import collections
-import importlib
 import json
 import math
 import signal
@@ -14,77 +13,36 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import onnx_ir
 import psutil
 from tqdm import tqdm
 
-from slideredit_rt.engines.tensorrt.engine import NAMES, PACKAGES, PLAN_FILE
+from slideredit_rt.engines.backend import BuildJob, Range
+from slideredit_rt.engines.tensorrt.engine import PLAN_FILE
+from slideredit_rt.engines.tensorrt.logger import make_logger
+from slideredit_rt.engines.tensorrt.options import TensorRTOptions
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.export import tensorrt_plugin
-from slideredit_rt.export.lowering import Lowering
 from slideredit_rt.families import TensorSpec
 from slideredit_rt.files import atomic_file
+
+if TYPE_CHECKING:
+    from slideredit_rt.engines.tensorrt import TensorRT
 
 LOG_FILE = "build.log"
 # The plan and the builder's working copy: 4.3 GB at the peak for 2.05 GB of weights, measured on a FLUX of full width.
 MEMORY_FACTOR = 2.2
 MEMORY_BASE = 2**30
-Range = tuple[int, int, int]
-HardwareCompatibility = Literal["none", "ampere_plus", "same_compute_capability"]
-RTX_TARGETS = ("sm86", "sm89", "sm120")
 
 
-@dataclass(frozen=True)
-class TensorRTOptions:
-    """What a build can be told.
-
-    Attributes:
-        targets: compute capabilities such as `sm89` that the engine will run on. TensorRT-RTX only, (`sm86`, `sm89`, `sm120`)
-            if None; TensorRT builds for the card at hand.
-        resolution: usual width and height of the picture, in pixels, for a square one.
-        max_text_rows: most text rows of a prompt; None takes the family's usual ones.
-        optimization_level: the builder's, 0 to 5; None leaves its default.
-        workspace_mib: limit of the builder's scratch memory on the device; None leaves its default.
-        weight_streaming: allow the runtime to keep part of the weights in host memory.
-        version_compatible: later TensorRT versions of the same major run the engine. TensorRT only.
-        hardware_compatibility: other cards run the engine, too: `ampere_plus` or `same_compute_capability`. TensorRT only.
-        timing_cache: file of earlier builds' measurements, read if it exists and written after the build. TensorRT only.
-    """
-
-    targets: tuple[str, ...] | None = None
-    resolution: int = 1024
-    max_text_rows: int | None = None
-    optimization_level: int | None = None
-    workspace_mib: int | None = None
-    weight_streaming: bool = False
-    version_compatible: bool = False
-    hardware_compatibility: HardwareCompatibility = "none"
-    timing_cache: Path | None = None
-
-
-@dataclass(frozen=True)
-class Profile:
-    """Smallest, usual and largest size of each dynamic axis. The sliders' `rows` are text rows plus image rows."""
-
-    batch: Range
-    text_rows: Range
-    image_rows: Range
-    sliders: Range
-
-    def ranges(self) -> dict[str, Range]:
-        """By the axis names of `TensorSpec`."""
-        low, usual, high = (a + b for a, b in zip(self.text_rows, self.image_rows, strict=True))
-        sizes = {"batch": self.batch, "text_rows": self.text_rows, "image_rows": self.image_rows, "sliders": self.sliders}
-        return sizes | {"rows": (low, usual, high)}
-
-    def shapes(self, spec: TensorSpec) -> list[tuple[int, ...]]:
-        """Smallest, usual and largest shape of an input."""
-        ranges = self.ranges()
-        return [spec.resolve({axis: sizes[i] for axis, sizes in ranges.items()}) for i in range(3)]
+def profile_ranges(batch: Range, text_rows: Range, image_rows: Range, sliders: Range) -> dict[str, Range]:
+    """Smallest, usual and largest size of each dynamic axis; the sliders' `rows` are text rows plus image rows."""
+    low, usual, high = (a + b for a, b in zip(text_rows, image_rows, strict=True))
+    sizes = {"batch": batch, "text_rows": text_rows, "image_rows": image_rows, "sliders": sliders}
+    return sizes | {"rows": (low, usual, high)}
 
 
 def image_rows_of(base: Path, resolution: int) -> Range:
@@ -129,47 +87,6 @@ def check_memory(weight_bytes: int, available: int) -> str:
     return sentence
 
 
-def load_tensorrt(backend: str) -> Any:
-    """The module `tensorrt` or `tensorrt_rtx`.
-
-    Raises:
-        SliderEditError: it is not installed.
-    """
-    try:
-        return importlib.import_module(PACKAGES[backend])
-    except ImportError as error:
-        raise SliderEditError(
-            f"the backend {backend!r} needs a package that is missing ({error}); pip install 'slideredit-rt[{backend}]'"
-        ) from None
-
-
-def targets_of(backend: str, options: TensorRTOptions) -> tuple[str, ...]:
-    """Compute capabilities that the engine will be built for, checked before anything slow starts.
-
-    Raises:
-        SliderEditError: the package is missing, it does not build for a target, an option belongs to the other package, or
-            TensorRT finds no card.
-    """
-    trt = load_tensorrt(backend)
-    if backend == "tensorrt-rtx":
-        foreign = [
-            name
-            for name in ("version_compatible", "hardware_compatibility", "timing_cache")
-            if getattr(options, name) != getattr(TensorRTOptions, name)
-        ]
-        if foreign:
-            raise SliderEditError(f"--{foreign[0].replace('_', '-')} is for --backend tensorrt; TensorRT-RTX takes --targets")
-        targets = RTX_TARGETS if options.targets is None else options.targets
-        compute_capabilities(trt, targets)
-        return targets
-    if options.targets is not None:
-        raise SliderEditError(
-            "--targets is for --backend tensorrt-rtx; TensorRT builds for the card at hand, and for others of its kind with "
-            "--hardware-compatibility"
-        )
-    return (tensorrt_plugin.this_card(),)
-
-
 def compute_capabilities(trt: Any, targets: Sequence[str]) -> list[Any]:
     """TensorRT-RTX's names of `sm86` and the like.
 
@@ -190,22 +107,6 @@ def compute_capabilities(trt: Any, targets: Sequence[str]) -> list[Any]:
 def plugin_target(targets: Sequence[str], options: TensorRTOptions) -> str:
     """Compute capability that plugins of an engine are compiled for: PTX runs on later ones, not on earlier ones."""
     return "sm80" if options.hardware_compatibility == "ampere_plus" else targets[0]
-
-
-def _logger(trt: Any, file: Any) -> Any:
-    class FileLogger(trt.ILogger):
-        """Everything the builder says goes to the file, errors are kept for the sentence that a person sees."""
-
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.errors: list[str] = []
-
-        def log(self, severity: Any, message: str) -> None:
-            file.write(f"{severity.name}: {message}\n")
-            if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
-                self.errors.append(message)
-
-    return FileLogger()
 
 
 class _Interruption:
@@ -267,32 +168,17 @@ def _monitor(trt: Any, progress: bool, interruption: _Interruption) -> Any:
     return Bar()
 
 
-def build_plan(
-    backend: str,
-    onnx_path: Path,
-    folder: Path,
-    specs: Sequence[TensorSpec],
-    profile: Profile,
-    options: TensorRTOptions,
-    targets: Sequence[str],
-    lowering: Lowering = "native",
-    *,
-    progress: bool = True,
-) -> dict[str, int]:
+def build_plan(backend: TensorRT, job: BuildJob, model: Path, specs: Sequence[TensorSpec], folder: Path) -> dict[str, int]:
     """Build `model.engine` from an ONNX model whose slider nodes have been lowered, and log the build to `build.log`.
 
     Strongly typed: tensors keep the dtypes of the graph. TensorRT-RTX needs no GPU.
 
     Args:
-        backend: `tensorrt` or `tensorrt-rtx`.
-        onnx_path: with its external data beside it.
-        folder: an existing folder for the two files.
+        backend: TensorRT or TensorRT-RTX.
+        job: its settings give the lowering and the builder's options, its limits the profile and the targets.
+        model: with its external data beside it.
         specs: the engine's inputs.
-        profile: sizes of the dynamic axes.
-        options: builder settings.
-        targets: compute capabilities that the engine will run on (`targets_of`).
-        lowering: of the graph; `plugin` registers ours first.
-        progress: a bar on standard error.
+        folder: an existing folder for the two files.
 
     Returns:
         Number of layers by type in the parsed network, before TensorRT fused them.
@@ -302,36 +188,33 @@ def build_plan(
             or a failed build.
         KeyboardInterrupt: SIGINT or SIGTERM came during the build.
     """
-    trt = load_tensorrt(backend)
-    weight_bytes = sum(file.stat().st_size for file in onnx_path.parent.iterdir() if file.is_file())
+    trt = backend.module()
+    weight_bytes = sum(file.stat().st_size for file in model.parent.iterdir() if file.is_file())
     sentence = check_memory(weight_bytes, psutil.virtual_memory().available)
-    if progress:
-        tqdm.write(f"{NAMES[backend]} takes {sentence}", file=sys.stderr)
-    interruption = _Interruption()
+    if job.progress:
+        tqdm.write(f"{backend.title} takes {sentence}", file=sys.stderr)
+    options, interruption = backend.options_of(job.settings), _Interruption()
     with (folder / LOG_FILE).open("w") as file, interruption.watched():
-        logger = _logger(trt, file)
+        logger = make_logger(trt, file)
         builder = trt.Builder(logger)
-        flags = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
-        if lowering == "plugin":
-            tensorrt_plugin.register(trt, plugin_target(targets, options))
-            flags |= 1 << int(trt.NetworkDefinitionCreationFlag.PREFER_AOT_PYTHON_PLUGINS)
-        network = builder.create_network(flags)
+        network = builder.create_network(_network_flags(trt, job, options))
         parser = trt.OnnxParser(network, logger)
-        if not parser.parse_from_file(str(onnx_path)):
-            raise SliderEditError(_refused(parser, onnx_path, NAMES[backend]))
+        if not parser.parse_from_file(str(model)):
+            raise SliderEditError(_refused(parser, model, backend.title))
         config = builder.create_builder_config()
-        config.progress_monitor = _monitor(trt, progress, interruption)
+        config.progress_monitor = _monitor(trt, job.progress, interruption)
         optimization = builder.create_optimization_profile()
         for spec in specs:
-            optimization.set_shape(spec.name, *profile.shapes(spec))
+            optimization.set_shape(spec.name, *job.limits.shapes(spec))
         config.add_optimization_profile(optimization)
-        _configure(trt, config, backend, options, targets)
+        configure(trt, config, options)
+        backend.configure(trt, config, options, job.limits.targets)
         plan = builder.build_serialized_network(network, config)
         if interruption.asked:
             return {}
         if plan is None:
             reason = logger.errors[-1] if logger.errors else "no reason given"
-            raise SliderEditError(f"{NAMES[backend]} could not build the engine: {reason}")
+            raise SliderEditError(f"{backend.title} could not build the engine: {reason}")
         (folder / PLAN_FILE).write_bytes(plan)
         if options.timing_cache is not None:
             with atomic_file(options.timing_cache) as temporary:
@@ -339,24 +222,38 @@ def build_plan(
     return dict(collections.Counter(network.get_layer(i).type.name for i in range(network.num_layers)))
 
 
-def _configure(trt: Any, config: Any, backend: str, options: TensorRTOptions, targets: Sequence[str]) -> None:
-    """Give the options to a builder configuration."""
+def _network_flags(trt: Any, job: BuildJob, options: TensorRTOptions) -> int:
+    flags = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+    if job.lowering == "plugin":
+        tensorrt_plugin.register(trt, plugin_target(job.limits.targets, options))
+        flags |= 1 << int(trt.NetworkDefinitionCreationFlag.PREFER_AOT_PYTHON_PLUGINS)
+    return flags
+
+
+def configure(trt: Any, config: Any, options: TensorRTOptions) -> None:
+    """Give a builder configuration the options that TensorRT and TensorRT-RTX share."""
     # So that `inspect` can tell what fused layers are.
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-    if backend == "tensorrt-rtx":
-        capabilities = compute_capabilities(trt, targets)
-        config.num_compute_capabilities = len(capabilities)
-        for index, capability in enumerate(capabilities):
-            config.set_compute_capability(capability, index)
     if options.optimization_level is not None:
         config.builder_optimization_level = options.optimization_level
     if options.workspace_mib is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_mib * 2**20)
     if options.weight_streaming:
         config.set_flag(trt.BuilderFlag.WEIGHT_STREAMING)
-    if backend == "tensorrt":
-        # Scratch memory then follows the sizes of a request instead of the profile's largest.
-        config.set_preview_feature(trt.PreviewFeature.RUNTIME_ACTIVATION_RESIZE_10_10, True)
+
+
+def configure_targets(trt: Any, config: Any, targets: Sequence[str]) -> None:
+    """Tell a builder of TensorRT-RTX what it builds for."""
+    capabilities = compute_capabilities(trt, targets)
+    config.num_compute_capabilities = len(capabilities)
+    for index, capability in enumerate(capabilities):
+        config.set_compute_capability(capability, index)
+
+
+def configure_card(trt: Any, config: Any, options: TensorRTOptions) -> None:
+    """Give a builder configuration what TensorRT alone has."""
+    # Scratch memory then follows the sizes of a request instead of the profile's largest.
+    config.set_preview_feature(trt.PreviewFeature.RUNTIME_ACTIVATION_RESIZE_10_10, True)
     if options.version_compatible:
         config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
     if options.hardware_compatibility != "none":

@@ -1,4 +1,4 @@
-"""TensorRT and TensorRT-RTX: run `model.engine` of an engine folder on an NVIDIA GPU."""
+"""Run `model.engine` of an engine folder on an NVIDIA GPU, in TensorRT or TensorRT-RTX."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -21,99 +20,12 @@ from slideredit_rt.engines.cuda import CudaDevice
 from slideredit_rt.engines.manifest import Manifest
 from slideredit_rt.engines.request import check_request, own_output
 from slideredit_rt.engines.shapes import ShapeCache
+from slideredit_rt.engines.tensorrt.logger import make_logger
+from slideredit_rt.engines.tensorrt.options import RuntimeOptions
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.files import atomic_file, cache_directory
 
 PLAN_FILE = "model.engine"
-RTX = "tensorrt-rtx"
-PACKAGES = {"tensorrt": "tensorrt", RTX: "tensorrt_rtx"}
-NAMES = {"tensorrt": "TensorRT", RTX: "TensorRT-RTX"}
-
-
-@dataclass(frozen=True)
-class Environment:
-    """What of this machine decides whether an engine can run.
-
-    Attributes:
-        package_version: of the backend's Python package; None if it cannot be imported.
-        capability: of the GPU, such as `sm89`; None without one.
-    """
-
-    package_version: str | None
-    capability: str | None
-
-    @classmethod
-    def here(cls, backend: str) -> Environment:
-        """Of this process and its current CUDA device."""
-        try:
-            package: str | None = import_module(PACKAGES[backend]).__version__
-        except (ImportError, OSError):  # OSError: the package is there and a library that it loads is not
-            package = None
-        if not torch.cuda.is_available():
-            return cls(package, None)
-        major, minor = torch.cuda.get_device_capability()
-        return cls(package, f"sm{major}{minor}")
-
-
-def check_environment(manifest: Manifest, environment: Environment) -> None:
-    """Refuse an engine that cannot run here, before anything is allocated.
-
-    Raises:
-        SliderEditError: package missing or of a version that cannot read the plan, no GPU, or one that it was not built for.
-    """
-    backend, name, installed = manifest.backend, NAMES[manifest.backend], environment.package_version
-    if installed is None:
-        raise SliderEditError(
-            f"the backend {backend!r} needs the package {backend}, which cannot be imported here; "
-            f"pip install 'slideredit-rt[{backend}]'"
-        )
-    if not _reads(manifest, installed):
-        later = " or a later one of the same major" if manifest.compatibility.get("versions") else ""
-        raise SliderEditError(
-            f"the engine was built by {name} {manifest.backend_version} and {installed} is installed; "
-            f"build it again or install that version{later}"
-        )
-    targets, card = ", ".join(manifest.targets), environment.capability
-    if card is None:
-        raise SliderEditError(
-            f"the engine runs on NVIDIA GPUs ({targets}) and none is visible here; "
-            "build one with --backend onnxruntime for the CPU"
-        )
-    if manifest.compatibility.get("hardware", "none") == "ampere_plus":
-        if int(card.removeprefix("sm")) < 80:
-            raise SliderEditError(
-                f"the engine runs on GPUs of sm80 and later and this GPU is {card}; build it again on this GPU"
-            )
-    elif card not in manifest.targets:
-        how = f"with --targets {card}" if backend == RTX else "on this GPU, or with --hardware-compatibility ampere_plus"
-        raise SliderEditError(f"the engine was built for {targets} and this GPU is {card}; build it again {how}")
-
-
-def _reads(manifest: Manifest, installed: str) -> bool:
-    """Whether the installed version can read the plan."""
-    if not manifest.compatibility.get("versions"):
-        return installed == manifest.backend_version
-    here, there = ([int(n) for n in re.findall(r"\d+", v)] for v in (installed, manifest.backend_version))
-    return here[0] == there[0] and here >= there
-
-
-@dataclass(frozen=True)
-class RuntimeOptions:
-    """How a TensorRT engine is run.
-
-    Attributes:
-        weight_budget: bytes of weights that stay on the GPU while the rest is streamed from host memory in every step; `auto`
-            fits them to the free memory, None keeps them all. The plan must have been built with weight streaming.
-        cuda_graphs: replay one captured CUDA graph per set of shapes.
-        specialization: when TensorRT-RTX compiles kernels for a new set of shapes: `lazy` in the background while general ones
-            run, `eager` before the first step, or `none`.
-        max_contexts: sets of shapes that stay ready; the least recently used goes first.
-    """
-
-    weight_budget: int | Literal["auto"] | None = None
-    cuda_graphs: bool = True
-    specialization: Literal["lazy", "eager", "none"] = "lazy"
-    max_contexts: int = 8
 
 
 @dataclass
@@ -172,22 +84,28 @@ class TensorRTEngine:
         options: see `RuntimeOptions`.
         threads: most CPU threads of TensorRT; None leaves the choice to it.
 
+    Attributes:
+        title: the backend's name as its makers write it.
+        captures_graphs: whether CUDA graphs are captured here; TensorRT-RTX captures by itself.
+
     Raises:
         SliderEditError: the plan is damaged, does not fit into the device's memory, or cannot stream weights.
     """
+
+    title: ClassVar[str] = "TensorRT"
+    captures_graphs: ClassVar[bool] = True
 
     def __init__(
         self, plan: Path, manifest: Manifest, trt: Any, device: CudaDevice, options: RuntimeOptions, threads: int | None = None
     ) -> None:
         self.manifest = manifest
         self._lock = threading.RLock()
-        self._name = NAMES[manifest.backend]
         self._trt, self._device, self._options = trt, device, options
-        self._logger = _logger(trt)
+        self._logger = make_logger(trt)
         try:
             runtime = trt.Runtime(self._logger)
         except (TypeError, RuntimeError):  # pybind11's words for a constructor that gave nothing
-            raise SliderEditError(f"{self._name} cannot start here ({self._logger.why()}); update the NVIDIA driver") from None
+            raise SliderEditError(f"{self.title} cannot start here ({self._logger.why()}); update the NVIDIA driver") from None
         if threads is not None:
             runtime.max_threads = threads
         if manifest.compatibility.get("versions"):
@@ -198,7 +116,7 @@ class TensorRTEngine:
         if engine is None:
             reason = self._logger.why()
             todo = "free GPU memory, or build with --weight-streaming" if _is_memory(reason) else "build the engine again"
-            raise SliderEditError(f"{self._name} cannot load {str(plan)!r} ({reason}); {todo}")
+            raise SliderEditError(f"{self.title} cannot load {str(plan)!r} ({reason}); {todo}")
         if options.weight_budget is not None:
             _set_weight_budget(engine, options.weight_budget)
 
@@ -208,10 +126,10 @@ class TensorRTEngine:
 
         self._loaded = _Loaded(device, self._logger, runtime, engine, ShapeCache(options.max_contexts, release))
         self._release = weakref.finalize(self, self._loaded.release)
-        if manifest.backend == RTX:
-            self._loaded.cache = engine.create_runtime_config().create_runtime_cache()
-            self._loaded.cache_file = runtime_cache_file(manifest, device.name)
-            load_runtime_cache(self._loaded.cache, self._loaded.cache_file)
+        self._load_cache()
+
+    def _load_cache(self) -> None:
+        """Take what earlier processes compiled for this card; TensorRT compiles nothing after a build."""
 
     def close(self) -> None:
         """Release graphs, contexts, weights and the runtime, and keep what TensorRT-RTX compiled; twice is once."""
@@ -265,7 +183,7 @@ class TensorRTEngine:
             for name, buffer in buffers.items():
                 if not context.set_input_shape(name, tuple(buffer.shape)):
                     raise SliderEditError(
-                        f"{self._name} refuses the sizes {sizes} ({self._logger.why()}); build the engine again"
+                        f"{self.title} refuses the sizes {sizes} ({self._logger.why()}); build the engine again"
                     )
             scratch = self._scratch(context.update_device_memory_size_for_shapes())
         except torch.OutOfMemoryError:
@@ -286,20 +204,14 @@ class TensorRTEngine:
         return scratch
 
     def _runtime_config(self) -> Any:
-        trt, options = self._trt, self._options
         config = self._loaded.engine.create_runtime_config()
-        config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
-        if self.manifest.backend == RTX:
-            graphs, kernels = trt.CudaGraphStrategy, trt.DynamicShapesKernelSpecializationStrategy
-            config.cuda_graph_strategy = graphs.WHOLE_GRAPH_CAPTURE if options.cuda_graphs else graphs.DISABLED
-            config.dynamic_shapes_kernel_specialization_strategy = getattr(kernels, options.specialization.upper())
-            config.set_runtime_cache(self._loaded.cache)
+        config.set_execution_context_allocation_strategy(self._trt.ExecutionContextAllocationStrategy.USER_MANAGED)
         return config
 
     def _run(self, binding: _Binding, stream: int) -> None:
         # TensorRT-RTX captures by itself, once its kernels for the shapes are compiled. TensorRT's first enqueue of a context
         # initialises what may not be initialised during a capture.
-        if self._options.cuda_graphs and self.manifest.backend != RTX and binding.warm:
+        if self._options.cuda_graphs and self.captures_graphs and binding.warm:
             if binding.replay is None:
                 binding.replay = self._capture(binding)
             binding.replay()
@@ -311,7 +223,7 @@ class TensorRTEngine:
         if not binding.context.execute_async_v3(stream):
             reason = self._logger.why()
             todo = "use a smaller batch or resolution" if _is_memory(reason) else "build the engine again"
-            raise SliderEditError(f"{self._name} failed to run the engine ({reason}); {todo}")
+            raise SliderEditError(f"{self.title} failed to run the engine ({reason}); {todo}")
 
     def _capture(self, binding: _Binding) -> Callable[[], None]:
         try:
@@ -323,23 +235,25 @@ class TensorRTEngine:
             ) from error
 
 
-def open_tensorrt(
-    folder: Path, manifest: Manifest, *, threads: int | None = None, options: RuntimeOptions | None = None
-) -> TensorRTEngine:
-    """Check that an engine can run here, and load it onto the current CUDA device.
+class TensorRTRTXEngine(TensorRTEngine):
+    """As `TensorRTEngine`; kernels are compiled on the card at hand, and kept from one process to the next."""
 
-    Args:
-        folder: with `model.engine`.
-        manifest: of that folder.
-        threads: most CPU threads of TensorRT; None leaves the choice to it.
-        options: None takes the defaults.
+    title = "TensorRT-RTX"
+    captures_graphs = False
 
-    Raises:
-        SliderEditError: see `check_environment` and `TensorRTEngine`.
-    """
-    check_environment(manifest, Environment.here(manifest.backend))
-    trt = import_module(PACKAGES[manifest.backend])
-    return TensorRTEngine(folder / PLAN_FILE, manifest, trt, CudaDevice(), options or RuntimeOptions(), threads)
+    def _load_cache(self) -> None:
+        loaded = self._loaded
+        loaded.cache = loaded.engine.create_runtime_config().create_runtime_cache()
+        loaded.cache_file = runtime_cache_file(self.manifest, self._device.name)
+        load_runtime_cache(loaded.cache, loaded.cache_file)
+
+    def _runtime_config(self) -> Any:
+        trt, options, config = self._trt, self._options, super()._runtime_config()
+        graphs, kernels = trt.CudaGraphStrategy, trt.DynamicShapesKernelSpecializationStrategy
+        config.cuda_graph_strategy = graphs.WHOLE_GRAPH_CAPTURE if options.cuda_graphs else graphs.DISABLED
+        config.dynamic_shapes_kernel_specialization_strategy = getattr(kernels, options.specialization.upper())
+        config.set_runtime_cache(self._loaded.cache)
+        return config
 
 
 def runtime_cache_file(manifest: Manifest, card: str) -> Path:
@@ -379,23 +293,3 @@ def _set_weight_budget(engine: Any, budget: int | Literal["auto"]) -> None:
 def _is_memory(reason: str) -> bool:
     """Whether TensorRT or CUDA complains about device memory."""
     return "outofmemory" in reason.lower().replace(" ", "")
-
-
-def _logger(trt: Any) -> Any:
-    class Errors(trt.ILogger):
-        """Keeps what TensorRT calls an error, for the sentence that a person sees."""
-
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.errors: list[str] = []
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
-                self.errors.append(message)
-
-        def why(self) -> str:
-            """The first error since the last question: those after it are mostly its consequences."""
-            errors, self.errors = self.errors, []
-            return errors[0].strip() if errors else "it gives no reason"
-
-    return Errors()

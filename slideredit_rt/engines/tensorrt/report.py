@@ -4,26 +4,7 @@ from __future__ import annotations
 
 import collections
 import json
-from importlib import import_module
-from pathlib import Path
 from typing import Any
-
-from slideredit_rt.engines.manifest import Manifest
-from slideredit_rt.engines.tensorrt.engine import PACKAGES, open_tensorrt
-
-
-def engine_report(folder: Path, manifest: Manifest) -> dict[str, Any]:
-    """Load a plan onto the current CUDA device and describe it (see `describe_plan`).
-
-    Args:
-        folder: with `model.engine`.
-        manifest: of that folder.
-
-    Raises:
-        SliderEditError: it cannot run here: no GPU or another one, package missing or of another version, damaged plan.
-    """
-    with open_tensorrt(folder, manifest) as engine:
-        return describe_plan(import_module(PACKAGES[manifest.backend]), engine.plan)
 
 
 def describe_plan(trt: Any, plan: Any) -> dict[str, Any]:

@@ -23,10 +23,10 @@ from slideredit_rt.adapters import save_adapter
 from slideredit_rt.cli import main
 from slideredit_rt.engines import open_engine, read_manifest
 from slideredit_rt.engines.manifest import Manifest, describe_files, write_manifest
-from slideredit_rt.engines.tensorrt.engine import PLAN_FILE
+from slideredit_rt.engines.tensorrt import PLAN_FILE
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.export.build import build_engine
-from slideredit_rt.export.triton_repository import export_triton, give_batch_axis
+from slideredit_rt.export.inference_server import export_triton, give_batch_axis
 from slideredit_rt.families import get_family
 
 TYPES = {"tensor(float)": model_config_pb2.TYPE_FP32, "tensor(bool)": model_config_pb2.TYPE_BOOL}

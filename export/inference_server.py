@@ -16,19 +16,16 @@ from typing import Any
 import onnx_ir
 from onnx_ir.passes import common as passes
 
+from slideredit_rt.engines import BACKENDS
 from slideredit_rt.engines.manifest import Manifest, read_manifest
-from slideredit_rt.engines.tensorrt.engine import PLAN_FILE
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.export.linked_weights import link_or_copy
-from slideredit_rt.export.onnx_graph import MODEL_FILE
 from slideredit_rt.families import TensorSpec
 from slideredit_rt.files import atomic_folder
 
 CONFIG_FILE = "config.pbtxt"
 VERSION = "1"
 NAME = "slider_backbone"
-# Backend of the engine to Triton's platform and the file that it looks for.
-_PLATFORMS = {"onnxruntime": ("onnxruntime_onnx", MODEL_FILE), "tensorrt": ("tensorrt_plan", "model.plan")}
 _TYPES = {"float32": "TYPE_FP32", "bool": "TYPE_BOOL", "int64": "TYPE_INT64"}
 _BROADCASTING = {"Mul", "Add", "Sub", "Div", "Where", "Pow"}
 
@@ -60,35 +57,36 @@ def export_triton(
     if max_queue_delay_us < 0:
         raise SliderEditError(f"the queue delay is {max_queue_delay_us} µs; give 0 or more")
     manifest = read_manifest(engine)
-    if manifest.backend not in _PLATFORMS:
+    served = {name: backend.served for name, backend in BACKENDS.items() if backend.served is not None}
+    if manifest.backend not in served:
         raise SliderEditError(
             f"engine {str(engine)!r} runs in {manifest.backend}, which Triton Inference Server has no backend for; "
-            "build it with --backend onnxruntime or tensorrt"
+            f"build it with --backend {' or '.join(served)}"
         )
-    platform, model_file = _PLATFORMS[manifest.backend]
+    model = served[manifest.backend]
     inputs = manifest.inputs
     with atomic_folder(out / name, overwrite=overwrite) as folder:
         version = folder / VERSION
         version.mkdir()
-        if manifest.backend == "onnxruntime":
+        if model.is_graph:
             for file in (*manifest.files, *manifest.links):
-                if file != MODEL_FILE:
+                if file != model.source:
                     link_or_copy(engine / file, version / file)
-            model = onnx_ir.load(engine / MODEL_FILE)
-            give_batch_axis(model, [spec.name for spec in inputs if spec.shape[0] != "batch"])
-            onnx_ir.save(model, version / MODEL_FILE)
+            graph = onnx_ir.load(engine / model.source)
+            give_batch_axis(graph, [spec.name for spec in inputs if spec.shape[0] != "batch"])
+            onnx_ir.save(graph, version / model.file)
             inputs = [
                 spec if spec.shape[0] == "batch" else TensorSpec(spec.name, spec.dtype, ("batch", *spec.shape))
                 for spec in inputs
             ]
         else:
-            link_or_copy(engine / PLAN_FILE, version / model_file)
+            link_or_copy(engine / model.source, version / model.file)
         batched = all(spec.shape[0] == "batch" for spec in inputs)
-        (folder / CONFIG_FILE).write_text(_config(manifest, name, platform, inputs, max_queue_delay_us, batched))
+        (folder / CONFIG_FILE).write_text(_config(manifest, name, model.platform, inputs, max_queue_delay_us, batched))
         files = sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
     return {
         "model": str(out / name),
-        "platform": platform,
+        "platform": model.platform,
         "max_batch_size": manifest.max_batch if batched else 0,
         "files": files,
     }
