@@ -24,7 +24,7 @@ from slideredit_rt.errors import SliderEditError
 from slideredit_rt.families import Conditioning, Family, family_of, get_family
 from slideredit_rt.images import ImageSource, read_images
 from slideredit_rt.modules import SliderBackbone
-from slideredit_rt.sliders import Slider, StrengthCurve, compose_prompt, find_spans, normalise, row_mask
+from slideredit_rt.sliders import Slider, StrengthCurve, check_strength, compose_prompt, find_spans, normalise, row_mask
 
 T = TypeVar("T")
 # diffusers and transformers change state of the whole process while they load.
@@ -298,7 +298,9 @@ class SliderEditor:
             raise SliderEditError(
                 f"give one or more settings of {len(names)} strength(s) each, got {[list(s) for s in strengths]}"
             )
-        strengths = [[Slider(name, s).strength for name, s in zip(names, setting, strict=True)] for setting in strengths]
+        for setting in strengths:
+            for name, strength in zip(names, setting, strict=True):
+                check_strength(name, strength)
         curves = [self.members[name] for name in prepared.members] or [self.curve] * len(names)
         values = torch.tensor([[curve(s) for curve, s in zip(curves, setting, strict=True)] for setting in strengths])
         for row, k in (~values.isfinite()).nonzero().tolist():

@@ -46,10 +46,13 @@ class Slider:
         object.__setattr__(self, "instruction", normalise(self.instruction).strip())
         if not self.instruction:
             raise SliderEditError("a slider has an empty instruction; give it the words of the prompt that it scales")
-        if not math.isfinite(self.strength):
-            raise SliderEditError(
-                f"slider {self.instruction!r} has strength {self.strength}; give a finite number, such as 0.5"
-            )
+        check_strength(self.instruction, self.strength)
+
+
+def check_strength(instruction: str, strength: float) -> None:
+    """Refuse a strength of the slider `instruction` that is not a finite number."""
+    if not math.isfinite(strength):
+        raise SliderEditError(f"slider {instruction!r} has strength {strength}; give a finite number, such as 0.5")
 
 
 def linear_sweep(first: float, last: float, count: int) -> list[float]:

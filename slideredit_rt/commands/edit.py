@@ -15,7 +15,7 @@ from slideredit_rt.commands.shared import (
 )
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.files import user_path
-from slideredit_rt.sliders import Slider, compose_prompt, linear_sweep, normalise, stands_in
+from slideredit_rt.sliders import Slider, check_strength, compose_prompt, linear_sweep, normalise, stands_in
 
 _MAX_SWEEP = 64
 
@@ -51,7 +51,10 @@ def parse_swept_slider(text: str, prompt: str | None = None) -> tuple[Slider, li
     if not 2 <= count <= _MAX_SWEEP:
         raise SliderEditError(f"slider {text!r} asks for {count} strengths; give 2 to {_MAX_SWEEP}")
     strengths = linear_sweep(start, stop, count)
-    return Slider(instruction, strengths[0]), [Slider(instruction, s).strength for s in strengths]
+    slider = Slider(instruction, strengths[0])
+    for strength in strengths:
+        check_strength(slider.instruction, strength)
+    return slider, strengths
 
 
 def member_of(slider: Slider) -> dict[str, str]:

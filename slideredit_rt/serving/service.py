@@ -23,7 +23,7 @@ from slideredit_rt.errors import SliderEditError
 from slideredit_rt.serving.batch import Batch, Row, make_rows
 from slideredit_rt.serving.cache import EncodingCache
 from slideredit_rt.serving.scheduler import Scheduler
-from slideredit_rt.sliders import Slider
+from slideredit_rt.sliders import Slider, check_strength
 
 T = TypeVar("T")
 Outcome = Literal["completed", "refused", "failed", "cancelled", "deadline"]
@@ -336,7 +336,7 @@ class EditService:
                     "give one for each"
                 )
             for slider, strength in zip(request.sliders, setting, strict=True):
-                Slider(slider.instruction, strength)
+                check_strength(slider.instruction, strength)
         if len(request.seeds) not in (1, count):
             raise SliderEditError(f"{len(request.seeds)} seeds were given for {count} image(s); give one, or one for each")
         if request.timeout is not None and not (math.isfinite(request.timeout) and request.timeout > 0):
