@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import math
 import threading
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, Unpack
 
 import torch
 from PIL import Image
@@ -21,10 +20,20 @@ from slideredit_rt.assets import resolve_base
 from slideredit_rt.engines import Engine, RuntimeOptions, open_engine
 from slideredit_rt.engines.manifest import check_base
 from slideredit_rt.errors import SliderEditError
-from slideredit_rt.families import Conditioning, Family, family_of, get_family
+from slideredit_rt.families import Conditioning, EncodedPictures, Family, family_of, get_family
 from slideredit_rt.images import ImageSource, read_images
 from slideredit_rt.modules import SliderBackbone
-from slideredit_rt.sliders import Slider, StrengthCurve, check_strength, compose_prompt, find_spans, normalise, row_mask
+from slideredit_rt.settings import EditOptions, EditSettings, merge
+from slideredit_rt.sliders import (
+    Controls,
+    PromptToken,
+    Slider,
+    StrengthCurve,
+    check_strength,
+    compose_prompt,
+    normalise,
+    row_mask,
+)
 
 T = TypeVar("T")
 # diffusers and transformers change state of the whole process while they load.
@@ -47,7 +56,7 @@ class Prepared:
     """An image and a prompt, encoded, with the rows of each slider. Valid for any strengths.
 
     `token_mask` is bool `[K, S]`; `spans` are the text rows of each slider, `prompt` what was encoded, `members` the names of
-    the adapters in a bank that the sliders scale (none without a bank).
+    the adapters in a bank that the sliders scale (none without a bank), `settings` what was asked for, steps included.
     """
 
     prompt: str
@@ -56,6 +65,39 @@ class Prepared:
     token_mask: Tensor
     conditioning: Conditioning
     members: tuple[str, ...] = ()
+    settings: EditSettings = field(default_factory=EditSettings)
+
+
+class _Encoder:
+    """Encodes the images and the texts of an edit, each under its key where they are remembered."""
+
+    def __init__(self, editor: SliderEditor, images: Sequence[Image.Image], remember: Remember | None) -> None:
+        self.editor = editor
+        self.images = images
+        self._remember = remember
+        self._images_key = () if remember is None else tuple(map(picture_key, images))
+        self._text_key = self._images_key if editor.family.text_reads_pictures else ()
+
+    def _recall(self, key: tuple[Hashable, ...], encode: Callable[[], T]) -> T:
+        with self.editor._pipeline_lock:
+            return encode() if self._remember is None else self._remember(key, encode)
+
+    def tokens(self, text: str) -> list[PromptToken]:
+        editor = self.editor
+        return self._recall(
+            ("tokens", text, self._text_key), lambda: editor.family.tokenize(editor.pipeline, text, self.images)
+        )
+
+    def text(self, text: str) -> dict[str, Tensor]:
+        editor, rows = self.editor, self.editor.family.max_text_rows(self.editor.pipeline)
+        return self._recall(
+            ("text", text, self._text_key),
+            lambda: editor.family.encode_prompt(editor.pipeline, [text], rows, [self.images]),
+        )
+
+    def pictures(self) -> EncodedPictures:
+        editor = self.editor
+        return self._recall(("pictures", self._images_key), lambda: editor.family.encode_pictures(editor.pipeline, self.images))
 
 
 class SliderEditor:
@@ -67,10 +109,9 @@ class SliderEditor:
         family: base-model family.
         pipeline: the diffusers pipeline that encodes and decodes.
         engine: runs the backbone; the same object for the life of the editor.
-        kind: `st` or `gst`.
+        config: of the transformer.
+        controls: what the sliders do.
         max_batch, max_sliders: the engine's limits.
-        curve: from strength to alpha, as the adapter brought it.
-        members: the same for each adapter of a bank, by name, in the order of the last axis of `alpha`; empty without a bank.
     """
 
     def __init__(
@@ -79,23 +120,30 @@ class SliderEditor:
         pipeline: Any,
         engine: Engine,
         config: dict[str, Any],
-        kind: str,
+        controls: Controls,
+        *,
         max_batch: int,
         max_sliders: int,
-        curve: StrengthCurve | None = None,
-        members: Mapping[str, StrengthCurve] | None = None,
     ) -> None:
         self.family = family
         self.pipeline = pipeline
         self.engine = engine
         self.config = config
-        self.kind = kind
+        self.controls = controls
         self.max_batch = max_batch
         self.max_sliders = max_sliders
         # Tokenizers, text encoders and autoencoders keep state during a call.
         self._pipeline_lock = threading.RLock()
-        self.curve = curve or StrengthCurve()
-        self.members = dict(members or {})
+
+    @property
+    def kind(self) -> str:
+        """`st` or `gst`."""
+        return self.controls.kind
+
+    @property
+    def members(self) -> Mapping[str, StrengthCurve]:
+        """The adapters of a bank, see `Controls.members`; empty without a bank."""
+        return self.controls.members
 
     @classmethod
     def from_engine(
@@ -128,8 +176,9 @@ class SliderEditor:
         check_base(manifest, Path(path), folder, skip=("transformer",))
         with _LOADING:
             pipeline = family.load_pipeline(folder, transformer=False)
-        limits = (manifest.max_batch, manifest.max_sliders)
-        return cls(family, pipeline, engine, manifest.config, manifest.kind, *limits, manifest.curve, manifest.members)
+        controls = Controls(manifest.kind, manifest.curve, manifest.members)
+        limits = {"max_batch": manifest.max_batch, "max_sliders": manifest.max_sliders}
+        return cls(family, pipeline, engine, manifest.config, controls, **limits)
 
     @classmethod
     def from_pretrained(
@@ -164,21 +213,18 @@ class SliderEditor:
             return output
 
         config = dict(pipeline.transformer.config)
-        members = {name: member.curve for name, member in loaded.members.items()}
-        return cls(family, pipeline, engine, config, loaded.kind, max_batch, max_sliders, loaded.curve, members)
+        controls = Controls(loaded.kind, loaded.curve, {name: member.curve for name, member in loaded.members.items()})
+        return cls(family, pipeline, engine, config, controls, max_batch=max_batch, max_sliders=max_sliders)
 
     @torch.no_grad()
     def prepare(
         self,
         image: ImageSource | Sequence[ImageSource],
         sliders: Sequence[Slider | str],
+        settings: EditSettings | None = None,
         *,
-        prompt: str | None = None,
-        seed: int = 0,
-        guidance_scale: float | None = None,
-        true_cfg_scale: float | None = None,
-        negative_prompt: str | None = None,
         remember: Remember | None = None,
+        **given: Unpack[EditOptions],
     ) -> Prepared:
         """Encode an image and a prompt and find the rows of each slider.
 
@@ -186,105 +232,89 @@ class SliderEditor:
             image: the image to edit, in memory or as a path, of any mode (see `slideredit_rt.images.as_rgb`); several for a
                 base that takes them.
             sliders: instructions (or sliders; their strengths do not matter here).
-            prompt: holds every instruction; composed from them with " and " when not given. A GST adapter scales the whole
-                prompt with one slider, which may name any part of it; in a bank, one slider per member. A slider of a GST bank
-                that is called like a member, and names none, need not stand in the prompt, which must then be given.
-            seed: of the initial noise.
-            guidance_scale: of the guidance that the backbone has as an input; None takes the family's default.
-            true_cfg_scale: of classifier-free guidance with a negative pass, in which no slider acts; None takes the family's
-                default, 1 leaves the pass out.
-            negative_prompt: of that pass; None takes the family's default.
+            settings: of the edit; None takes the defaults.
             remember: keeps encodings by their content: `pictures` by the pictures, `tokens` and `text` by the prompt, and by
                 the pictures where the text encoder reads them. None encodes everything afresh.
+            given: fields of `settings` to be replaced, such as `prompt` or `seed`.
         """
+        settings = merge(settings, given)
+        images = self._images_of(image)
+        wanted = [s if isinstance(s, Slider) else Slider(s) for s in sliders]
+        members = self._members_of(wanted)
+        text = self._prompt_of(wanted, settings.prompt)
+        guidance_scale, true_cfg_scale, against = self._guidance_of(settings)
+        encode = _Encoder(self, images, remember)
+        spans = self.controls.find_spans(text, wanted, encode.tokens(text), self.family.max_text_rows(self.pipeline))
+        pictures = encode.pictures()
+        conditioning = self.family.condition(
+            pictures,
+            encode.text(text),
+            None if against is None else encode.text(against),
+            self.family.draw_noise(self.pipeline, pictures.height, pictures.width, settings.seed),
+            guidance_scale,
+            true_cfg_scale,
+        )
+        return Prepared(
+            prompt=text,
+            instructions=tuple(s.instruction for s in wanted),
+            spans=tuple(map(tuple, spans)),
+            token_mask=self._token_mask(spans, conditioning),
+            conditioning=conditioning,
+            members=members,
+            settings=settings,
+        )
+
+    def _images_of(self, image: ImageSource | Sequence[ImageSource]) -> list[Image.Image]:
+        """RGB images, as many as the base edits."""
         images = read_images(image)
         if not images or (len(images) > 1 and not self.family.takes_several_pictures(self.pipeline)):
             raise SliderEditError(
                 f"{len(images)} pictures were given and a {type(self.pipeline).__name__} edits one; give one picture"
             )
-        wanted = [s if isinstance(s, Slider) else Slider(s) for s in sliders]
-        if len(wanted) > self.max_sliders:
+        return images
+
+    def _members_of(self, sliders: Sequence[Slider]) -> tuple[str, ...]:
+        """The bank's adapter that each slider scales, () without a bank; refuses what this engine cannot have together."""
+        if len(sliders) > self.max_sliders:
             raise SliderEditError(
-                f"{len(wanted)} sliders were given, this engine takes at most {self.max_sliders}; rebuild it with --max-sliders"
+                f"{len(sliders)} sliders were given, this engine takes at most {self.max_sliders}; "
+                "rebuild it with --max-sliders"
             )
-        members = self._members_of(wanted)
-        if self.kind == "gst" and len(wanted) > 1 and not members:
-            raise SliderEditError(
-                f"a GST adapter scales the whole prompt with one slider, got {len(wanted)}; use an ST engine for several"
-            )
-        # The words of the others are a member's name and not the prompt's.
-        spoken = [s for s in wanted if self.kind == "st" or not members or s.adapter is not None]
-        if prompt is None and (unspoken := next((s for s in wanted if s not in spoken), None)):
+        return self.controls.members_of(sliders)
+
+    def _prompt_of(self, sliders: Sequence[Slider], prompt: str | None) -> str:
+        """The prompt as it was given, or composed from the instructions."""
+        if prompt is not None:
+            if not sliders:
+                raise SliderEditError("no slider was given; name at least one instruction of the prompt")
+            return normalise(prompt)
+        spoken = self.controls.spoken(sliders)
+        if unspoken := next((s for s, stands in zip(sliders, spoken, strict=True) if not stands), None):
             raise SliderEditError(
                 f"slider {unspoken.instruction!r} is called like its adapter and says nothing about the edit; give the prompt"
             )
-        text = normalise(prompt) if prompt is not None else compose_prompt([s.instruction for s in wanted])
-        if not wanted:
-            raise SliderEditError("no slider was given; name at least one instruction of the prompt")
-        for name, scale in (("guidance scale", guidance_scale), ("true-CFG scale", true_cfg_scale)):
-            if scale is not None and not math.isfinite(scale):
-                raise SliderEditError(f"{name} is {scale}; give a finite number")
-        if guidance_scale is not None and self.family.guidance_scale is None:
-            raise SliderEditError(f"{self.family.name} has no embedded guidance; use the true-CFG scale (--true-cfg-scale)")
-        cfg_scale = self.family.true_cfg_scale if true_cfg_scale is None else float(true_cfg_scale)
-        if negative_prompt is not None and true_cfg_scale is None and cfg_scale <= 1:
+        return compose_prompt([s.instruction for s in sliders])
+
+    def _guidance_of(self, settings: EditSettings) -> tuple[float | None, float, str | None]:
+        """The scales of both kinds of guidance, and the prompt of the negative pass; None makes no such pass."""
+        family = self.family
+        if settings.guidance_scale is not None and family.guidance_scale is None:
+            raise SliderEditError(f"{family.name} has no embedded guidance; use the true-CFG scale (--true-cfg-scale)")
+        true_cfg_scale = family.true_cfg_scale if settings.true_cfg_scale is None else float(settings.true_cfg_scale)
+        if settings.negative_prompt is not None and settings.true_cfg_scale is None and true_cfg_scale <= 1:
             raise SliderEditError(
-                f"{self.family.name} makes no negative pass by default; give a true-CFG scale above 1 with the negative prompt "
+                f"{family.name} makes no negative pass by default; give a true-CFG scale above 1 with the negative prompt "
                 "(--true-cfg-scale)"
             )
-        text_rows = self.family.max_text_rows(self.pipeline)
-        pictures_key = () if remember is None else tuple(map(picture_key, images))
-        text_key = pictures_key if self.family.text_reads_pictures else ()
+        guidance_scale = family.guidance_scale if settings.guidance_scale is None else float(settings.guidance_scale)
+        against = family.negative_prompt if settings.negative_prompt is None else settings.negative_prompt
+        return guidance_scale, true_cfg_scale, against if true_cfg_scale > 1 else None
 
-        def recall(key: tuple[Hashable, ...], encode: Callable[[], T]) -> T:
-            with self._pipeline_lock:
-                return encode() if remember is None else remember(key, encode)
-
-        tokens = recall(("tokens", text, text_key), lambda: self.family.tokenize(self.pipeline, text, images))
-        found = iter(find_spans(text, spoken, tokens, text_rows))
-        spans = [next(found) if s in spoken else [] for s in wanted]
-
-        def encode_text(words: str) -> dict[str, Tensor]:
-            return recall(
-                ("text", words, text_key), lambda: self.family.encode_prompt(self.pipeline, [words], text_rows, [images])
-            )
-
-        pictures = recall(("pictures", pictures_key), lambda: self.family.encode_pictures(self.pipeline, images))
-        against = self.family.negative_prompt if negative_prompt is None else negative_prompt
-        conditioning = self.family.condition(
-            pictures,
-            encode_text(text),
-            encode_text(against) if cfg_scale > 1 else None,
-            self.family.draw_noise(self.pipeline, pictures.height, pictures.width, seed),
-            self.family.guidance_scale if guidance_scale is None else float(guidance_scale),
-            cfg_scale,
-        )
+    def _token_mask(self, spans: Sequence[Sequence[int]], conditioning: Conditioning) -> Tensor:
+        """Bool `[K, S]`: an ST adapter's text rows by slider, all rows for a GST adapter."""
         if self.kind == "gst":
-            token_mask = torch.ones(len(wanted), conditioning.text_rows + conditioning.image_rows, dtype=torch.bool)
-        else:
-            token_mask = row_mask(spans, conditioning.text_rows)
-        instructions = tuple(s.instruction for s in wanted)
-        return Prepared(text, instructions, tuple(map(tuple, spans)), token_mask, conditioning, members)
-
-    def _members_of(self, sliders: Sequence[Slider]) -> tuple[str, ...]:
-        """The bank's adapter that each slider scales; () without a bank."""
-        names = ", ".join(map(repr, self.members))
-        if not self.members:
-            if named := next((s for s in sliders if s.adapter is not None), None):
-                raise SliderEditError(
-                    f"slider {named.instruction!r} names the adapter {named.adapter!r} and this engine has a single one, "
-                    "without a name; leave the name out, or build the engine with several adapters"
-                )
-            return ()
-        members = tuple(s.instruction if s.adapter is None else s.adapter for s in sliders)
-        for slider, member in zip(sliders, members, strict=True):
-            if member not in self.members:
-                fault = "says no adapter" if slider.adapter is None else f"names the adapter {slider.adapter!r}, unknown here"
-                raise SliderEditError(f"slider {slider.instruction!r} {fault}; this engine has {names}")
-        if self.kind == "gst" and len(set(members)) < len(members):
-            twice = next(m for m in members if members.count(m) > 1)
-            raise SliderEditError(f"two sliders scale the adapter {twice!r}, which scales every row; give one slider for it")
-        return members
+            return torch.ones(len(spans), conditioning.text_rows + conditioning.image_rows, dtype=torch.bool)
+        return row_mask(spans, conditioning.text_rows)
 
     def alphas(self, prepared: Prepared, strengths: Sequence[Sequence[float]]) -> Tensor:
         """What the engine takes for N settings of K strengths: float32 `[N, K]`, for a bank `[N, K, G]`.
@@ -301,17 +331,13 @@ class SliderEditor:
         for setting in strengths:
             for name, strength in zip(names, setting, strict=True):
                 check_strength(name, strength)
-        curves = [self.members[name] for name in prepared.members] or [self.curve] * len(names)
+        curves = self.controls.curves_of(prepared.members, len(names))
         values = torch.tensor([[curve(s) for curve, s in zip(curves, setting, strict=True)] for setting in strengths])
         for row, k in (~values.isfinite()).nonzero().tolist():
             raise SliderEditError(
                 f"slider {names[k]!r} has strength {strengths[row][k]:g}, too far out for float32; give one such as 0.5"
             )
-        if not prepared.members:
-            return values
-        alpha = torch.zeros(*values.shape, len(self.members))
-        columns = torch.tensor([list(self.members).index(name) for name in prepared.members])
-        return alpha.scatter(2, columns.expand(values.shape)[:, :, None], values[:, :, None])
+        return self.controls.by_member(values, prepared.members)
 
     def backbone_inputs(self, prepared: Prepared, alpha: Tensor) -> dict[str, Tensor]:
         """Backbone inputs of one batch; `alpha` as `alphas` makes it, N up to `max_batch`."""
@@ -331,7 +357,7 @@ class SliderEditor:
         Args:
             prepared: from `prepare`.
             strengths: N settings of K strengths each.
-            steps: denoising steps; None takes the family's default.
+            steps: denoising steps; None takes those that it was prepared with.
             progress: show a bar over all steps on standard error.
         """
         pixels = self.render_tensor(prepared, strengths, steps=steps, progress=progress)
@@ -343,12 +369,9 @@ class SliderEditor:
         images: list[Image.Image] = processor.numpy_to_pil(processor.pt_to_numpy(pixels))
         return images
 
-    def number_of_steps(self, steps: int | None) -> int:
-        """The denoising steps of an edit that asks for `steps`; None takes the family's default."""
-        steps = self.family.num_inference_steps if steps is None else steps
-        if steps < 1:
-            raise SliderEditError(f"{steps} denoising steps were asked for; give at least 1")
-        return steps
+    def number_of_steps(self, settings: EditSettings) -> int:
+        """The denoising steps of an edit with these settings."""
+        return self.family.num_inference_steps if settings.steps is None else settings.steps
 
     @torch.no_grad()
     def render_tensor(
@@ -366,7 +389,7 @@ class SliderEditor:
             SliderEditError: strengths that `alphas` refuses, or with which the model gives NaN or infinity.
         """
         alphas = self.alphas(prepared, strengths)
-        steps = self.number_of_steps(steps)
+        steps = self.number_of_steps(prepared.settings if steps is None else replace(prepared.settings, steps=steps))
         conditioning = prepared.conditioning
         chunks = alphas.split(self.max_batch)
         images = []
@@ -448,26 +471,14 @@ class SliderEditor:
         self,
         image: ImageSource | Sequence[ImageSource],
         sliders: Sequence[Slider],
+        settings: EditSettings | None = None,
         *,
-        prompt: str | None = None,
-        seed: int = 0,
-        steps: int | None = None,
-        guidance_scale: float | None = None,
-        true_cfg_scale: float | None = None,
-        negative_prompt: str | None = None,
         progress: bool = False,
+        **given: Unpack[EditOptions],
     ) -> Image.Image:
         """Edit an image at the sliders' own strengths (see `prepare` and `render` for the arguments)."""
-        prepared = self.prepare(
-            image,
-            sliders,
-            prompt=prompt,
-            seed=seed,
-            guidance_scale=guidance_scale,
-            true_cfg_scale=true_cfg_scale,
-            negative_prompt=negative_prompt,
-        )
-        return self.render(prepared, [[s.strength for s in sliders]], steps=steps, progress=progress)[0]
+        prepared = self.prepare(image, sliders, settings, **given)
+        return self.render(prepared, [[s.strength for s in sliders]], progress=progress)[0]
 
     def sweep(
         self,
@@ -475,27 +486,15 @@ class SliderEditor:
         sliders: Sequence[Slider],
         index: int,
         strengths: Sequence[float],
+        settings: EditSettings | None = None,
         *,
-        prompt: str | None = None,
-        seed: int = 0,
-        steps: int | None = None,
-        guidance_scale: float | None = None,
-        true_cfg_scale: float | None = None,
-        negative_prompt: str | None = None,
         progress: bool = False,
+        **given: Unpack[EditOptions],
     ) -> list[Image.Image]:
         """Move slider `index` through `strengths`, the others staying at their own: one image per strength."""
-        prepared = self.prepare(
-            image,
-            sliders,
-            prompt=prompt,
-            seed=seed,
-            guidance_scale=guidance_scale,
-            true_cfg_scale=true_cfg_scale,
-            negative_prompt=negative_prompt,
-        )
-        settings = [[s.strength for s in with_strength(sliders, {index: value})] for value in strengths]
-        return self.render(prepared, settings, steps=steps, progress=progress)
+        prepared = self.prepare(image, sliders, settings, **given)
+        moved = [[s.strength for s in with_strength(sliders, {index: value})] for value in strengths]
+        return self.render(prepared, moved, progress=progress)
 
     def grid(
         self,
@@ -503,31 +502,19 @@ class SliderEditor:
         sliders: Sequence[Slider],
         rows: tuple[int, Sequence[float]],
         columns: tuple[int, Sequence[float]],
+        settings: EditSettings | None = None,
         *,
-        prompt: str | None = None,
-        seed: int = 0,
-        steps: int | None = None,
-        guidance_scale: float | None = None,
-        true_cfg_scale: float | None = None,
-        negative_prompt: str | None = None,
         progress: bool = False,
+        **given: Unpack[EditOptions],
     ) -> list[list[Image.Image]]:
         """Move two sliders, each `(index, strengths)`: one image per pair, a list of rows."""
-        prepared = self.prepare(
-            image,
-            sliders,
-            prompt=prompt,
-            seed=seed,
-            guidance_scale=guidance_scale,
-            true_cfg_scale=true_cfg_scale,
-            negative_prompt=negative_prompt,
-        )
-        settings = [
+        prepared = self.prepare(image, sliders, settings, **given)
+        moved = [
             [s.strength for s in with_strength(sliders, {rows[0]: down, columns[0]: across})]
             for down in rows[1]
             for across in columns[1]
         ]
-        images = self.render(prepared, settings, steps=steps, progress=progress)
+        images = self.render(prepared, moved, progress=progress)
         width = len(columns[1])
         return [images[i : i + width] for i in range(0, len(images), width)]
 

@@ -7,8 +7,8 @@ import itertools
 import math
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from slideredit_rt.errors import SliderEditError
@@ -222,6 +222,75 @@ def find_spans(prompt: str, sliders: Sequence[Slider], tokens: Sequence[PromptTo
             owner[row] = index
         spans.append(rows)
     return spans
+
+
+@dataclass(frozen=True)
+class Controls:
+    """What the sliders of an engine do.
+
+    Attributes:
+        kind: of its adapter, `st` or `gst`.
+        curve: from strength to alpha, as the adapter brought it.
+        members: the same for each adapter of a bank, by name, in the order of the last axis of `alpha`; empty without a bank.
+    """
+
+    kind: str
+    curve: StrengthCurve = StrengthCurve()
+    members: Mapping[str, StrengthCurve] = field(default_factory=dict)
+
+    def members_of(self, sliders: Sequence[Slider]) -> tuple[str, ...]:
+        """The bank's adapter that each slider scales; () without a bank.
+
+        Raises:
+            SliderEditError: a slider that names an adapter where there is none, or none where there are several; two sliders
+                that would scale every row with the same adapter.
+        """
+        if not self.members:
+            if named := next((s for s in sliders if s.adapter is not None), None):
+                raise SliderEditError(
+                    f"slider {named.instruction!r} names the adapter {named.adapter!r} and this engine has a single one, "
+                    "without a name; leave the name out, or build the engine with several adapters"
+                )
+            if self.kind == "gst" and len(sliders) > 1:
+                raise SliderEditError(
+                    f"a GST adapter scales the whole prompt with one slider, got {len(sliders)}; use an ST engine for several"
+                )
+            return ()
+        members = tuple(s.instruction if s.adapter is None else s.adapter for s in sliders)
+        names = ", ".join(map(repr, self.members))
+        for slider, member in zip(sliders, members, strict=True):
+            if member not in self.members:
+                fault = "says no adapter" if slider.adapter is None else f"names the adapter {slider.adapter!r}, unknown here"
+                raise SliderEditError(f"slider {slider.instruction!r} {fault}; this engine has {names}")
+        if self.kind == "gst" and len(set(members)) < len(members):
+            twice = next(m for m in members if members.count(m) > 1)
+            raise SliderEditError(f"two sliders scale the adapter {twice!r}, which scales every row; give one slider for it")
+        return members
+
+    def spoken(self, sliders: Sequence[Slider]) -> list[bool]:
+        """Whether each slider's words stand in the prompt: not where a slider of a GST bank is called like its adapter."""
+        return [self.kind == "st" or not self.members or s.adapter is not None for s in sliders]
+
+    def find_spans(
+        self, prompt: str, sliders: Sequence[Slider], tokens: Sequence[PromptToken], max_rows: int
+    ) -> list[list[int]]:
+        """As the function `find_spans`, for the sliders that are `spoken`; no rows for the others."""
+        spoken = self.spoken(sliders)
+        found = iter(find_spans(prompt, [s for s, stands in zip(sliders, spoken, strict=True) if stands], tokens, max_rows))
+        return [next(found) if stands else [] for stands in spoken]
+
+    def curves_of(self, members: Sequence[str], count: int) -> list[StrengthCurve]:
+        """The curve of each of `count` sliders, which scale these members of a bank."""
+        return [self.members[name] for name in members] or [self.curve] * count
+
+    def by_member(self, alpha: Tensor, members: Sequence[str]) -> Tensor:
+        """Alphas `[N, K]` of sliders that scale these members as an engine takes them: `[N, K, G]`; as given without a bank."""
+        if not members:
+            return alpha
+        columns = [list(self.members).index(name) for name in members]
+        wide = alpha.new_zeros(*alpha.shape, len(self.members))
+        wide[:, range(len(columns)), columns] = alpha
+        return wide
 
 
 def row_mask(spans: Sequence[Sequence[int]], rows: int) -> Tensor:

@@ -19,7 +19,7 @@ from slideredit_rt.engines import Engine, RuntimeOptions
 from slideredit_rt.engines.manifest import check_base, read_manifest
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.families import get_family
-from slideredit_rt.sliders import Slider, StrengthCurve
+from slideredit_rt.sliders import Controls, Slider, StrengthCurve
 
 ALPHAS = (-0.5, 0.0, 0.5, 1.0)
 MAX_ABS_TOLERANCE = 1e-4
@@ -192,8 +192,7 @@ def verify_engine(
     prepared = engine.prepare(image, sliders)
     comparisons = compare_backbones(engine, eager.engine, same_dtype, prepared, manifest.max_batch)
     # Alphas are compared, whatever strengths the adapter's own curve calls them.
-    engine.curve = eager.curve = StrengthCurve()
-    engine.members = eager.members = {name: StrengthCurve() for name in names}
+    engine.controls = eager.controls = Controls(engine.kind, members={name: StrengthCurve() for name in names})
     settings = [[1 - a] * len(sliders) for a in ALPHAS]
     if not math.isfinite(_largest(c.max_abs_error for c in comparisons)):
         return Verification(manifest.dtype, comparisons, {f"alpha {a:+.2f}": math.nan for a in ALPHAS})

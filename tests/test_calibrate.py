@@ -14,7 +14,7 @@ from slideredit_rt.editor import SliderEditor
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.evaluation.calibrate import CalibrationConfig, calibrate, curve_of_responses, monotone_response
 from slideredit_rt.evaluation.dataset import Case, Scores
-from slideredit_rt.sliders import StrengthCurve
+from slideredit_rt.sliders import Controls, StrengthCurve
 
 STRENGTHS = np.linspace(0, 2, 17)
 
@@ -55,6 +55,7 @@ class _Bent:
 
     def __init__(self, sizes):
         self.sizes = sizes
+        self.controls = Controls("st")
 
     def cases(self, phase, count, sliders):
         return [Case(str(i), Image.new("RGB", (8, 8)), "x", ("x",), i) for i in range(count)]
@@ -63,7 +64,7 @@ class _Bent:
         return seed
 
     def render_tensor(self, prepared, settings, steps):
-        return torch.tensor([[self.sizes[prepared] * bent(1 - self.curve(s))] for (s,) in settings])
+        return torch.tensor([[self.sizes[prepared] * bent(1 - self.controls.curve(s))] for (s,) in settings])
 
     def score(self, case, images):
         return [Scores({"response": (value.item(),)}, {}) for value in images]
@@ -71,7 +72,7 @@ class _Bent:
 
 def test_calibrating_measures_the_response_without_the_present_curve():
     both = _Bent([1.0, 2.0, 0.5])
-    both.curve = StrengthCurve((0.0, 1.0), (0.3, 0.1))
+    both.controls = Controls("st", StrengthCurve((0.0, 1.0), (0.3, 0.1)))
     found = calibrate(both, both, CalibrationConfig(cases=3), progress=False)
     assert found.curve.alphas == pytest.approx(curve_of_responses(STRENGTHS, bent(STRENGTHS)).alphas, abs=1e-6)
     assert (found.cases, found.left_out) == (3, 0)

@@ -21,7 +21,7 @@ from slideredit_rt.editor import SliderEditor
 from slideredit_rt.engines.tensorrt.build import image_rows_of
 from slideredit_rt.export.build import build_engine
 from slideredit_rt.families import Family
-from slideredit_rt.sliders import Slider, find_spans
+from slideredit_rt.sliders import Controls, Slider, find_spans
 
 
 def add_peft(transformer: nn.Module, adapter: Adapter) -> list[LoraLayer]:
@@ -84,7 +84,8 @@ def test_true_guidance_is_diffusers_own_and_no_slider_acts_in_its_negative_pass(
         alphas.append(inputs["alpha"].clone())
         return backbone(inputs)
 
-    editor = SliderEditor(st_editor.family, st_editor.pipeline, listening, st_editor.config, "st", 4, 8)
+    parts = st_editor.family, st_editor.pipeline, listening, st_editor.config, Controls("st")
+    editor = SliderEditor(*parts, max_batch=4, max_sliders=8)
     editor.render_tensor(prepared, [[0.5, 1.5]], steps=2)
     assert [a.tolist() for a in alphas] == [[[0.5, -0.5]], [[0.0, 0.0]]] * 2
 

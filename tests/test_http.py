@@ -34,6 +34,7 @@ from slideredit_rt.serving.metrics import Metrics
 from slideredit_rt.serving.pictures import decode_picture
 from slideredit_rt.serving.server import HEADER_BYTES, Server
 from slideredit_rt.serving.service import EditRequest, EditService
+from slideredit_rt.settings import EditSettings
 
 RED, DARK = "make the circle red", "make the background dark"
 BOTH = f"{RED} and {DARK}"
@@ -789,7 +790,7 @@ def test_a_full_queue_says_when_to_come_back_and_a_signal_finishes_what_was_acce
         accepted = threading.Thread(target=ask, args=("accepted",), kwargs={"num_inference_steps": 60})
         accepted.start()
         assert waited_for(lambda: service.stats().running == 1)
-        waiting = service.submit(EditRequest(scene, (Slider(RED),), ((1.0,), (0.5,)), steps=100))
+        waiting = service.submit(EditRequest(scene, (Slider(RED),), ((1.0,), (0.5,)), EditSettings(steps=100)))
         ask("too many")
         refused(answers["too many"], 429, "queue_full", "2 images wait and the queue takes 2")
         assert int(answers["too many"].headers["retry-after"]) >= 1

@@ -39,7 +39,7 @@ from slideredit_rt.export.lowering import lower
 from slideredit_rt.export.onnx_graph import example_inputs, trace
 from slideredit_rt.families import KINDS, Family, Kind, family_of, get_family, qwen_image_edit
 from slideredit_rt.modules import SliderBackbone
-from slideredit_rt.sliders import Slider, compose_prompt, find_spans, normalise
+from slideredit_rt.sliders import Controls, Slider, compose_prompt, find_spans, normalise
 from slideredit_rt.training.suppression import SuppressionConfig, SuppressionTrainer
 from slideredit_rt.verify import verify_engine
 
@@ -447,7 +447,8 @@ def test_the_negative_pass_is_told_by_being_it(encoders: dict[str, Any], bases: 
         return backbone({k: v for k, v in inputs.items() if k not in ("alpha", "token_mask")})
 
     for kind in KINDS:
-        editor = SliderEditor(family, pipeline, torch.no_grad()(engine), dict(pipeline.transformer.config), kind, 4, 4)
+        parts = family, pipeline, torch.no_grad()(engine), dict(pipeline.transformer.config), Controls(kind)
+        editor = SliderEditor(*parts, max_batch=4, max_sliders=4)
         for scale, passes in ((4.0, 2), (1.0, 1)):
             calls.clear()
             prepared = editor.prepare(
@@ -522,7 +523,7 @@ def test_several_pictures_need_a_base_that_takes_them(
     encoders: dict[str, Any], family: Family, bases: dict[str, Path], scene: Image.Image
 ) -> None:
     def editor(of: Family, pipeline: Any) -> SliderEditor:
-        return SliderEditor(of, pipeline, lambda _: torch.zeros(()), {}, "st", 1, 4)
+        return SliderEditor(of, pipeline, lambda _: torch.zeros(()), {}, Controls("st"), max_batch=1, max_sliders=4)
 
     flux = get_family("flux_kontext")
     kontext = editor(flux, flux.load_pipeline(resolve_base("shapes-kontext")))

@@ -11,6 +11,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import CancelledError
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ from slideredit_rt.serving import (
 from slideredit_rt.serving.cache import EncodingCache, size_of
 from slideredit_rt.serving.faults import fault_of
 from slideredit_rt.serving.scheduler import BACKGROUND_EVERY
+from slideredit_rt.settings import EditSettings
 from slideredit_rt.sliders import Slider
 
 RED, DARK = Slider("make the circle red"), Slider("make the background dark")
@@ -160,20 +162,18 @@ def serve(editor: SliderEditor, recorder: Recorder) -> Iterator[Callable[..., Ed
 
 
 def edit(image: Image.Image, *strengths: float, sliders: tuple[Slider, ...] = (RED,), **options: Any) -> EditRequest:
-    """One image per strength of the first slider, the others at 1."""
-    settings = tuple((s, *(1.0 for _ in sliders[1:])) for s in strengths)
-    return EditRequest(image, sliders, settings, **{"steps": 2} | options)
+    """One image per strength of the first slider, the others at 1; the options are fields of the request or of its settings."""
+    every = tuple((s, *(1.0 for _ in sliders[1:])) for s in strengths)
+    own = {name: options.pop(name) for name in [*options] if name in {field.name for field in fields(EditRequest)}}
+    return EditRequest(image, sliders, every, EditSettings(**{"steps": 2} | options), **own)
 
 
 def alone(editor: SliderEditor, request: EditRequest) -> Tensor:
     """The images of a request as the editor makes them, one by one."""
-    seeds = request.seeds * (len(request.settings) if len(request.seeds) == 1 else 1)
     images = []
-    for setting, seed in zip(request.settings, seeds, strict=True):
-        prepared = editor.prepare(
-            request.image, request.sliders, prompt=request.prompt, seed=seed, true_cfg_scale=request.true_cfg_scale
-        )
-        images.append(editor.render_tensor(prepared, [setting], steps=request.steps))
+    for strengths, seed in zip(request.strengths, request.seeds, strict=True):
+        prepared = editor.prepare(request.image, request.sliders, request.settings, seed=seed)
+        images.append(editor.render_tensor(prepared, [strengths]))
     return torch.cat(images)
 
 
@@ -202,10 +202,10 @@ class TestBatching:
         wide = scene.resize((128, 64))
         requests = [
             edit(scene, 0.2, steps=5),
-            edit(scene, 1.4, 0.1, sliders=(RED, DARK), steps=2, seeds=(3, 4)),
-            edit(scene, 0.7, sliders=(DARK,), steps=3, seeds=(5,), guidance_scale=2.0),
+            edit(scene, 1.4, 0.1, sliders=(RED, DARK), steps=2, seed=3, consecutive_seeds=True),
+            edit(scene, 0.7, sliders=(DARK,), steps=3, seed=5, guidance_scale=2.0),
             edit(wide, 0.3, sliders=(DARK, RED), steps=3),
-            edit(wide, 0.9, prompt="make the circle red now", steps=2, seeds=(9,)),
+            edit(wide, 0.9, prompt="make the circle red now", steps=2, seed=9),
         ]
         tickets = submit_all(serve(), gate, recorder, *requests)
         gate.let()
@@ -215,12 +215,8 @@ class TestBatching:
         assert gate.sizes.count(2) >= 2
         assert any(len(set(timesteps)) > 2 for timesteps in gate.timesteps)
         for request, result in zip(requests, results, strict=True):
-            guided = {"guidance_scale": request.guidance_scale} if request.guidance_scale else {}
-            for index, setting in enumerate(request.settings):
-                seed = request.seeds[index % len(request.seeds)]
-                prepared = editor.prepare(request.image, request.sliders, prompt=request.prompt, seed=seed, **guided)
-                expected = editor.render_tensor(prepared, [setting], steps=request.steps)
-                assert (result[index] - expected[0]).abs().max() <= 1e-5
+            assert (result - alone(editor, request)).abs().max() <= 1e-5
+        assert [request.seeds for request in requests[1:3]] == [(3, 4), (5,)]
 
     def test_a_row_that_is_not_finite_fails_its_own_request_and_no_other(
         self, editor: SliderEditor, gate: Gate, recorder: Recorder, serve: Callable[..., EditService], scene: Image.Image
@@ -249,9 +245,9 @@ class TestBatching:
     def test_pictures_are_those_of_render(
         self, editor: SliderEditor, serve: Callable[..., EditService], scene: Image.Image
     ) -> None:
-        request = edit(scene, 0.0, 0.5, 1.0, seeds=(1,))
+        request = edit(scene, 0.0, 0.5, 1.0, seed=1)
         images = serve().submit(request).future.result(WAIT)
-        expected = editor.render(editor.prepare(scene, [RED], seed=1), request.settings, steps=2)
+        expected = editor.render(editor.prepare(scene, [RED], seed=1), request.strengths, steps=2)
         assert [i.tobytes() for i in images] == [i.tobytes() for i in expected]
 
     def test_a_row_joins_at_the_next_step_and_leaves_when_it_is_done(
@@ -261,7 +257,7 @@ class TestBatching:
         first = edit(scene, 0.9, steps=4)
         tickets = submit_all(service, gate, recorder, first)
         gate.let(1)
-        second = edit(scene, 0.8, steps=1, seeds=(2,))
+        second = edit(scene, 0.8, steps=1, seed=2)
         tickets += submit_all(service, gate, recorder, second)
         gate.let()
         assert_each_as_alone(editor, [first, second], tickets)
@@ -312,8 +308,8 @@ class TestBatching:
         editor = SliderEditor.from_pretrained(base, qwen_adapter(base))
         one = Slider("make the circle red")
         requests = [
-            edit(picture(), 0.3, sliders=(one,), seeds=(1,), steps=3),
-            edit(picture(), 1.5, sliders=(one,), seeds=(2,), true_cfg_scale=2.5),
+            edit(picture(), 0.3, sliders=(one,), seed=1, steps=3),
+            edit(picture(), 1.5, sliders=(one,), seed=2, true_cfg_scale=2.5),
             edit(picture(seed=1), 0.0, sliders=(Slider("make the square blue"), Slider("add a small hat"))),
             edit(picture(), 0.4, sliders=(one,), true_cfg_scale=1.0),
         ]
@@ -485,12 +481,14 @@ class TestEndings:
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            ({"settings": ()}, "0 images"),
-            ({"settings": ((1.0,),) * 65}, "65 images"),
-            ({"settings": ((1.0, 1.0),)}, "2 strength"),
-            ({"settings": ((float("nan"),),)}, "strength nan"),
-            ({"seeds": (1, 2)}, "2 seeds"),
-            ({"steps": 0}, "0 denoising steps"),
+            ({"strengths": ()}, "0 images"),
+            ({"strengths": ((1.0,),) * 65}, "65 images"),
+            ({"strengths": ((1.0, 1.0),)}, "2 strength"),
+            ({"strengths": ((float("nan"),),)}, "strength nan"),
+            (
+                {"strengths": ((1.0,),) * 2, "settings": EditSettings(seed=2**64 - 1), "consecutive_seeds": True},
+                "seed is 18446744073709551616",
+            ),
             ({"timeout": 0.0}, "timeout of 0.0"),
             ({"partial_every": -1}, "every -1 steps"),
         ],
@@ -499,7 +497,7 @@ class TestEndings:
         self, serve: Callable[..., EditService], scene: Image.Image, change: dict[str, Any], message: str
     ) -> None:
         with pytest.raises(SliderEditError, match=message):
-            serve().submit(EditRequest(**{"image": scene, "sliders": (RED,), "settings": ((1.0,),)} | change))
+            serve().submit(EditRequest(**{"image": scene, "sliders": (RED,), "strengths": ((1.0,),)} | change))
 
     def test_bad_input_that_only_encoding_tells_comes_through_the_future(
         self, serve: Callable[..., EditService], scene: Image.Image
@@ -605,7 +603,7 @@ class TestCache:
         assert run(scene, 0.1) == {"pictures": [0, 1], "tokens": [0, 1], "text": [0, 1]}
         # A drag, another seed and another guidance; the same pixels in another object.
         everything = {"pictures": [1, 0], "tokens": [1, 0], "text": [1, 0]}
-        assert run(scene, 0.2, seeds=(4,), guidance_scale=2.0) == everything
+        assert run(scene, 0.2, seed=4, guidance_scale=2.0) == everything
         assert run(scene.copy(), 0.2) == everything
         # A new prompt encodes no picture, a new picture no prompt.
         assert run(scene, 0.1, sliders=(DARK,)) == {"pictures": [1, 0], "tokens": [0, 1], "text": [0, 1]}
@@ -675,11 +673,12 @@ def test_thousands_of_requests_and_cancellations_lose_and_double_nothing(
     submissions = 2000
     for _ in range(submissions):
         number, count = choice.randrange(2), choice.randint(1, 3)
-        seeds = tuple(choice.randrange(8) for _ in range(count))
+        seed = choice.randrange(6)
         request = edit(
             pictures[number],
             *[1.0] * count,
-            seeds=seeds,
+            seed=seed,
+            consecutive_seeds=True,
             steps=choice.randint(1, 4),
             interactive=choice.random() < 0.3,
             timeout=choice.choice([None, None, 0.001]),
@@ -690,7 +689,7 @@ def test_thousands_of_requests_and_cancellations_lose_and_double_nothing(
             time.sleep(0.001)
             continue
         ticket.future.add_done_callback(partial(settled_once, len(tickets)))
-        tickets.append((ticket, number, seeds))
+        tickets.append((ticket, number, request.seeds))
         if choice.random() < 0.4:
             victim = choice.choice(tickets[-20:])[0]
             choice.choice([victim.cancel, victim.future.cancel])()

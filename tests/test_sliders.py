@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import unicodedata
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ from slideredit_rt.assets import resolve_base
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.families import Family
 from slideredit_rt.sliders import (
+    Controls,
     PromptToken,
     Slider,
     StrengthCurve,
@@ -204,3 +205,30 @@ def test_an_unused_slot_and_no_slot_at_all_scale_nothing() -> None:
     mask = torch.ones(1, 1, 4, dtype=torch.bool)
     assert combine_row_scale(torch.zeros(1, 1), mask).tolist() == [[0, 0, 0, 0]]
     assert combine_row_scale(torch.zeros(1, 0), mask[:, :0]).tolist() == [[0, 0, 0, 0]]
+
+
+class TestControls:
+    tokens: ClassVar = [PromptToken("red", 0, 3, 0), PromptToken("old", 4, 7, 1)]
+    bank: ClassVar = {"age": StrengthCurve(), "colour": StrengthCurve((0.0, 1.0), (2.0, 0.0))}
+
+    @pytest.mark.parametrize(
+        ("controls", "spans"),
+        [
+            (Controls("st", members=bank), [[0], [1]]),
+            (Controls("gst", members=bank), [[], [1]]),
+        ],
+    )
+    def test_words_of_a_gst_slider_that_is_called_like_its_adapter_are_not_looked_up(
+        self, controls: Controls, spans: list[list[int]]
+    ) -> None:
+        first = Slider("age") if controls.kind == "gst" else Slider("red", adapter="age")
+        sliders = [first, Slider("old", adapter="colour")]
+        assert controls.spoken(sliders) == [bool(span) for span in spans]
+        assert controls.find_spans("red old", sliders, self.tokens, 8) == spans
+        assert controls.members_of(sliders) == ("age", "colour")
+
+    def test_alphas_stand_in_the_columns_of_their_members(self) -> None:
+        alpha = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+        wide = Controls("st", members=self.bank).by_member(alpha, ("colour", "age"))
+        assert wide.tolist() == [[[0.0, 1.0], [2.0, 0.0]], [[0.0, 3.0], [4.0, 0.0]]]
+        assert Controls("st").by_member(alpha, ()) is alpha

@@ -28,7 +28,8 @@ def bfloat16() -> SliderEditor:
 
 
 def verified(eager: SliderEditor, engine: Any, same_dtype: Any, scene: Any) -> Verification:
-    editor = SliderEditor(eager.family, eager.pipeline, engine, eager.config, eager.kind, 4, 8)
+    parts = eager.family, eager.pipeline, engine, eager.config, eager.controls
+    editor = SliderEditor(*parts, max_batch=4, max_sliders=8)
     prepared = eager.prepare(scene, ["make the circle red"])
     return Verification("bfloat16", compare_backbones(editor, eager.engine, same_dtype, prepared, 4), {})
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import fields
 
 from slideredit_rt.commands.shared import (
     Commands,
@@ -14,7 +15,8 @@ from slideredit_rt.commands.shared import (
     with_members,
 )
 from slideredit_rt.errors import SliderEditError
-from slideredit_rt.files import user_path
+from slideredit_rt.files import atomic_file, user_path
+from slideredit_rt.settings import EditSettings
 from slideredit_rt.sliders import Slider, check_strength, compose_prompt, linear_sweep, normalise, stands_in
 
 _MAX_SWEEP = 64
@@ -61,26 +63,23 @@ def member_of(slider: Slider) -> dict[str, str]:
     return {} if slider.adapter is None else {"member": slider.adapter}
 
 
+def edit_settings(args: argparse.Namespace) -> EditSettings:
+    """The settings that the options of `edit` and `sweep` say."""
+    return EditSettings(**{field.name: getattr(args, field.name) for field in fields(EditSettings)})
+
+
 def _edit(args: argparse.Namespace) -> int:
+    settings = edit_settings(args)
+    sliders = with_members(args, [parse_slider(s, args.prompt) for s in args.slider])
+
     from slideredit_rt.editor import SliderEditor
     from slideredit_rt.images import check_output, open_image, save_image
 
     check_output(args.out)
-    sliders = with_members(args, [parse_slider(s, args.prompt) for s in args.slider])
     images = [open_image(path) for path in args.image]
     editor = SliderEditor.from_engine(args.engine, args.base, threads=args.threads, options=runtime_options(args))
     check_output(args.out, editor.edited_size(images))
-    edited = editor.edit(
-        images,
-        sliders,
-        prompt=args.prompt,
-        seed=args.seed,
-        steps=args.steps,
-        guidance_scale=args.guidance_scale,
-        true_cfg_scale=args.true_cfg_scale,
-        negative_prompt=args.negative_prompt,
-        progress=not args.quiet,
-    )
+    edited = editor.edit(images, sliders, settings, progress=not args.quiet)
     save_image(edited, args.out)
     result = {
         "out": str(args.out),
@@ -94,27 +93,19 @@ def _edit(args: argparse.Namespace) -> int:
 
 
 def _sweep(args: argparse.Namespace) -> int:
-    from slideredit_rt.editor import SliderEditor
-    from slideredit_rt.files import atomic_file
-    from slideredit_rt.images import check_output, draw_grid, grid_size, open_image, save_image
-
-    check_output(args.out)
+    settings = edit_settings(args)
     parsed = [parse_swept_slider(s, args.prompt) for s in args.slider]
     sliders = with_members(args, [s for s, _ in parsed])
     swept = [(i, v) for i, (_, v) in enumerate(parsed) if v is not None]
     if len(swept) not in (1, 2):
         raise SliderEditError(f"{len(swept)} sliders are swept; give one (a strip) or two (a grid) as 'instruction=0:1.5:7'")
+
+    from slideredit_rt.editor import SliderEditor
+    from slideredit_rt.images import check_output, draw_grid, grid_size, open_image, save_image
+
+    check_output(args.out)
     images = [open_image(path) for path in args.image]
     editor = SliderEditor.from_engine(args.engine, args.base, threads=args.threads, options=runtime_options(args))
-    options = {
-        "prompt": args.prompt,
-        "seed": args.seed,
-        "steps": args.steps,
-        "guidance_scale": args.guidance_scale,
-        "true_cfg_scale": args.true_cfg_scale,
-        "negative_prompt": args.negative_prompt,
-        "progress": not args.quiet,
-    }
     *rest, across = swept
     columns, row_labels, title = [f"{s:g}" for s in across[1]], [""], sliders[across[0]].instruction
     for index, down in rest:
@@ -122,9 +113,9 @@ def _sweep(args: argparse.Namespace) -> int:
         title = f"rows: {sliders[index].instruction}    columns: {title}"
     check_output(args.out, grid_size(editor.edited_size(images), len(columns), row_labels, title))
     if rest:
-        cells = editor.grid(images, sliders, rest[0], across, **options)
+        cells = editor.grid(images, sliders, rest[0], across, settings, progress=not args.quiet)
     else:
-        cells = [editor.sweep(images, sliders, *across, **options)]
+        cells = [editor.sweep(images, sliders, *across, settings, progress=not args.quiet)]
     save_image(draw_grid(cells, columns, row_labels, title), args.out)
     beside = args.out.with_suffix(".json")
     result = {
@@ -137,7 +128,7 @@ def _sweep(args: argparse.Namespace) -> int:
         "images": [str(path) for path in args.image],
         "engine": str(args.engine),
         "seed": args.seed,
-        "steps": args.steps or editor.family.num_inference_steps,
+        "steps": editor.number_of_steps(settings),
     }
     with atomic_file(beside) as temporary:
         temporary.write_text(json.dumps(result, indent=2) + "\n")
@@ -196,7 +187,7 @@ def _add_image_options(sub: argparse.ArgumentParser, example: str) -> None:
     sub.add_argument("--slider", action="append", required=True, metavar=example, help="repeat for several sliders")
     add_member_option(sub)
     sub.add_argument("--prompt", help="holds every instruction; default: the instructions joined by ' and '")
-    sub.add_argument("--seed", type=int, default=0, help="of the initial noise (default: 0)")
+    sub.add_argument("--seed", type=int, default=EditSettings.seed, help="of the initial noise (default: %(default)s)")
     sub.add_argument("--steps", type=int, help="denoising steps (default: the family's)")
     sub.add_argument("--guidance-scale", type=float, help="embedded guidance (default: the family's)")
     sub.add_argument("--true-cfg-scale", type=float, help="guidance with a negative pass (default: the family's; 1: none)")

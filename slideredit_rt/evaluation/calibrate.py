@@ -124,7 +124,7 @@ def calibrate(
     config = config or CalibrationConfig()
     strengths = linear_sweep(0.0, FARTHEST, config.samples)
     swept = []
-    editor.curve = StrengthCurve()
+    editor.controls = dataclasses.replace(editor.controls, curve=StrengthCurve())
     for case in tqdm(dataset.cases("bench", config.cases, 1), "calibrate", unit="edit", disable=not progress):
         prepared = editor.prepare(case.image, case.instructions, prompt=case.prompt, seed=case.seed)
         images = editor.render_tensor(prepared, [[s] for s in strengths], steps=config.steps)

@@ -6,13 +6,24 @@ from pathlib import Path
 
 from slideredit_rt.checkpoint import read_index
 from slideredit_rt.errors import SliderEditError
-from slideredit_rt.families.base import KINDS, Conditioning, Family, Kind, RowSet, TensorSpec
+from slideredit_rt.families.base import KINDS, Conditioning, EncodedPictures, Family, Kind, RowSet, TensorSpec
 from slideredit_rt.families.flux_kontext import FluxKontext
 from slideredit_rt.families.qwen_image_edit import QwenImageEdit
 
 FAMILIES: dict[str, Family] = {family.name: family for family in (FluxKontext(), QwenImageEdit())}
 
-__all__ = ["FAMILIES", "KINDS", "Conditioning", "Family", "Kind", "RowSet", "TensorSpec", "family_of", "get_family"]
+__all__ = [
+    "FAMILIES",
+    "KINDS",
+    "Conditioning",
+    "EncodedPictures",
+    "Family",
+    "Kind",
+    "RowSet",
+    "TensorSpec",
+    "family_of",
+    "get_family",
+]
 
 
 def get_family(name: str) -> Family:

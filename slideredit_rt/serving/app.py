@@ -38,7 +38,6 @@ from slideredit_rt.serving.metrics import Metrics
 from slideredit_rt.serving.origins import guards
 from slideredit_rt.serving.pictures import decode_picture, picture_bytes
 from slideredit_rt.serving.schemas import (
-    MAX_SEED,
     MAX_SOURCES,
     EditFields,
     EditResponse,
@@ -54,7 +53,8 @@ from slideredit_rt.serving.schemas import (
     Token,
 )
 from slideredit_rt.serving.service import EditRequest, EditService
-from slideredit_rt.sliders import PromptToken, Slider, compose_prompt, find_spans, normalise
+from slideredit_rt.settings import SEEDS
+from slideredit_rt.sliders import PromptToken, Slider, compose_prompt, normalise
 
 PREVIEW_STEPS = 4
 """Denoising steps of a preview that names none."""
@@ -157,7 +157,8 @@ class Api:
         sliders = self._sliders(fields)
         strengths = tuple(slider.strength for slider in sliders)
         n = fields.n or 1
-        settings: tuple[tuple[float, ...], ...] = (strengths,) * n
+        settings = fields.settings(self.preview_steps)
+        every: tuple[tuple[float, ...], ...] = (strengths,) * n
         strip = None
         if (sweep := fields.sweep) is not None:
             if sweep.slider >= len(sliders):
@@ -166,29 +167,23 @@ class Api:
             if n > 1 or (sweep.strip and fields.stream):
                 other = f"n is {n}" if n > 1 else "its strip is one picture that is made last"
                 raise Fault(400, f"a sweep goes with neither: {other}; leave one out", param="sweep", code="sweep_alone")
-            settings = tuple((*strengths[: sweep.slider], s, *strengths[sweep.slider + 1 :]) for s in sweep.strengths)
+            every = tuple((*strengths[: sweep.slider], s, *strengths[sweep.slider + 1 :]) for s in sweep.strengths)
             strip = (sliders[sweep.slider].instruction, sweep.slider) if sweep.strip else None
-        seeds = tuple(range(fields.seed, fields.seed + n))
-        if seeds[-1] > MAX_SEED:
-            message = f"seed is {fields.seed} and n is {n}, so that the last seed would be {seeds[-1]}; give at most {MAX_SEED}"
+        if (last := fields.seed + n - 1) not in SEEDS:
+            message = f"seed is {fields.seed} and n is {n}, so that the last seed would be {last}; give at most {SEEDS[-1]}"
             raise Fault(400, message, param="seed", code="seed_too_large")
         images = self._sources(fields, files)
         self._check_size(fields.size, images[-1])
         pixels_per_row = (2 * self.editor.pipeline.vae_scale_factor) ** 2
-        steps = fields.num_inference_steps or (self.preview_steps if fields.preview else None)
         request = EditRequest(
             image=images,
             sliders=sliders,
+            strengths=every,
             settings=settings,
-            prompt=fields.prompt,
-            seeds=seeds,
-            steps=steps,
-            guidance_scale=fields.guidance_scale,
-            true_cfg_scale=fields.true_cfg_scale,
-            negative_prompt=fields.negative_prompt,
+            consecutive_seeds=n > 1,
             interactive=fields.preview,
             timeout=self.limits.request_seconds,
-            partial_every=math.ceil(self.editor.number_of_steps(steps) / (fields.partial_images + 1))
+            partial_every=math.ceil(self.editor.number_of_steps(settings) / (fields.partial_images + 1))
             if fields.stream and fields.partial_images
             else 0,
         )
@@ -196,8 +191,8 @@ class Api:
         form = Form(
             output_format=fields.output_format or "png",
             compression=100 if fields.output_compression is None else fields.output_compression,
-            seeds=seeds if len(seeds) == len(settings) else seeds * len(settings),
-            strengths=settings,
+            seeds=request.seeds,
+            strengths=every,
             strip=strip,
             text_tokens=sum(token.end > token.start for token in self.tokens.of(prompt, images)),
             pixels_per_row=pixels_per_row,
@@ -252,11 +247,8 @@ class Api:
         sliders = [Slider(s.instruction, adapter=s.adapter) for s in fields.sliders]
         prompt = normalise(fields.prompt) if fields.prompt else compose_prompt([s.instruction for s in sliders])
         tokens = self.tokens.of(prompt)
-        # A slider of a GST bank may be called like its adapter; its words are then not the prompt's.
-        spoken = [s for s in sliders if self.editor.kind == "st" or s.adapter is not None or not self.editor.members]
-        places = [i for i, slider in enumerate(sliders) if slider in spoken]
-        found = find_spans(prompt, [sliders[i] for i in places], tokens, self.tokens.text_rows)
-        owners = {row: i for i, rows in zip(places, found, strict=True) for row in rows}
+        found = self.editor.controls.find_spans(prompt, sliders, tokens, self.tokens.text_rows)
+        owners = {row: i for i, rows in enumerate(found) for row in rows}
         listed = [Token(text=t.text, start=t.start, end=t.end, slider=owners.get(t.row)) for t in tokens]
         return SpansResponse(prompt=prompt, tokens=listed, text_rows=self.tokens.text_rows)
 

@@ -57,23 +57,24 @@ class Row:
 def make_rows(
     editor: SliderEditor,
     prepared: Prepared,
-    settings: Sequence[Sequence[float]],
+    strengths: Sequence[Sequence[float]],
     seeds: Sequence[int],
     steps: int,
     *,
     owner: Any = None,
     interactive: bool = False,
 ) -> list[Row]:
-    """One row per setting of strengths.
+    """One row per image.
 
     Args:
-        seeds: of the noise, one per setting.
+        strengths: of the sliders, for each image.
+        seeds: of the noise, for each image.
 
     Raises:
-        SliderEditError: settings that are none, or a number of steps that the base's scheduler cannot make.
+        SliderEditError: strengths that `SliderEditor.alphas` refuses, or steps that the base's scheduler cannot make.
     """
     family, conditioning = editor.family, prepared.conditioning
-    alphas = editor.alphas(prepared, settings)
+    alphas = editor.alphas(prepared, strengths)
     inputs = editor.backbone_inputs(prepared, alphas[:1])
     negative = family.negative_inputs(editor.config, conditioning, inputs)
     key = (conditioning.height, conditioning.width, *_shape_key(editor, inputs), *_shape_key(editor, negative or {}))

@@ -7,10 +7,9 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from slideredit_rt.serving.pictures import OutputFormat
+from slideredit_rt.settings import SEEDS, EditSettings
 from slideredit_rt.sliders import linear_sweep
 
-MAX_SEED = 2**64 - 1
-"""Largest seed of torch's generators."""
 MAX_IMAGES = 10
 MAX_SOURCES = 16
 """Most source images of an edit."""
@@ -77,9 +76,9 @@ class EditFields(_Strict):
     n: int | None = Field(None, ge=1, le=MAX_IMAGES, description="pictures, with the seeds seed, seed + 1, …")
     size: str | None = Field(None, description="auto, or the size that the engine edits the picture at")
     seed: int = Field(
-        0,
+        EditSettings.seed,
         ge=0,
-        le=MAX_SEED,
+        le=SEEDS[-1],
         description="of the initial noise; with n images, the last one's is seed + n − 1 and within the same range. JavaScript "
         "keeps no number above 2⁵³ exactly",
     )
@@ -98,6 +97,17 @@ class EditFields(_Strict):
     moderation: str | None = Field(None, description="ignored")
     user: str | None = Field(None, description="ignored")
     safety_identifier: str | None = Field(None, description="ignored")
+
+    def settings(self, preview_steps: int) -> EditSettings:
+        """The settings that these fields say; `preview_steps` of a preview that names none."""
+        return EditSettings(
+            prompt=self.prompt,
+            seed=self.seed,
+            steps=self.num_inference_steps or (preview_steps if self.preview else None),
+            guidance_scale=self.guidance_scale,
+            true_cfg_scale=self.true_cfg_scale,
+            negative_prompt=self.negative_prompt,
+        )
 
 
 class SpansFields(_Strict):

@@ -23,6 +23,7 @@ from slideredit_rt.errors import SliderEditError
 from slideredit_rt.serving.batch import Batch, Row, make_rows
 from slideredit_rt.serving.cache import EncodingCache
 from slideredit_rt.serving.scheduler import Scheduler
+from slideredit_rt.settings import EditSettings, check_seed
 from slideredit_rt.sliders import Slider, check_strength
 
 T = TypeVar("T")
@@ -65,11 +66,10 @@ class EditRequest:
 
     Attributes:
         image: the image to edit, RGB; several for a base that takes them. Not to be changed while the request runs.
-        sliders: instructions; the strengths that count are those of `settings`.
-        settings: one strength per slider, for each image: n images, or a sweep.
-        prompt, guidance_scale, true_cfg_scale, negative_prompt: see `SliderEditor.prepare`.
-        seeds: of the noise; one per setting, or one for all.
-        steps: denoising steps; None takes the family's default.
+        sliders: instructions; their own strengths do not count.
+        strengths: one per slider, for each image: n images, or a sweep.
+        settings: of the edit.
+        consecutive_seeds: the noise of the images has the seeds seed, seed + 1, …; without it, all have the settings' seed.
         interactive: a preview, which goes before full edits.
         timeout: seconds from the submission to the deadline; None waits for ever.
         partial_every: steps from one partial image to the next; 0 makes none.
@@ -77,16 +77,17 @@ class EditRequest:
 
     image: Image.Image | Sequence[Image.Image]
     sliders: tuple[Slider, ...]
-    settings: tuple[tuple[float, ...], ...]
-    prompt: str | None = None
-    seeds: tuple[int, ...] = (0,)
-    steps: int | None = None
-    guidance_scale: float | None = None
-    true_cfg_scale: float | None = None
-    negative_prompt: str | None = None
+    strengths: tuple[tuple[float, ...], ...]
+    settings: EditSettings = field(default_factory=EditSettings)
+    consecutive_seeds: bool = False
     interactive: bool = False
     timeout: float | None = None
     partial_every: int = 0
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """Of the noise of each image."""
+        return tuple(self.settings.seed + index * self.consecutive_seeds for index in range(len(self.strengths)))
 
 
 @dataclass(frozen=True)
@@ -306,7 +307,9 @@ class EditService:
         on_partial: Callable[[Partial], None] | None,
     ) -> Ticket[T]:
         try:
-            job = _Job(request, *self._check(request), convert, collect, on_partial)
+            self._check(request)
+            steps = self.editor.number_of_steps(request.settings)
+            job = _Job(request, request.seeds, steps, convert, collect, on_partial)
             with self._changed:
                 if self._closing:
                     raise Closed("the service is closing and takes no more requests; try another one")
@@ -320,31 +323,28 @@ class EditService:
         except SliderEditError:
             with self._changed:
                 self._outcomes["refused"] += 1
-            self._observer.finished("refused", len(request.settings), request.interactive, 0.0)
+            self._observer.finished("refused", len(request.strengths), request.interactive, 0.0)
             raise
         return Ticket(job)
 
-    def _check(self, request: EditRequest) -> tuple[tuple[int, ...], int]:
-        """The seeds, one per setting, and the steps of a request."""
-        count = len(request.settings)
+    def _check(self, request: EditRequest) -> None:
+        """Refuse what can be told without encoding."""
+        count = len(request.strengths)
         if not 1 <= count <= self.max_queue:
-            raise SliderEditError(f"{count} images were asked for; give 1 to {self.max_queue} settings")
-        for setting in request.settings:
-            if len(setting) != len(request.sliders):
+            raise SliderEditError(f"{count} images were asked for; give the strengths of 1 to {self.max_queue}")
+        for strengths in request.strengths:
+            if len(strengths) != len(request.sliders):
                 raise SliderEditError(
-                    f"setting {list(setting)} has {len(setting)} strength(s) and there are {len(request.sliders)} slider(s); "
+                    f"{list(strengths)} has {len(strengths)} strength(s) and there are {len(request.sliders)} slider(s); "
                     "give one for each"
                 )
-            for slider, strength in zip(request.sliders, setting, strict=True):
+            for slider, strength in zip(request.sliders, strengths, strict=True):
                 check_strength(slider.instruction, strength)
-        if len(request.seeds) not in (1, count):
-            raise SliderEditError(f"{len(request.seeds)} seeds were given for {count} image(s); give one, or one for each")
+        check_seed(request.seeds[-1])
         if request.timeout is not None and not (math.isfinite(request.timeout) and request.timeout > 0):
             raise SliderEditError(f"a timeout of {request.timeout} seconds was given; give a positive number")
         if request.partial_every < 0:
             raise SliderEditError(f"partial images every {request.partial_every} steps were asked for; give 0 or more")
-        seeds = request.seeds if len(request.seeds) == count else request.seeds * count
-        return seeds, self.editor.number_of_steps(request.steps)
 
     def _check_room(self, job: _Job[Any]) -> None:
         interactive, count = job.request.interactive, len(job.seeds)
@@ -544,18 +544,9 @@ class EditService:
     def _encode(self, job: _Job[Any]) -> None:
         request, started = job.request, time.perf_counter()
         try:
-            prepared = self.editor.prepare(
-                request.image,
-                request.sliders,
-                prompt=request.prompt,
-                seed=job.seeds[0],
-                guidance_scale=request.guidance_scale,
-                true_cfg_scale=request.true_cfg_scale,
-                negative_prompt=request.negative_prompt,
-                remember=self._cache,
-            )
+            prepared = self.editor.prepare(request.image, request.sliders, request.settings, remember=self._cache)
             rows = make_rows(
-                self.editor, prepared, request.settings, job.seeds, job.steps, owner=job, interactive=request.interactive
+                self.editor, prepared, request.strengths, job.seeds, job.steps, owner=job, interactive=request.interactive
             )
         except SliderEditError as error:
             job.fail(error)
@@ -592,7 +583,7 @@ class EditService:
             job: _Job[Any] = row.owner
             if place in broken:
                 names = [slider.instruction for slider in job.request.sliders]
-                job.fail(not_finite(names, job.request.settings[row.index]))
+                job.fail(not_finite(names, job.request.strengths[row.index]))
                 continue
             with self._changed:
                 job.images[row.index] = job.convert(image[None])[0]

@@ -25,7 +25,7 @@ from slideredit_rt.errors import SliderEditError
 from slideredit_rt.families import Family
 from slideredit_rt.files import atomic_file
 from slideredit_rt.modules import SliderBackbone
-from slideredit_rt.sliders import Slider, find_spans
+from slideredit_rt.sliders import Controls, Slider, find_spans
 from slideredit_rt.training.contrast import ContrastConfig, ContrastTrainer
 from slideredit_rt.training.data import Data
 from slideredit_rt.training.trainer import to_pil
@@ -189,7 +189,7 @@ class OffsetTrainer(ContrastTrainer[AttributeOffsets]):
 
     def strip(self, image: Image.Image, instructions: Sequence[str]) -> tuple[str, Sequence[float], list[Image.Image]]:
         config = dict(self.pipeline.transformer.config)
-        editor = SliderEditor(self.family, self.pipeline, self.backbone, config, "st", max_batch=8, max_sliders=1)
+        editor = SliderEditor(self.family, self.pipeline, self.backbone, config, Controls("st"), max_batch=8, max_sliders=1)
         offsets, index = self.result(), self.attributes.index(instructions[0])
         scales = torch.zeros(len(_SAMPLE_SCALES), len(self.attributes))
         scales[:, index] = torch.tensor(_SAMPLE_SCALES)

@@ -21,7 +21,7 @@ from slideredit_rt.adapters import Adapter, Member, save_adapter
 from slideredit_rt.editor import SliderEditor
 from slideredit_rt.families import Family
 from slideredit_rt.modules import SliderBackbone
-from slideredit_rt.sliders import Slider, StrengthCurve
+from slideredit_rt.sliders import Controls, Slider, StrengthCurve
 from slideredit_rt.training.contrast import ContrastConfig, ContrastTrainer
 from slideredit_rt.training.data import Data
 
@@ -113,8 +113,8 @@ class ConceptTrainer(ContrastTrainer[Adapter]):
         return F.mse_loss(prediction[:, : target.shape[1]].float(), target)
 
     def strip(self, image: Image.Image, instructions: Sequence[str]) -> tuple[str, Sequence[float], list[Image.Image]]:
-        curves = {name: member.curve for name, member in self.result().members.items()}
+        controls = Controls("gst", members={name: member.curve for name, member in self.result().members.items()})
         config = dict(self.pipeline.transformer.config)
-        editor = SliderEditor(self.family, self.pipeline, self.own, config, "gst", max_batch=8, max_sliders=1, members=curves)
+        editor = SliderEditor(self.family, self.pipeline, self.own, config, controls, max_batch=8, max_sliders=1)
         prepared = editor.prepare(image, [Slider(instructions[0])], prompt=self.family.neutral_prompt)
         return instructions[0], _SAMPLE_SCALES, editor.render(prepared, [[scale] for scale in _SAMPLE_SCALES])

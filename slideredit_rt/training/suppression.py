@@ -23,7 +23,7 @@ from slideredit_rt.adapters import Adapter, save_adapter
 from slideredit_rt.editor import SliderEditor
 from slideredit_rt.families import Family, Kind
 from slideredit_rt.modules import SliderBackbone
-from slideredit_rt.sliders import Slider, compose_prompt, find_spans, row_mask
+from slideredit_rt.sliders import Controls, Slider, compose_prompt, find_spans, row_mask
 from slideredit_rt.training.data import Data
 from slideredit_rt.training.trainer import Trainer, TrainingConfig, to_pil
 
@@ -164,7 +164,8 @@ class SuppressionTrainer(Trainer[Adapter]):
 
     def strip(self, image: Image.Image, instructions: Sequence[str]) -> tuple[str, Sequence[float], list[Image.Image]]:
         config = dict(self.pipeline.transformer.config)
-        editor = SliderEditor(self.family, self.pipeline, self.own, config, self.config.kind, max_batch=1, max_sliders=8)
+        controls = Controls(self.config.kind)
+        editor = SliderEditor(self.family, self.pipeline, self.own, config, controls, max_batch=1, max_sliders=8)
         sliders = [Slider(i) for i in instructions]
         chosen = sliders if self.config.kind == "st" else sliders[:1]
         pictures = editor.sweep(image, chosen, 0, _SAMPLE_STRENGTHS, prompt=compose_prompt(instructions))

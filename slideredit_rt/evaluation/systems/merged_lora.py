@@ -16,6 +16,7 @@ from slideredit_rt.evaluation.dataset import Case
 from slideredit_rt.evaluation.setup import Setup
 from slideredit_rt.evaluation.systems.base import System, register
 from slideredit_rt.families import Family
+from slideredit_rt.sliders import Controls
 
 
 @register
@@ -39,7 +40,8 @@ class MergedLoRA(System):
             own = {k: v for k, v in inputs.items() if k not in ("alpha", "token_mask")}
             return family.run(pipeline.transformer, own)
 
-        self.editor = SliderEditor(family, pipeline, engine, dict(pipeline.transformer.config), "gst", 16, 1, adapter.curve)
+        config, controls = dict(pipeline.transformer.config), Controls("gst", adapter.curve)
+        self.editor = SliderEditor(family, pipeline, engine, config, controls, max_batch=16, max_sliders=1)
 
     @classmethod
     def variants(cls, setup: Setup) -> list[str]:
