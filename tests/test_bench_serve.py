@@ -27,7 +27,7 @@ from slideredit_rt.serving.service import EditService
 def url(engines: dict[str, Path]) -> Iterator[str]:
     metrics = Metrics()
     with EditService(SliderEditor.from_engine(engines["st"], threads=1), observer=metrics) as service:
-        app = create_app(service, model="shapes", api_key="secret", metrics=metrics)
+        app = create_app(service, model="shapes", api_key="secret")
         with listening(app, service) as (address, _):
             yield address
 

@@ -79,7 +79,7 @@ def service(editor, metrics):
 
 @pytest.fixture(scope="module")
 def url(service, metrics):
-    with listening(create_app(service, model="shapes", metrics=metrics), service) as (address, _):
+    with listening(create_app(service, model="shapes"), service) as (address, _):
         yield address
 
 
@@ -977,7 +977,7 @@ def test_serve_refuses_what_it_cannot_serve(capsys, arguments, message):
 
 
 def test_serve_names_the_extra_that_is_missing(capsys, monkeypatch):
-    monkeypatch.setattr("slideredit_rt.serving.command.find_spec", lambda name: None if name == "uvicorn" else name)
+    monkeypatch.setattr("slideredit_rt.serving.run.find_spec", lambda name: None if name == "uvicorn" else name)
     assert main(["serve"]) == 2
     assert "serving needs uvicorn; install them with pip install 'slideredit-rt[serve]'" in capsys.readouterr().err
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import base64
 import io
@@ -25,8 +24,7 @@ import pytest
 from PIL import Image
 
 from slideredit_rt.bench.serve import Load, bodies_of
-from slideredit_rt.errors import SliderEditError
-from slideredit_rt.serving.command import add_options
+from slideredit_rt.serving.settings import ServeSettings
 
 pytestmark = pytest.mark.slow
 ray = pytest.importorskip("ray", reason="needs pip install 'slideredit-rt[ray]'")
@@ -35,12 +33,6 @@ ray_app = pytest.importorskip("slideredit_rt.serving.ray_app")
 
 REQUESTS, CONCURRENT, KILL_AFTER = 40, 8, 8
 READY_SECONDS = 600
-
-
-def arguments(engine: Path, *options: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    add_options(parser)
-    return argparse.Namespace(**vars(parser.parse_args([str(engine), *options])), quiet=True)
 
 
 def free_port() -> int:
@@ -57,8 +49,8 @@ def url(engines: dict[str, Path]) -> Iterator[str]:
     try:
         ray_app.start_cluster(num_cpus=2)
         serve.start(http_options=serve.config.HTTPOptions(host="127.0.0.1", port=port))
-        options = ("--min-replicas", "2", "--threads", "1", "--model", "shapes")
-        serve.run(ray_app.application(arguments(engines["st"], *options)), name=ray_app.NAME)
+        settings = ServeSettings(engines["st"], min_replicas=2, threads=1, model="shapes")
+        serve.run(ray_app.application(settings), name=ray_app.NAME)
         yield f"http://127.0.0.1:{port}"
     finally:
         # The last test has ended this cluster; asked once more, Ray Serve would start another one.
@@ -133,11 +125,6 @@ def test_a_killed_replica_costs_no_more_than_a_clear_503(url: str) -> None:
     while len(replicas()) < 2 or victim in replicas():
         assert time.monotonic() < ended, "the killed replica was not replaced"
         time.sleep(1)
-
-
-def test_numbers_of_replicas_that_make_no_sense_are_refused(engines: dict[str, Path]) -> None:
-    with pytest.raises(SliderEditError, match="3 to 2 replicas were asked for"):
-        ray_app.application(arguments(engines["st"], "--min-replicas", "3", "--max-replicas", "2"))
 
 
 def test_more_replicas_come_with_the_queue(engines: dict[str, Path]) -> None:

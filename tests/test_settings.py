@@ -1,17 +1,21 @@
-"""EditSettings: one value for every way to ask for an edit."""
+"""Settings: one value for every way to ask for an edit, and one for every way to run a server."""
 
 from __future__ import annotations
 
+import pickle
 import typing
-from dataclasses import FrozenInstanceError, fields
+from dataclasses import FrozenInstanceError, fields, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from slideredit_rt.cli import _parser
 from slideredit_rt.commands.edit import edit_settings
+from slideredit_rt.commands.serving import serve_settings
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.serving.schemas import EditFields
+from slideredit_rt.serving.settings import ServeSettings
 from slideredit_rt.settings import EditOptions, EditSettings, merge
 
 ASKED = EditSettings("make the circle red", 7, 5, 2.5, 3.0, "blur")
@@ -59,3 +63,65 @@ def test_the_command_line_and_http_say_the_same() -> None:
     assert edit_settings(parse([*command, *options])) == EditFields(num_inference_steps=5, **body).settings(4) == ASKED
     assert edit_settings(parse(command)) == EditFields().settings(preview_steps=4) == EditSettings()
     assert EditFields(preview=True).settings(preview_steps=4) == EditSettings(steps=4)
+
+
+class TestServing:
+    def test_the_command_line_says_every_field(self) -> None:
+        command = (
+            "serve engine --host ::1 --port 9 --model m --api-key k --allowed-host A.example --allow-origin https://b.example"
+        )
+        command += " --base c --threads 2 --max-queue 3 --max-batch 4 --no-step-batching --cache-mib 5 --max-megapixels 6"
+        command += (
+            " --max-body-mib 7 --request-seconds 8 --preview-steps 9 --drain-seconds 10 --min-replicas 11 --max-replicas 12"
+        )
+        command += " --replica-cpus 13 --replica-gpus 14"
+        asked = ServeSettings(
+            Path("engine"),
+            "::1",
+            9,
+            "m",
+            None,
+            "k",
+            ("a.example",),
+            ("https://b.example",),
+            "c",
+            2,
+            3,
+            4,
+            False,
+            5,
+            6,
+            7,
+            8,
+            9,
+            10,
+        )
+        asked = replace(asked, min_replicas=11, max_replicas=12, replica_cpus=13, replica_gpus=14)
+        assert serve_settings(_parser().parse_args(command.split())) == asked
+        assert serve_settings(_parser().parse_args(["serve"])) == ServeSettings()
+        assert "api_key='k'" not in repr(asked)
+
+    def test_ray_says_the_same_in_text(self) -> None:
+        given = {"engine": "engine", "max_replicas": "4", "step_batching": "false", "max_megapixels": "2.5", "threads": 3}
+        expected = ServeSettings(Path("engine"), max_replicas=4, step_batching=False, max_megapixels=2.5, threads=3)
+        assert ServeSettings.from_arguments(given) == expected
+        for hosts in ("A.example", ["A.example"]):
+            assert ServeSettings.from_arguments({"allowed_host": hosts}).allowed_host == ("a.example",)
+
+    @pytest.mark.parametrize(
+        ("given", "message"),
+        [
+            ({"max_quue": "1"}, "'max_quue' is no option of a server; there are engine, host"),
+            ({"max_queue": "many"}, "max_queue is 'many': input should be a valid integer"),
+            ({"max_queue": "0"}, "--max-queue is 0; give at least 1"),
+            ({"drain_seconds": "nan"}, "--drain-seconds is nan; give at least 0"),
+            ({"min_replicas": "3", "max_replicas": "2"}, "3 to 2 replicas were asked for"),
+        ],
+    )
+    def test_what_serves_nobody_is_refused(self, given: dict[str, str], message: str) -> None:
+        with pytest.raises(SliderEditError, match=message):
+            ServeSettings.from_arguments(given)
+
+    def test_they_reach_a_replica_whole(self) -> None:
+        settings = ServeSettings(Path("engine"), api_key="k", allowed_host=("a.example",))
+        assert pickle.loads(pickle.dumps(settings)) == settings

@@ -5,17 +5,117 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from dataclasses import fields
+from importlib.util import find_spec
 from pathlib import Path
 
 from slideredit_rt.commands.shared import Commands, add_runtime_options, emit, options_given, runtime_options
+from slideredit_rt.errors import SliderEditError
 from slideredit_rt.files import user_path
-from slideredit_rt.serving.command import add_options as add_serve_options
+from slideredit_rt.serving.settings import KEY_VARIABLE, ServeSettings
+
+
+def add_serve_options(parser: argparse.ArgumentParser) -> None:
+    """The options that `serve_settings` reads."""
+    defaults = ServeSettings()
+    parser.add_argument(
+        "engine",
+        type=user_path,
+        nargs="?",
+        metavar="ENGINE",
+        help="folder written by slideredit-rt build (default: the embedded one)",
+    )
+    parser.add_argument("--host", default=defaults.host, help="address to listen at (default: %(default)s, this machine only)")
+    parser.add_argument("--port", type=int, default=defaults.port, help="(default: %(default)s; 0 takes a free one)")
+    parser.add_argument("--model", help="what clients call it (default: the name of the engine's folder)")
+    key = parser.add_mutually_exclusive_group()
+    key.add_argument("--api-key-file", type=user_path, metavar="FILE", help=f"holds the key (default: ${KEY_VARIABLE})")
+    key.add_argument("--api-key", metavar="KEY", help="other users of this machine can read it in the list of processes")
+    parser.add_argument(
+        "--allowed-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="host name that clients call the server by, besides IP addresses, localhost, --host and this machine's name; "
+        "repeatable; * takes any, which an API key does as well",
+    )
+    parser.add_argument(
+        "--allow-origin",
+        action="append",
+        default=[],
+        metavar="ORIGIN",
+        help="web pages that may use the server besides its own, as https://example.com; repeatable; * takes all",
+    )
+    parser.add_argument("--base", help="where the base checkpoint is, if not where the manifest says")
+    parser.add_argument("--threads", type=int, help="CPU threads of the backend")
+    parser.add_argument(
+        "--max-queue", type=int, default=defaults.max_queue, help="images that may wait, before 429 (default: %(default)s)"
+    )
+    parser.add_argument("--max-batch", type=int, help="most images in an engine step (default: the engine's)")
+    parser.add_argument(
+        "--no-step-batching", dest="step_batching", action="store_false", help="one edit after the other, for comparisons"
+    )
+    parser.add_argument(
+        "--cache-mib", type=int, default=defaults.cache_mib, help="for encoded pictures and prompts (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--max-megapixels", type=float, default=defaults.max_megapixels, help="of a picture that is sent (default: %(default)g)"
+    )
+    parser.add_argument("--max-body-mib", type=float, default=defaults.max_body_mib, help="of a request (default: %(default)g)")
+    parser.add_argument(
+        "--request-seconds", type=float, default=defaults.request_seconds, help="for an edit, before 504 (default: %(default)g)"
+    )
+    parser.add_argument(
+        "--preview-steps", type=int, default=defaults.preview_steps, help="of previews that say nothing (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--drain-seconds",
+        type=float,
+        default=defaults.drain_seconds,
+        help="for accepted edits to finish after a signal (default: %(default)g)",
+    )
+    _add_ray_options(parser, defaults)
+
+
+def _add_ray_options(parser: argparse.ArgumentParser, defaults: ServeSettings) -> None:
+    ray = parser.add_argument_group("on several processes or machines (pip install 'slideredit-rt[ray]')")
+    ray.add_argument("--ray", action="store_true", help="with Ray Serve, on the cluster that $RAY_ADDRESS names or a local one")
+    ray.add_argument(
+        "--min-replicas", type=int, default=defaults.min_replicas, help="engines at all times (default: %(default)s)"
+    )
+    ray.add_argument("--max-replicas", type=int, help="engines while the queue is long (default: as many as at all times)")
+    ray.add_argument(
+        "--replica-cpus", type=float, default=defaults.replica_cpus, help="that Ray counts for each (default: %(default)g)"
+    )
+    ray.add_argument(
+        "--replica-gpus", type=float, default=defaults.replica_gpus, help="that Ray counts for each (default: %(default)g)"
+    )
+
+
+def serve_settings(args: argparse.Namespace) -> ServeSettings:
+    """The settings that the options say."""
+    return ServeSettings(**{field.name: getattr(args, field.name) for field in fields(ServeSettings)})
 
 
 def _serve(args: argparse.Namespace) -> int:
-    from slideredit_rt.serving.command import serve
+    from slideredit_rt.serving.run import check_packages, serve
 
-    return serve(args, runtime_options(args))
+    check_packages()
+    settings, options = serve_settings(args), runtime_options(args)
+
+    def announce(place: dict[str, str]) -> None:
+        served = f"serving {place['model']}" if "model" in place else "serving"
+        emit(args, place, [f"{served} at {place['url']} (API: {place['url']}/docs)"])
+
+    if not args.ray:
+        serve(settings, options, progress=not args.quiet, announce=announce)
+        return 0
+    if find_spec("ray") is None:
+        raise SliderEditError("--ray needs Ray Serve; install it with pip install 'slideredit-rt[ray]'")
+    from slideredit_rt.serving.ray_app import serve as serve_with_ray
+
+    serve_with_ray(settings, options, progress=not args.quiet, announce=announce)
+    return 0
 
 
 def _export_triton(args: argparse.Namespace) -> int:
@@ -35,9 +135,7 @@ def _bench_serve(args: argparse.Namespace) -> int:
     given = options_given(args, *names, "picture")
     if args.instruction:
         given["instructions"] = tuple(args.instruction)
-    result = bench_serve(
-        Load(**given), base_url=args.base_url, engine=args.engine, api_key=os.environ.get("SLIDEREDIT_API_KEY")
-    )
+    result = bench_serve(Load(**given), base_url=args.base_url, engine=args.engine, api_key=os.environ.get(KEY_VARIABLE))
     lines = table(result)
     if args.save_result:
         file = args.result_dir / (args.result_filename or default_file(result))

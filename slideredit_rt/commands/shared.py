@@ -102,14 +102,16 @@ def budget(text: str) -> int | str:
 
 def runtime_options(args: argparse.Namespace) -> RuntimeOptions | None:
     """How a TensorRT engine is to be run; None if nothing was asked."""
-    from slideredit_rt.engines import RuntimeOptions
-
     given: dict[str, Any] = {}
     if args.weight_budget_mib is not None:
         given["weight_budget"] = "auto" if args.weight_budget_mib == "auto" else args.weight_budget_mib * 2**20
     if args.cuda_graphs is not None:
         given["cuda_graphs"] = args.cuda_graphs == "on"
-    return RuntimeOptions(**given) if given else None
+    if not given:
+        return None
+    from slideredit_rt.engines import RuntimeOptions
+
+    return RuntimeOptions(**given)
 
 
 def add_runtime_options(sub: argparse.ArgumentParser) -> None:

@@ -53,10 +53,11 @@ from slideredit_rt.serving.schemas import (
     Token,
 )
 from slideredit_rt.serving.service import EditRequest, EditService
+from slideredit_rt.serving.settings import ServeSettings
 from slideredit_rt.settings import SEEDS
 from slideredit_rt.sliders import PromptToken, Slider, compose_prompt, normalise
 
-PREVIEW_STEPS = 4
+PREVIEW_STEPS = ServeSettings.preview_steps
 """Denoising steps of a preview that names none."""
 
 _CLIENT_GONE = 499  # nobody reads it; the metrics count it
@@ -365,19 +366,17 @@ def create_app(
     api_key: str | None = None,
     limits: Limits | None = None,
     preview_steps: int = PREVIEW_STEPS,
-    metrics: Metrics | None = None,
     allowed_hosts: Collection[str] = (),
     allowed_origins: Collection[str] = (),
 ) -> FastAPI:
     """The API over a service, as an ASGI application. It keeps nothing outside itself, and leaves the service open.
 
     Args:
-        service: runs the edits.
+        service: runs the edits. Where its observer is no `Metrics`, the metrics count requests only, not what the engine does.
         model: what clients call it.
         api_key: what every request below /v1 must bring as a bearer token; None asks for nothing.
         limits: of one request.
         preview_steps: denoising steps of a preview that names none.
-        metrics: that the service was given as its observer; None counts requests only, not what the engine does.
         allowed_hosts: names in `Host` that are answered besides IP addresses and localhost; `*` for any. With a key, all are.
         allowed_origins: origins whose web pages may send requests; `*` for any.
 
@@ -385,7 +384,7 @@ def create_app(
         SliderEditError: a malformed host name or origin.
     """
     api = Api(service, model, Limits() if limits is None else limits, preview_steps)
-    metrics = Metrics() if metrics is None else metrics
+    metrics = service.observer if isinstance(service.observer, Metrics) else Metrics()
     metrics.watch(service)
     app = _App(
         title="slideredit-rt",

@@ -15,8 +15,6 @@ from __future__ import annotations
 import re
 from collections.abc import Collection
 from fnmatch import fnmatchcase
-from ipaddress import ip_address
-from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
 from starlette.middleware import Middleware
@@ -24,61 +22,11 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from slideredit_rt.errors import SliderEditError
 from slideredit_rt.serving.faults import Fault
+from slideredit_rt.serving.settings import host_pattern, is_address, web_origin
 
 _LOCAL = ("localhost", "*.localhost")
 _HOST_HEADER = re.compile(r"(\[[^]]*\]|[^:]*)(?::\d*)?")
-_NAME = re.compile(r"[^\s/:@?\[\]]+")
-_DEFAULT_PORTS = {"http": 80, "https": 443}
-
-
-def _is_address(name: str) -> bool:
-    try:
-        ip_address(name)
-    except ValueError:
-        return False
-    return True
-
-
-def host_pattern(text: str) -> str:
-    """Return the value of `--allowed-host` as `Host` headers are compared with it.
-
-    Args:
-        text: a host name without a port; `*` stands for any characters.
-
-    Raises:
-        SliderEditError: a URL, a name with a port, or not a host name.
-    """
-    name = text.strip().lower().removesuffix(".")
-    if not (_is_address(name) or _NAME.fullmatch(name)):
-        raise SliderEditError(
-            f"--allowed-host {text!r} is not a host name; give one such as gpu-box.example.com, without a port"
-        )
-    return name
-
-
-def web_origin(text: str) -> str:
-    """Return the value of `--allow-origin` as browsers write it.
-
-    Args:
-        text: `scheme://host[:port]`; `*` for any page, `null` for pages without an origin (files, sandboxed frames).
-
-    Raises:
-        SliderEditError: anything else, such as an address with a path.
-    """
-    text = text.strip().lower()
-    if text in ("*", "null"):
-        return text
-    try:
-        parts = urlsplit(text)
-        port = None if parts.port == _DEFAULT_PORTS.get(parts.scheme) else parts.port
-    except ValueError:
-        parts, port = urlsplit(""), None
-    if not (parts.scheme and parts.hostname) or "@" in parts.netloc or text != f"{parts.scheme}://{parts.netloc}":
-        raise SliderEditError(f"--allow-origin {text!r} is not an origin; give scheme://host[:port], as in https://example.com")
-    host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
-    return f"{parts.scheme}://{host}" + (f":{port}" if port is not None else "")
 
 
 class Guard:
@@ -114,7 +62,7 @@ class Guard:
     def _knows(self, host: str) -> bool:
         found = _HOST_HEADER.fullmatch(host)
         name = "" if found is None else found[1].removesuffix(".")
-        known = _is_address(name.strip("[]")) or any(fnmatchcase(name, pattern) for pattern in self._hosts)
+        known = is_address(name.strip("[]")) or any(fnmatchcase(name, pattern) for pattern in self._hosts)
         return known or not host
 
     def _is_foreign(self, method: str, headers: Headers, host: str, origin: str | None) -> bool:

@@ -7,13 +7,10 @@ or strength (`serve.multiplexed`) would keep requests apart that share an engine
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import signal
-import sys
 import threading
-from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -24,7 +21,8 @@ from starlette.types import ASGIApp
 from slideredit_rt.engines import RuntimeOptions
 from slideredit_rt.engines.manifest import read_manifest
 from slideredit_rt.errors import SliderEditError
-from slideredit_rt.serving.command import add_options, make_app, prepare_engine, read_access, read_api_key
+from slideredit_rt.serving.run import Announce, make_app, with_engine
+from slideredit_rt.serving.settings import ServeSettings
 
 NAME = "slideredit"
 DEPLOYMENT = "edits"
@@ -41,13 +39,12 @@ class EditReplica:
     """One engine, its service and the HTTP API over it.
 
     Args:
-        arguments: of `slideredit-rt serve`, by name.
+        settings: with an engine.
         options: of a TensorRT engine.
     """
 
-    def __init__(self, arguments: Mapping[str, Any], options: RuntimeOptions | None) -> None:
-        args = argparse.Namespace(**arguments)
-        self._app, self._service, _ = make_app(args, options, read_api_key(args))
+    def __init__(self, settings: ServeSettings, options: RuntimeOptions | None) -> None:
+        self._app, self._service, _ = make_app(settings, options)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         return self._app
@@ -63,36 +60,38 @@ class EditReplica:
             self._service.close(drain=False)
 
 
-def application(args: argparse.Namespace, options: RuntimeOptions | None = None) -> ray_serve.Application:
-    """The application that `args`, of `slideredit-rt serve`, describe.
+def application(
+    settings: ServeSettings, options: RuntimeOptions | None = None, *, progress: bool = False
+) -> ray_serve.Application:
+    """The application that the settings describe; `progress` of building the embedded engine.
 
     A replica takes as many requests as its queue holds and answers 429 by itself; where all are full, Ray's proxy holds as many
     again and answers 429, too. More replicas come when there is more than one engine step's worth of requests for each.
 
     Raises:
-        SliderEditError: numbers of replicas that make no sense, or an engine that is not one.
+        SliderEditError: an engine that is not one.
     """
-    low, high = args.min_replicas, args.max_replicas or args.min_replicas
-    if not 1 <= low <= high:
-        raise SliderEditError(f"{low} to {high} replicas were asked for; --min-replicas is at least 1, --max-replicas not less")
-    args.engine = prepare_engine(args).resolve()
+    low, high = settings.min_replicas, settings.most_replicas
+    folder = with_engine(settings, progress=progress).engine
+    assert folder is not None
+    settings = replace(settings, engine=folder.resolve())
     scaling: dict[str, Any] = {"num_replicas": low}
     if low < high:
-        together = args.max_batch or read_manifest(args.engine).max_batch
+        together = settings.max_batch or read_manifest(folder).max_batch
         scaling = {
             "autoscaling_config": AutoscalingConfig(min_replicas=low, max_replicas=high, target_ongoing_requests=together)
         }
     deployment = ray_serve.deployment(
         ray_serve.ingress()(EditReplica),
         name=DEPLOYMENT,
-        max_ongoing_requests=args.max_queue,
-        max_queued_requests=args.max_queue,
+        max_ongoing_requests=settings.max_queue,
+        max_queued_requests=settings.max_queue,
         backpressure_config=BackpressureConfig(status_code=429, retry_after_s=1),
-        graceful_shutdown_timeout_s=args.drain_seconds,
-        ray_actor_options={"num_cpus": args.replica_cpus, "num_gpus": args.replica_gpus},
+        graceful_shutdown_timeout_s=settings.drain_seconds,
+        ray_actor_options={"num_cpus": settings.replica_cpus, "num_gpus": settings.replica_gpus},
         **scaling,
     )
-    return deployment.bind({name: value for name, value in vars(args).items() if name != "run"}, options)
+    return deployment.bind(settings, options)
 
 
 def app(arguments: dict[str, str | list[str]]) -> ray_serve.Application:
@@ -101,13 +100,7 @@ def app(arguments: dict[str, str | list[str]]) -> ray_serve.Application:
     An option that may be repeated, such as `allowed_host`, also takes a list. Address and port are Ray's own (`http_options`).
     The cluster's nodes want `CLUSTER_ENVIRONMENT` when they are started.
     """
-    parser = argparse.ArgumentParser(prog="slideredit_rt.serving.ray_app:app")
-    add_options(parser)
-    given = dict(arguments)
-    words = [str(given.pop("engine"))] if "engine" in given else []
-    for name, value in given.items():
-        words += [f"--{name.replace('_', '-')}={each}" for each in (value if isinstance(value, list) else [value])]
-    return application(argparse.Namespace(**vars(parser.parse_args(words)), quiet=True))
+    return application(ServeSettings.from_arguments(arguments))
 
 
 def start_cluster(**local: Any) -> None:
@@ -125,24 +118,24 @@ def start_cluster(**local: Any) -> None:
         ray.init(**{"include_dashboard": False, "object_store_memory": _OBJECT_STORE, "log_to_driver": False, **local})
 
 
-def serve(args: argparse.Namespace, options: RuntimeOptions | None) -> int:
+def serve(settings: ServeSettings, options: RuntimeOptions | None, *, progress: bool, announce: Announce) -> None:
     """Serve until a signal comes, then finish what was accepted.
+
+    Args:
+        options, progress, announce: as for `slideredit_rt.serving.run.serve`.
 
     Raises:
         SliderEditError: a port that Ray does not take, or arguments that make no sense.
     """
-    if args.port == 0:
+    if settings.port == 0:
         raise SliderEditError("Ray Serve needs a port of its own; give --port")
-    read_api_key(args)
-    read_access(args)
-    edits = application(args, options)
+    settings.read_key()
+    edits = application(settings, options, progress=progress)
     start_cluster()
     try:
-        ray_serve.start(http_options=HTTPOptions(host=args.host, port=args.port))
+        ray_serve.start(http_options=HTTPOptions(host=settings.host, port=settings.port))
         ray_serve.run(edits, name=NAME)
-        url = f"http://{args.host}:{args.port}"
-        sys.stdout.write(f"{json.dumps({'url': url})}\n" if args.json else f"serving at {url} (API: {url}/docs)\n")
-        sys.stdout.flush()
+        announce({"url": f"http://{settings.host}:{settings.port}"})
         ended = threading.Event()
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: ended.set())
@@ -151,4 +144,3 @@ def serve(args: argparse.Namespace, options: RuntimeOptions | None) -> int:
     finally:
         ray_serve.shutdown()
         ray.shutdown()
-    return 0

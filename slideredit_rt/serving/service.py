@@ -252,8 +252,8 @@ class EditService:
         self.editor = editor
         self.max_queue = max_queue
         self.max_batch = max_batch
-        self._observer = observer or Observer()
-        self._cache = EncodingCache(cache_bytes, self._observer.cache)
+        self.observer = observer or Observer()
+        self._cache = EncodingCache(cache_bytes, self.observer.cache)
         self._scheduler = Scheduler(max_batch, step_batching=step_batching)
         # Everything below is read and written under this lock.
         self._changed = threading.Condition()
@@ -323,7 +323,7 @@ class EditService:
         except SliderEditError:
             with self._changed:
                 self._outcomes["refused"] += 1
-            self._observer.finished("refused", len(request.strengths), request.interactive, 0.0)
+            self.observer.finished("refused", len(request.strengths), request.interactive, 0.0)
             raise
         return Ticket(job)
 
@@ -406,7 +406,7 @@ class EditService:
             self._outcomes[outcome] += 1
             self._changed.notify_all()
         seconds = time.monotonic() - job.submitted
-        self._observer.finished(outcome, len(job.seeds), job.request.interactive, seconds)
+        self.observer.finished(outcome, len(job.seeds), job.request.interactive, seconds)
 
     def _guard(self, loop: Callable[[], None]) -> None:
         """Run a thread's loop; should it ever end by an error, no request is left waiting."""
@@ -471,7 +471,7 @@ class EditService:
                 elif clean is not None and wanted[index]:
                     self._partials[row] = row.step, clean[index : index + 1]
             self._changed.notify_all()
-        self._observer.step(len(rows), seconds, rows[0].interactive)
+        self.observer.step(len(rows), seconds, rows[0].interactive)
 
     def _batch_of(self, rows: list[Row]) -> Batch:
         """The batch of these rows, as it was laid out the last time they made a step together."""
@@ -555,7 +555,7 @@ class EditService:
             _log.error("a request could not be encoded", exc_info=error)
             job.fail(EngineFailure(f"the request could not be encoded ({type(error).__name__}: {error})"))
             return
-        self._observer.encoded(time.perf_counter() - started)
+        self.observer.encoded(time.perf_counter() - started)
         with self._changed:
             if job.future not in self._jobs:
                 return
@@ -571,7 +571,7 @@ class EditService:
         except Exception as error:
             self._fail(rows, "images could not be decoded", error)
             return None
-        self._observer.decoded(len(rows), time.perf_counter() - started)
+        self.observer.decoded(len(rows), time.perf_counter() - started)
         return pixels
 
     def _finish(self, rows: list[Row]) -> None:

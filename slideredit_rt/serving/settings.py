@@ -1,0 +1,204 @@
+"""ServeSettings: how a server is run, the same value for one process and for the replicas of Ray Serve."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass, field, fields
+from ipaddress import ip_address
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from slideredit_rt.errors import SliderEditError
+from slideredit_rt.files import user_path
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+KEY_VARIABLE = "SLIDEREDIT_API_KEY"
+_NAME = re.compile(r"[^\s/:@?\[\]]+")
+_DEFAULT_PORTS = {"http": 80, "https": 443}
+_AT_LEAST = {
+    "max_queue": 1,
+    "cache_mib": 0,
+    "preview_steps": 1,
+    "drain_seconds": 0,
+}
+_ABOVE_ZERO = ("max_megapixels", "max_body_mib", "request_seconds")
+
+
+@dataclass(frozen=True)
+class ServeSettings:
+    """How a server is run. The fields are the options of `slideredit-rt serve`, by name.
+
+    Attributes:
+        engine: folder written by `slideredit-rt build`; None takes the embedded one.
+        host, port: where to listen; port 0 takes a free one.
+        model: what clients call the engine; None takes the name of its folder.
+        api_key_file: holds the key that clients have to bring, read by the process that serves.
+        api_key: the key itself; without both, `$SLIDEREDIT_API_KEY` is read, and without that none is asked for.
+        allowed_host: names that clients call the server by, as `host_pattern` gives them.
+        allow_origin: whose web pages may use the server besides its own, as `web_origin` gives them.
+        base: where the base checkpoint is; None takes what the manifest says.
+        threads: CPU threads of the backend; None leaves the choice to it.
+        max_queue: images that may wait.
+        max_batch: most images in an engine step; None takes the engine's.
+        step_batching: without it, one edit runs after the other.
+        cache_mib: for encoded pictures and prompts.
+        max_megapixels, max_body_mib: of a picture that is sent, and of a request.
+        request_seconds: for an edit.
+        preview_steps: of previews that say nothing.
+        drain_seconds: for accepted edits to finish after a signal.
+        min_replicas, max_replicas: engines of Ray Serve at all times, and while the queue is long; None takes the former.
+        replica_cpus, replica_gpus: that Ray counts for each.
+
+    Raises:
+        SliderEditError: a value that serves nobody.
+    """
+
+    engine: Path | None = None
+    host: str = "127.0.0.1"
+    port: int = 8000
+    model: str | None = None
+    api_key_file: Path | None = None
+    api_key: str | None = field(default=None, repr=False)
+    allowed_host: tuple[str, ...] = ()
+    allow_origin: tuple[str, ...] = ()
+    base: str | None = None
+    threads: int | None = None
+    max_queue: int = 64
+    max_batch: int | None = None
+    step_batching: bool = True
+    cache_mib: int = 256
+    max_megapixels: float = 16.0
+    max_body_mib: float = 32.0
+    request_seconds: float = 300.0
+    preview_steps: int = 4
+    drain_seconds: float = 30.0
+    min_replicas: int = 1
+    max_replicas: int | None = None
+    replica_cpus: float = 1.0
+    replica_gpus: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port <= 65535:
+            raise SliderEditError(f"--port is {self.port}; give 0 to 65535")
+        for name, least in _AT_LEAST.items():
+            if not getattr(self, name) >= least:
+                raise SliderEditError(f"{_option(name)} is {getattr(self, name)}; give at least {least}")
+        for name in _ABOVE_ZERO:
+            if not getattr(self, name) > 0:
+                raise SliderEditError(f"{_option(name)} is {getattr(self, name):g}; give a number above 0")
+        low, high = self.min_replicas, self.most_replicas
+        if not 1 <= low <= high:
+            raise SliderEditError(
+                f"{low} to {high} replicas were asked for; --min-replicas is at least 1, --max-replicas not less"
+            )
+        object.__setattr__(self, "allowed_host", tuple(map(host_pattern, self.allowed_host)))
+        object.__setattr__(self, "allow_origin", tuple(map(web_origin, self.allow_origin)))
+
+    @property
+    def most_replicas(self) -> int:
+        return self.min_replicas if self.max_replicas is None else self.max_replicas
+
+    def read_key(self) -> str | None:
+        """The key that clients have to bring; None asks for none.
+
+        Raises:
+            SliderEditError: a file that cannot be read, or a key that no header could carry.
+        """
+        if self.api_key_file is not None:
+            try:
+                key = self.api_key_file.read_text().strip()
+            except (OSError, UnicodeDecodeError) as error:
+                raise SliderEditError(f"the key file {str(self.api_key_file)!r} cannot be read ({error})") from None
+        else:
+            given = self.api_key if self.api_key is not None else os.environ.get(KEY_VARIABLE)
+            if given is None:
+                return None
+            key = given
+        if not key or not key.isascii() or not key.isprintable() or " " in key:
+            raise SliderEditError("the API key is empty, or holds spaces or characters beyond ASCII; choose another one")
+        return key
+
+    @classmethod
+    def from_arguments(cls, arguments: Mapping[str, Any]) -> ServeSettings:
+        """The settings that `serve run` and Ray's configuration files say: fields by name, whose values may be text.
+
+        A field that holds several values takes a list, or one value.
+
+        Raises:
+            SliderEditError: a name that is no field, or a value that is none of its type.
+        """
+        # It comes with FastAPI; who builds settings in Python needs neither.
+        from pydantic import TypeAdapter, ValidationError
+
+        given, known = dict(arguments), [each.name for each in fields(cls)]
+        if unknown := [name for name in given if name not in known]:
+            raise SliderEditError(f"{unknown[0]!r} is no option of a server; there are {', '.join(known)}")
+        for name in ("allowed_host", "allow_origin"):
+            if isinstance(given.get(name), str):
+                given[name] = [given[name]]
+        for name in ("engine", "api_key_file"):
+            if isinstance(given.get(name), str):
+                given[name] = user_path(given[name])
+        try:
+            return TypeAdapter(cls).validate_python(given)
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_context=False)[0]
+            message = first["msg"][:1].lower() + first["msg"][1:]
+            raise SliderEditError(f"{first['loc'][0]} is {first['input']!r}: {message}") from None
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def is_address(name: str) -> bool:
+    """Whether a host name is an IP address."""
+    try:
+        ip_address(name)
+    except ValueError:
+        return False
+    return True
+
+
+def host_pattern(text: str) -> str:
+    """Return the value of `--allowed-host` as `Host` headers are compared with it.
+
+    Args:
+        text: a host name without a port; `*` stands for any characters.
+
+    Raises:
+        SliderEditError: a URL, a name with a port, or not a host name.
+    """
+    name = text.strip().lower().removesuffix(".")
+    if not (is_address(name) or _NAME.fullmatch(name)):
+        raise SliderEditError(
+            f"--allowed-host {text!r} is not a host name; give one such as gpu-box.example.com, without a port"
+        )
+    return name
+
+
+def web_origin(text: str) -> str:
+    """Return the value of `--allow-origin` as browsers write it.
+
+    Args:
+        text: `scheme://host[:port]`; `*` for any page, `null` for pages without an origin (files, sandboxed frames).
+
+    Raises:
+        SliderEditError: anything else, such as an address with a path.
+    """
+    text = text.strip().lower()
+    if text in ("*", "null"):
+        return text
+    try:
+        parts = urlsplit(text)
+        port = None if parts.port == _DEFAULT_PORTS.get(parts.scheme) else parts.port
+    except ValueError:
+        parts, port = urlsplit(""), None
+    if not (parts.scheme and parts.hostname) or "@" in parts.netloc or text != f"{parts.scheme}://{parts.netloc}":
+        raise SliderEditError(f"--allow-origin {text!r} is not an origin; give scheme://host[:port], as in https://example.com")
+    host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
+    return f"{parts.scheme}://{host}" + (f":{port}" if port is not None else "")
