@@ -53,6 +53,37 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     return err
 
 
+EDIT = ["edit", "engine", "--image", "in.png", "--slider", RED, "--out", "out.png"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "shown"),
+    [
+        (["--help"], 0, "inference for SliderEdit"),
+        (["serve", "--help"], 0, "--max-megapixels"),
+        (["serve", "--port", "many"], 2, "argument --port: invalid int value: 'many'"),
+        (["serve", "--port", "70000"], 2, "--port is 70000; give 0 to 65535"),
+        ([*EDIT, "--slider", f"{RED}=nan"], 2, "has strength nan"),
+        ([*EDIT, "--guidance-scale", "nan"], 2, "guidance scale is nan"),
+        ([*EDIT, "--seed", str(2**64)], 2, "the seed is 18446744073709551616"),
+    ],
+)
+def test_help_and_refusals_of_arguments_wait_for_no_library(arguments: list[str], code: int, shown: str) -> None:
+    program = f"""
+import sys, time
+from slideredit_rt.cli import main
+try:
+    code = main({arguments!r})
+except SystemExit as end:
+    code = end.code
+loaded = [name for name in ("torch", "numpy", "diffusers", "PIL", "fastapi") if name in sys.modules]
+print(code, loaded, time.process_time() < 0.5)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == f"{code} [] True"
+    assert shown in done.stdout + done.stderr
+
+
 def test_edit_writes_a_picture_and_json(engines: dict[str, Path], picture: Path, tmp_path: Path, capsys: Any) -> None:
     out = tmp_path / "out.png"
     code, text, _ = run(
