@@ -7,6 +7,7 @@ import os
 import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext, suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -208,14 +209,11 @@ def picture_format(path: Path) -> str:
     return known[path.suffix.lower()]
 
 
-def check_output(path: Path, size: tuple[int, int] = (64, 64)) -> None:
-    """Refuse a file name whose format does not hold an RGB image of a size, before there is one.
-
-    Raises:
-        SliderEditError: a format that is unknown, that Pillow does not write, or that it writes in another format or size.
-    """
-    wanted, file = picture_format(path), io.BytesIO()
+@lru_cache(maxsize=256)
+def cannot_hold(wanted: str, size: tuple[int, int]) -> str | None:
+    """Why files of a format (Pillow's name) cannot hold an RGB image of a size; None where they can."""
     written: tuple[str | None, tuple[int, int]] = wanted, size
+    file = io.BytesIO()
     try:
         # Only an attempt tells: limits of size and mode are nowhere written down.
         Image.new("RGB", size).save(file, wanted)
@@ -224,10 +222,20 @@ def check_output(path: Path, size: tuple[int, int] = (64, 64)) -> None:
         if written != (wanted, size):
             raise ValueError(f"it would become a {written[0]} of {written[1][0]}×{written[1][1]} pixels")
     except Exception as error:  # encoders raise anything
-        reason = f"Pillow does not write {wanted} files" if wanted not in Image.SAVE else str(error)
+        return f"Pillow does not write {wanted} files" if wanted not in Image.SAVE else str(error)
+    return None
+
+
+def check_output(path: Path, size: tuple[int, int] = (64, 64)) -> None:
+    """Refuse a file name whose format does not hold an RGB image of a size, before there is one.
+
+    Raises:
+        SliderEditError: a format that is unknown, that Pillow does not write, or that it writes in another format or size.
+    """
+    if (reason := cannot_hold(picture_format(path), size)) is not None:
         raise SliderEditError(
             f"{path.name!r} cannot hold an RGB image of {size[0]}×{size[1]} pixels ({reason}); end the name in .png"
-        ) from None
+        )
 
 
 def save_image(image: Image.Image, path: Path) -> None:

@@ -314,6 +314,27 @@ def test_a_sweep_has_one_picture_per_strength(client, png, scene, st_editor):
         assert np.abs(pixels(picture(item)) - pixels(image)).max() <= 1
 
 
+@pytest.mark.parametrize(
+    ("output_format", "answer"),
+    [("webp", (400, "strip_too_large")), ("jpeg", (422, "unprocessable_edit")), ("png", (422, "unprocessable_edit"))],
+)
+def test_a_strip_that_its_format_cannot_hold_is_refused_before_the_work(client, png, output_format, answer):
+    """The title is wider than a WebP image may be; the prompt is longer than the engine reads, which encoding would tell."""
+    words = "make the circle red " * 199
+    sweep = {"from": 0, "to": 1, "count": 2, "strip": True}
+    fields = {"sliders": [{"instruction": words}], "sweep": sweep, "output_format": output_format, "image": data_url(png)}
+    said = client.post("/v1/images/edits", json=fields)
+    error = said.json()["error"]
+    assert (said.status_code, error["code"]) == answer
+    if output_format == "webp":
+        assert error["param"] == "output_format"
+        assert re.fullmatch(
+            r"the strip would have \d{5}×\d+ pixels and output_format 'webp' cannot hold them \(.*16383 pixels\); "
+            "ask for png, or for fewer strengths",
+            error["message"],
+        )
+
+
 def test_a_sweeps_strip_is_one_picture(client, png):
     sweep = {"from": 0, "to": 1, "count": 3, "strip": True}
     (item,) = edit(client, png, prompt=RED, sweep=json.dumps(sweep)).json()["data"]
@@ -515,6 +536,11 @@ def test_metrics_count_what_was_done(client, png):
     assert grown['slideredit_http_responses_total{route="/v1/images/edits",status="422"}'] == 1
     assert after["slideredit_queued_images"] == after["slideredit_running_images"] == 0
     assert "square" not in client.get("/metrics").text
+
+
+def test_a_second_application_over_a_service_doubles_no_metric(client, service):
+    create_app(service, model="again")
+    assert client.get("/metrics").text.count("# TYPE slideredit_queued_images gauge\n") == 1
 
 
 # Pictures of all kinds.

@@ -23,6 +23,7 @@ class Metrics(Observer):
 
     def __init__(self) -> None:
         self.registry = own = CollectorRegistry()
+        self._watched: EditService | None = None
         how, seconds = ("outcome", "mode"), _SECONDS
         self._requests = Counter("slideredit_requests", "Edits that ended, by how.", how, registry=own)
         self._request_seconds = Histogram("slideredit_request_seconds", "Whole edit.", how, buckets=seconds, registry=own)
@@ -35,8 +36,10 @@ class Metrics(Observer):
         self._http = Counter("slideredit_http_responses", "HTTP responses.", ("route", "status"), registry=own)
 
     def watch(self, service: EditService) -> None:
-        """Read the service's queue at every scrape."""
-        self.registry.register(_Levels(service))
+        """Read the service's queue at every scrape; once, however many applications are over it."""
+        if self._watched is not service:
+            self._watched = service
+            self.registry.register(_Levels(service))
 
     def answered(self, route: str, status: int) -> None:
         """An HTTP response was begun."""

@@ -6,7 +6,6 @@ import base64
 import binascii
 import io
 import re
-from collections.abc import Sequence
 from typing import Any, Literal
 from urllib.parse import unquote
 
@@ -81,8 +80,3 @@ def encode_picture(image: Image.Image, output_format: OutputFormat, compression:
     file = io.BytesIO()
     image.save(file, output_format, **options)
     return base64.b64encode(file.getvalue()).decode()
-
-
-def encode_pictures(images: Sequence[Image.Image], output_format: OutputFormat, compression: int) -> list[str]:
-    """`encode_picture` of each."""
-    return [encode_picture(image, output_format, compression) for image in images]

@@ -1,0 +1,232 @@
+"""What the routes of the HTTP API do: fields to a request of the service, and its images to an answer."""
+
+from __future__ import annotations
+
+import copy
+import math
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TypeVar
+
+from anyio import CapacityLimiter, to_thread
+from fastapi import Request, Response
+from PIL import Image
+
+from slideredit_rt.assets import resolve_base
+from slideredit_rt.editor import SliderEditor
+from slideredit_rt.images import cannot_hold, grid_size
+from slideredit_rt.serving.answers import EventStream, Form, Running
+from slideredit_rt.serving.body import Limits, read_edit
+from slideredit_rt.serving.faults import Fault
+from slideredit_rt.serving.pictures import OutputFormat, decode_picture, picture_bytes
+from slideredit_rt.serving.schemas import (
+    MAX_SOURCES,
+    EditFields,
+    EngineInfo,
+    Model,
+    SpansFields,
+    SpansResponse,
+    SweepField,
+    Token,
+)
+from slideredit_rt.serving.service import EditRequest, EditService
+from slideredit_rt.settings import SEEDS
+from slideredit_rt.sliders import PromptToken, Slider, compose_prompt, normalise
+
+_DECODERS = 4
+
+T = TypeVar("T")
+
+
+class Tokens:
+    """Tokens of prompts; safe between threads. Its tokenizers are its own, so that none waits for the editor's encodings."""
+
+    def __init__(self, editor: SliderEditor) -> None:
+        self.editor = editor
+        self.text_rows = editor.family.max_text_rows(editor.pipeline)
+        self._pipeline = copy.copy(editor.pipeline)
+        for name in ("tokenizer", "tokenizer_2", "processor"):
+            if getattr(editor.pipeline, name, None) is not None:
+                setattr(self._pipeline, name, copy.deepcopy(getattr(editor.pipeline, name)))
+        self._lock = threading.Lock()
+
+    def of(self, prompt: str, images: Sequence[Image.Image] = ()) -> list[PromptToken]:
+        with self._lock:
+            return self.editor.family.tokenize(self._pipeline, prompt, images)
+
+
+class Api:
+    """What the routes do.
+
+    Args:
+        service: runs the edits.
+        model: its name to clients.
+        limits: of one request.
+        preview_steps: of a preview that names none.
+    """
+
+    def __init__(self, service: EditService, model: str, limits: Limits, preview_steps: int) -> None:
+        self.service = service
+        self.editor = service.editor
+        self.limits = limits
+        self.preview_steps = min(preview_steps, self.editor.family.num_inference_steps)
+        self.max_images = MAX_SOURCES if self.editor.family.takes_several_pictures(self.editor.pipeline) else 1
+        self.tokens = Tokens(self.editor)
+        self._workers = CapacityLimiter(_DECODERS)
+        self.model = Model(id=model, created=int(time.time()), engine=self._engine())
+
+    def _engine(self) -> EngineInfo:
+        editor = self.editor
+        manifest = getattr(editor.engine, "manifest", None)
+        return EngineInfo(
+            kind=editor.kind,
+            family=editor.family.name,
+            backend="torch" if manifest is None else manifest.backend,
+            adapters=list(editor.members),
+            max_sliders=editor.max_sliders,
+            num_inference_steps=editor.family.num_inference_steps,
+            preview_steps=self.preview_steps,
+            max_images=self.max_images,
+            side=editor.family.side(editor.pipeline),
+            embedded=Path(editor.pipeline.name_or_path) == resolve_base("shapes-kontext"),
+        )
+
+    async def work(self, function: Callable[[], T]) -> T:
+        """Run a function on one of a few threads, so that no more pictures are unpacked at once."""
+        return await to_thread.run_sync(function, limiter=self._workers)
+
+    async def edit(self, request: Request) -> Response:
+        """The answer to an edit; raises `Fault`, `SliderEditError` and `ClientDisconnect`."""
+        fields, files = await read_edit(request, EditFields, self.limits)
+        edit, form = await self.work(lambda: self._submission(fields, files))
+        with ExitStack() as stack:
+            running = Running(self.service, edit, request.receive)
+            stack.callback(running.close)
+            if not fields.stream:
+                images = await running.pictures()
+                body = await self.work(lambda: form.response(images).model_dump_json())
+                return Response(body, media_type="application/json")
+            # The first event decides about the status: what fails before it is an error like any other.
+            first = await running.next()
+            stack.pop_all()
+            return EventStream(running, first, form, self.work)
+
+    def _submission(self, fields: EditFields, files: Sequence[bytes]) -> tuple[EditRequest, Form]:
+        """What to submit for these fields, and how to write its answer."""
+        self.check_model(fields.model)
+        sliders = self._sliders(fields)
+        strengths = self._strengths(fields, sliders)
+        settings = fields.settings(self.preview_steps)
+        images = self._sources(fields, files)
+        self._check_size(fields.size, images)
+        output_format = fields.output_format or "png"
+        strip = None
+        if fields.sweep is not None and fields.sweep.strip:
+            strip = sliders[fields.sweep.slider].instruction, fields.sweep.slider
+            size = grid_size(self.editor.edited_size(images), len(strengths), [""], strip[0])
+            self._check_strip(size, output_format)
+        partial_images = (fields.partial_images or 0) if fields.stream else 0
+        request = EditRequest(
+            image=images,
+            sliders=sliders,
+            strengths=strengths,
+            settings=settings,
+            consecutive_seeds=fields.sweep is None,
+            interactive=fields.preview,
+            timeout=self.limits.request_seconds,
+            partial_every=math.ceil(self.editor.number_of_steps(settings) / (partial_images + 1)) if partial_images else 0,
+        )
+        pixels_per_row = (2 * self.editor.pipeline.vae_scale_factor) ** 2
+        prompt = normalise(fields.prompt) if fields.prompt else compose_prompt([s.instruction for s in sliders])
+        form = Form(
+            output_format=output_format,
+            compression=100 if fields.output_compression is None else fields.output_compression,
+            seeds=request.seeds,
+            strengths=strengths,
+            strip=strip,
+            text_tokens=sum(token.end > token.start for token in self.tokens.of(prompt, images)),
+            pixels_per_row=pixels_per_row,
+            other_rows=sum(math.prod(self.editor.edited_size([image])) // pixels_per_row for image in images[:-1]),
+        )
+        return request, form
+
+    def _strengths(self, fields: EditFields, sliders: Sequence[Slider]) -> tuple[tuple[float, ...], ...]:
+        """The strengths of each image: n times the sliders' own, or those of a sweep."""
+        own = tuple(slider.strength for slider in sliders)
+        n = fields.n or 1
+        if (sweep := fields.sweep) is not None:
+            self._check_sweep(sweep, fields, len(sliders))
+            return tuple((*own[: sweep.slider], s, *own[sweep.slider + 1 :]) for s in sweep.strengths)
+        if (last := fields.seed + n - 1) not in SEEDS:
+            message = f"seed is {fields.seed} and n is {n}, so that the last seed would be {last}; give at most {SEEDS[-1]}"
+            raise Fault(400, message, param="seed", code="seed_too_large")
+        return (own,) * n
+
+    def _check_sweep(self, sweep: SweepField, fields: EditFields, sliders: int) -> None:
+        if sweep.slider >= sliders:
+            message = f"sweep.slider is {sweep.slider} and there are {sliders} slider(s), counted from 0"
+            raise Fault(400, message, param="sweep.slider", code="no_such_slider")
+        n = fields.n or 1
+        if n > 1 or (sweep.strip and fields.stream):
+            other = f"n is {n}" if n > 1 else "its strip is one picture that is made last"
+            raise Fault(400, f"a sweep goes with neither: {other}; leave one out", param="sweep", code="sweep_alone")
+
+    def _check_strip(self, size: tuple[int, int], output_format: OutputFormat) -> None:
+        if output_format != "png" and (reason := cannot_hold(output_format.upper(), size)) is not None:
+            raise Fault(
+                400,
+                f"the strip would have {size[0]}×{size[1]} pixels and output_format {output_format!r} cannot hold them "
+                f"({reason}); ask for png, or for fewer strengths",
+                param="output_format",
+                code="strip_too_large",
+            )
+
+    def _sources(self, fields: EditFields, files: Sequence[bytes]) -> tuple[Image.Image, ...]:
+        """The images to edit: those of the form, then those in the fields, as they stand there."""
+        texts = [("image", text) for text in ([fields.image] if isinstance(fields.image, str) else fields.image or [])]
+        texts += [("images", image.image_url) for image in fields.images or []]
+        count = len(files) + len(texts)
+        if not 1 <= count <= self.max_images:
+            wanted = "one" if self.max_images == 1 else f"1 to {self.max_images}"
+            code = "one_image" if self.max_images == 1 else "number_of_images"
+            raise Fault(400, f"{count} pictures were sent; send {wanted} as image", param="image", code=code)
+        sources = [*files, *(picture_bytes(text, param) for param, text in texts)]
+        names = ["the picture"] if count == 1 else [f"image {number}" for number in range(1, count + 1)]
+        return tuple(
+            decode_picture(data, name, max_pixels=self.limits.pixels, max_aspect=self.limits.aspect)
+            for data, name in zip(sources, names, strict=True)
+        )
+
+    def _sliders(self, fields: EditFields) -> tuple[Slider, ...]:
+        """The sliders, or one for the whole prompt."""
+        if fields.sliders is not None:
+            return tuple(Slider(s.instruction, s.strength, s.adapter) for s in fields.sliders)
+        if fields.prompt is None:
+            raise Fault(400, "neither a prompt nor sliders were given; say what to edit", param="prompt", code="missing")
+        return (Slider(fields.prompt, adapter=next(iter(self.editor.members), None)),)
+
+    def _check_size(self, size: str | None, images: Sequence[Image.Image]) -> None:
+        if size in (None, "auto"):
+            return
+        width, height = self.editor.edited_size(images)
+        if size != f"{width}x{height}":
+            message = f"size is {size[:40]!r} and this engine edits this picture at {width}x{height}; give that, or auto"
+            raise Fault(400, message, param="size", code="invalid_size")
+
+    def check_model(self, name: str | None) -> None:
+        if name is not None and name != self.model.id:
+            message = f"the model {name[:80]!r} is not served here; this is {self.model.id!r}"
+            raise Fault(404, message, param="model", code="model_not_found")
+
+    def spans(self, fields: SpansFields) -> SpansResponse:
+        """The tokens of a prompt and whose they are."""
+        sliders = [Slider(s.instruction, adapter=s.adapter) for s in fields.sliders]
+        prompt = normalise(fields.prompt) if fields.prompt else compose_prompt([s.instruction for s in sliders])
+        tokens = self.tokens.of(prompt)
+        found = self.editor.controls.find_spans(prompt, sliders, tokens, self.tokens.text_rows)
+        owners = {row: i for i, rows in enumerate(found) for row in rows}
+        listed = [Token(text=t.text, start=t.start, end=t.end, slider=owners.get(t.row)) for t in tokens]
+        return SpansResponse(prompt=prompt, tokens=listed, text_rows=self.tokens.text_rows)

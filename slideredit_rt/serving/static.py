@@ -1,0 +1,53 @@
+"""The page of a server, its picture to try, and the description of its API for people."""
+
+from __future__ import annotations
+
+import io
+import mimetypes
+from collections.abc import Callable
+from functools import lru_cache
+from importlib.resources import files as package_files
+from pathlib import Path
+
+from fastapi import FastAPI, Response
+
+_PAGE_HEADERS = {
+    "Cache-Control": "no-cache",
+    "Content-Security-Policy": (
+        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; connect-src 'self'; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    ),
+    # Without any referrer, browsers also leave out Origin, which tells the page's own requests from a stranger's.
+    "Referrer-Policy": "same-origin",
+}
+_MEDIA_TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
+_SWAGGER_UI = ("swagger-ui-bundle.js", "swagger-ui.css")
+
+
+@lru_cache
+def sample_picture() -> bytes:
+    """A scene of the shapes world, as a PNG file: something to edit."""
+    from slideredit_rt.shapes.world import held_out_examples, scene_image
+
+    file = io.BytesIO()
+    scene_image(held_out_examples(1, 1)[0]).save(file, "PNG")
+    return file.getvalue()
+
+
+def serve_page(app: FastAPI) -> None:
+    """`GET /`, `/docs` with Swagger UI, and the files beside them."""
+
+    def serve(path: str, content: bytes | Callable[[], bytes], media_type: str) -> None:
+        async def get() -> Response:
+            return Response(content if isinstance(content, bytes) else content(), media_type=media_type, headers=_PAGE_HEADERS)
+
+        app.add_api_route(path, get, include_in_schema=False)
+
+    swagger = package_files("fastapi_swagger.resources")
+    files = [*package_files("slideredit_rt.serving").joinpath("page").iterdir(), *(swagger.joinpath(n) for n in _SWAGGER_UI)]
+    for file in files:
+        name, suffix = file.name, Path(file.name).suffix
+        media_type = _MEDIA_TYPES.get(suffix) or mimetypes.guess_type(name)[0] or "application/octet-stream"
+        path = name.removesuffix("index.html").removesuffix(".html")
+        serve(f"/{path}", file.read_bytes(), media_type)
+    serve("/sample.png", sample_picture, "image/png")
