@@ -141,6 +141,11 @@ class SliderEditor:
         return self.controls.kind
 
     @property
+    def curve(self) -> StrengthCurve:
+        """From strength to alpha, see `Controls.curve`."""
+        return self.controls.curve
+
+    @property
     def members(self) -> Mapping[str, StrengthCurve]:
         """The adapters of a bank, see `Controls.members`; empty without a bank."""
         return self.controls.members

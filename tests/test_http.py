@@ -32,8 +32,9 @@ from slideredit_rt.serving.app import PREVIEW_STEPS, create_app
 from slideredit_rt.serving.body import Limits
 from slideredit_rt.serving.metrics import Metrics
 from slideredit_rt.serving.pictures import decode_picture
+from slideredit_rt.serving.requests import EditRequest
 from slideredit_rt.serving.server import HEADER_BYTES, Server
-from slideredit_rt.serving.service import EditRequest, EditService
+from slideredit_rt.serving.service import EditService
 from slideredit_rt.settings import EditSettings
 
 RED, DARK = "make the circle red", "make the background dark"

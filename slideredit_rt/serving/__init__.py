@@ -6,20 +6,20 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from slideredit_rt.serving.service import (
+    from slideredit_rt.serving.job import Ticket
+    from slideredit_rt.serving.requests import (
         Cancelled,
         Closed,
         DeadlineExceeded,
         EditRequest,
-        EditService,
         EngineFailure,
         Observer,
         Outcome,
         Partial,
         QueueFull,
         Stats,
-        Ticket,
     )
+    from slideredit_rt.serving.service import EditService
 
 __all__ = [
     "Cancelled",
@@ -40,5 +40,6 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     # The command's parser reads one of these modules; it should not wait for diffusers.
     if name in __all__:
-        return getattr(import_module("slideredit_rt.serving.service"), name)
+        module = {"EditService": "service", "Ticket": "job"}.get(name, "requests")
+        return getattr(import_module(f"slideredit_rt.serving.{module}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -21,8 +21,9 @@ from slideredit_rt.errors import SliderEditError
 from slideredit_rt.images import draw_grid
 from slideredit_rt.serving.faults import Fault, fault_of
 from slideredit_rt.serving.pictures import OutputFormat, encode_picture
+from slideredit_rt.serving.requests import EditRequest, Partial
 from slideredit_rt.serving.schemas import EditedImage, EditResponse, InputTokens, Usage
-from slideredit_rt.serving.service import EditRequest, EditService, Partial
+from slideredit_rt.serving.service import EditService
 
 Work = Callable[[Callable[[], str]], Awaitable[str]]
 """Runs a function on another thread."""

@@ -22,6 +22,7 @@ from slideredit_rt.serving.answers import EventStream, Form, Running
 from slideredit_rt.serving.body import Limits, read_edit
 from slideredit_rt.serving.faults import Fault
 from slideredit_rt.serving.pictures import OutputFormat, decode_picture, picture_bytes
+from slideredit_rt.serving.requests import EditRequest
 from slideredit_rt.serving.schemas import (
     MAX_SOURCES,
     EditFields,
@@ -32,7 +33,7 @@ from slideredit_rt.serving.schemas import (
     SweepField,
     Token,
 )
-from slideredit_rt.serving.service import EditRequest, EditService
+from slideredit_rt.serving.service import EditService
 from slideredit_rt.settings import SEEDS
 from slideredit_rt.sliders import PromptToken, Slider, compose_prompt, normalise
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.images import PictureTooLarge
-from slideredit_rt.serving.service import Cancelled, Closed, DeadlineExceeded, EngineFailure, QueueFull
+from slideredit_rt.serving.requests import Cancelled, Closed, DeadlineExceeded, EngineFailure, QueueFull
 
 
 class Fault(Exception):

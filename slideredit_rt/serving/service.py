@@ -8,11 +8,9 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, InvalidStateError
-from contextlib import suppress
-from dataclasses import dataclass, field
+from concurrent.futures import Future
 from functools import partial
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from PIL import Image
@@ -22,199 +20,28 @@ from slideredit_rt.editor import SliderEditor, broken_rows, not_finite
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.serving.batch import Batch, Row, make_rows
 from slideredit_rt.serving.cache import EncodingCache
+from slideredit_rt.serving.job import Job, Ticket, outcome_of
+from slideredit_rt.serving.requests import (
+    Cancelled,
+    Closed,
+    DeadlineExceeded,
+    EditRequest,
+    EngineFailure,
+    Observer,
+    Partial,
+    QueueFull,
+    Stats,
+)
 from slideredit_rt.serving.scheduler import Scheduler
-from slideredit_rt.settings import EditSettings, check_seed
-from slideredit_rt.sliders import Slider, check_strength
+from slideredit_rt.settings import check_seed
+from slideredit_rt.sliders import check_strength
 
 T = TypeVar("T")
-Outcome = Literal["completed", "refused", "failed", "cancelled", "deadline"]
-"""How a request ended: `refused` for bad input or a full queue, `failed` where the engine or a decoder did."""
 
 PREVIEWS_COME = 10.0
 """Seconds after a preview's submission in which another one is expected."""
 
 _log = logging.getLogger(__name__)
-
-
-class QueueFull(SliderEditError):
-    """The queue has no room for a request; `retry_after` seconds from now it is expected to have it."""
-
-    def __init__(self, message: str, retry_after: float) -> None:
-        super().__init__(message)
-        self.retry_after = retry_after
-
-
-class DeadlineExceeded(SliderEditError):
-    """A request's time was up before its images were ready."""
-
-
-class Cancelled(SliderEditError):
-    """A request was cancelled."""
-
-
-class Closed(SliderEditError):
-    """The service takes no more requests."""
-
-
-class EngineFailure(SliderEditError):
-    """Something other than bad input kept a request from its images."""
-
-
-@dataclass(frozen=True, eq=False)
-class EditRequest:
-    """One source image or several, one prompt, and one image per setting of its sliders.
-
-    Attributes:
-        image: the image to edit, RGB; several for a base that takes them. Not to be changed while the request runs.
-        sliders: instructions; their own strengths do not count.
-        strengths: one per slider, for each image: n images, or a sweep.
-        settings: of the edit.
-        consecutive_seeds: the noise of the images has the seeds seed, seed + 1, …; without it, all have the settings' seed.
-        interactive: a preview, which goes before full edits.
-        timeout: seconds from the submission to the deadline; None waits for ever.
-        partial_every: steps from one partial image to the next; 0 makes none.
-    """
-
-    image: Image.Image | Sequence[Image.Image]
-    sliders: tuple[Slider, ...]
-    strengths: tuple[tuple[float, ...], ...]
-    settings: EditSettings = field(default_factory=EditSettings)
-    consecutive_seeds: bool = False
-    interactive: bool = False
-    timeout: float | None = None
-    partial_every: int = 0
-
-    @property
-    def seeds(self) -> tuple[int, ...]:
-        """Of the noise of each image."""
-        return tuple(self.settings.seed + index * self.consecutive_seeds for index in range(len(self.strengths)))
-
-
-@dataclass(frozen=True)
-class Partial:
-    """What image `index` of a request is expected to become, after `step` of `steps` steps."""
-
-    index: int
-    step: int
-    steps: int
-    image: Image.Image
-
-
-class Observer:
-    """Told what happens in a service; override what is of interest. Called from several threads; must return at once, and
-    raise nothing.
-
-    Nothing here tells a request's words or pictures.
-    """
-
-    def step(self, rows: int, seconds: float, interactive: bool) -> None:
-        """An engine call was made for `rows` images; a step with a negative pass counts as one."""
-
-    def encoded(self, seconds: float) -> None:
-        """A request was encoded, from the cache or afresh."""
-
-    def decoded(self, images: int, seconds: float) -> None:
-        """Images were decoded together, final or partial."""
-
-    def cache(self, kind: str, hit: bool) -> None:
-        """An encoding (`pictures`, `tokens` or `text`) was looked for."""
-
-    def finished(self, outcome: Outcome, images: int, interactive: bool, seconds: float) -> None:
-        """A request ended, `seconds` after its submission."""
-
-
-@dataclass(frozen=True)
-class Stats:
-    """A service at one moment. Counts are since it began.
-
-    Attributes:
-        queued: images that have not made a step yet.
-        running: images that have, and are not decoded yet.
-        outcomes: number of requests by `Outcome`.
-        batch_sizes: number of engine steps by their rows.
-        step_seconds: time in engine steps.
-        cache_hits, cache_misses: by kind of encoding.
-        cache_bytes, cache_entries: kept now.
-    """
-
-    queued: int
-    running: int
-    outcomes: dict[str, int]
-    batch_sizes: dict[int, int]
-    step_seconds: float
-    cache_hits: dict[str, int]
-    cache_misses: dict[str, int]
-    cache_bytes: int
-    cache_entries: int
-
-
-@dataclass(eq=False)
-class _Job(Generic[T]):
-    """A request on its way: waiting for its encoding, then rows, then decoded images."""
-
-    request: EditRequest
-    seeds: tuple[int, ...]
-    steps: int
-    convert: Callable[[Tensor], Sequence[Any]]
-    collect: Callable[[list[Any]], T]
-    on_partial: Callable[[Partial], None] | None
-    future: Future[T] = field(default_factory=Future)
-    submitted: float = field(default_factory=time.monotonic)
-    rows: list[Row] = field(default_factory=list)
-    images: dict[int, Any] = field(default_factory=dict)
-
-    @property
-    def deadline(self) -> float:
-        return math.inf if self.request.timeout is None else self.submitted + self.request.timeout
-
-    @property
-    def waiting(self) -> int:
-        """Images without a step."""
-        return sum(row.step == 0 for row in self.rows) if self.rows else len(self.seeds)
-
-    @property
-    def remaining(self) -> int:
-        """Steps that all its images have still to make."""
-        return sum(row.steps - row.step for row in self.rows) if self.rows else self.steps * len(self.seeds)
-
-    def complete(self) -> None:
-        """All images are there. Of several attempts to end a job the first one counts."""
-        with suppress(InvalidStateError):
-            self.future.set_result(self.collect([self.images[index] for index in range(len(self.seeds))]))
-
-    def fail(self, error: Exception) -> None:
-        # Tracebacks keep frames, and those keep this job, in a cycle until the collector comes by.
-        for part in (error, error.__cause__):
-            if part is not None:
-                part.__traceback__ = None
-        with suppress(InvalidStateError):
-            self.future.set_exception(error)
-
-
-def _outcome_of(future: Future[Any]) -> Outcome:
-    """How the request of a settled future ended."""
-    if future.cancelled():
-        return "cancelled"
-    error = future.exception()
-    kinds: dict[type[BaseException], Outcome] = {Cancelled: "cancelled", DeadlineExceeded: "deadline", EngineFailure: "failed"}
-    return "completed" if error is None else kinds.get(type(error), "refused")
-
-
-class Ticket(Generic[T]):
-    """A submitted request.
-
-    Attributes:
-        future: its images; or a `SliderEditError`: bad input, `DeadlineExceeded`, `Cancelled`, `EngineFailure`. Cancelling the
-            future is as good as `cancel`.
-    """
-
-    def __init__(self, job: _Job[T]) -> None:
-        self._job = job
-        self.future: Future[T] = job.future
-
-    def cancel(self) -> None:
-        """Give up: the future raises `Cancelled` at once, and the request's rows leave at the next step boundary."""
-        self._job.fail(Cancelled("the request was cancelled"))
 
 
 class EditService:
@@ -257,8 +84,8 @@ class EditService:
         self._scheduler = Scheduler(max_batch, step_batching=step_batching)
         # Everything below is read and written under this lock.
         self._changed = threading.Condition()
-        self._jobs: dict[Future[Any], _Job[Any]] = {}
-        self._to_encode: dict[bool, deque[_Job[Any]]] = {True: deque(), False: deque()}
+        self._jobs: dict[Future[Any], Job[Any]] = {}
+        self._to_encode: dict[bool, deque[Job[Any]]] = {True: deque(), False: deque()}
         self._to_decode: list[Row] = []
         self._partials: dict[Row, tuple[int, Tensor]] = {}
         self._last_preview = -math.inf
@@ -309,7 +136,7 @@ class EditService:
         try:
             self._check(request)
             steps = self.editor.number_of_steps(request.settings)
-            job = _Job(request, request.seeds, steps, convert, collect, on_partial)
+            job = Job(request, request.seeds, steps, convert, collect, on_partial)
             with self._changed:
                 if self._closing:
                     raise Closed("the service is closing and takes no more requests; try another one")
@@ -346,7 +173,7 @@ class EditService:
         if request.partial_every < 0:
             raise SliderEditError(f"partial images every {request.partial_every} steps were asked for; give 0 or more")
 
-    def _check_room(self, job: _Job[Any]) -> None:
+    def _check_room(self, job: Job[Any]) -> None:
         interactive, count = job.request.interactive, len(job.seeds)
         ahead = [other for other in self._jobs.values() if other.request.interactive >= interactive]
         waiting = sum(other.waiting for other in ahead if other.request.interactive == interactive)
@@ -399,7 +226,7 @@ class EditService:
 
     def _retire(self, future: Future[Any]) -> None:
         """The future of a job was settled, by whomever: exactly once per job."""
-        outcome = _outcome_of(future)
+        outcome = outcome_of(future)
         with self._changed:
             job = self._jobs.pop(future)
             job.rows = []  # they know the job: another such cycle
@@ -433,7 +260,7 @@ class EditService:
     def _make_step(self) -> bool:
         """Wait for rows, and make one step with some; False when the service has stopped."""
         with self._changed:
-            expired: list[_Job[Any]] = []
+            expired: list[Job[Any]] = []
             while not expired and not self._stopped:
                 now = time.monotonic()
                 expired = [job for job in self._jobs.values() if job.deadline <= now]
@@ -484,7 +311,7 @@ class EditService:
         return self._batches[key]
 
     def _wants_partial(self, row: Row) -> bool:
-        job: _Job[Any] = row.owner
+        job: Job[Any] = row.owner
         every, step = job.request.partial_every, row.step + 1
         return job.on_partial is not None and every > 0 and step % every == 0 and step < row.steps
 
@@ -530,7 +357,7 @@ class EditService:
         job = self._next_job(interactive=False)
         return None if job is None else partial(self._encode, job)
 
-    def _next_job(self, *, interactive: bool) -> _Job[Any] | None:
+    def _next_job(self, *, interactive: bool) -> Job[Any] | None:
         queue = self._to_encode[interactive]
         while queue and queue[0].future.done():
             queue.popleft()
@@ -541,7 +368,7 @@ class EditService:
         others = (row for row in rows if row is not first and row.key == first.key and row.interactive == first.interactive)
         return [first, *others][: self._scheduler.limit(interactive=first.interactive, beside_previews=self._beside_previews())]
 
-    def _encode(self, job: _Job[Any]) -> None:
+    def _encode(self, job: Job[Any]) -> None:
         request, started = job.request, time.perf_counter()
         try:
             prepared = self.editor.prepare(request.image, request.sliders, request.settings, remember=self._cache)
@@ -580,7 +407,7 @@ class EditService:
             return
         broken = broken_rows(pixels)
         for place, (row, image) in enumerate(zip(rows, pixels, strict=True)):
-            job: _Job[Any] = row.owner
+            job: Job[Any] = row.owner
             if place in broken:
                 names = [slider.instruction for slider in job.request.sliders]
                 job.fail(not_finite(names, job.request.strengths[row.index]))
@@ -599,7 +426,7 @@ class EditService:
         whole = [place for place in range(len(parts)) if place not in broken]
         for place, image in zip(whole, self.editor.to_images(pixels[whole]), strict=True):
             row, step, _ = parts[place]
-            job: _Job[Any] = row.owner
+            job: Job[Any] = row.owner
             if job.on_partial is None or job.future.done():
                 continue
             try:
