@@ -11,25 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_http import listening
+from http_server import serving
 
 from slideredit_rt.bench.serve import Load, bodies_of, measure, open_client
 from slideredit_rt.bench.serving_marks import Size, markdown, measure_rounds, summarise, verdict
 from slideredit_rt.cli import main
-from slideredit_rt.editor import SliderEditor
 from slideredit_rt.errors import SliderEditError
-from slideredit_rt.serving.app import create_app
-from slideredit_rt.serving.metrics import Metrics
-from slideredit_rt.serving.service import EditService
 
 
 @pytest.fixture(scope="module")
 def url(engines: dict[str, Path]) -> Iterator[str]:
-    metrics = Metrics()
-    with EditService(SliderEditor.from_engine(engines["st"], threads=1), observer=metrics) as service:
-        app = create_app(service, model="shapes", api_key="secret")
-        with listening(app, service) as (address, _):
-            yield address
+    with serving(engines["st"], api_key="secret") as address:
+        yield address
 
 
 def run(url: str, load: Load, key: str = "secret") -> dict[str, Any]:

@@ -9,13 +9,13 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from http_server import waited_for
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -461,9 +461,7 @@ def test_a_killed_build_leaves_nothing_that_loads(tmp_path: Path, capsys: Any, h
     process = subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"}
     )
-    deadline = time.monotonic() + 120
-    while not list(tmp_path.glob(".engine.*.tmp")) and time.monotonic() < deadline:
-        time.sleep(0.02)
+    waited_for(lambda: list(tmp_path.glob(".engine.*.tmp")), 120)
     process.send_signal(how)
     process.wait(timeout=60)
     assert not out.exists()

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 import zlib
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from urllib.parse import quote
 
 import httpx
@@ -20,6 +20,7 @@ import numpy as np
 import openai
 import pytest
 import schemathesis
+from http_server import as_file, listening, picture, waited_for
 from hypothesis import HealthCheck, given, settings
 from PIL import Image
 from qwen_checkpoint import picture as qwen_picture
@@ -33,7 +34,7 @@ from slideredit_rt.serving.body import Limits
 from slideredit_rt.serving.metrics import Metrics
 from slideredit_rt.serving.pictures import decode_picture
 from slideredit_rt.serving.requests import EditRequest
-from slideredit_rt.serving.server import HEADER_BYTES, Server
+from slideredit_rt.serving.server import HEADER_BYTES
 from slideredit_rt.serving.service import EditService
 from slideredit_rt.settings import EditSettings
 
@@ -41,24 +42,6 @@ RED, DARK = "make the circle red", "make the background dark"
 BOTH = f"{RED} and {DARK}"
 SLIDERS = [{"instruction": RED, "strength": 0.5}, {"instruction": DARK, "strength": 1.25}]
 STEPS = 3
-
-
-@contextmanager
-def listening(app, service, **options):
-    """A server of its own thread; yields its address and the server."""
-    started = threading.Event()
-    server = Server(app, service, on_ready=started.set, **options)
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        address = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        thread = threading.Thread(target=server.run, args=([listener],))
-        thread.start()
-        assert started.wait(30)
-        try:
-            yield address, server
-        finally:
-            server.should_exit = True
-            thread.join(30)
-    assert not thread.is_alive()
 
 
 @pytest.fixture(scope="module")
@@ -104,17 +87,6 @@ def png(request):
     return as_file(request.getfixturevalue("scene"))
 
 
-def as_file(image, kind="PNG", **options):
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()
-
-
-def picture(item):
-    """The picture of an entry of `data`, or of an event."""
-    return Image.open(io.BytesIO(base64.b64decode(item["b64_json"])))
-
-
 def pixels(image):
     return np.asarray(image).astype(int)
 
@@ -142,13 +114,6 @@ def events(text):
     """Kinds and data of server-sent events."""
     blocks = [dict(line.split(": ", 1) for line in block.split("\n")) for block in text.strip().split("\n\n")]
     return [(block["event"], json.loads(block["data"])) for block in blocks]
-
-
-def waited_for(condition, seconds=20):
-    end = time.monotonic() + seconds
-    while not condition() and time.monotonic() < end:
-        time.sleep(0.01)
-    return condition()
 
 
 # Edits.

@@ -24,13 +24,10 @@ import httpx
 import numpy as np
 import pytest
 import torch
-import uvicorn
+from http_server import as_file, serving
 from PIL import Image
 
 from slideredit_rt.bench.serve import local_server
-from slideredit_rt.editor import SliderEditor
-from slideredit_rt.serving.app import create_app
-from slideredit_rt.serving.service import EditService
 from slideredit_rt.shapes.measurer import measure, response
 from slideredit_rt.shapes.world import Example, held_out_examples, scene_image
 
@@ -42,25 +39,6 @@ THUMB = 20  # width of a slider's thumb in pixels
 LARGEST = 1.5
 
 expect.set_options(timeout=30_000)  # a busy machine is no fault
-
-
-@contextmanager
-def serving(engine: Path, **options: Any) -> Iterator[str]:
-    """A server of an engine on a free port of this machine."""
-    with EditService(SliderEditor.from_engine(engine, threads=1)) as service:
-        app = create_app(service, model="shapes-kontext", **options)
-        server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
-        thread = threading.Thread(target=server.run)
-        thread.start()
-        while not server.started:
-            assert thread.is_alive(), "the server did not start"
-            time.sleep(0.01)
-        port = server.servers[0].sockets[0].getsockname()[1]
-        try:
-            yield f"http://127.0.0.1:{port}"
-        finally:
-            server.should_exit = True
-            thread.join()
 
 
 @pytest.fixture(scope="module")
@@ -112,9 +90,7 @@ def example() -> Example:
 
 @pytest.fixture(scope="module")
 def picture(example: Example) -> bytes:
-    file = io.BytesIO()
-    scene_image(example).save(file, "PNG")
-    return file.getvalue()
+    return as_file(scene_image(example))
 
 
 @pytest.fixture
@@ -352,9 +328,7 @@ def test_a_late_answer_for_another_picture_is_never_shown(edited: Page, server: 
     drag(edited, 1, 0)
     wait_for(edited, held, 1)
     other = held_out_examples(9, 2)[8]
-    file = io.BytesIO()
-    scene_image(other).save(file, "PNG")
-    choose(edited, file.getvalue())
+    choose(edited, as_file(scene_image(other)))
     settled(edited)
     newest = shown(edited)
     # The page has given the request up; its answer comes all the same.
@@ -504,10 +478,7 @@ def test_what_is_no_picture_is_refused_and_the_old_one_stays(page: Page) -> None
 
 
 def test_a_large_picture_is_sent_with_no_more_pixels_than_are_used(page: Page) -> None:
-    file = io.BytesIO()
-    transparent = Image.new("RGBA", (1600, 1000), (255, 0, 0, 0))
-    transparent.save(file, "PNG")
-    choose(page, file.getvalue())
+    choose(page, as_file(Image.new("RGBA", (1600, 1000), (255, 0, 0, 0))))
     settled(page)
     source = shown(page, "source")
     height, width = source.shape[:2]

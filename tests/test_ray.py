@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import base64
-import io
 import json
 import os
 import random
@@ -12,7 +10,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -21,7 +18,7 @@ from typing import Any
 import httpx
 import psutil
 import pytest
-from PIL import Image
+from http_server import picture, waited_for
 
 from slideredit_rt.bench.serve import Load, bodies_of
 from slideredit_rt.serving.settings import ServeSettings
@@ -74,8 +71,7 @@ def test_the_surface_is_the_servers(url: str) -> None:
         assert client.get("/v2/health/ready").json() == {"ready": True}
         assert client.get("/v1/models").json()["data"][0]["id"] == "shapes"
         answer = client.post("/v1/images/edits", json=body)
-        picture = Image.open(io.BytesIO(base64.b64decode(answer.json()["data"][0]["b64_json"])))
-        assert picture.size == (64, 64)
+        assert picture(answer.json()["data"][0]).size == (64, 64)
         refused = client.post("/v1/images/edits", json={**body, "prompt": "something else"})
         assert (refused.status_code, refused.json()["error"]["code"]) == (422, "unprocessable_edit")
         strangers = (({"host": "evil.example"}, "host_not_allowed"), ({"origin": "https://evil.example"}, "origin_not_allowed"))
@@ -121,10 +117,8 @@ def test_a_killed_replica_costs_no_more_than_a_clear_503(url: str) -> None:
     assert survivor in replicas()
     sys.stdout.write(f"\n{REQUESTS} requests, {len(lost)} ended in 503 when a replica was killed\n")
 
-    ended = time.monotonic() + READY_SECONDS
-    while len(replicas()) < 2 or victim in replicas():
-        assert time.monotonic() < ended, "the killed replica was not replaced"
-        time.sleep(1)
+    replaced = waited_for(lambda: len(replicas()) >= 2 and victim not in replicas(), READY_SECONDS, every=1)
+    assert replaced, "the killed replica was not replaced"
 
 
 def test_more_replicas_come_with_the_queue(engines: dict[str, Path]) -> None:

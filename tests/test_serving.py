@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from http_server import waited_for
 from PIL import Image
 from qwen_checkpoint import picture, qwen_adapter, save_tiny_checkpoint
 from torch import Tensor
@@ -528,10 +529,7 @@ class TestEndings:
             for ticket in (cancelled, refused):
                 assert isinstance(ticket.future.exception(WAIT), SliderEditError)
             del ticket, completed, cancelled, refused
-            deadline = time.monotonic() + 5
-            while any(picture() for picture in pictures) and time.monotonic() < deadline:
-                time.sleep(0.01)
-            assert [picture() for picture in pictures] == [None] * 3
+            assert waited_for(lambda: not any(picture() for picture in pictures), 5)
         finally:
             gc.enable()
 

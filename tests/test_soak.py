@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import io
 import json
 import os
 import random
@@ -21,7 +20,7 @@ import httpx
 import numpy as np
 import psutil
 import pytest
-from PIL import Image
+from http_server import picture, waited_for
 
 from slideredit_rt.bench.serve import ENDPOINT, Load, bodies_of, local_server, open_client
 
@@ -63,10 +62,10 @@ class Account:
         """One picture, of the edit that was asked for."""
         (image,) = answer["data"]
         assert image["seed"] == seed
-        picture = np.asarray(Image.open(io.BytesIO(base64.b64decode(image["b64_json"]))), dtype=np.int16)
-        first = self.pictures.setdefault(seed, picture)
+        pixels = np.asarray(picture(image), dtype=np.int16)
+        first = self.pictures.setdefault(seed, pixels)
         # Its neighbours in a batch may move the last bit before rounding.
-        assert np.abs(picture - first).max() <= 1
+        assert np.abs(pixels - first).max() <= 1
 
 
 async def whole(client: httpx.AsyncClient, body: dict[str, Any], account: Account) -> None:
@@ -155,13 +154,15 @@ def test_soak(engines: dict[str, Path]) -> None:
         asyncio.run(soak(url, process, account))
         seconds = time.monotonic() - started
         with httpx.Client(base_url=url, trust_env=False, timeout=60) as client:
-            deadline = time.monotonic() + 60
-            while True:
-                metrics = client.get("/metrics").text
-                if not totals(metrics, "slideredit_queued_images") + totals(metrics, "slideredit_running_images"):
-                    break
-                assert time.monotonic() < deadline, "edits are still under way that nobody waits for"
-                time.sleep(0.1)
+
+            def idle() -> str | None:
+                """The metrics, once no edit is under way."""
+                text = client.get("/metrics").text
+                waiting = totals(text, "slideredit_queued_images") + totals(text, "slideredit_running_images")
+                return None if waiting else text
+
+            metrics = waited_for(idle, 60, every=0.1)
+            assert metrics is not None, "edits are still under way that nobody waits for"
             assert client.get("/health").json() == {"status": "ok"}
         threads = process.num_threads()
     # Every request had its answer, or was given up by its client.

@@ -1,0 +1,72 @@
+"""What tests of the HTTP API share: a server of a thread, and the pictures that go there and come back."""
+
+from __future__ import annotations
+
+import base64
+import io
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from fastapi import FastAPI
+from PIL import Image
+
+from slideredit_rt.editor import SliderEditor
+from slideredit_rt.serving.app import create_app
+from slideredit_rt.serving.metrics import Metrics
+from slideredit_rt.serving.server import Server
+from slideredit_rt.serving.service import EditService
+
+T = TypeVar("T")
+
+
+@contextmanager
+def listening(app: FastAPI, service: EditService, **options: Any) -> Iterator[tuple[str, Server]]:
+    """A server of its own thread on a free port of this machine; yields its address and the server."""
+    started = threading.Event()
+    server = Server(app, service, on_ready=started.set, **options)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        thread = threading.Thread(target=server.run, args=([listener],))
+        thread.start()
+        assert started.wait(30)
+        try:
+            yield address, server
+        finally:
+            server.should_exit = True
+            thread.join(30)
+    assert not thread.is_alive()
+
+
+@contextmanager
+def serving(engine: Path, **options: Any) -> Iterator[str]:
+    """The address of a server of an engine; the options are those of `create_app`."""
+    with (
+        EditService(SliderEditor.from_engine(engine, threads=1), observer=Metrics()) as service,
+        listening(create_app(service, **{"model": "shapes-kontext"} | options), service) as (address, _),
+    ):
+        yield address
+
+
+def waited_for(condition: Callable[[], T], seconds: float = 20, every: float = 0.01) -> T:
+    """What a condition gives when it is met, or after so long."""
+    end = time.monotonic() + seconds
+    while not (given := condition()) and time.monotonic() < end:
+        time.sleep(every)
+    return given
+
+
+def as_file(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+    """The content of an image file."""
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def picture(item: dict[str, Any]) -> Image.Image:
+    """The picture of an entry of `data`, or of an event."""
+    return Image.open(io.BytesIO(base64.b64decode(item["b64_json"])))
