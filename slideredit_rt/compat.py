@@ -166,51 +166,20 @@ class SliderEditFluxKontextPipeline(FluxKontextPipeline):
                 lists of different lengths, an alpha that is not finite, or images that come out as NaN or infinity.
         """
         with self._lock:
-            given = [slider_alpha is not None, subprompts_list is not None, slider_alpha_list is not None]
-            kind = None if self._backbone is None else self._backbone.kind
-            if kind is None and any(given):
-                raise SliderEditError("no adapter is loaded; call load_gstlora or load_stlora before giving alphas")
-            if kind == "gst" and given != [True, False, False]:
-                raise SliderEditError("a GST adapter is loaded; give slider_alpha and no sub-prompts")
-            if kind == "st" and given != [False, True, True]:
-                raise SliderEditError(
-                    "an ST adapter is loaded; give subprompts_list and slider_alpha_list, and no slider_alpha"
-                )
+            self._check_sliders(slider_alpha, subprompts_list, slider_alpha_list)
             row_scale = None
             if slider_alpha is not None:
                 prompts = kwargs.get("prompt_embeds") if prompt is None else prompt
                 row_scale = _gst_row_scale(slider_alpha, 1 if prompts is None or isinstance(prompts, str) else len(prompts))
             elif subprompts_list is not None and slider_alpha_list is not None:
-                texts = prompt_2 or prompt
-                if texts is None:
-                    raise SliderEditError(
-                        "sub-prompts are looked up in the prompt, and there is none; give prompt, not embeddings"
-                    )
-                texts = [normalise(text) for text in ([texts] if isinstance(texts, str) else texts)]
+                texts = _searched(prompt, prompt_2)
                 # Encoded as it is searched.
                 prompt, prompt_2 = (prompt, texts) if prompt_2 else (texts, None)
                 row_scale = self._st_row_scale(texts, subprompts_list, slider_alpha_list, max_sequence_length)
             self._row_scale = None if row_scale is None else row_scale.repeat_interleave(num_images_per_prompt, 0)
-            self._text_ids = ()
-            finite: list[Tensor] = []
-            watch = self.vae.decoder.register_forward_hook(
-                lambda _, args, output: finite.extend(map(_finite_rows, (args[0], output)))
-            )
-            try:
-                edited = super().__call__(
-                    _as_rgb(image),
-                    prompt,
-                    prompt_2,
-                    num_images_per_prompt=num_images_per_prompt,
-                    max_sequence_length=max_sequence_length,
-                    **kwargs,
-                )
-            finally:
-                watch.remove()
-                self._row_scale, self._text_ids = None, ()
-            if kwargs.get("output_type") == "latent":
-                finite.append(_finite_rows(edited[0]))
-            if not all(rows.all() for rows in finite):
+            own = {"num_images_per_prompt": num_images_per_prompt, "max_sequence_length": max_sequence_length}
+            edited, finite = self._edit(_as_rgb(image), prompt, prompt_2, **own, **kwargs)
+            if not finite:
                 alphas = slider_alpha_list if slider_alpha is None else slider_alpha
                 setting = "without sliders" if alphas is None else f"with the alphas {alphas}"
                 raise SliderEditError(
@@ -218,6 +187,33 @@ class SliderEditFluxKontextPipeline(FluxKontextPipeline):
                     "check the adapter and the pipeline's dtype"
                 )
             return edited
+
+    def _check_sliders(self, slider_alpha: Any, subprompts_list: Any, slider_alpha_list: Any) -> None:
+        """Refuse alphas that are not those of the adapter's kind."""
+        given = [slider_alpha is not None, subprompts_list is not None, slider_alpha_list is not None]
+        kind = None if self._backbone is None else self._backbone.kind
+        if kind is None and any(given):
+            raise SliderEditError("no adapter is loaded; call load_gstlora or load_stlora before giving alphas")
+        if kind == "gst" and given != [True, False, False]:
+            raise SliderEditError("a GST adapter is loaded; give slider_alpha and no sub-prompts")
+        if kind == "st" and given != [False, True, True]:
+            raise SliderEditError("an ST adapter is loaded; give subprompts_list and slider_alpha_list, and no slider_alpha")
+
+    def _edit(self, *args: Any, **kwargs: Any) -> tuple[Any, bool]:
+        """What diffusers' own call gives with the row scales that are set, and whether all of its images are finite."""
+        self._text_ids = ()
+        finite: list[Tensor] = []
+        watch = self.vae.decoder.register_forward_hook(
+            lambda _, args, output: finite.extend(map(_finite_rows, (args[0], output)))
+        )
+        try:
+            edited = super().__call__(*args, **kwargs)
+        finally:
+            watch.remove()
+            self._row_scale, self._text_ids = None, ()
+        if kwargs.get("output_type") == "latent":
+            finite.append(_finite_rows(edited[0]))
+        return edited, all(bool(rows.all()) for rows in finite)
 
     def _st_row_scale(self, prompts: Sequence[str], subprompts: Sequence[Any], alphas: Sequence[Any], text_rows: int) -> Tensor:
         """Float32 `[prompts, text_rows]`."""
@@ -241,6 +237,14 @@ def _as_rgb(image: Any) -> Any:
     if isinstance(image, list | tuple) and any(isinstance(one, sources) for one in image):
         return read_images(image)
     return read_images(image)[0] if isinstance(image, sources) else image
+
+
+def _searched(prompt: str | list[str] | None, prompt_2: str | list[str] | None) -> list[str]:
+    """The texts that sub-prompts are looked up in: what the T5 encoder reads."""
+    texts = prompt_2 or prompt
+    if texts is None:
+        raise SliderEditError("sub-prompts are looked up in the prompt, and there is none; give prompt, not embeddings")
+    return [normalise(text) for text in ([texts] if isinstance(texts, str) else texts)]
 
 
 def _finite_rows(tensor: Tensor) -> Tensor:
