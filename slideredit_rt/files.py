@@ -8,6 +8,7 @@ import json
 import math
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -84,8 +85,15 @@ def _remove_leftovers(path: Path) -> None:
 
 
 def cache_directory() -> Path:
-    """Return the user's cache of this program: `$XDG_CACHE_HOME/slideredit-rt`, by default below `~/.cache`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "slideredit-rt"
+    """Return the user's cache of this program: `$XDG_CACHE_HOME/slideredit-rt`, by default below `~/.cache`.
+
+    A user without a home, as containers have, gets one below the folder for temporary files.
+    """
+    home = os.path.expanduser("~")
+    return (
+        Path(os.environ.get("XDG_CACHE_HOME") or Path(tempfile.gettempdir() if home == "~" else home, ".cache"))
+        / "slideredit-rt"
+    )
 
 
 @contextmanager
@@ -141,15 +149,18 @@ class Digests:
     that was only copied, moved to another file system, linked or given other permissions.
 
     Args:
-        path: where digests are remembered; a file that cannot be read is one without entries.
+        path: where digests are remembered, in the user's cache if it cannot be written; a file that cannot be read is one
+            without entries.
     """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        name = hashlib.sha256(os.fsencode(path.absolute())).hexdigest()[:32]
+        self._places = (path, cache_directory() / "digests" / f"{name}.json")
         self._known: dict[str, str] = {}
         self._changed = False
-        with suppress(OSError, ValueError):
-            self._known = {key: value for key, value in read_json(path).items() if isinstance(value, str)}
+        for place in self._places:
+            with suppress(OSError, ValueError):
+                self._known |= {key: value for key, value in read_json(place).items() if isinstance(value, str)}
 
     def __call__(self, file: Path) -> str:
         """SHA-256 of `file`, in hexadecimal."""
@@ -166,12 +177,21 @@ class Digests:
         return digest
 
     def save(self) -> None:
-        """Write what was learned; a folder that cannot be written stays as it is, and its files are read again next time."""
+        """Write what was learned; where nothing can be written, files are read again next time."""
         if self._changed:
-            newest = dict(list(self._known.items())[-_MOST_REMEMBERED:])
-            with suppress(SliderEditError), atomic_file(self._path) as temporary:
-                temporary.write_text(json.dumps(newest))
+            text = json.dumps(dict(list(self._known.items())[-_MOST_REMEMBERED:]))
+            any(_written(place, text) for place in self._places)
             self._changed = False
+
+
+def _written(path: Path, text: str) -> bool:
+    """Write a text file; whether that was possible."""
+    try:
+        with atomic_file(path) as temporary:
+            temporary.write_text(text)
+    except SliderEditError:
+        return False
+    return True
 
 
 def folder_fingerprint(folder: Path) -> str:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import pwd
 import shutil
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -364,15 +366,37 @@ def test_a_touched_moved_or_relinked_engine_opens_and_is_read_whole_once(
     assert (large_files_read(engine), large_files_read(engine)) == (1, 0)
 
 
-def test_an_engine_that_cannot_be_written_opens(pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_of_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(pwd, "getpwuid", lambda uid: {}[uid])
+    assert files.cache_directory() == Path(tempfile.gettempdir(), ".cache", "slideredit-rt")
+
+
+def test_an_engine_that_cannot_be_written_is_read_whole_once(
+    pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     _, engine = pair
     (engine / DIGESTS).unlink()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    replace, digest, read = os.replace, files.sha256, list[str]()
 
-    def read_only(*_: Any) -> None:
-        raise OSError(30, "Read-only file system")
+    def read_only(source: Path, target: Path) -> None:
+        if target.parent == engine:
+            raise OSError(30, "Read-only file system")
+        replace(source, target)
+
+    def noted(path: Path) -> str:
+        read.append(path.name)
+        return digest(path)
 
     monkeypatch.setattr(os, "replace", read_only)
+    monkeypatch.setattr(files, "sha256", noted)
     read_manifest(engine)
+    assert WEIGHTS in read
+    read.clear()
+    read_manifest(engine)
+    assert WEIGHTS not in read, "it was remembered in the user's cache"
     assert not (engine / DIGESTS).exists()
 
 
