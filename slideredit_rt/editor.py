@@ -177,7 +177,11 @@ class SliderEditor:
             )
         family = get_family(manifest.family)
         folder = resolve_base(base if base is not None else manifest.base["source"])
-        family_of(folder)
+        if (found := family_of(folder)) is not family:
+            raise SliderEditError(
+                f"base {str(folder)!r} is a {found.name} and engine {str(path)!r} was built from a {family.name}; "
+                "pass the original base or rebuild the engine"
+            )
         check_base(manifest, Path(path), folder, skip=("transformer",))
         with _LOADING:
             pipeline = family.load_pipeline(folder, transformer=False)

@@ -19,7 +19,7 @@ from slideredit_rt.engines import Engine, RuntimeOptions
 from slideredit_rt.engines.manifest import check_base, read_manifest
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.families import get_family
-from slideredit_rt.sliders import Controls, Slider, StrengthCurve
+from slideredit_rt.sliders import Slider
 
 ALPHAS = (-0.5, 0.0, 0.5, 1.0)
 MAX_ABS_TOLERANCE = 1e-4
@@ -116,18 +116,14 @@ def compare_backbones(
         max_batch: the engine's.
     """
     comparisons = []
-    count = len(prepared.token_mask)
     batches: dict[str, list[float]] = {f"alpha {a:+.2f}": [a] for a in ALPHAS}
     batches["mixed batch"] = list(ALPHAS[:max_batch])
     for name, alphas in batches.items():
-        alpha = torch.tensor(alphas)[:, None].repeat(1, count)
-        one = alpha[:, :1].contiguous()
+        one = torch.tensor(alphas)[:, None]
         if editor.members:
-            own = [list(editor.members).index(name) for name in prepared.members]
-            alpha = alpha[:, :, None] * torch.eye(len(editor.members))[own]
             # Every member acts, each by a different share.
             one = one[:, :, None] * torch.linspace(1, 0.5, len(editor.members))
-        real = editor.backbone_inputs(prepared, alpha)
+        real = editor.backbone_inputs(prepared, _alphas(editor, prepared, alphas))
         real["timestep"].fill_(0.7)
         random = _random_inputs(editor, real, len(alphas)) | {"alpha": one}
         for kind, inputs in (("real", real), ("random", random)):
@@ -136,6 +132,26 @@ def compare_backbones(
             half = None if same_dtype is None else same_dtype(inputs)
             comparisons.append(compare(f"{kind} inputs, {name}", actual, eager(inputs), half))
     return comparisons
+
+
+def _alphas(editor: SliderEditor, prepared: Prepared, alphas: Sequence[float]) -> Tensor:
+    """The engine's alphas of settings in which all sliders have the same: `[N, K]`, for a bank `[N, K, G]`."""
+    alpha = torch.tensor(alphas)[:, None].repeat(1, len(prepared.token_mask))
+    if not editor.members:
+        return alpha
+    own = [list(editor.members).index(name) for name in prepared.members]
+    return alpha[:, :, None] * torch.eye(len(editor.members))[own]
+
+
+def _final_images(editor: SliderEditor, prepared: Prepared, steps: int) -> Tensor:
+    """The images at each of `ALPHAS`, whatever strengths the adapter's own curve calls them; `[N, 3, H, W]`."""
+    conditioning, chunks = prepared.conditioning, _alphas(editor, prepared, ALPHAS).split(editor.max_batch)
+    return torch.cat(
+        [
+            editor.denoise(conditioning, editor.backbone_inputs(prepared, chunk), steps, conditioning.true_cfg_scale)
+            for chunk in chunks
+        ]
+    )
 
 
 def _random_inputs(editor: SliderEditor, like: Mapping[str, Tensor], batch: int) -> dict[str, Tensor]:
@@ -191,12 +207,9 @@ def verify_engine(
     sliders = [replace(s, adapter=s.adapter or names[i % len(names)]) for i, s in enumerate(sliders)] if names else sliders
     prepared = engine.prepare(image, sliders)
     comparisons = compare_backbones(engine, eager.engine, same_dtype, prepared, manifest.max_batch)
-    # Alphas are compared, whatever strengths the adapter's own curve calls them.
-    engine.controls = eager.controls = Controls(engine.kind, members={name: StrengthCurve() for name in names})
-    settings = [[1 - a] * len(sliders) for a in ALPHAS]
     if not math.isfinite(_largest(c.max_abs_error for c in comparisons)):
         return Verification(manifest.dtype, comparisons, {f"alpha {a:+.2f}": math.nan for a in ALPHAS})
-    finals = [editor.render_tensor(prepared, settings, steps=steps) for editor in (engine, eager)]
+    finals = [_final_images(editor, prepared, engine.number_of_steps(steps)) for editor in (engine, eager)]
     errors = (finals[0] - finals[1]).double().square().flatten(1).mean(1)
     psnr = {
         f"alpha {a:+.2f}": math.inf if e == 0 else -10 * math.log10(e) for a, e in zip(ALPHAS, errors.tolist(), strict=True)

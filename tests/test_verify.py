@@ -13,7 +13,10 @@ import torch
 from slideredit_rt import cli
 from slideredit_rt.editor import SliderEditor
 from slideredit_rt.engines.manifest import describe_files, read_manifest, write_manifest
-from slideredit_rt.verify import ALPHAS, Comparison, Verification, compare, compare_backbones
+from slideredit_rt.sliders import Slider
+from slideredit_rt.verify import ALPHAS, Comparison, Verification, compare, compare_backbones, verify_engine
+
+RED = "make the circle red"
 
 
 @pytest.fixture(scope="module")
@@ -136,3 +139,26 @@ def test_command_holds_a_half_precision_engine_against_eager_in_its_dtype(
     report = json.loads(capsys.readouterr().out)
     assert (report["dtype"], report["passed"]) == ("bfloat16", True)
     assert all(c["relative_rms"] < 1e-4 < 1e-3 < c["same_dtype_rms"] for c in report["comparisons"])
+
+
+def test_alphas_are_compared_whatever_strengths_a_curve_calls_them(
+    engines: dict[str, Path], tmp_path: Path, scene: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for file in engines["gst"].iterdir():
+        if file.name != "manifest.json":
+            (tmp_path / file.name).hardlink_to(file)
+    manifest = read_manifest(engines["gst"])
+    curve = {"strengths": [0.0, 1.0], "alphas": [0.25, 0.75]}
+    write_manifest(dataclasses.replace(manifest, adapter=(manifest.adapter or {}) | {"strength_curve": curve}), tmp_path)
+    opened: list[SliderEditor] = []
+    from_engine = SliderEditor.from_engine
+
+    def open_and_keep(*args: Any, **options: Any) -> SliderEditor:
+        opened.append(from_engine(*args, **options))
+        return opened[-1]
+
+    monkeypatch.setattr(SliderEditor, "from_engine", open_and_keep)
+    plain, curved = (verify_engine(path, scene, [Slider(RED)], steps=2) for path in (engines["gst"], tmp_path))
+    assert plain.passed
+    assert curved.psnr == plain.psnr
+    assert opened[1].curve.to_json() == curve, "an editor stays as it was opened"

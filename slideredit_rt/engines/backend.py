@@ -169,7 +169,7 @@ class Backend(ABC):
         name: in commands and manifests.
         title: the name as its makers write it.
         package: distribution whose version counts.
-        lowerings: those that it offers.
+        lowerings: those that it offers, the usual one first.
         build_options, run_options: dataclass of what it alone can be told for a build and for a run; None takes nothing.
         served: how Triton Inference Server runs its engines; None if it cannot.
     """
@@ -189,12 +189,12 @@ class Backend(ABC):
     def default_lowering(self, kind: Kind | None) -> Lowering:
         """Return the lowering that `auto` means for an adapter of this kind; None stands for a frozen backbone.
 
-        The folded form for GST: a GST update touches every row, its cost is the bytes of a second pass over y, and the folded
-        form makes none. That is arithmetic; on ONNX Runtime the two are equal within 2% (bench/NOTES.md). An ST update touches
-        so few rows that its cost is its launches, which a compiler of standard operators fuses. The plugin is never chosen
-        unasked: it may break the fusions around it.
+        The first that it offers, and where it can the folded form for GST: a GST update touches every row, its cost is the
+        bytes of a second pass over y, and the folded form makes none. That is arithmetic; on ONNX Runtime the two are equal
+        within 2% (bench/NOTES.md). An ST update touches so few rows that its cost is its launches, which a compiler of
+        standard operators fuses. The plugin is never chosen unasked: it may break the fusions around it.
         """
-        return "folded" if kind == "gst" else "native"
+        return "folded" if kind == "gst" and "folded" in self.lowerings else self.lowerings[0]
 
     def choose_dtype(self, asked: DType | None) -> DType | None:
         """Return the dtype of weights and arithmetic; None keeps the checkpoint's.

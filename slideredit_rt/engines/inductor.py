@@ -17,13 +17,13 @@ from torch import Tensor
 
 from slideredit_rt.adapters import Member, load_adapter
 from slideredit_rt.checkpoint import CONFIG_FILE, meta_transformer
-from slideredit_rt.engines.backend import Backend, BuildJob, Compiled, Lowering
+from slideredit_rt.engines.backend import Backend, BuildJob, Compiled
 from slideredit_rt.engines.cuda import CudaDevice
 from slideredit_rt.engines.manifest import ADAPTER_FILE, Manifest
 from slideredit_rt.engines.request import check_request, own_output
 from slideredit_rt.engines.shapes import ShapeCache
 from slideredit_rt.errors import SliderEditError
-from slideredit_rt.families import Kind, get_family
+from slideredit_rt.families import get_family
 from slideredit_rt.modules import SliderBackbone
 
 COMPILER = "inductor"
@@ -204,10 +204,6 @@ class Inductor(Backend):
     title = "Inductor"
     package = "torch"
     lowerings = ("operator",)
-
-    def default_lowering(self, kind: Kind | None) -> Lowering:
-        """Return the only one: there is no graph whose nodes could become something else."""
-        return "operator"
 
     def compile(self, job: BuildJob, folder: Path) -> Compiled:
         """Link the weights beside the transformer's configuration (see `Backend.compile`)."""
