@@ -205,11 +205,11 @@ def verify_engine(
         same_dtype = SliderEditor.from_pretrained(base, loaded, dtype=getattr(torch, manifest.dtype)).engine
     names = list(members)
     sliders = [replace(s, adapter=s.adapter or names[i % len(names)]) for i, s in enumerate(sliders)] if names else sliders
-    prepared = engine.prepare(image, sliders)
+    prepared = engine.prepare(image, sliders, steps=steps)
     comparisons = compare_backbones(engine, eager.engine, same_dtype, prepared, manifest.max_batch)
     if not math.isfinite(_largest(c.max_abs_error for c in comparisons)):
         return Verification(manifest.dtype, comparisons, {f"alpha {a:+.2f}": math.nan for a in ALPHAS})
-    finals = [_final_images(editor, prepared, engine.number_of_steps(steps)) for editor in (engine, eager)]
+    finals = [_final_images(editor, prepared, steps) for editor in (engine, eager)]
     errors = (finals[0] - finals[1]).double().square().flatten(1).mean(1)
     psnr = {
         f"alpha {a:+.2f}": math.inf if e == 0 else -10 * math.log10(e) for a, e in zip(ALPHAS, errors.tolist(), strict=True)
