@@ -81,13 +81,13 @@ QWEN_LAYOUTS = {
 
 
 def write(
-    path: Path, names: dict[str, list[str]], down: str, alphas: bool, transformer: Any, **more: Tensor
+    path: Path, names: dict[str, list[str]], down: str, alphas: bool, transformer: Any, /, **more: Tensor
 ) -> dict[str, Tensor]:
     """A file in a layout; returns the update that it makes to each linear."""
     g = torch.Generator().manual_seed(0)
     linears = dict(transformer.named_modules())
     up = down.replace("down", "up").replace("lora_A", "lora_B")
-    state, updates = dict(more), {}
+    state, updates = dict(more), dict[str, Tensor]()
     for i, (name, targets) in enumerate(names.items()):
         a = torch.randn(RANK, linears[targets[0]].in_features, generator=g)
         sizes = [linears[target].out_features for target in targets]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -99,8 +101,9 @@ def test_update_in_place_and_qkv_take_a_bank() -> None:
     expected, y = masked_lora_linear(**p), F.linear(p["x"], p["weight"], p["bias"])
     low_rank = (p["lora_a"], p["lora_b"], p["row_scale"])
     assert torch.equal(masked_lora_update_(y, p["x"], *low_rank), expected)
-    three = [[p[name]] * 3 for name in ("weight", "bias", "lora_a", "lora_b")]
-    assert all(torch.equal(part, expected) for part in masked_lora_qkv(p["x"], *three, p["row_scale"]))
+    three = ([p[name]] * 3 for name in ("weight", "bias", "lora_a", "lora_b"))
+    arguments: tuple[Any, ...] = (p["x"], *three, p["row_scale"])
+    assert all(torch.equal(part, expected) for part in masked_lora_qkv(*arguments))
 
 
 def test_rows_without_a_batch_axis() -> None:

@@ -340,7 +340,7 @@ def test_a_touched_moved_or_relinked_engine_opens_and_is_read_whole_once(
     base, engine = pair
     read = []
     real = files.sha256
-    monkeypatch.setattr(files, "sha256", lambda path: read.append(path.name) or real(path))
+    monkeypatch.setattr(files, "sha256", lambda path: read.append(path.name) or real(path))  # type: ignore[func-returns-value]
 
     def large_files_read(folder: Path) -> int:
         read.clear()

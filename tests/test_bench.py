@@ -28,7 +28,7 @@ def measured() -> list[Measurement]:
     """Two shapes; `fused` is fastest on the first, `accumulate` on the second, and `addmm` was wrong there."""
     st = Case("ST", "text", "q", 1, 512, 32, 3072, 3072)
     gst = Case("GST", "joint", "q", 1, 8704, 8704, 3072, 3072)
-    times = {
+    times: dict[Case, dict[str, float | None]] = {
         st: {"base": 16.0, "update": 18.0, "addmm": 20.0, "accumulate": 19.0, "fused": 17.0, "PEFT eager": 24.0},
         gst: {"base": 250.0, "update": 400.0, "addmm": None, "accumulate": 255.0, "fused": 270.0, "PEFT eager": 350.0},
     }

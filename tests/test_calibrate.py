@@ -2,11 +2,15 @@
 
 import itertools
 import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
 from slideredit_rt.adapters import load_adapter
 from slideredit_rt.cli import main
@@ -19,26 +23,26 @@ from slideredit_rt.sliders import Controls, StrengthCurve
 STRENGTHS = np.linspace(0, 2, 17)
 
 
-def bent(strength):
+def bent(strength: Any) -> Any:
     """A response that hurries first and stands still from 1.375 on."""
     return np.minimum(1.5 * strength / (0.5 + strength), 1.1)
 
 
-def test_along_the_curve_the_response_follows_the_strength():
+def test_along_the_curve_the_response_follows_the_strength() -> None:
     curve = curve_of_responses(STRENGTHS, bent(STRENGTHS))
     assert (curve(0.0), curve(1.0)) == (1.0, 0.0)
     for strength in (0.0, 0.25, 0.5, 0.75, 1.0):
         assert bent(1 - curve(strength)) == pytest.approx(strength, abs=0.03)
 
 
-def test_beyond_what_the_response_reaches_alpha_follows_the_strength():
+def test_beyond_what_the_response_reaches_alpha_follows_the_strength() -> None:
     curve = curve_of_responses(STRENGTHS, bent(STRENGTHS))
     assert curve(3.0) - curve(4.0) == pytest.approx(1.0)
     straight = curve_of_responses(STRENGTHS, STRENGTHS)
     assert [straight(s) for s in (0.0, 0.3, 1.0, 1.7, 2.5)] == pytest.approx([1.0, 0.7, 0.0, -0.7, -1.5])
 
 
-def test_a_response_that_stands_still_or_turns_back_gives_a_monotone_curve():
+def test_a_response_that_stands_still_or_turns_back_gives_a_monotone_curve() -> None:
     responses = monotone_response(np.array([[0, 0, 0.5, 0.4, 1, 0.9, 1.3, 1.2, 1.2]]))
     assert list(responses) == sorted(responses)
     assert (responses[0], responses[4]) == (0, 1)
@@ -53,43 +57,45 @@ class _Bent:
 
     max_batch = 16
 
-    def __init__(self, sizes):
+    def __init__(self, sizes: Sequence[float]) -> None:
         self.sizes = sizes
         self.controls = Controls("st")
 
-    def cases(self, phase, count, sliders):
+    def cases(self, phase: str, count: int, sliders: int) -> list[Case]:
         return [Case(str(i), Image.new("RGB", (8, 8)), "x", ("x",), i) for i in range(count)]
 
-    def prepare(self, image, sliders, *, prompt, seed):
+    def prepare(self, image: Image.Image, sliders: Sequence[str], *, prompt: str, seed: int) -> int:
         return seed
 
-    def render_tensor(self, prepared, settings, steps):
+    def render_tensor(self, prepared: int, settings: Sequence[Sequence[float]], steps: int) -> Tensor:
         return torch.tensor([[self.sizes[prepared] * bent(1 - self.controls.curve(s))] for (s,) in settings])
 
-    def score(self, case, images):
+    def score(self, case: Case, images: Tensor) -> list[Scores]:
         return [Scores({"response": (value.item(),)}, {}) for value in images]
 
 
-def test_calibrating_measures_the_response_without_the_present_curve():
-    both = _Bent([1.0, 2.0, 0.5])
+def test_calibrating_measures_the_response_without_the_present_curve() -> None:
+    both: Any = _Bent([1.0, 2.0, 0.5])
     both.controls = Controls("st", StrengthCurve((0.0, 1.0), (0.3, 0.1)))
     found = calibrate(both, both, CalibrationConfig(cases=3), progress=False)
     assert found.curve.alphas == pytest.approx(curve_of_responses(STRENGTHS, bent(STRENGTHS)).alphas, abs=1e-6)
     assert (found.cases, found.left_out) == (3, 0)
 
 
-def test_edits_that_do_nothing_are_left_out_and_counted():
-    both = _Bent([1.0, 0.0, 1.0])
+def test_edits_that_do_nothing_are_left_out_and_counted() -> None:
+    both: Any = _Bent([1.0, 0.0, 1.0])
     found = calibrate(both, both, CalibrationConfig(cases=3), progress=False)
     assert (found.cases, found.left_out) == (2, 1)
-    nothing = _Bent([0.0])
+    nothing: Any = _Bent([0.0])
     with pytest.raises(SliderEditError, match="none of 1 edits"):
         calibrate(nothing, nothing, CalibrationConfig(cases=1), progress=False)
     with pytest.raises(SliderEditError, match="odd number"):
         CalibrationConfig(samples=8)
 
 
-def test_the_command_writes_an_adapter_that_engines_obey(tmp_path, engines, scene, capsys):
+def test_the_command_writes_an_adapter_that_engines_obey(
+    tmp_path: Path, engines: dict[str, Path], scene: Image.Image, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "calibrated.safetensors"
     command = ["adapter", "calibrate", "shapes-st", str(out), "--engine", str(engines["st"]), "--json", "--quiet"]
     size = ["--cases", "2", "--samples", "5", "--steps", "2", "--plot", str(tmp_path / "plot.png")]
@@ -107,7 +113,9 @@ def test_the_command_writes_an_adapter_that_engines_obey(tmp_path, engines, scen
     assert "exists already" in capsys.readouterr().err
 
 
-def test_an_engine_of_another_adapter_is_refused(tmp_path, engines, capsys):
+def test_an_engine_of_another_adapter_is_refused(
+    tmp_path: Path, engines: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "calibrated.safetensors"
     assert main(["adapter", "calibrate", "shapes-st", str(out), "--engine", str(engines["gst"]), "--quiet"]) == 2
     assert "was not built with" in capsys.readouterr().err

@@ -489,8 +489,11 @@ def test_debug_shows_the_traceback(tmp_path: Path, capsys: Any) -> None:
 
 def in_a_process(*arguments: object, **options: Any) -> subprocess.CompletedProcess[bytes]:
     """The command as a shell runs it; `options` of `subprocess.run`."""
-    command = [sys.executable, "-m", "slideredit_rt.cli", *map(os.fsencode, map(str, arguments))]
-    return subprocess.run(command, stderr=subprocess.PIPE, timeout=120, check=False, **options)
+    command: list[str | bytes] = [sys.executable, "-m", "slideredit_rt.cli", *map(os.fsencode, map(str, arguments))]
+    done: subprocess.CompletedProcess[bytes] = subprocess.run(
+        command, stderr=subprocess.PIPE, timeout=120, check=False, **options
+    )
+    return done
 
 
 def test_a_full_or_closed_standard_output(engines: dict[str, Path]) -> None:

@@ -48,7 +48,9 @@ def pipeline() -> FluxKontextPipeline:
 
 @pytest.fixture
 def pipe() -> SliderEditFluxKontextPipeline:
-    loaded = SliderEditFluxKontextPipeline.from_pretrained(resolve_base("shapes-kontext"), local_files_only=True)
+    loaded: SliderEditFluxKontextPipeline = SliderEditFluxKontextPipeline.from_pretrained(
+        resolve_base("shapes-kontext"), local_files_only=True
+    )
     loaded.set_progress_bar_config(disable=True)
     return loaded
 
@@ -69,7 +71,8 @@ class Published(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         update = (x @ self.lora_a.T) @ self.lora_b.T
-        return self.base(x) + self.mask[..., None] * self.scale[..., None] * update
+        y: Tensor = self.base(x) + self.mask[..., None] * self.scale[..., None] * update
+        return y
 
 
 def published_edit(
@@ -169,7 +172,7 @@ def test_repeated_subprompts_are_one_occurrence_each(pipe: Any, scene: Image.Ima
     pipe.load_stlora("shapes-st")
     prompt = f"{RED} and {DARK} and {RED}"
 
-    def at(*alphas: float) -> Tensor:
+    def at(*alphas: float) -> Any:
         return edit(pipe, scene, prompt, subprompts_list=[RED, RED], slider_alpha_list=list(alphas))
 
     first, second = at(1, 0), at(0, 1)
@@ -183,7 +186,7 @@ def test_every_row_of_a_batch_is_what_it_is_alone(pipe: Any, scene: Image.Image,
     noise = torch.randn(2, 64, pipe.transformer.config.in_channels, generator=torch.Generator().manual_seed(5))
     if kind == "st":
         pipe.load_stlora("shapes-st")
-        both = {"subprompts_list": [[RED, DARK], [DARK]], "slider_alpha_list": [[0.5, 0.25], [1.0]]}
+        both: dict[str, Any] = {"subprompts_list": [[RED, DARK], [DARK]], "slider_alpha_list": [[0.5, 0.25], [1.0]]}
         single = [{k: v[i] for k, v in both.items()} for i in range(2)]
     else:
         pipe.load_gstlora("shapes-gst")

@@ -73,7 +73,8 @@ def test_an_engine_draws_what_diffusers_draws_with_peft_over_the_whole_loop(
 def test_true_guidance_is_diffusers_own_and_no_slider_acts_in_its_negative_pass(
     st_editor: SliderEditor, pipeline: Any, scene: Image.Image
 ) -> None:
-    parts, options = PROMPT.split(" and "), {"true_cfg_scale": 2.5, "negative_prompt": "make the circle blue"}
+    parts = PROMPT.split(" and ")
+    options: dict[str, Any] = {"true_cfg_scale": 2.5, "negative_prompt": "make the circle blue"}
     prepared = st_editor.prepare(scene, parts, prompt=PROMPT, seed=7, **options)
     ours = st_editor.render_tensor(prepared, [[1.0, 1.0]], steps=4)[0]
     assert (ours - diffusers_edit(pipeline, scene, 4, **options)[0]).abs().max() <= 1e-4

@@ -7,13 +7,16 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import diffusers
 import pytest
 import torch
 
 from slideredit_rt.bench import gpu_model
 from slideredit_rt.bench.gpu_model import Bench, Size
 from slideredit_rt.families import get_family
+from slideredit_rt.modules import SliderBackbone
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -62,8 +65,8 @@ def test_columns_compute_what_they_say_and_leave_the_weights_as_they_were(family
     bench = Bench(get_family(family), transformer, size)
     run_base = bench.family.run
 
-    def ours(kind: str, spans: tuple[int, ...]) -> torch.Tensor:
-        backbone = gpu_model.SliderBackbone(bench.family, transformer, bench.adapters[kind])
+    def ours(kind: str, spans: tuple[int, ...]) -> Any:
+        backbone = SliderBackbone(bench.family, transformer, bench.adapters[kind])
         inputs = bench.inputs | gpu_model.slider_inputs(kind, size, spans, 1, device)  # type: ignore[arg-type]
         try:
             return backbone(inputs)
@@ -94,5 +97,5 @@ def test_full_size_configurations_are_the_released_ones() -> None:
     for family, parameters in (("flux_kontext", 11.9e9), ("qwen_image_edit", 20.4e9)):
         class_name, full, _ = gpu_model.MODELS[family]
         with torch.device("meta"):
-            transformer = getattr(gpu_model.diffusers, class_name)(**full)
+            transformer = getattr(diffusers, class_name)(**full)
         assert sum(p.numel() for p in transformer.parameters()) == pytest.approx(parameters, rel=0.01)

@@ -12,7 +12,10 @@ import sys
 import threading
 import time
 import zlib
+from collections.abc import Callable, Iterator
 from contextlib import suppress
+from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 import httpx
@@ -22,6 +25,7 @@ import pytest
 import schemathesis
 from http_server import as_file, listening, picture, waited_for
 from hypothesis import HealthCheck, given, settings
+from numpy.typing import NDArray
 from PIL import Image
 from qwen_checkpoint import picture as qwen_picture
 from qwen_checkpoint import qwen_adapter, save_tiny_checkpoint
@@ -45,30 +49,30 @@ STEPS = 3
 
 
 @pytest.fixture(scope="module")
-def editor(engines):
+def editor(engines: dict[str, Path]) -> SliderEditor:
     """The server's own; what it should answer comes from the fixture `st_editor`."""
     return SliderEditor.from_engine(engines["st"], threads=1)
 
 
 @pytest.fixture(scope="module")
-def metrics():
+def metrics() -> Metrics:
     return Metrics()
 
 
 @pytest.fixture(scope="module")
-def service(editor, metrics):
+def service(editor: SliderEditor, metrics: Metrics) -> Iterator[EditService]:
     with EditService(editor, observer=metrics) as service:
         yield service
 
 
 @pytest.fixture(scope="module")
-def url(service, metrics):
+def url(service: EditService) -> Iterator[str]:
     with listening(create_app(service, model="shapes"), service) as (address, _):
         yield address
 
 
 @pytest.fixture
-def client(url):
+def client(url: str) -> Iterator[httpx.Client]:
     """Asks, and sees that the server still answers afterwards."""
     with httpx.Client(base_url=url, timeout=60) as client:
         yield client
@@ -76,26 +80,26 @@ def client(url):
 
 
 @pytest.fixture
-def ai(url):
-    """OpenAI's own client, which does not try again."""
+def ai(url: str) -> Iterator[openai.OpenAI]:
+    """OpenAI's own client, which does not try again; Any to the tests, as its types lack the fields that sliders add."""
     with openai.OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0) as client:
         yield client
 
 
 @pytest.fixture(scope="module")
-def png(request):
+def png(request: pytest.FixtureRequest) -> bytes:
     return as_file(request.getfixturevalue("scene"))
 
 
-def pixels(image):
+def pixels(image: Image.Image) -> NDArray[Any]:
     return np.asarray(image).astype(int)
 
 
-def data_url(data):
+def data_url(data: bytes) -> str:
     return f"data:image/png;base64,{base64.b64encode(data).decode()}"
 
 
-def edit(client, png, **fields):
+def edit(client: httpx.Client, png: bytes, **fields: Any) -> httpx.Response:
     """An edit as a form."""
     form = {"num_inference_steps": STEPS, **fields}
     return client.post("/v1/images/edits", files={"image": ("scene.png", png, "image/png")}, data=form)
@@ -104,13 +108,13 @@ def edit(client, png, **fields):
 FORM = {"content-type": "multipart/form-data; boundary=b"}
 
 
-def form_body(parts):
+def form_body(parts: list[tuple[bytes, bytes, bytes]]) -> bytes:
     """A form of parts: name, what follows it in the headers, content."""
     head = b'--b\r\nContent-Disposition: form-data; name="%s"%s\r\n\r\n%s\r\n'
     return b"".join(head % part for part in parts) + b"--b--\r\n"
 
 
-def events(text):
+def events(text: str) -> list[tuple[str, Any]]:
     """Kinds and data of server-sent events."""
     blocks = [dict(line.split(": ", 1) for line in block.split("\n")) for block in text.strip().split("\n\n")]
     return [(block["event"], json.loads(block["data"])) for block in blocks]
@@ -119,7 +123,9 @@ def events(text):
 # Edits.
 
 
-def test_an_edit_is_the_editors_own_bit_for_bit(client, png, scene, st_editor):
+def test_an_edit_is_the_editors_own_bit_for_bit(
+    client: httpx.Client, png: bytes, scene: Image.Image, st_editor: SliderEditor
+) -> None:
     answer = edit(client, png, sliders=json.dumps(SLIDERS), seed=7, num_inference_steps=4, guidance_scale=3).json()
     expected = st_editor.edit(scene, [Slider(RED, 0.5), Slider(DARK, 1.25)], seed=7, steps=4, guidance_scale=3)
     (item,) = answer["data"]
@@ -136,14 +142,14 @@ def test_an_edit_is_the_editors_own_bit_for_bit(client, png, scene, st_editor):
 
 
 @pytest.mark.parametrize("place", ["image", "images", "list"])
-def test_json_holds_the_picture_in_base64(client, png, place):
+def test_json_holds_the_picture_in_base64(client: httpx.Client, png: bytes, place: str) -> None:
     form = edit(client, png, sliders=json.dumps(SLIDERS)).json()
-    sent = {
+    sent: dict[str, dict[str, Any]] = {
         "image": {"image": base64.b64encode(png).decode()},
         "images": {"images": [{"image_url": data_url(png)}]},
         "list": {"image": [data_url(png)]},
-    }[place]
-    answer = client.post("/v1/images/edits", json={"sliders": SLIDERS, "num_inference_steps": STEPS, **sent})
+    }
+    answer = client.post("/v1/images/edits", json={"sliders": SLIDERS, "num_inference_steps": STEPS, **sent[place]})
     assert answer.json()["data"] == form["data"]
 
 
@@ -159,7 +165,9 @@ def test_json_holds_the_picture_in_base64(client, png, place):
         lambda png: f"\n {data_url(png).rstrip('=')}\n",
     ],
 )
-def test_base64_and_data_urls_may_be_written_in_other_ways(client, png, write):
+def test_base64_and_data_urls_may_be_written_in_other_ways(
+    client: httpx.Client, png: bytes, write: Callable[[bytes], str]
+) -> None:
     # Padded, and with characters that only one of the alphabets has.
     png = png + b"\xfb\xff\xbf" + bytes(1 + -len(png) % 3)
     assert base64.b64encode(png).endswith(b"==")
@@ -168,7 +176,7 @@ def test_base64_and_data_urls_may_be_written_in_other_ways(client, png, write):
     assert answer.json()["data"] == expected["data"]
 
 
-def test_the_largest_seed_is_torchs(client, png, scene, st_editor):
+def test_the_largest_seed_is_torchs(client: httpx.Client, png: bytes, scene: Image.Image, st_editor: SliderEditor) -> None:
     data = edit(client, png, prompt=RED, seed=2**64 - 2, n=2).json()["data"]
     assert [item["seed"] for item in data] == [2**64 - 2, 2**64 - 1]
     expected = st_editor.edit(scene, [Slider(RED)], seed=2**64 - 1, steps=STEPS)
@@ -176,7 +184,7 @@ def test_the_largest_seed_is_torchs(client, png, scene, st_editor):
 
 
 @pytest.mark.parametrize("header", ["; filename*=UTF-8''sc%C3%A8ne.png", "\r\nContent-Type: image/png"])
-def test_a_part_is_a_file_without_a_plain_filename(client, png, header):
+def test_a_part_is_a_file_without_a_plain_filename(client: httpx.Client, png: bytes, header: str) -> None:
     expected = edit(client, png, prompt=RED).json()
     parts = [(b"prompt", b"", RED.encode()), (b"num_inference_steps", b"", b"%d" % STEPS), (b"image", header.encode(), png)]
     answer = client.post("/v1/images/edits", content=form_body(parts), headers=FORM)
@@ -184,13 +192,13 @@ def test_a_part_is_a_file_without_a_plain_filename(client, png, header):
 
 
 @pytest.fixture(scope="module")
-def qwen_base(tmp_path_factory):
+def qwen_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base that takes several images."""
     return save_tiny_checkpoint(tmp_path_factory.mktemp("qwen") / "base", plus=True)
 
 
 @pytest.fixture(scope="module")
-def qwen(qwen_base):
+def qwen(qwen_base: Path) -> Iterator[str]:
     """A server of an editor on that base: its address."""
     editor = SliderEditor.from_pretrained(qwen_base, qwen_adapter(qwen_base))
     limits = Limits(pixels=10_000)
@@ -199,13 +207,18 @@ def qwen(qwen_base):
 
 
 @pytest.mark.parametrize("send", ["openai", "form", "image", "images", "both"])
-def test_several_images_are_edited_as_the_editor_edits_them(qwen, qwen_base, send):
+def test_several_images_are_edited_as_the_editor_edits_them(qwen: str, qwen_base: Path, send: str) -> None:
     images = [qwen_picture(96, 48, seed=1), qwen_picture(64, 64)]
     files = [as_file(image) for image in images]
-    fields = {"prompt": RED, "seed": 3, "num_inference_steps": 2, "sliders": [{"instruction": RED, "strength": 0.4}]}
+    fields: dict[str, Any] = {
+        "prompt": RED,
+        "seed": 3,
+        "num_inference_steps": 2,
+        "sliders": [{"instruction": RED, "strength": 0.4}],
+    }
     form = {**fields, "sliders": json.dumps(fields["sliders"])}
     urls = [data_url(file) for file in files]
-    sent = {
+    sent: dict[str, dict[str, Any]] = {
         "image": {"image": urls},
         "images": {"images": [{"image_url": url} for url in urls]},
         "both": {"image": urls[0], "images": [{"image_url": urls[1]}]},
@@ -213,7 +226,7 @@ def test_several_images_are_edited_as_the_editor_edits_them(qwen, qwen_base, sen
     with httpx.Client(base_url=qwen, timeout=60) as client, openai.OpenAI(base_url=f"{qwen}/v1", api_key="any") as ai:
         if send == "openai":
             extra = {name: form[name] for name in ("seed", "num_inference_steps", "sliders")}
-            answer = ai.images.edit(image=files, prompt=RED, extra_body=extra).to_dict()
+            answer: dict[str, Any] = ai.images.edit(image=files, prompt=RED, extra_body=extra).to_dict()
         elif send == "form":
             parts = [("image", (f"{i}.png", file, "image/png")) for i, file in enumerate(files)]
             answer = client.post("/v1/images/edits", files=parts, data=form).json()
@@ -234,11 +247,11 @@ def test_several_images_are_edited_as_the_editor_edits_them(qwen, qwen_base, sen
     assert rows == usage["input_tokens_details"]["image_tokens"] + usage["output_tokens"]
 
 
-def test_limits_of_several_images(qwen):
+def test_limits_of_several_images(qwen: str) -> None:
     file = as_file(qwen_picture())
     with httpx.Client(base_url=qwen, timeout=60) as client:
 
-        def send(*images):
+        def send(*images: bytes) -> httpx.Response:
             fields = {"prompt": RED, "image": [data_url(image) for image in images]}
             return client.post("/v1/images/edits", json=fields)
 
@@ -250,12 +263,14 @@ def test_limits_of_several_images(qwen):
         refused(send(file, b"no image"), 422, "unprocessable_edit", "image 2 cannot be read")
 
 
-def test_without_sliders_the_whole_prompt_is_one_at_strength_1(client, png, scene, st_editor):
+def test_without_sliders_the_whole_prompt_is_one_at_strength_1(
+    client: httpx.Client, png: bytes, scene: Image.Image, st_editor: SliderEditor
+) -> None:
     answer = edit(client, png, prompt=BOTH).json()
     assert picture(answer["data"][0]).tobytes() == st_editor.edit(scene, [Slider(BOTH)], steps=STEPS).tobytes()
 
 
-def test_nulls_and_fields_without_meaning_here_change_nothing(client, png):
+def test_nulls_and_fields_without_meaning_here_change_nothing(client: httpx.Client, png: bytes) -> None:
     plain = {"prompt": RED, "image": data_url(png), "num_inference_steps": STEPS}
     nulls = dict.fromkeys(("n", "size", "stream", "output_format", "partial_images"))
     openais = {"quality": "high", "user": "me", "background": "auto"}
@@ -263,7 +278,9 @@ def test_nulls_and_fields_without_meaning_here_change_nothing(client, png):
     assert answers[0]["data"] == answers[1]["data"]
 
 
-def test_n_pictures_have_consecutive_seeds(client, png, scene, st_editor):
+def test_n_pictures_have_consecutive_seeds(
+    client: httpx.Client, png: bytes, scene: Image.Image, st_editor: SliderEditor
+) -> None:
     data = edit(client, png, prompt=RED, n=3, seed=5).json()["data"]
     assert [item["seed"] for item in data] == [5, 6, 7]
     for item in data:
@@ -271,7 +288,9 @@ def test_n_pictures_have_consecutive_seeds(client, png, scene, st_editor):
         assert np.abs(pixels(picture(item)) - pixels(expected)).max() <= 1
 
 
-def test_a_sweep_has_one_picture_per_strength(client, png, scene, st_editor):
+def test_a_sweep_has_one_picture_per_strength(
+    client: httpx.Client, png: bytes, scene: Image.Image, st_editor: SliderEditor
+) -> None:
     sweep = {"slider": 0, "from": 0, "to": 1.5, "count": 4}
     data = edit(client, png, sliders=json.dumps(SLIDERS), sweep=json.dumps(sweep)).json()["data"]
     assert [item["strengths"] for item in data] == [[0, 1.25], [0.5, 1.25], [1, 1.25], [1.5, 1.25]]
@@ -284,7 +303,9 @@ def test_a_sweep_has_one_picture_per_strength(client, png, scene, st_editor):
     ("output_format", "answer"),
     [("webp", (400, "strip_too_large")), ("jpeg", (422, "unprocessable_edit")), ("png", (422, "unprocessable_edit"))],
 )
-def test_a_strip_that_its_format_cannot_hold_is_refused_before_the_work(client, png, output_format, answer):
+def test_a_strip_that_its_format_cannot_hold_is_refused_before_the_work(
+    client: httpx.Client, png: bytes, output_format: str, answer: tuple[int, str]
+) -> None:
     """The title is wider than a WebP image may be; the prompt is longer than the engine reads, which encoding would tell."""
     words = "make the circle red " * 199
     sweep = {"from": 0, "to": 1, "count": 2, "strip": True}
@@ -301,7 +322,7 @@ def test_a_strip_that_its_format_cannot_hold_is_refused_before_the_work(client, 
         )
 
 
-def test_a_sweeps_strip_is_one_picture(client, png):
+def test_a_sweeps_strip_is_one_picture(client: httpx.Client, png: bytes) -> None:
     sweep = {"from": 0, "to": 1, "count": 3, "strip": True}
     (item,) = edit(client, png, prompt=RED, sweep=json.dumps(sweep)).json()["data"]
     width, height = picture(item).size
@@ -310,7 +331,9 @@ def test_a_sweeps_strip_is_one_picture(client, png):
     assert item["strengths"] is None
 
 
-def test_a_preview_takes_fewer_steps_unless_it_says_how_many(client, png, scene, st_editor):
+def test_a_preview_takes_fewer_steps_unless_it_says_how_many(
+    client: httpx.Client, png: bytes, scene: Image.Image, st_editor: SliderEditor
+) -> None:
     files = {"image": png}
     data = client.post("/v1/images/edits", files=files, data={"prompt": RED, "preview": "true"}).json()["data"]
     assert picture(data[0]).tobytes() == st_editor.edit(scene, [Slider(RED)], steps=PREVIEW_STEPS).tobytes()
@@ -319,7 +342,7 @@ def test_a_preview_takes_fewer_steps_unless_it_says_how_many(client, png, scene,
 
 
 @pytest.mark.parametrize(("output_format", "pillow"), [("png", "PNG"), ("jpeg", "JPEG"), ("webp", "WEBP")])
-def test_output_formats(client, png, output_format, pillow):
+def test_output_formats(client: httpx.Client, png: bytes, output_format: str, pillow: str) -> None:
     full, small = (
         edit(client, png, prompt=RED, output_format=output_format, output_compression=quality).json()["data"][0]
         for quality in (100, 10)
@@ -329,7 +352,7 @@ def test_output_formats(client, png, output_format, pillow):
     assert (len(small["b64_json"]) < len(full["b64_json"])) == (output_format != "png")
 
 
-def test_the_size_is_the_engines_for_the_picture(client, scene):
+def test_the_size_is_the_engines_for_the_picture(client: httpx.Client, scene: Image.Image) -> None:
     wide = as_file(scene.resize((80, 40)))
     answers = [edit(client, wide, prompt=RED, size=size) for size in ("auto", "88x48", "1024x1024")]
     assert [a.status_code for a in answers] == [200, 200, 400]
@@ -340,7 +363,7 @@ def test_the_size_is_the_engines_for_the_picture(client, scene):
 # Streams.
 
 
-def test_a_stream_sends_partial_pictures_and_then_the_edit(client, png):
+def test_a_stream_sends_partial_pictures_and_then_the_edit(client: httpx.Client, png: bytes) -> None:
     whole = edit(client, png, prompt=RED, num_inference_steps=6).json()
     answer = edit(client, png, prompt=RED, num_inference_steps=6, stream="true", partial_images=2)
     assert answer.headers["content-type"].startswith("text/event-stream")
@@ -356,7 +379,7 @@ def test_a_stream_sends_partial_pictures_and_then_the_edit(client, png):
     assert distances[0] > distances[1] > distances[2] == 0
 
 
-def test_a_stream_of_several_pictures_completes_each(client, png):
+def test_a_stream_of_several_pictures_completes_each(client: httpx.Client, png: bytes) -> None:
     answer = edit(client, png, prompt=RED, n=2, stream="true", partial_images=1, num_inference_steps=4)
     data = [d for _, d in events(answer.text)]
     assert [(d["type"].split(".")[1], d["image_index"]) for d in data] == [
@@ -368,7 +391,7 @@ def test_a_stream_of_several_pictures_completes_each(client, png):
     assert [d["seed"] for d in data[2:]] == [0, 1]
 
 
-def test_what_fails_before_the_first_event_has_a_status(client, png):
+def test_what_fails_before_the_first_event_has_a_status(client: httpx.Client, png: bytes) -> None:
     answer = edit(client, png, prompt=DARK, sliders=json.dumps(SLIDERS[:1]), stream="true")
     assert answer.status_code == 422
     assert "nowhere in the prompt" in answer.json()["error"]["message"]
@@ -377,7 +400,7 @@ def test_what_fails_before_the_first_event_has_a_status(client, png):
 # OpenAI's client.
 
 
-def test_openais_client_edits(ai, png, scene, st_editor):
+def test_openais_client_edits(ai: Any, png: bytes, scene: Image.Image, st_editor: SliderEditor) -> None:
     answer = ai.images.edit(model="shapes", image=("scene.png", png), prompt=BOTH, extra_body={"num_inference_steps": STEPS})
     expected = st_editor.edit(scene, [Slider(BOTH)], steps=STEPS)
     assert picture({"b64_json": answer.data[0].b64_json}).tobytes() == expected.tobytes()
@@ -386,34 +409,36 @@ def test_openais_client_edits(ai, png, scene, st_editor):
 
 
 @pytest.mark.parametrize("send", [json.dumps, list])
-def test_openais_client_sends_sliders(ai, png, scene, st_editor, send):
+def test_openais_client_sends_sliders(
+    ai: Any, png: bytes, scene: Image.Image, st_editor: SliderEditor, send: Callable[[Any], Any]
+) -> None:
     extra = {"sliders": send(SLIDERS), "num_inference_steps": STEPS, "seed": 2}
     answer = ai.images.edit(image=png, prompt=BOTH, extra_body=extra)
     expected = st_editor.edit(scene, [Slider(RED, 0.5), Slider(DARK, 1.25)], steps=STEPS, seed=2)
     assert picture({"b64_json": answer.data[0].b64_json}).tobytes() == expected.tobytes()
 
 
-def test_openais_client_sends_a_sweep_taken_apart(ai, png):
+def test_openais_client_sends_a_sweep_taken_apart(ai: Any, png: bytes) -> None:
     extra = {"sweep": {"slider": 0, "from": 0, "to": 1, "count": 3}, "num_inference_steps": STEPS}
     answer = ai.images.edit(image=png, prompt=RED, extra_body=extra)
     assert [item.strengths for item in answer.data] == [[0.0], [0.5], [1.0]]
 
 
-def test_sliders_whose_fields_cannot_be_told_apart_are_refused(ai, png):
+def test_sliders_whose_fields_cannot_be_told_apart_are_refused(ai: Any, png: bytes) -> None:
     # The client sends two instructions and one strength, without saying whose.
     extra = {"sliders": [{"instruction": RED}, {"instruction": DARK, "strength": 0.5}]}
     with pytest.raises(openai.BadRequestError, match=r"2 × instruction, 1 × strength.*one field that holds JSON"):
         ai.images.edit(image=png, prompt=BOTH, extra_body=extra)
 
 
-def test_openais_client_streams(ai, png):
+def test_openais_client_streams(ai: Any, png: bytes) -> None:
     extra = {"sliders": json.dumps(SLIDERS), "num_inference_steps": 8}
     stream = ai.images.edit(image=png, prompt=BOTH, stream=True, partial_images=3, extra_body=extra)
     kinds = [event.type for event in stream]
     assert kinds == ["image_edit.partial_image"] * 3 + ["image_edit.completed"]
 
 
-def test_openais_client_knows_the_errors(ai, png):
+def test_openais_client_knows_the_errors(ai: Any, png: bytes) -> None:
     with pytest.raises(openai.NotFoundError) as unknown:
         ai.images.edit(image=png, prompt=RED, model="gpt-image-1")
     assert unknown.value.code == "model_not_found"
@@ -427,7 +452,7 @@ def test_openais_client_knows_the_errors(ai, png):
 # The rest of the surface.
 
 
-def test_the_model_says_what_its_engine_is(client, st_editor):
+def test_the_model_says_what_its_engine_is(client: httpx.Client, st_editor: SliderEditor) -> None:
     (model,) = client.get("/v1/models").json()["data"]
     assert model["id"] == "shapes"
     assert client.get("/v1/models/shapes").json() == model
@@ -445,7 +470,7 @@ def test_the_model_says_what_its_engine_is(client, st_editor):
     }
 
 
-def test_spans_say_which_slider_owns_each_token(client):
+def test_spans_say_which_slider_owns_each_token(client: httpx.Client) -> None:
     answer = client.post("/v1/sliders/spans", json={"prompt": f"Please {BOTH}", "sliders": SLIDERS}).json()
     words = [(answer["prompt"][t["start"] : t["end"]], t["slider"]) for t in answer["tokens"] if t["end"] > t["start"]]
     owned = {0: [w for w, s in words if s == 0], 1: [w for w, s in words if s == 1]}
@@ -455,12 +480,12 @@ def test_spans_say_which_slider_owns_each_token(client):
     assert composed["prompt"] == BOTH
 
 
-def test_health(client):
+def test_health(client: httpx.Client) -> None:
     assert client.get("/v2/health/live").json() == {"live": True}
     assert client.get("/v2/health/ready").json() == {"ready": True}
 
 
-def test_the_page_comes_from_the_package_and_loads_nothing_from_elsewhere(client, scene):
+def test_the_page_comes_from_the_package_and_loads_nothing_from_elsewhere(client: httpx.Client, scene: Image.Image) -> None:
     page = client.get("/")
     assert page.headers["content-type"] == "text/html; charset=utf-8"
     for name, kind in (("app.js", "text/javascript"), ("style.css", "text/css")):
@@ -475,8 +500,8 @@ def test_the_page_comes_from_the_package_and_loads_nothing_from_elsewhere(client
     assert sample.tobytes() == scene.tobytes()
 
 
-def test_metrics_count_what_was_done(client, png):
-    def values():
+def test_metrics_count_what_was_done(client: httpx.Client, png: bytes) -> None:
+    def values() -> dict[str, float]:
         lines = [line for line in client.get("/metrics").text.splitlines() if not line.startswith("#")]
         return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines)}
 
@@ -512,11 +537,11 @@ def test_a_second_application_over_a_service_doubles_no_metric(client, service):
 # Pictures of all kinds.
 
 
-def decoded(data, max_pixels=10**6):
+def decoded(data: bytes, max_pixels: int = 10**6) -> Image.Image:
     return decode_picture(data, "the picture", max_pixels=max_pixels, max_aspect=4)
 
 
-def test_pictures_are_turned_upright_and_made_rgb(scene):
+def test_pictures_are_turned_upright_and_made_rgb(scene: Image.Image) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by a quarter
     turned = decoded(as_file(scene.resize((64, 48)), exif=exif))
@@ -530,17 +555,17 @@ def test_pictures_are_turned_upright_and_made_rgb(scene):
     assert decoded(as_file(scene.convert("CMYK"), "JPEG")).mode == "RGB"
 
 
-def bomb(width, height):
+def bomb(width: int, height: int) -> bytes:
     """A small PNG file that says it is large."""
 
-    def chunk(kind, data):
+    def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
     header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(10**6))) + chunk(b"IEND", b"")
 
 
-def test_damaged_files_are_refused_whatever_they_do_to_the_decoder(scene):
+def test_damaged_files_are_refused_whatever_they_do_to_the_decoder(scene: Image.Image) -> None:
     rng = np.random.default_rng(0)
     for kind in ("PNG", "JPEG", "WEBP"):
         data = as_file(scene, kind)
@@ -555,7 +580,7 @@ def test_damaged_files_are_refused_whatever_they_do_to_the_decoder(scene):
 # Bad input.
 
 
-def refused(answer, status, code, sentence):
+def refused(answer: httpx.Response, status: int, code: str | None, sentence: str) -> None:
     assert answer.status_code == status, answer.text
     error = answer.json()["error"]
     assert set(error) == {"message", "type", "param", "code"}
@@ -600,7 +625,9 @@ def refused(answer, status, code, sentence):
         ({"prompt": RED, "negative_prompt": "blur"}, 422, "unprocessable_edit", "true-CFG scale above 1"),
     ],
 )
-def test_fields_that_cannot_be(client, png, fields, status, code, sentence):
+def test_fields_that_cannot_be(
+    client: httpx.Client, png: bytes, fields: dict[str, Any], status: int, code: str | None, sentence: str
+) -> None:
     files = {"image": png}
     refused(client.post("/v1/images/edits", files=files, data=fields), status, code, sentence)
 
@@ -635,12 +662,12 @@ def test_fields_that_cannot_be(client, png, fields, status, code, sentence):
         (b'{"prompt": "a", "image": ""}', 422, "unprocessable_edit", "the picture cannot be read"),
     ],
 )
-def test_json_that_cannot_be(client, body, status, code, sentence):
+def test_json_that_cannot_be(client: httpx.Client, body: bytes, status: int, code: str | None, sentence: str) -> None:
     headers = {"content-type": "application/json"}
     refused(client.post("/v1/images/edits", content=body, headers=headers), status, code, sentence)
 
 
-def test_files_that_are_no_pictures(client, png, scene):
+def test_files_that_are_no_pictures(client: httpx.Client, png: bytes, scene: Image.Image) -> None:
     refused(edit(client, b"no picture", prompt=RED), 422, "unprocessable_edit", "the picture cannot be read")
     refused(edit(client, png[: len(png) // 2], prompt=RED), 422, "unprocessable_edit", "the picture cannot be read .*truncated")
     # A format whose decoder would start another program.
@@ -651,8 +678,8 @@ def test_files_that_are_no_pictures(client, png, scene):
     refused(edit(client, as_file(scene.resize((300, 10))), prompt=RED), 422, "unprocessable_edit", "crop it")
 
 
-def test_forms_that_cannot_be_read(client, png):
-    def post(content, content_type):
+def test_forms_that_cannot_be_read(client: httpx.Client, png: bytes) -> None:
+    def post(content: bytes, content_type: str) -> httpx.Response:
         return client.post("/v1/images/edits", content=content, headers={"content-type": content_type})
 
     refused(post(b"x", "multipart/form-data"), 400, None, "boundary")
@@ -669,7 +696,7 @@ def test_forms_that_cannot_be_read(client, png):
     refused(client.post("/v1/images/edits", files=mask, data={"prompt": RED}), 400, "unknown_file", "mask is a file")
 
 
-def test_head_answers_as_get_without_a_body(client):
+def test_head_answers_as_get_without_a_body(client: httpx.Client) -> None:
     for path in ("/health", "/v2/health/live", "/v2/health/ready", "/metrics", "/v1/models", "/v1/models/shapes", "/", "/docs"):
         got, head = client.get(path), client.head(path)
         assert (head.status_code, head.content) == (200, b""), path
@@ -680,13 +707,13 @@ def test_head_answers_as_get_without_a_body(client):
     assert client.head("/v1/images/edits").status_code == 405
 
 
-def test_unknown_paths_and_methods(client):
+def test_unknown_paths_and_methods(client: httpx.Client) -> None:
     refused(client.get("/v1/nothing"), 404, None, "Not Found")
     refused(client.get("/v1/models/gpt-image-1"), 404, "model_not_found", "'gpt-image-1' is not served here")
     refused(client.get("/v1/images/edits"), 405, None, "Method Not Allowed")
 
 
-def test_bodies_over_the_limit_or_too_slow(service, png):
+def test_bodies_over_the_limit_or_too_slow(service: EditService, png: bytes) -> None:
     limits = Limits(body_bytes=100_000, body_seconds=0.5)
     with (
         listening(create_app(service, model="shapes", limits=limits), service) as (address, _),
@@ -698,7 +725,7 @@ def test_bodies_over_the_limit_or_too_slow(service, png):
             refused(answer, 413, "body_too_large", r"larger than the 0\.09\d+ MiB allowed")
         refused(edit(client, bytes(10**6), prompt=RED), 413, "body_too_large", "allowed")
 
-        def slow():
+        def slow() -> Iterator[bytes]:
             yield b"{"
             time.sleep(1)
             yield b"}"
@@ -708,27 +735,27 @@ def test_bodies_over_the_limit_or_too_slow(service, png):
         assert edit(client, png, prompt=RED).status_code == 200
 
 
-def test_an_edit_that_is_not_done_in_time(service, png):
+def test_an_edit_that_is_not_done_in_time(service: EditService, png: bytes) -> None:
     app = create_app(service, model="shapes", limits=Limits(request_seconds=0.05))
     with listening(app, service) as (address, _), httpx.Client(base_url=address, timeout=30) as client:
         refused(edit(client, png, prompt=RED, num_inference_steps=100), 504, "deadline_exceeded", r"within 0\.05 seconds")
 
 
-def raw(url, data):
+def raw(url: str, data: bytes) -> socket.socket:
     """A connection on which this was sent."""
     connection = socket.create_connection(("127.0.0.1", int(url.rsplit(":", 1)[1])), timeout=20)
     connection.sendall(data)
     return connection
 
 
-def post_head(body):
+def post_head(body: bytes) -> bytes:
     """The headers of an edit with this body."""
     sent = {"Host": "127.0.0.1", "Content-Type": "application/json", "Content-Length": len(body)}
     lines = [f"{name}: {value}\r\n" for name, value in sent.items()]
     return f"POST /v1/images/edits HTTP/1.1\r\n{''.join(lines)}\r\n".encode()
 
 
-def test_headers_that_are_too_large_or_no_http(client, url):
+def test_headers_that_are_too_large_or_no_http(client: httpx.Client, url: str) -> None:
     for data, status in ((b"GET / HTTP/1.1\r\nX: " + b"a" * 2 * HEADER_BYTES, b"431"), (b"\x16\x03\x01\r\n\r\n", b"400")):
         with raw(url, data) as connection:
             answer = connection.recv(10_000)
@@ -739,7 +766,9 @@ def test_headers_that_are_too_large_or_no_http(client, url):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_an_edit_whose_client_went_away_is_cancelled(client, url, service, png, stream):
+def test_an_edit_whose_client_went_away_is_cancelled(
+    client: httpx.Client, url: str, service: EditService, png: bytes, stream: bool
+) -> None:
     body = json.dumps({"image": data_url(png), "prompt": RED, "num_inference_steps": 100, "n": 10, "stream": stream}).encode()
     before = service.stats()
     with raw(url, post_head(body) + body):
@@ -748,17 +777,17 @@ def test_an_edit_whose_client_went_away_is_cancelled(client, url, service, png, 
     assert waited_for(lambda: not service.stats().running)
 
 
-def test_a_client_that_goes_away_in_its_body(client, url):
+def test_a_client_that_goes_away_in_its_body(client: httpx.Client, url: str) -> None:
     raw(url, post_head(bytes(100)) + b"{").close()
 
 
-def test_only_the_right_key_opens(service, png):
+def test_only_the_right_key_opens(service: EditService, png: bytes) -> None:
     with (
         listening(create_app(service, model="shapes", api_key="s3cret"), service) as (address, _),
         httpx.Client(base_url=address, timeout=30) as client,
     ):
         for key in (None, "Bearer wrong", b"Bearer \xff\xfe", "s3cret", "Basic s3cret"):
-            headers = {} if key is None else {"Authorization": key}
+            headers: dict[str, Any] = {} if key is None else {"Authorization": key}
             for answer in (client.get("/v1/models", headers=headers), client.post("/v1/images/edits", headers=headers)):
                 refused(answer, 401, "invalid_api_key", "Authorization: Bearer")
                 assert answer.headers["www-authenticate"] == "Bearer"
@@ -770,11 +799,13 @@ def test_only_the_right_key_opens(service, png):
             openai.OpenAI(base_url=f"{address}/v1", api_key="wrong").models.list()
 
 
-def test_a_full_queue_says_when_to_come_back_and_a_signal_finishes_what_was_accepted(engines, scene, png):
+def test_a_full_queue_says_when_to_come_back_and_a_signal_finishes_what_was_accepted(
+    engines: dict[str, Path], scene: Image.Image, png: bytes
+) -> None:
     service = EditService(SliderEditor.from_engine(engines["st"], threads=1), max_queue=2, max_batch=1)
-    answers = {}
+    answers: dict[str, httpx.Response] = {}
 
-    def ask(name, **fields):
+    def ask(name: str, **fields: Any) -> None:
         with httpx.Client(base_url=address, timeout=60) as client:
             answers[name] = edit(client, png, prompt=RED, **fields)
 
@@ -803,7 +834,7 @@ def test_a_full_queue_says_when_to_come_back_and_a_signal_finishes_what_was_acce
     assert service.stats().outcomes == {"completed": 1, "refused": 2, "cancelled": 1}
 
 
-def test_a_closed_service_answers_503(engines, png):
+def test_a_closed_service_answers_503(engines: dict[str, Path], png: bytes) -> None:
     service = EditService(SliderEditor.from_engine(engines["st"], threads=1))
     with listening(create_app(service, model="shapes"), service) as (address, _), httpx.Client(base_url=address) as client:
         service.close()
@@ -819,7 +850,7 @@ NAMES = ["localhost:8000", "LocalHost.", "app.localhost", "127.0.0.1:1", "[::1]:
 
 
 @pytest.mark.parametrize("host", NAMES)
-def test_local_names_and_addresses_are_answered(client, host):
+def test_local_names_and_addresses_are_answered(client: httpx.Client, host: str) -> None:
     assert client.get("/v1/models", headers={"host": host}).status_code == 200
 
 
@@ -827,12 +858,12 @@ def test_local_names_and_addresses_are_answered(client, host):
     "host", ["evil.example:8000", "127.0.0.1.evil.example", "localhost.evil.example", "[::1", "::1", "a@localhost"]
 )
 @pytest.mark.parametrize("path", ["/", "/v1/models", "/metrics"])
-def test_a_name_that_was_made_to_resolve_here_is_refused(client, host, path):
+def test_a_name_that_was_made_to_resolve_here_is_refused(client: httpx.Client, host: str, path: str) -> None:
     sentence = "is not a name of this server; use its IP address, or start it with --allowed-host"
     refused(client.get(path, headers={"host": host}), 403, "host_not_allowed", sentence)
 
 
-def test_a_health_check_without_host_is_answered(client, url):
+def test_a_health_check_without_host_is_answered(client: httpx.Client, url: str) -> None:
     with raw(url, b"GET /health HTTP/1.0\r\n\r\n") as connection:
         assert connection.recv(10_000).startswith(b"HTTP/1.1 200 ")
 
@@ -847,9 +878,11 @@ def test_a_health_check_without_host_is_answered(client, url):
         {"sec-fetch-site": "cross-site", "sec-fetch-mode": "no-cors"},
     ],
 )
-def test_pages_of_other_sites_are_refused(client, service, png, headers):
+def test_pages_of_other_sites_are_refused(
+    client: httpx.Client, service: EditService, png: bytes, headers: dict[str, str]
+) -> None:
     before = service.stats().outcomes
-    form = {"files": {"image": png}, "data": {"prompt": RED, "num_inference_steps": 1}, "headers": headers}
+    form: dict[str, Any] = {"files": {"image": png}, "data": {"prompt": RED, "num_inference_steps": 1}, "headers": headers}
     refused(client.post("/v1/images/edits", **form), 403, "origin_not_allowed", "start the server with --allow-origin")
     assert service.stats().outcomes == before
     preflight = client.options("/v1/images/edits", headers=headers | {"access-control-request-method": "POST"})
@@ -857,7 +890,7 @@ def test_pages_of_other_sites_are_refused(client, service, png, headers):
     assert not [name for name in preflight.headers if name.startswith("access-control")]
 
 
-def test_the_servers_own_pages_and_links_to_them_are_answered(client, url, png):
+def test_the_servers_own_pages_and_links_to_them_are_answered(client: httpx.Client, url: str, png: bytes) -> None:
     for headers in (
         {"origin": url},
         {"origin": url.upper(), "sec-fetch-site": "same-origin", "sec-fetch-mode": "cors"},
@@ -865,13 +898,13 @@ def test_the_servers_own_pages_and_links_to_them_are_answered(client, url, png):
         {"origin": "https://images.example.com", "sec-fetch-site": "same-origin"},
         {"sec-fetch-site": "none"},
     ):
-        form = {"files": {"image": png}, "data": {"prompt": RED, "num_inference_steps": 1}, "headers": headers}
+        form: dict[str, Any] = {"files": {"image": png}, "data": {"prompt": RED, "num_inference_steps": 1}, "headers": headers}
         assert client.post("/v1/images/edits", **form).status_code == 200, headers
     link = {"sec-fetch-site": "cross-site", "sec-fetch-mode": "navigate"}
     assert client.get("/", headers=link).status_code == 200
 
 
-def test_what_is_allowed_is_answered_with_what_browsers_ask_for(service, png):
+def test_what_is_allowed_is_answered_with_what_browsers_ask_for(service: EditService, png: bytes) -> None:
     hosts, origins = ("GPU-Box.", "*.example.com"), ("HTTPS://App.Example.org:443", "null")
     app = create_app(service, model="shapes", api_key="s3cret", allowed_origins=origins)
     with listening(app, service) as (address, _), httpx.Client(base_url=address, timeout=30) as client:
@@ -918,20 +951,20 @@ ROUTES = [
 
 
 @pytest.mark.parametrize(("method", "path"), ROUTES)
-def test_answers_are_as_described(client, url, method, path):
+def test_answers_are_as_described(client: httpx.Client, url: str, method: str, path: str) -> None:
     operation = schemathesis.openapi.from_url(f"{url}/openapi.json")[path][method]
     # That a file is a picture and a prompt holds an instruction is beyond a schema.
-    beyond = [CHECKS.get_one("positive_data_acceptance")]
+    beyond: list[Any] = [CHECKS.get_one("positive_data_acceptance")]
 
     @settings(max_examples=12, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
     @given(operation.as_strategy() | operation.as_strategy(generation_mode=schemathesis.GenerationMode.NEGATIVE))
-    def check(case):
+    def check(case: schemathesis.Case[Any]) -> None:
         case.call_and_validate(excluded_checks=beyond)
 
     check()
 
 
-def test_every_route_is_checked(client):
+def test_every_route_is_checked(client: httpx.Client) -> None:
     described = client.get("/openapi.json").json()["paths"]
     assert {(method.upper(), path) for path, methods in described.items() for method in methods} == set(ROUTES)
 
@@ -939,7 +972,7 @@ def test_every_route_is_checked(client):
 # The command.
 
 
-def test_serve_refuses_an_address_that_is_taken(capsys):
+def test_serve_refuses_an_address_that_is_taken(capsys: pytest.CaptureFixture[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         assert main(["serve", "--port", str(port)]) == 2
@@ -963,23 +996,35 @@ def test_serve_refuses_an_address_that_is_taken(capsys):
         (["nowhere", "--port", "0"], "nowhere"),
     ],
 )
-def test_serve_refuses_what_it_cannot_serve(capsys, arguments, message):
+def test_serve_refuses_what_it_cannot_serve(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
     assert main(["serve", *arguments]) == 2
     assert message in capsys.readouterr().err
 
 
-def test_serve_names_the_extra_that_is_missing(capsys, monkeypatch):
+def test_serve_names_the_extra_that_is_missing(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("slideredit_rt.serving.run.find_spec", lambda name: None if name == "uvicorn" else name)
     assert main(["serve"]) == 2
     assert "serving needs uvicorn; install them with pip install 'slideredit-rt[serve]'" in capsys.readouterr().err
 
 
-def test_serve_says_where_it_is_and_stops_at_a_signal(engines, tmp_path, png):
+def test_serve_says_where_it_is_and_stops_at_a_signal(engines: dict[str, Path], tmp_path: Path, png: bytes) -> None:
     (tmp_path / "key").write_text("s3cret\n")
-    command = [sys.executable, "-m", "slideredit_rt.cli", "serve", engines["st"], "--port", "0", "--json", "--threads", "1"]
+    command: list[str | Path] = [
+        sys.executable,
+        "-m",
+        "slideredit_rt.cli",
+        "serve",
+        engines["st"],
+        "--port",
+        "0",
+        "--json",
+        "--threads",
+        "1",
+    ]
     command += ["--api-key-file", tmp_path / "key", "--allow-origin", "https://example.com"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
+            assert process.stdout is not None
             said = json.loads(process.stdout.readline())
             with openai.OpenAI(base_url=f"{said['url']}/v1", api_key="s3cret") as ai:
                 extra = {"num_inference_steps": 1}

@@ -184,7 +184,7 @@ def test_a_png_file_is_turned_by_its_exif_block_or_its_texts(scene: Image.Image)
     sizes = []
     for options in ({"exif": turned_exif(odd=False)[6:]}, {"pnginfo": PngInfo()}):
         if "pnginfo" in options:
-            options["pnginfo"].add_itxt("XML:com.adobe.xmp", '<x tiff:Orientation="6"/>')  # type: ignore[attr-defined]
+            options["pnginfo"].add_itxt("XML:com.adobe.xmp", '<x tiff:Orientation="6"/>')  # type: ignore[union-attr]
         file = io.BytesIO()
         scene.resize((48, 64)).save(file, "PNG", **options)  # type: ignore[arg-type]
         sizes.append(open_image(io.BytesIO(file.getvalue())).size)

@@ -24,6 +24,7 @@ from torch._dynamo.utils import counters
 from slideredit_rt import cli
 from slideredit_rt.adapters import load_adapter
 from slideredit_rt.assets import resolve_base
+from slideredit_rt.checkpoint import meta_transformer
 from slideredit_rt.engines import BuildSettings, inductor, open_engine
 from slideredit_rt.engines.manifest import read_manifest
 from slideredit_rt.errors import SliderEditError
@@ -214,7 +215,7 @@ def test_a_lowering_for_graphs_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_weight_that_no_file_holds_is_one_sentence(folders: dict[str, Path]) -> None:
-    transformer = inductor.meta_transformer(folders["st"])
+    transformer = meta_transformer(folders["st"])
     with pytest.raises(SliderEditError, match=r"lack the weight context_embedder\.bias"):
         inductor.load_weights(transformer, [folders["st"] / "adapter.safetensors"], torch.device("cpu"))
     with pytest.raises(SliderEditError, match="cannot read the weights"):

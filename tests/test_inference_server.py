@@ -47,8 +47,8 @@ def qwen_engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(params=["st", "gst", "qwen"])
 def engine(request: pytest.FixtureRequest) -> Path:
     if request.param == "qwen":
-        return request.getfixturevalue("qwen_engine")
-    return request.getfixturevalue("engines")[request.param]
+        return Path(request.getfixturevalue("qwen_engine"))
+    return Path(request.getfixturevalue("engines")[request.param])
 
 
 def parse(model: Path) -> Any:

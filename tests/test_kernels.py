@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -127,9 +129,9 @@ def test_update_in_place_keeps_the_bits_of_inactive_rows() -> None:
 
 def test_qkv_is_three_projections() -> None:
     p, other = problem(2, 7, 24, 20, 4), problem(2, 7, 24, 20, 4, generator=torch.Generator().manual_seed(1))
-    three = {n: [p[n], other[n], p[n] - other[n]] for n in ("weight", "bias", "lora_a", "lora_b")}
-    three["bias"][1] = None  # type: ignore[call-overload]
-    arguments = (p["x"], *three.values(), p["row_scale"])
+    three: dict[str, list[Any]] = {n: [p[n], other[n], p[n] - other[n]] for n in ("weight", "bias", "lora_a", "lora_b")}
+    three["bias"][1] = None
+    arguments: tuple[Any, ...] = (p["x"], *three.values(), p["row_scale"])
     for i, y in enumerate(masked_lora_qkv(*arguments)):
         one = (p["x"], *(group[i] for group in three.values()), p["row_scale"])
         assert torch.equal(y, masked_lora_linear(*one))

@@ -479,7 +479,7 @@ def sparse_checkpoint(folder: Path, transformer: Any, shards: int = 3) -> None:
                 start, end = header[name]["data_offsets"]
                 if end - start <= 2**22:
                     stream.seek(8 + len(raw) + start)
-                    stream.write(torch.randn((end - start) // 2, generator=generator).bfloat16().view(torch.uint8).numpy())
+                    stream.write(torch.randn((end - start) // 2, generator=generator).bfloat16().view(torch.uint8).numpy().data)
     (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 

@@ -61,7 +61,7 @@ class Traced:
 
 def traced_of(family: Family, kind: Kind, dtype: torch.dtype, ranks: tuple[int, ...] = RANKS) -> Traced:
     backbone = backbone_of(family, kind, dtype, ranks)
-    config = dict(backbone.transformer.config)
+    config: dict[str, Any] = dict(backbone.transformer.config)  # type: ignore[arg-type]
     proto = ir.serde.serialize_model(trace(backbone, config).model)
     return Traced(kind, backbone, config, proto, list(backbone.adapted))
 
@@ -143,8 +143,9 @@ def test_plugin_nodes_carry_what_tensorrts_parser_asks_for(half: Traced) -> None
     for node in nodes:
         assert node.domain == DOMAIN
         assert {name: attribute.value for name, attribute in node.attributes.items()} == tensorrt_plugin.NODE_ATTRIBUTES
-        x, weight, bias, lora_a, lora_b, row_scale = node.inputs
-        assert all(v is not None for v in node.inputs), "the kernel reads a bias from every projection"
+        inputs: list[Any] = [*node.inputs]
+        x, weight, bias, lora_a, lora_b, row_scale = inputs
+        assert all(v is not None for v in inputs), "the kernel reads a bias from every projection"
         n, k = weight.shape
         assert (list(bias.shape), list(lora_a.shape), list(lora_b.shape)) == ([n], [16, k], [n, 16])
         assert (x.dtype, row_scale.dtype) == (ir.DataType.BFLOAT16, ir.DataType.FLOAT)

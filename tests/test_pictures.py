@@ -2,11 +2,14 @@
 
 import json
 import re
+from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
 from PIL import Image
+from torch import Tensor
 
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.evaluation.dataset import Scores
@@ -29,10 +32,10 @@ class Brightness(AttributeScorer):
 
     name = "brightness"
 
-    def __init__(self):
+    def __init__(self) -> None:
         pass
 
-    def score(self, images, phrases):
+    def score(self, images: Tensor, phrases: Sequence[str]) -> list[tuple[float, ...]]:
         return [tuple(len(phrase) * image.mean().item() for phrase in phrases) for image in images]
 
 
@@ -41,15 +44,15 @@ class Difference(DistanceScorer):
 
     name = "difference"
 
-    def __init__(self):
-        self.sources = []
+    def __init__(self) -> None:
+        self.sources: list[Tensor] = []
 
-    def distance(self, images, source):
+    def distance(self, images: Tensor, source: Tensor) -> list[float | None]:
         self.sources.append(source)
         return [(image - source[0]).abs().max().item() if image.any() else None for image in images]
 
 
-def _half(image):
+def _half(image: Image.Image) -> Tensor:
     """A family that edits at half the size."""
     small = image.resize((image.width // 2, image.height // 2), Image.Resampling.LANCZOS)
     pixels = torch.frombuffer(bytearray(small.tobytes()), dtype=torch.uint8).view(small.height, small.width, 3)
@@ -57,7 +60,7 @@ def _half(image):
 
 
 @pytest.fixture
-def folder(tmp_path):
+def folder(tmp_path: Path) -> Path:
     """Three pictures of one colour each, and a file that is none."""
     images = tmp_path / "images"
     images.mkdir()
@@ -68,18 +71,18 @@ def folder(tmp_path):
 
 
 @pytest.fixture
-def prompts(tmp_path):
+def prompts(tmp_path: Path) -> Path:
     path = tmp_path / "edits.jsonl"
     path.write_text("\n\n".join(map(json.dumps, EDITS)) + "\n")
     return path
 
 
 @pytest.fixture
-def pictures(folder, prompts):
+def pictures(folder: Path, prompts: Path) -> Pictures:
     return Pictures(folder, prompts, {"brightness": Brightness()}, {"difference": Difference()}, _half)
 
 
-def test_a_line_needs_its_instructions_only(prompts):
+def test_a_line_needs_its_instructions_only(prompts: Path) -> None:
     assert read_edits(prompts) == [
         Edit("make her smile", ("make her smile",), ("a smile",)),
         Edit("make his hair curly", ("make his hair curly",), ("make his hair curly",)),
@@ -87,13 +90,13 @@ def test_a_line_needs_its_instructions_only(prompts):
     ]
 
 
-def test_an_instruction_that_appears_twice_may_be_asked_for_twice(tmp_path):
+def test_an_instruction_that_appears_twice_may_be_asked_for_twice(tmp_path: Path) -> None:
     path = tmp_path / "edits.jsonl"
     path.write_text(json.dumps({"instructions": ["make it red", "make it red"]}))
     assert read_edits(path)[0].prompt == "make it red and make it red"
 
 
-def test_every_picture_meets_every_edit_with_as_many_instructions(pictures):
+def test_every_picture_meets_every_edit_with_as_many_instructions(pictures: Pictures) -> None:
     single, double = pictures.cases("bench", 6, 1), pictures.cases("bench", 3, 2)
     assert len({(case.image.getpixel((0, 0)), case.prompt) for case in single}) == 6
     assert {case.prompt for case in single} == {"make her smile", "make his hair curly"}
@@ -105,7 +108,9 @@ def test_every_picture_meets_every_edit_with_as_many_instructions(pictures):
     assert names[:6] != sorted(names[:6])
 
 
-def test_search_and_bench_share_no_case_and_the_order_is_the_same_in_every_run(pictures, folder, prompts):
+def test_search_and_bench_share_no_case_and_the_order_is_the_same_in_every_run(
+    pictures: Pictures, folder: Path, prompts: Path
+) -> None:
     bench, search = pictures.cases("bench", 4, 1), pictures.cases("search", 2, 1)
     assert not {case.name for case in bench} & {case.name for case in search}
     assert [case.seed for case in bench + search] == [0, 1, 2, 3, 4, 5]
@@ -115,7 +120,7 @@ def test_search_and_bench_share_no_case_and_the_order_is_the_same_in_every_run(p
     assert [c.name for c in again.cases("bench", 3, 1)] == [c.name for c in bench[:3]]
 
 
-def test_too_few_pairs_for_both_phases_are_refused(pictures):
+def test_too_few_pairs_for_both_phases_are_refused(pictures: Pictures) -> None:
     pictures.cases("bench", 4, 1)
     pictures.cases("search", 2, 1)
     with pytest.raises(
@@ -126,33 +131,40 @@ def test_too_few_pairs_for_both_phases_are_refused(pictures):
         pictures.cases("bench", 1, 3)
 
 
-def test_scores_are_of_the_attribute_phrases_and_against_the_source_at_the_size_of_the_edit(pictures):
-    case = next(c for c in pictures.cases("bench", 3, 2) if c.image.getpixel((0, 0))[0] == 51)
+def test_scores_are_of_the_attribute_phrases_and_against_the_source_at_the_size_of_the_edit(pictures: Pictures) -> None:
+    case = next(c for c in pictures.cases("bench", 3, 2) if c.image.getpixel((0, 0)) == (51,) * 3)
     white, black = torch.ones(1, 3, 24, 16), torch.zeros(1, 3, 24, 16)
     bright, dark = pictures.score(case, torch.cat([white, black]))
     assert bright.attributes == {"brightness": (len("night"), len("fog"))}
     assert bright.distances == {"difference": pytest.approx(0.8)}
     # No distance is a result, too: it is not left out.
     assert dark == Scores({"brightness": (0, 0)}, {"difference": None})
-    assert pictures.distance_scorers["difference"].sources[0].shape == (1, 3, 24, 16)
+    difference = pictures.distance_scorers["difference"]
+    assert isinstance(difference, Difference)
+    assert difference.sources[0].shape == (1, 3, 24, 16)
 
 
-def test_the_source_is_scored_once_as_the_base_model_is_shown_it(pictures):
-    case = next(c for c in pictures.cases("bench", 6, 1) if c.prompt == "make her smile" and c.image.getpixel((0, 0))[0] == 204)
+def test_the_source_is_scored_once_as_the_base_model_is_shown_it(pictures: Pictures) -> None:
+    case = next(
+        c for c in pictures.cases("bench", 6, 1) if c.prompt == "make her smile" and c.image.getpixel((0, 0)) == (204,) * 3
+    )
     scores = pictures.source_scores(case)
-    assert scores.attributes == {"brightness": (pytest.approx(0.8 * len("a smile")),)}
+    assert scores.attributes == {"brightness": pytest.approx((0.8 * len("a smile"),))}
     assert scores.distances == {"difference": 0}
     assert pictures.source_scores(case) is scores
-    assert len(pictures.distance_scorers["difference"].sources) == 1
+    difference = pictures.distance_scorers["difference"]
+    assert isinstance(difference, Difference)
+    assert len(difference.sources) == 1
 
 
-def test_a_learned_scorer_reads_the_same_picture_as_it_would_alone(folder, prompts, tmp_path):
+def test_a_learned_scorer_reads_the_same_picture_as_it_would_alone(folder: Path, prompts: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
     config = transformers.Dinov2Config(image_size=16, patch_size=8, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
     transformers.Dinov2Model(config).save_pretrained(tmp_path / "dinov2")
     size = {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}}
     transformers.BitImageProcessorPil(**size).save_pretrained(tmp_path / "dinov2")
     scorer = load_scorer("dinov2", str(tmp_path / "dinov2"))
+    assert isinstance(scorer, DistanceScorer)
     pictures = Pictures(folder, prompts, {}, {"dinov2": scorer}, _half)
     case = pictures.cases("bench", 1, 1)[0]
     edit = torch.rand(1, 3, 24, 16)
@@ -161,7 +173,7 @@ def test_a_learned_scorer_reads_the_same_picture_as_it_would_alone(folder, promp
     assert [s.distances["dinov2"] for s in pictures.score(case, torch.cat([edit, edit]))] == pytest.approx(alone * 2, abs=1e-6)
 
 
-def test_a_folder_without_pictures_is_refused(tmp_path, prompts):
+def test_a_folder_without_pictures_is_refused(tmp_path: Path, prompts: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(SliderEditError, match=r"'.*empty' holds no picture; put PNG"):
         Pictures(tmp_path / "empty", prompts, {}, {}, _half)
@@ -169,13 +181,13 @@ def test_a_folder_without_pictures_is_refused(tmp_path, prompts):
         Pictures(tmp_path / "nowhere", prompts, {}, {}, _half)
 
 
-def test_a_damaged_picture_is_named_before_anything_is_rendered(folder, prompts):
+def test_a_damaged_picture_is_named_before_anything_is_rendered(folder: Path, prompts: Path) -> None:
     (folder / "torn.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     with pytest.raises(SliderEditError, match=r"torn\.png' cannot be read"):
         Pictures(folder, prompts, {}, {}, _half).cases("bench", 8, 1)
 
 
-def test_a_prompts_file_that_is_missing_or_empty_is_refused(folder, tmp_path):
+def test_a_prompts_file_that_is_missing_or_empty_is_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(SliderEditError, match=r"'.*none\.jsonl' cannot be read .*; give a UTF-8 file with lines such as \{"):
         Pictures(folder, tmp_path / "none.jsonl", {}, {}, _half)
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
@@ -206,7 +218,7 @@ def test_a_prompts_file_that_is_missing_or_empty_is_refused(folder, tmp_path):
         ('{"instructions": ["red", "red"], "prompt": "make it red"}', ".*the instructions 'red', 'red' do not all stand"),
     ],
 )
-def test_a_line_that_is_no_edit_is_named_with_its_number(tmp_path, line, message):
+def test_a_line_that_is_no_edit_is_named_with_its_number(tmp_path: Path, line: str, message: str) -> None:
     path = tmp_path / "edits.jsonl"
     path.write_text(f'{{"instructions": ["make it red"]}}\n\n{line}\n')
     with pytest.raises(SliderEditError, match=rf"^line 3 of '.*edits\.jsonl' {message}"):

@@ -89,7 +89,8 @@ def adapters(bases: dict[str, Path], family: Family) -> dict[Kind, Path]:
 def qwen_engines(bases: dict[str, Path], adapters: dict[Kind, Path]) -> dict[str, Path]:
     """ST on the one-picture base, GST on the other, each in its own lowering."""
     root = bases["edit"].parent
-    for base, kind in (("edit", "st"), ("plus", "gst")):
+    pairs: tuple[tuple[str, Kind], ...] = (("edit", "st"), ("plus", "gst"))
+    for base, kind in pairs:
         build_engine(bases[base], adapters[kind], root / f"engine-{base}", progress=False)
     return {base: root / f"engine-{base}" for base in bases}
 
@@ -442,7 +443,7 @@ def test_the_negative_pass_is_told_by_being_it(encoders: dict[str, Any], bases: 
     backbone = SliderBackbone(family, pipeline.transformer, None)
     calls = []
 
-    def engine(inputs: Any) -> torch.Tensor:
+    def engine(inputs: Any) -> Any:
         calls.append({k: v.clone() for k, v in inputs.items()})
         return backbone({k: v for k, v in inputs.items() if k not in ("alpha", "token_mask")})
 
@@ -505,8 +506,8 @@ def test_training_learns_on_prompts_of_different_lengths(
     bases: dict[str, Path], family: Family, tmp_path: Path, kind: Kind
 ) -> None:
     base = {"st": "plus", "gst": "edit"}[kind]
-    target = {"st": "remaining", "gst": "neutral"}[kind]
-    options = {"rank": 2, "steps": 2, "batch": 2, "learning_rate": 1e-2, "gradient_checkpointing": kind == "st"}
+    target: Any = {"st": "remaining", "gst": "neutral"}[kind]
+    options: dict[str, Any] = {"rank": 2, "steps": 2, "batch": 2, "learning_rate": 1e-2, "gradient_checkpointing": kind == "st"}
     config = SuppressionConfig(kind=kind, target=target, **options)
     trainer = SuppressionTrainer(family, family.load_pipeline(bases[base]), _TwoEdits(), config, tmp_path / "new.safetensors")
     adapter = trainer.train(progress=False)

@@ -24,6 +24,7 @@ from slideredit_rt.evaluation.dataset import Case
 from slideredit_rt.evaluation.evaluate import run_evaluation
 from slideredit_rt.evaluation.run import BenchmarkConfig
 from slideredit_rt.evaluation.setup import Setup
+from slideredit_rt.evaluation.systems import System
 from slideredit_rt.evaluation.systems.attribute_offsets import OffsetControl
 from slideredit_rt.evaluation.systems.concept_sliders import ConceptSliders
 from slideredit_rt.families import Family, get_family
@@ -45,7 +46,7 @@ from slideredit_rt.training.trainer import Trainer
 
 ATTRIBUTES = ("make the circle red", "make the square larger", "make the background dark")
 KNOWN = [find_instruction(text) for text in ATTRIBUTES]
-SHORT = {"attributes": ATTRIBUTES, "steps": 4, "batch": 3}
+SHORT: dict[str, Any] = {"attributes": ATTRIBUTES, "steps": 4, "batch": 3}
 CONCEPTS, OFFSETS = ConceptConfig(rank=2, **SHORT), OffsetConfig(**SHORT)
 STEPS = 3
 
@@ -55,7 +56,10 @@ def make(request: pytest.FixtureRequest, family: Family, pipeline: Any, tmp_path
     trainer, config = {"concepts": (ConceptTrainer, CONCEPTS), "offsets": (OffsetTrainer, OFFSETS)}[request.param]
 
     def build(data: Any = None, name: str = "a.safetensors", **changes: Any) -> ContrastTrainer[Any]:
-        return trainer(family, pipeline, data or BalancedShapes(KNOWN), replace(config, **changes), tmp_path / name)
+        made: ContrastTrainer[Any] = trainer(
+            family, pipeline, data or BalancedShapes(KNOWN), replace(config, **changes), tmp_path / name
+        )
+        return made
 
     return build
 
@@ -336,7 +340,8 @@ def test_the_command_trains_and_the_benchmark_takes_the_result(
     assert "1 attributes" in capsys.readouterr().out
     name = {"concepts": "concept-sliders", "offsets": "attribute-offsets"}[what]
     config = BenchmarkConfig(scenes=(1,), search_scenes=1, samples=3, search_samples=3, steps=1)
-    setup = Setup("shapes-kontext", tmp_path / "run", ["shapes-st"], **{what: str(out)})
+    given: dict[str, Any] = {what: str(out)}
+    setup = Setup("shapes-kontext", tmp_path / "run", ["shapes-st"], **given)
     report = run_evaluation(setup, config, systems=[name], instructions=ATTRIBUTES[:1], progress=False)
     assert [entry["system"] for entry in report["systems"]] == [name]
 
@@ -383,7 +388,8 @@ def test_the_shipped_rivals_carry_out_an_instruction_and_leave_the_picture_alone
     case = Case("one", scene_image(example), example.prompt, (example.instructions[0].text,), seed=0)
     concepts = ConceptSliders(SliderEditor.from_pretrained("shapes-kontext", "shapes-concepts"))
     offsets = OffsetControl(st_editor, load_offsets(resolve_offsets("shapes-offsets"), family))
-    for system, far in ((concepts, 1.0), (offsets, 3.0)):
+    systems: list[tuple[System, float]] = [(concepts, 1.0), (offsets, 3.0)]
+    for system, far in systems:
         images = system.render(system.prepare(case), [[0.0], [far]], 12)
         zero, moved = (response(m, example.instructions[0], example.scene) for m in measure(images, [example.scene] * 2))
         assert abs(zero) < 0.1, system.name

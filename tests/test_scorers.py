@@ -5,8 +5,11 @@ import io
 import pickle
 import sys
 import types
+from collections.abc import Iterator, Sequence
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -16,14 +19,16 @@ import sentencepiece
 import torch
 import torch.nn.functional as F
 import transformers
+from numpy.typing import ArrayLike
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from slideredit_rt.errors import SliderEditError
-from slideredit_rt.evaluation.scorers import SCORERS, AttributeScorer, DistanceScorer, load_scorer
+from slideredit_rt.evaluation.scorers import SCORERS, AttributeScorer, DistanceScorer, Scorer, load_scorer
 from slideredit_rt.evaluation.scorers.base import BATCH
+from slideredit_rt.evaluation.scorers.distances import Dinov2
 from slideredit_rt.shapes.editor_recipe import build_clip_tokenizer
 
 SIDE = 32
@@ -33,7 +38,7 @@ EYE = {"image_size": SIDE, "patch_size": 8, **TOWER}
 MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.3, 0.25]
 
 
-def _random_weights(model):
+def _random_weights(model: nn.Module) -> Any:
     """Wider than an initialisation, whose pictures would all look alike."""
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
@@ -42,7 +47,7 @@ def _random_weights(model):
     return model.eval()
 
 
-def _save(folder, model, processor, tokenizer=None):
+def _save(folder: Path, model: Any, processor: Any, tokenizer: Any = None) -> Path:
     for part in (_random_weights(model), processor, tokenizer):
         if part is not None:
             part.save_pretrained(folder)
@@ -50,7 +55,7 @@ def _save(folder, model, processor, tokenizer=None):
 
 
 @pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory):
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One small checkpoint per transformers scorer, saved as a hub repository is."""
     root = tmp_path_factory.mktemp("checkpoints")
     plain = {"image_mean": MEAN, "image_std": STD}
@@ -89,22 +94,22 @@ def checkpoints(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def images():
+def images() -> Tensor:
     """More pictures than a model is shown at once; values that 8 bits hold exactly."""
     return torch.randint(0, 256, (BATCH + 2, 3, SIDE, SIDE), generator=torch.Generator().manual_seed(1)) / 255
 
 
 @pytest.fixture(scope="module", params=["clip", "siglip", "blip-itm"])
-def attribute_scorer(request, checkpoints):
+def attribute_scorer(request: pytest.FixtureRequest, checkpoints: Path) -> Scorer:
     return load_scorer(request.param, str(checkpoints / request.param))
 
 
-def _normalised(images):
+def _normalised(images: Tensor) -> Tensor:
     mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
     return (images - mean) / std
 
 
-def _expected(name, folder, images, phrases):
+def _expected(name: str, folder: Path, images: Tensor, phrases: Sequence[str]) -> list[list[float]]:
     """One picture and one phrase at a time, from the parts of the model and nothing padded that was not in training."""
     tokenizer, pixels = transformers.AutoTokenizer.from_pretrained(folder), _normalised(images)
     if name == "blip-itm":
@@ -128,7 +133,9 @@ def _expected(name, folder, images, phrases):
 
 
 @torch.no_grad()
-def test_attribute_scores_are_those_of_the_model_itself(attribute_scorer, checkpoints, images):
+def test_attribute_scores_are_those_of_the_model_itself(
+    attribute_scorer: AttributeScorer, checkpoints: Path, images: Tensor
+) -> None:
     assert isinstance(attribute_scorer, AttributeScorer)
     scores = attribute_scorer.score(images, PHRASES)
     expected = _expected(attribute_scorer.name, checkpoints / attribute_scorer.name, images, PHRASES)
@@ -138,15 +145,18 @@ def test_attribute_scores_are_those_of_the_model_itself(attribute_scorer, checkp
     assert np.ptp(expected, axis=1).min() > 1e-4
 
 
-def test_a_picture_scores_the_same_in_any_batch_and_a_phrase_beside_any_other(attribute_scorer, images):
+def test_a_picture_scores_the_same_in_any_batch_and_a_phrase_beside_any_other(
+    attribute_scorer: AttributeScorer, images: Tensor
+) -> None:
     together = attribute_scorer.score(images, PHRASES)
     for index in (0, BATCH + 1):
         np.testing.assert_allclose(attribute_scorer.score(images[index : index + 1], PHRASES)[0], together[index], atol=1e-5)
     np.testing.assert_allclose(attribute_scorer.score(images, PHRASES[:1]), np.array(together)[:, :1], atol=1e-5)
 
 
-def test_pictures_of_another_size_are_resized_by_pillow(checkpoints):
+def test_pictures_of_another_size_are_resized_by_pillow(checkpoints: Path) -> None:
     scorer = load_scorer("siglip", str(checkpoints / "siglip"))
+    assert isinstance(scorer, AttributeScorer)
     large = torch.rand(1, 3, 48, 80, generator=torch.Generator().manual_seed(2))
     pixels = (large[0] * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
     resized = np.asarray(Image.fromarray(pixels).resize((SIDE, SIDE), Image.Resampling.BICUBIC))
@@ -154,28 +164,28 @@ def test_pictures_of_another_size_are_resized_by_pillow(checkpoints):
     np.testing.assert_allclose(scorer.score(large, PHRASES), scorer.score(small, PHRASES), atol=1e-5)
 
 
-def test_a_phrase_that_would_be_cut_off_is_refused(attribute_scorer, images):
+def test_a_phrase_that_would_be_cut_off_is_refused(attribute_scorer: AttributeScorer, images: Tensor) -> None:
     with pytest.raises(SliderEditError, match=r"'hair hair.* tokens and the scorer '.*' reads (24|48); shorten it"):
         attribute_scorer.score(images[:1], ["smile", "hair " * 60])
 
 
 @pytest.fixture(scope="module")
-def dinov2(checkpoints):
+def dinov2(checkpoints: Path) -> Scorer:
     return load_scorer("dinov2", str(checkpoints / "dinov2"))
 
 
 @torch.no_grad()
-def test_dinov2_distance_is_one_minus_the_cosine_of_the_class_tokens(dinov2, checkpoints, images):
+def test_dinov2_distance_is_one_minus_the_cosine_of_the_class_tokens(dinov2: Dinov2, checkpoints: Path, images: Tensor) -> None:
     assert isinstance(dinov2, DistanceScorer)
     model = transformers.Dinov2Model.from_pretrained(checkpoints / "dinov2")
     tokens = model.layernorm(model.encoder(model.embeddings(_normalised(images))).last_hidden_state)[:, 0]
     expected = 1 - F.cosine_similarity(tokens, tokens[:1])
-    np.testing.assert_allclose(dinov2.distance(images, images[:1]), expected, atol=1e-5)
+    np.testing.assert_allclose(np.array(dinov2.distance(images, images[:1]), float), expected, atol=1e-5)
     assert expected[1:].min() > 0.01
     assert dinov2.distance(images[:1], images[:1]) == pytest.approx([0], abs=1e-6)
 
 
-def test_a_source_is_embedded_once_however_often_it_is_compared_with(dinov2, images):
+def test_a_source_is_embedded_once_however_often_it_is_compared_with(dinov2: Dinov2, images: Tensor) -> None:
     seen = []
     hook = dinov2.vision.model.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(len(kwargs["pixel_values"])), with_kwargs=True
@@ -192,14 +202,14 @@ class _Backbones(types.ModuleType):
     """The layers of torchvision's `alexnet` and `vgg16` that LPIPS reads, with random weights."""
 
     @staticmethod
-    def alexnet(pretrained):
+    def alexnet(pretrained: bool) -> types.SimpleNamespace:
         pool = {2: nn.MaxPool2d(3, 2), 5: nn.MaxPool2d(3, 2)}
         shapes = iter([(3, 64, 11, 4, 2), (64, 192, 5, 1, 2), (192, 384, 3, 1, 1), (384, 256, 3, 1, 1), (256, 256, 3, 1, 1)])
         layers = [pool[i] if i in pool else nn.Conv2d(*next(shapes)) if i in (0, 3, 6, 8, 10) else nn.ReLU() for i in range(12)]
         return types.SimpleNamespace(features=nn.Sequential(*layers))
 
     @staticmethod
-    def vgg16(pretrained):
+    def vgg16(pretrained: bool) -> types.SimpleNamespace:
         layers, channels = [], 3
         for width, repeats in ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3)):
             for _ in range(repeats):
@@ -210,13 +220,13 @@ class _Backbones(types.ModuleType):
 
 
 @pytest.fixture(scope="module")
-def lpips_package():
+def lpips_package() -> Iterator[types.ModuleType]:
     """The package, on torchvision where it works and otherwise (it has no build for every torch) on its backbones' layers."""
     if find_spec("lpips") is None:
         pytest.skip("lpips is not installed; pip install --no-deps lpips")
     with pytest.MonkeyPatch.context() as patch:
         if find_spec("torchvision") is None:
-            stand_in = types.ModuleType("torchvision")
+            stand_in: Any = types.ModuleType("torchvision")
             stand_in.__spec__ = ModuleSpec("torchvision", None)
             stand_in.models = _Backbones("torchvision.models")
             patch.setitem(sys.modules, "torchvision", stand_in)
@@ -228,7 +238,9 @@ RELUS = {"alex": (1, 4, 7, 9, 11), "vgg": (3, 8, 15, 22, 29)}
 
 
 @pytest.fixture(scope="module", params=["alex", "vgg"])
-def lpips_scorer(request, lpips_package, tmp_path_factory):
+def lpips_scorer(
+    request: pytest.FixtureRequest, lpips_package: types.ModuleType, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Any, nn.Sequential, tuple[int, ...]]:
     """The scorer, and the backbone whose weights it was given as a file."""
     torch.manual_seed(3)
     models = sys.modules["torchvision.models"]
@@ -241,7 +253,9 @@ def lpips_scorer(request, lpips_package, tmp_path_factory):
 
 
 @torch.no_grad()
-def test_lpips_is_the_weighted_difference_of_the_backbones_features(lpips_scorer, lpips_package):
+def test_lpips_is_the_weighted_difference_of_the_backbones_features(
+    lpips_scorer: tuple[Any, nn.Sequential, tuple[int, ...]], lpips_package: types.ModuleType
+) -> None:
     scorer, backbone, relus = lpips_scorer
     images = torch.rand(3, 3, 64, 80, generator=torch.Generator().manual_seed(4))
     shift, scale = torch.tensor([[-0.030, -0.088, -0.188], [0.458, 0.448, 0.450]])[:, :, None, None]
@@ -260,12 +274,12 @@ def test_lpips_is_the_weighted_difference_of_the_backbones_features(lpips_scorer
     assert scorer.distance(images[:1], images[:1]) == [0]
 
 
-def test_lpips_does_not_compare_pictures_of_two_sizes(lpips_scorer):
+def test_lpips_does_not_compare_pictures_of_two_sizes(lpips_scorer: tuple[Any, nn.Sequential, tuple[int, ...]]) -> None:
     with pytest.raises(SliderEditError, match=r"the edit has 80×64 pixels and its source 64×64; resize one of them"):
         lpips_scorer[0].distance(torch.zeros(1, 3, 64, 80), torch.zeros(1, 3, 64, 64))
 
 
-def test_lpips_takes_no_backbone_that_is_another_network(lpips_package, tmp_path):
+def test_lpips_takes_no_backbone_that_is_another_network(lpips_package: types.ModuleType, tmp_path: Path) -> None:
     save_file({"features.0.weight": torch.zeros(64, 3, 11, 11)}, tmp_path / "other.safetensors")
     with pytest.raises(SliderEditError, match=r"scorer 'lpips-alex' cannot be loaded from .*features\.0\.bias"):
         load_scorer("lpips-alex", str(tmp_path / "other.safetensors"))
@@ -276,15 +290,15 @@ LANDMARKS = np.array([[38.2946, 51.6963], [73.5318, 51.5014], [56.0252, 71.7366]
 FRAME = 640
 
 
-def _face_detector(path):
+def _face_detector(path: Path) -> None:
     """Finds a face wherever an 8×8 cell is white, in the form of InsightFace's detectors: two anchors a cell, three strides."""
     nodes, outputs, tensors = [], [], []
 
-    def constant(name, value):
+    def constant(name: str, value: ArrayLike) -> str:
         tensors.append(numpy_helper.from_array(np.asarray(value), name))
         return name
 
-    def node(kind, inputs, output, **options):
+    def node(kind: str, inputs: Sequence[str], output: str, **options: Any) -> str:
         nodes.append(helper.make_node(kind, inputs, [output], **options))
         return output
 
@@ -316,7 +330,7 @@ def _face_detector(path):
     _write_graph(path, nodes, [picture], outputs, tensors)
 
 
-def _face_recogniser(path):
+def _face_recogniser(path: Path) -> None:
     """A convolution and a sum: 112×112 pixels to 8 numbers."""
     kernel = np.random.default_rng(0).standard_normal((8, 3, 16, 16)).astype(np.float32)
     nodes = [
@@ -330,7 +344,7 @@ def _face_recogniser(path):
     _write_graph(path, nodes, [picture], [embedding], [numpy_helper.from_array(kernel, "kernel")])
 
 
-def _write_graph(path, nodes, inputs, outputs, tensors):
+def _write_graph(path: Path, nodes: list[Any], inputs: list[Any], outputs: list[Any], tensors: list[Any]) -> None:
     graph = helper.make_graph(nodes, path.stem, inputs, outputs, tensors)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
     onnx.checker.check_model(model)
@@ -338,7 +352,7 @@ def _write_graph(path, nodes, inputs, outputs, tensors):
 
 
 @pytest.fixture(scope="module")
-def face_models(tmp_path_factory):
+def face_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # Its computer vision package wants libraries of a desktop.
     pytest.importorskip("insightface", exc_type=ImportError)
     folder = tmp_path_factory.mktemp("faces")
@@ -348,11 +362,11 @@ def face_models(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def arcface(face_models):
+def arcface(face_models: Path) -> Scorer:
     return load_scorer("arcface", str(face_models))
 
 
-def _with_faces(seed, *places):
+def _with_faces(seed: int, *places: tuple[int, int]) -> Tensor:
     """A dim random picture `[1, 3, 640, 640]` with a face (a white cell) at each place."""
     picture = torch.randint(0, 200, (1, 3, FRAME, FRAME), generator=torch.Generator().manual_seed(seed)) / 255
     for x, y in places:
@@ -360,7 +374,7 @@ def _with_faces(seed, *places):
     return picture
 
 
-def test_arcface_distance_is_one_minus_the_cosine_of_the_two_faces(arcface, face_models):
+def test_arcface_distance_is_one_minus_the_cosine_of_the_two_faces(arcface: DistanceScorer, face_models: Path) -> None:
     source, edited = _with_faces(5, (320, 240)), _with_faces(6, (160, 400))
     session = onnxruntime.InferenceSession(face_models / "rec.onnx", providers=["CPUExecutionProvider"])
     crops = [source[:, :, 184:296, 264:376], edited[:, :, 344:456, 104:216]]
@@ -371,7 +385,7 @@ def test_arcface_distance_is_one_minus_the_cosine_of_the_two_faces(arcface, face
     assert distances == pytest.approx([expected, 0, expected], abs=2e-3)
 
 
-def test_arcface_needs_exactly_one_face_in_both_pictures(arcface):
+def test_arcface_needs_exactly_one_face_in_both_pictures(arcface: DistanceScorer) -> None:
     one, none, two = _with_faces(5, (320, 240)), _with_faces(6), _with_faces(7, (160, 160), (480, 400))
     distances = arcface.distance(torch.cat([none, one, two]), one)
     assert (distances[0], distances[2]) == (None, None)
@@ -380,7 +394,7 @@ def test_arcface_needs_exactly_one_face_in_both_pictures(arcface):
         assert arcface.distance(torch.cat([one, source]), source) == [None, None]
 
 
-def test_a_folder_without_face_models_is_refused(face_models, tmp_path):
+def test_a_folder_without_face_models_is_refused(face_models: Path, tmp_path: Path) -> None:
     for copied, lacks in ((), "detection"), (("det.onnx",), "recognition"):
         for name in copied:
             (tmp_path / name).write_bytes((face_models / name).read_bytes())
@@ -388,7 +402,7 @@ def test_a_folder_without_face_models_is_refused(face_models, tmp_path):
             load_scorer("arcface", str(tmp_path))
 
 
-def test_an_unknown_scorer_is_answered_with_the_known_ones():
+def test_an_unknown_scorer_is_answered_with_the_known_ones() -> None:
     with pytest.raises(
         SliderEditError, match=r"'clap' is no scorer; choose among clip, siglip, blip-itm, lpips-alex, .*arcface"
     ):
@@ -396,7 +410,9 @@ def test_an_unknown_scorer_is_answered_with_the_known_ones():
 
 
 @pytest.mark.parametrize(("name", "package"), [("lpips-alex", "lpips"), ("arcface", "insightface")])
-def test_a_missing_package_is_answered_with_the_extra_that_installs_it(monkeypatch, name, package):
+def test_a_missing_package_is_answered_with_the_extra_that_installs_it(
+    monkeypatch: pytest.MonkeyPatch, name: str, package: str
+) -> None:
     for module in [m for m in sys.modules if m.split(".")[0] == package]:
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, package, None)
@@ -406,14 +422,14 @@ def test_a_missing_package_is_answered_with_the_extra_that_installs_it(monkeypat
 
 
 @pytest.mark.parametrize("name", sorted(SCORERS.keys() - {"lpips-alex", "lpips-vgg"}))
-def test_weights_that_are_not_there_are_named(name, tmp_path):
+def test_weights_that_are_not_there_are_named(name: str, tmp_path: Path) -> None:
     if name == "arcface":
         pytest.importorskip("insightface", exc_type=ImportError)
     with pytest.raises(SliderEditError, match=rf"scorer '{name}' cannot be loaded from '.*nowhere' .*give the path"):
         load_scorer(name, str(tmp_path / "nowhere"))
 
 
-def test_a_checkpoint_that_lacks_weights_is_refused_and_not_filled_with_random_ones(checkpoints, tmp_path):
+def test_a_checkpoint_that_lacks_weights_is_refused_and_not_filled_with_random_ones(checkpoints: Path, tmp_path: Path) -> None:
     for file in (checkpoints / "clip").iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     weights = load_file(tmp_path / "model.safetensors")
@@ -428,14 +444,16 @@ def test_a_checkpoint_that_lacks_weights_is_refused_and_not_filled_with_random_o
 class _Trap:
     """Unpickling it writes a file."""
 
-    def __init__(self, path):
+    def __init__(self, path: Path) -> None:
         self.path = path
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return open, (str(self.path), "w")
 
 
-def test_a_pickle_in_place_of_weights_is_not_run(checkpoints, lpips_or_none, tmp_path):
+def test_a_pickle_in_place_of_weights_is_not_run(
+    checkpoints: Path, lpips_or_none: types.ModuleType | None, tmp_path: Path
+) -> None:
     folder = tmp_path / "checkpoint"
     folder.mkdir()
     for file in (checkpoints / "dinov2").iterdir():
@@ -450,5 +468,5 @@ def test_a_pickle_in_place_of_weights_is_not_run(checkpoints, lpips_or_none, tmp
 
 
 @pytest.fixture
-def lpips_or_none(request):
+def lpips_or_none(request: pytest.FixtureRequest) -> Any:
     return request.getfixturevalue("lpips_package") if find_spec("lpips") else None

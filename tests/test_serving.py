@@ -223,7 +223,7 @@ class TestBatching:
         self, editor: SliderEditor, gate: Gate, recorder: Recorder, serve: Callable[..., EditService], scene: Image.Image
     ) -> None:
         requests = [edit(scene, 0.2, steps=3), edit(scene, 0.5, 1e20, steps=3, partial_every=1), edit(scene, 0.7, steps=3)]
-        service, shown = serve(), []
+        service, shown = serve(), list[Partial]()
         tickets = [service.submit_tensor(requests[0])]
         gate.stand()
         broken = service.submit(requests[1], shown.append)
@@ -498,7 +498,7 @@ class TestEndings:
         self, serve: Callable[..., EditService], scene: Image.Image, change: dict[str, Any], message: str
     ) -> None:
         with pytest.raises(SliderEditError, match=message):
-            serve().submit(EditRequest(**{"image": scene, "sliders": (RED,), "strengths": ((1.0,),)} | change))
+            serve().submit(EditRequest(**dict[str, Any](image=scene, sliders=(RED,), strengths=((1.0,),)) | change))
 
     def test_bad_input_that_only_encoding_tells_comes_through_the_future(
         self, serve: Callable[..., EditService], scene: Image.Image
@@ -628,7 +628,7 @@ class TestCache:
         assert cache.bytes <= cache.max_bytes
         made: list[int] = []
         for number in (0, 2, 3, 1):
-            cache(("k", number), lambda n=number: made.append(n) or value.clone())
+            cache(("k", number), lambda n=number: made.append(n) or value.clone())  # type: ignore[misc, func-returns-value]
         assert made == [1]
         assert cache.bytes <= cache.max_bytes
         assert len(cache) == 3

@@ -13,6 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -174,7 +175,7 @@ def test_memory_is_checked_before_the_build_starts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     free = dataclasses.make_dataclass("free", [("available", int)])(10)
-    monkeypatch.setattr(tensorrt_build.psutil, "virtual_memory", lambda: free)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
     out = tmp_path / "engine"
     assert cli.main([*BUILD, *SIZES, "--adapter", "shapes-st", "--out", str(out)]) == 2
     assert "the build needs about" in capsys.readouterr().err

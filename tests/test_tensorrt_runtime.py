@@ -291,7 +291,7 @@ class Device(CudaDevice):
     def stream(self) -> Iterator[int]:
         yield STREAM
 
-    def capture(self, enqueue: Callable[[int], None]) -> Callable[[], None]:
+    def capture(self, enqueue: Callable[[int], object]) -> Callable[[], None]:
         if self.cannot_capture:
             raise RuntimeError(self.cannot_capture)
         mark = len(self.log)
@@ -326,6 +326,7 @@ class Recorder(Released):
     """Stands for an object of one of TensorRT's classes, and has the attributes of that class only."""
 
     real: str
+    _trt: Tensorrt
 
     def __init__(self, trt: Tensorrt) -> None:
         super().__init__(trt.log, self.real)

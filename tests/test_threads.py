@@ -114,7 +114,7 @@ def test_an_inductor_engine(family: Family, engines: dict[str, Path], monkeypatc
     manifest = open_engine(engines["st"])[0]
     engine = InductorEngine(backbone, manifest)
     requests = [example_inputs(backbone, manifest.config, 1 + seed % 2, 8, 16, 1, seed=seed) for seed in range(8)]
-    jobs = [lambda inputs=inputs: engine(inputs) for inputs in requests]  # type: ignore[misc]
+    jobs: list[Callable[[], torch.Tensor]] = [lambda inputs=inputs: engine(inputs) for inputs in requests]  # type: ignore[misc]
     # Clones: to be compared with what nobody can have written over.
     alone = [job().clone() for job in jobs]
     assert same(together(jobs * 4, 4), alone * 4)
@@ -145,7 +145,7 @@ def test_a_tensor_where_another_dtype_was_bound_is_refused(engines: dict[str, Pa
 def test_tokenizers_of_an_editor_are_used_by_one_thread_at_a_time(st_editor: SliderEditor, scene: Image.Image) -> None:
     """They answer another thread with 'Already borrowed' while one changes how they truncate."""
     prompts = [f"{RED} and {'very ' * count}dark" for count in range(1, 9)]
-    jobs = [lambda p=p: st_editor.prepare(scene, [RED], prompt=p).conditioning.inputs for p in prompts]  # type: ignore[misc]
+    jobs: list[Callable[[], Any]] = [lambda p=p: st_editor.prepare(scene, [RED], prompt=p).conditioning.inputs for p in prompts]  # type: ignore[misc]
     alone = [job() for job in jobs]
     for actual, expected in zip(together(jobs * 3, 8), alone * 3, strict=True):
         assert same(list(actual.values()), list(expected.values()))

@@ -33,7 +33,7 @@ ODD_SHAPES = [(1, 60, 100, 4), (63, 60, 100, 16), (129, 128, 33, 33), (300, 72, 
 def _memory_holds_nan_before_a_kernel_writes_it() -> Iterator[None]:
     """`torch.empty` fills with NaN, so that an element that no kernel wrote shows."""
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
     assert torch.empty(1, device=DEVICE).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)
@@ -239,9 +239,10 @@ def test_addresses_beyond_two_to_the_31(name: str) -> None:
     p["bias"].zero_()
     scale = torch.zeros(1, rows, device=DEVICE)
     scale[0, -1] = 0.5
-    torch.utils.deterministic.fill_uninitialized_memory = False  # only the pages that are touched become real
+    # Only the pages that are touched become real.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     x = torch.empty(1, rows, k, dtype=torch.bfloat16, device=DEVICE)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
     if DEVICE == "cuda":
         x.zero_()
     x[0, -1] = p["x"][0, 0]

@@ -71,7 +71,9 @@ class Calibration:
     left_out: int
 
 
-def curve_of_responses(strengths: Sequence[float], responses: Sequence[float], points: int = 9) -> StrengthCurve:
+def curve_of_responses(
+    strengths: Sequence[float] | NDArray[np.float64], responses: Sequence[float] | NDArray[np.float64], points: int = 9
+) -> StrengthCurve:
     """The curve that makes a response proportional to the strength.
 
     Args:

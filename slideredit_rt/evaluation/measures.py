@@ -12,7 +12,7 @@ from scipy.stats import bootstrap, chisquare, spearmanr
 from slideredit_rt.errors import SliderEditError
 
 
-def chi_square_per_dof(scores: Sequence[float]) -> float:
+def chi_square_per_dof(scores: Sequence[float] | NDArray[np.float64]) -> float:
     """How unevenly a sweep's scores fill their own range; 0 is even, lower is better (the authors' released notebook).
 
     The n scores are min-max normalised and counted in n equal bins; χ² against one score per bin, over n − 1 degrees of
@@ -32,7 +32,7 @@ def chi_square_per_dof(scores: Sequence[float]) -> float:
     return float(chisquare(counts).statistic / (len(values) - 1))
 
 
-def continuity(scores: Sequence[float]) -> float:
+def continuity(scores: Sequence[float] | NDArray[np.float64]) -> float:
     """`1 / (1 + χ²/dof)`, in (0, 1], higher is better.
 
     The paper's tables are read "higher is better" and its notebook's χ² is not; the mapping between them was not published.
