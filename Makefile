@@ -32,6 +32,7 @@ lint: $(STAMP)
 	# A plain install: mypy cannot follow the folders that an editable one maps into the package.
 	rm -rf build && $(BIN)/python -m pip install --quiet --no-deps --target build/typecheck .
 	MYPYPATH=build/typecheck $(BIN)/mypy
+	MYPYPATH=build/typecheck $(BIN)/mypy tests bench/test_*.py
 
 bench: $(STAMP)
 	$(BIN)/python -m pytest bench -o addopts=-q --benchmark-columns=median,iqr,rounds
