@@ -144,7 +144,11 @@ def test_shapes_that_were_not_used_for_longest_go_first() -> None:
     released: list[str] = []
 
     def use(key: str) -> str:
-        return cache.get(key, lambda: made.append(key) or key.upper())
+        def make() -> str:
+            made.append(key)
+            return key.upper()
+
+        return cache.get(key, make)
 
     cache: ShapeCache[str] = ShapeCache(2, released.append)
     assert [use(key) for key in "abaca"] == ["A", "B", "A", "C", "A"]

@@ -85,8 +85,9 @@ def test_true_guidance_is_diffusers_own_and_no_slider_acts_in_its_negative_pass(
         alphas.append(inputs["alpha"].clone())
         return backbone(inputs)
 
-    parts = st_editor.family, st_editor.pipeline, listening, st_editor.config, Controls("st")
-    editor = SliderEditor(*parts, max_batch=4, max_sliders=8)
+    editor = SliderEditor(
+        st_editor.family, st_editor.pipeline, listening, st_editor.config, Controls("st"), max_batch=4, max_sliders=8
+    )
     editor.render_tensor(prepared, [[0.5, 1.5]], steps=2)
     assert [a.tolist() for a in alphas] == [[[0.5, -0.5]], [[0.0, 0.0]]] * 2
 

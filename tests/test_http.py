@@ -529,7 +529,7 @@ def test_metrics_count_what_was_done(client: httpx.Client, png: bytes) -> None:
     assert "square" not in client.get("/metrics").text
 
 
-def test_a_second_application_over_a_service_doubles_no_metric(client, service):
+def test_a_second_application_over_a_service_doubles_no_metric(client: httpx.Client, service: EditService) -> None:
     create_app(service, model="again")
     assert client.get("/metrics").text.count("# TYPE slideredit_queued_images gauge\n") == 1
 

@@ -56,13 +56,13 @@ def test_values_that_make_no_edit_are_refused(given: dict[str, Any], message: st
 
 def test_the_command_line_and_http_say_the_same() -> None:
     command = ["edit", "engine", "--image", "i.png", "--slider", "make the circle red", "--out", "o.png"]
-    options = ["--prompt", ASKED.prompt, "--seed", "7", "--steps", "5", "--guidance-scale", "2.5"]
+    options = ["--prompt", str(ASKED.prompt), "--seed", "7", "--steps", "5", "--guidance-scale", "2.5"]
     options += ["--true-cfg-scale", "3", "--negative-prompt", "blur"]
     body = {field.name: getattr(ASKED, field.name) for field in fields(ASKED) if field.name != "steps"}
-    parse = _parser().parse_args
-    assert edit_settings(parse([*command, *options])) == EditFields(num_inference_steps=5, **body).settings(4) == ASKED
-    assert edit_settings(parse(command)) == EditFields().settings(preview_steps=4) == EditSettings()
-    assert EditFields(preview=True).settings(preview_steps=4) == EditSettings(steps=4)
+    parse, of_body = _parser().parse_args, EditFields.model_validate
+    assert edit_settings(parse([*command, *options])) == of_body(body | {"num_inference_steps": 5}).settings(4) == ASKED
+    assert edit_settings(parse(command)) == of_body({}).settings(preview_steps=4) == EditSettings()
+    assert of_body({"preview": True}).settings(preview_steps=4) == EditSettings(steps=4)
 
 
 class TestServing:
