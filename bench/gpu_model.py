@@ -491,7 +491,7 @@ def compiled_graphs() -> int:
 
 
 def flux_encoders(config: Any, size: Size, device: torch.device) -> tuple[Callable[[], object], Callable[[], object]]:
-    """What encodes a prompt and a picture for FLUX and decodes one, with random weights; narrow for a narrow transformer."""
+    """What encodes a prompt and an image for FLUX and decodes one, with random weights; narrow for a narrow transformer."""
     full = config.joint_attention_dim == 4096
     side = 1024 if full else 64
     t5 = {"d_model": 4096, "d_ff": 10240, "num_layers": 24, "num_heads": 64} if full else {"d_model": 64, "num_layers": 1}
@@ -506,14 +506,14 @@ def flux_encoders(config: Any, size: Size, device: torch.device) -> tuple[Callab
     for module in (text, pooled, vae):
         materialise(module, device)
     tokens = torch.zeros(1, size.text_rows, dtype=torch.long, device=device)
-    picture = torch.zeros(1, 3, side, side, dtype=DTYPE, device=device)
+    image = torch.zeros(1, 3, side, side, dtype=DTYPE, device=device)
     latents = torch.zeros(1, 16, side // 8, side // 8, dtype=DTYPE, device=device)
 
     @torch.no_grad()
     def encode() -> None:
         text(tokens)
         pooled(tokens[:, :77])
-        vae.encode(picture)
+        vae.encode(image)
 
     @torch.no_grad()
     def decode() -> None:

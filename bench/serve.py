@@ -48,8 +48,8 @@ class Load:
         sliders: `mixed` draws which instructions have a slider and every strength anew, `equal` gives all requests the same.
         preview_share: of the requests, in [0, 1].
         steps: denoising steps of full edits and previews; None leaves them to the server.
-        pictures: different source pictures.
-        picture: a file to edit; None takes scenes of the shapes world.
+        images: different source images.
+        image: a file to edit; None takes scenes of the shapes world.
         instructions: of the prompt that all requests have.
         seed: of strengths, noise and times.
     """
@@ -61,13 +61,13 @@ class Load:
     sliders: Literal["mixed", "equal"] = "mixed"
     preview_share: float = 0.0
     steps: int | None = None
-    pictures: int = 4
-    picture: Path | None = None
+    images: int = 4
+    image: Path | None = None
     instructions: tuple[str, ...] = _INSTRUCTIONS
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("num_prompts", 1), ("num_warmups", 0), ("pictures", 1)):
+        for name, least in (("num_prompts", 1), ("num_warmups", 0), ("images", 1)):
             if getattr(self, name) < least:
                 raise SliderEditError(f"--{name.replace('_', '-')} is {getattr(self, name)}; give at least {least}")
         if self.max_concurrency is not None and self.max_concurrency < 1:
@@ -89,33 +89,33 @@ class Answer:
     words: str = ""
 
 
-def pictures_of(load: Load) -> list[str]:
-    """The source pictures' files in base64."""
-    if load.picture is not None:
+def images_of(load: Load) -> list[str]:
+    """The source images' files in base64."""
+    if load.image is not None:
         try:
-            return [base64.b64encode(load.picture.read_bytes()).decode()]
+            return [base64.b64encode(load.image.read_bytes()).decode()]
         except OSError as error:
-            raise SliderEditError(f"the picture {str(load.picture)!r} cannot be read ({error.strerror})") from None
+            raise SliderEditError(f"the image {str(load.image)!r} cannot be read ({error.strerror})") from None
     from slideredit_rt.shapes.world import held_out_examples, scene_image
 
-    pictures = []
-    for example in held_out_examples(load.pictures, 1):
+    images = []
+    for example in held_out_examples(load.images, 1):
         file = io.BytesIO()
         scene_image(example).save(file, "PNG")
-        pictures.append(base64.b64encode(file.getvalue()).decode())
-    return pictures
+        images.append(base64.b64encode(file.getvalue()).decode())
+    return images
 
 
 def bodies_of(load: Load) -> list[dict[str, Any]]:
     """The requests' bodies, warm-up first. Equal and mixed ones differ in their sliders alone."""
-    rng, pictures = random.Random(load.seed), pictures_of(load)
+    rng, images = random.Random(load.seed), images_of(load)
     bodies = []
     for _ in range(load.num_warmups + load.num_prompts):
         chosen = rng.sample(load.instructions, rng.randint(1, len(load.instructions)))
         strengths = [round(rng.uniform(0, 1.5), 3) for _ in chosen]
         sliders = zip(chosen, strengths, strict=True) if load.sliders == "mixed" else [(i, 0.5) for i in load.instructions]
         body: dict[str, Any] = {
-            "image": rng.choice(pictures),
+            "image": rng.choice(images),
             "prompt": " and ".join(load.instructions),
             "sliders": [{"instruction": instruction, "strength": strength} for instruction, strength in sliders],
             "seed": rng.randrange(2**31),
@@ -126,7 +126,7 @@ def bodies_of(load: Load) -> list[dict[str, Any]]:
 
 
 async def send(client: httpx.AsyncClient, body: dict[str, Any]) -> Answer:
-    """One request; its answer counts when it holds a picture."""
+    """One request; its answer counts when it holds an image."""
     import httpx
 
     started = time.perf_counter()
@@ -136,7 +136,7 @@ async def send(client: httpx.AsyncClient, body: dict[str, Any]) -> Answer:
         if response.status_code != 200:
             error, words = str(response.status_code), response.text
         elif not base64.b64decode(response.json()["data"][0]["b64_json"]):
-            error = "no picture"
+            error = "no image"
     except (httpx.HTTPError, ValueError, LookupError) as failure:
         error, words = type(failure).__name__, str(failure)
     return Answer(time.perf_counter() - started, bool(body["preview"]), error, words)
@@ -189,7 +189,7 @@ async def measure(client: httpx.AsyncClient, load: Load) -> dict[str, Any]:
     Returns:
         `completed`, `failed`, `errors` (how many of each), `duration` in seconds, `request_throughput` in requests per second,
         `{mean,median,std,p90,p95,p99}_e2el_ms`, the same below `preview` for previews alone, and `step_batch_size`, the mean
-        number of pictures in an engine step; None where the server does not tell.
+        number of images in an engine step; None where the server does not tell.
     """
     bodies = await asyncio.to_thread(bodies_of, load)
     if load.num_warmups:
@@ -228,7 +228,7 @@ def latencies(seconds: Sequence[float]) -> dict[str, float]:
 
 
 async def step_totals(client: httpx.AsyncClient) -> tuple[float, float] | None:
-    """Pictures in all engine steps so far, and the number of these steps, from `/metrics`."""
+    """Images in all engine steps so far, and the number of these steps, from `/metrics`."""
     import httpx
 
     try:
@@ -309,7 +309,7 @@ def bench_serve(
 
         result = asyncio.run(run())
     rate = load.request_rate if math.isfinite(load.request_rate) else "inf"
-    described = asdict(load) | {"request_rate": rate, "picture": load.picture and load.picture.name}
+    described = asdict(load) | {"request_rate": rate, "image": load.image and load.image.name}
     return {**provenance(), "endpoint": ENDPOINT, "server": base_url or "started for this run", **described, **result}
 
 

@@ -30,7 +30,7 @@ class SliderEditFluxKontextPipeline(FluxKontextPipeline):
         pipe(image=image, prompt="make him smile and make his hair curly",
              subprompts_list=["make him smile", "make his hair curly"], slider_alpha_list=[0.5, -0.5]).images[0]
 
-    An alpha of 1 suppresses an instruction, 0 is the base model bit for bit, below 0 exaggerates. In float32 the pictures are
+    An alpha of 1 suppresses an instruction, 0 is the base model bit for bit, below 0 exaggerates. In float32 the images are
     those of the released code, up to rounding, save where that code goes wrong:
 
     - A sub-prompt that stands in the prompt n times can be listed n times, one alpha per occurrence from left to right. The
@@ -39,7 +39,7 @@ class SliderEditFluxKontextPipeline(FluxKontextPipeline):
     - Sub-prompts are found by characters, so quotes or brackets beside one, which change its tokens, do no harm. One that
       truncation cuts off is refused.
     - Alphas are float32. The released code rounds those of sub-prompts to bfloat16, whatever the pipeline's dtype.
-    - Lists of prompts and pictures, `num_images_per_prompt` and any `max_sequence_length` work; the released mask has one row
+    - Lists of prompts and images, `num_images_per_prompt` and any `max_sequence_length` work; the released mask has one row
       and the length of the tokenizer's limit.
     - With `prompt_2`, sub-prompts are looked up in it: it is what the T5 encoder reads.
     - The negative pass of true CFG runs without the adapter.
@@ -147,7 +147,7 @@ class SliderEditFluxKontextPipeline(FluxKontextPipeline):
         max_sequence_length: int = 512,
         **kwargs: Any,
     ) -> Any:
-        """Edit pictures. Without an adapter this is `FluxKontextPipeline.__call__`, and all its other arguments are passed on.
+        """Edit images. Without an adapter this is `FluxKontextPipeline.__call__`, and all its other arguments are passed on.
 
         Args:
             image: as in diffusers, PIL images of any mode (see `slideredit_rt.images.as_rgb`), or paths; a list of them.

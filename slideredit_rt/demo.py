@@ -32,10 +32,10 @@ def _generated_example() -> Example:
     return Example(Instruction("square", "yellow").apply(Instruction("circle", "blue").apply(scene)), instructions)
 
 
-def _pictures(editor: SliderEditor, images: Tensor) -> list[Image.Image]:
+def _to_images(editor: SliderEditor, pixels: Tensor) -> list[Image.Image]:
     processor = editor.pipeline.image_processor
-    pictures: list[Image.Image] = processor.numpy_to_pil(processor.pt_to_numpy(images))
-    return pictures
+    images: list[Image.Image] = processor.numpy_to_pil(processor.pt_to_numpy(pixels))
+    return images
 
 
 class _Laps:
@@ -66,7 +66,7 @@ def _sweep(editor: SliderEditor, where: str, pair: Example, index: int) -> tuple
         "spearman": round(sweep.spearman, 4),
         "leak": None if sweep.leak is None else round(sweep.leak, 4),
     }
-    return entry, [scene_image(example), *_pictures(editor, images)]
+    return entry, [scene_image(example), *_to_images(editor, images)]
 
 
 def _draw_grid(editor: SliderEditor, example: Example, path: Path) -> None:

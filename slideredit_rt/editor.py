@@ -20,7 +20,7 @@ from slideredit_rt.assets import resolve_base
 from slideredit_rt.engines import Engine, RuntimeOptions, open_engine
 from slideredit_rt.engines.manifest import check_base
 from slideredit_rt.errors import SliderEditError
-from slideredit_rt.families import Conditioning, EncodedPictures, Family, family_of, get_family
+from slideredit_rt.families import Conditioning, EncodedImages, Family, family_of, get_family
 from slideredit_rt.images import ImageSource, read_images
 from slideredit_rt.modules import SliderBackbone
 from slideredit_rt.settings import EditOptions, EditSettings, merge
@@ -46,8 +46,8 @@ class Remember(Protocol):
     def __call__(self, key: tuple[Hashable, ...], encode: Callable[[], T]) -> T: ...
 
 
-def picture_key(image: Image.Image) -> tuple[Hashable, ...]:
-    """What tells a picture from any other, by its content: mode, size and a digest of its pixels."""
+def image_key(image: Image.Image) -> tuple[Hashable, ...]:
+    """What tells an image from any other, by its content: mode, size and a digest of its pixels."""
     return image.mode, image.size, hashlib.sha256(image.tobytes()).digest()
 
 
@@ -75,8 +75,8 @@ class _Encoder:
         self.editor = editor
         self.images = images
         self._remember = remember
-        self._images_key = () if remember is None else tuple(map(picture_key, images))
-        self._text_key = self._images_key if editor.family.text_reads_pictures else ()
+        self._images_key = () if remember is None else tuple(map(image_key, images))
+        self._text_key = self._images_key if editor.family.text_reads_images else ()
 
     def _recall(self, key: tuple[Hashable, ...], encode: Callable[[], T]) -> T:
         with self.editor._pipeline_lock:
@@ -95,9 +95,9 @@ class _Encoder:
             lambda: editor.family.encode_prompt(editor.pipeline, [text], rows, [self.images]),
         )
 
-    def pictures(self) -> EncodedPictures:
+    def sources(self) -> EncodedImages:
         editor = self.editor
-        return self._recall(("pictures", self._images_key), lambda: editor.family.encode_pictures(editor.pipeline, self.images))
+        return self._recall(("images", self._images_key), lambda: editor.family.encode_sources(editor.pipeline, self.images))
 
 
 class SliderEditor:
@@ -242,8 +242,8 @@ class SliderEditor:
                 base that takes them.
             sliders: instructions (or sliders; their strengths do not matter here).
             settings: of the edit; None takes the defaults.
-            remember: keeps encodings by their content: `pictures` by the pictures, `tokens` and `text` by the prompt, and by
-                the pictures where the text encoder reads them. None encodes everything afresh.
+            remember: keeps encodings by their content: `images` by the images, `tokens` and `text` by the prompt, and by
+                the images where the text encoder reads them. None encodes everything afresh.
             given: fields of `settings` to be replaced, such as `prompt` or `seed`.
         """
         settings = merge(settings, given)
@@ -254,12 +254,12 @@ class SliderEditor:
         guidance_scale, true_cfg_scale, against = self._guidance_of(settings)
         encode = _Encoder(self, images, remember)
         spans = self.controls.find_spans(text, wanted, encode.tokens(text), self.family.max_text_rows(self.pipeline))
-        pictures = encode.pictures()
+        sources = encode.sources()
         conditioning = self.family.condition(
-            pictures,
+            sources,
             encode.text(text),
             None if against is None else encode.text(against),
-            self.family.draw_noise(self.pipeline, pictures.height, pictures.width, settings.seed),
+            self.family.draw_noise(self.pipeline, sources.height, sources.width, settings.seed),
             guidance_scale,
             true_cfg_scale,
         )
@@ -276,9 +276,9 @@ class SliderEditor:
     def _images_of(self, image: ImageSource | Sequence[ImageSource]) -> list[Image.Image]:
         """RGB images, as many as the base edits."""
         images = read_images(image)
-        if not images or (len(images) > 1 and not self.family.takes_several_pictures(self.pipeline)):
+        if not images or (len(images) > 1 and not self.family.takes_several_images(self.pipeline)):
             raise SliderEditError(
-                f"{len(images)} pictures were given and a {type(self.pipeline).__name__} edits one; give one picture"
+                f"{len(images)} images were given and a {type(self.pipeline).__name__} edits one; give one image"
             )
         return images
 
@@ -373,7 +373,7 @@ class SliderEditor:
         return self.to_images(pixels)
 
     def to_images(self, pixels: Tensor) -> list[Image.Image]:
-        """Float32 `[N, 3, H, W]` in [0, 1] as RGB pictures."""
+        """Float32 `[N, 3, H, W]` in [0, 1] as RGB images."""
         processor = self.pipeline.image_processor
         images: list[Image.Image] = processor.numpy_to_pil(processor.pt_to_numpy(pixels))
         return images

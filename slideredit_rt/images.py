@@ -42,8 +42,8 @@ _PNG_EXTRAS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
 _PNG_ORIENTATION = (b"XML:com.adobe.xmp\0", b"Raw profile type exif\0")
 
 
-class PictureTooLarge(SliderEditError):
-    """A picture with more pixels than are allowed."""
+class ImageTooLarge(SliderEditError):
+    """An image with more pixels than are allowed."""
 
 
 def open_image(
@@ -62,7 +62,7 @@ def open_image(
         formats: Pillow's names of those that are tried; None tries all that it knows.
 
     Raises:
-        PictureTooLarge: more than `max_pixels`.
+        ImageTooLarge: more than `max_pixels`.
         SliderEditError: no such file, not an image, or damaged.
     """
     name = f"image {str(source)!r}" if name is None else name
@@ -72,19 +72,19 @@ def open_image(
                 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
                 image: Image.Image = Image.open(_without_extras(file), formats=formats)
             if image.width * image.height > max_pixels:
-                raise PictureTooLarge(
+                raise ImageTooLarge(
                     f"{name} has {image.width}×{image.height} pixels, more than the {max_pixels / 1e6:g} megapixels allowed; "
                     "scale it down"
                 )
             return _convert(image, name)
     except (FileNotFoundError, IsADirectoryError):
-        raise SliderEditError(f"{name} does not exist; give a picture file") from None
+        raise SliderEditError(f"{name} does not exist; give an image file") from None
     except Image.DecompressionBombError:
-        raise PictureTooLarge(f"{name} has more than the {max_pixels / 1e6:g} megapixels allowed; scale it down") from None
+        raise ImageTooLarge(f"{name} has more than the {max_pixels / 1e6:g} megapixels allowed; scale it down") from None
     except SliderEditError:
         raise
     except Exception as error:  # a damaged file makes Pillow's decoders raise anything
-        reason = "it is no picture of a known format" if isinstance(error, UnidentifiedImageError) else error
+        reason = "it is no image of a known format" if isinstance(error, UnidentifiedImageError) else error
         raise SliderEditError(f"{name} cannot be read ({reason}); give a PNG, JPEG or WebP file") from None
 
 
@@ -201,11 +201,11 @@ def _without_extras(file: BinaryIO) -> BinaryIO:
     return kept
 
 
-def picture_format(path: Path) -> str:
+def image_format(path: Path) -> str:
     """Pillow's name of the format that a file name asks for, one that it can write."""
     known = Image.registered_extensions()
     if path.suffix.lower() not in known:
-        raise SliderEditError(f"cannot tell a picture format from {path.name!r}; end the name in .png, .jpg or .webp")
+        raise SliderEditError(f"cannot tell an image format from {path.name!r}; end the name in .png, .jpg or .webp")
     return known[path.suffix.lower()]
 
 
@@ -232,15 +232,15 @@ def check_output(path: Path, size: tuple[int, int] = (64, 64)) -> None:
     Raises:
         SliderEditError: a format that is unknown, that Pillow does not write, or that it writes in another format or size.
     """
-    if (reason := cannot_hold(picture_format(path), size)) is not None:
+    if (reason := cannot_hold(image_format(path), size)) is not None:
         raise SliderEditError(
             f"{path.name!r} cannot hold an RGB image of {size[0]}×{size[1]} pixels ({reason}); end the name in .png"
         )
 
 
 def save_image(image: Image.Image, path: Path) -> None:
-    """Write a picture whole or not at all; the format follows the file name."""
-    wanted = picture_format(path)
+    """Write an image whole or not at all; the format follows the file name."""
+    wanted = image_format(path)
     with atomic_file(path) as temporary:
         image.save(temporary, format=wanted)
 
@@ -275,7 +275,7 @@ def draw_grid(
     title: str,
     cell: int = 160,
 ) -> Image.Image:
-    """Lay pictures out in rows and columns with labels, each enlarged to about `cell` pixels without smoothing."""
+    """Lay images out in rows and columns with labels, each enlarged to about `cell` pixels without smoothing."""
     sheet = Image.new("RGB", grid_size(images[0][0].size, len(images[0]), row_labels, title, cell), _BACKGROUND)
     draw, font, small = ImageDraw.Draw(sheet), *_fonts()
     (width, height), left = _enlarged(images[0][0].size, cell), _left(row_labels)

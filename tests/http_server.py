@@ -1,4 +1,4 @@
-"""What tests of the HTTP API share: a server of a thread, and the pictures that go there and come back."""
+"""What tests of the HTTP API share: a server of a thread, and the images that go there and come back."""
 
 from __future__ import annotations
 
@@ -67,6 +67,6 @@ def as_file(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
     return file.getvalue()
 
 
-def picture(item: dict[str, Any]) -> Image.Image:
-    """The picture of an entry of `data`, or of an event."""
+def image_of(item: dict[str, Any]) -> Image.Image:
+    """The image of an entry of `data`, or of an event."""
     return Image.open(io.BytesIO(base64.b64decode(item["b64_json"])))

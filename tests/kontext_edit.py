@@ -11,7 +11,7 @@ PROMPT = "make the circle red and make the background dark"
 
 
 def diffusers_edit(pipeline: Any, image: Image.Image, steps: int, **options: Any) -> torch.Tensor:
-    """Pictures in [0, 1], float32 `[1, 3, 64, 64]`, of the prompt with seed 7; `options` are the pipeline's."""
+    """Images in [0, 1], float32 `[1, 3, 64, 64]`, of the prompt with seed 7; `options` are the pipeline's."""
     pipeline.set_progress_bar_config(disable=True)
     images: torch.Tensor = pipeline(
         image=image,

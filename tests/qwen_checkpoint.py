@@ -1,4 +1,4 @@
-"""A tiny random Qwen-Image-Edit checkpoint made of the real classes, and a picture for it."""
+"""A tiny random Qwen-Image-Edit checkpoint made of the real classes, and an image for it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from transformers import (
 
 from slideredit_rt.adapters import Adapter
 from slideredit_rt.families import get_family
-from slideredit_rt.families.qwen_image_edit import PictureProcessor
+from slideredit_rt.families.qwen_image_edit import SourceImageProcessor
 
 SIDE = 64
 SPECIAL = (
@@ -98,10 +98,10 @@ def _text_encoder(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLForConditionalGenerati
 
 
 def save_tiny_checkpoint(folder: Path, *, plus: bool = False, zero_cond_t: bool = False, seed: int = 0) -> Path:
-    """Save a pipeline that edits at 64²: 64 image rows a picture, a VAE of factor 4, two blocks.
+    """Save a pipeline that edits at 64²: 64 image rows an image, a VAE of factor 4, two blocks.
 
     Args:
-        plus: `QwenImageEditPlusPipeline`, which takes several pictures.
+        plus: `QwenImageEditPlusPipeline`, which takes several images.
         zero_cond_t: the reference rows are modulated with timestep 0, as in Qwen-Image-Edit-2511.
     """
     torch.manual_seed(seed)
@@ -133,7 +133,7 @@ def save_tiny_checkpoint(folder: Path, *, plus: bool = False, zero_cond_t: bool 
     image_processor = Qwen2VLImageProcessorPil(
         patch_size=4, merge_size=2, size={"shortest_edge": 8 * 8, "longest_edge": 32 * 32}
     )
-    processor = PictureProcessor(image_processor, tokenizer)
+    processor = SourceImageProcessor(image_processor, tokenizer)
     pipeline_class(scheduler, vae, _text_encoder(tokenizer), tokenizer, processor, transformer).save_pretrained(folder)
     # As released checkpoints name it.
     index = json.loads((folder / "model_index.json").read_text())
@@ -158,8 +158,8 @@ def qwen_adapter(base: Path) -> Adapter:
     return Adapter(family.name, "st", 4, pairs, "random-adapter")
 
 
-def picture(width: int = 64, height: int = 64, seed: int = 0) -> Image.Image:
-    """A smooth random picture."""
+def random_image(width: int = 64, height: int = 64, seed: int = 0) -> Image.Image:
+    """A smooth random image."""
     generator = torch.Generator().manual_seed(seed)
     pixels = (torch.rand(6, 6, 3, generator=generator) * 255).to(torch.uint8).numpy()
     return Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)

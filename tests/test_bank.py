@@ -1,4 +1,4 @@
-"""Several adapters in one engine, each with its own strength: files, inputs, pictures, and what is refused."""
+"""Several adapters in one engine, each with its own strength: files, inputs, images, and what is refused."""
 
 from __future__ import annotations
 
@@ -367,16 +367,16 @@ def test_commands_build_show_edit_and_replace_a_bank(
     assert f"member     other ({files[1]})" in out
     assert "input      alpha float32 [batch, sliders, 2]" in out
     scene.save(tmp_path / "scene.png")
-    picture, edited = ["--image", str(tmp_path / "scene.png"), "--steps", "1", "--quiet"], str(tmp_path / "out.png")
+    image, edited = ["--image", str(tmp_path / "scene.png"), "--steps", "1", "--quiet"], str(tmp_path / "out.png")
     sliders = ["--slider", f"{RED}=0.5", "--slider", DARK]
     members = ["--member", files[0], "--member", "other"]
-    assert main(["edit", str(engine), *picture, *sliders, *members, "--json", "--out", edited]) == 0
+    assert main(["edit", str(engine), *image, *sliders, *members, "--json", "--out", edited]) == 0
     assert [s["member"] for s in json.loads(capsys.readouterr().out)["sliders"]] == [files[0], "other"]
     swept = ["--slider", f"{RED}=0:1:2", "--member", "other"]
-    assert main(["sweep", str(engine), *picture, *swept, "--out", edited]) == 0
+    assert main(["sweep", str(engine), *image, *swept, "--out", edited]) == 0
     assert json.loads((tmp_path / "out.json").read_text())["sliders"][0]["member"] == "other"
     capsys.readouterr()
-    assert main(["edit", str(engine), *picture, *sliders, *members[:2], "--out", edited]) == 2
+    assert main(["edit", str(engine), *image, *sliders, *members[:2], "--out", edited]) == 2
     assert "1 --member for 2 --slider" in capsys.readouterr().err
     copied = tmp_path / "engine"
     shutil.copytree(engine, copied, copy_function=os.link)

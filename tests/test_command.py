@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from slideredit_rt.assets import resolve_adapter, resolve_base
 from slideredit_rt.cli import _parser, main
 from slideredit_rt.commands.edit import parse_slider, parse_swept_slider
-from slideredit_rt.commands.shared import picture_options
+from slideredit_rt.commands.shared import own_image_options
 from slideredit_rt.editor import SliderEditor
 from slideredit_rt.engines import read_manifest
 from slideredit_rt.export.build import build_engine
@@ -32,7 +32,7 @@ RED = "make the circle red"
 
 
 @pytest.fixture
-def picture(tmp_path: Path, scene: Image.Image) -> Path:
+def image_file(tmp_path: Path, scene: Image.Image) -> Path:
     scene.save(tmp_path / "in.png")
     return tmp_path / "in.png"
 
@@ -84,14 +84,14 @@ print(code, loaded, time.process_time() < 0.5)
     assert shown in done.stdout + done.stderr
 
 
-def test_edit_writes_a_picture_and_json(engines: dict[str, Path], picture: Path, tmp_path: Path, capsys: Any) -> None:
+def test_edit_writes_an_image_and_json(engines: dict[str, Path], image_file: Path, tmp_path: Path, capsys: Any) -> None:
     out = tmp_path / "out.png"
     code, text, _ = run(
         capsys,
         "edit",
         engines["st"],
         "--image",
-        picture,
+        image_file,
         "--slider",
         f"{RED}=0.5",
         "--steps",
@@ -106,10 +106,23 @@ def test_edit_writes_a_picture_and_json(engines: dict[str, Path], picture: Path,
     assert Image.open(out).size == (64, 64)
 
 
-def test_sweep_writes_a_strip_and_its_description(engines: dict[str, Path], picture: Path, tmp_path: Path, capsys: Any) -> None:
+def test_sweep_writes_a_strip_and_its_description(
+    engines: dict[str, Path], image_file: Path, tmp_path: Path, capsys: Any
+) -> None:
     out = tmp_path / "strip.png"
     code, _, _ = run(
-        capsys, "sweep", engines["st"], "--image", picture, "--slider", f"{RED}=0:1.5:4", "--steps", 2, "--out", out, "--quiet"
+        capsys,
+        "sweep",
+        engines["st"],
+        "--image",
+        image_file,
+        "--slider",
+        f"{RED}=0:1.5:4",
+        "--steps",
+        2,
+        "--out",
+        out,
+        "--quiet",
     )
     assert code == 0
     assert json.loads((tmp_path / "strip.json").read_text())["sliders"] == [
@@ -118,14 +131,14 @@ def test_sweep_writes_a_strip_and_its_description(engines: dict[str, Path], pict
     assert Image.open(out).width > 4 * 64
 
 
-def test_two_swept_sliders_make_a_grid(engines: dict[str, Path], picture: Path, tmp_path: Path, capsys: Any) -> None:
+def test_two_swept_sliders_make_a_grid(engines: dict[str, Path], image_file: Path, tmp_path: Path, capsys: Any) -> None:
     sliders = ["--slider", f"{RED}=0:1:2", "--slider", "make the background dark=0:1:3"]
     code, text, _ = run(
         capsys,
         "sweep",
         engines["st"],
         "--image",
-        picture,
+        image_file,
         *sliders,
         "--steps",
         1,
@@ -174,25 +187,27 @@ def test_spans_prints_who_owns_which_row(capsys: Any) -> None:
         ("make the circle pink=0.5=", "strength ''"),
     ],
 )
-def test_bad_sliders(engines: dict[str, Path], picture: Path, tmp_path: Path, capsys: Any, slider: str, message: str) -> None:
+def test_bad_sliders(
+    engines: dict[str, Path], image_file: Path, tmp_path: Path, capsys: Any, slider: str, message: str
+) -> None:
     out = tmp_path / "o.png"
-    assert message in refused(capsys, "edit", engines["st"], "--image", picture, "--slider", slider, "--out", out)
+    assert message in refused(capsys, "edit", engines["st"], "--image", image_file, "--slider", slider, "--out", out)
     assert not out.exists()
 
 
 @pytest.mark.parametrize("value", ["0:1", "0:1:1", "0:1:1000", "a:b:c", "0:nan:3"])
-def test_bad_sweeps(engines: dict[str, Path], picture: Path, tmp_path: Path, capsys: Any, value: str) -> None:
-    refused(capsys, "sweep", engines["st"], "--image", picture, "--slider", f"{RED}={value}", "--out", tmp_path / "o.png")
+def test_bad_sweeps(engines: dict[str, Path], image_file: Path, tmp_path: Path, capsys: Any, value: str) -> None:
+    refused(capsys, "sweep", engines["st"], "--image", image_file, "--slider", f"{RED}={value}", "--out", tmp_path / "o.png")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in.png"]
 
 
-def test_instruction_that_is_not_in_the_prompt(engines: dict[str, Path], picture: Path, tmp_path: Path, capsys: Any) -> None:
+def test_instruction_that_is_not_in_the_prompt(engines: dict[str, Path], image_file: Path, tmp_path: Path, capsys: Any) -> None:
     options = ["--prompt", "make the square red", "--slider", RED, "--out", tmp_path / "o.png"]
-    assert "nowhere in the prompt" in refused(capsys, "edit", engines["st"], "--image", picture, *options)
+    assert "nowhere in the prompt" in refused(capsys, "edit", engines["st"], "--image", image_file, *options)
 
 
-def test_unreadable_and_enormous_pictures(engines: dict[str, Path], tmp_path: Path, capsys: Any) -> None:
-    (tmp_path / "text.png").write_text("not a picture")
+def test_unreadable_and_enormous_images(engines: dict[str, Path], tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "text.png").write_text("not an image")
     Image.new("1", (9000, 9000)).save(tmp_path / "huge.png")
     Image.new("RGB", (64, 64)).save(tmp_path / "cut.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:60])
@@ -220,17 +235,17 @@ def test_other_colour_modes_are_converted(
     assert Image.open(tmp_path / "o.png").mode == "RGB"
 
 
-def test_output_name_without_a_format(engines: dict[str, Path], picture: Path, tmp_path: Path, capsys: Any) -> None:
-    assert "picture format" in refused(
-        capsys, "edit", engines["st"], "--image", picture, "--slider", RED, "--steps", 1, "--out", tmp_path / "o.xyz"
+def test_output_name_without_a_format(engines: dict[str, Path], image_file: Path, tmp_path: Path, capsys: Any) -> None:
+    assert "image format" in refused(
+        capsys, "edit", engines["st"], "--image", image_file, "--slider", RED, "--steps", 1, "--out", tmp_path / "o.xyz"
     )
 
 
 def test_output_that_cannot_hold_the_result_is_refused_before_the_work(
-    engines: dict[str, Path], picture: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+    engines: dict[str, Path], image_file: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(SliderEditor, "render", lambda *_, **__: pytest.fail("it was denoised"))
-    common = ["--image", picture, "--steps", 1, "--quiet", "--out"]
+    common = ["--image", image_file, "--steps", 1, "--quiet", "--out"]
     edit = ["edit", engines["st"], "--slider", RED, *common]
     assert "Pillow does not write PSD files" in refused(capsys, *edit, tmp_path / "o.psd")
     sweep = ["sweep", engines["st"], "--slider", f"{RED}=0:1:64", *common]
@@ -241,10 +256,10 @@ def test_output_that_cannot_hold_the_result_is_refused_before_the_work(
 
 @pytest.mark.parametrize("command", [["edit", f"{RED}=1e20"], ["sweep", f"{RED}=0:1e20:3"]])
 def test_an_image_that_is_not_finite_is_bad_input(
-    engines: dict[str, Path], picture: Path, tmp_path: Path, capsys: Any, command: list[str]
+    engines: dict[str, Path], image_file: Path, tmp_path: Path, capsys: Any, command: list[str]
 ) -> None:
     name, slider = command
-    arguments = [name, engines["st"], "--image", picture, "--slider", slider, "--steps", 2, "--out", tmp_path / "o.png"]
+    arguments = [name, engines["st"], "--image", image_file, "--slider", slider, "--steps", 2, "--out", tmp_path / "o.png"]
     assert "'make the circle red' at strength" in refused(capsys, *arguments, "--quiet")
     assert not list(tmp_path.glob("o.*"))
 
@@ -346,9 +361,9 @@ def test_engine_whose_linked_weights_are_gone_or_changed(copied: Path, capsys: A
 
 
 def test_engine_of_an_unknown_family_or_backend_or_another_base(
-    copied: Path, picture: Path, tmp_path: Path, capsys: Any
+    copied: Path, image_file: Path, tmp_path: Path, capsys: Any
 ) -> None:
-    arguments = ["edit", copied, "--image", picture, "--slider", RED, "--out", tmp_path / "o.png"]
+    arguments = ["edit", copied, "--image", image_file, "--slider", RED, "--out", tmp_path / "o.png"]
     manifest = copied / "manifest.json"
     text = manifest.read_text()
     rewrite(manifest, family="sdxl")
@@ -421,15 +436,15 @@ def test_every_option_that_is_a_path_expands_the_home_folder(monkeypatch: pytest
     scorers = _parser().parse_args(
         ["evaluate", "--out", "o", "--images", "i", "--prompts", "p", "--scorer", "clip=~/clip", "--scorer", "siglip=a/b"]
     )
-    options_given = picture_options(scorers)
+    options_given = own_image_options(scorers)
     assert options_given is not None
     assert options_given.sources == {"clip": "/home/someone/clip", "siglip": "a/b"}
 
 
-def test_an_engine_without_an_adapter_has_no_sliders(tmp_path: Path, picture: Path, capsys: Any) -> None:
+def test_an_engine_without_an_adapter_has_no_sliders(tmp_path: Path, image_file: Path, capsys: Any) -> None:
     code, _, _ = run(capsys, "build", "--base", "shapes-kontext", "--out", tmp_path / "frozen", "--quiet")
     assert code == 0
-    arguments = ["edit", tmp_path / "frozen", "--image", picture, "--slider", RED, "--out", tmp_path / "o.png"]
+    arguments = ["edit", tmp_path / "frozen", "--image", image_file, "--slider", RED, "--out", tmp_path / "o.png"]
     assert "has no sliders" in refused(capsys, *arguments)
 
 
@@ -520,10 +535,12 @@ def test_a_standard_output_that_is_not_utf8_shows_codes(tmp_path: Path) -> None:
     assert "größer \\u2026".encode("latin-1") in done.stdout
 
 
-def test_arguments_that_are_not_utf8(engines: dict[str, Path], picture: Path, tmp_path: Path, capsys: Any) -> None:
+def test_arguments_that_are_not_utf8(engines: dict[str, Path], image_file: Path, tmp_path: Path, capsys: Any) -> None:
     base = ("edit", engines["st"], "--steps", 1, "--slider", RED)
     out = tmp_path / os.fsdecode(b"caf\xe9.png")
-    code, text, _ = run(capsys, *base, "--image", picture.rename(tmp_path / os.fsdecode(b"\xe9.png")), "--out", out, "--json")
+    code, text, _ = run(
+        capsys, *base, "--image", image_file.rename(tmp_path / os.fsdecode(b"\xe9.png")), "--out", out, "--json"
+    )
     assert code == 0
     assert Path(json.loads(text)["out"]) == out
     assert Image.open(out).size == (64, 64)
@@ -532,10 +549,12 @@ def test_arguments_that_are_not_utf8(engines: dict[str, Path], picture: Path, tm
 
 
 @pytest.mark.parametrize("seed", [2**64, -(2**63) - 1, 10**40])
-def test_seeds_beyond_what_torch_takes(engines: dict[str, Path], picture: Path, tmp_path: Path, capsys: Any, seed: int) -> None:
+def test_seeds_beyond_what_torch_takes(
+    engines: dict[str, Path], image_file: Path, tmp_path: Path, capsys: Any, seed: int
+) -> None:
     out = tmp_path / "o.png"
     message = refused(
-        capsys, "edit", engines["st"], "--image", picture, "--slider", RED, "--steps", 1, "--seed", seed, "--out", out
+        capsys, "edit", engines["st"], "--image", image_file, "--slider", RED, "--steps", 1, "--seed", seed, "--out", out
     )
     assert f"the seed is {seed}" in message
     assert not out.exists()
@@ -555,10 +574,10 @@ def test_the_largest_and_the_smallest_seed(st_editor: SliderEditor) -> None:
 
 @pytest.mark.parametrize("threads", [0, -1, 10_000])
 def test_a_number_of_threads_that_makes_no_sense(
-    engines: dict[str, Path], picture: Path, tmp_path: Path, capsys: Any, threads: int
+    engines: dict[str, Path], image_file: Path, tmp_path: Path, capsys: Any, threads: int
 ) -> None:
     message = refused(
-        capsys, "edit", engines["st"], "--image", picture, "--slider", RED, "--threads", threads, "--out", tmp_path / "o.png"
+        capsys, "edit", engines["st"], "--image", image_file, "--slider", RED, "--threads", threads, "--out", tmp_path / "o.png"
     )
     assert f"{threads} CPU threads were asked for; give 1 to 1024" in message
 

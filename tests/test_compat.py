@@ -198,7 +198,7 @@ def test_every_row_of_a_batch_is_what_it_is_alone(pipe: Any, scene: Image.Image,
         assert (batch[i : i + 1] - alone).abs().max() <= 1e-5
 
 
-def test_flat_lists_are_for_every_prompt_and_picture_of_a_prompt(pipe: Any, scene: Image.Image) -> None:
+def test_flat_lists_are_for_every_prompt_and_image_of_a_prompt(pipe: Any, scene: Image.Image) -> None:
     pipe.load_stlora("shapes-st")
     sliders = {"subprompts_list": [RED], "slider_alpha_list": [0.5]}
     flat = edit(pipe, scene, [PROMPT, PROMPT], num_images_per_prompt=2, **sliders)

@@ -12,7 +12,7 @@ from slideredit_rt.cli import main
 from slideredit_rt.editor import SliderEditor
 
 
-def test_demo_leaves_engines_pictures_and_a_report(tmp_path: Path, capsys: Any) -> None:
+def test_demo_leaves_engines_images_and_a_report(tmp_path: Path, capsys: Any) -> None:
     assert main(["demo", "--out", str(tmp_path), "--json", "--quiet"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report == json.loads((tmp_path / "report.json").read_text())

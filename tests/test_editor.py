@@ -1,4 +1,4 @@
-"""The editor: same pictures as diffusers' own pipeline, encodings shared by every setting, both back ends alike."""
+"""The editor: same images as diffusers' own pipeline, encodings shared by every setting, both back ends alike."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ def test_eager_at_strength_one_is_the_base_pipeline_bit_for_bit(pipeline: Any, k
     assert torch.equal(editor.render_tensor(prepared, [[1.0] * len(sliders)], steps=3)[0], expected)
 
 
-def test_engine_and_eager_draw_the_same_pictures(st_editor: SliderEditor, scene: Image.Image) -> None:
+def test_engine_and_eager_draw_the_same_images(st_editor: SliderEditor, scene: Image.Image) -> None:
     eager = SliderEditor.from_pretrained("shapes-kontext", "shapes-st")
     settings = [[0.0, 1.0], [0.5, 0.5], [1.5, 0.0]]
-    pictures = [e.render_tensor(e.prepare(scene, PARTS), settings, steps=4) for e in (st_editor, eager)]
-    assert (pictures[0] - pictures[1]).abs().max() <= 1e-3
+    images = [e.render_tensor(e.prepare(scene, PARTS), settings, steps=4) for e in (st_editor, eager)]
+    assert (images[0] - images[1]).abs().max() <= 1e-3
 
 
 def test_an_edit_is_the_same_alone_and_inside_a_sweep(st_editor: SliderEditor, scene: Image.Image) -> None:
@@ -58,7 +58,7 @@ def test_edit_sweep_and_grid_agree(st_editor: SliderEditor, scene: Image.Image) 
     assert max((p - pixels[0]).abs().max().item() for p in pixels) <= 1
 
 
-def test_the_same_seed_gives_the_same_picture_and_another_seed_another(st_editor: SliderEditor, scene: Image.Image) -> None:
+def test_the_same_seed_gives_the_same_image_and_another_seed_another(st_editor: SliderEditor, scene: Image.Image) -> None:
     noise = [st_editor.prepare(scene, PARTS[:1], seed=s).conditioning.latents for s in (1, 1, 2)]
     assert torch.equal(noise[0], noise[1])
     assert not torch.equal(noise[0], noise[2])

@@ -73,7 +73,7 @@ def test_explicit_guidance_of_zero_is_the_edit_without_a_prompt(eager_st: Slider
 
 
 def test_what_stands_in_fully_interpolated_rows_cannot_be_read(eager_st: SliderEditor, case: Case) -> None:
-    """With β = 1 the picture does not depend on the rows' own content, and it does without: all layers are reached."""
+    """With β = 1 the image does not depend on the rows' own content, and it does without: all layers are reached."""
     prepared = PadInterpolation(eager_st).prepare(case)
     rows = prepared.conditioning.text_rows
     inputs = eager_st.family.batch_inputs(eager_st.config, prepared.conditioning, torch.zeros(1, 1), prepared.token_mask[None])
@@ -331,7 +331,7 @@ def test_an_adapter_may_not_go_by_the_name_of_another_system(tmp_path: Path, cap
         (["--adapter", "shapes-st", "--systems", "prompt-weights"], "is no system of this benchmark"),
         (["--adapter", "shapes-st", "--adapter", "shapes-st"], "are called 'shapes-st'"),
         ([], "nothing to evaluate was given"),
-        (["--adapter", "shapes-st", "--images", "pictures"], "need both --images and --prompts"),
+        (["--adapter", "shapes-st", "--images", "images"], "need both --images and --prompts"),
         (["--adapter", "shapes-st", "--scorer", "clip"], "names no model"),
     ],
 )

@@ -209,8 +209,8 @@ def test_embedded_guidance_is_an_input_of_the_request(st_editor: SliderEditor, s
     prepared = st_editor.prepare(scene, ["make the circle red"], guidance_scale=2.0)
     assert prepared.conditioning.inputs["guidance"].tolist() == [2.0]
     other = dataclasses.replace(prepared.conditioning, inputs=prepared.conditioning.inputs | {"guidance": torch.tensor([9.0])})
-    pictures = [
+    images = [
         st_editor.render_tensor(dataclasses.replace(prepared, conditioning=c), [[1.0]], steps=1)
         for c in (prepared.conditioning, other)
     ]
-    assert not torch.equal(*pictures)
+    assert not torch.equal(*images)

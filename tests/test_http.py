@@ -23,20 +23,20 @@ import numpy as np
 import openai
 import pytest
 import schemathesis
-from http_server import as_file, listening, picture, waited_for
+from http_server import as_file, image_of, listening, waited_for
 from hypothesis import HealthCheck, given, settings
 from numpy.typing import NDArray
 from PIL import Image
-from qwen_checkpoint import picture as qwen_picture
 from qwen_checkpoint import qwen_adapter, save_tiny_checkpoint
+from qwen_checkpoint import random_image as qwen_image
 from schemathesis.checks import CHECKS
 
 from slideredit_rt import Slider, SliderEditError, SliderEditor
 from slideredit_rt.cli import main
 from slideredit_rt.serving.app import PREVIEW_STEPS, create_app
 from slideredit_rt.serving.body import Limits
+from slideredit_rt.serving.image_files import decode_image_file
 from slideredit_rt.serving.metrics import Metrics
-from slideredit_rt.serving.pictures import decode_picture
 from slideredit_rt.serving.requests import EditRequest
 from slideredit_rt.serving.server import HEADER_BYTES
 from slideredit_rt.serving.service import EditService
@@ -129,7 +129,7 @@ def test_an_edit_is_the_editors_own_bit_for_bit(
     answer = edit(client, png, sliders=json.dumps(SLIDERS), seed=7, num_inference_steps=4, guidance_scale=3).json()
     expected = st_editor.edit(scene, [Slider(RED, 0.5), Slider(DARK, 1.25)], seed=7, steps=4, guidance_scale=3)
     (item,) = answer["data"]
-    assert picture(item).tobytes() == expected.tobytes()
+    assert image_of(item).tobytes() == expected.tobytes()
     assert (item["seed"], item["strengths"]) == (7, [0.5, 1.25])
     assert (answer["size"], answer["output_format"], answer["background"]) == ("64x64", "png", "opaque")
     # 64 rows of 8 × 8 pixels; the tokens are make the circle red and make the background dark.
@@ -142,7 +142,7 @@ def test_an_edit_is_the_editors_own_bit_for_bit(
 
 
 @pytest.mark.parametrize("place", ["image", "images", "list"])
-def test_json_holds_the_picture_in_base64(client: httpx.Client, png: bytes, place: str) -> None:
+def test_json_holds_the_image_in_base64(client: httpx.Client, png: bytes, place: str) -> None:
     form = edit(client, png, sliders=json.dumps(SLIDERS)).json()
     sent: dict[str, dict[str, Any]] = {
         "image": {"image": base64.b64encode(png).decode()},
@@ -180,7 +180,7 @@ def test_the_largest_seed_is_torchs(client: httpx.Client, png: bytes, scene: Ima
     data = edit(client, png, prompt=RED, seed=2**64 - 2, n=2).json()["data"]
     assert [item["seed"] for item in data] == [2**64 - 2, 2**64 - 1]
     expected = st_editor.edit(scene, [Slider(RED)], seed=2**64 - 1, steps=STEPS)
-    assert np.abs(pixels(picture(data[1])) - pixels(expected)).max() <= 1
+    assert np.abs(pixels(image_of(data[1])) - pixels(expected)).max() <= 1
 
 
 @pytest.mark.parametrize("header", ["; filename*=UTF-8''sc%C3%A8ne.png", "\r\nContent-Type: image/png"])
@@ -208,7 +208,7 @@ def qwen(qwen_base: Path) -> Iterator[str]:
 
 @pytest.mark.parametrize("send", ["openai", "form", "image", "images", "both"])
 def test_several_images_are_edited_as_the_editor_edits_them(qwen: str, qwen_base: Path, send: str) -> None:
-    images = [qwen_picture(96, 48, seed=1), qwen_picture(64, 64)]
+    images = [qwen_image(96, 48, seed=1), qwen_image(64, 64)]
     files = [as_file(image) for image in images]
     fields: dict[str, Any] = {
         "prompt": RED,
@@ -236,7 +236,7 @@ def test_several_images_are_edited_as_the_editor_edits_them(qwen: str, qwen_base
     editor = SliderEditor.from_pretrained(qwen_base, qwen_adapter(qwen_base))
     expected = editor.edit(images, [Slider(RED, 0.4)], prompt=RED, seed=3, steps=2)
     (item,) = answer["data"]
-    assert picture(item).tobytes() == expected.tobytes()
+    assert image_of(item).tobytes() == expected.tobytes()
     turned = editor.edit(images[::-1], [Slider(RED, 0.4)], prompt=RED, seed=3, steps=2)
     assert expected.tobytes() != turned.tobytes()  # their order counts
     # Rows of 8 × 8 pixels: the first image is encoded at 96 × 32, the second one at 64 × 64, as the edit is.
@@ -248,18 +248,18 @@ def test_several_images_are_edited_as_the_editor_edits_them(qwen: str, qwen_base
 
 
 def test_limits_of_several_images(qwen: str) -> None:
-    file = as_file(qwen_picture())
+    file = as_file(qwen_image())
     with httpx.Client(base_url=qwen, timeout=60) as client:
 
         def send(*images: bytes) -> httpx.Response:
             fields = {"prompt": RED, "image": [data_url(image) for image in images]}
             return client.post("/v1/images/edits", json=fields)
 
-        refused(send(), 400, "number_of_images", "0 pictures were sent; send 1 to 16 as image")
-        refused(send(*[file] * 17), 400, "number_of_images", "17 pictures were sent; send 1 to 16 as image")
+        refused(send(), 400, "number_of_images", "0 images were sent; send 1 to 16 as image")
+        refused(send(*[file] * 17), 400, "number_of_images", "17 images were sent; send 1 to 16 as image")
         many = [("image[]", file)] * 17
         refused(client.post("/v1/images/edits", files=many, data={"prompt": RED}), 400, None, "Maximum number of files is 16")
-        refused(send(file, as_file(qwen_picture(128, 100))), 413, "image_too_large", "image 2 .*megapixels allowed")
+        refused(send(file, as_file(qwen_image(128, 100))), 413, "image_too_large", "image 2 .*megapixels allowed")
         refused(send(file, b"no image"), 422, "unprocessable_edit", "image 2 cannot be read")
 
 
@@ -267,7 +267,7 @@ def test_without_sliders_the_whole_prompt_is_one_at_strength_1(
     client: httpx.Client, png: bytes, scene: Image.Image, st_editor: SliderEditor
 ) -> None:
     answer = edit(client, png, prompt=BOTH).json()
-    assert picture(answer["data"][0]).tobytes() == st_editor.edit(scene, [Slider(BOTH)], steps=STEPS).tobytes()
+    assert image_of(answer["data"][0]).tobytes() == st_editor.edit(scene, [Slider(BOTH)], steps=STEPS).tobytes()
 
 
 def test_nulls_and_fields_without_meaning_here_change_nothing(client: httpx.Client, png: bytes) -> None:
@@ -278,17 +278,15 @@ def test_nulls_and_fields_without_meaning_here_change_nothing(client: httpx.Clie
     assert answers[0]["data"] == answers[1]["data"]
 
 
-def test_n_pictures_have_consecutive_seeds(
-    client: httpx.Client, png: bytes, scene: Image.Image, st_editor: SliderEditor
-) -> None:
+def test_n_images_have_consecutive_seeds(client: httpx.Client, png: bytes, scene: Image.Image, st_editor: SliderEditor) -> None:
     data = edit(client, png, prompt=RED, n=3, seed=5).json()["data"]
     assert [item["seed"] for item in data] == [5, 6, 7]
     for item in data:
         expected = st_editor.edit(scene, [Slider(RED)], seed=item["seed"], steps=STEPS)
-        assert np.abs(pixels(picture(item)) - pixels(expected)).max() <= 1
+        assert np.abs(pixels(image_of(item)) - pixels(expected)).max() <= 1
 
 
-def test_a_sweep_has_one_picture_per_strength(
+def test_a_sweep_has_one_image_per_strength(
     client: httpx.Client, png: bytes, scene: Image.Image, st_editor: SliderEditor
 ) -> None:
     sweep = {"slider": 0, "from": 0, "to": 1.5, "count": 4}
@@ -296,7 +294,7 @@ def test_a_sweep_has_one_picture_per_strength(
     assert [item["strengths"] for item in data] == [[0, 1.25], [0.5, 1.25], [1, 1.25], [1.5, 1.25]]
     expected = st_editor.sweep(scene, [Slider(RED), Slider(DARK, 1.25)], 0, [0, 0.5, 1, 1.5], steps=STEPS)
     for item, image in zip(data, expected, strict=True):
-        assert np.abs(pixels(picture(item)) - pixels(image)).max() <= 1
+        assert np.abs(pixels(image_of(item)) - pixels(image)).max() <= 1
 
 
 @pytest.mark.parametrize(
@@ -322,10 +320,10 @@ def test_a_strip_that_its_format_cannot_hold_is_refused_before_the_work(
         )
 
 
-def test_a_sweeps_strip_is_one_picture(client: httpx.Client, png: bytes) -> None:
+def test_a_sweeps_strip_is_one_image(client: httpx.Client, png: bytes) -> None:
     sweep = {"from": 0, "to": 1, "count": 3, "strip": True}
     (item,) = edit(client, png, prompt=RED, sweep=json.dumps(sweep)).json()["data"]
-    width, height = picture(item).size
+    width, height = image_of(item).size
     assert width > 3 * 64
     assert width > height
     assert item["strengths"] is None
@@ -336,9 +334,9 @@ def test_a_preview_takes_fewer_steps_unless_it_says_how_many(
 ) -> None:
     files = {"image": png}
     data = client.post("/v1/images/edits", files=files, data={"prompt": RED, "preview": "true"}).json()["data"]
-    assert picture(data[0]).tobytes() == st_editor.edit(scene, [Slider(RED)], steps=PREVIEW_STEPS).tobytes()
+    assert image_of(data[0]).tobytes() == st_editor.edit(scene, [Slider(RED)], steps=PREVIEW_STEPS).tobytes()
     data = edit(client, png, prompt=RED, preview="true").json()["data"]
-    assert picture(data[0]).tobytes() == st_editor.edit(scene, [Slider(RED)], steps=STEPS).tobytes()
+    assert image_of(data[0]).tobytes() == st_editor.edit(scene, [Slider(RED)], steps=STEPS).tobytes()
 
 
 @pytest.mark.parametrize(("output_format", "pillow"), [("png", "PNG"), ("jpeg", "JPEG"), ("webp", "WEBP")])
@@ -347,23 +345,23 @@ def test_output_formats(client: httpx.Client, png: bytes, output_format: str, pi
         edit(client, png, prompt=RED, output_format=output_format, output_compression=quality).json()["data"][0]
         for quality in (100, 10)
     )
-    assert picture(full).format == pillow
-    assert picture(full).size == (64, 64)
+    assert image_of(full).format == pillow
+    assert image_of(full).size == (64, 64)
     assert (len(small["b64_json"]) < len(full["b64_json"])) == (output_format != "png")
 
 
-def test_the_size_is_the_engines_for_the_picture(client: httpx.Client, scene: Image.Image) -> None:
+def test_the_size_is_the_engines_for_the_image(client: httpx.Client, scene: Image.Image) -> None:
     wide = as_file(scene.resize((80, 40)))
     answers = [edit(client, wide, prompt=RED, size=size) for size in ("auto", "88x48", "1024x1024")]
     assert [a.status_code for a in answers] == [200, 200, 400]
     assert answers[0].json()["size"] == "88x48"
-    assert "this engine edits this picture at 88x48" in answers[2].json()["error"]["message"]
+    assert "this engine edits this image at 88x48" in answers[2].json()["error"]["message"]
 
 
 # Streams.
 
 
-def test_a_stream_sends_partial_pictures_and_then_the_edit(client: httpx.Client, png: bytes) -> None:
+def test_a_stream_sends_partial_images_and_then_the_edit(client: httpx.Client, png: bytes) -> None:
     whole = edit(client, png, prompt=RED, num_inference_steps=6).json()
     answer = edit(client, png, prompt=RED, num_inference_steps=6, stream="true", partial_images=2)
     assert answer.headers["content-type"].startswith("text/event-stream")
@@ -375,11 +373,11 @@ def test_a_stream_sends_partial_pictures_and_then_the_edit(client: httpx.Client,
     assert data[-1]["b64_json"] == whole["data"][0]["b64_json"]
     assert data[-1]["usage"] == whole["usage"]
     # What is shown first is further from the end.
-    distances = [np.abs(pixels(picture(d)) - pixels(picture(data[-1]))).mean() for d in data]
+    distances = [np.abs(pixels(image_of(d)) - pixels(image_of(data[-1]))).mean() for d in data]
     assert distances[0] > distances[1] > distances[2] == 0
 
 
-def test_a_stream_of_several_pictures_completes_each(client: httpx.Client, png: bytes) -> None:
+def test_a_stream_of_several_images_completes_each(client: httpx.Client, png: bytes) -> None:
     answer = edit(client, png, prompt=RED, n=2, stream="true", partial_images=1, num_inference_steps=4)
     data = [d for _, d in events(answer.text)]
     assert [(d["type"].split(".")[1], d["image_index"]) for d in data] == [
@@ -403,7 +401,7 @@ def test_what_fails_before_the_first_event_has_a_status(client: httpx.Client, pn
 def test_openais_client_edits(ai: Any, png: bytes, scene: Image.Image, st_editor: SliderEditor) -> None:
     answer = ai.images.edit(model="shapes", image=("scene.png", png), prompt=BOTH, extra_body={"num_inference_steps": STEPS})
     expected = st_editor.edit(scene, [Slider(BOTH)], steps=STEPS)
-    assert picture({"b64_json": answer.data[0].b64_json}).tobytes() == expected.tobytes()
+    assert image_of({"b64_json": answer.data[0].b64_json}).tobytes() == expected.tobytes()
     assert answer.size == "64x64"
     assert answer.usage.output_tokens == 64
 
@@ -415,7 +413,7 @@ def test_openais_client_sends_sliders(
     extra = {"sliders": send(SLIDERS), "num_inference_steps": STEPS, "seed": 2}
     answer = ai.images.edit(image=png, prompt=BOTH, extra_body=extra)
     expected = st_editor.edit(scene, [Slider(RED, 0.5), Slider(DARK, 1.25)], steps=STEPS, seed=2)
-    assert picture({"b64_json": answer.data[0].b64_json}).tobytes() == expected.tobytes()
+    assert image_of({"b64_json": answer.data[0].b64_json}).tobytes() == expected.tobytes()
 
 
 def test_openais_client_sends_a_sweep_taken_apart(ai: Any, png: bytes) -> None:
@@ -444,7 +442,7 @@ def test_openais_client_knows_the_errors(ai: Any, png: bytes) -> None:
     assert unknown.value.code == "model_not_found"
     assert unknown.value.param == "model"
     with pytest.raises(openai.UnprocessableEntityError):
-        ai.images.edit(image=b"no picture", prompt=RED)
+        ai.images.edit(image=b"no image", prompt=RED)
     assert [model.id for model in ai.models.list()] == ["shapes"]
     assert ai.models.retrieve("shapes").engine["max_sliders"] == 8
 
@@ -534,14 +532,14 @@ def test_a_second_application_over_a_service_doubles_no_metric(client: httpx.Cli
     assert client.get("/metrics").text.count("# TYPE slideredit_queued_images gauge\n") == 1
 
 
-# Pictures of all kinds.
+# Images of all kinds.
 
 
 def decoded(data: bytes, max_pixels: int = 10**6) -> Image.Image:
-    return decode_picture(data, "the picture", max_pixels=max_pixels, max_aspect=4)
+    return decode_image_file(data, "the image", max_pixels=max_pixels, max_aspect=4)
 
 
-def test_pictures_are_turned_upright_and_made_rgb(scene: Image.Image) -> None:
+def test_images_are_turned_upright_and_made_rgb(scene: Image.Image) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by a quarter
     turned = decoded(as_file(scene.resize((64, 48)), exif=exif))
@@ -643,11 +641,11 @@ def test_fields_that_cannot_be(
         (b'{"prompt": "\\ud800", "image": "AA=="}', 400, "json_invalid", "invalid JSON"),
         (b'{"prompt": 1, "image": "AA=="}', 400, "string_type", "^prompt: "),
         (b'{"prompt": "a", "n": "1", "image": "AA=="}', 400, "int_type", "^n: "),
-        (b'{"prompt": "a"}', 400, "one_image", "0 pictures were sent"),
-        (b'{"prompt": "a", "image": ["AA==", "AA=="]}', 400, "one_image", "2 pictures were sent"),
+        (b'{"prompt": "a"}', 400, "one_image", "0 images were sent"),
+        (b'{"prompt": "a", "image": ["AA==", "AA=="]}', 400, "one_image", "2 images were sent"),
         (b'{"prompt": "a", "image": "https://example.com/a.png"}', 400, "url_not_allowed", "this server fetches none"),
         (b'{"prompt": "a", "images": [{"image_url": "file:///etc/passwd"}]}', 400, "url_not_allowed", "fetches none"),
-        (b'{"prompt": "a", "image": "/etc/passwd"}', 422, "unprocessable_edit", "the picture cannot be read"),
+        (b'{"prompt": "a", "image": "/etc/passwd"}', 422, "unprocessable_edit", "the image cannot be read"),
         (b'{"prompt": "a", "image": "data:image/png,AAAA"}', 400, "invalid_base64", "image is no base64"),
         (b'{"prompt": "a", "image": "AAAAA"}', 400, "invalid_base64", "image is no base64"),
         (b'{"prompt": "a", "image": "AA=A"}', 400, "invalid_base64", "image is no base64"),
@@ -659,7 +657,7 @@ def test_fields_that_cannot_be(
         ),
         (b'{"prompt": "a", "image": "AA==", "seed": 18446744073709551615, "n": 2}', 400, "seed_too_large", "^seed is .*n is 2"),
         (b'{"prompt": "a", "image": "not base64!"}', 400, "invalid_base64", "image is no base64"),
-        (b'{"prompt": "a", "image": ""}', 422, "unprocessable_edit", "the picture cannot be read"),
+        (b'{"prompt": "a", "image": ""}', 422, "unprocessable_edit", "the image cannot be read"),
     ],
 )
 def test_json_that_cannot_be(client: httpx.Client, body: bytes, status: int, code: str | None, sentence: str) -> None:
@@ -667,12 +665,12 @@ def test_json_that_cannot_be(client: httpx.Client, body: bytes, status: int, cod
     refused(client.post("/v1/images/edits", content=body, headers=headers), status, code, sentence)
 
 
-def test_files_that_are_no_pictures(client: httpx.Client, png: bytes, scene: Image.Image) -> None:
-    refused(edit(client, b"no picture", prompt=RED), 422, "unprocessable_edit", "the picture cannot be read")
-    refused(edit(client, png[: len(png) // 2], prompt=RED), 422, "unprocessable_edit", "the picture cannot be read .*truncated")
+def test_files_that_are_no_images(client: httpx.Client, png: bytes, scene: Image.Image) -> None:
+    refused(edit(client, b"no image", prompt=RED), 422, "unprocessable_edit", "the image cannot be read")
+    refused(edit(client, png[: len(png) // 2], prompt=RED), 422, "unprocessable_edit", "the image cannot be read .*truncated")
     # A format whose decoder would start another program.
     eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\nshowpage\n"
-    refused(edit(client, eps, prompt=RED), 422, "unprocessable_edit", "the picture cannot be read")
+    refused(edit(client, eps, prompt=RED), 422, "unprocessable_edit", "the image cannot be read")
     for size in ((5000, 5000), (60_000, 60_000)):
         refused(edit(client, bomb(*size), prompt=RED), 413, "image_too_large", "more than the 16 megapixels allowed")
     refused(edit(client, as_file(scene.resize((300, 10))), prompt=RED), 422, "unprocessable_edit", "crop it")
@@ -688,7 +686,7 @@ def test_forms_that_cannot_be_read(client: httpx.Client, png: bytes) -> None:
     refused(post(nameless, "multipart/form-data; boundary=b"), 400, None, "name")
     refused(post(b"prompt=a", "application/x-www-form-urlencoded"), 415, "unsupported_media_type", "application/json or")
     two = [("image[]", png), ("image[]", png)]
-    refused(client.post("/v1/images/edits", files=two, data={"prompt": RED}), 400, "one_image", "2 pictures were sent")
+    refused(client.post("/v1/images/edits", files=two, data={"prompt": RED}), 400, "one_image", "2 images were sent")
     latin = form_body([(b"image", b'; filename="a.png"', png), (b"prompt", b"", "make the café red".encode("latin-1"))])
     message = r"^prompt is not UTF-8 \(.* at byte 12\); send the form's text in UTF-8"
     refused(client.post("/v1/images/edits", content=latin, headers=FORM), 400, "invalid_utf8", message)
@@ -819,7 +817,7 @@ def test_a_full_queue_says_when_to_come_back_and_a_signal_finishes_what_was_acce
         assert int(answers["too many"].headers["retry-after"]) >= 1
         waiting.cancel()
 
-        # One that has yet to send its picture, and one that waits for its edit.
+        # One that has yet to send its image, and one that waits for its edit.
         body = json.dumps({"image": data_url(png), "prompt": RED}).encode()
         with raw(address, post_head(body) + body[:100]) as late:
             assert waited_for(lambda: len(server.server_state.tasks) == 2)
@@ -953,7 +951,7 @@ ROUTES = [
 @pytest.mark.parametrize(("method", "path"), ROUTES)
 def test_answers_are_as_described(client: httpx.Client, url: str, method: str, path: str) -> None:
     operation = schemathesis.openapi.from_url(f"{url}/openapi.json")[path][method]
-    # That a file is a picture and a prompt holds an instruction is beyond a schema.
+    # That a file is an image and a prompt holds an instruction is beyond a schema.
     beyond: list[Any] = [CHECKS.get_one("positive_data_acceptance")]
 
     @settings(max_examples=12, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))

@@ -207,7 +207,7 @@ def test_a_png_file_cut_short_is_one_sentence(scene: Image.Image, cut: int) -> N
         ("a.ico", (1024, 512), "it would become a ICO of 256×128 pixels"),
         ("a.webp", (16_384, 8), r"'a.webp' cannot hold an RGB image of 16384×8 pixels \(.*16383.*\); end the name in .png"),
         ("a.jpg", (65_501, 8), "cannot hold an RGB image of 65501×8 pixels"),
-        ("a", (64, 64), "picture format"),
+        ("a", (64, 64), "image format"),
     ],
 )
 def test_files_that_cannot_hold_the_result(name: str, size: tuple[int, int], message: str) -> None:

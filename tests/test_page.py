@@ -91,14 +91,14 @@ def example() -> Example:
 
 
 @pytest.fixture(scope="module")
-def picture(example: Example) -> bytes:
+def image(example: Example) -> bytes:
     return as_file(scene_image(example))
 
 
 @pytest.fixture
-def edited(page: Page, example: Example, picture: bytes) -> Page:
+def edited(page: Page, example: Example, image: bytes) -> Page:
     """The page with a scene of ours and its two instructions."""
-    choose(page, picture)
+    choose(page, image)
     for number, instruction in enumerate(example.instructions, 1):
         text(page, number).fill(instruction.text)
         text(page, number).press("Enter")
@@ -133,7 +133,7 @@ def settled(page: Page) -> None:
 
 
 def shown(page: Page, canvas: str = "result") -> np.ndarray:
-    """The picture in a canvas, uint8 `[H, W, 3]`."""
+    """The image in a canvas, uint8 `[H, W, 3]`."""
     url = page.evaluate("id => document.getElementById(id).toDataURL()", canvas)
     return pixels(base64.b64decode(url.partition(",")[2]))
 
@@ -142,9 +142,9 @@ def pixels(png: bytes) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
 
 
-def responses(picture: np.ndarray, example: Example) -> list[float]:
+def responses(shown: np.ndarray, example: Example) -> list[float]:
     """How far each instruction of an example was carried out."""
-    image = torch.from_numpy(picture.copy()).permute(2, 0, 1)[None].float() / 255
+    image = torch.from_numpy(shown.copy()).permute(2, 0, 1)[None].float() / 255
     measured = measure(image, [example.scene])[0]
     return [response(measured, instruction, example.scene) for instruction in example.instructions]
 
@@ -196,7 +196,7 @@ def test_the_sample_is_edited_before_anything_is_touched(page: Page) -> None:
 
 @pytest.mark.slow
 def test_a_drag_shows_its_preview_within_half_a_second(browser: Any, engines: dict[str, Path]) -> None:
-    """On a quiet machine: the median over drags, from the last move to the picture, as the page itself reports it."""
+    """On a quiet machine: the median over drags, from the last move to the image, as the page itself reports it."""
     took: list[float] = []
     with local_server(str(engines["st"])) as (url, _), opened(browser, url) as page:
         settled(page)
@@ -212,7 +212,7 @@ def test_a_drag_shows_its_preview_within_half_a_second(browser: Any, engines: di
 
 
 def test_dragging_a_slider_carries_its_instruction_out_as_far_as_it_says(
-    edited: Page, server: str, example: Example, picture: bytes
+    edited: Page, server: str, example: Example, image: bytes
 ) -> None:
     seen: dict[float, list[float]] = {}
     for target in (0.0, 1.0, 1.5):
@@ -222,7 +222,7 @@ def test_dragging_a_slider_carries_its_instruction_out_as_far_as_it_says(
         assert value == pytest.approx(target, abs=0.02)
         assert edited.locator("output").first.inner_text() == f"{value:.2f}"
         sliders = [{"instruction": i.text, "strength": s} for i, s in zip(example.instructions, (value, 1), strict=True)]
-        (expected,) = ask(server, picture, sliders)
+        (expected,) = ask(server, image, sliders)
         assert same(shown(edited), expected)
         seen[target] = responses(shown(edited), example)
     moved, other = zip(*seen.values(), strict=True)
@@ -272,16 +272,16 @@ def test_keys_move_a_slider_and_home_and_a_double_click_bring_it_back(edited: Pa
     assert same(shown(edited), at_one)
 
 
-def test_a_seed_of_ones_own_and_a_new_one(edited: Page, server: str, example: Example, picture: bytes) -> None:
+def test_a_seed_of_ones_own_and_a_new_one(edited: Page, server: str, example: Example, image: bytes) -> None:
     edited.get_by_label("Seed", exact=True).fill("7")
     settled(edited)
     sliders = [{"instruction": i.text, "strength": 1} for i in example.instructions]
-    assert same(shown(edited), ask(server, picture, sliders, seed="7")[0])
+    assert same(shown(edited), ask(server, image, sliders, seed="7")[0])
     edited.get_by_role("button", name="New seed").click()
     settled(edited)
     seed = edited.get_by_label("Seed", exact=True).input_value()
     assert seed != "7"
-    assert same(shown(edited), ask(server, picture, sliders, seed=seed)[0])
+    assert same(shown(edited), ask(server, image, sliders, seed=seed)[0])
 
 
 # ---------------------------------------------------------------- requests
@@ -308,7 +308,7 @@ def test_one_request_at_a_time_and_the_newest_setting_next(edited: Page) -> None
     settled(edited)
 
 
-def test_a_full_edit_is_dropped_when_a_slider_moves(edited: Page, server: str, example: Example, picture: bytes) -> None:
+def test_a_full_edit_is_dropped_when_a_slider_moves(edited: Page, server: str, example: Example, image: bytes) -> None:
     held: list[Route] = []
     edited.route(EDITS, lambda route: route.continue_() if "preview" in sent(route) else held.append(route))
     drag(edited, 1, 0)
@@ -321,10 +321,10 @@ def test_a_full_edit_is_dropped_when_a_slider_moves(edited: Page, server: str, e
     settled(edited)
     value = float(strength(edited, 1).input_value())
     sliders = [{"instruction": i.text, "strength": s} for i, s in zip(example.instructions, (value, 1), strict=True)]
-    assert same(shown(edited), ask(server, picture, sliders)[0])
+    assert same(shown(edited), ask(server, image, sliders)[0])
 
 
-def test_a_late_answer_for_another_picture_is_never_shown(edited: Page, server: str, example: Example, picture: bytes) -> None:
+def test_a_late_answer_for_another_image_is_never_shown(edited: Page, server: str, example: Example, image: bytes) -> None:
     held: list[Route] = []
     edited.route(EDITS, lambda route: route.continue_() if held else held.append(route))
     drag(edited, 1, 0)
@@ -334,10 +334,10 @@ def test_a_late_answer_for_another_picture_is_never_shown(edited: Page, server: 
     settled(edited)
     newest = shown(edited)
     # The page has given the request up; its answer comes all the same.
-    held[0].fulfill(json={"data": [{"b64_json": base64.b64encode(picture).decode()}]})
+    held[0].fulfill(json={"data": [{"b64_json": base64.b64encode(image).decode()}]})
     edited.wait_for_timeout(200)
     assert same(shown(edited), newest)
-    assert not same(newest, pixels(picture))
+    assert not same(newest, pixels(image))
 
 
 # ---------------------------------------------------------------- prompt, errors, keys
@@ -367,7 +367,7 @@ def test_the_prompt_shows_which_tokens_each_slider_owns(page: Page, server: str)
     assert len({line.split(" ")[1] for line in lines}) == 3
 
 
-def test_a_refusal_is_shown_in_the_servers_words_and_the_picture_stays(page: Page, server: str) -> None:
+def test_a_refusal_is_shown_in_the_servers_words_and_the_image_stays(page: Page, server: str) -> None:
     before = shown(page)
     text(page, 2).fill("make the circle red and make")
     text(page, 2).press("Enter")
@@ -446,10 +446,10 @@ def test_a_key_is_asked_for_and_stays_in_the_tab(browser: Any, engines: dict[str
         assert '-H "Authorization: Bearer $SLIDEREDIT_API_KEY"' in command
 
 
-# ---------------------------------------------------------------- pictures
+# ---------------------------------------------------------------- images
 
 
-def test_a_picture_can_be_dropped_or_pasted(page: Page, picture: bytes) -> None:
+def test_an_image_can_be_dropped_or_pasted(page: Page, image: bytes) -> None:
     for event, data in (("drop", "dataTransfer"), ("paste", "clipboardData")):
         page.get_by_role("button", name="Sample").click()
         settled(page)
@@ -462,24 +462,24 @@ def test_a_picture_can_be_dropped_or_pasted(page: Page, picture: bytes) -> None:
                 const kind = event === "paste" ? ClipboardEvent : DragEvent;
                 document.body.dispatchEvent(new kind(event, { [data]: transfer, bubbles: true, cancelable: true }));
             }""",
-            [event, data, base64.b64encode(picture).decode()],
+            [event, data, base64.b64encode(image).decode()],
         )
         expect(page.locator("#edited")).to_have_attribute("aria-busy", "true")
         settled(page)
-        assert same(shown(page, "source"), pixels(picture))
+        assert same(shown(page, "source"), pixels(image))
         assert not same(shown(page), before)
 
 
-def test_what_is_no_picture_is_refused_and_the_old_one_stays(page: Page) -> None:
+def test_what_is_no_image_is_refused_and_the_old_one_stays(page: Page) -> None:
     before = shown(page), shown(page, "source")
-    choose(page, b"no picture", "notes.txt", "text/plain")
-    expect(page.get_by_role("alert")).to_contain_text("“notes.txt” is no picture")
+    choose(page, b"no image", "notes.txt", "text/plain")
+    expect(page.get_by_role("alert")).to_contain_text("“notes.txt” is no image")
     settled(page)
     assert same(shown(page), before[0])
     assert same(shown(page, "source"), before[1])
 
 
-def test_a_large_picture_is_sent_with_no_more_pixels_than_are_used(page: Page) -> None:
+def test_a_large_image_is_sent_with_no_more_pixels_than_are_used(page: Page) -> None:
     choose(page, as_file(Image.new("RGBA", (1600, 1000), (255, 0, 0, 0))))
     settled(page)
     source = shown(page, "source")
@@ -530,7 +530,7 @@ def test_the_source_shows_left_of_the_divider_and_while_a_button_is_held(page: P
 
 
 def test_the_strip_holds_the_source_and_the_whole_way_of_the_slider_in_focus(
-    edited: Page, server: str, example: Example, picture: bytes
+    edited: Page, server: str, example: Example, image: bytes
 ) -> None:
     strength(edited, 2).focus()
     expect(edited.get_by_text(f"The strip moves slider 2, “{example.instructions[1].text}”, from 0 to 1.5.")).to_be_visible()
@@ -540,7 +540,7 @@ def test_the_strip_holds_the_source_and_the_whole_way_of_the_slider_in_focus(
     strip = pixels(download.value.path().read_bytes())
     sliders = [{"instruction": i.text, "strength": 1} for i in example.instructions]
     sweep = json.dumps({"slider": 1, "from": 0, "to": 1.5, "count": 7})
-    frames = [pixels(picture), *ask(server, picture, sliders, sweep=sweep)]
+    frames = [pixels(image), *ask(server, image, sliders, sweep=sweep)]
     gap, cell, top = 8, 192, 36
     assert strip.shape == (top + cell + 26, gap + len(frames) * (cell + gap), 3)
     for index, frame in enumerate(frames):
@@ -550,7 +550,7 @@ def test_the_strip_holds_the_source_and_the_whole_way_of_the_slider_in_focus(
         assert (label < 128).any(), "no label under the frame"
 
 
-def test_the_copied_curl_command_makes_the_same_picture(edited: Page, tmp_path: Path) -> None:
+def test_the_copied_curl_command_makes_the_same_image(edited: Page, tmp_path: Path) -> None:
     # What shells and curl's own forms read specially.
     text(edited, 2).fill("""@it's "$red";b=`c`""")
     text(edited, 2).press("Enter")
@@ -560,9 +560,9 @@ def test_the_copied_curl_command_makes_the_same_picture(edited: Page, tmp_path: 
     expect(edited.get_by_role("button", name="Copied")).to_be_visible()
     command = edited.evaluate("navigator.clipboard.readText()")
     with edited.expect_download() as download:
-        edited.get_by_role("button", name="Save picture.png").click()
-    assert download.value.suggested_filename == "picture.png"
-    download.value.save_as(tmp_path / "picture.png")
+        edited.get_by_role("button", name="Save image.png").click()
+    assert download.value.suggested_filename == "image.png"
+    download.value.save_as(tmp_path / "image.png")
     run = subprocess.run(["sh", "-c", command], cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert (run.returncode, run.stderr) == (0, "")
     assert same(pixels((tmp_path / "edited.png").read_bytes()), shown(edited))
@@ -727,9 +727,9 @@ def stranger(tmp_path: Path) -> Iterator[str]:
 
 
 def test_a_page_of_another_site_is_refused_unless_its_origin_is_allowed(
-    browser: Any, engines: dict[str, Path], server: str, stranger: str, picture: bytes
+    browser: Any, engines: dict[str, Path], server: str, stranger: str, image: bytes
 ) -> None:
-    fields = {"image": base64.b64encode(picture).decode(), "prompt": "make the circle red", "num_inference_steps": 1}
+    fields = {"image": base64.b64encode(image).decode(), "prompt": "make the circle red", "num_inference_steps": 1}
     ask = """async ([url, fields]) => {
         const options = { method: "POST", headers: { "content-type": "application/json" }, body: JSON.stringify(fields) };
         try {

@@ -1,4 +1,4 @@
-"""Qwen-Image-Edit on tiny random checkpoints of the real classes: the same pictures as diffusers' own pipelines."""
+"""Qwen-Image-Edit on tiny random checkpoints of the real classes: the same images as diffusers' own pipelines."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from accelerate import init_empty_weights
 from diffusers import QwenImageTransformer2DModel
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus
 from PIL import Image
-from qwen_checkpoint import SIDE, picture, save_tiny_checkpoint
+from qwen_checkpoint import SIDE, random_image, save_tiny_checkpoint
 from test_linked_export import sparse_checkpoint
 
 from slideredit_rt import cli
@@ -54,7 +54,7 @@ def family() -> Family:
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """One picture; and several, with the reference rows modulated as in 2511."""
+    """One image; and several, with the reference rows modulated as in 2511."""
     root = tmp_path_factory.mktemp("qwen")
     return {
         "edit": save_tiny_checkpoint(root / "edit"),
@@ -87,7 +87,7 @@ def adapters(bases: dict[str, Path], family: Family) -> dict[Kind, Path]:
 
 @pytest.fixture(scope="module")
 def qwen_engines(bases: dict[str, Path], adapters: dict[Kind, Path]) -> dict[str, Path]:
-    """ST on the one-picture base, GST on the other, each in its own lowering."""
+    """ST on the one-image base, GST on the other, each in its own lowering."""
     root = bases["edit"].parent
     pairs: tuple[tuple[str, Kind], ...] = (("edit", "st"), ("plus", "gst"))
     for base, kind in pairs:
@@ -100,13 +100,13 @@ def encoders(bases: dict[str, Path], family: Family) -> dict[str, Any]:
     return {name: family.load_pipeline(path, transformer=False) for name, path in bases.items()}
 
 
-def pictures_for(base: str) -> list[Image.Image]:
-    return [picture(80, 64)] if base == "edit" else [picture(64, 64), picture(96, 48, seed=1)]
+def images_for(base: str) -> list[Image.Image]:
+    return [random_image(80, 64)] if base == "edit" else [random_image(64, 64), random_image(96, 48, seed=1)]
 
 
 @pytest.fixture
 def small_edits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Diffusers' own pipelines edit at 64² instead of 1024², the pictures of the text encoder in proportion."""
+    """Diffusers' own pipelines edit at 64² instead of 1024², the images of the text encoder in proportion."""
     for module in (pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus):
         original = module.calculate_dimensions
 
@@ -157,7 +157,7 @@ def test_st_engine_draws_what_diffusers_does_with_the_update_on_the_sliders_rows
     negative_prompt: str,
 ) -> None:
     editor, strengths = SliderEditor.from_engine(qwen_engines["edit"]), [0.25, 1.5]
-    prepared = editor.prepare(pictures_for("edit"), PARTS, seed=5, true_cfg_scale=scale, negative_prompt=negative_prompt)
+    prepared = editor.prepare(images_for("edit"), PARTS, seed=5, true_cfg_scale=scale, negative_prompt=negative_prompt)
     drawn = editor.render_tensor(prepared, [strengths, [1.0, 1.0]], steps=3)
 
     pipeline = family.load_pipeline(bases["edit"])
@@ -170,10 +170,10 @@ def test_st_engine_draws_what_diffusers_does_with_the_update_on_the_sliders_rows
         return lambda _, args, y: y + row_scale * (args[0] @ a.T @ b.T) if on[0] else y
 
     only_with_prompt(pipeline, monkeypatch, lambda with_prompt: on.__setitem__(0, with_prompt))
-    base = diffusers_edit(pipeline, pictures_for("edit"), scale, negative_prompt, steps=3)
+    base = diffusers_edit(pipeline, images_for("edit"), scale, negative_prompt, steps=3)
     for name, pair in load_adapter(adapters["st"], family).pairs.items():
         pipeline.transformer.get_submodule(name).register_forward_hook(update(*pair))
-    expected = diffusers_edit(pipeline, pictures_for("edit"), scale, negative_prompt, steps=3)
+    expected = diffusers_edit(pipeline, images_for("edit"), scale, negative_prompt, steps=3)
     assert (drawn[0] - expected).abs().max() <= 1e-4
     assert (drawn[1] - base).abs().max() <= 1e-4
     assert (expected - base).abs().max() > 2e-3
@@ -191,7 +191,7 @@ def test_gst_engine_draws_what_diffusers_does_with_peft(
     negative_prompt: str,
 ) -> None:
     editor, strength = SliderEditor.from_engine(qwen_engines["plus"]), 0.4
-    images = pictures_for("plus")
+    images = images_for("plus")
     prepared = editor.prepare(images, PARTS[:1], prompt=PROMPT, seed=5, true_cfg_scale=scale, negative_prompt=negative_prompt)
     drawn = editor.render_tensor(prepared, [[strength]], steps=3)[0]
 
@@ -226,7 +226,7 @@ def test_alpha_zero_is_the_base_bit_for_bit_in_eager(
 
 
 def test_a_prepared_transformer_is_diffusers_own_with_shapes_and_with_tables(bases: dict[str, Path], family: Family) -> None:
-    """Three pictures of different sizes, padded text, with and without modulated reference rows; and gradients through both."""
+    """Three images of different sizes, padded text, with and without modulated reference rows; and gradients through both."""
     shapes = [(1, 8, 6), (1, 5, 4), (1, 3, 9)]
     rows = sum(h * w for _, h, w in shapes)
     for base, path in bases.items():
@@ -310,7 +310,7 @@ AWKWARD = [
 def test_a_span_is_the_rows_of_its_tokens_in_what_the_encoder_returns(
     family: Family, encoders: dict[str, Any], base: str, prompt: str, instruction: str
 ) -> None:
-    pipeline, images = encoders[base], pictures_for(base)
+    pipeline, images = encoders[base], images_for(base)
     text, wanted = normalise(prompt), Slider(instruction)
     (span,) = find_spans(text, [wanted], family.tokenize(pipeline, text, images), family.max_text_rows(pipeline))
     seen: dict[str, Any] = {}
@@ -360,7 +360,7 @@ def test_the_prefix_that_is_dropped_is_the_templates(encoders: dict[str, Any]) -
 
 
 def test_text_that_does_not_fit_is_refused(family: Family, encoders: dict[str, Any]) -> None:
-    pipeline, images = encoders["edit"], pictures_for("edit")
+    pipeline, images = encoders["edit"], images_for("edit")
     most = family.max_text_rows(pipeline)
     assert most == 256 - 64
     prompt = "red " * most + PARTS[0]
@@ -381,7 +381,7 @@ def test_requests_of_different_lengths_in_a_batch_are_what_each_is_alone(
     bases: dict[str, Path], adapters: dict[Kind, Path], family: Family
 ) -> None:
     prompts = ["red", PROMPT, "make the circle red and add 3 cats"]
-    images = pictures_for("edit")
+    images = images_for("edit")
     for kind in KINDS:
         pipeline = family.load_pipeline(bases["edit"])
         backbone = SliderBackbone(family, pipeline.transformer, load_adapter(adapters[kind], family))
@@ -389,9 +389,9 @@ def test_requests_of_different_lengths_in_a_batch_are_what_each_is_alone(
         text = family.encode_prompt(pipeline, prompts, 192, [images] * 3)
         lengths = text["encoder_hidden_states_mask"].sum(dim=1).tolist()
         assert len(set(lengths)) == 3
-        pictures = family.encode_pictures(pipeline, images)
-        noise = family.draw_noise(pipeline, pictures.height, pictures.width, 0)
-        conditioning = family.condition(pictures, text, None, noise, None, 1.0)
+        sources = family.encode_sources(pipeline, images)
+        noise = family.draw_noise(pipeline, sources.height, sources.width, 0)
+        conditioning = family.condition(sources, text, None, noise, None, 1.0)
         rows = max(lengths)
         generator = torch.Generator().manual_seed(2)
         alpha = torch.randn(3, 2, generator=generator)
@@ -453,7 +453,7 @@ def test_the_negative_pass_is_told_by_being_it(encoders: dict[str, Any], bases: 
         for scale, passes in ((4.0, 2), (1.0, 1)):
             calls.clear()
             prepared = editor.prepare(
-                pictures_for("edit"), PARTS[:1], prompt=PROMPT, true_cfg_scale=scale, negative_prompt=PROMPT
+                images_for("edit"), PARTS[:1], prompt=PROMPT, true_cfg_scale=scale, negative_prompt=PROMPT
             )
             editor.render_tensor(prepared, [[0.0], [2.0]], steps=2)
             assert len(calls) == 2 * passes
@@ -469,13 +469,13 @@ def test_the_negative_pass_is_told_by_being_it(encoders: dict[str, Any], bases: 
 
 
 def test_verification_passes(qwen_engines: dict[str, Path]) -> None:
-    result = verify_engine(qwen_engines["edit"], picture(), [Slider(p) for p in PARTS], steps=2)
+    result = verify_engine(qwen_engines["edit"], random_image(), [Slider(p) for p in PARTS], steps=2)
     assert result.passed, result.verdict
 
 
-def test_command_takes_several_pictures_and_a_negative_prompt(qwen_engines: dict[str, Path], tmp_path: Path) -> None:
+def test_command_takes_several_images_and_a_negative_prompt(qwen_engines: dict[str, Path], tmp_path: Path) -> None:
     paths = [tmp_path / f"{index}.png" for index in range(2)]
-    for path, image in zip(paths, pictures_for("plus"), strict=True):
+    for path, image in zip(paths, images_for("plus"), strict=True):
         image.save(path)
     given = [x for path in paths for x in ("--image", str(path))]
     options = [
@@ -489,7 +489,7 @@ def test_command_takes_several_pictures_and_a_negative_prompt(qwen_engines: dict
         str(tmp_path / "out.png"),
     ]
     assert cli.main(["edit", str(qwen_engines["plus"]), *given, *options]) == 0
-    # As wide as the last picture is beside its height.
+    # As wide as the last image is beside its height.
     assert Image.open(tmp_path / "out.png").size == (96, 32)
     assert cli.main(["edit", str(qwen_engines["edit"]), *given, *options]) == 2
 
@@ -520,7 +520,7 @@ def test_training_learns_on_prompts_of_different_lengths(
     assert load_adapter(tmp_path / "new.safetensors", family).kind == kind
 
 
-def test_several_pictures_need_a_base_that_takes_them(
+def test_several_images_need_a_base_that_takes_them(
     encoders: dict[str, Any], family: Family, bases: dict[str, Path], scene: Image.Image
 ) -> None:
     def editor(of: Family, pipeline: Any) -> SliderEditor:
@@ -529,10 +529,10 @@ def test_several_pictures_need_a_base_that_takes_them(
     flux = get_family("flux_kontext")
     kontext = editor(flux, flux.load_pipeline(resolve_base("shapes-kontext")))
     qwen = editor(family, encoders["edit"])
-    for one_picture, name in ((kontext, "FluxKontextPipeline"), (qwen, "QwenImageEditPipeline")):
+    for one_image, name in ((kontext, "FluxKontextPipeline"), (qwen, "QwenImageEditPipeline")):
         for images in ([], [scene, scene]):
-            with pytest.raises(SliderEditError, match=f"{len(images)} pictures were given and a {name} edits one"):
-                one_picture.prepare(images, PARTS)
+            with pytest.raises(SliderEditError, match=f"{len(images)} images were given and a {name} edits one"):
+                one_image.prepare(images, PARTS)
     with pytest.raises(SliderEditError, match="flux_kontext makes no negative pass by default; give a true-CFG scale above 1"):
         kontext.prepare(scene, PARTS, negative_prompt=" ")
     with pytest.raises(SliderEditError, match="qwen_image_edit has no embedded guidance; use the true-CFG scale"):
@@ -551,7 +551,7 @@ def test_an_adapter_of_the_other_family_is_refused(bases: dict[str, Path], adapt
 def test_a_checkpoint_tells_its_family_and_its_rows(bases: dict[str, Path], family: Family) -> None:
     for path in bases.values():
         assert family_of(path) is family
-        # 64 rows each of noise and picture at 64²; the VAE's factor is 4.
+        # 64 rows each of noise and image at 64²; the VAE's factor is 4.
         assert image_rows_of(path, SIDE)[1] == 128
         with pytest.raises(SliderEditError, match="60 is not a multiple of 8"):
             image_rows_of(path, 60)

@@ -18,7 +18,7 @@ from typing import Any
 import httpx
 import psutil
 import pytest
-from http_server import picture, waited_for
+from http_server import image_of, waited_for
 
 from slideredit_rt.bench.serve import Load, bodies_of
 from slideredit_rt.serving.settings import ServeSettings
@@ -71,7 +71,7 @@ def test_the_surface_is_the_servers(url: str) -> None:
         assert client.get("/v2/health/ready").json() == {"ready": True}
         assert client.get("/v1/models").json()["data"][0]["id"] == "shapes"
         answer = client.post("/v1/images/edits", json=body)
-        assert picture(answer.json()["data"][0]).size == (64, 64)
+        assert image_of(answer.json()["data"][0]).size == (64, 64)
         refused = client.post("/v1/images/edits", json={**body, "prompt": "something else"})
         assert (refused.status_code, refused.json()["error"]["code"]) == (422, "unprocessable_edit")
         strangers = (({"host": "evil.example"}, "host_not_allowed"), ({"origin": "https://evil.example"}, "origin_not_allowed"))

@@ -308,11 +308,11 @@ def test_offsets_run_on_a_compiled_engine_of_another_adapter(
     st_editor: SliderEditor, offsets: AttributeOffsets, case: Case
 ) -> None:
     eager = SliderEditor.from_pretrained("shapes-kontext", "shapes-st")
-    pictures = []
+    images = []
     for editor in (st_editor, eager):
         system = OffsetControl(editor, offsets)
-        pictures.append(system.render(system.prepare(case), [[0.0], [1.5]], STEPS))
-    assert (pictures[0] - pictures[1]).abs().max() <= 1e-3
+        images.append(system.render(system.prepare(case), [[0.0], [1.5]], STEPS))
+    assert (images[0] - images[1]).abs().max() <= 1e-3
 
 
 def test_attributes_without_training_are_named(system: Any, case: Case) -> None:
@@ -380,7 +380,7 @@ def test_the_shipped_rivals_come_from_the_shipped_recipes(family: Family) -> Non
     assert resolve_adapter("shapes-concepts").stat().st_size < 1_200_000
 
 
-def test_the_shipped_rivals_carry_out_an_instruction_and_leave_the_picture_alone_at_zero(
+def test_the_shipped_rivals_carry_out_an_instruction_and_leave_the_image_alone_at_zero(
     st_editor: SliderEditor, family: Family
 ) -> None:
     """One scene; how even and how far is the benchmark's to say."""

@@ -94,14 +94,14 @@ def test_a_new_backend_is_one_file_and_one_line(
     tmp_path: Path, scene: Image.Image, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(BACKENDS, Toy.name, Toy())
-    engine, picture = tmp_path / "engine", tmp_path / "scene.png"
+    engine, image = tmp_path / "engine", tmp_path / "scene.png"
     build = ["build", "--base", "shapes-kontext", "--adapter", "shapes-st", "--quiet"]
     assert cli.main([*build, "--backend", "toy", "--out", str(engine)]) == 0
     manifest = read_manifest(engine)
     assert (manifest.backend, manifest.lowering, manifest.updates) == ("toy", "operator", {"operator": 12})
 
-    scene.save(picture)
-    given = ["--image", str(picture), "--slider", "make the circle red=0.5", "--steps", "2", "--quiet"]
+    scene.save(image)
+    given = ["--image", str(image), "--slider", "make the circle red=0.5", "--steps", "2", "--quiet"]
     assert cli.main(["edit", str(engine), *given, "--out", str(tmp_path / "toy.png")]) == 0
     assert cli.main([*build, "--out", str(tmp_path / "usual")]) == 0
     assert cli.main(["edit", str(tmp_path / "usual"), *given, "--out", str(tmp_path / "usual.png")]) == 0

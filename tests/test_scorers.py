@@ -39,7 +39,7 @@ MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.3, 0.25]
 
 
 def _random_weights(model: nn.Module) -> Any:
-    """Wider than an initialisation, whose pictures would all look alike."""
+    """Wider than an initialisation, whose images would all look alike."""
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         if parameter.dim() > 1:
@@ -95,7 +95,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def images() -> Tensor:
-    """More pictures than a model is shown at once; values that 8 bits hold exactly."""
+    """More images than a model is shown at once; values that 8 bits hold exactly."""
     return torch.randint(0, 256, (BATCH + 2, 3, SIDE, SIDE), generator=torch.Generator().manual_seed(1)) / 255
 
 
@@ -110,7 +110,7 @@ def _normalised(images: Tensor) -> Tensor:
 
 
 def _expected(name: str, folder: Path, images: Tensor, phrases: Sequence[str]) -> list[list[float]]:
-    """One picture and one phrase at a time, from the parts of the model and nothing padded that was not in training."""
+    """One image and one phrase at a time, from the parts of the model and nothing padded that was not in training."""
     tokenizer, pixels = transformers.AutoTokenizer.from_pretrained(folder), _normalised(images)
     if name == "blip-itm":
         model = transformers.BlipForImageTextRetrieval.from_pretrained(folder)
@@ -140,12 +140,12 @@ def test_attribute_scores_are_those_of_the_model_itself(
     scores = attribute_scorer.score(images, PHRASES)
     expected = _expected(attribute_scorer.name, checkpoints / attribute_scorer.name, images, PHRASES)
     np.testing.assert_allclose(scores, expected, atol=1e-5)
-    # Neither pictures nor phrases all look alike to it, or nothing was compared.
+    # Neither images nor phrases all look alike to it, or nothing was compared.
     assert np.ptp(expected, axis=0).min() > 1e-3
     assert np.ptp(expected, axis=1).min() > 1e-4
 
 
-def test_a_picture_scores_the_same_in_any_batch_and_a_phrase_beside_any_other(
+def test_an_image_scores_the_same_in_any_batch_and_a_phrase_beside_any_other(
     attribute_scorer: AttributeScorer, images: Tensor
 ) -> None:
     together = attribute_scorer.score(images, PHRASES)
@@ -154,7 +154,7 @@ def test_a_picture_scores_the_same_in_any_batch_and_a_phrase_beside_any_other(
     np.testing.assert_allclose(attribute_scorer.score(images, PHRASES[:1]), np.array(together)[:, :1], atol=1e-5)
 
 
-def test_pictures_of_another_size_are_resized_by_pillow(checkpoints: Path) -> None:
+def test_images_of_another_size_are_resized_by_pillow(checkpoints: Path) -> None:
     scorer = load_scorer("siglip", str(checkpoints / "siglip"))
     assert isinstance(scorer, AttributeScorer)
     large = torch.rand(1, 3, 48, 80, generator=torch.Generator().manual_seed(2))
@@ -274,7 +274,7 @@ def test_lpips_is_the_weighted_difference_of_the_backbones_features(
     assert scorer.distance(images[:1], images[:1]) == [0]
 
 
-def test_lpips_does_not_compare_pictures_of_two_sizes(lpips_scorer: tuple[Any, nn.Sequential, tuple[int, ...]]) -> None:
+def test_lpips_does_not_compare_images_of_two_sizes(lpips_scorer: tuple[Any, nn.Sequential, tuple[int, ...]]) -> None:
     with pytest.raises(SliderEditError, match=r"the edit has 80×64 pixels and its source 64×64; resize one of them"):
         lpips_scorer[0].distance(torch.zeros(1, 3, 64, 80), torch.zeros(1, 3, 64, 64))
 
@@ -326,8 +326,8 @@ def _face_detector(path: Path) -> None:
                 node("Add", [nothing, constant(f"{name}.offset", offsets[group] / np.float32(stride))], name)
             width = {"score": 1, "box": 4, "points": 10}[group]
             outputs.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, ["rows", width]))
-    picture = helper.make_tensor_value_info("input", TensorProto.FLOAT, [1, 3, "height", "width"])
-    _write_graph(path, nodes, [picture], outputs, tensors)
+    image = helper.make_tensor_value_info("input", TensorProto.FLOAT, [1, 3, "height", "width"])
+    _write_graph(path, nodes, [image], outputs, tensors)
 
 
 def _face_recogniser(path: Path) -> None:
@@ -339,9 +339,9 @@ def _face_recogniser(path: Path) -> None:
         helper.make_node("GlobalAveragePool", ["bent"], ["pooled"]),
         helper.make_node("Flatten", ["pooled"], ["embedding"]),
     ]
-    picture = helper.make_tensor_value_info("input", TensorProto.FLOAT, ["batch", 3, 112, 112])
+    image = helper.make_tensor_value_info("input", TensorProto.FLOAT, ["batch", 3, 112, 112])
     embedding = helper.make_tensor_value_info("embedding", TensorProto.FLOAT, ["batch", 8])
-    _write_graph(path, nodes, [picture], [embedding], [numpy_helper.from_array(kernel, "kernel")])
+    _write_graph(path, nodes, [image], [embedding], [numpy_helper.from_array(kernel, "kernel")])
 
 
 def _write_graph(path: Path, nodes: list[Any], inputs: list[Any], outputs: list[Any], tensors: list[Any]) -> None:
@@ -367,11 +367,11 @@ def arcface(face_models: Path) -> Scorer:
 
 
 def _with_faces(seed: int, *places: tuple[int, int]) -> Tensor:
-    """A dim random picture `[1, 3, 640, 640]` with a face (a white cell) at each place."""
-    picture = torch.randint(0, 200, (1, 3, FRAME, FRAME), generator=torch.Generator().manual_seed(seed)) / 255
+    """A dim random image `[1, 3, 640, 640]` with a face (a white cell) at each place."""
+    image = torch.randint(0, 200, (1, 3, FRAME, FRAME), generator=torch.Generator().manual_seed(seed)) / 255
     for x, y in places:
-        picture[:, :, y : y + 8, x : x + 8] = 1
-    return picture
+        image[:, :, y : y + 8, x : x + 8] = 1
+    return image
 
 
 def test_arcface_distance_is_one_minus_the_cosine_of_the_two_faces(arcface: DistanceScorer, face_models: Path) -> None:
@@ -385,7 +385,7 @@ def test_arcface_distance_is_one_minus_the_cosine_of_the_two_faces(arcface: Dist
     assert distances == pytest.approx([expected, 0, expected], abs=2e-3)
 
 
-def test_arcface_needs_exactly_one_face_in_both_pictures(arcface: DistanceScorer) -> None:
+def test_arcface_needs_exactly_one_face_in_both_images(arcface: DistanceScorer) -> None:
     one, none, two = _with_faces(5, (320, 240)), _with_faces(6), _with_faces(7, (160, 160), (480, 400))
     distances = arcface.distance(torch.cat([none, one, two]), one)
     assert (distances[0], distances[2]) == (None, None)

@@ -20,7 +20,7 @@ import pytest
 import torch
 from http_server import waited_for
 from PIL import Image
-from qwen_checkpoint import picture, qwen_adapter, save_tiny_checkpoint
+from qwen_checkpoint import qwen_adapter, random_image, save_tiny_checkpoint
 from torch import Tensor
 
 from slideredit_rt.adapters import load_adapter, save_adapter
@@ -243,7 +243,7 @@ class TestBatching:
         with pytest.raises(SliderEditError, match="too far out for float32"):
             serve().submit(edit(scene, 1e39)).future.result(WAIT)
 
-    def test_pictures_are_those_of_render(
+    def test_images_are_those_of_render(
         self, editor: SliderEditor, serve: Callable[..., EditService], scene: Image.Image
     ) -> None:
         request = edit(scene, 0.0, 0.5, 1.0, seed=1)
@@ -309,15 +309,15 @@ class TestBatching:
         editor = SliderEditor.from_pretrained(base, qwen_adapter(base))
         one = Slider("make the circle red")
         requests = [
-            edit(picture(), 0.3, sliders=(one,), seed=1, steps=3),
-            edit(picture(), 1.5, sliders=(one,), seed=2, true_cfg_scale=2.5),
-            edit(picture(seed=1), 0.0, sliders=(Slider("make the square blue"), Slider("add a small hat"))),
-            edit(picture(), 0.4, sliders=(one,), true_cfg_scale=1.0),
+            edit(random_image(), 0.3, sliders=(one,), seed=1, steps=3),
+            edit(random_image(), 1.5, sliders=(one,), seed=2, true_cfg_scale=2.5),
+            edit(random_image(seed=1), 0.0, sliders=(Slider("make the square blue"), Slider("add a small hat"))),
+            edit(random_image(), 0.4, sliders=(one,), true_cfg_scale=1.0),
         ]
         editor.engine = gate = Gate(editor.engine)
         recorder = Recorder()
         with EditService(editor, observer=recorder) as service:
-            tickets = submit_all(service, gate, recorder, edit(picture(), 1.0, sliders=(one,), steps=2), *requests)[1:]
+            tickets = submit_all(service, gate, recorder, edit(random_image(), 1.0, sliders=(one,), steps=2), *requests)[1:]
             gate.let()
             assert_each_as_alone(editor, requests, tickets)
             assert recorder.lookups["text", True] > 0
@@ -517,7 +517,7 @@ class TestEndings:
         gate.stand()
         words = (Slider("say nothing of it"),)
         requests = [edit(scene.copy(), 1.0), edit(scene.copy(), 1.0), edit(scene.copy(), 1.0, prompt="else", sliders=words)]
-        pictures = [weakref.ref(request.image) for request in requests]
+        images = [weakref.ref(request.image) for request in requests]
         gc.collect()
         gc.disable()
         try:
@@ -529,7 +529,7 @@ class TestEndings:
             for ticket in (cancelled, refused):
                 assert isinstance(ticket.future.exception(WAIT), SliderEditError)
             del ticket, completed, cancelled, refused
-            assert waited_for(lambda: not any(picture() for picture in pictures), 5)
+            assert waited_for(lambda: not any(image() for image in images), 5)
         finally:
             gc.enable()
 
@@ -585,7 +585,7 @@ class TestPartialImages:
 class TestCache:
     def lookups(self, recorder: Recorder) -> dict[str, list[int]]:
         """Hits and misses by kind since the last question."""
-        counts = {k: [recorder.lookups[k, True], recorder.lookups[k, False]] for k in ("pictures", "tokens", "text")}
+        counts = {k: [recorder.lookups[k, True], recorder.lookups[k, False]] for k in ("images", "tokens", "text")}
         recorder.lookups.clear()
         return counts
 
@@ -598,17 +598,17 @@ class TestCache:
             service.submit(edit(image, *strengths, **{"steps": 1} | options)).future.result(WAIT)
             return self.lookups(recorder)
 
-        assert run(scene, 0.1) == {"pictures": [0, 1], "tokens": [0, 1], "text": [0, 1]}
+        assert run(scene, 0.1) == {"images": [0, 1], "tokens": [0, 1], "text": [0, 1]}
         # A drag, another seed and another guidance; the same pixels in another object.
-        everything = {"pictures": [1, 0], "tokens": [1, 0], "text": [1, 0]}
+        everything = {"images": [1, 0], "tokens": [1, 0], "text": [1, 0]}
         assert run(scene, 0.2, seed=4, guidance_scale=2.0) == everything
         assert run(scene.copy(), 0.2) == everything
-        # A new prompt encodes no picture, a new picture no prompt.
-        assert run(scene, 0.1, sliders=(DARK,)) == {"pictures": [1, 0], "tokens": [0, 1], "text": [0, 1]}
-        assert run(scene.rotate(180), 0.1) == {"pictures": [0, 1], "tokens": [1, 0], "text": [1, 0]}
+        # A new prompt encodes no image, a new image no prompt.
+        assert run(scene, 0.1, sliders=(DARK,)) == {"images": [1, 0], "tokens": [0, 1], "text": [0, 1]}
+        assert run(scene.rotate(180), 0.1) == {"images": [0, 1], "tokens": [1, 0], "text": [1, 0]}
         stats = service.stats()
         assert stats.cache_entries == 6
-        assert stats.cache_hits == {"pictures": 3, "tokens": 3, "text": 3}
+        assert stats.cache_hits == {"images": 3, "tokens": 3, "text": 3}
 
     def test_a_service_without_a_cache_encodes_everything(
         self, recorder: Recorder, serve: Callable[..., EditService], scene: Image.Image
@@ -616,7 +616,7 @@ class TestCache:
         service = serve(cache_bytes=0)
         for _ in range(2):
             service.submit(edit(scene, 0.1, steps=1)).future.result(WAIT)
-        assert self.lookups(recorder) == {"pictures": [0, 2], "tokens": [0, 2], "text": [0, 2]}
+        assert self.lookups(recorder) == {"images": [0, 2], "tokens": [0, 2], "text": [0, 2]}
         assert service.stats().cache_bytes == 0
 
     def test_the_least_recently_used_value_leaves_when_the_bound_is_reached(self) -> None:
@@ -655,7 +655,7 @@ def test_thousands_of_requests_and_cancellations_lose_and_double_nothing(
     """An engine without velocity and a decoder that shows the latents: an image is its seed's noise, or somebody else's."""
     family: Family = Quick()
     editor.family, editor.engine = family, lambda inputs: torch.zeros_like(inputs["hidden_states"])
-    pictures = [scene, scene.resize((128, 64))]
+    images = [scene, scene.resize((128, 64))]
     noise = {
         (number, seed): Quick().decode(None, family.draw_noise(editor.pipeline, *size, seed), 0, 0)[0]
         for number, size in enumerate([(64, 64), (48, 88)])
@@ -673,7 +673,7 @@ def test_thousands_of_requests_and_cancellations_lose_and_double_nothing(
         number, count = choice.randrange(2), choice.randint(1, 3)
         seed = choice.randrange(6)
         request = edit(
-            pictures[number],
+            images[number],
             *[1.0] * count,
             seed=seed,
             consecutive_seeds=True,

@@ -24,7 +24,7 @@ from slideredit_rt.shapes.world import (
 )
 
 
-def test_every_attribute_is_read_back_from_the_picture() -> None:
+def test_every_attribute_is_read_back_from_the_image() -> None:
     scenes = [draw_scene(random.Random(seed)) for seed in range(32)]
     for scene, measured in zip(scenes, measure(render(scenes), scenes), strict=True):
         assert measured.background == pytest.approx(scene.background, abs=1e-3)
@@ -87,8 +87,8 @@ def test_a_sample_image_does_not_load_the_trainers() -> None:
     script = """
 import sys
 import slideredit_rt.demo
-from slideredit_rt.serving.app import sample_picture
-print(sample_picture()[1:4], [name for name in sys.modules if name.startswith("slideredit_rt.training")])
+from slideredit_rt.serving.app import sample_image
+print(sample_image()[1:4], [name for name in sys.modules if name.startswith("slideredit_rt.training")])
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout == "b'PNG' []\n"

@@ -20,7 +20,7 @@ import httpx
 import numpy as np
 import psutil
 import pytest
-from http_server import picture, waited_for
+from http_server import image_of, waited_for
 
 from slideredit_rt.bench.serve import ENDPOINT, Load, bodies_of, local_server, open_client
 
@@ -44,7 +44,7 @@ MALFORMED: tuple[tuple[int, Any], ...] = (
     (400, {"num_inference_steps": 10**9}),
     (400, {"sliders": [{"instruction": "make the circle red", "strength": 1e9}]}),
     (404, {"model": "another"}),
-    (422, {"image": base64.b64encode(b"no picture").decode()}),
+    (422, {"image": base64.b64encode(b"no image").decode()}),
     (422, {"prompt": "say nothing of it", "sliders": [{"instruction": "make the circle red"}]}),
 )
 
@@ -55,15 +55,15 @@ class Account:
 
     sent: Counter[str] = field(default_factory=Counter)
     answered: Counter[str] = field(default_factory=Counter)
-    pictures: dict[int, np.ndarray[Any, Any]] = field(default_factory=dict)
+    images: dict[int, np.ndarray[Any, Any]] = field(default_factory=dict)
     rss: list[int] = field(default_factory=list)
 
     def check(self, seed: int, answer: dict[str, Any]) -> None:
-        """One picture, of the edit that was asked for."""
+        """One image, of the edit that was asked for."""
         (image,) = answer["data"]
         assert image["seed"] == seed
-        pixels = np.asarray(picture(image), dtype=np.int16)
-        first = self.pictures.setdefault(seed, pixels)
+        pixels = np.asarray(image_of(image), dtype=np.int16)
+        first = self.images.setdefault(seed, pixels)
         # Its neighbours in a batch may move the last bit before rounding.
         assert np.abs(pixels - first).max() <= 1
 

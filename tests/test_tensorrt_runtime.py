@@ -149,8 +149,8 @@ def edit(engine: Path, folder: Path, *options: str) -> int:
     from PIL import Image
 
     Image.new("RGB", (64, 64)).save(folder / "in.png")
-    picture = ["--image", str(folder / "in.png"), "--out", str(folder / "out.png")]
-    return cli.main(["edit", str(engine), *picture, "--slider", "make the circle red=0.5", "--quiet", *options])
+    image = ["--image", str(folder / "in.png"), "--out", str(folder / "out.png")]
+    return cli.main(["edit", str(engine), *image, "--slider", "make the circle red=0.5", "--quiet", *options])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")

@@ -173,8 +173,8 @@ def test_a_pipeline_is_inside_one_call_at_a_time(st_editor: SliderEditor, scene:
         def encode_prompt(self, *args: Any) -> Any:
             return self._watch(lambda: super(Watched, self).encode_prompt(*args))
 
-        def encode_pictures(self, *args: Any) -> Any:
-            return self._watch(lambda: super(Watched, self).encode_pictures(*args))
+        def encode_sources(self, *args: Any) -> Any:
+            return self._watch(lambda: super(Watched, self).encode_sources(*args))
 
         def decode(self, *args: Any) -> Any:
             return self._watch(lambda: super(Watched, self).decode(*args))

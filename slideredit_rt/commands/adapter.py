@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from slideredit_rt.commands.shared import Commands, add_picture_options, emit, options_given, picture_options
+from slideredit_rt.commands.shared import Commands, add_own_image_options, emit, options_given, own_image_options
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.files import user_path
 
@@ -102,7 +102,7 @@ def _adapter_calibrate(args: argparse.Namespace) -> int:
     from slideredit_rt.assets import resolve_base
     from slideredit_rt.evaluation.calibrate import CalibrationConfig, calibrate_adapter, draw_calibration
     from slideredit_rt.evaluation.dataset import Dataset
-    from slideredit_rt.evaluation.pictures import open_pictures
+    from slideredit_rt.evaluation.own_images import open_own_images
     from slideredit_rt.evaluation.shapes import CALIBRATION_SEEDS, ShapesScenes
     from slideredit_rt.families import family_of
 
@@ -110,12 +110,12 @@ def _adapter_calibrate(args: argparse.Namespace) -> int:
         raise SliderEditError(f"{str(args.destination)!r} exists already; choose another name")
     folder = resolve_base(args.base)
     family = family_of(folder)
-    own = picture_options(args)
+    own = own_image_options(args)
     if own is None:
         dataset: Dataset = ShapesScenes(seeds=CALIBRATION_SEEDS)
     else:
         # Only a response is read.
-        dataset = open_pictures(dataclasses.replace(own, distance_scorers=()), family, folder)
+        dataset = open_own_images(dataclasses.replace(own, distance_scorers=()), family, folder)
     adapter, found = calibrate_adapter(
         args.base,
         load_adapter(args.source, family),
@@ -179,4 +179,4 @@ def add_commands(commands: Commands) -> None:
     calibrated.add_argument("--steps", type=int, help="denoising steps (default: 12)")
     calibrated.add_argument("--threads", type=int, help="CPU threads of the engine")
     calibrated.add_argument("--plot", type=user_path, metavar="PNG", help="draw the response before and after, and the map")
-    add_picture_options(calibrated, distances=False)
+    add_own_image_options(calibrated, distances=False)

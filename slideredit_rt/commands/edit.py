@@ -182,7 +182,7 @@ def _add_image_options(sub: argparse.ArgumentParser, example: str) -> None:
     """The options of `edit` and `sweep`."""
     sub.add_argument("engine", type=user_path, metavar="ENGINE", help="folder written by slideredit-rt build")
     sub.add_argument(
-        "--image", type=user_path, action="append", required=True, help="picture to edit; repeat for a base that takes several"
+        "--image", type=user_path, action="append", required=True, help="image to edit; repeat for a base that takes several"
     )
     sub.add_argument("--slider", action="append", required=True, metavar=example, help="repeat for several sliders")
     add_member_option(sub)
@@ -195,12 +195,12 @@ def _add_image_options(sub: argparse.ArgumentParser, example: str) -> None:
     sub.add_argument("--base", help="where the base checkpoint is, if not where the manifest says")
     sub.add_argument("--threads", type=int, help="CPU threads of the backend")
     add_runtime_options(sub)
-    sub.add_argument("--out", type=user_path, required=True, help="picture to write")
+    sub.add_argument("--out", type=user_path, required=True, help="image to write")
 
 
 def add_commands(commands: Commands) -> None:
     """Add the commands of this module."""
-    _add_image_options(commands.add("edit", _edit, "edit a picture at given strengths"), "INSTRUCTION=STRENGTH")
+    _add_image_options(commands.add("edit", _edit, "edit an image at given strengths"), "INSTRUCTION=STRENGTH")
     _add_image_options(
         commands.add("sweep", _sweep, "move one or two sliders and draw a strip or a grid"), "INSTRUCTION=START:STOP:COUNT"
     )
@@ -211,5 +211,5 @@ def add_commands(commands: Commands) -> None:
     spans.add_argument("--prompt", help="default: the instructions joined by ' and '")
 
     commands.add("demo", _demo, "build the embedded engines, move sliders, measure what moved").add_argument(
-        "--out", type=user_path, required=True, help="folder for engines, pictures and the report"
+        "--out", type=user_path, required=True, help="folder for engines, images and the report"
     )

@@ -204,7 +204,7 @@ def add_commands(commands: Commands) -> None:
 
     verify = commands.add("verify", _verify, "compare an engine with the eager reference")
     verify.add_argument("engine", type=user_path, metavar="ENGINE")
-    verify.add_argument("--image", type=user_path, help="a real picture (default: a generated scene)")
+    verify.add_argument("--image", type=user_path, help="a real image (default: a generated scene)")
     verify.add_argument("--slider", action="append", metavar="INSTRUCTION", help="(default: 'make the circle red')")
     add_member_option(verify)
     verify.add_argument("--base", help="where the base checkpoint is, if not where the manifest says")

@@ -6,11 +6,11 @@ import argparse
 
 from slideredit_rt.commands.shared import (
     Commands,
-    add_picture_options,
+    add_own_image_options,
     emit,
     listed,
     options_given,
-    picture_options,
+    own_image_options,
     read_lines,
 )
 from slideredit_rt.files import user_path
@@ -41,7 +41,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         ),
         config,
         systems=args.systems,
-        pictures=picture_options(args),
+        own_images=own_image_options(args),
         instructions=args.instructions and read_lines(args.instructions),
         progress=not args.quiet,
     )
@@ -76,5 +76,5 @@ def add_commands(commands: Commands) -> None:
     evaluate.add_argument(
         "--instructions", type=user_path, help="instructions of the shapes scenes, one per line (default: all)"
     )
-    add_picture_options(evaluate, distances=True)
+    add_own_image_options(evaluate, distances=True)
     evaluate.add_argument("--out", type=user_path, required=True, help="folder of the run; a killed run continues in it")

@@ -56,10 +56,10 @@ def add_serve_options(parser: argparse.ArgumentParser) -> None:
         "--no-step-batching", dest="step_batching", action="store_false", help="one edit after the other, for comparisons"
     )
     parser.add_argument(
-        "--cache-mib", type=int, default=defaults.cache_mib, help="for encoded pictures and prompts (default: %(default)s)"
+        "--cache-mib", type=int, default=defaults.cache_mib, help="for encoded images and prompts (default: %(default)s)"
     )
     parser.add_argument(
-        "--max-megapixels", type=float, default=defaults.max_megapixels, help="of a picture that is sent (default: %(default)g)"
+        "--max-megapixels", type=float, default=defaults.max_megapixels, help="of an image that is sent (default: %(default)g)"
     )
     parser.add_argument("--max-body-mib", type=float, default=defaults.max_body_mib, help="of a request (default: %(default)g)")
     parser.add_argument(
@@ -132,7 +132,7 @@ def _bench_serve(args: argparse.Namespace) -> int:
     from slideredit_rt.files import atomic_file
 
     names = ("num_prompts", "request_rate", "max_concurrency", "num_warmups", "sliders", "preview_share", "steps", "seed")
-    given = options_given(args, *names, "picture")
+    given = options_given(args, *names, "image")
     if args.instruction:
         given["instructions"] = tuple(args.instruction)
     result = bench_serve(Load(**given), base_url=args.base_url, engine=args.engine, api_key=os.environ.get(KEY_VARIABLE))
@@ -157,7 +157,7 @@ def _add_bench_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--sliders", choices=("mixed", "equal"), help="drawn for each request, or the same (default: mixed)")
     sub.add_argument("--preview-share", type=float, metavar="SHARE", help="of requests that are previews (default: 0)")
     sub.add_argument("--steps", type=int, help="denoising steps (default: the server's)")
-    sub.add_argument("--picture", type=user_path, help="to edit (default: scenes of the shapes world)")
+    sub.add_argument("--image", "--picture", type=user_path, help="to edit (default: scenes of the shapes world)")
     sub.add_argument("--instruction", action="append", help="of the prompt; repeat (default: two of the shapes world)")
     sub.add_argument("--seed", type=int, help="of strengths, noise and times (default: 0)")
     sub.add_argument("--save-result", action="store_true", help="write the result as JSON")

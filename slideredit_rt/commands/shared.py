@@ -17,7 +17,7 @@ from slideredit_rt.sliders import Slider
 
 if TYPE_CHECKING:
     from slideredit_rt.engines import RuntimeOptions
-    from slideredit_rt.evaluation.pictures import PictureOptions
+    from slideredit_rt.evaluation.own_images import OwnImageOptions
 
 
 class Commands:
@@ -147,9 +147,9 @@ def add_member_option(sub: argparse.ArgumentParser) -> None:
     )
 
 
-def picture_options(args: argparse.Namespace) -> PictureOptions | None:
-    """Pictures of one's own, if they were named."""
-    from slideredit_rt.evaluation.pictures import PictureOptions
+def own_image_options(args: argparse.Namespace) -> OwnImageOptions | None:
+    """Images of one's own, if they were named."""
+    from slideredit_rt.evaluation.own_images import OwnImageOptions
 
     own = options_given(args, "images", "prompts", "attribute_scorers", "distance_scorers")
     if args.scorer_device is not None:
@@ -160,14 +160,14 @@ def picture_options(args: argparse.Namespace) -> PictureOptions | None:
         named = dict(text.split("=", 1) for text in args.scorer)
         own["sources"] = {name: os.path.expanduser(source) for name, source in named.items()}
     if own and not {"images", "prompts"} <= set(own):
-        raise SliderEditError("pictures of your own need both --images and --prompts; the scorers are for them")
-    return PictureOptions(**own) if own else None
+        raise SliderEditError("images of your own need both --images and --prompts; the scorers are for them")
+    return OwnImageOptions(**own) if own else None
 
 
-def add_picture_options(sub: argparse.ArgumentParser, *, distances: bool) -> None:
-    """Options of `picture_options`; `distances`: with those that choose distance scorers."""
-    own = sub.add_argument_group("on pictures of your own instead of shapes scenes")
-    own.add_argument("--images", type=user_path, metavar="DIR", help="pictures to edit")
+def add_own_image_options(sub: argparse.ArgumentParser, *, distances: bool) -> None:
+    """Options of `own_image_options`; `distances`: with those that choose distance scorers."""
+    own = sub.add_argument_group("on images of your own instead of shapes scenes")
+    own.add_argument("--images", type=user_path, metavar="DIR", help="images to edit")
     own.add_argument("--prompts", type=user_path, metavar="FILE", help='JSON lines: {"instructions": […], "attributes": […]}')
     own.add_argument("--attribute-scorers", type=listed(str), help="of clip, siglip, blip-itm (default: clip,siglip)")
     if distances:

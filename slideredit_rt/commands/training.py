@@ -41,7 +41,7 @@ def _frozen_base(args: argparse.Namespace) -> tuple[Family, Any]:
 
 
 def _training_data(args: argparse.Namespace, side: int, shapes: type[Data]) -> Data:
-    """Pictures of `--images` with the edits of `--instructions`, else shapes scenes."""
+    """Images of `--images` with the edits of `--instructions`, else shapes scenes."""
     from slideredit_rt.shapes.world import find_instruction
     from slideredit_rt.training.data import FolderData
 
@@ -110,9 +110,7 @@ def _train_contrast(args: argparse.Namespace, trainer: Any, settings: Any, recip
 def _add_training_options(sub: argparse.ArgumentParser) -> None:
     """Options of every trainer of sliders."""
     sub.add_argument("--base", default="shapes-kontext", help="shapes-kontext, a diffusers folder or a hub repository")
-    sub.add_argument(
-        "--images", type=user_path, help="folder of source pictures (default: shapes scenes and the shipped recipe)"
-    )
+    sub.add_argument("--images", type=user_path, help="folder of source images (default: shapes scenes and the shipped recipe)")
     sub.add_argument("--instructions", type=user_path, help="text file, one edit per line (default: all of the shapes world)")
     sub.add_argument("--timestep-sampling", choices=("uniform", "logit-normal"))
     sub.add_argument("--steps", type=int)
@@ -122,7 +120,7 @@ def _add_training_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--seed", type=int)
     sub.add_argument("--gradient-checkpointing", action="store_const", const=True, help="less memory, more time")
     sub.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the frozen base")
-    sub.add_argument("--sample-every", type=int, help="steps between sample pictures (default: a quarter of the run; 0: none)")
+    sub.add_argument("--sample-every", type=int, help="steps between sample images (default: a quarter of the run; 0: none)")
     sub.add_argument(
         "--snapshots", type=listed(int), default=[], metavar="STEP,…", help="keep what is trained after these steps, too"
     )

@@ -116,7 +116,7 @@ def calibrate(
 
     Args:
         editor: with the adapter; its present curve is set aside.
-        dataset: pictures and scorers; the first attribute scorer is what is made even.
+        dataset: images and scorers; the first attribute scorer is what is made even.
         config: settings; None takes the defaults.
         progress: show a bar on standard error.
 
@@ -137,7 +137,7 @@ def calibrate(
     if not usable:
         raise SliderEditError(
             f"none of {len(swept)} edits shows more of its instruction at strength 1 than at 0; "
-            "use pictures and instructions that the base can edit"
+            "use images and instructions that the base can edit"
         )
     responses = monotone_response(np.array([[(v - s[0]) / r for v in s] for s, r in usable]))
     shown = tuple(map(float, responses))

@@ -1,4 +1,4 @@
-"""What the benchmark runs on: pictures with instructions, and scorers that say what an edit of them shows."""
+"""What the benchmark runs on: images with instructions, and scorers that say what an edit of them shows."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Case:
 
     Attributes:
         name: tells it from the others; file-name safe.
-        image: source picture, RGB.
+        image: source image, RGB.
         prompt: holds every instruction.
         instructions: the swept ones, one knob each.
         seed: of the initial noise, the same for every system.
@@ -34,10 +34,10 @@ class Case:
 
 @dataclass(frozen=True)
 class Scores:
-    """What one picture shows.
+    """What one image shows.
 
     Attributes:
-        attributes: by scorer, how much of each swept instruction the picture shows, in the case's order.
+        attributes: by scorer, how much of each swept instruction the image shows, in the case's order.
         distances: by scorer, distance to the source; lower is better. None where it cannot be told, as without a face.
     """
 
@@ -46,7 +46,7 @@ class Scores:
 
 
 class Dataset(Protocol):
-    """Pictures to edit, and their scorers; the same scorers for every case."""
+    """Images to edit, and their scorers; the same scorers for every case."""
 
     def cases(self, phase: Phase, count: int, sliders: int) -> Sequence[Case]:
         """`count` cases whose prompts have `sliders` instructions, all of them swept; the same ones in every call.
@@ -57,7 +57,7 @@ class Dataset(Protocol):
         ...
 
     def source_scores(self, case: Case) -> Scores:
-        """Scores of the picture as it is before the edit."""
+        """Scores of the image as it is before the edit."""
         ...
 
     def score(self, case: Case, images: Tensor) -> Sequence[Scores]:

@@ -1,4 +1,4 @@
-"""Evaluate: which systems a setup allows, on which pictures, and one run of them."""
+"""Evaluate: which systems a setup allows, on which images, and one run of them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from slideredit_rt.assets import EMBEDDED_BASE, resolve_base
 from slideredit_rt.checkpoint import fingerprint_base
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.evaluation.dataset import Dataset
-from slideredit_rt.evaluation.pictures import PictureOptions, open_pictures
+from slideredit_rt.evaluation.own_images import OwnImageOptions, open_own_images
 from slideredit_rt.evaluation.report import write_report
 from slideredit_rt.evaluation.run import Benchmark, BenchmarkConfig
 from slideredit_rt.evaluation.setup import Setup
@@ -29,7 +29,7 @@ def run_evaluation(
     config: BenchmarkConfig,
     *,
     systems: Sequence[str] = (),
-    pictures: PictureOptions | None = None,
+    own_images: OwnImageOptions | None = None,
     instructions: Sequence[str] | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
@@ -38,18 +38,18 @@ def run_evaluation(
     Args:
         setup: what the systems are made from, and the folder of the run; a killed run continues in it.
         systems: names from `SYSTEMS`; empty for all that the setup allows.
-        pictures: pictures and scorers; None takes shapes scenes, which a base like `shapes-kontext` edits.
+        own_images: images and scorers; None takes shapes scenes, which a base like `shapes-kontext` edits.
         instructions: instructions of the shapes scenes; None takes all of that world.
 
     Returns:
         The contents of `report.json`.
 
     Raises:
-        SliderEditError: an unknown system or scorer, a system whose adapter is missing, pictures that cannot be used.
+        SliderEditError: an unknown system or scorer, a system whose adapter is missing, images that cannot be used.
     """
     if unknown := [name for name in systems if name not in SYSTEMS]:
         raise SliderEditError(f"{unknown[0]!r} is no system of this benchmark; choose among {', '.join(SYSTEMS)}")
-    if pictures is None and setup.folder == resolve_base(EMBEDDED_BASE):
+    if own_images is None and setup.folder == resolve_base(EMBEDDED_BASE):
         setup = replace(setup, concepts=setup.concepts or "shapes-concepts", offsets=setup.offsets or "shapes-offsets")
     allowed = _allowed(setup)
     chosen = {name: system for name, system in allowed.items() if not systems or system.name in systems}
@@ -58,7 +58,7 @@ def run_evaluation(
         needs = SYSTEMS[missing[0]].needs
         raise SliderEditError(f"system {missing[0]!r} needs {needs}; what was given allows {', '.join(allowed)}")
     trained = {name: found for name, system in allowed.items() if (found := system.trained(setup)) and name in chosen}
-    dataset, data = _open_dataset(setup, pictures, instructions)
+    dataset, data = _open_dataset(setup, own_images, instructions)
     fingerprints = {f"base {name}": digest for name, digest in fingerprint_base(setup.folder).items()}
     fingerprints |= {e.stem: e.fingerprint for e in setup.slider_engines} | data
     fingerprints |= {name: fingerprint for name, (_, fingerprint) in trained.items()}
@@ -92,11 +92,11 @@ def _allowed(setup: Setup) -> dict[str, type[System]]:
 
 
 def _open_dataset(
-    setup: Setup, pictures: PictureOptions | None, instructions: Sequence[str] | None
+    setup: Setup, own_images: OwnImageOptions | None, instructions: Sequence[str] | None
 ) -> tuple[Dataset, dict[str, str]]:
     """The dataset and the fingerprints of its parts."""
-    if pictures is not None:
-        dataset = open_pictures(pictures, setup.family, setup.folder)
-        return dataset, {"images": folder_fingerprint(pictures.images), "prompts": sha256(pictures.prompts)}
+    if own_images is not None:
+        dataset = open_own_images(own_images, setup.family, setup.folder)
+        return dataset, {"images": folder_fingerprint(own_images.images), "prompts": sha256(own_images.prompts)}
     known = ALL_INSTRUCTIONS if instructions is None else [find_instruction(text) for text in instructions]
     return ShapesScenes(known), {"shapes": hashlib.sha256("\n".join(i.text for i in known).encode()).hexdigest()}

@@ -53,7 +53,7 @@ def coverage(scores: Sequence[float], source: float, edited: float) -> float:
 
     Args:
         scores: of the sweep.
-        source: score of the source picture.
+        source: score of the source image.
         edited: score of the base model's edit without any slider.
     """
     if edited == source:
@@ -70,7 +70,7 @@ def extrapolation(scores: Sequence[float], source: float, edited: float) -> floa
 
     Args:
         scores: of the sweep.
-        source: score of the source picture.
+        source: score of the source image.
         edited: score of the base model's edit without any slider.
 
     Raises:

@@ -1,4 +1,4 @@
-"""From a run's rows to `report.json`, a Markdown table, and the pictures that a person looks at."""
+"""From a run's rows to `report.json`, a Markdown table, and the images that a person looks at."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def _attribute_measures(rows: Sequence[Row], base: Mapping[str, Sequence[Row]], 
 
 
 def _distance_measures(rows: Sequence[Row], scorer: str) -> dict[str, Any]:
-    """Mean distance to the source over a case's sweep, over cases; and how many pictures had none."""
+    """Mean distance to the source over a case's sweep, over cases; and how many images had none."""
     cases: dict[str, list[float]] = defaultdict(list)
     untold = 0
     for row in rows:
@@ -72,7 +72,7 @@ def summarise_system(rows: Sequence[Row], base: Mapping[str, Sequence[Row]]) -> 
 
     Args:
         rows: of the phase `bench`.
-        base: by case, the rows of the source picture and of the plain edit.
+        base: by case, the rows of the source image and of the plain edit.
     """
     return {
         "system": rows[0].system,
@@ -184,7 +184,7 @@ def draw_curves(rows: Sequence[Row], path: Path) -> None:
 
 
 def draw_trajectories(rows: Sequence[Row], path: Path) -> None:
-    """How far a system moves the rest of the picture while it moves the attribute: means over the cases, off to far."""
+    """How far a system moves the rest of the image while it moves the attribute: means over the cases, off to far."""
     groups = _by_system(rows, 1)
     scorer, distances = next(iter(rows[0].scores.attributes)), list(rows[0].scores.distances)
     figure, panels = new_figure(len(distances))
@@ -229,32 +229,32 @@ def draw_lattices(rows: Sequence[Row], path: Path) -> None:
 
 
 def _cells(sheet: Image.Image, rows: int, columns: int) -> list[list[Image.Image]]:
-    """The pictures of a contact sheet."""
+    """The images of a contact sheet."""
     width, height = sheet.width // columns, sheet.height // rows
     return [
         [sheet.crop((x * width, y * height, (x + 1) * width, (y + 1) * height)) for x in range(columns)] for y in range(rows)
     ]
 
 
-def draw_strips(rows: Sequence[Row], pictures: Path, path: Path) -> None:
-    """The first pictured case of one slider swept by every system, one row each."""
+def draw_strips(rows: Sequence[Row], images: Path, path: Path) -> None:
+    """The first shown case of one slider swept by every system, one row each."""
     groups = _by_system(rows, 1)
     first = next(iter(groups.values()))[0].case
     strips = []
     for name, group in groups.items():
         samples = len({row.sample for row in group})
-        (frames,) = _cells(Image.open(pictures / f"{name}.{first}.png"), 1, samples)
+        (frames,) = _cells(Image.open(images / f"{name}.{first}.png"), 1, samples)
         strips.append([frames[i] for i in np.linspace(0, samples - 1, min(_SHOWN, samples)).round().astype(int)])
     blank = [""] * len(strips[0])
     save_image(draw_grid(strips, blank, list(groups), "each system over its own range, off to far", 100), path)
 
 
-def draw_joint_pictures(rows: Sequence[Row], pictures: Path, folder: Path) -> list[str]:
-    """The first pictured case of two sliders, one grid `grid.SYSTEM.png` per system; returns the names."""
+def draw_joint_images(rows: Sequence[Row], images: Path, folder: Path) -> list[str]:
+    """The first shown case of two sliders, one grid `grid.SYSTEM.png` per system; returns the names."""
     names = []
     for name, group in _by_system(rows, 2).items():
         side = round(len({row.sample for row in group}) ** 0.5)
-        cells = _cells(Image.open(pictures / f"{name}.{group[0].case}.png"), side, side)
+        cells = _cells(Image.open(images / f"{name}.{group[0].case}.png"), side, side)
         settings = [f"{k:g}" for k in sorted({round(row.knobs[0], 3) for row in group})]
         title = f"{name}: down the first instruction, across the second"
         names.append(f"grid.{name}.png")
@@ -263,7 +263,7 @@ def draw_joint_pictures(rows: Sequence[Row], pictures: Path, folder: Path) -> li
 
 
 def write_report(rows: Sequence[Row], out: Path, about: Mapping[str, Any]) -> dict[str, Any]:
-    """Write `report.json`, `table.md` and the pictures into `out`; returns the report, which lists their names.
+    """Write `report.json`, `table.md` and the images into `out`; returns the report, which lists their names.
 
     Args:
         about: settings, versions and fingerprints, put into the report as they are.
@@ -277,7 +277,7 @@ def write_report(rows: Sequence[Row], out: Path, about: Mapping[str, Any]) -> di
         drawn += ["curves.png", "trajectories.png", "strips.png"]
     if 2 in counts:
         draw_lattices(rows, out / "lattices.png")
-        drawn += ["lattices.png", *draw_joint_pictures(rows, out / "pictures", out)]
+        drawn += ["lattices.png", *draw_joint_images(rows, out / "pictures", out)]
     with atomic_file(out / "table.md") as temporary:
         temporary.write_text(markdown_table(summary))
     report = {**about, "systems": summary, "pictures": drawn}

@@ -1,4 +1,4 @@
-"""Run the benchmark: the same pictures, noise and steps for every system, one row per image, resumable."""
+"""Run the benchmark: the same images, noise and steps for every system, one row per image, resumable."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from slideredit_rt.evaluation.setup import Setup
     from slideredit_rt.evaluation.systems import System
 
-PICTURED = 3
-"""Cases whose pictures are kept, for each number of sliders."""
+SHOWN_CASES = 3
+"""Cases whose images are kept, for each number of sliders."""
 _COLUMNS = ("phase", "system", "case", "sliders", "low", "high", "sample", "knobs", "seconds")
 _ATTRIBUTE, _DISTANCE = "attribute ", "distance "
 
@@ -81,7 +81,7 @@ class Row:
     """One image of the run.
 
     Attributes:
-        phase: `base` (the source picture as sample 0, the plain edit as 1), `search` or `bench`.
+        phase: `base` (the source image as sample 0, the plain edit as 1), `search` or `bench`.
         low, high: ends of the swept range.
         knobs: settings, one per swept instruction.
         scores: of the image.
@@ -189,13 +189,13 @@ def usefulness(rows: Sequence[Row], source: Scores, edited: Scores) -> float:
 class Benchmark:
     """One run in the folder `setup.out`; a killed run continues where it stopped.
 
-    The folder gets `rows/` (one file per case, written whole), `rows.csv`, and pictures.
+    The folder gets `rows/` (one file per case, written whole), `rows.csv`, and images.
 
     Args:
         setup: what the systems are made from.
-        systems: those to compare, by the variant of the setup that rows and pictures name.
+        systems: those to compare, by the variant of the setup that rows and images name.
         reference: makes the system whose `plain` setting is the plain edit.
-        dataset: pictures and scorers.
+        dataset: images and scorers.
         config: settings; those of an unfinished run in the folder must be the same.
         fingerprints: of base, adapters and data, so that a continued run does not mix two.
     """
@@ -255,7 +255,7 @@ class Benchmark:
                         continue
                     samples = config.samples if count == 1 else config.joint_samples
                     for index, case in enumerate(cases):
-                        rows += self._sweep("bench", name, case, best, samples, bar, pictures=index < PICTURED)
+                        rows += self._sweep("bench", name, case, best, samples, bar, show=index < SHOWN_CASES)
         write_rows(self.out / "rows.csv", rows)
         return rows
 
@@ -270,7 +270,7 @@ class Benchmark:
         return total
 
     def _base(self, case: Case, bar: Any) -> list[Row]:
-        """The source picture and the plain edit."""
+        """The source image and the plain edit."""
         path = self.out / "rows" / f"base.{case.name}.csv"
         if not path.exists():
             system = self.reference()
@@ -297,7 +297,7 @@ class Benchmark:
         ends: tuple[float, float],
         samples: int,
         bar: Any,
-        pictures: bool = False,
+        show: bool = False,
     ) -> list[Row]:
         """Every combination of `samples` settings of each slider of one case."""
         sliders = len(case.instructions)
@@ -307,7 +307,7 @@ class Benchmark:
             start = time.perf_counter()
             images = system.render(system.prepare(case), settings, self.config.steps)
             seconds = (time.perf_counter() - start) / len(settings)
-            if pictures and sliders < 3:
+            if show and sliders < 3:
                 save_image(_contact_sheet(images, samples), self.out / "pictures" / f"{name}.{case.name}.png")
             scores = self.dataset.score(case, images)
             write_rows(
@@ -322,7 +322,7 @@ class Benchmark:
 
 
 def _contact_sheet(images: Tensor, columns: int) -> Image.Image:
-    """Pictures `[N, 3, H, W]` in rows of `columns`, without gaps."""
+    """Images `[N, 3, H, W]` in rows of `columns`, without gaps."""
     rows = [torch.cat(list(images[i : i + columns]), dim=2) for i in range(0, len(images), columns)]
     pixels = (torch.cat(rows, dim=1).clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0)
     return Image.fromarray(pixels.contiguous().numpy())

@@ -116,7 +116,7 @@ class Setup:
                 f"adapter {source!r} is a bank; give its members' own files, or concept sliders as --concepts"
             )
         stem = _safe(Path(source).stem)
-        # The curve is no part of the weights, and moves the pictures all the same.
+        # The curve is no part of the weights, and moves the images all the same.
         fingerprint = f"{adapter.fingerprint} {json.dumps(adapter.curve.to_json())}"
         return SliderEngine(adapter.kind, stem, source, fingerprint, cache(partial(self.build, adapter, stem)))
 

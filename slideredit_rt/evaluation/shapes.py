@@ -46,7 +46,7 @@ class ShapesScenes:
 
 
 def score_shapes(example: Example, images: Tensor) -> list[Scores]:
-    """Measure pictures `[N, 3, SIZE, SIZE]` in [0, 1].
+    """Measure images `[N, 3, SIZE, SIZE]` in [0, 1].
 
     `response` is the exact measurer's: 0 as in the source, 1 exactly as asked. `elsewhere` is the root mean squared difference
     to the source, in [0, 1] pixel units, over the pixels that no instruction may change; None where there is no such pixel.

@@ -45,12 +45,12 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class Conditioning:
-    """Everything of an edit that no slider changes: encoded once per pictures, prompt and seed.
+    """Everything of an edit that no slider changes: encoded once per images, prompt and seed.
 
     Attributes:
         inputs: the backbone's inputs other than latents and timestep; axis 0 is 1 where the spec says `batch`.
         latents: initial noise, `[1, latent_rows, C]`.
-        reference: latents of the source pictures, `[1, reference_rows, C]`.
+        reference: latents of the source images, `[1, reference_rows, C]`.
         height, width: size of the decoded image in pixels.
         negative: `inputs` for the negative pass of true classifier-free guidance; None where there is none.
         true_cfg_scale: how far the guidance extrapolates from the negative pass.
@@ -71,12 +71,12 @@ class Conditioning:
 
 
 @dataclass(frozen=True)
-class EncodedPictures:
-    """The source pictures of an edit, encoded: what of a `Conditioning` depends on them alone.
+class EncodedImages:
+    """The source images of an edit, encoded: what of a `Conditioning` depends on them alone.
 
     Attributes:
         reference: their latents, `[1, reference_rows, C]`.
-        inputs: the backbone's inputs that follow from the pictures' sizes.
+        inputs: the backbone's inputs that follow from the images' sizes.
         height, width: size of the edited image in pixels.
     """
 
@@ -99,7 +99,7 @@ class Family(ABC):
         true_cfg_scale: default of true classifier-free guidance; 1 makes no negative pass.
         negative_prompt: default prompt of the negative pass.
         usual_text_rows: most text rows of an engine that is compiled for a range, unless it is told.
-        text_reads_pictures: whether the text encoder sees the pictures, so that its output depends on them.
+        text_reads_images: whether the text encoder sees the images, so that its output depends on them.
         component_classes: classes that stand in for those in `model_index.json`, by component.
         no_float16: why the family cannot compute in float16; None where it can.
     """
@@ -112,7 +112,7 @@ class Family(ABC):
     neutral_prompt: ClassVar[str]
     negative_prompt: ClassVar[str] = ""
     usual_text_rows: ClassVar[int] = 512
-    text_reads_pictures: ClassVar[bool] = False
+    text_reads_images: ClassVar[bool] = False
     component_classes: ClassVar[Mapping[str, Any]] = {}
     no_float16: ClassVar[str | None] = None
 
@@ -167,8 +167,8 @@ class Family(ABC):
         """Edge in pixels of the square that the base edits; 1024 where vae/config.json has no `sample_size`."""
         return int(pipeline.vae.config.get("sample_size", 1024))
 
-    def takes_several_pictures(self, pipeline: Any) -> bool:
-        """Whether an edit may have more than one source picture."""
+    def takes_several_images(self, pipeline: Any) -> bool:
+        """Whether an edit may have more than one source image."""
         return False
 
     @abstractmethod
@@ -180,7 +180,7 @@ class Family(ABC):
         """The untruncated tokens of a prompt with their characters and text rows.
 
         Args:
-            images: the edit's pictures, where the text encoder reads them ahead of the prompt; one square if none is given.
+            images: the edit's images, where the text encoder reads them ahead of the prompt; one square if none is given.
         """
 
     @abstractmethod
@@ -191,7 +191,7 @@ class Family(ABC):
 
         Args:
             text_rows: what prompts are padded or cut to; no more than `max_text_rows`.
-            images: the pictures of each prompt, where the text encoder reads them.
+            images: the images of each prompt, where the text encoder reads them.
         """
 
     @abstractmethod
@@ -205,8 +205,8 @@ class Family(ABC):
         """Backbone inputs of a training step; `noisy`, `reference`: `[B, rows, C]`, `sigma`: `[B]` in [0, 1]."""
 
     @abstractmethod
-    def encode_pictures(self, pipeline: Any, images: Sequence[Image.Image]) -> EncodedPictures:
-        """Encode the source pictures of an edit: one, or several where `takes_several_pictures`."""
+    def encode_sources(self, pipeline: Any, images: Sequence[Image.Image]) -> EncodedImages:
+        """Encode the source images of an edit: one, or several where `takes_several_images`."""
 
     def draw_noise(self, pipeline: Any, height: int, width: int, seed: int) -> Tensor:
         """Initial noise for an image of `height` × `width` pixels, float32 `[1, latent_rows, C]`, as diffusers draws it.
@@ -221,7 +221,7 @@ class Family(ABC):
 
     def condition(
         self,
-        pictures: EncodedPictures,
+        sources: EncodedImages,
         text: Mapping[str, Tensor],
         negative: Mapping[str, Tensor] | None,
         latents: Tensor,
@@ -236,16 +236,16 @@ class Family(ABC):
             guidance_scale: None for a family without embedded guidance.
             true_cfg_scale: of the guidance against `negative`.
         """
-        shared = dict(pictures.inputs)
+        shared = dict(sources.inputs)
         if guidance_scale is not None:
             shared["guidance"] = torch.tensor([guidance_scale], dtype=torch.float32, device=latents.device)
         return Conditioning(
             inputs={**text, **shared},
             latents=latents,
-            reference=pictures.reference,
+            reference=sources.reference,
             text_rows=text["encoder_hidden_states"].shape[1],
-            height=pictures.height,
-            width=pictures.width,
+            height=sources.height,
+            width=sources.width,
             negative=None if negative is None else {**negative, **shared},
             true_cfg_scale=true_cfg_scale,
         )

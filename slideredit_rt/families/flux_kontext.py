@@ -12,7 +12,7 @@ from diffusers.pipelines.flux.pipeline_flux_kontext import PREFERRED_KONTEXT_RES
 from PIL import Image
 from torch import Tensor, nn
 
-from slideredit_rt.families.base import EncodedPictures, Family, Kind, RowSet, TensorSpec
+from slideredit_rt.families.base import EncodedImages, Family, Kind, RowSet, TensorSpec
 from slideredit_rt.sliders import PromptToken
 
 _TEXT_LINEARS = r"transformer_blocks\.\d+\.(attn\.(add_[qkv]_proj|to_add_out)|ff_context\.net\.(0\.proj|2))"
@@ -130,7 +130,7 @@ class FluxKontext(Family):
         return pipeline._pack_latents(latents, batch, channels, height, width), ids
 
     def _reference_ids(self, ids: Tensor) -> Tensor:
-        # Kontext tells the reference picture from the noisy one by the first coordinate.
+        # Kontext tells the reference image from the noisy one by the first coordinate.
         ids = ids.clone()
         ids[:, 0] = 1
         return ids
@@ -149,12 +149,12 @@ class FluxKontext(Family):
         return inputs
 
     @torch.no_grad()
-    def encode_pictures(self, pipeline: Any, images: Sequence[Image.Image]) -> EncodedPictures:
+    def encode_sources(self, pipeline: Any, images: Sequence[Image.Image]) -> EncodedImages:
         (image,) = images
         pixels = self.preprocess(pipeline, image).to(pipeline.vae.device)
         reference, ids = self.encode_image(pipeline, pixels)
         height, width = pixels.shape[-2:]
-        return EncodedPictures(reference, {"img_ids": torch.cat([ids, self._reference_ids(ids)])}, height, width)
+        return EncodedImages(reference, {"img_ids": torch.cat([ids, self._reference_ids(ids)])}, height, width)
 
     def decode_pixels(self, pipeline: Any, latents: Tensor, height: int, width: int) -> Tensor:
         vae = pipeline.vae

@@ -1,5 +1,5 @@
-"""Qwen-Image-Edit: 60 dual-stream blocks; text rows from a vision-language model that reads the chat template, the pictures
-and the prompt; true classifier-free guidance. With `QwenImageEditPlusPipeline` (2509, 2511) an edit takes several pictures.
+"""Qwen-Image-Edit: 60 dual-stream blocks; text rows from a vision-language model that reads the chat template, the images
+and the prompt; true classifier-free guidance. With `QwenImageEditPlusPipeline` (2509, 2511) an edit takes several images.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from torch.overrides import TorchFunctionMode
 from transformers import Qwen2VLProcessor
 
 from slideredit_rt.errors import SliderEditError
-from slideredit_rt.families.base import Conditioning, EncodedPictures, Family, Kind, RowSet, TensorSpec
+from slideredit_rt.families.base import Conditioning, EncodedImages, Family, Kind, RowSet, TensorSpec
 from slideredit_rt.sliders import PromptToken
 
 _TEXT_LINEARS = r"transformer_blocks\.\d+\.(attn\.(add_[qkv]_proj|to_add_out)|txt_mlp\.net\.(0\.proj|2))"
 _IMAGE_LINEARS = r"transformer_blocks\.\d+\.(attn\.(to_[qkv]|to_out\.0)|img_mlp\.net\.(0\.proj|2))"
-# How the Plus pipeline introduces each picture to the text encoder, ahead of the prompt.
-_PICTURE = "Picture {}: <|vision_start|><|image_pad|><|vision_end|>"
-_PICTURE_TOKEN = "<|image_pad|>"
+# How the Plus pipeline introduces each image to the text encoder, ahead of the prompt.
+_IMAGE = "Picture {}: <|vision_start|><|image_pad|><|vision_end|>"
+_IMAGE_TOKEN = "<|image_pad|>"
 _ROTARY_ROWS = 4096  # positions that diffusers has rotary frequencies for
 _ROTARY_THETA = 10000.0
 
 
-class PictureProcessor(Qwen2VLProcessor):
+class SourceImageProcessor(Qwen2VLProcessor):
     """Transformers' processor without its video half, which cannot be created without torchvision."""
 
     def __init__(self, image_processor: Any = None, tokenizer: Any = None, chat_template: Any = None) -> None:
@@ -58,7 +58,7 @@ class _JointRows:
     reference: Tensor | None
 
     def __iter__(self) -> Iterator[Any]:
-        # A transformer with `zero_cond_t` makes an index from the pictures' shapes, which `_give_reference_rows` replaces.
+        # A transformer with `zero_cond_t` makes an index from the images' shapes, which `_give_reference_rows` replaces.
         return iter(())
 
 
@@ -149,10 +149,10 @@ class _HalveBatch(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _positions(height: int, width: int, picture: int) -> Tensor:
-    """Rotary positions of a picture's rows, float32 `[height · width, 3]`: the picture's number, y and x from its centre."""
+def _positions(height: int, width: int, image: int) -> Tensor:
+    """Rotary positions of an image's rows, float32 `[height · width, 3]`: the image's number, y and x from its centre."""
     y, x = (torch.arange(size, dtype=torch.float32) - (size - size // 2) for size in (height, width))
-    return torch.cartesian_prod(torch.tensor([float(picture)]), y, x)
+    return torch.cartesian_prod(torch.tensor([float(image)]), y, x)
 
 
 def _tables(config: Mapping[str, Any], positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -168,7 +168,7 @@ def _tables(config: Mapping[str, Any], positions: Tensor) -> tuple[Tensor, Tenso
 def _row_inputs(config: Mapping[str, Any], positions: Tensor, text_rows: int) -> dict[str, Tensor]:
     """The backbone's inputs that describe rows, from the positions of the image rows.
 
-    Text rows go on from the largest coordinate of any picture, the same on all three axes.
+    Text rows go on from the largest coordinate of any image, the same on all three axes.
     """
     first = positions[:, 1:].max() + 1
     text = (first + torch.arange(text_rows, dtype=torch.float32, device=positions.device))[:, None].expand(-1, 3)
@@ -189,10 +189,10 @@ class QwenImageEdit(Family):
     num_inference_steps = 40
     neutral_prompt = "keep the image the same"
     negative_prompt = " "
-    # A picture of 1024² takes about 1,370 of them.
+    # An image of 1024² takes about 1,370 of them.
     usual_text_rows = 1536
-    text_reads_pictures = True
-    component_classes: ClassVar[Mapping[str, Any]] = {"processor": PictureProcessor}
+    text_reads_images = True
+    component_classes: ClassVar[Mapping[str, Any]] = {"processor": SourceImageProcessor}
 
     def prepare_transformer(self, transformer: Any) -> None:
         if isinstance(transformer.pos_embed, _RotaryInputs):
@@ -266,35 +266,35 @@ class QwenImageEdit(Family):
             )[0]
         return output
 
-    def takes_several_pictures(self, pipeline: Any) -> bool:
+    def takes_several_images(self, pipeline: Any) -> bool:
         return isinstance(pipeline, QwenImageEditPlusPipeline)
 
     def max_text_rows(self, pipeline: Any) -> int:
         return min(_ROTARY_ROWS, int(pipeline.tokenizer.model_max_length)) - int(pipeline.prompt_template_encode_start_idx)
 
     def _size(self, pipeline: Any, image: Image.Image, *, vision: bool = False) -> tuple[int, int]:
-        """Height and width that diffusers resizes a picture to, for the autoencoder or for the text encoder (`vision`)."""
+        """Height and width that diffusers resizes an image to, for the autoencoder or for the text encoder (`vision`)."""
         side = self.side(pipeline)
-        if vision and self.takes_several_pictures(pipeline):
+        if vision and self.takes_several_images(pipeline):
             side = side * 3 // 8  # 384 of 1024
         width, height = calculate_dimensions(side * side, image.width / image.height)
         if not width or not height:
-            raise SliderEditError(f"the picture is {image.width}×{image.height} pixels, too narrow to edit; crop it")
+            raise SliderEditError(f"the image is {image.width}×{image.height} pixels, too narrow to edit; crop it")
         return height, width
 
-    def _vision_pictures(self, pipeline: Any, images: Sequence[Image.Image]) -> list[Image.Image]:
-        """The pictures as the text encoder is shown them; a black square stands in where there are none."""
+    def _vision_images(self, pipeline: Any, images: Sequence[Image.Image]) -> list[Image.Image]:
+        """The images as the text encoder is shown them; a black square stands in where there are none."""
         images = images or [Image.new("RGB", (8, 8))]
         return [pipeline.image_processor.resize(image, *self._size(pipeline, image, vision=True)) for image in images]
 
     def tokenize(self, pipeline: Any, prompt: str, images: Sequence[Image.Image] = ()) -> list[PromptToken]:
-        pictures = self._vision_pictures(pipeline, images)
+        shown = self._vision_images(pipeline, images)
         template: str = pipeline.prompt_template_encode
-        before = "".join(_PICTURE.format(i + 1) for i in range(len(pictures))) if _PICTURE_TOKEN not in template else ""
+        before = "".join(_IMAGE.format(i + 1) for i in range(len(shown))) if _IMAGE_TOKEN not in template else ""
         tokenizer, image_processor = pipeline.processor.tokenizer, pipeline.processor.image_processor
         encoded = tokenizer(template.format(before + prompt), return_offsets_mapping=True, verbose=False)
-        # Each picture's one token grows to as many as its merged patches, all ahead of the prompt.
-        patches = image_processor(images=pictures, return_tensors="pt")["image_grid_thw"].prod(dim=1)
+        # Each image's one token grows to as many as its merged patches, all ahead of the prompt.
+        patches = image_processor(images=shown, return_tensors="pt")["image_grid_thw"].prod(dim=1)
         grown = int((patches // image_processor.merge_size**2 - 1).sum())
         first = template.index("{}") + len(before)
         special = set(tokenizer.added_tokens_decoder)
@@ -317,16 +317,16 @@ class QwenImageEdit(Family):
         """As the base class says; fewer rows than `text_rows` where no prompt needs them, and a mask of those that each has.
 
         Raises:
-            SliderEditError: a prompt with its pictures takes more than `text_rows` rows.
+            SliderEditError: a prompt with its images takes more than `text_rows` rows.
         """
         embeds = []
         for index, prompt in enumerate(prompts):
-            pictures = self._vision_pictures(pipeline, images[index] if images else ())
-            embeds.append(pipeline.encode_prompt(prompt, image=pictures)[0][0].float())
+            shown = self._vision_images(pipeline, images[index] if images else ())
+            embeds.append(pipeline.encode_prompt(prompt, image=shown)[0][0].float())
         longest = max(map(len, embeds))
         if longest > text_rows:
             raise SliderEditError(
-                f"the prompt and its pictures take {longest} text rows and this base reads {text_rows}; shorten the prompt"
+                f"the prompt and its images take {longest} text rows and this base reads {text_rows}; shorten the prompt"
             )
         mask = torch.tensor([[row < len(e) for row in range(longest)] for e in embeds], device=embeds[0].device)
         return {"encoder_hidden_states": pad_sequence(embeds, batch_first=True), "encoder_hidden_states_mask": mask}
@@ -339,13 +339,13 @@ class QwenImageEdit(Family):
     def encode_image(self, pipeline: Any, images: Tensor) -> tuple[Tensor, Tensor]:
         latents = pipeline._encode_vae_image(images[:, :, None].to(pipeline.vae.dtype), generator=None).float()
         batch, channels, _, height, width = latents.shape
-        positions = _positions(height // 2, width // 2, picture=0).to(latents.device)
+        positions = _positions(height // 2, width // 2, image=0).to(latents.device)
         return pipeline._pack_latents(latents, batch, channels, height, width), positions
 
     def training_inputs(
         self, pipeline: Any, noisy: Tensor, reference: Tensor, ids: Tensor, text: Mapping[str, Tensor], sigma: Tensor
     ) -> dict[str, Tensor]:
-        # The reference is picture 1, the noisy one picture 0.
+        # The reference is image 1, the noisy one image 0.
         positions = torch.cat([ids, ids + ids.new_tensor([1, 0, 0])])
         return {
             **text,
@@ -355,16 +355,16 @@ class QwenImageEdit(Family):
         }
 
     @torch.no_grad()
-    def encode_pictures(self, pipeline: Any, images: Sequence[Image.Image]) -> EncodedPictures:
+    def encode_sources(self, pipeline: Any, images: Sequence[Image.Image]) -> EncodedImages:
         pixels = [self.preprocess(pipeline, image).to(pipeline.vae.device) for image in images]
         reference = torch.cat([self.encode_image(pipeline, p)[0] for p in pixels], dim=1)
         sizes = [tuple(p.shape[-2:]) for p in pixels]
-        # The edited picture takes the shape of the last one.
+        # The edited image takes the shape of the last one.
         height, width = sizes[-1]
         patch = pipeline.vae_scale_factor * 2
         grids = [(h // patch, w // patch) for h, w in [(height, width), *sizes]]
-        positions = torch.cat([_positions(h, w, picture) for picture, (h, w) in enumerate(grids)])
-        return EncodedPictures(reference, {"positions": positions.to(reference.device)}, height, width)
+        positions = torch.cat([_positions(h, w, index) for index, (h, w) in enumerate(grids)])
+        return EncodedImages(reference, {"positions": positions.to(reference.device)}, height, width)
 
     def batch_inputs(
         self, config: Mapping[str, Any], conditioning: Conditioning, alpha: Tensor, token_mask: Tensor

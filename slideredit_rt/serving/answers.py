@@ -20,7 +20,7 @@ from starlette.types import Receive, Scope, Send
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.images import draw_grid
 from slideredit_rt.serving.faults import Fault, fault_of
-from slideredit_rt.serving.pictures import OutputFormat, encode_picture
+from slideredit_rt.serving.image_files import OutputFormat, encode_image_file
 from slideredit_rt.serving.requests import EditRequest, Partial
 from slideredit_rt.serving.schemas import EditedImage, EditResponse, InputTokens, Usage
 from slideredit_rt.serving.service import EditService
@@ -59,7 +59,7 @@ class Running:
         self._events.put_nowait(None)
 
     async def next(self) -> Partial | list[Image.Image]:
-        """The next partial picture, or all pictures.
+        """The next partial image, or all images.
 
         Raises:
             SliderEditError: the edit failed.
@@ -70,8 +70,8 @@ class Running:
             raise ClientDisconnect
         return event.result() if isinstance(event, Future) else event
 
-    async def pictures(self) -> list[Image.Image]:
-        """All pictures; raises as `next`."""
+    async def images(self) -> list[Image.Image]:
+        """All images; raises as `next`."""
         while isinstance(event := await self.next(), Partial):
             pass
         return event
@@ -87,8 +87,8 @@ class Form:
     """How the answer to an edit is written.
 
     Attributes:
-        seeds, strengths: of each picture.
-        strip: slider's instruction, if the pictures are to be laid side by side.
+        seeds, strengths: of each image.
+        strip: slider's instruction, if the images are to be laid side by side.
         text_tokens: of the prompt.
         pixels_per_row: of an image row of the backbone.
         other_rows: image rows of the source images before the last one, whose size the edit has.
@@ -103,7 +103,7 @@ class Form:
     pixels_per_row: int
     other_rows: int = 0
 
-    def usage(self, size: tuple[int, int], pictures: int) -> Usage:
+    def usage(self, size: tuple[int, int], images: int) -> Usage:
         # The last source is encoded at the size that it is edited at.
         rows = size[0] * size[1] // self.pixels_per_row
         inputs = InputTokens(text_tokens=self.text_tokens, image_tokens=self.other_rows + rows)
@@ -111,12 +111,12 @@ class Form:
         return Usage(
             input_tokens=total,
             input_tokens_details=inputs,
-            output_tokens=rows * pictures,
-            total_tokens=total + rows * pictures,
+            output_tokens=rows * images,
+            total_tokens=total + rows * images,
         )
 
     def encode(self, image: Image.Image) -> str:
-        return encode_picture(image, self.output_format, self.compression)
+        return encode_image_file(image, self.output_format, self.compression)
 
     def response(self, images: Sequence[Image.Image]) -> EditResponse:
         """The whole answer."""
@@ -144,7 +144,7 @@ def _event(kind: str, data: dict[str, Any]) -> bytes:
 
 
 class EventStream(Response):
-    """Server-sent events: partial pictures as they come, then one event per finished picture, or one for an error."""
+    """Server-sent events: partial images as they come, then one event per finished image, or one for an error."""
 
     media_type = "text/event-stream"
 
@@ -165,7 +165,7 @@ class EventStream(Response):
         finally:
             self._running.close()
 
-    async def _picture(self, image: Image.Image) -> dict[str, Any]:
+    async def _image(self, image: Image.Image) -> dict[str, Any]:
         return {
             "b64_json": await self._work(lambda: self._form.encode(image)),
             "created_at": int(time.time()),
@@ -181,7 +181,7 @@ class EventStream(Response):
         while isinstance(event, Partial):
             place = {"image_index": event.index, "partial_image_index": sent[event.index]}
             sent[event.index] += 1
-            yield _event("image_edit.partial_image", {**await self._picture(event.image), **place})
+            yield _event("image_edit.partial_image", {**await self._image(event.image), **place})
             try:
                 event = await self._running.next()
             except SliderEditError as error:
@@ -190,7 +190,7 @@ class EventStream(Response):
         for index, image in enumerate(event):
             usage = self._form.usage(image.size, 1).model_dump()
             of = {"image_index": index, "seed": self._form.seeds[index], "strengths": list(self._form.strengths[index])}
-            yield _event("image_edit.completed", {**await self._picture(image), **of, "usage": usage})
+            yield _event("image_edit.completed", {**await self._image(image), **of, "usage": usage})
 
 
 def error_event(fault: Fault) -> bytes:

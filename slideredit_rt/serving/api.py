@@ -21,7 +21,7 @@ from slideredit_rt.images import cannot_hold, grid_size
 from slideredit_rt.serving.answers import EventStream, Form, Running
 from slideredit_rt.serving.body import Limits, read_edit
 from slideredit_rt.serving.faults import Fault
-from slideredit_rt.serving.pictures import OutputFormat, decode_picture, picture_bytes
+from slideredit_rt.serving.image_files import OutputFormat, decode_image_file, image_bytes
 from slideredit_rt.serving.requests import EditRequest
 from slideredit_rt.serving.schemas import (
     MAX_SOURCES,
@@ -74,7 +74,7 @@ class Api:
         self.editor = service.editor
         self.limits = limits
         self.preview_steps = min(preview_steps, self.editor.family.num_inference_steps)
-        self.max_images = MAX_SOURCES if self.editor.family.takes_several_pictures(self.editor.pipeline) else 1
+        self.max_images = MAX_SOURCES if self.editor.family.takes_several_images(self.editor.pipeline) else 1
         self.tokens = Tokens(self.editor)
         self._workers = CapacityLimiter(_DECODERS)
         self.model = Model(id=model, created=int(time.time()), engine=self._engine())
@@ -96,7 +96,7 @@ class Api:
         )
 
     async def work(self, function: Callable[[], T]) -> T:
-        """Run a function on one of a few threads, so that no more pictures are unpacked at once."""
+        """Run a function on one of a few threads, so that no more images are unpacked at once."""
         return await to_thread.run_sync(function, limiter=self._workers)
 
     async def edit(self, request: Request) -> Response:
@@ -107,7 +107,7 @@ class Api:
             running = Running(self.service, edit, request.receive)
             stack.callback(running.close)
             if not fields.stream:
-                images = await running.pictures()
+                images = await running.images()
                 body = await self.work(lambda: form.response(images).model_dump_json())
                 return Response(body, media_type="application/json")
             # The first event decides about the status: what fails before it is an error like any other.
@@ -172,7 +172,7 @@ class Api:
             raise Fault(400, message, param="sweep.slider", code="no_such_slider")
         n = fields.n or 1
         if n > 1 or (sweep.strip and fields.stream):
-            other = f"n is {n}" if n > 1 else "its strip is one picture that is made last"
+            other = f"n is {n}" if n > 1 else "its strip is one image that is made last"
             raise Fault(400, f"a sweep goes with neither: {other}; leave one out", param="sweep", code="sweep_alone")
 
     def _check_strip(self, size: tuple[int, int], output_format: OutputFormat) -> None:
@@ -193,11 +193,11 @@ class Api:
         if not 1 <= count <= self.max_images:
             wanted = "one" if self.max_images == 1 else f"1 to {self.max_images}"
             code = "one_image" if self.max_images == 1 else "number_of_images"
-            raise Fault(400, f"{count} pictures were sent; send {wanted} as image", param="image", code=code)
-        sources = [*files, *(picture_bytes(text, param) for param, text in texts)]
-        names = ["the picture"] if count == 1 else [f"image {number}" for number in range(1, count + 1)]
+            raise Fault(400, f"{count} images were sent; send {wanted} as image", param="image", code=code)
+        sources = [*files, *(image_bytes(text, param) for param, text in texts)]
+        names = ["the image"] if count == 1 else [f"image {number}" for number in range(1, count + 1)]
         return tuple(
-            decode_picture(data, name, max_pixels=self.limits.pixels, max_aspect=self.limits.aspect)
+            decode_image_file(data, name, max_pixels=self.limits.pixels, max_aspect=self.limits.aspect)
             for data, name in zip(sources, names, strict=True)
         )
 
@@ -214,7 +214,7 @@ class Api:
             return
         width, height = self.editor.edited_size(images)
         if size != f"{width}x{height}":
-            message = f"size is {size[:40]!r} and this engine edits this picture at {width}x{height}; give that, or auto"
+            message = f"size is {size[:40]!r} and this engine edits this image at {width}x{height}; give that, or auto"
             raise Fault(400, message, param="size", code="invalid_size")
 
     def check_model(self, name: str | None) -> None:

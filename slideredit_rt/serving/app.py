@@ -202,13 +202,13 @@ def _edit_routes(api: Api, api_key: str | None) -> APIRouter:
     @v1.post(
         "/images/edits",
         tags=["edits"],
-        summary="Edit a picture",
+        summary="Edit an image",
         responses={**edited, **_refusals(400, 404, 408, 413, 415, 422, 429, 500, 503, 504)},
         openapi_extra=_edit_body(api.max_images),
     )
     async def edit(request: Request) -> Response:
-        """One picture per strength of a sweep, or `n` pictures, as base64; or, with `stream`, server-sent events:
-        `image_edit.partial_image`, then one `image_edit.completed` per picture, or `error`.
+        """One image per strength of a sweep, or `n` images, as base64; or, with `stream`, server-sent events:
+        `image_edit.partial_image`, then one `image_edit.completed` per image, or `error`.
 
         In a form, `sliders` and `sweep` are JSON. OpenAI's Python client sends them as
         `extra_body={"sliders": json.dumps([…])}`, or as a plain list whose sliders all have the same fields.

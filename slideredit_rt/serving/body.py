@@ -34,9 +34,9 @@ class Limits:
     Attributes:
         body_bytes: of the whole body, counted while it is read.
         body_seconds: for the whole body to arrive.
-        request_seconds: from the end of the body to the last picture that is made.
-        pixels: of each picture, from its header.
-        aspect: longest side of a picture as a multiple of its shortest.
+        request_seconds: from the end of the body to the last image that is made.
+        pixels: of each image, from its header.
+        aspect: longest side of an image as a multiple of its shortest.
     """
 
     body_bytes: int = 32 * 2**20
@@ -47,7 +47,7 @@ class Limits:
 
 
 def _too_large(limits: Limits) -> Fault:
-    message = f"the body is larger than the {limits.body_bytes / 2**20:g} MiB allowed; send a smaller picture"
+    message = f"the body is larger than the {limits.body_bytes / 2**20:g} MiB allowed; send a smaller image"
     return Fault(413, message, code="body_too_large")
 
 
@@ -76,7 +76,7 @@ async def _reading(request: Request, limits: Limits) -> AsyncIterator[Request]:
         async with asyncio.timeout(limits.body_seconds):
             yield Request(request.scope, _counted(request.receive, limits))
     except TimeoutError:
-        message = f"the body did not arrive within {limits.body_seconds:g} seconds; send it faster, or a smaller picture"
+        message = f"the body did not arrive within {limits.body_seconds:g} seconds; send it faster, or a smaller image"
         raise Fault(408, message, code="body_timeout", headers={"Connection": "close"}) from None
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from slideredit_rt.errors import SliderEditError
-from slideredit_rt.images import PictureTooLarge
+from slideredit_rt.images import ImageTooLarge
 from slideredit_rt.serving.requests import Cancelled, Closed, DeadlineExceeded, EngineFailure, QueueFull
 
 
@@ -15,8 +15,8 @@ class Fault(Exception):
 
     Statuses: 400 for a malformed body or a field of the wrong type or range, 401 for a wrong key, 403 for a host name or web
     page that is not allowed, 404 for an unknown model, 408 for a body that comes too slowly, 413 for one that is too large or
-    whose picture is, 415 for a body of another kind, 422 for a request that reads well and cannot be carried out (an
-    instruction that is not in the prompt, a file that is no picture), 429 for a full queue, 500 for a fault of the server's
+    whose image is, 415 for a body of another kind, 422 for a request that reads well and cannot be carried out (an
+    instruction that is not in the prompt, a file that is no image), 429 for a full queue, 500 for a fault of the server's
     own, 503 for a server that stops, 504 for a request that was not done in time.
     """
 
@@ -55,7 +55,7 @@ def fault_of(error: SliderEditError) -> Fault:
             return Fault(503, message, code="closed", headers={"Retry-After": "1"})
         case EngineFailure():
             return Fault(500, "the engine failed; the server's log says how", code="engine_failure")
-        case PictureTooLarge():
+        case ImageTooLarge():
             return Fault(413, message, param="image", code="image_too_large")
         case _:
             return Fault(422, message, code="unprocessable_edit")

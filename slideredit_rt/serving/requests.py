@@ -84,7 +84,7 @@ class Observer:
     """Told what happens in a service; override what is of interest. Called from several threads; must return at once, and
     raise nothing.
 
-    Nothing here tells a request's words or pictures.
+    Nothing here tells a request's words or images.
     """
 
     def step(self, rows: int, seconds: float, interactive: bool) -> None:
@@ -97,7 +97,7 @@ class Observer:
         """Images were decoded together, final or partial."""
 
     def cache(self, kind: str, hit: bool) -> None:
-        """An encoding (`pictures`, `tokens` or `text`) was looked for."""
+        """An encoding (`images`, `tokens` or `text`) was looked for."""
 
     def finished(self, outcome: Outcome, images: int, interactive: bool, seconds: float) -> None:
         """A request ended, `seconds` after its submission."""

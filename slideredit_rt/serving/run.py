@@ -94,7 +94,7 @@ def make_app(settings: ServeSettings, options: RuntimeOptions | None) -> tuple[F
     from slideredit_rt.serving.service import EditService
 
     sys.setswitchinterval(_SWITCH_INTERVAL)
-    # Pictures are encoded and decoded beside the engine, whose threads stand still as long as one of them has no core.
+    # Images are encoded and decoded beside the engine, whose threads stand still as long as one of them has no core.
     torch.set_num_threads(max(1, torch.get_num_threads() // 2))
     assert settings.engine is not None
     editor = SliderEditor.from_engine(settings.engine, settings.base, threads=settings.threads, options=options)

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from slideredit_rt.serving.pictures import OutputFormat
+from slideredit_rt.serving.image_files import OutputFormat
 from slideredit_rt.settings import SEEDS, EditSettings
 from slideredit_rt.sliders import linear_sweep
 
@@ -36,7 +36,7 @@ class SliderField(_Strict):
 
 
 class SweepField(_Strict):
-    """One picture per strength of one slider, evenly spaced."""
+    """One image per strength of one slider, evenly spaced."""
 
     model_config = ConfigDict(extra="forbid", validate_by_name=True, serialize_by_alias=True)
 
@@ -44,7 +44,7 @@ class SweepField(_Strict):
     first: _Strength = Field(alias="from")
     last: _Strength = Field(alias="to")
     count: int = Field(7, ge=2, le=MAX_SWEEP)
-    strip: bool = Field(False, description="answer with one picture in which they lie side by side under their strengths")
+    strip: bool = Field(False, description="answer with one image in which they lie side by side under their strengths")
 
     @property
     def strengths(self) -> list[float]:
@@ -52,7 +52,7 @@ class SweepField(_Strict):
 
 
 class ImageReference(_Strict):
-    """A picture in the request."""
+    """An image in the request."""
 
     image_url: str = Field(description="data:image/png;base64,… (other URLs are not fetched)")
 
@@ -73,8 +73,8 @@ class EditFields(_Strict):
     preview: bool = Field(
         False, description="ahead of full edits, and with fewer steps unless num_inference_steps says how many"
     )
-    n: int | None = Field(None, ge=1, le=MAX_IMAGES, description="pictures, with the seeds seed, seed + 1, …")
-    size: str | None = Field(None, description="auto, or the size that the engine edits the picture at")
+    n: int | None = Field(None, ge=1, le=MAX_IMAGES, description="images, with the seeds seed, seed + 1, …")
+    size: str | None = Field(None, description="auto, or the size that the engine edits the image at")
     seed: int = Field(
         EditSettings.seed,
         ge=0,
@@ -90,7 +90,7 @@ class EditFields(_Strict):
     output_format: OutputFormat | None = Field(None, description="default: png")
     output_compression: int | None = Field(None, ge=0, le=100, description="quality of JPEG and WebP in percent; default: 100")
     stream: bool | None = Field(None, description="answer with server-sent events")
-    partial_images: int | None = Field(None, ge=0, le=3, description="of each picture, in a stream; default: 0")
+    partial_images: int | None = Field(None, ge=0, le=3, description="of each image, in a stream; default: 0")
     background: Literal["auto", "opaque"] | None = None
     quality: str | None = Field(None, description="ignored")
     input_fidelity: str | None = Field(None, description="ignored")
@@ -136,7 +136,7 @@ class InputTokens(BaseModel):
 
 
 class Usage(BaseModel):
-    """Rows that the backbone worked on: the prompt's tokens, the source pictures' rows, the edits' rows."""
+    """Rows that the backbone worked on: the prompt's tokens, the source images' rows, the edits' rows."""
 
     input_tokens: int
     input_tokens_details: InputTokens

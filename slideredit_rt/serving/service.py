@@ -328,7 +328,7 @@ class EditService:
     def _run_pipeline(self) -> None:
         while (task := self._wait_for_task()) is not None:
             task()
-            # Not while waiting for the next one: it holds pictures.
+            # Not while waiting for the next one: it holds images.
             del task
 
     def _wait_for_task(self) -> Callable[[], None] | None:

@@ -45,8 +45,8 @@ class ServeSettings:
         max_queue: images that may wait.
         max_batch: most images in an engine step; None takes the engine's.
         step_batching: without it, one edit runs after the other.
-        cache_mib: for encoded pictures and prompts.
-        max_megapixels, max_body_mib: of a picture that is sent, and of a request.
+        cache_mib: for encoded images and prompts.
+        max_megapixels, max_body_mib: of an image that is sent, and of a request.
         request_seconds: for an edit.
         preview_steps: of previews that say nothing.
         drain_seconds: for accepted edits to finish after a signal.

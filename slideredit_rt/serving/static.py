@@ -1,4 +1,4 @@
-"""The page of a server, its picture to try, and the description of its API for people."""
+"""The page of a server, its image to try, and the description of its API for people."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _SWAGGER_UI = ("swagger-ui-bundle.js", "swagger-ui.css")
 
 
 @lru_cache
-def sample_picture() -> bytes:
+def sample_image() -> bytes:
     """A scene of the shapes world, as a PNG file: something to edit."""
     from slideredit_rt.shapes.world import held_out_examples, scene_image
 
@@ -50,4 +50,4 @@ def serve_page(app: FastAPI) -> None:
         media_type = _MEDIA_TYPES.get(suffix) or mimetypes.guess_type(name)[0] or "application/octet-stream"
         path = name.removesuffix("index.html").removesuffix(".html")
         serve(f"/{path}", file.read_bytes(), media_type)
-    serve("/sample.png", sample_picture, "image/png")
+    serve("/sample.png", sample_image, "image/png")

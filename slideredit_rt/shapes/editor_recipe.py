@@ -196,7 +196,7 @@ def _look_at_own_position(projection: torch.nn.Linear, *, is_query: bool) -> Non
     """Bias every other head towards the reference token at its own place, which rotary positions alone are slow to find.
 
     Each axis has its fastest rotation in its first pair of dimensions. Equal directions there favour equal coordinates; the
-    first axis tells the pictures apart, and a query turned by one radian favours the reference (id 1) over the noise (id 0).
+    first axis tells the images apart, and a query turned by one radian favours the reference (id 1) over the noise (id 0).
     """
     for head in range(0, _HEADS, 2):
         bias = projection.bias[head * _HEAD_WIDTH : (head + 1) * _HEAD_WIDTH]
@@ -354,7 +354,7 @@ class _Loop:
 
 
 def train_vae(vae: AutoencoderKL, steps: int, work: Path, batch: int = 32) -> None:
-    """Fit the autoencoder: the encoder to `ideal_latents`, the decoder to the picture."""
+    """Fit the autoencoder: the encoder to `ideal_latents`, the decoder to the image."""
     vae.train()
     for step in (loop := _Loop("vae", {"vae": vae}, steps, 2e-3, work)):
         images, shapes = _vae_batch(step, batch)

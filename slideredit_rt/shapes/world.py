@@ -56,7 +56,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Scene:
-    """One picture as numbers: grey level in [0, 1] and the two shapes."""
+    """One image as numbers: grey level in [0, 1] and the two shapes."""
 
     background: float
     circle: Shape
@@ -201,6 +201,6 @@ def render(scenes: Iterable[Scene]) -> Tensor:
 
 
 def scene_image(example: Example) -> Image.Image:
-    """The source picture of an example, as a user would have it: 8 bits per channel."""
+    """The source image of an example, as a user would have it: 8 bits per channel."""
     pixels = (render([example.scene])[0].permute(1, 2, 0) * 255).round().to(torch.uint8)
     return Image.fromarray(pixels.numpy())

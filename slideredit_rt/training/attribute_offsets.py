@@ -68,12 +68,12 @@ class AttributeOffsets:
     training: dict[str, Any] = field(default_factory=dict)
 
     def prepare(self, editor: SliderEditor, image: Image.Image, seed: int) -> Prepared:
-        """Encode a picture with the neutral prompt; the only span is the noun's."""
+        """Encode an image with the neutral prompt; the only span is the noun's."""
         member = next(iter(editor.members), None)
         return editor.prepare(image, [Slider(self.noun, adapter=member)], prompt=editor.family.neutral_prompt, seed=seed)
 
     def render(self, editor: SliderEditor, prepared: Prepared, scales: Tensor, steps: int | None = None) -> Tensor:
-        """One picture per row of `scales` `[N, G]`, all from the same noise, no slider acting; float32 `[N, 3, H, W]`."""
+        """One image per row of `scales` `[N, G]`, all from the same noise, no slider acting; float32 `[N, 3, H, W]`."""
         images, steps = [], editor.family.num_inference_steps if steps is None else steps
         for chunk in scales.split(editor.max_batch):
             inputs = editor.frozen_inputs(prepared, len(chunk))
@@ -194,4 +194,4 @@ class OffsetTrainer(ContrastTrainer[AttributeOffsets]):
         scales = torch.zeros(len(_SAMPLE_SCALES), len(self.attributes))
         scales[:, index] = torch.tensor(_SAMPLE_SCALES)
         pixels = offsets.render(editor, offsets.prepare(editor, image, seed=0), scales)
-        return instructions[0], _SAMPLE_SCALES, [to_pil(picture) for picture in pixels]
+        return instructions[0], _SAMPLE_SCALES, [to_pil(one) for one in pixels]

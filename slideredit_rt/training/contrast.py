@@ -42,8 +42,8 @@ class Contrast:
     """A batch of B examples that move one attribute each.
 
     Attributes:
-        noised: latents of the source pictures, with noise.
-        images: the source pictures, `[B, 3, H, W]` in [0, 1].
+        noised: latents of the source images, with noise.
+        images: the source images, `[B, 3, H, W]` in [0, 1].
         text: the neutral prompt's text inputs.
         neutral, positive: the frozen model's velocities at the neutral prompt and at the instruction, float32 `[B, S, C]`.
         chosen: float32 `[B, G]`, 1 at each example's attribute.

@@ -1,4 +1,4 @@
-"""Where the source pictures and instructions of a training run come from."""
+"""Where the source images and instructions of a training run come from."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ class FolderData:
         self.images, self.instructions, self.side = list(images), list(instructions), side
 
     def draw(self, rng: random.Random, batch: int) -> tuple[Tensor, list[list[str]]]:
-        pictures, prompts = [], []
+        images, prompts = [], []
         for path in rng.choices(self.images, k=batch):
             image = open_image(path)
             edge = min(image.size)
             left, top = (image.width - edge) // 2, (image.height - edge) // 2
             square = image.crop((left, top, left + edge, top + edge)).resize((self.side, self.side), Image.Resampling.LANCZOS)
             pixels = torch.frombuffer(bytearray(square.tobytes()), dtype=torch.uint8)
-            pictures.append(pixels.view(self.side, self.side, 3).permute(2, 0, 1) / 255)
+            images.append(pixels.view(self.side, self.side, 3).permute(2, 0, 1) / 255)
             prompts.append(rng.sample(self.instructions, min(len(self.instructions), rng.randint(1, 3))))
-        return torch.stack(pictures), prompts
+        return torch.stack(images), prompts

@@ -168,5 +168,5 @@ class SuppressionTrainer(Trainer[Adapter]):
         editor = SliderEditor(self.family, self.pipeline, self.own, config, controls, max_batch=1, max_sliders=8)
         sliders = [Slider(i) for i in instructions]
         chosen = sliders if self.config.kind == "st" else sliders[:1]
-        pictures = editor.sweep(image, chosen, 0, _SAMPLE_STRENGTHS, prompt=compose_prompt(instructions))
-        return chosen[0].instruction, _SAMPLE_STRENGTHS, pictures
+        images = editor.sweep(image, chosen, 0, _SAMPLE_STRENGTHS, prompt=compose_prompt(instructions))
+        return chosen[0].instruction, _SAMPLE_STRENGTHS, images

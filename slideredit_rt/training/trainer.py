@@ -1,4 +1,4 @@
-"""What all trainers over a frozen pipeline share: settings, noised source pictures, the loop, and its state on disk."""
+"""What all trainers over a frozen pipeline share: settings, noised source images, the loop, and its state on disk."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ class Trainer(ABC, Generic[Trained]):
 
     @abstractmethod
     def strip(self, image: Image.Image, instructions: Sequence[str]) -> tuple[str, Sequence[float], list[Image.Image]]:
-        """A title, settings, and a picture for each, made with the result as it is."""
+        """A title, settings, and an image for each, made with the result as it is."""
 
     @property
     def own(self) -> Any:
@@ -148,7 +148,7 @@ class Trainer(ABC, Generic[Trained]):
     def encode_prompts(self, prompts: list[str], images: Tensor) -> dict[str, Tensor]:
         """Text inputs of the backbone; the images count for families whose encoder sees them."""
         most = self.family.max_text_rows(self.pipeline)
-        return self.family.encode_prompt(self.pipeline, prompts, most, [[picture] for picture in map(to_pil, images)])
+        return self.family.encode_prompt(self.pipeline, prompts, most, [[image] for image in map(to_pil, images)])
 
     def noised(self, step: int, source: Tensor, ids: Tensor) -> Noised:
         """Noise levels and noise of a step on source latents."""
@@ -166,11 +166,11 @@ class Trainer(ABC, Generic[Trained]):
         return self.family.training_inputs(self.pipeline, noised.noisy, noised.source, noised.ids, text, noised.sigma)
 
     def sample(self, step: int) -> Path:
-        """Draw one data example with the result as it is; returns the picture's path in `OUT.samples`."""
+        """Draw one data example with the result as it is; returns the image's path in `OUT.samples`."""
         images, instructions = self.data.draw(random.Random(f"{self.settings.seed}/sample"), 1)
-        title, values, pictures = self.strip(to_pil(images[0]), instructions[0])
+        title, values, cells = self.strip(to_pil(images[0]), instructions[0])
         path = self.out.with_name(f"{self.out.name}.samples") / f"step-{step:06d}.png"
-        save_image(draw_grid([pictures], [f"{v:g}" for v in values], [""], f"step {step}: {title}"), path)
+        save_image(draw_grid([cells], [f"{v:g}" for v in values], [""], f"step {step}: {title}"), path)
         return path
 
     def train(
@@ -186,7 +186,7 @@ class Trainer(ABC, Generic[Trained]):
         Args:
             progress: show a bar with the loss on standard error.
             checkpoint_every: steps between saved states.
-            sample_every: steps between sample pictures; 0 draws none.
+            sample_every: steps between sample images; 0 draws none.
             snapshots: steps after which the result as it is then is kept, as `OUT-step-N.safetensors`.
         """
         config = self.settings

@@ -16,7 +16,7 @@ class TensorRTOptions:
     Attributes:
         targets: compute capabilities such as `sm89` that the engine will run on. TensorRT-RTX only, (`sm86`, `sm89`, `sm120`)
             if None; TensorRT builds for the card at hand.
-        resolution: usual width and height of the picture, in pixels, for a square one.
+        resolution: usual width and height of the image, in pixels, for a square one.
         max_text_rows: most text rows of a prompt; None takes the family's usual ones.
         optimization_level: the builder's, 0 to 5; None leaves its default.
         workspace_mib: limit of the builder's scratch memory on the device; None leaves its default.

@@ -1,4 +1,4 @@
-"""Learned scorers for pictures whose truth is not known, by the names that commands and tables use."""
+"""Learned scorers for images whose truth is not known, by the names that commands and tables use."""
 
 from __future__ import annotations
 

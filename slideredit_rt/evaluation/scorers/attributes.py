@@ -81,7 +81,7 @@ class BlipMatching(_VisionLanguage):
     def score(self, images: Tensor, phrases: Sequence[str]) -> list[tuple[float, ...]]:
         rows: list[tuple[float, ...]] = []
         for batch in images.split(BATCH):
-            # The model's own forward sees a picture again for every phrase, and makes a mask on the CPU wherever it runs.
+            # The model's own forward sees an image again for every phrase, and makes a mask on the CPU wherever it runs.
             patches = self.model.vision_model(pixel_values=self.vision.pixels(batch)).last_hidden_state
             columns = []
             for phrase in phrases:

@@ -14,11 +14,11 @@ from torch import Tensor
 from slideredit_rt.checkpoint import quiet_libraries
 
 BATCH = 16
-"""Pictures that a model is shown at once."""
+"""Images that a model is shown at once."""
 
 
 class Scorer(ABC):
-    """A model that reads pictures.
+    """A model that reads images.
 
     Attributes:
         name: on the command line and in tables.
@@ -36,11 +36,11 @@ class Scorer(ABC):
 
 
 class AttributeScorer(Scorer):
-    """How much of a phrase a picture shows."""
+    """How much of a phrase an image shows."""
 
     @abstractmethod
     def score(self, images: Tensor, phrases: Sequence[str]) -> list[tuple[float, ...]]:
-        """Similarity of each picture to each phrase; higher is more.
+        """Similarity of each image to each phrase; higher is more.
 
         Args:
             images: float32 `[N, 3, H, W]` in [0, 1].
@@ -55,11 +55,11 @@ class AttributeScorer(Scorer):
 
 
 class DistanceScorer(Scorer):
-    """How far a picture is from its source."""
+    """How far an image is from its source."""
 
     @abstractmethod
     def distance(self, images: Tensor, source: Tensor) -> list[float | None]:
-        """Distance of each picture to the source; 0 for the source itself, None where the scorer cannot tell.
+        """Distance of each image to the source; 0 for the source itself, None where the scorer cannot tell.
 
         Args:
             images: float32 `[N, 3, H, W]` in [0, 1].
@@ -67,16 +67,16 @@ class DistanceScorer(Scorer):
         """
 
 
-def to_pictures(images: Tensor) -> list[Image.Image]:
-    """`[N, 3, H, W]` in [0, 1] as 8-bit pictures: what a model would read from saved files."""
+def to_images(images: Tensor) -> list[Image.Image]:
+    """`[N, 3, H, W]` in [0, 1] as 8-bit images: what a model would read from saved files."""
     pixels = (images.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
-    return [Image.fromarray(picture.contiguous().numpy()) for picture in pixels]
+    return [Image.fromarray(image.contiguous().numpy()) for image in pixels]
 
 
 class PretrainedVision:
     """A transformers checkpoint with its image processor, in float32.
 
-    The processor is the one that works on PIL pictures: the other one needs torchvision and resizes differently, so that scores
+    The processor is the one that works on PIL images: the other one needs torchvision and resizes differently, so that scores
     would depend on what is installed.
     """
 
@@ -94,5 +94,5 @@ class PretrainedVision:
 
     def pixels(self, images: Tensor) -> Tensor:
         """`[N, 3, H, W]` in [0, 1] as the model's `pixel_values`, on its device."""
-        values: Tensor = self.processor(images=to_pictures(images), return_tensors="pt")["pixel_values"]
+        values: Tensor = self.processor(images=to_images(images), return_tensors="pt")["pixel_values"]
         return values.to(self.model.device)

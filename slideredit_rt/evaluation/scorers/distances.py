@@ -1,4 +1,4 @@
-"""Scorers of picture and source: LPIPS, DINOv2 and ArcFace, as the paper uses them."""
+"""Scorers of image and source: LPIPS, DINOv2 and ArcFace, as the paper uses them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from slideredit_rt.errors import SliderEditError
-from slideredit_rt.evaluation.scorers.base import BATCH, DistanceScorer, PretrainedVision, to_pictures
+from slideredit_rt.evaluation.scorers.base import BATCH, DistanceScorer, PretrainedVision, to_images
 
 
 class _Lpips(DistanceScorer):
@@ -51,12 +51,12 @@ class _Lpips(DistanceScorer):
         """As the base class says.
 
         Raises:
-            SliderEditError: the pictures and the source differ in size.
+            SliderEditError: the images and the source differ in size.
         """
         if images.shape[2:] != source.shape[2:]:
             sizes = [f"{image.shape[3]}×{image.shape[2]}" for image in (images, source)]
             raise SliderEditError(
-                f"{self.name} compares pictures of one size, but the edit has {sizes[0]} pixels and its source {sizes[1]}; "
+                f"{self.name} compares images of one size, but the edit has {sizes[0]} pixels and its source {sizes[1]}; "
                 "resize one of them"
             )
         out: list[float | None] = []
@@ -74,14 +74,14 @@ class LpipsVgg(_Lpips):
 
 
 class _EmbeddingDistance(DistanceScorer):
-    """1 − cosine of two embeddings. A source is embedded once, however often pictures are compared with it."""
+    """1 − cosine of two embeddings. A source is embedded once, however often images are compared with it."""
 
     def __init__(self) -> None:
         self._known: dict[bytes, Tensor | None] = {}
 
     @abstractmethod
     def embed(self, images: Tensor) -> list[Tensor | None]:
-        """A unit vector per picture; None where there is nothing to embed."""
+        """A unit vector per image; None where there is nothing to embed."""
 
     def distance(self, images: Tensor, source: Tensor) -> list[float | None]:
         # By its pixels: the same source comes as another tensor for every system that is compared.
@@ -114,7 +114,7 @@ class Dinov2(_EmbeddingDistance):
 class ArcFace(_EmbeddingDistance):
     """1 − cosine of ArcFace's embedding of the face (Deng et al. 2019, arXiv 1801.07698): is it still the same person?
 
-    None unless both pictures hold exactly one face, as in the paper. InsightFace's models may be used for research only.
+    None unless both images hold exactly one face, as in the paper. InsightFace's models may be used for research only.
 
     Args:
         source: a model pack of InsightFace, which it downloads on first use, or the folder of one.
@@ -147,7 +147,7 @@ class ArcFace(_EmbeddingDistance):
 
     def embed(self, images: Tensor) -> list[Tensor | None]:
         out: list[Tensor | None] = []
-        for picture in to_pictures(images):
-            found = self.faces.get(np.ascontiguousarray(np.asarray(picture)[:, :, ::-1]))
+        for image in to_images(images):
+            found = self.faces.get(np.ascontiguousarray(np.asarray(image)[:, :, ::-1]))
             out.append(torch.from_numpy(found[0].normed_embedding) if len(found) == 1 else None)
         return out

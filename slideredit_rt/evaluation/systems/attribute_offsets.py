@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class _Encoded:
-    """A picture with the neutral prompt, and which attributes its knobs move."""
+    """An image with the neutral prompt, and which attributes its knobs move."""
 
     prepared: Prepared
     attributes: list[int]

@@ -13,7 +13,7 @@ from slideredit_rt.evaluation.setup import Setup
 
 
 class System:
-    """A way to scale an edit continuously: renders a picture and prompt at the settings of its knob.
+    """A way to scale an edit continuously: renders an image and prompt at the settings of its knob.
 
     Attributes:
         name: in commands, files and tables.

@@ -1,18 +1,18 @@
-// The page of a slider server: pictures, sliders, and an edit that follows the drag.
+// The page of a slider server: images, sliders, and an edit that follows the drag.
 // Plain modules and no build step; it talks to the same HTTP API as every other client.
 
 const NEUTRAL = 1; // the strength at which the base model edits
 const STRIP_FRAMES = 7;
 const TYPING_PAUSE = 300; // milliseconds without a key before a half-typed instruction is sent
-const SMALL = 128; // pictures up to this edge are enlarged without smoothing
+const SMALL = 128; // images up to this edge are enlarged without smoothing
 const KEY = "slideredit-key";
 
 const $ = (id) => document.getElementById(id);
 
 let engine = null; // what /v1/models says of the engine
 let model = "";
-let chosen = 0, read = 0; // pictures: how many were chosen, and up to which they are read
-let picture = null; // {blob, bitmap}: a PNG as it is sent, and as it is drawn
+let chosen = 0, read = 0; // images: how many were chosen, and up to which they are read
+let image = null; // {blob, bitmap}: a PNG as it is sent, and as it is drawn
 let result = null; // Blob of the edit shown
 let prompt = null; // composed by the server from the instructions; null while they are unread
 let focused = 0; // the slider whose strip is exported
@@ -220,7 +220,7 @@ function want() {
   setBusy(true);
 }
 
-// Busy is for as long as the picture is not what was asked for.
+// Busy is for as long as the image is not what was asked for.
 function setBusy(busy) {
   $("edited").setAttribute("aria-busy", busy);
 }
@@ -239,7 +239,7 @@ function settle() {
   pump();
 }
 
-// Another picture, seed or instruction: what is in flight answers an old question.
+// Another image, seed or instruction: what is in flight answers an old question.
 function restart() {
   want();
   settled = true;
@@ -273,7 +273,7 @@ function drop() {
 }
 
 function nextWork() {
-  if (!engine || !picture || typing || failed === wanted) return null;
+  if (!engine || !image || typing || failed === wanted) return null;
   if (!filled().length) return finished < wanted ? showSource : null;
   if (prompt === null) return readPrompt;
   if (previewed < wanted && engine.preview_steps < engine.num_inference_steps) return previewEdit;
@@ -321,7 +321,7 @@ function fields(extra = {}) {
 
 function form(extra) {
   const data = new FormData();
-  data.append("image", picture.blob, "picture.png");
+  data.append("image", image.blob, "image.png");
   for (const [name, value] of Object.entries(fields(extra))) data.append(name, value);
   return data;
 }
@@ -355,7 +355,7 @@ async function fullEdit(version, signal) {
 }
 
 async function showSource(version) {
-  draw($("result"), picture.bitmap);
+  draw($("result"), image.bitmap);
   $("prompt").textContent = "Type an instruction to begin.";
   $("save").disabled = true;
   showStatus("", "no instruction yet");
@@ -379,7 +379,7 @@ function showError(message, again = false) {
   $("error").classList.toggle("shown", Boolean(message));
 }
 
-// ---------------------------------------------------------------- pictures
+// ---------------------------------------------------------------- images
 
 function draw(canvas, bitmap) {
   canvas.width = bitmap.width;
@@ -390,14 +390,14 @@ function draw(canvas, bitmap) {
 
 const toBlob = (canvas) => new Promise((done) => canvas.toBlob(done, "image/png"));
 
-// Every picture is sent as a PNG that looks as it does here: turned upright, on white where it is transparent, and with no
+// Every image is sent as a PNG that looks as it does here: turned upright, on white where it is transparent, and with no
 // more pixels than the engine edits, because every preview sends it.
-async function readPicture(file) {
+async function readImage(file) {
   let bitmap;
   try {
     bitmap = await createImageBitmap(file);
   } catch {
-    throw new Error(`“${file.name ?? "This"}” is no picture that this browser can read; choose a PNG, JPEG or WebP.`);
+    throw new Error(`“${file.name ?? "This"}” is no image that this browser can read; choose a PNG, JPEG or WebP.`);
   }
   const most = Math.max(engine?.side ?? 0, 512) ** 2;
   const scale = Math.min(1, Math.sqrt(most / (bitmap.width * bitmap.height)));
@@ -414,12 +414,12 @@ async function readPicture(file) {
 }
 
 // Takes a file or the promise of one. Of several the last one chosen counts, not the last one read.
-async function usePicture(file) {
+async function useImage(file) {
   const mine = ++chosen;
   setBusy(true);
   let next;
   try {
-    next = await readPicture(await file);
+    next = await readImage(await file);
   } catch (error) {
     if (mine !== chosen) return;
     read = mine;
@@ -429,19 +429,19 @@ async function usePicture(file) {
   }
   if (mine !== chosen) return;
   read = mine;
-  picture = next;
-  draw($("source"), picture.bitmap);
-  draw($("under"), picture.bitmap);
-  if (!result) draw($("result"), picture.bitmap);
+  image = next;
+  draw($("source"), image.bitmap);
+  draw($("under"), image.bitmap);
+  if (!result) draw($("result"), image.bitmap);
   if (engine) showError(""); // else it says why there is none
   restart();
 }
 
 function useSample() {
   const gone = () => {
-    throw new Error("The sample picture cannot be loaded; check that the server still runs.");
+    throw new Error("The sample image cannot be loaded; check that the server still runs.");
   };
-  return usePicture(fetch("sample.png").then((answer) => answer.blob(), gone));
+  return useImage(fetch("sample.png").then((answer) => answer.blob(), gone));
 }
 
 function save(blob, name) {
@@ -465,7 +465,7 @@ async function saveStrip() {
   stripping = true;
   showExports();
   try {
-    const source = picture.bitmap;
+    const source = image.bitmap;
     const answer = await call("v1/images/edits", { method: "POST", body: form({ sweep: JSON.stringify(sweep) }) });
     const frames = await Promise.all(answer.data.map((item) => createImageBitmap(png(item.b64_json))));
     const labels = ["source", ...answer.data.map((item) => item.strengths[sweep.slider].toFixed(2))];
@@ -480,7 +480,7 @@ async function saveStrip() {
 
 function drawStrip(frames, labels, title) {
   const { width: w, height: h } = frames.at(-1);
-  // Small pictures grow by a whole factor, so that their pixels stay squares.
+  // Small images grow by a whole factor, so that their pixels stay squares.
   const scale = w <= SMALL ? Math.max(1, Math.round(160 / w)) : Math.min(1, 320 / w);
   const [width, height] = [Math.round(w * scale), Math.round(h * scale)];
   const [gap, top, label] = [8, 36, 26];
@@ -517,7 +517,7 @@ function curlCommand() {
   const parts = [
     `curl --silent --show-error --fail ${url("v1/images/edits")}`,
     ...key,
-    "-F image=@picture.png",
+    "-F image=@image.png",
     ...Object.entries(fields()).map(([name, value]) => `--form-string ${quoted(`${name}=${value}`)}`),
   ];
   return `${parts.join(" \\\n  ")} \\\n  | sed -n 's/.*"b64_json": *"\\([^"]*\\)".*/\\1/p' | base64 --decode > edited.png`;
@@ -570,7 +570,7 @@ function wire() {
   hold.addEventListener("contextmenu", (event) => event.preventDefault()); // a long press is a hold
 
   $("file").addEventListener("change", () => {
-    if ($("file").files.length) usePicture($("file").files[0]);
+    if ($("file").files.length) useImage($("file").files[0]);
     $("file").value = ""; // so that the same file can be chosen again
   });
   $("sample").addEventListener("click", useSample);
@@ -584,14 +584,14 @@ function wire() {
   addEventListener("drop", (event) => {
     event.preventDefault();
     document.body.classList.remove("dropping");
-    if (event.dataTransfer.files.length) usePicture(event.dataTransfer.files[0]);
+    if (event.dataTransfer.files.length) useImage(event.dataTransfer.files[0]);
   });
   addEventListener("paste", (event) => {
-    if (event.clipboardData.files.length) usePicture(event.clipboardData.files[0]);
+    if (event.clipboardData.files.length) useImage(event.clipboardData.files[0]);
   });
 
   $("save").addEventListener("click", () => save(result, "edited.png"));
-  $("save-source").addEventListener("click", () => save(picture.blob, "picture.png"));
+  $("save-source").addEventListener("click", () => save(image.blob, "image.png"));
   $("strip").addEventListener("click", saveStrip);
   $("copy").addEventListener("click", copyCurl);
   $("retry").addEventListener("click", retry);
@@ -617,7 +617,7 @@ async function start() {
     showError("");
     const first = ["make the circle red", "make the background dark"];
     for (const text of first.slice(0, sliderLimit())) addRow(text);
-    if (picture) restart();
+    if (image) restart();
     else await useSample();
   } catch (error) {
     showError(error.message, true);

@@ -1,4 +1,4 @@
-"""A user's own pictures as a dataset of the benchmark: which cases they make, what is scored, and what is refused."""
+"""A user's own images as a dataset of the benchmark: which cases they make, what is scored, and what is refused."""
 
 import json
 import re
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.evaluation.dataset import Scores
-from slideredit_rt.evaluation.pictures import Edit, Pictures, read_edits
+from slideredit_rt.evaluation.own_images import Edit, OwnImages, read_edits
 from slideredit_rt.evaluation.scorers import AttributeScorer, DistanceScorer, load_scorer
 
 EDITS = [
@@ -28,7 +28,7 @@ EDITS = [
 
 
 class Brightness(AttributeScorer):
-    """A phrase's length times the mean of the picture: shows which phrases were asked for."""
+    """A phrase's length times the mean of the image: shows which phrases were asked for."""
 
     name = "brightness"
 
@@ -40,7 +40,7 @@ class Brightness(AttributeScorer):
 
 
 class Difference(DistanceScorer):
-    """Largest difference in any pixel; none where the picture is black."""
+    """Largest difference in any pixel; none where the image is black."""
 
     name = "difference"
 
@@ -61,12 +61,12 @@ def _half(image: Image.Image) -> Tensor:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Three pictures of one colour each, and a file that is none."""
+    """Three images of one colour each, and a file that is none."""
     images = tmp_path / "images"
     images.mkdir()
     for name, grey in (("anna.png", 51), ("anna.jpg", 102), ("Ünï code!.webp", 204)):
         Image.new("RGB", (32, 48), (grey,) * 3).save(images / name, lossless=True, quality=100)
-    (images / "notes.txt").write_text("not a picture")
+    (images / "notes.txt").write_text("not an image")
     return images
 
 
@@ -78,8 +78,8 @@ def prompts(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def pictures(folder: Path, prompts: Path) -> Pictures:
-    return Pictures(folder, prompts, {"brightness": Brightness()}, {"difference": Difference()}, _half)
+def images(folder: Path, prompts: Path) -> OwnImages:
+    return OwnImages(folder, prompts, {"brightness": Brightness()}, {"difference": Difference()}, _half)
 
 
 def test_a_line_needs_its_instructions_only(prompts: Path) -> None:
@@ -96,8 +96,8 @@ def test_an_instruction_that_appears_twice_may_be_asked_for_twice(tmp_path: Path
     assert read_edits(path)[0].prompt == "make it red and make it red"
 
 
-def test_every_picture_meets_every_edit_with_as_many_instructions(pictures: Pictures) -> None:
-    single, double = pictures.cases("bench", 6, 1), pictures.cases("bench", 3, 2)
+def test_every_image_meets_every_edit_with_as_many_instructions(images: OwnImages) -> None:
+    single, double = images.cases("bench", 6, 1), images.cases("bench", 3, 2)
     assert len({(case.image.getpixel((0, 0)), case.prompt) for case in single}) == 6
     assert {case.prompt for case in single} == {"make her smile", "make his hair curly"}
     assert {case.instructions for case in double} == {("make it night", "add fog")}
@@ -109,55 +109,55 @@ def test_every_picture_meets_every_edit_with_as_many_instructions(pictures: Pict
 
 
 def test_search_and_bench_share_no_case_and_the_order_is_the_same_in_every_run(
-    pictures: Pictures, folder: Path, prompts: Path
+    images: OwnImages, folder: Path, prompts: Path
 ) -> None:
-    bench, search = pictures.cases("bench", 4, 1), pictures.cases("search", 2, 1)
+    bench, search = images.cases("bench", 4, 1), images.cases("search", 2, 1)
     assert not {case.name for case in bench} & {case.name for case in search}
     assert [case.seed for case in bench + search] == [0, 1, 2, 3, 4, 5]
-    again = Pictures(folder, prompts, {}, {}, _half)
+    again = OwnImages(folder, prompts, {}, {}, _half)
     assert [c.name for c in again.cases("search", 2, 1)] == [c.name for c in search]
     # More of them begins with the same ones.
     assert [c.name for c in again.cases("bench", 3, 1)] == [c.name for c in bench[:3]]
 
 
-def test_too_few_pairs_for_both_phases_are_refused(pictures: Pictures) -> None:
-    pictures.cases("bench", 4, 1)
-    pictures.cases("search", 2, 1)
+def test_too_few_pairs_for_both_phases_are_refused(images: OwnImages) -> None:
+    images.cases("bench", 4, 1)
+    images.cases("search", 2, 1)
     with pytest.raises(
         SliderEditError, match=r"make 6 cases of 1 instructions, .* benchmark asks for 4 and the search .* for 3 "
     ):
-        pictures.cases("search", 3, 1)
+        images.cases("search", 3, 1)
     with pytest.raises(SliderEditError, match=r"make 0 cases of 3 instructions"):
-        pictures.cases("bench", 1, 3)
+        images.cases("bench", 1, 3)
 
 
-def test_scores_are_of_the_attribute_phrases_and_against_the_source_at_the_size_of_the_edit(pictures: Pictures) -> None:
-    case = next(c for c in pictures.cases("bench", 3, 2) if c.image.getpixel((0, 0)) == (51,) * 3)
+def test_scores_are_of_the_attribute_phrases_and_against_the_source_at_the_size_of_the_edit(images: OwnImages) -> None:
+    case = next(c for c in images.cases("bench", 3, 2) if c.image.getpixel((0, 0)) == (51,) * 3)
     white, black = torch.ones(1, 3, 24, 16), torch.zeros(1, 3, 24, 16)
-    bright, dark = pictures.score(case, torch.cat([white, black]))
+    bright, dark = images.score(case, torch.cat([white, black]))
     assert bright.attributes == {"brightness": (len("night"), len("fog"))}
     assert bright.distances == {"difference": pytest.approx(0.8)}
     # No distance is a result, too: it is not left out.
     assert dark == Scores({"brightness": (0, 0)}, {"difference": None})
-    difference = pictures.distance_scorers["difference"]
+    difference = images.distance_scorers["difference"]
     assert isinstance(difference, Difference)
     assert difference.sources[0].shape == (1, 3, 24, 16)
 
 
-def test_the_source_is_scored_once_as_the_base_model_is_shown_it(pictures: Pictures) -> None:
+def test_the_source_is_scored_once_as_the_base_model_is_shown_it(images: OwnImages) -> None:
     case = next(
-        c for c in pictures.cases("bench", 6, 1) if c.prompt == "make her smile" and c.image.getpixel((0, 0)) == (204,) * 3
+        c for c in images.cases("bench", 6, 1) if c.prompt == "make her smile" and c.image.getpixel((0, 0)) == (204,) * 3
     )
-    scores = pictures.source_scores(case)
+    scores = images.source_scores(case)
     assert scores.attributes == {"brightness": pytest.approx((0.8 * len("a smile"),))}
     assert scores.distances == {"difference": 0}
-    assert pictures.source_scores(case) is scores
-    difference = pictures.distance_scorers["difference"]
+    assert images.source_scores(case) is scores
+    difference = images.distance_scorers["difference"]
     assert isinstance(difference, Difference)
     assert len(difference.sources) == 1
 
 
-def test_a_learned_scorer_reads_the_same_picture_as_it_would_alone(folder: Path, prompts: Path, tmp_path: Path) -> None:
+def test_a_learned_scorer_reads_the_same_image_as_it_would_alone(folder: Path, prompts: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
     config = transformers.Dinov2Config(image_size=16, patch_size=8, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
     transformers.Dinov2Model(config).save_pretrained(tmp_path / "dinov2")
@@ -165,31 +165,31 @@ def test_a_learned_scorer_reads_the_same_picture_as_it_would_alone(folder: Path,
     transformers.BitImageProcessorPil(**size).save_pretrained(tmp_path / "dinov2")
     scorer = load_scorer("dinov2", str(tmp_path / "dinov2"))
     assert isinstance(scorer, DistanceScorer)
-    pictures = Pictures(folder, prompts, {}, {"dinov2": scorer}, _half)
-    case = pictures.cases("bench", 1, 1)[0]
+    images = OwnImages(folder, prompts, {}, {"dinov2": scorer}, _half)
+    case = images.cases("bench", 1, 1)[0]
     edit = torch.rand(1, 3, 24, 16)
-    assert pictures.source_scores(case).distances["dinov2"] == pytest.approx(0, abs=1e-6)
+    assert images.source_scores(case).distances["dinov2"] == pytest.approx(0, abs=1e-6)
     alone = scorer.distance(edit, (_half(case.image) + 1) / 2)
-    assert [s.distances["dinov2"] for s in pictures.score(case, torch.cat([edit, edit]))] == pytest.approx(alone * 2, abs=1e-6)
+    assert [s.distances["dinov2"] for s in images.score(case, torch.cat([edit, edit]))] == pytest.approx(alone * 2, abs=1e-6)
 
 
-def test_a_folder_without_pictures_is_refused(tmp_path: Path, prompts: Path) -> None:
+def test_a_folder_without_images_is_refused(tmp_path: Path, prompts: Path) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises(SliderEditError, match=r"'.*empty' holds no picture; put PNG"):
-        Pictures(tmp_path / "empty", prompts, {}, {}, _half)
+    with pytest.raises(SliderEditError, match=r"'.*empty' holds no image; put PNG"):
+        OwnImages(tmp_path / "empty", prompts, {}, {}, _half)
     with pytest.raises(SliderEditError, match=r"'.*nowhere' cannot be read \(No such file or directory\); give a folder"):
-        Pictures(tmp_path / "nowhere", prompts, {}, {}, _half)
+        OwnImages(tmp_path / "nowhere", prompts, {}, {}, _half)
 
 
-def test_a_damaged_picture_is_named_before_anything_is_rendered(folder: Path, prompts: Path) -> None:
+def test_a_damaged_image_is_named_before_anything_is_rendered(folder: Path, prompts: Path) -> None:
     (folder / "torn.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     with pytest.raises(SliderEditError, match=r"torn\.png' cannot be read"):
-        Pictures(folder, prompts, {}, {}, _half).cases("bench", 8, 1)
+        OwnImages(folder, prompts, {}, {}, _half).cases("bench", 8, 1)
 
 
 def test_a_prompts_file_that_is_missing_or_empty_is_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(SliderEditError, match=r"'.*none\.jsonl' cannot be read .*; give a UTF-8 file with lines such as \{"):
-        Pictures(folder, tmp_path / "none.jsonl", {}, {}, _half)
+        OwnImages(folder, tmp_path / "none.jsonl", {}, {}, _half)
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(SliderEditError, match=r"'.*binary' cannot be read"):
         read_edits(tmp_path / "binary")

@@ -1,4 +1,4 @@
-"""Pictures as requests carry them and as answers carry them."""
+"""Images as requests carry them and as answers carry them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _DATA_URL = re.compile(r"data:[^,]*;base64,", re.IGNORECASE)
 _URL_SAFE = str.maketrans("-_", "+/")
 
 
-def picture_bytes(text: str, param: str) -> bytes:
+def image_bytes(text: str, param: str) -> bytes:
     """The file in base64 (standard or URL-safe, padded or not), or in a data URL of base64.
 
     Raises:
@@ -35,7 +35,7 @@ def picture_bytes(text: str, param: str) -> bytes:
     if _ELSEWHERE.match(text[:32]):
         raise Fault(
             400,
-            f"{param} is the URL {text[:40]!r} and this server fetches none; send the picture itself, in base64 or as "
+            f"{param} is the URL {text[:40]!r} and this server fetches none; send the image itself, in base64 or as "
             "data:image/png;base64,…",
             param=param,
             code="url_not_allowed",
@@ -47,14 +47,14 @@ def picture_bytes(text: str, param: str) -> bytes:
     except (binascii.Error, ValueError):
         raise Fault(
             400,
-            f"{param} is no base64; send the picture in base64 or as data:image/png;base64,…",
+            f"{param} is no base64; send the image in base64 or as data:image/png;base64,…",
             param=param,
             code="invalid_base64",
         ) from None
 
 
-def decode_picture(data: bytes, name: str, *, max_pixels: int, max_aspect: float) -> Image.Image:
-    """A PNG, JPEG or WebP file as an upright RGB picture.
+def decode_image_file(data: bytes, name: str, *, max_pixels: int, max_aspect: float) -> Image.Image:
+    """A PNG, JPEG or WebP file as an upright RGB image.
 
     Args:
         name: what errors call it.
@@ -62,7 +62,7 @@ def decode_picture(data: bytes, name: str, *, max_pixels: int, max_aspect: float
         max_aspect: the longer side as a multiple of the shorter one. The rows of an edit grow with it.
 
     Raises:
-        SliderEditError: not such a picture.
+        SliderEditError: not such an image.
     """
     image = open_image(io.BytesIO(data), name=name, max_pixels=max_pixels, formats=_FORMATS)
     if max(image.size) > max_aspect * min(image.size):
@@ -72,7 +72,7 @@ def decode_picture(data: bytes, name: str, *, max_pixels: int, max_aspect: float
     return image
 
 
-def encode_picture(image: Image.Image, output_format: OutputFormat, compression: int) -> str:
+def encode_image_file(image: Image.Image, output_format: OutputFormat, compression: int) -> str:
     """Base64 of a file; `compression` is OpenAI's, the quality of JPEG and WebP in percent (WebP at 100 has no loss)."""
     options: dict[str, Any] = {"png": {}, "jpeg": {"quality": compression}}.get(
         output_format, {"quality": compression, "lossless": compression == 100}

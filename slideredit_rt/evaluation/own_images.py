@@ -1,4 +1,4 @@
-"""The benchmark on a user's own pictures, read by learned scorers."""
+"""The benchmark on a user's own images, read by learned scorers."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Edit:
     Attributes:
         prompt: holds every instruction, each word for word.
         instructions: the swept ones.
-        attributes: for each instruction the phrase that the edited picture is compared with.
+        attributes: for each instruction the phrase that the edited image is compared with.
     """
 
     prompt: str
@@ -106,20 +106,20 @@ def _texts(fields: Mapping[str, Any], name: str) -> tuple[str, ...]:
     return tuple(normalise(v).strip() for v in values)
 
 
-class Pictures:
-    """Every picture of a folder with every edit of a prompts file, in a shuffled order that is the same in every run.
+class OwnImages:
+    """Every image of a folder with every edit of a prompts file, in a shuffled order that is the same in every run.
 
-    Scores are those of the picture as the base model is shown it: `preprocess` brings the source to the size of the edit, so
+    Scores are those of the image as the base model is shown it: `preprocess` brings the source to the size of the edit, so
     that nothing but the edit lies between the two.
 
     Args:
-        images: folder; its pictures are the files that end in .png, .jpg, .webp, .bmp or .tif.
+        images: folder; its images are the files that end in .png, .jpg, .webp, .bmp or .tif.
         prompts: JSON-lines file, see `read_edits`.
         attribute_scorers, distance_scorers: by name, see `load_scorer`.
-        preprocess: resizes a picture as the base model's family does, to `[1, 3, H, W]` in [−1, 1] (`Family.preprocess`).
+        preprocess: resizes an image as the base model's family does, to `[1, 3, H, W]` in [−1, 1] (`Family.preprocess`).
 
     Raises:
-        SliderEditError: a folder without pictures, or a prompts file that cannot be used.
+        SliderEditError: a folder without images, or a prompts file that cannot be used.
     """
 
     def __init__(
@@ -136,10 +136,10 @@ class Pictures:
             found = sorted(p for p in images.iterdir() if p.is_file() and p.suffix.lower() in _SUFFIXES)
         except OSError as error:
             raise SliderEditError(
-                f"image folder {str(images)!r} cannot be read ({error.strerror}); give a folder of pictures"
+                f"image folder {str(images)!r} cannot be read ({error.strerror}); give a folder of images"
             ) from None
         if not found:
-            raise SliderEditError(f"image folder {str(images)!r} holds no picture; put PNG, JPEG or WebP files into it")
+            raise SliderEditError(f"image folder {str(images)!r} holds no image; put PNG, JPEG or WebP files into it")
         edits = read_edits(prompts)
         # The number tells "a.png" from "a.jpg" and names apart that are equal once they are safe.
         names = {p: f"{i:04d}-{re.sub(r'[^A-Za-z0-9_-]+', '-', p.stem)[:40]}" for i, p in enumerate(found)}
@@ -156,7 +156,7 @@ class Pictures:
         A case's noise has its place in the order as seed.
 
         Raises:
-            SliderEditError: fewer cases than both phases have asked for together, or a picture that cannot be read.
+            SliderEditError: fewer cases than both phases have asked for together, or an image that cannot be read.
         """
         names = [name for name, (_, edit) in self._entries.items() if len(edit.instructions) == sliders]
         self._asked[phase, sliders] = count
@@ -165,7 +165,7 @@ class Pictures:
             raise SliderEditError(
                 f"{str(self.images)!r} and {str(self.prompts)!r} make {len(names)} cases of {sliders} instructions, and the "
                 f"benchmark asks for {wanted['bench']} and the search for ranges for {wanted['search']} others; "
-                "add pictures or prompts, or ask for fewer"
+                "add images or prompts, or ask for fewer"
             )
         places = range(count) if phase == "bench" else range(len(names) - count, len(names))
         opened: dict[Path, Image.Image] = {}
@@ -184,10 +184,10 @@ class Pictures:
         return self._source_scores[case.name]
 
     def score(self, case: Case, images: Tensor) -> list[Scores]:
-        """Scores of edited pictures, float32 `[N, 3, H, W]` in [0, 1].
+        """Scores of edited images, float32 `[N, 3, H, W]` in [0, 1].
 
         Raises:
-            SliderEditError: a scorer that compares pixels is given pictures of another size than `preprocess` makes.
+            SliderEditError: a scorer that compares pixels is given images of another size than `preprocess` makes.
         """
         _, edit = self._entries[case.name]
         source = self._source(case)
@@ -204,11 +204,11 @@ class Pictures:
 
 
 @dataclass(frozen=True)
-class PictureOptions:
-    """Which pictures, edits and scorers.
+class OwnImageOptions:
+    """Which images, edits and scorers.
 
     Attributes:
-        images, prompts: as for `Pictures`.
+        images, prompts: as for `OwnImages`.
         attribute_scorers, distance_scorers: names from `slideredit_rt.evaluation.scorers.SCORERS`.
         sources: by scorer, where its model is instead of its usual repository.
         device: of the scorers.
@@ -222,11 +222,11 @@ class PictureOptions:
     device: str = "cpu"
 
 
-def open_pictures(options: PictureOptions, family: Family, base: Path) -> Pictures:
-    """The dataset that options name, for a base checkpoint; pictures and prompts are checked before any model is loaded.
+def open_own_images(options: OwnImageOptions, family: Family, base: Path) -> OwnImages:
+    """The dataset that options name, for a base checkpoint; images and prompts are checked before any model is loaded.
 
     Raises:
-        SliderEditError: pictures that cannot be used, a scorer that is unknown, of the other sort, or cannot be loaded.
+        SliderEditError: images that cannot be used, a scorer that is unknown, of the other sort, or cannot be loaded.
     """
     names = (*options.attribute_scorers, *options.distance_scorers)
     if unknown := [name for name in names if name not in SCORERS]:
@@ -237,8 +237,8 @@ def open_pictures(options: PictureOptions, family: Family, base: Path) -> Pictur
     if not options.attribute_scorers:
         raise SliderEditError("no attribute scorer was named, so no response can be read; name one, such as clip")
     preprocess = partial(family.preprocess, family.load_pipeline(base, transformer=False))
-    pictures = Pictures(options.images, options.prompts, {}, {}, preprocess)
+    images = OwnImages(options.images, options.prompts, {}, {}, preprocess)
     loaded = {name: load_scorer(name, options.sources.get(name), options.device) for name in names}
-    pictures.attribute_scorers = {n: s for n, s in loaded.items() if isinstance(s, AttributeScorer)}
-    pictures.distance_scorers = {n: s for n, s in loaded.items() if isinstance(s, DistanceScorer)}
-    return pictures
+    images.attribute_scorers = {n: s for n, s in loaded.items() if isinstance(s, AttributeScorer)}
+    images.distance_scorers = {n: s for n, s in loaded.items() if isinstance(s, DistanceScorer)}
+    return images
