@@ -5,6 +5,9 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import onnx
@@ -80,7 +83,14 @@ def trace(backbone: SliderBackbone, config: Any) -> torch.onnx.ONNXProgram:
     specs = [*backbone.family.input_specs(config), *backbone.slider_specs()]
     device = next(backbone.parameters()).device
     inputs = {spec.name: inputs[spec.name].to(device) for spec in specs}
-    program = torch.onnx.export(
+    with _quiet_exporter():
+        program = _export(backbone, config, inputs)
+    assert program is not None
+    return program
+
+
+def _export(backbone: SliderBackbone, config: Any, inputs: dict[str, torch.Tensor]) -> torch.onnx.ONNXProgram | None:
+    return torch.onnx.export(
         backbone.eval(),
         kwargs={"inputs": inputs},
         dynamo=True,
@@ -92,5 +102,15 @@ def trace(backbone: SliderBackbone, config: Any) -> torch.onnx.ONNXProgram:
         custom_translation_table={torch.ops.slideredit.masked_lora_linear.default: _translate},
         verbose=False,
     )
-    assert program is not None
-    return program
+
+
+@contextmanager
+def _quiet_exporter() -> Iterator[None]:
+    """Hide what torch's exporter says about packages that nothing here uses: it stands between a person and our own words."""
+    logger = logging.getLogger("torch.onnx")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)

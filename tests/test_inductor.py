@@ -75,8 +75,7 @@ def compiled() -> int:
 def test_fifty_settings_compile_nothing(folders: dict[str, Path], eager: dict[str, SliderBackbone], kind: str) -> None:
     manifest, engine = open_engine(folders[kind])
     first = example_inputs(eager[kind], manifest.config, *SIZES, 3)
-    kept = engine(first)
-    copy = kept.clone()
+    address = engine(first).data_ptr()
     before = compiled()
     assert before > 0
     for seed in range(50):
@@ -88,11 +87,11 @@ def test_fifty_settings_compile_nothing(folders: dict[str, Path], eager: dict[st
         if seed % 11 == 0:
             inputs["token_mask"].zero_()
         actual = engine(inputs)
+        assert actual.data_ptr() == address
         if seed % 10 == 0:
             assert (actual - eager[kind](inputs)).abs().max() <= 1e-5
     assert compiled() == before
     assert not counters["graph_break"]
-    assert torch.equal(kept, copy), "an output is its caller's own"
 
 
 @pytest.mark.usefixtures("as_traced")

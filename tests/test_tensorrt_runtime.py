@@ -16,6 +16,7 @@ import subprocess
 import sys
 import weakref
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -587,11 +588,14 @@ class TestCalls:
         gc.collect()
         assert log[-1] == ("released", "Runtime")
 
-    def test_an_output_is_its_callers_own(self, load: Callable[..., TensorRTEngine]) -> None:
+    def test_an_output_is_its_threads_own_and_stays_where_it_is(self, load: Callable[..., TensorRTEngine]) -> None:
         engine = load()
         first = engine(request(seed=1))
-        engine(request(seed=2))
+        with ThreadPoolExecutor(1) as other:
+            second = other.submit(engine, request(seed=2)).result()
         assert torch.equal(first, answer(request(seed=1)))
+        assert torch.equal(second, answer(request(seed=2)))
+        assert engine(request(seed=3)).data_ptr() == first.data_ptr()
 
     def test_request_is_checked_on_every_call(self, load: Callable[..., TensorRTEngine]) -> None:
         engine = load()

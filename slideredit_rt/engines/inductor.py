@@ -20,7 +20,7 @@ from slideredit_rt.checkpoint import CONFIG_FILE, meta_transformer
 from slideredit_rt.engines.backend import Backend, BuildJob, Compiled
 from slideredit_rt.engines.cuda import CudaDevice
 from slideredit_rt.engines.manifest import ADAPTER_FILE, Manifest
-from slideredit_rt.engines.request import check_request, own_output
+from slideredit_rt.engines.request import Outputs, check_request
 from slideredit_rt.engines.shapes import ShapeCache
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.families import get_family
@@ -102,6 +102,7 @@ class InductorEngine:
         # Outputs lie outside of it and graphs replay one at a time, so that all of them can use the same memory.
         self._pool = torch.cuda.graph_pool_handle() if self._cuda else None
         self._bindings: ShapeCache[_Binding] = ShapeCache(_MAX_BINDINGS, lambda _: cuda.wait() if cuda else None)
+        self._outputs = Outputs(_MAX_BINDINGS)
         self._backbone: SliderBackbone | None = backbone
         compile_blocks(backbone)
 
@@ -138,7 +139,7 @@ class InductorEngine:
             backbone = self._backbone
             if backbone is None:
                 raise SliderEditError("the engine was closed; open it again")
-            result = own_output(self.manifest, sizes, inputs)
+            result = self._outputs.of(self.manifest, sizes, inputs)
             with self._stream():
                 binding = self._bindings.get(key, lambda: self._bind(backbone, sizes, inputs))
                 _fill(binding.inputs, inputs)

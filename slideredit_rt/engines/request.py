@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from slideredit_rt.engines.manifest import Manifest
+from slideredit_rt.engines.shapes import ShapeCache
 from slideredit_rt.errors import SliderEditError
 
 
@@ -54,22 +56,37 @@ def check_request(manifest: Manifest, inputs: Mapping[str, Tensor]) -> dict[str,
     return sizes
 
 
-def own_output(manifest: Manifest, sizes: Mapping[str, int], inputs: Mapping[str, Tensor]) -> Tensor:
-    """An output tensor for one caller alone, on the device of its inputs, to be filled before another one's turn comes.
-
-    Called on the caller's CUDA stream, to which its memory then belongs: the engine's stream waits for that one and the other
-    way round.
+class Outputs(threading.local):
+    """One thread's output tensors, one for each set of shapes: no other thread writes them, and they stay where they are.
 
     Args:
-        sizes: from `check_request`.
-
-    Raises:
-        SliderEditError: the device's memory is used up.
+        most: sets of shapes; the least recently used goes first.
     """
-    spec, device = manifest.outputs[0], inputs[manifest.inputs[0].name].device
-    try:
-        return torch.empty(spec.resolve(sizes), dtype=getattr(torch, spec.dtype), device=device)
-    except torch.OutOfMemoryError:
-        raise SliderEditError(
-            f"the GPU has no memory left for the sizes {dict(sizes)}; use a smaller batch or resolution"
-        ) from None
+
+    def __init__(self, most: int) -> None:
+        self._tensors: ShapeCache[Tensor] = ShapeCache(most)
+
+    def of(self, manifest: Manifest, sizes: Mapping[str, int], inputs: Mapping[str, Tensor]) -> Tensor:
+        """Return the output for a call, on the device of its inputs, to be filled before another thread's turn comes.
+
+        Called on the caller's CUDA stream, to which its memory then belongs: the engine's stream waits for that one and the
+        other way round.
+
+        Args:
+            manifest: the engine's.
+            sizes: from `check_request`.
+            inputs: of the call.
+
+        Raises:
+            SliderEditError: the device's memory is used up.
+        """
+        spec, device = manifest.outputs[0], inputs[manifest.inputs[0].name].device
+        shape = spec.resolve(sizes)
+        try:
+            return self._tensors.get(
+                (shape, device), lambda: torch.empty(shape, dtype=getattr(torch, spec.dtype), device=device)
+            )
+        except torch.OutOfMemoryError:
+            raise SliderEditError(
+                f"the GPU has no memory left for the sizes {dict(sizes)}; use a smaller batch or resolution"
+            ) from None

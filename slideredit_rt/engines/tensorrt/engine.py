@@ -18,7 +18,7 @@ from torch import Tensor
 
 from slideredit_rt.engines.cuda import CudaDevice
 from slideredit_rt.engines.manifest import Manifest
-from slideredit_rt.engines.request import check_request, own_output
+from slideredit_rt.engines.request import Outputs, check_request
 from slideredit_rt.engines.shapes import ShapeCache
 from slideredit_rt.engines.tensorrt.logger import make_logger
 from slideredit_rt.engines.tensorrt.options import RuntimeOptions
@@ -101,6 +101,7 @@ class TensorRTEngine:
         self.manifest = manifest
         self._lock = threading.RLock()
         self._trt, self._device, self._options = trt, device, options
+        self._outputs = Outputs(options.max_contexts)
         self._logger = make_logger(trt)
         try:
             runtime = trt.Runtime(self._logger)
@@ -158,7 +159,7 @@ class TensorRTEngine:
         with self._lock:
             if not self._release.alive:
                 raise SliderEditError("the engine was closed; open it again")
-            result = own_output(self.manifest, sizes, inputs)
+            result = self._outputs.of(self.manifest, sizes, inputs)
             with self._device.stream() as stream:
                 binding = self._loaded.bindings.get(tuple(sizes.values()), lambda: self._bind(sizes))
                 for name, buffer in binding.inputs.items():
