@@ -12,6 +12,7 @@ import argparse
 import copy
 import json
 import logging
+import shutil
 import statistics
 import sys
 import tempfile
@@ -28,7 +29,7 @@ from torch import Tensor
 
 try:
     import triton
-    from diffusers import AutoModel, FluxTransformer2DModel
+    from diffusers import AutoencoderKL, AutoModel, FluxTransformer2DModel
 
     from slideredit_rt.adapters import Adapter, load_adapter
     from slideredit_rt.assets import resolve_base
@@ -41,7 +42,7 @@ try:
     from slideredit_rt.errors import SliderEditError
     from slideredit_rt.export.build import build_engine
     from slideredit_rt.export.onnx_graph import example_inputs
-    from slideredit_rt.families import KINDS, Kind, family_of, get_family
+    from slideredit_rt.families import KINDS, Kind, family_of
     from slideredit_rt.files import atomic_file
     from slideredit_rt.modules import SliderBackbone
 except ModuleNotFoundError as missing:
@@ -106,12 +107,16 @@ class Measurement:
 
 
 def random_checkpoint(folder: Path, config: Mapping[str, Any]) -> Path:
-    """A FLUX of random bfloat16 weights, with as much of a pipeline around it as a build reads."""
+    """A FLUX of random bfloat16 weights, with the embedded editor's encoders and a small autoencoder of FLUX's factor 8."""
+    shutil.copytree(resolve_base("shapes-kontext"), folder, ignore=shutil.ignore_patterns("transformer", "vae"))
     torch.manual_seed(0)
     FluxTransformer2DModel(**config).to(torch.bfloat16).save_pretrained(folder / "transformer")
-    (folder / "vae").mkdir()
-    (folder / "vae" / "config.json").write_text(json.dumps({"block_out_channels": [128, 256, 512, 512]}))
-    (folder / "model_index.json").write_text(json.dumps({"_class_name": get_family("flux_kontext").pipeline_classes[0]}))
+    AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(32,) * 4,
+        latent_channels=16,
+    ).save_pretrained(folder / "vae")
     return folder
 
 

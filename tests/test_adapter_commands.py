@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from slideredit_rt.adapters import FORMATS, Adapter, load_adapter, save_adapter
 from slideredit_rt.assets import resolve_adapter, resolve_base
 from slideredit_rt.cli import main
-from slideredit_rt.engines.manifest import MODEL_FILE, read_manifest
+from slideredit_rt.engines.manifest import read_manifest
+from slideredit_rt.export import linked_weights
 from slideredit_rt.export.linked_weights import LinkedExport
 from slideredit_rt.families import Family
 
@@ -188,12 +189,13 @@ def test_a_partial_build_only_when_told_so(
 ) -> None:
     exported: list[Adapter] = []
 
-    def export(family: Family, checkpoint: Path, adapter: Adapter, folder: Path, *_: Any, **__: Any) -> LinkedExport:
-        exported.append(adapter)
-        (folder / MODEL_FILE).write_bytes(b"graph")
-        return LinkedExport({}, "float32", [], [], [MODEL_FILE], {}, 5, {"native": 11}, [])
+    real = linked_weights.export_linked
 
-    monkeypatch.setattr("slideredit_rt.export.linked_weights.export_linked", export)
+    def export(family: Family, checkpoint: Path, adapter: Adapter, *others: Any, **options: Any) -> LinkedExport:
+        exported.append(adapter)
+        return real(family, checkpoint, adapter, *others, **options)
+
+    monkeypatch.setattr(linked_weights, "export_linked", export)
     engine = tmp_path / "engine"
     build = ("build", "--base", "shapes-kontext", "--adapter", partial, "--out", engine)
     message = refused(capsys, *build, "--quiet")
@@ -211,9 +213,7 @@ def test_a_partial_build_only_when_told_so(
     assert adapter["fingerprint"] == exported[0].fingerprint
 
 
-def test_text_encoders_are_reported_wherever_an_adapter_is_told(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_text_encoders_are_reported_wherever_an_adapter_is_told(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     state = load_file(resolve_adapter("shapes-st"))
     encoder = [f"text_encoder.text_model.encoder.layers.{i}.mlp.fc1" for i in range(5)]
     extra = {f"{name}.lora_{part}.weight": torch.ones(2, 2) for name in encoder for part in "AB"}
@@ -225,11 +225,6 @@ def test_text_encoders_are_reported_wherever_an_adapter_is_told(
     convert = ("adapter", "convert", tmp_path / "both.safetensors", tmp_path / "one.safetensors", "--json")
     assert json.loads(run(capsys, *convert))["dropped"] == encoder
 
-    def export(family: Family, checkpoint: Path, adapter: Adapter, folder: Path, *_: Any, **__: Any) -> LinkedExport:
-        (folder / MODEL_FILE).write_bytes(b"graph")
-        return LinkedExport({}, "float32", [], [], [MODEL_FILE], {}, 5, {"native": 12}, [])
-
-    monkeypatch.setattr("slideredit_rt.export.linked_weights.export_linked", export)
     build = ("build", "--base", "shapes-kontext", "--adapter", tmp_path / "both.safetensors", "--out", tmp_path / "engine")
     assert main([str(a) for a in build]) == 0
     note = f"left out 5 linears of the text encoders that the adapter also updates: {', '.join(encoder[:4])}, …"
