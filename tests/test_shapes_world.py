@@ -87,7 +87,8 @@ def test_a_sample_image_does_not_load_the_trainers() -> None:
     script = """
 import sys
 import slideredit_rt.demo
-from slideredit_rt.serving.app import sample_image
+import slideredit_rt.serving.app
+from slideredit_rt.serving.static import sample_image
 print(sample_image()[1:4], [name for name in sys.modules if name.startswith("slideredit_rt.training")])
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
