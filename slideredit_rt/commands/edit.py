@@ -187,7 +187,7 @@ def _add_image_options(sub: argparse.ArgumentParser, example: str) -> None:
     sub.add_argument("--slider", action="append", required=True, metavar=example, help="repeat for several sliders")
     add_member_option(sub)
     sub.add_argument("--prompt", help="holds every instruction; default: the instructions joined by ' and '")
-    sub.add_argument("--seed", type=int, default=EditSettings.seed, help="of the initial noise (default: %(default)s)")
+    sub.add_argument("--seed", type=int, default=EditSettings.seed, help="seed of the initial noise (default: %(default)s)")
     sub.add_argument("--steps", type=int, help="denoising steps (default: the family's)")
     sub.add_argument("--guidance-scale", type=float, help="embedded guidance (default: the family's)")
     sub.add_argument("--true-cfg-scale", type=float, help="guidance with a negative pass (default: the family's; 1: none)")

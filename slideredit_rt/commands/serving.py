@@ -56,23 +56,37 @@ def add_serve_options(parser: argparse.ArgumentParser) -> None:
         "--no-step-batching", dest="step_batching", action="store_false", help="one edit after the other, for comparisons"
     )
     parser.add_argument(
-        "--cache-mib", type=int, default=defaults.cache_mib, help="for encoded images and prompts (default: %(default)s)"
+        "--cache-mib",
+        type=int,
+        default=defaults.cache_mib,
+        help="memory for encoded images and prompts, in MiB (default: %(default)s)",
     )
     parser.add_argument(
-        "--max-megapixels", type=float, default=defaults.max_megapixels, help="of an image that is sent (default: %(default)g)"
+        "--max-megapixels",
+        type=float,
+        default=defaults.max_megapixels,
+        help="largest accepted image, in megapixels (default: %(default)g)",
     )
-    parser.add_argument("--max-body-mib", type=float, default=defaults.max_body_mib, help="of a request (default: %(default)g)")
     parser.add_argument(
-        "--request-seconds", type=float, default=defaults.request_seconds, help="for an edit, before 504 (default: %(default)g)"
+        "--max-body-mib", type=float, default=defaults.max_body_mib, help="largest request body, in MiB (default: %(default)g)"
     )
     parser.add_argument(
-        "--preview-steps", type=int, default=defaults.preview_steps, help="of previews that say nothing (default: %(default)s)"
+        "--request-seconds",
+        type=float,
+        default=defaults.request_seconds,
+        help="time limit of an edit, before it gets 504, in seconds (default: %(default)g)",
+    )
+    parser.add_argument(
+        "--preview-steps",
+        type=int,
+        default=defaults.preview_steps,
+        help="denoising steps of previews that do not set num_inference_steps (default: %(default)s)",
     )
     parser.add_argument(
         "--drain-seconds",
         type=float,
         default=defaults.drain_seconds,
-        help="for accepted edits to finish after a signal (default: %(default)g)",
+        help="time for accepted edits to finish after a signal, in seconds (default: %(default)g)",
     )
     _add_ray_options(parser, defaults)
 
@@ -85,10 +99,16 @@ def _add_ray_options(parser: argparse.ArgumentParser, defaults: ServeSettings) -
     )
     ray.add_argument("--max-replicas", type=int, help="engines while the queue is long (default: as many as at all times)")
     ray.add_argument(
-        "--replica-cpus", type=float, default=defaults.replica_cpus, help="that Ray counts for each (default: %(default)g)"
+        "--replica-cpus",
+        type=float,
+        default=defaults.replica_cpus,
+        help="CPUs that Ray reserves per replica (default: %(default)g)",
     )
     ray.add_argument(
-        "--replica-gpus", type=float, default=defaults.replica_gpus, help="that Ray counts for each (default: %(default)g)"
+        "--replica-gpus",
+        type=float,
+        default=defaults.replica_gpus,
+        help="GPUs that Ray reserves per replica (default: %(default)g)",
     )
 
 
@@ -149,7 +169,7 @@ def _bench_serve(args: argparse.Namespace) -> int:
 def _add_bench_options(sub: argparse.ArgumentParser) -> None:
     place = sub.add_mutually_exclusive_group()
     place.add_argument("--base-url", help="of a running server, whose key is in $SLIDEREDIT_API_KEY (default: one is started)")
-    place.add_argument("--engine", type=user_path, help="of the server that is started (default: the embedded one)")
+    place.add_argument("--engine", type=user_path, help="engine of the server that is started (default: the embedded one)")
     sub.add_argument("--num-prompts", type=int, metavar="N", help="requests to measure (default: 64)")
     sub.add_argument("--request-rate", type=float, metavar="RATE", help="per second, at random times (default: inf, at once)")
     sub.add_argument("--max-concurrency", type=int, metavar="N", help="most requests under way at a time (default: no limit)")
