@@ -177,7 +177,7 @@ def _add_bench_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--sliders", choices=("mixed", "equal"), help="drawn for each request, or the same (default: mixed)")
     sub.add_argument("--preview-share", type=float, metavar="SHARE", help="of requests that are previews (default: 0)")
     sub.add_argument("--steps", type=int, help="denoising steps (default: the server's)")
-    sub.add_argument("--image", "--picture", type=user_path, help="to edit (default: scenes of the shapes world)")
+    sub.add_argument("--image", "--picture", type=user_path, help="image to edit (default: scenes of the shapes world)")
     sub.add_argument("--instruction", action="append", help="of the prompt; repeat (default: two of the shapes world)")
     sub.add_argument("--seed", type=int, help="of strengths, noise and times (default: 0)")
     sub.add_argument("--save-result", action="store_true", help="write the result as JSON")

@@ -86,8 +86,8 @@ class InductorEngine:
     lie on any device and are copied into buffers of fixed addresses. Sliders are filled up to the engine's largest number with
     alpha 0 and empty masks, which changes no bit, so that their number is no shape. Hence only another batch, text or image
     size compiles; the buffers and graphs of the last eight sets of shapes are kept. Torch caches compiled code on disk
-    (`TORCHINDUCTOR_CACHE_DIR`). Safe between threads: their calls run one after the other, and each gets an output of its own.
-    A context manager.
+    (`TORCHINDUCTOR_CACHE_DIR`). Safe between threads: their calls run one after the other, and each thread has outputs of its
+    own, which its next call with the same shapes writes again. A context manager.
 
     Args:
         backbone: its transformer's blocks are compiled in place.
@@ -107,7 +107,7 @@ class InductorEngine:
         compile_blocks(backbone)
 
     def close(self) -> None:
-        """Let go of graphs, buffers and weights; twice is once."""
+        """Let go of graphs, buffers and weights. Idempotent."""
         with self._lock:
             self.forget_shapes()
             self._backbone = None

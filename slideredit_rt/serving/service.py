@@ -188,7 +188,7 @@ class EditService:
         raise QueueFull(f"{waiting} images wait and the queue takes {self.max_queue}; try again later", retry_after)
 
     def close(self, *, drain: bool = True, timeout: float | None = None) -> None:
-        """Take no more requests and stop both threads; twice is once.
+        """Take no more requests and stop both threads. Idempotent.
 
         Args:
             drain: finish the requests that were accepted; without it, they are cancelled.

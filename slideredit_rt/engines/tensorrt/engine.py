@@ -73,8 +73,8 @@ class TensorRTEngine:
 
     Inputs may lie on the CPU or on the GPU: they are copied into buffers whose addresses stay the same, so that a captured
     CUDA graph replays with new alphas and masks. Safe between threads: calls run one after the other, each on its caller's
-    CUDA stream, and each gets an output of its own. A context manager; without `close()` it is released when it is collected,
-    or when the interpreter exits.
+    CUDA stream, and each thread has outputs of its own, which its next call with the same shapes writes again. A context
+    manager; without `close()` it is released when it is collected, or when the interpreter exits.
 
     Args:
         plan: the serialized engine.
@@ -133,7 +133,7 @@ class TensorRTEngine:
         """Take what earlier processes compiled for this card; TensorRT compiles nothing after a build."""
 
     def close(self) -> None:
-        """Release graphs, contexts, weights and the runtime, and keep what TensorRT-RTX compiled; twice is once."""
+        """Release graphs, contexts, weights and the runtime, and keep what TensorRT-RTX compiled. Idempotent."""
         with self._lock:
             self._release()
 
