@@ -197,4 +197,4 @@ def test_the_shipped_adapters_come_from_the_shipped_recipes(family: Family, kind
     recipe = adapter_recipe(kind)
     # The shipped ones were trained before there was a choice of projections.
     assert adapter.training | {"all_projections": False} == recipe.__dict__
-    assert F.mse_loss(torch.cat([b.flatten() for _, b in adapter.pairs.values()]), torch.zeros(1)) > 0
+    assert any(b.any() for _, b in adapter.pairs.values())

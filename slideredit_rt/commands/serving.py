@@ -48,6 +48,11 @@ def add_serve_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--base", help="where the base checkpoint is, if not where the manifest says")
     parser.add_argument("--threads", type=int, help="CPU threads of the backend")
+    _add_limits(parser, defaults)
+    _add_ray_options(parser, defaults)
+
+
+def _add_limits(parser: argparse.ArgumentParser, defaults: ServeSettings) -> None:
     parser.add_argument(
         "--max-queue", type=int, default=defaults.max_queue, help="images that may wait, before 429 (default: %(default)s)"
     )
@@ -88,7 +93,6 @@ def add_serve_options(parser: argparse.ArgumentParser) -> None:
         default=defaults.drain_seconds,
         help="time for accepted edits to finish after a signal, in seconds (default: %(default)g)",
     )
-    _add_ray_options(parser, defaults)
 
 
 def _add_ray_options(parser: argparse.ArgumentParser, defaults: ServeSettings) -> None:
