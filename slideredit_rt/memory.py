@@ -1,0 +1,260 @@
+"""Device memory of an edit, from checkpoint headers and traced shapes: no weight is read and no GPU is needed."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import diffusers
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from slideredit_rt.checkpoint import (
+    Stored,
+    components,
+    meta_transformer,
+    read_header,
+    read_index,
+    read_weights,
+    weight_files,
+)
+from slideredit_rt.engines.manifest import Manifest
+from slideredit_rt.engines.tensorrt import PLAN_FILE
+from slideredit_rt.families import Family, get_family
+
+Offload = Literal["none", "encoders", "all"]
+RESERVED = 3 * 2**29
+"""Bytes that are not planned with: the CUDA context, libraries' workspaces and fragmentation (1.5 GiB)."""
+DEPLOYED = torch.bfloat16
+"""Dtype of encoders and autoencoder on a GPU."""
+STREAMED_SHARE = 0.1
+"""Least share of a plan's weights that has to fit on the card for weight streaming to be worth it."""
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes that the parts of an edit take on a device.
+
+    Attributes:
+        weights: the backbone's, adapter included.
+        encoders: text encoders.
+        decoder: the autoencoder.
+        step: activations of one denoising step, for each image of a batch: the largest sum of live tensors in an eager step.
+            A compiled step needs less.
+        decode: activations of decoding one image; batches are decoded one image at a time.
+        tiled_decode: the same in tiles.
+        max_batch: the engine's.
+        streams: whether the backend can stream weights from the host.
+    """
+
+    weights: int
+    encoders: int
+    decoder: int
+    step: int
+    decode: int
+    tiled_decode: int
+    max_batch: int
+    streams: bool
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What fits on a card of a given size, in GiB.
+
+    Attributes:
+        vram_gib: memory of the card.
+        weights_gib: backbone weights that stay on the card.
+        encoders_gib: text encoders; on the card only during an encoding unless `offload` is `none`.
+        decoder_gib: autoencoder.
+        activations_gib: of a batch of 1.
+        offload: `none`, `encoders` or `all`, the first that fits; `all` where nothing does.
+        tiles: whether images have to be decoded in tiles.
+        max_batch: the largest batch that fits, up to the engine's; 0 where not even one image does.
+        fits: whether one image fits.
+    """
+
+    vram_gib: float
+    weights_gib: float
+    encoders_gib: float
+    decoder_gib: float
+    activations_gib: float
+    offload: Offload
+    tiles: bool
+    max_batch: int
+    fits: bool
+
+
+def plan_memory(footprint: Footprint, vram: int) -> MemoryPlan:
+    """Choose what leaves the card so that the rest fits on it.
+
+    Text encoders leave first, because they only work when a prompt changes; then the backbone's weights are streamed, where
+    the backend can. Decoding in tiles costs less than either and is preferred to them.
+
+    Args:
+        footprint: of the engine.
+        vram: memory of the card in bytes.
+    """
+    choices: list[tuple[Offload, int, int]] = [
+        ("none", footprint.weights, footprint.encoders),
+        ("encoders", footprint.weights, 0),
+        ("all", math.ceil(footprint.weights * STREAMED_SHARE) if footprint.streams else footprint.weights, 0),
+    ]
+    for offload, weights, encoders in choices:
+        for tiles in (False, True):
+            room = vram - RESERVED - weights - encoders - footprint.decoder
+            decode = footprint.tiled_decode if tiles else footprint.decode
+            # An encoder that visits the card does so beside the weights, but not beside a step of this edit.
+            visit = footprint.encoders if offload == "encoders" else 0
+            batch = room // footprint.step if room >= max(decode, visit, footprint.step) else 0
+            if batch >= 1:
+                return _plan(footprint, vram, weights, offload, tiles, min(batch, footprint.max_batch))
+    return _plan(footprint, vram, choices[-1][1], "all" if footprint.streams else "encoders", True, 0)
+
+
+def _plan(footprint: Footprint, vram: int, weights: int, offload: Offload, tiles: bool, batch: int) -> MemoryPlan:
+    decode = footprint.tiled_decode if tiles else footprint.decode
+    sizes = (vram, weights, footprint.encoders, footprint.decoder, max(footprint.step, decode))
+    return MemoryPlan(*(round(size / 2**30, 2) for size in sizes), offload, tiles, batch, batch >= 1)
+
+
+def engine_footprint(folder: Path, manifest: Manifest, base: Path) -> Footprint:
+    """Return what an engine and its base take on a device, for edits of one image at the base's usual size.
+
+    Args:
+        folder: engine folder.
+        manifest: the folder's.
+        base: folder of the checkpoint that encodes and decodes.
+
+    Raises:
+        SliderEditError: files of the engine or the base that cannot be read.
+    """
+    family = get_family(manifest.family)
+    pipeline = _decoding_pipeline(base)
+    side = family.side(pipeline)
+    channels = int(manifest.config["in_channels"])
+    rows = (side // (2 * pipeline.vae_scale_factor)) ** 2
+    text_rows = manifest.ranges["text_rows"][2] if "text_rows" in manifest.ranges else family.usual_text_rows
+    transformer = meta_transformer(base / "transformer").to(getattr(torch, manifest.dtype))
+    family.prepare_transformer(transformer)
+    inputs = family.random_inputs(manifest.config, 1, text_rows, 2 * rows, torch.Generator())
+    on_meta = {name: value.to("meta") for name, value in inputs.items()}
+    latents = torch.empty(1, rows, channels, device="meta")
+
+    def decode() -> object:
+        return family.decode_pixels(pipeline, latents, side, side)
+
+    whole = live_peak(decode, pipeline.vae)
+    tile(pipeline.vae)
+    return Footprint(
+        weights=_engine_weights(folder, manifest),
+        encoders=sum(_deployed_bytes(base / name, library) for name, library in _encoders(base)),
+        decoder=_deployed_bytes(base / "vae", "diffusers"),
+        step=live_peak(lambda: family.run(transformer, on_meta), transformer),
+        decode=whole,
+        tiled_decode=live_peak(decode, pipeline.vae),
+        max_batch=manifest.max_batch,
+        streams=PLAN_FILE in manifest.files,
+    )
+
+
+def tile(vae: Any) -> None:
+    """Let an autoencoder decode in tiles of 512 pixels, where its class can.
+
+    At diffusers' own setting, the FLUX autoencoder makes a single tile of an image of 1024 × 1024.
+    """
+    if hasattr(vae, "tile_latent_min_size"):
+        factor = vae.config.sample_size / vae.tile_latent_min_size if vae.tile_latent_min_size else 8
+        vae.tile_sample_min_size = min(vae.tile_sample_min_size, 512)
+        vae.tile_latent_min_size = int(vae.tile_sample_min_size / factor)
+    vae.enable_tiling()
+
+
+def live_peak(call: Callable[[], object], module: nn.Module) -> int:
+    """Return the largest sum of bytes of tensors that live at one time while `call` runs on the `meta` device.
+
+    Attention counts as one operator that keeps no scores, as flash attention does.
+
+    Args:
+        call: runs `module`.
+        module: its own parameters and buffers do not count.
+    """
+    own = {tensor.untyped_storage()._cdata for tensor in (*module.parameters(), *module.buffers())}
+    with torch.no_grad(), _FusedAttention(), _LiveBytes(own) as live:
+        call()
+    return live.peak
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Bytes of the storages that operators made and that are still referred to."""
+
+    def __init__(self, known: set[int]) -> None:
+        super().__init__()
+        self.peak = 0
+        self._known = known
+        self._live: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage())._cdata not in self._known:
+                self._live.setdefault(storage._cdata, (StorageWeakRef(storage), storage.nbytes()))
+        self._live = {key: held for key, held in self._live.items() if not held[0].expired()}
+        self.peak = max(self.peak, sum(size for _, size in self._live.values()))
+        return result
+
+
+class _FusedAttention(TorchFunctionMode):
+    """Attention without its scores: on `meta`, torch would take the expression that keeps them."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.scaled_dot_product_attention:
+            given = inspect.signature(_attention).bind(*args, **(kwargs or {})).arguments
+            query, value = given["query"], given["value"]
+            return query.new_empty(*query.shape[:-1], value.shape[-1])
+        return func(*args, **(kwargs or {}))
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, *others: Any, **options: Any) -> None:
+    """The leading arguments of `scaled_dot_product_attention`."""
+
+
+def _decoding_pipeline(base: Path) -> Any:
+    """A base's pipeline on `meta` with nothing but its scheduler and its autoencoder: enough to decode."""
+    pipeline_class = getattr(diffusers, read_index(base)["_class_name"])
+    names = list(inspect.signature(pipeline_class.__init__).parameters)[1:]
+    vae = meta_transformer(base / "vae").to(DEPLOYED)
+    return pipeline_class(**{name: {"vae": vae}.get(name) for name in names})
+
+
+def _encoders(base: Path) -> list[tuple[str, str]]:
+    """Names of a base's components of transformers that have weights, each with its library."""
+    found = [(name, library) for name, (library, _) in components(base).items() if library == "transformers"]
+    return [(name, library) for name, library in found if weight_files(base / name, library)]
+
+
+def _deployed_bytes(folder: Path, library: str) -> int:
+    return sum(_size(stored) for stored in read_weights(folder, library).values())
+
+
+def _size(stored: Stored) -> int:
+    return math.prod(stored.shape) * (DEPLOYED.itemsize if stored.dtype.is_floating_point else stored.dtype.itemsize)
+
+
+def _engine_weights(folder: Path, manifest: Manifest) -> int:
+    """Bytes of a plan, or of the weights that an engine reads: its own files hide tensors of the same name in linked ones."""
+    if PLAN_FILE in manifest.files:
+        return int(manifest.files[PLAN_FILE]["bytes"])
+    names = [name for name in (*manifest.files, *manifest.links) if name.endswith(".safetensors")]
+    tensors: dict[str, Stored] = {}
+    for name in names:
+        tensors = read_header(folder / name)[0] | tensors
+    return sum(stored.length for stored in tensors.values())
