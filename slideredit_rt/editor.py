@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import threading
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -451,13 +450,14 @@ class SliderEditor:
         """See `denoise`; a row that is not finite is NaN throughout."""
         negative = self.family.negative_inputs(self.config, conditioning, inputs)
         latents = conditioning.latents.repeat(len(inputs["alpha"]), 1, 1)
-        scheduler = copy.deepcopy(self.pipeline.scheduler)
+        schedule = self.family.schedule(self.pipeline, latents.shape[1], steps).to(latents.device)
         alpha = inputs["alpha"].clone()
-        for step, timestep in enumerate(self.family.set_timesteps(self.pipeline, scheduler, conditioning, steps)):
+        for step in range(steps):
             # In place: an engine may have bound the tensor's memory.
             inputs["alpha"].copy_(alpha * (step >= first_step))
+            timestep = schedule.timesteps[step]
             velocity = self.family.predict(self.engine, inputs, latents, timestep, negative, true_cfg_scale)
-            latents = scheduler.step(velocity, timestep, latents, return_dict=False)[0]
+            latents = latents + schedule.deltas[step] * velocity
             if bar is not None:
                 bar.update()
         return self.decode(latents, conditioning.height, conditioning.width)

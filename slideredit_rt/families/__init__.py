@@ -6,7 +6,7 @@ from pathlib import Path
 
 from slideredit_rt.checkpoint import read_index
 from slideredit_rt.errors import SliderEditError
-from slideredit_rt.families.base import KINDS, Conditioning, EncodedImages, Family, Kind, RowSet, TensorSpec
+from slideredit_rt.families.base import KINDS, Conditioning, EncodedImages, Family, Kind, RowSet, Schedule, TensorSpec
 from slideredit_rt.families.flux_kontext import FluxKontext
 from slideredit_rt.families.qwen_image_edit import QwenImageEdit
 
@@ -20,6 +20,7 @@ __all__ = [
     "Family",
     "Kind",
     "RowSet",
+    "Schedule",
     "TensorSpec",
     "family_of",
     "get_family",

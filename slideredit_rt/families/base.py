@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -12,6 +13,7 @@ from typing import Any, ClassVar, Literal
 import diffusers
 import numpy as np
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.flux.pipeline_flux_kontext import calculate_shift, retrieve_timesteps
 from PIL import Image
 from torch import Tensor, nn
@@ -68,6 +70,26 @@ class Conditioning:
     @property
     def image_rows(self) -> int:
         return self.latents.shape[1] + self.reference.shape[1]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Noise levels of a run, float32.
+
+    Attributes:
+        timesteps: what the backbone is told in each step, `[steps]` in [0, 1].
+        deltas: what each step adds to the noise level, `[steps]`.
+    """
+
+    timesteps: Tensor
+    deltas: Tensor
+
+    def __len__(self) -> int:
+        return len(self.timesteps)
+
+    def to(self, device: torch.device) -> Schedule:
+        """Return the schedule on a device."""
+        return Schedule(self.timesteps.to(device), self.deltas.to(device))
 
 
 @dataclass(frozen=True)
@@ -211,13 +233,15 @@ class Family(ABC):
     def draw_noise(self, pipeline: Any, height: int, width: int, seed: int) -> Tensor:
         """Initial noise for an image of `height` × `width` pixels, float32 `[1, latent_rows, C]`, as diffusers draws it.
 
+        On the CPU, so that a seed gives the same noise whatever device an edit runs on.
+
         Args:
             seed: one that `slideredit_rt.settings.check_seed` lets pass.
         """
-        vae, generator = pipeline.vae, torch.Generator().manual_seed(int(seed))
+        generator = torch.Generator().manual_seed(int(seed))
         shape = (1, pipeline.latent_channels, height, width)
-        latents: Tensor = pipeline.prepare_latents(None, *shape, vae.dtype, vae.device, generator)[0]
-        return latents.float()
+        latents: Tensor = pipeline.prepare_latents(None, *shape, torch.float32, torch.device("cpu"), generator)[0]
+        return latents
 
     def condition(
         self,
@@ -254,14 +278,23 @@ class Family(ABC):
     def preprocess(self, pipeline: Any, image: Image.Image) -> Tensor:
         """Resize to the size that the base model edits at: `[1, 3, H, W]` in [−1, 1]."""
 
-    def set_timesteps(self, pipeline: Any, scheduler: Any, conditioning: Conditioning, steps: int) -> Tensor:
-        """Prepare a diffusers scheduler for `steps` steps and return its timesteps.
+    def schedule(self, pipeline: Any, latent_rows: int, steps: int) -> Schedule:
+        """Return the noise levels of a run, on the CPU.
 
         By default as diffusers does for flow matching: the noise levels shift with the number of latent rows.
+
+        Raises:
+            SliderEditError: a scheduler other than the Euler method for flow matching, or too few steps for it.
         """
+        scheduler = copy.deepcopy(pipeline.scheduler)
         config = scheduler.config
+        if type(scheduler) is not FlowMatchEulerDiscreteScheduler or config.get("stochastic_sampling"):
+            raise SliderEditError(
+                f"this base's scheduler is a {type(scheduler).__name__}, and edits need a FlowMatchEulerDiscreteScheduler "
+                "without stochastic sampling; change scheduler/scheduler_config.json of the base"
+            )
         mu = calculate_shift(
-            conditioning.latents.shape[1],
+            latent_rows,
             config.get("base_image_seq_len", 256),
             config.get("max_image_seq_len", 4096),
             config.get("base_shift", 0.5),
@@ -272,8 +305,7 @@ class Family(ABC):
         # Stretching a schedule to a last noise level (`shift_terminal`) divides by zero where it has one step only.
         if not torch.isfinite(timesteps).all():
             raise SliderEditError(f"this base's scheduler cannot make a schedule of {steps} step; use at least 2")
-        scheduler.set_begin_index(0)
-        return timesteps
+        return Schedule(timesteps / 1000, scheduler.sigmas.diff())
 
     @abstractmethod
     def decode_pixels(self, pipeline: Any, latents: Tensor, height: int, width: int) -> Tensor:
@@ -337,17 +369,17 @@ class Family(ABC):
         negative: Mapping[str, Tensor] | None = None,
         true_cfg_scale: float | Tensor = 1.0,
     ) -> Tensor:
-        """The velocity for `latents` `[B, latent_rows, C]` at a scheduler timestep in [0, 1000].
+        """The velocity for `latents` `[B, latent_rows, C]` at a timestep in [0, 1].
 
         Args:
-            timestep: one for all rows, or `[B]`.
+            timestep: from a `Schedule`, on the device of the inputs: one for all rows, or `[B]`.
             inputs: from `batch_inputs`.
             negative: from `negative_inputs`; None makes one pass without guidance.
             true_cfg_scale: of the guidance between the two passes.
         """
         rows = latents.shape[1]
         inputs["hidden_states"][:, :rows].copy_(latents)
-        inputs["timestep"].copy_(timestep / 1000)
+        inputs["timestep"].copy_(timestep)
         prediction = backbone(inputs)[:, :rows]
         if negative is None:
             return prediction

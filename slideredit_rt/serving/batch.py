@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from slideredit_rt.editor import Prepared, SliderEditor
+from slideredit_rt.families import Schedule
 
 _SLIDERS = ("alpha", "token_mask")  # as wide as the engine allows
 _OF_THE_STEP = ("hidden_states", "timestep")  # written by every step, the same in the negative pass
@@ -28,6 +28,7 @@ class Row:
         key: equal in rows that can share an engine call.
         inputs, negative: of the backbone, each with a batch of 1; shared by the rows of an owner, but for `alpha`.
         latents: `[1, latent_rows, C]`, after `step` steps.
+        schedule: of the whole run, on the device of the latents.
         true_cfg_scale: of the guidance against `negative`.
     """
 
@@ -37,8 +38,7 @@ class Row:
     inputs: dict[str, Tensor]
     negative: dict[str, Tensor] | None
     latents: Tensor
-    scheduler: Any
-    timesteps: Tensor
+    schedule: Schedule
     true_cfg_scale: float
     height: int
     width: int
@@ -47,7 +47,7 @@ class Row:
 
     @property
     def steps(self) -> int:
-        return len(self.timesteps)
+        return len(self.schedule)
 
     @property
     def done(self) -> bool:
@@ -78,11 +78,11 @@ def make_rows(
     inputs = editor.backbone_inputs(prepared, alphas[:1])
     negative = family.negative_inputs(editor.config, conditioning, inputs)
     key = (conditioning.height, conditioning.width, *_shape_key(editor, inputs), *_shape_key(editor, negative or {}))
+    latent_rows, device = conditioning.latents.shape[1], conditioning.latents.device
+    schedule = family.schedule(editor.pipeline, latent_rows, steps).to(device)
     rows = []
     for index, (alpha, seed) in enumerate(zip(alphas.split(1), seeds, strict=True)):
         noise = family.draw_noise(editor.pipeline, conditioning.height, conditioning.width, seed)
-        scheduler = copy.deepcopy(editor.pipeline.scheduler)
-        timesteps = family.set_timesteps(editor.pipeline, scheduler, replace(conditioning, latents=noise), steps)
         rows.append(
             Row(
                 owner=owner,
@@ -90,9 +90,8 @@ def make_rows(
                 key=key,
                 inputs=inputs | {"alpha": alpha.to(inputs["alpha"].device)},
                 negative=negative,
-                latents=noise,
-                scheduler=scheduler,
-                timesteps=timesteps,
+                latents=noise.to(device),
+                schedule=schedule,
                 true_cfg_scale=conditioning.true_cfg_scale,
                 height=conditioning.height,
                 width=conditioning.width,
@@ -137,6 +136,12 @@ class Batch:
             self.negative = self._gather(own) | {name: self.inputs[name] for name in _OF_THE_STEP}
         scales = torch.tensor([row.true_cfg_scale for row in rows], dtype=torch.float32)
         self.true_cfg_scale = scales[:, None, None].to(rows[0].latents.device)
+        # Column j is the step that each row makes j steps from now. No row of a batch outlives the first that is done.
+        self._made, left = 0, min(row.steps - row.step for row in rows)
+        self._timesteps, self._deltas = (
+            torch.stack([getattr(row.schedule, name)[row.step : row.step + left] for row in rows])
+            for name in ("timesteps", "deltas")
+        )
 
     def _gather(self, inputs: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
         batched = _batched(self.editor)
@@ -156,13 +161,14 @@ class Batch:
     def advance(self, *, estimate: bool = False) -> Tensor | None:
         """Every row makes one step. With `estimate`, returns the clean latents that it points to, `[B, latent_rows, C]`."""
         latents = torch.cat([row.latents for row in self.rows])
-        timesteps = torch.stack([row.timesteps[row.step] for row in self.rows])
+        timesteps, deltas = self._timesteps[:, self._made], self._deltas[:, self._made, None, None]
         velocity = self.editor.family.predict(
             self.editor.engine, self.inputs, latents, timesteps, self.negative, self.true_cfg_scale
         )
         # Latents are (1 − t) · clean + t · noise, and the velocity is noise − clean.
-        clean = latents - (timesteps / 1000)[:, None, None].to(latents) * velocity if estimate else None
-        for row, own, timestep in zip(self.rows, velocity.split(1), timesteps, strict=True):
-            row.latents = row.scheduler.step(own, timestep, row.latents, return_dict=False)[0]
+        clean = latents - timesteps[:, None, None] * velocity if estimate else None
+        self._made += 1
+        for row, moved in zip(self.rows, (latents + deltas * velocity).split(1), strict=True):
+            row.latents = moved
             row.step += 1
         return clean
