@@ -17,11 +17,13 @@ from tqdm import tqdm
 from slideredit_rt.adapters import AdapterSource, load_adapters
 from slideredit_rt.assets import resolve_base
 from slideredit_rt.engines import Engine, RuntimeOptions, open_engine
+from slideredit_rt.engines.eager import EagerEngine
 from slideredit_rt.engines.manifest import check_base
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.families import Conditioning, EncodedImages, Family, family_of, get_family
 from slideredit_rt.images import ImageSource, read_images
 from slideredit_rt.modules import SliderBackbone
+from slideredit_rt.placement import Placement
 from slideredit_rt.settings import EditOptions, EditSettings, merge
 from slideredit_rt.sliders import (
     Controls,
@@ -111,6 +113,7 @@ class SliderEditor:
         config: of the transformer.
         controls: what the sliders do.
         max_batch, max_sliders: the engine's limits.
+        device: where images are encoded, denoised and decoded.
     """
 
     def __init__(
@@ -131,6 +134,7 @@ class SliderEditor:
         self.controls = controls
         self.max_batch = max_batch
         self.max_sliders = max_sliders
+        self.device = engine.device
         # Tokenizers, text encoders and autoencoders keep state during a call.
         self._pipeline_lock = threading.RLock()
 
@@ -157,6 +161,7 @@ class SliderEditor:
         *,
         threads: int | None = None,
         options: RuntimeOptions | None = None,
+        placement: Placement | None = None,
     ) -> SliderEditor:
         """Open an engine folder.
 
@@ -165,11 +170,12 @@ class SliderEditor:
             base: where the encoders and the decoder are now, if not where the manifest says.
             threads: CPU threads of the backend.
             options: of the TensorRT backends; None takes their defaults.
+            placement: device and dtype of what runs; None takes the defaults.
 
         Raises:
             SliderEditError: a damaged engine, one that cannot run here, or a base that is not the one it was built from.
         """
-        manifest, engine = open_engine(Path(path), threads=threads, options=options)
+        manifest, engine = open_engine(Path(path), threads=threads, options=options, placement=placement)
         if manifest.kind is None:
             raise SliderEditError(
                 f"engine {str(path)!r} was built without an adapter and has no sliders; rebuild it with --adapter"
@@ -183,7 +189,8 @@ class SliderEditor:
             )
         check_base(manifest, Path(path), folder, skip=("transformer",))
         with _LOADING:
-            pipeline = family.load_pipeline(folder, transformer=False)
+            dtype = (placement or Placement()).choose_dtype(engine.device)
+            pipeline = family.load_pipeline(folder, transformer=False, dtype=dtype).to(engine.device)
         controls = Controls(manifest.kind, manifest.curve, manifest.members)
         limits = {"max_batch": manifest.max_batch, "max_sliders": manifest.max_sliders}
         return cls(family, pipeline, engine, manifest.config, controls, **limits)
@@ -197,6 +204,7 @@ class SliderEditor:
         max_batch: int = 16,
         max_sliders: int = 8,
         dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
     ) -> SliderEditor:
         """Load a checkpoint and an adapter for eager torch: slower than an engine, and its reference.
 
@@ -204,25 +212,18 @@ class SliderEditor:
             base, adapter: as for `slideredit_rt.export.build.build_engine`.
             max_batch, max_sliders: limits, as an engine has them.
             dtype: of all weights and the arithmetic.
+            device: `cpu`, `cuda` or `cuda:N`.
         """
+        place = Placement(device).choose_device()
         folder = resolve_base(base)
         family = family_of(folder)
         with _LOADING:
-            pipeline = family.load_pipeline(folder, dtype=dtype)
+            pipeline = family.load_pipeline(folder, dtype=dtype).to(place)
         loaded = load_adapters(adapter, family)
-        backbone = SliderBackbone(family, pipeline.transformer.eval(), loaded).to(dtype)
-
-        lock = threading.Lock()
-
-        @torch.no_grad()
-        def engine(inputs: Any) -> Tensor:
-            with lock:  # the linears share the call's row scales
-                output: Tensor = backbone(inputs)
-            return output
-
+        backbone = SliderBackbone(family, pipeline.transformer.eval(), loaded).to(place, dtype)
         config = dict(pipeline.transformer.config)
         controls = Controls(loaded.kind, loaded.curve, {name: member.curve for name, member in loaded.members.items()})
-        return cls(family, pipeline, engine, config, controls, max_batch=max_batch, max_sliders=max_sliders)
+        return cls(family, pipeline, EagerEngine(backbone), config, controls, max_batch=max_batch, max_sliders=max_sliders)
 
     @torch.no_grad()
     def prepare(
@@ -258,7 +259,7 @@ class SliderEditor:
             sources,
             encode.text(text),
             None if against is None else encode.text(against),
-            self.family.draw_noise(self.pipeline, sources.height, sources.width, settings.seed),
+            self.family.draw_noise(self.pipeline, sources.height, sources.width, settings.seed).to(self.device),
             guidance_scale,
             true_cfg_scale,
         )
@@ -405,7 +406,7 @@ class SliderEditor:
             for chunk in chunks:
                 inputs = self.backbone_inputs(prepared, chunk)
                 images.append(self._denoise(conditioning, inputs, steps, conditioning.true_cfg_scale, bar, first_step))
-        together = torch.cat(images)
+        together = torch.cat(images).cpu()
         for row in broken_rows(together):
             raise not_finite(prepared.instructions, strengths[row])
         return together

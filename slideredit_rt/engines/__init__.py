@@ -10,6 +10,7 @@ from slideredit_rt.engines.manifest import Manifest, read_manifest
 from slideredit_rt.engines.onnxruntime import OnnxRuntime
 from slideredit_rt.engines.tensorrt import RuntimeOptions, TensorRT, TensorRTRTX
 from slideredit_rt.errors import SliderEditError
+from slideredit_rt.placement import Placement
 
 __all__ = [
     "BACKENDS",
@@ -42,13 +43,20 @@ def get_backend(name: str) -> Backend:
     return BACKENDS[name]
 
 
-def open_engine(folder: Path, *, threads: int | None = None, options: RuntimeOptions | None = None) -> tuple[Manifest, Engine]:
+def open_engine(
+    folder: Path,
+    *,
+    threads: int | None = None,
+    options: RuntimeOptions | None = None,
+    placement: Placement | None = None,
+) -> tuple[Manifest, Engine]:
     """Check an engine folder and load it into its backend.
 
     Args:
         folder: written by `slideredit-rt build`.
         threads: CPU threads of the backend; None leaves the choice to it.
         options: of the TensorRT backends; None takes their defaults.
+        placement: the device; None takes the one that the backend prefers.
 
     Raises:
         SliderEditError: a damaged engine, one that cannot run here, or options that its backend does not have.
@@ -66,4 +74,4 @@ def open_engine(folder: Path, *, threads: int | None = None, options: RuntimeOpt
             f"engine {str(folder)!r} runs in {manifest.backend}, which takes neither a weight budget nor a choice of "
             "CUDA graphs; leave these options out"
         )
-    return manifest, backend.open(folder, manifest, threads=threads, options=options)
+    return manifest, backend.open(folder, manifest, threads=threads, options=options, placement=placement)

@@ -16,6 +16,7 @@ from slideredit_rt.adapters import Adapter
 from slideredit_rt.engines.manifest import MAX_BATCH, MAX_SLIDERS, Manifest
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.families import Family, Kind, TensorSpec
+from slideredit_rt.placement import Placement
 
 if TYPE_CHECKING:
     from slideredit_rt.export.linked_weights import Link, LinkedExport
@@ -27,7 +28,14 @@ LOWERINGS: tuple[Lowering, ...] = ("native", "folded", "plugin", "operator")
 
 
 class Engine(Protocol):
-    """A backbone that runs one denoising step. Any number of threads may call it at the same time."""
+    """A backbone that runs one denoising step. Any number of threads may call it at the same time.
+
+    Attributes:
+        device: where it runs, and where its inputs should lie.
+    """
+
+    @property
+    def device(self) -> torch.device: ...
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """One prediction.
@@ -226,7 +234,15 @@ class Backend(ABC):
         """
 
     @abstractmethod
-    def open(self, folder: Path, manifest: Manifest, *, threads: int | None = None, options: Any = None) -> Engine:
+    def open(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        *,
+        threads: int | None = None,
+        options: Any = None,
+        placement: Placement | None = None,
+    ) -> Engine:
         """Load an engine folder, whose files have been checked.
 
         Args:
@@ -234,6 +250,7 @@ class Backend(ABC):
             manifest: of that folder.
             threads: CPU threads; None leaves the choice to the backend.
             options: an instance of `run_options`; None takes the defaults.
+            placement: the device; None takes the one that the backend prefers.
 
         Raises:
             SliderEditError: it cannot run here.

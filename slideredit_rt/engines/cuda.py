@@ -9,12 +9,16 @@ import torch
 
 
 class CudaDevice:
-    """What an engine asks of CUDA: where buffers lie, a stream that can be captured, and graphs."""
+    """What an engine asks of CUDA: where buffers lie, a stream that can be captured, and graphs.
 
-    def __init__(self) -> None:
-        self.device = torch.device("cuda", torch.cuda.current_device())
+    Args:
+        device: with its number; None takes the current one.
+    """
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        self.device = device or torch.device("cuda", torch.cuda.current_device())
         self.name = torch.cuda.get_device_name(self.device)
-        self._own = self._last = torch.cuda.Stream(self.device)
+        self.own = self._last = torch.cuda.Stream(self.device)
 
     @contextmanager
     def stream(self) -> Iterator[int]:
@@ -23,7 +27,7 @@ class CudaDevice:
         In place of the default stream, which cannot be captured, stands one of our own that the default one then waits for.
         """
         caller = torch.cuda.current_stream(self.device)
-        stream = self._own if caller == torch.cuda.default_stream(self.device) else caller
+        stream = self.own if caller == torch.cuda.default_stream(self.device) else caller
         for earlier in {caller, self._last} - {stream}:
             stream.wait_stream(earlier)
         self._last = stream
@@ -31,6 +35,14 @@ class CudaDevice:
             yield stream.cuda_stream
         if stream != caller:
             caller.wait_stream(stream)
+
+    @contextmanager
+    def between(self) -> Iterator[None]:
+        """Let what is enqueued on `own` run after the caller's stream so far, and before what the caller enqueues next."""
+        caller = torch.cuda.current_stream(self.device)
+        self.own.wait_stream(caller)
+        yield
+        caller.wait_stream(self.own)
 
     def capture(self, enqueue: Callable[[int], object]) -> Callable[[], None]:
         """Record what `enqueue(stream)` launches, without running it; the result replays it on the current stream."""

@@ -25,6 +25,7 @@ from slideredit_rt.engines.shapes import ShapeCache
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.families import get_family
 from slideredit_rt.modules import SliderBackbone
+from slideredit_rt.placement import Placement
 
 COMPILER = "inductor"
 # Dynamo counts the compiled forms of a block's source code over every engine of the process; at its default of 8 it gives up.
@@ -97,8 +98,8 @@ class InductorEngine:
     def __init__(self, backbone: SliderBackbone, manifest: Manifest) -> None:
         self.manifest = manifest
         self._lock = threading.RLock()
-        self._device = next(backbone.parameters()).device
-        self._cuda = cuda = CudaDevice() if self._device.type == "cuda" else None
+        self.device = next(backbone.parameters()).device
+        self._cuda = cuda = CudaDevice(self.device) if self.device.type == "cuda" else None
         # Outputs lie outside of it and graphs replay one at a time, so that all of them can use the same memory.
         self._pool = torch.cuda.graph_pool_handle() if self._cuda else None
         self._bindings: ShapeCache[_Binding] = ShapeCache(_MAX_BINDINGS, lambda _: cuda.wait() if cuda else None)
@@ -178,13 +179,13 @@ class InductorEngine:
 
     def _capture(self, step: Callable[[], None]) -> Callable[[], None]:
         graph = torch.cuda.CUDAGraph()
-        stream = torch.cuda.current_stream(self._device)
+        stream = torch.cuda.current_stream(self.device)
         with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
             step()
         return graph.replay
 
     def _empty(self, shape: tuple[int, ...], dtype: str) -> Tensor:
-        return torch.empty(shape, dtype=getattr(torch, dtype), device=self._device)
+        return torch.empty(shape, dtype=getattr(torch, dtype), device=self.device)
 
 
 def _fill(buffers: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> None:
@@ -214,15 +215,22 @@ class Inductor(Backend):
         exported = export_weights(job.family, job.base, job.adapter, folder, weights)
         return Compiled(exported, exported.files, exported.links)
 
-    def open(self, folder: Path, manifest: Manifest, *, threads: int | None = None, options: Any = None) -> InductorEngine:
-        """Load an engine folder onto the current CUDA device, or onto the CPU where there is none (see `Backend.open`).
+    def open(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        *,
+        threads: int | None = None,
+        options: Any = None,
+        placement: Placement | None = None,
+    ) -> InductorEngine:
+        """Load an engine folder onto a CUDA device, or onto the CPU where there is none (see `Backend.open`).
 
         `threads` are those of torch, in the whole process; None leaves them as they are.
         """
         if threads is not None:
             torch.set_num_threads(threads)
-        cuda = torch.cuda.is_available()
-        device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+        device = (placement or Placement()).choose_device(torch.device("cuda") if torch.cuda.is_available() else None)
         family, transformer = get_family(manifest.family), meta_transformer(folder)
         # Weights that were converted at the build come before the shards that hold them as they were.
         own = [name for name in manifest.files if name not in (CONFIG_FILE, ADAPTER_FILE)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,16 @@ import torch
 from torch import Tensor
 
 from slideredit_rt.engines.backend import Backend, BuildJob, Compiled, DType, ServedModel
+from slideredit_rt.engines.cuda import CudaDevice
 from slideredit_rt.engines.manifest import MODEL_FILE, Manifest
 from slideredit_rt.engines.request import check_request
 from slideredit_rt.engines.shapes import ShapeCache
 from slideredit_rt.errors import SliderEditError
+from slideredit_rt.placement import Placement
 
 _NUMPY = {"float32": np.float32, "bool": np.bool_}
 _TORCH = {"float32": torch.float32, "bool": torch.bool}
+_CUDA_PROVIDER = "CUDAExecutionProvider"
 _MAX_BINDINGS = 16
 _SPIN_MICROSECONDS = 50
 """That a thread without work looks for some before it sleeps: as long as from one operator to the next. ONNX Runtime's own
@@ -29,11 +33,13 @@ choice is longer, and other threads on the same cores (decoding, HTTP) wait mean
 class _Binding:
     """One I/O binding per set of shapes: its output is allocated once, inputs are bound to the caller's own memory."""
 
-    def __init__(self, session: onnxruntime.InferenceSession, output: str, shape: tuple[int, ...]) -> None:
+    def __init__(
+        self, session: onnxruntime.InferenceSession, output: str, shape: tuple[int, ...], device: torch.device
+    ) -> None:
         self.io = session.io_binding()
-        self.output = torch.empty(shape)
+        self.output = torch.empty(shape, device=device)
         self.bound: dict[str, int] = {}
-        self.io.bind_output(output, "cpu", 0, np.float32, shape, self.output.data_ptr())
+        self.io.bind_output(output, device.type, device.index or 0, np.float32, shape, self.output.data_ptr())
 
 
 class _Bindings(threading.local):
@@ -44,47 +50,85 @@ class _Bindings(threading.local):
 
 
 class OnnxRuntimeEngine:
-    """Runs `model.onnx` of an engine folder on the CPU.
+    """Runs `model.onnx` of an engine folder on the CPU, or on a GPU where the installed package has a CUDA provider.
 
     A step copies nothing and allocates no arrays on the Python side: inputs are bound where they lie, and the output
     tensor of a set of shapes is reused by the same thread's next call with the same shapes. Safe between threads, which
-    run side by side.
+    run side by side; on a GPU one after the other, on a stream of the engine that the caller's stream waits for.
+
+    Args:
+        folder: engine folder.
+        manifest: the folder's.
+        threads: CPU threads; None leaves the choice to ONNX Runtime.
+        device: where to run; None takes the CPU.
+
+    Raises:
+        SliderEditError: a graph that cannot be loaded, or a GPU without the package that runs on it.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, *, threads: int | None = None) -> None:
+    def __init__(
+        self, folder: Path, manifest: Manifest, *, threads: int | None = None, device: torch.device | None = None
+    ) -> None:
+        self.device = device or torch.device("cpu")
+        self._cuda = CudaDevice(self.device) if self.device.type == "cuda" else None
+        self._lock: AbstractContextManager[Any] = threading.Lock() if self._cuda else nullcontext()
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         options.add_session_config_entry("session.intra_op.spin_duration_us", str(_SPIN_MICROSECONDS))
         if threads is not None:
             options.intra_op_num_threads = threads
         try:
-            self.session = onnxruntime.InferenceSession(folder / MODEL_FILE, options, providers=["CPUExecutionProvider"])
+            self.session = onnxruntime.InferenceSession(folder / MODEL_FILE, options, providers=self._providers())
         except Exception as error:  # onnxruntime raises several unrelated classes
             raise SliderEditError(f"ONNX Runtime cannot load {str(folder)!r} ({error}); build the engine again") from error
         self.manifest = manifest
         self._bindings = _Bindings()
+        self._run_options = onnxruntime.RunOptions()
+        if self._cuda:
+            # The host need not wait for the GPU: whoever reads the output does so in the order of streams.
+            self._run_options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+
+    def _providers(self) -> list[Any]:
+        if self._cuda is None:
+            return ["CPUExecutionProvider"]
+        if _CUDA_PROVIDER not in onnxruntime.get_available_providers():
+            raise SliderEditError(
+                f"the installed ONNX Runtime has no {_CUDA_PROVIDER}; pip install onnxruntime-gpu in place of onnxruntime, or "
+                "leave out --device"
+            )
+        stream = {"device_id": self.device.index or 0, "user_compute_stream": str(self._cuda.own.cuda_stream)}
+        return [(_CUDA_PROVIDER, stream), "CPUExecutionProvider"]
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """One prediction (see `slideredit_rt.engines.Engine`)."""
+        with self._lock:
+            return self._run(inputs)
+
+    def _run(self, inputs: Mapping[str, Tensor]) -> Tensor:
         specs = self.manifest.inputs
         key = tuple(tuple(inputs[s.name].shape) if s.name in inputs else () for s in specs)
         binding = self._bindings.by_shapes.get(key, lambda: self._bind(inputs))
         for spec in specs:
             tensor = inputs[spec.name]
             # On every call: a tensor of another dtype or layout may lie where one that was bound has been.
-            if tensor.dtype != _TORCH[spec.dtype] or not tensor.is_contiguous() or not tensor.is_cpu:
+            if tensor.dtype != _TORCH[spec.dtype] or not tensor.is_contiguous() or tensor.device != self.device:
                 check_request(self.manifest, inputs)
-                raise SliderEditError(f"engine input {spec.name!r} lies on {tensor.device}; this engine runs on the CPU")
+                raise SliderEditError(f"engine input {spec.name!r} lies on {tensor.device}; this engine runs on {self.device}")
             pointer = tensor.data_ptr()
             if binding.bound.get(spec.name) != pointer:
-                binding.io.bind_input(spec.name, "cpu", 0, _NUMPY[spec.dtype], tuple(tensor.shape), pointer)
+                place = (self.device.type, self.device.index or 0)
+                binding.io.bind_input(spec.name, *place, _NUMPY[spec.dtype], tuple(tensor.shape), pointer)
                 binding.bound[spec.name] = pointer
-        self.session.run_with_iobinding(binding.io)
+        if self._cuda is None:
+            self.session.run_with_iobinding(binding.io)
+        else:
+            with self._cuda.between():
+                self.session.run_with_iobinding(binding.io, self._run_options)
         return binding.output
 
     def _bind(self, inputs: Mapping[str, Tensor]) -> _Binding:
         output = self.manifest.outputs[0]
-        return _Binding(self.session, output.name, output.resolve(check_request(self.manifest, inputs)))
+        return _Binding(self.session, output.name, output.resolve(check_request(self.manifest, inputs)), self.device)
 
 
 class OnnxRuntime(Backend):
@@ -111,6 +155,14 @@ class OnnxRuntime(Backend):
         exported = export_linked(job.family, job.base, job.adapter, folder, weights, lowering=job.lowering)
         return Compiled(exported, exported.files, exported.links)
 
-    def open(self, folder: Path, manifest: Manifest, *, threads: int | None = None, options: Any = None) -> OnnxRuntimeEngine:
+    def open(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        *,
+        threads: int | None = None,
+        options: Any = None,
+        placement: Placement | None = None,
+    ) -> OnnxRuntimeEngine:
         """Load the graph (see `Backend.open`)."""
-        return OnnxRuntimeEngine(folder, manifest, threads=threads)
+        return OnnxRuntimeEngine(folder, manifest, threads=threads, device=(placement or Placement()).choose_device())

@@ -320,7 +320,7 @@ class Family(ABC):
         """
         pixels = self.decode_pixels(pipeline, latents, height, width)
         finite = latents.isfinite().flatten(1).all(1) & pixels.isfinite().flatten(1).all(1)
-        images: Tensor = pipeline.image_processor.postprocess(pixels, output_type="pt")
+        images: Tensor = pipeline.image_processor.postprocess(pixels.float(), output_type="pt")
         return images.masked_fill(~finite[:, None, None, None], torch.nan)
 
     def batch_inputs(

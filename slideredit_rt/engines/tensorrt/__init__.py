@@ -19,6 +19,7 @@ from slideredit_rt.engines.tensorrt.options import RuntimeOptions, TensorRTOptio
 from slideredit_rt.engines.tensorrt.report import describe_plan
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.families import Family
+from slideredit_rt.placement import Placement
 
 __all__ = ["PLAN_FILE", "Environment", "RuntimeOptions", "TensorRT", "TensorRTOptions", "TensorRTRTX"]
 
@@ -149,15 +150,15 @@ class TensorRT(Backend):
             layers = build_plan(self, job, graph / MODEL_FILE, exported.inputs, folder)
         return Compiled(exported, [PLAN_FILE, LOG_FILE], layers=layers)
 
-    def environment(self) -> Environment:
-        """Return what of this process and its current CUDA device decides whether an engine can run."""
+    def environment(self, device: torch.device | None = None) -> Environment:
+        """Return what of this process and a CUDA device (None: the current one) decides whether an engine can run."""
         try:
             package: str | None = import_module(self.import_name).__version__
         except (ImportError, OSError):  # OSError: the package is there and a library that it loads is not
             package = None
         if not torch.cuda.is_available():
             return Environment(package, None)
-        major, minor = torch.cuda.get_device_capability()
+        major, minor = torch.cuda.get_device_capability(device)
         return Environment(package, f"sm{major}{minor}")
 
     def check_environment(self, manifest: Manifest, environment: Environment) -> None:
@@ -194,12 +195,27 @@ class TensorRT(Backend):
             raise SliderEditError(f"the engine was built for {targets} and this GPU is {card}; build it again {how}")
 
     def open(
-        self, folder: Path, manifest: Manifest, *, threads: int | None = None, options: RuntimeOptions | None = None
+        self,
+        folder: Path,
+        manifest: Manifest,
+        *,
+        threads: int | None = None,
+        options: RuntimeOptions | None = None,
+        placement: Placement | None = None,
     ) -> TensorRTEngine:
-        """Check that an engine can run here, and load it onto the current CUDA device (see `Backend.open`)."""
-        self.check_environment(manifest, self.environment())
+        """Check that an engine can run here, and load it onto a CUDA device (see `Backend.open`)."""
+        device = self._device_of(placement or Placement())
+        self.check_environment(manifest, self.environment(device))
         plan, options = folder / PLAN_FILE, options or RuntimeOptions()
-        return self.engine(plan, manifest, self.module(), CudaDevice(), options, threads)
+        return self.engine(plan, manifest, self.module(), CudaDevice(device), options, threads)
+
+    def _device_of(self, placement: Placement) -> torch.device | None:
+        """The GPU that was asked for; None for the current one, if there is any."""
+        if placement.device == "cpu":
+            raise SliderEditError(
+                f"{self.title} engines run on NVIDIA GPUs; leave out --device cpu, or build one with --backend onnxruntime"
+            )
+        return None if placement.device == "auto" else placement.choose_device()
 
     def report(self, folder: Path, manifest: Manifest) -> dict[str, Any]:
         """Load a plan onto the current CUDA device and describe it (see `describe_plan`)."""

@@ -144,6 +144,11 @@ class TensorRTEngine:
         self.close()
 
     @property
+    def device(self) -> torch.device:
+        """The GPU that holds the plan."""
+        return self._device.device
+
+    @property
     def plan(self) -> Any:
         """The deserialized `ICudaEngine`."""
         return self._loaded.engine
