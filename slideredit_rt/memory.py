@@ -29,7 +29,7 @@ from slideredit_rt.checkpoint import (
 )
 from slideredit_rt.engines.manifest import Manifest
 from slideredit_rt.engines.tensorrt import PLAN_FILE
-from slideredit_rt.families import Family, get_family
+from slideredit_rt.families import get_family
 
 Offload = Literal["none", "encoders", "all"]
 RESERVED = 3 * 2**29

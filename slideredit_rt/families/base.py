@@ -53,6 +53,7 @@ class Conditioning:
         inputs: the backbone's inputs other than latents and timestep; axis 0 is 1 where the spec says `batch`.
         latents: initial noise, `[1, latent_rows, C]`.
         reference: latents of the source images, `[1, reference_rows, C]`.
+        sizes: height and width of each source image in latents, which decide the inputs that have no batch axis.
         height, width: size of the decoded image in pixels.
         negative: `inputs` for the negative pass of true classifier-free guidance; None where there is none.
         true_cfg_scale: how far the guidance extrapolates from the negative pass.
@@ -62,6 +63,7 @@ class Conditioning:
     latents: Tensor
     reference: Tensor
     text_rows: int
+    sizes: tuple[tuple[int, int], ...]
     height: int
     width: int
     negative: dict[str, Tensor] | None = None
@@ -99,11 +101,13 @@ class EncodedImages:
     Attributes:
         reference: their latents, `[1, reference_rows, C]`.
         inputs: the backbone's inputs that follow from the images' sizes.
+        sizes: height and width of each source image in latents; `inputs` follow from them.
         height, width: size of the edited image in pixels.
     """
 
     reference: Tensor
     inputs: dict[str, Tensor]
+    sizes: tuple[tuple[int, int], ...]
     height: int
     width: int
 
@@ -268,6 +272,7 @@ class Family(ABC):
             latents=latents,
             reference=sources.reference,
             text_rows=text["encoder_hidden_states"].shape[1],
+            sizes=sources.sizes,
             height=sources.height,
             width=sources.width,
             negative=None if negative is None else {**negative, **shared},

@@ -154,7 +154,8 @@ class FluxKontext(Family):
         pixels = self.preprocess(pipeline, image).to(pipeline.vae.device)
         reference, ids = self.encode_image(pipeline, pixels)
         height, width = pixels.shape[-2:]
-        return EncodedImages(reference, {"img_ids": torch.cat([ids, self._reference_ids(ids)])}, height, width)
+        sizes = ((height // pipeline.vae_scale_factor, width // pipeline.vae_scale_factor),)
+        return EncodedImages(reference, {"img_ids": torch.cat([ids, self._reference_ids(ids)])}, sizes, height, width)
 
     def decode_pixels(self, pipeline: Any, latents: Tensor, height: int, width: int) -> Tensor:
         vae = pipeline.vae

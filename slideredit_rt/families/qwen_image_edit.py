@@ -8,6 +8,7 @@ import dataclasses
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from functools import lru_cache
 from typing import Any, ClassVar
 
 import torch
@@ -178,6 +179,12 @@ def _row_inputs(config: Mapping[str, Any], positions: Tensor, text_rows: int) ->
     if config.get("zero_cond_t"):
         inputs["reference_rows"] = positions[:, 0] > 0
     return inputs
+
+
+@lru_cache(maxsize=16)
+def _channels(values: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Return a number per channel as `[C, 1, 1, 1]`, kept on the device from one decoding to the next."""
+    return torch.tensor(values, device=device, dtype=dtype)[:, None, None, None]
 
 
 class QwenImageEdit(Family):
@@ -364,7 +371,8 @@ class QwenImageEdit(Family):
         patch = pipeline.vae_scale_factor * 2
         grids = [(h // patch, w // patch) for h, w in [(height, width), *sizes]]
         positions = torch.cat([_positions(h, w, index) for index, (h, w) in enumerate(grids)])
-        return EncodedImages(reference, {"positions": positions.to(reference.device)}, height, width)
+        latent_sizes = tuple((h // pipeline.vae_scale_factor, w // pipeline.vae_scale_factor) for h, w in sizes)
+        return EncodedImages(reference, {"positions": positions.to(reference.device)}, latent_sizes, height, width)
 
     def batch_inputs(
         self, config: Mapping[str, Any], conditioning: Conditioning, alpha: Tensor, token_mask: Tensor
@@ -384,7 +392,7 @@ class QwenImageEdit(Family):
         vae = pipeline.vae
         unpacked = pipeline._unpack_latents(latents, height, width, pipeline.vae_scale_factor).to(vae.dtype)
         mean, std = (
-            torch.tensor(values, device=unpacked.device, dtype=unpacked.dtype)[:, None, None, None]
+            _channels(tuple(values), unpacked.device, unpacked.dtype)
             for values in (vae.config.latents_mean, vae.config.latents_std)
         )
         pixels: Tensor = vae.decode(unpacked * std + mean, return_dict=False)[0][:, :, 0]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,7 +28,7 @@ class Row:
         inputs, negative: of the backbone, each with a batch of 1; shared by the rows of an owner, but for `alpha`.
         latents: `[1, latent_rows, C]`, after `step` steps.
         schedule: of the whole run, on the device of the latents.
-        true_cfg_scale: of the guidance against `negative`.
+        true_cfg_scale: of the guidance against `negative`, `[1, 1, 1]`.
     """
 
     owner: Any
@@ -39,7 +38,7 @@ class Row:
     negative: dict[str, Tensor] | None
     latents: Tensor
     schedule: Schedule
-    true_cfg_scale: float
+    true_cfg_scale: Tensor
     height: int
     width: int
     interactive: bool = False
@@ -77,9 +76,10 @@ def make_rows(
     alphas = editor.alphas(prepared, strengths)
     inputs = editor.backbone_inputs(prepared, alphas[:1])
     negative = family.negative_inputs(editor.config, conditioning, inputs)
-    key = (conditioning.height, conditioning.width, *_shape_key(editor, inputs), *_shape_key(editor, negative or {}))
+    key = (conditioning.height, conditioning.width, conditioning.sizes, _shapes(inputs), _shapes(negative or {}))
     latent_rows, device = conditioning.latents.shape[1], conditioning.latents.device
     schedule = family.schedule(editor.pipeline, latent_rows, steps).to(device)
+    true_cfg_scale = torch.full((1, 1, 1), conditioning.true_cfg_scale, device=device)
     rows = []
     for index, (alpha, seed) in enumerate(zip(alphas.split(1), seeds, strict=True)):
         noise = family.draw_noise(editor.pipeline, conditioning.height, conditioning.width, seed)
@@ -92,7 +92,7 @@ def make_rows(
                 negative=negative,
                 latents=noise.to(device),
                 schedule=schedule,
-                true_cfg_scale=conditioning.true_cfg_scale,
+                true_cfg_scale=true_cfg_scale,
                 height=conditioning.height,
                 width=conditioning.width,
                 interactive=interactive,
@@ -106,16 +106,12 @@ def _batched(editor: SliderEditor) -> set[str]:
     return {spec.name for spec in editor.family.input_specs(editor.config) if spec.shape[0] == "batch"}
 
 
-def _shape_key(editor: SliderEditor, inputs: dict[str, Tensor]) -> list[Hashable]:
-    """What must be equal for inputs to share a call: shapes where each image has its own, else the content."""
-    batched = _batched(editor)
-    key: list[Hashable] = []
-    for name, value in inputs.items():
-        if name in batched:
-            key.append((name, value.shape))
-        elif name not in _SLIDERS:
-            key.append((name, value.shape, hashlib.sha256(value.cpu().contiguous().numpy().tobytes()).digest()))
-    return key
+def _shapes(inputs: dict[str, Tensor]) -> tuple[Hashable, ...]:
+    """Return the shapes that must be equal for inputs to share a call.
+
+    Inputs without a batch axis must be equal in content too; they follow from shapes and from the sizes of the source images.
+    """
+    return tuple((name, value.shape) for name, value in inputs.items() if name not in _SLIDERS)
 
 
 class Batch:
@@ -134,8 +130,7 @@ class Batch:
         if negatives:
             own = [{name: value for name, value in n.items() if name not in _OF_THE_STEP} for n in negatives]
             self.negative = self._gather(own) | {name: self.inputs[name] for name in _OF_THE_STEP}
-        scales = torch.tensor([row.true_cfg_scale for row in rows], dtype=torch.float32)
-        self.true_cfg_scale = scales[:, None, None].to(rows[0].latents.device)
+        self.true_cfg_scale = torch.cat([row.true_cfg_scale for row in rows])
         # Column j is the step that each row makes j steps from now. No row of a batch outlives the first that is done.
         self._made, left = 0, min(row.steps - row.step for row in rows)
         self._timesteps, self._deltas = (

@@ -394,7 +394,7 @@ class EditService:
         """Pixels of several rows, `[B, 3, H, W]`; None where that failed, and with it the rows' jobs."""
         started = time.perf_counter()
         try:
-            pixels = self.editor.decode(torch.cat(list(latents)), rows[0].height, rows[0].width)
+            pixels = self.editor.decode(torch.cat(list(latents)), rows[0].height, rows[0].width).cpu()
         except Exception as error:
             self._fail(rows, "images could not be decoded", error)
             return None
