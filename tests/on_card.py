@@ -1,0 +1,142 @@
+"""Edits on a stand-in card, in a process of their own; prints what each one did as JSON (see `tests/test_card.py`)."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from qwen_checkpoint import qwen_adapter, random_image, save_tiny_checkpoint
+from standin import CARD, StandIn
+from torch import Tensor
+
+from slideredit_rt.editor import SliderEditor
+from slideredit_rt.serving.requests import EditRequest
+from slideredit_rt.serving.service import EditService
+from slideredit_rt.sliders import Slider
+
+STEPS = 3
+INSTRUCTIONS = ("make the circle red", "make the square blue")
+
+
+class Service(EditService):
+    """An edit service whose threads see the card."""
+
+    card: StandIn
+
+    def _make_steps(self) -> None:
+        with self.card.beside("loop"):
+            super()._make_steps()
+
+    def _run_pipeline(self) -> None:
+        with self.card.beside("encode and decode"):
+            super()._run_pipeline()
+
+
+def put_on_card(editor: SliderEditor) -> None:
+    """Move what an editor holds onto the card; `Placement` knows real devices only."""
+    editor.pipeline.to(CARD)
+    editor.engine.device = editor.device = CARD  # type: ignore[misc]
+
+
+def watch_loop(editor: SliderEditor, card: StandIn, fault: Callable[[Tensor], Tensor]) -> None:
+    """Tell the card when the denoising loop runs, and put `fault` into each of its steps."""
+    predict, decode = editor.family.predict, editor.decode
+
+    def stepping(engine: Any, inputs: Any, latents: Tensor, *rest: Any) -> Tensor:
+        card.phase = "loop"
+        return predict(engine, inputs, fault(latents), *rest)
+
+    def decoding(latents: Tensor, *size: int) -> Tensor:
+        card.phase = "decode"
+        return decode(latents, *size)
+
+    editor.family.__dict__["predict"] = stepping
+    editor.__dict__["decode"] = decoding
+
+
+def run_edit(make: Callable[[], SliderEditor], fault: Callable[[Tensor], Tensor], sliders: int) -> dict[str, Any]:
+    """Edit on the CPU and on the card."""
+    torch.manual_seed(0)
+    image, wanted = random_image(), [Slider(text, 0.5) for text in INSTRUCTIONS[:sliders]]
+    strengths = [[0.5] * sliders, [1.5] * sliders]
+    expected = (editor := make()).render_tensor(editor.prepare(image, wanted), strengths, steps=STEPS)
+    card, editor, problem = StandIn(), make(), ""
+    with card:
+        put_on_card(editor)
+        card.events.clear()
+        watch_loop(editor, card, fault)
+        card.phase = "encode"
+        try:
+            prepared = editor.prepare(image, wanted)
+            places = {str(t.device) for t in (*prepared.conditioning.inputs.values(), prepared.conditioning.latents)}
+            pixels = editor.render_tensor(prepared, strengths, steps=STEPS)
+            difference = float((pixels - expected).abs().max())
+        except RuntimeError as error:
+            problem, places, difference = str(error), set(), float("nan")
+    editor.family.__dict__.pop("predict")
+    return {"difference": difference, "places": sorted(places), "problem": problem, **counts(card)}
+
+
+def counts(card: StandIn) -> dict[str, Any]:
+    """Events by phase: kind, place and number."""
+    found: dict[str, Counter[str]] = {}
+    for event in card.events:
+        found.setdefault(event.phase, Counter())[f"{event.kind} at {event.where}"] += 1
+    return {"events": {phase: dict(counter) for phase, counter in found.items()}}
+
+
+def run_service() -> dict[str, Any]:
+    """Serve two requests on the card, one with partial images, beside the same on the CPU."""
+    requests = [
+        EditRequest(image=random_image(), sliders=(Slider(INSTRUCTIONS[0]),), strengths=((0.25,), (1.25,)), partial_every=every)
+        for every in (0, 1)
+    ]
+    images: list[Tensor] = []
+    card = StandIn()
+    for device in ("cpu", "card"):
+        editor = SliderEditor.from_pretrained("shapes-kontext", "shapes-st")
+        inside: AbstractContextManager[Any] = nullcontext() if device == "cpu" else card
+        with inside:
+            if device == "card":
+                put_on_card(editor)
+                Service.card = card
+            card.events.clear()
+            with (EditService if device == "cpu" else Service)(editor) as service:
+                tickets = [service.submit(request, on_partial=lambda partial: None) for request in requests]
+                done = [image for ticket in tickets for image in ticket.future.result(120)]
+                images.append(torch.stack([torch.tensor(list(image.tobytes())) for image in done]))
+    return {"difference": int((images[0] - images[1]).abs().max()), **counts(card)}
+
+
+def main() -> None:
+    """Run every case and print the results by name."""
+
+    def shapes(kind: str) -> Callable[[], SliderEditor]:
+        return lambda: SliderEditor.from_pretrained("shapes-kontext", f"shapes-{kind}")
+
+    def same(latents: Tensor) -> Tensor:
+        return latents
+
+    with tempfile.TemporaryDirectory() as name:
+        base = save_tiny_checkpoint(Path(name) / "qwen")
+        results = {
+            "st": run_edit(shapes("st"), same, 2),
+            "gst": run_edit(shapes("gst"), same, 1),
+            "qwen": run_edit(lambda: SliderEditor.from_pretrained(base, qwen_adapter(base)), same, 2),
+            "an item() in the loop": run_edit(shapes("st"), lambda x: x * (x.abs().max().item() > 0), 2),
+            "a copy in each step": run_edit(shapes("st"), lambda x: x.cpu().to(CARD), 2),
+            "latents on the CPU": run_edit(shapes("st"), lambda x: x.cpu(), 2),
+            "service": run_service(),
+        }
+    sys.stdout.write(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()
