@@ -9,7 +9,6 @@ captures the graphs and compiles none of them; its times say nothing.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -17,7 +16,6 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,18 +29,16 @@ try:
     import diffusers
     import peft
     import transformers
-    import triton
     from accelerate import init_empty_weights
     from diffusers import AutoencoderKL
     from peft.tuners.lora import LoraLayer
 
     from slideredit_rt.adapters import Adapter
-    from slideredit_rt.bench.gpu_kernels import commit
+    from slideredit_rt.bench.results import Mark, save_run, verdicts
     from slideredit_rt.engines import Manifest, inductor
     from slideredit_rt.engines.inductor import InductorEngine
     from slideredit_rt.errors import SliderEditError
     from slideredit_rt.families import KINDS, Family, Kind, get_family
-    from slideredit_rt.files import atomic_file
     from slideredit_rt.modules import SliderBackbone
 except ModuleNotFoundError as missing:
     sys.exit(f"gpu_model: this Python lacks {missing.name}; install slideredit-rt's dependencies into GPU_PYTHON")
@@ -522,39 +518,26 @@ def flux_encoders(config: Any, size: Size, device: torch.device) -> tuple[Callab
     return encode, decode
 
 
-def marks(bench: Bench, *, timed: bool = True) -> list[dict[str, Any]]:
-    """What the run is judged by; `passed` is None for times of a rehearsal."""
+def marks(bench: Bench) -> list[Mark]:
+    """Return what the run is judged by."""
     of = {column.name: column for column in bench.columns}
     ours = [column for column in bench.columns if column.name.startswith("ours")]
     st = max(column.ratio_to_frozen or 0.0 for column in ours if "ST, " in column.name)
-    rows: list[tuple[str, float, str, float]] = [
-        ("ST step / frozen step", st, "<=", 1.005),
-        ("GST step / frozen step", of["ours GST"].ratio_to_frozen or 0.0, "<=", 1.02),
-        ("PEFT GST step / ours", of["PEFT GST"].milliseconds / of["ours GST"].milliseconds, ">=", 1.08),
-        ("strength change, ms", max(column.strength_change_ms or 0.0 for column in ours), "<", 0.1),
-        ("strength change, recompilations", max(column.recompilations or 0 for column in ours), "<=", 0),
-        ("mixed batch / uniform batch", bench.extra["batch of 4"]["mixed_over_uniform"], "<=", 1.01),
+    found = [
+        Mark("ST step / frozen step", st, "<=", 1.005),
+        Mark("GST step / frozen step", of["ours GST"].ratio_to_frozen or 0.0, "<=", 1.02),
+        Mark("PEFT GST step / ours", of["PEFT GST"].milliseconds / of["ours GST"].milliseconds, ">=", 1.08),
+        Mark("strength change, ms", max(column.strength_change_ms or 0.0 for column in ours), "<", 0.1),
+        Mark("strength change, recompilations", max(column.recompilations or 0 for column in ours), "<=", 0, counted=True),
+        Mark("mixed batch / uniform batch", bench.extra["batch of 4"]["mixed_over_uniform"], "<=", 1.01),
     ]
     if bench.cuda:
-        rows.append(("strength change, allocations", max(column.allocations or 0 for column in ours), "<=", 0))
-    holds: dict[str, Callable[[float, float], bool]] = {
-        "<=": lambda value, limit: value <= limit,
-        "<": lambda value, limit: value < limit,
-        ">=": lambda value, limit: value >= limit,
-    }
-    return [
-        {
-            "mark": name,
-            "value": round(value, 4),
-            "limit": f"{sign} {limit:g}",
-            "passed": holds[sign](value, limit) if timed or limit == 0 else None,
-        }
-        for name, value, sign, limit in rows
-    ]
+        found.append(Mark("strength change, allocations", max(c.allocations or 0 for c in ours), "<=", 0, counted=True))
+    return found
 
 
-def table(bench: Bench, found: list[dict[str, Any]]) -> str:
-    """Markdown: the columns, the rest, the marks."""
+def table(bench: Bench) -> str:
+    """Return the columns and the rest in Markdown."""
     lines = [
         "| | step ms | / frozen | peak GiB | first call s | strength change ms | recompilations | allocations | |",
         "|" + "---|" * 9,
@@ -575,9 +558,6 @@ def table(bench: Bench, found: list[dict[str, Any]]) -> str:
         lines.append("| " + " | ".join([column.name, *numbers, COLUMNS[column.name]]) + " |")
     for name, values in bench.extra.items():
         lines += ["", f"{name}: " + ", ".join(f"{key} {value}" for key, value in values.items())]
-    lines += ["", "| mark | value | limit | |", "|" + "---|" * 4]
-    words = {True: "pass", False: "FAIL", None: "–"}
-    lines += [f"| {m['mark']} | {m['value']} | {m['limit']} | {words[m['passed']]} |" for m in found]
     return "\n".join(lines) + "\n"
 
 
@@ -610,7 +590,6 @@ def main() -> int:
         sys.stderr.write(f"gpu_model: {error}\n")
         return 2
     about = {
-        "gpu": torch.cuda.get_device_name(device) if cuda else "none",
         "family": args.family,
         "parameters": sum(p.numel() for p in transformer.parameters()),
         "text_rows": size.text_rows,
@@ -618,28 +597,11 @@ def main() -> int:
         "steps": size.steps,
         "rehearsal": rehearse,
         "seconds": round(time.perf_counter() - started, 1),
-        "date": datetime.now(UTC).date().isoformat(),
-        "commit": commit(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "diffusers": diffusers.__version__,
-        "peft": peft.__version__,
     }
-    found = marks(bench, timed=not rehearse)
-    text = table(bench, found)
-    sys.stdout.write(text)
+    content = {"columns": [asdict(column) for column in bench.columns], **bench.extra}
+    found = verdicts(marks(bench), timed=not rehearse)
     out = args.out if rehearse else args.out or Path("bench/results")
-    if out is not None:
-        folder = out / about["gpu"].lower().replace(" ", "-")
-        columns = [asdict(column) for column in bench.columns]
-        content = {**about, "command": "make gpu-model", "columns": columns, **bench.extra, "marks": found}
-        heading = (
-            f"# A step of {args.family} on {about['gpu']}\n\n{', '.join(f'{k} {v}' for k, v in about.items() if k != 'gpu')}."
-        )
-        with atomic_file(folder / f"model_{args.family}.json") as temporary:
-            temporary.write_text(json.dumps(content, indent=1) + "\n")
-        with atomic_file(folder / f"model_{args.family}.md") as temporary:
-            temporary.write_text(f"{heading} Batch 1, bfloat16, medians. Reproduce: `make gpu-model`.\n\n{text}")
+    sys.stdout.write(save_run(f"model_{args.family}", "make gpu-model", device, about, content, table(bench), found, out))
     return 0
 
 
