@@ -1,0 +1,101 @@
+"""Device memory of an edit, told without a GPU: what lives at one time, what fits on a card, and what leaves it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from slideredit_rt.assets import resolve_base
+from slideredit_rt.engines.manifest import read_manifest
+from slideredit_rt.memory import RESERVED, Footprint, engine_footprint, live_peak, plan_memory
+
+GIB = 2**30
+# FLUX.1-Kontext in bfloat16, 1024 × 1024: transformer, T5 and CLIP, autoencoder; activations of a step, a decoding, a tiled one.
+FLUX = Footprint(
+    weights=int(22.2 * GIB),
+    encoders=int(9.1 * GIB),
+    decoder=int(0.16 * GIB),
+    step=int(0.86 * GIB),
+    decode=int(1.5 * GIB),
+    tiled_decode=int(0.4 * GIB),
+    max_batch=16,
+    streams=True,
+)
+
+
+class Chain(nn.Module):
+    """Two linears and a residual, of 1 MiB of activations each in float32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(256, 256, device="meta")
+        self.second = nn.Linear(256, 256, device="meta")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.second(self.first(x))
+
+
+def test_the_peak_counts_tensors_that_live_together_and_no_weights() -> None:
+    chain, x = Chain(), torch.empty(1024, 256, device="meta")
+    # The sum is made while the second linear's output lives; the first one's is gone by then. `x` is the caller's.
+    assert live_peak(lambda: chain(x), chain) == 2 * 2**20
+
+
+def test_views_and_operators_in_place_take_no_memory() -> None:
+    module, x = nn.Identity(), torch.empty(1024, 256, device="meta")
+    assert live_peak(lambda: (x + 1).view(256, 1024).T.relu_(), module) == 2**20
+
+
+def test_attention_counts_without_its_scores() -> None:
+    q = torch.empty(1, 4, 4096, 32, device="meta", dtype=torch.bfloat16)
+    own = q.nbytes
+    assert live_peak(lambda: F.scaled_dot_product_attention(q, q, q), nn.Identity()) == own
+
+
+def test_an_engine_takes_what_its_files_hold(engines: dict[str, Path]) -> None:
+    found = engine_footprint(engines["st"], read_manifest(engines["st"]), resolve_base("shapes-kontext"))
+    shard = (engines["st"] / "diffusion_pytorch_model.safetensors").stat().st_size
+    adapter = (engines["st"] / "adapter.safetensors").stat().st_size
+    assert 0.99 * (shard + adapter) < found.weights < shard + adapter, "all but the headers"
+    text, vae = (
+        sum(f.stat().st_size for name in names for f in (resolve_base("shapes-kontext") / name).glob("*.safetensors"))
+        for names in (("text_encoder", "text_encoder_2"), ("vae",))
+    )
+    # Stored in 16 bits as they are deployed, or in 32.
+    assert found.encoders in range(text // 2 - 10_000, text)
+    assert found.decoder in range(vae // 2 - 50_000, vae)
+    assert found.step > 0
+    assert 0 < found.tiled_decode <= found.decode
+    assert not found.streams
+
+
+@pytest.mark.parametrize(
+    ("vram", "offload", "tiles", "fits"),
+    [(80, "none", False, True), (48, "none", False, True), (32, "encoders", True, True), (24, "all", False, True)],
+)
+def test_what_leaves_a_card_of_a_given_size(vram: int, offload: str, tiles: bool, fits: bool) -> None:
+    plan = plan_memory(FLUX, vram * GIB)
+    assert (plan.offload, plan.tiles, plan.fits) == (offload, tiles, fits)
+    assert plan.vram_gib == vram
+    assert 1 <= plan.max_batch <= FLUX.max_batch
+
+
+def test_a_plan_never_promises_more_than_the_card_has() -> None:
+    for vram in range(1, 100):
+        plan = plan_memory(FLUX, vram * GIB)
+        if plan.fits:
+            resident = plan.weights_gib + plan.decoder_gib + (plan.encoders_gib if plan.offload == "none" else 0)
+            assert resident + plan.max_batch * FLUX.step / GIB + RESERVED / GIB <= vram + 0.1
+        else:
+            assert plan.max_batch == 0
+
+
+def test_without_weight_streaming_a_small_card_does_not_fit() -> None:
+    still = Footprint(**{**vars(FLUX), "streams": False})
+    plan = plan_memory(still, 16 * GIB)
+    assert (plan.fits, plan.max_batch, plan.offload) == (False, 0, "encoders")
+    assert plan_memory(FLUX, 16 * GIB).fits
