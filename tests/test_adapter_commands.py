@@ -167,7 +167,7 @@ def test_refused_conversions_leave_nothing(capsys: Any, family: Family, tmp_path
         ("cut.pt", (), "not a file of plain tensors"),
         ("nothing", (), "does not exist"),
         (partial.name, ("--base", "shapes-kontext"), "fits 11 of its 13 modules"),
-        (partial.name, ("--allow-partial",), "name the base with --base"),
+        (partial.name, ("--allow-partial",), "name one with --base"),
         ("big.safetensors", ("--base", tmp_path / "nowhere"), "does not exist"),
     ):
         assert message in refused(capsys, "adapter", "convert", tmp_path / source, out, *options)

@@ -377,7 +377,7 @@ def test_commands_build_show_edit_and_replace_a_bank(
     assert json.loads((tmp_path / "out.json").read_text())["sliders"][0]["member"] == "other"
     capsys.readouterr()
     assert main(["edit", str(engine), *image, *sliders, *members[:2], "--out", edited]) == 2
-    assert "1 --member for 2 --slider" in capsys.readouterr().err
+    assert "1 --member and 2 --slider were given" in capsys.readouterr().err
     copied = tmp_path / "engine"
     shutil.copytree(engine, copied, copy_function=os.link)
     assert main(["adapter", "replace", str(copied), *files]) == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -24,7 +25,7 @@ from slideredit_rt.cli import _parser, main
 from slideredit_rt.commands.edit import parse_slider, parse_swept_slider
 from slideredit_rt.commands.shared import own_image_options
 from slideredit_rt.editor import SliderEditor
-from slideredit_rt.engines import read_manifest
+from slideredit_rt.engines import BACKENDS, read_manifest
 from slideredit_rt.export.build import build_engine
 from slideredit_rt.files import user_path
 
@@ -494,6 +495,32 @@ def test_the_next_build_removes_what_a_killed_one_left(tmp_path: Path, capsys: A
     )
     assert code == 0
     assert sorted(p.name for p in tmp_path.iterdir()) == [alive.name, "engine"]
+
+
+@pytest.mark.parametrize("arguments", [["inspect", "nowhere"], ["serve", "--port", "70000"]])
+def test_the_callers_handler_of_sigterm_is_restored(arguments: list[str], capsys: Any) -> None:
+    def own(signum: int, frame: Any) -> None:
+        raise AssertionError("never sent")
+
+    before = signal.signal(signal.SIGTERM, own)
+    try:
+        assert main(arguments) == 2
+        assert signal.getsignal(signal.SIGTERM) is own
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_the_help_of_build_names_every_backend_and_lowering(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "500")  # a narrower help text is wrapped at the hyphen of tensorrt-rtx
+    with pytest.raises(SystemExit):
+        main(["build", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    listed = re.search(r"execution backend: (.*?) \(default", text)
+    assert listed is not None
+    assert re.split(", | or ", listed[1]) == list(BACKENDS)
+    lowerings = re.search(r"--lowering \{(.*?)\}", text)
+    assert lowerings is not None
+    assert set(lowerings[1].split(",")) == {"auto", *(name for backend in BACKENDS.values() for name in backend.lowerings)}
 
 
 def test_debug_shows_the_traceback(tmp_path: Path, capsys: Any) -> None:

@@ -334,7 +334,7 @@ def test_an_adapter_may_not_go_by_the_name_of_another_system(tmp_path: Path, cap
         (["--adapter", "shapes-st", "--adapter", "shapes-st"], "are called 'shapes-st'"),
         ([], "nothing to evaluate was given"),
         (["--adapter", "shapes-st", "--images", "images"], "need both --images and --prompts"),
-        (["--adapter", "shapes-st", "--scorer", "clip"], "names no model"),
+        (["--adapter", "shapes-st", "--scorer", "clip"], "has no source"),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_written(

@@ -192,7 +192,7 @@ def test_memory_is_checked_before_the_build_starts(
         ([*BUILD, "--timing-cache", "t"], "--timing-cache is for --backend tensorrt; TensorRT-RTX takes --targets"),
         ([*BUILD, "--lowering", "plugin"], "the backend tensorrt-rtx has no lowering 'plugin'"),
         ([*BUILD, "--batch", "4,2,8"], "the batch sizes 4,2,8 do not rise"),
-        ([*BUILD, "--batch", "1,2"], "--batch takes the largest batch or MIN,OPT,MAX, got 2 numbers"),
+        ([*BUILD, "--batch", "1,2"], "--batch has 2 numbers; give the largest batch, or MIN,OPT,MAX"),
         ([*BUILD, "--max-sliders", "0"], "room for 1 to 256 sliders, got 0"),
         (["build", "--base", "shapes-kontext", "--dtype", "bfloat16"], "multiplies no bfloat16 matrices on the CPU"),
         (["build", "--base", "shapes-kontext", "--dtype", "float16"], "cannot run in float16: its activations exceed"),
@@ -289,7 +289,7 @@ def test_interrupted_build_stops_the_builder_and_leaves_nothing(tmp_path: Path) 
             break
         time.sleep(0.02)
     _, err = process.communicate(timeout=60)
-    assert (process.returncode, err) == (130, "slideredit-rt: interrupted; nothing was left half-written\n")
+    assert (process.returncode, err) == (130, "slideredit-rt: interrupted; no partial files were left\n")
     assert not list(tmp_path.iterdir())
 
 

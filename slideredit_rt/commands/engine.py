@@ -59,7 +59,7 @@ def _build_options(args: argparse.Namespace, backend: Backend) -> Any:
     if foreign := sorted(given.keys() - kinds.get(backend.name, set())):
         others = " or ".join(name for name, fields in kinds.items() if foreign[0] in fields)
         raise SliderEditError(
-            f"--{foreign[0].replace('_', '-')} is an option of --backend {others}; leave it out with {backend.name}"
+            f"--{foreign[0].replace('_', '-')} is for --backend {others}; leave it out with {backend.name}"
         )
     if backend.build_options is None or not given:
         return None
