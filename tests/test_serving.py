@@ -395,7 +395,7 @@ class TestEndings:
     ) -> None:
         service = serve(max_queue=4)
         tickets = submit_all(service, gate, recorder, edit(scene, 0.1, 0.2, 0.3))
-        with pytest.raises(QueueFull, match="3 images wait and the queue takes 4") as refused:
+        with pytest.raises(QueueFull, match=": 3 of at most 4 images wait") as refused:
             service.submit(edit(scene, 0.1, 0.2))
         assert refused.value.retry_after >= 1
         # Another image still fits, and previews have a queue of their own.
@@ -490,8 +490,8 @@ class TestEndings:
                 {"strengths": ((1.0,),) * 2, "settings": EditSettings(seed=2**64 - 1), "consecutive_seeds": True},
                 "seed is 18446744073709551616",
             ),
-            ({"timeout": 0.0}, "timeout of 0.0"),
-            ({"partial_every": -1}, "every -1 steps"),
+            ({"timeout": 0.0}, "timeout is 0.0"),
+            ({"partial_every": -1}, "partial_every is -1"),
         ],
     )
     def test_bad_input_is_refused_at_once(

@@ -111,11 +111,11 @@ class TestServing:
     @pytest.mark.parametrize(
         ("given", "message"),
         [
-            ({"max_quue": "1"}, "'max_quue' is no option of a server; there are engine, host"),
+            ({"max_quue": "1"}, "'max_quue' is not an option of the server; known: engine, host"),
             ({"max_queue": "many"}, "max_queue is 'many': input should be a valid integer"),
             ({"max_queue": "0"}, "--max-queue is 0; give at least 1"),
             ({"drain_seconds": "nan"}, "--drain-seconds is nan; give at least 0"),
-            ({"min_replicas": "3", "max_replicas": "2"}, "3 to 2 replicas were asked for"),
+            ({"min_replicas": "3", "max_replicas": "2"}, "--min-replicas is 3 and --max-replicas 2"),
         ],
     )
     def test_what_serves_nobody_is_refused(self, given: dict[str, str], message: str) -> None:

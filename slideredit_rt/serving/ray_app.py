@@ -102,7 +102,7 @@ def application(
 def app(arguments: dict[str, str | list[str]]) -> ray_serve.Application:
     """Build the application for `serve run` and Ray's configuration files.
 
-    Host and port are Ray's own (`http_options`). Start the cluster's nodes with `CLUSTER_ENVIRONMENT`.
+    Host and port are set in Ray's `http_options`. Start the cluster's nodes with `CLUSTER_ENVIRONMENT`.
 
     Args:
         arguments: options of `slideredit-rt serve` by name, such as `engine` and `max_replicas`. A repeatable one, such as

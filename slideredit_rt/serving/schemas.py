@@ -41,10 +41,10 @@ class SweepField(_Strict):
     model_config = ConfigDict(extra="forbid", validate_by_name=True, serialize_by_alias=True)
 
     slider: int = Field(0, ge=0, description="index of the slider in `sliders`")
-    first: _Strength = Field(alias="from")
-    last: _Strength = Field(alias="to")
-    count: int = Field(7, ge=2, le=MAX_SWEEP)
-    strip: bool = Field(False, description="return one image with all of them side by side, labelled with their strengths")
+    first: _Strength = Field(alias="from", description="first strength")
+    last: _Strength = Field(alias="to", description="last strength")
+    count: int = Field(7, ge=2, le=MAX_SWEEP, description="number of strengths")
+    strip: bool = Field(False, description="return the images side by side in one, labelled with their strengths")
 
     @property
     def strengths(self) -> list[float]:
@@ -65,7 +65,7 @@ class EditFields(_Strict):
     image: str | list[str] | None = Field(
         None, description="image as base64 or data URL, or a list if the engine takes several (max_images in GET /v1/models)"
     )
-    images: list[ImageReference] | None = None
+    images: list[ImageReference] | None = Field(None, description="more images, as OpenAI's clients send them in JSON")
     sliders: list[SliderField] | None = Field(
         None, min_length=1, max_length=MAX_SLIDERS, description="sliders; default: one for the whole prompt, at strength 1"
     )
@@ -82,10 +82,14 @@ class EditFields(_Strict):
         description="seed of the initial noise; with n images, the last seed, seed + n − 1, must be within the same range. "
         "JavaScript cannot represent all integers above 2⁵³ exactly",
     )
-    num_inference_steps: int | None = Field(None, ge=1, le=MAX_STEPS)
-    guidance_scale: _Scale | None = None
-    true_cfg_scale: _Scale | None = None
-    negative_prompt: Annotated[str, Field(max_length=MAX_CHARACTERS)] | None = None
+    num_inference_steps: int | None = Field(None, ge=1, le=MAX_STEPS, description="denoising steps; default: the engine's")
+    guidance_scale: _Scale | None = Field(None, description="scale of the embedded guidance; default: the family's")
+    true_cfg_scale: _Scale | None = Field(
+        None, description="scale of guidance with a negative pass, 1 for no such pass; default: the family's"
+    )
+    negative_prompt: Annotated[str, Field(max_length=MAX_CHARACTERS)] | None = Field(
+        None, description="prompt of the negative pass; default: the family's"
+    )
     response_format: Literal["b64_json"] | None = None
     output_format: OutputFormat | None = Field(None, description="format of the images; default: png")
     output_compression: int | None = Field(None, ge=0, le=100, description="quality of JPEG and WebP in percent; default: 100")

@@ -189,7 +189,10 @@ class EditService:
         seconds = self._step_seconds / rows_stepped if rows_stepped else 0.0
         images = sum(len(other.seeds) for other in ahead)
         retry_after = max(1.0, seconds * sum(other.remaining for other in ahead) * excess / images)
-        raise QueueFull(f"the queue is full ({waiting} of {self.max_queue} images wait); try again later", retry_after)
+        raise QueueFull(
+            f"the queue has no room for {count} more: {waiting} of at most {self.max_queue} images wait; try again later",
+            retry_after,
+        )
 
     def close(self, *, drain: bool = True, timeout: float | None = None) -> None:
         """Reject new requests and stop both threads. Idempotent.

@@ -534,7 +534,7 @@ async function copyCurl() {
     getSelection().selectAllChildren($("curl"));
     copied = document.execCommand("copy");
   }
-  const said = copied ? "Copied" : "Selected: press Ctrl+C";
+  const said = copied ? "Copied" : "Selected, ready to copy";
   $("copy").textContent = $("announce").textContent = said;
   setTimeout(() => ($("copy").textContent = "Copy curl"), 2000);
 }
