@@ -171,7 +171,7 @@ class Api:
             self._check_sweep(sweep, fields, len(sliders))
             return tuple((*own[: sweep.slider], s, *own[sweep.slider + 1 :]) for s in sweep.strengths)
         if (last := fields.seed + n - 1) not in SEEDS:
-            message = f"seed {fields.seed} with n {n} makes {last} the last seed; the largest seed is {SEEDS[-1]}"
+            message = f"seed is {fields.seed} and n is {n}, so the last seed would be {last}; the largest is {SEEDS[-1]}"
             raise Fault(400, message, param="seed", code="seed_too_large")
         return (own,) * n
 

@@ -65,7 +65,7 @@ class EditFields(_Strict):
     image: str | list[str] | None = Field(
         None, description="image as base64 or data URL, or a list if the engine takes several (max_images in GET /v1/models)"
     )
-    images: list[ImageReference] | None = Field(None, description="more images, as OpenAI's clients send them in JSON")
+    images: list[ImageReference] | None = Field(None, description="images in the form of OpenAI's JSON API")
     sliders: list[SliderField] | None = Field(
         None, min_length=1, max_length=MAX_SLIDERS, description="sliders; default: one for the whole prompt, at strength 1"
     )

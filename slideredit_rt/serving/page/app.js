@@ -397,7 +397,7 @@ async function readImage(file) {
   try {
     bitmap = await createImageBitmap(file);
   } catch {
-    throw new Error(`This browser cannot read “${file.name ?? "this file"}” as an image. Choose a PNG, JPEG or WebP file.`);
+    throw new Error(`“${file.name ?? "This"}” is not an image that this browser can read. Choose a PNG, JPEG or WebP file.`);
   }
   const most = Math.max(engine?.side ?? 0, 512) ** 2;
   const scale = Math.min(1, Math.sqrt(most / (bitmap.width * bitmap.height)));
