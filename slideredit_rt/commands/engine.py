@@ -58,9 +58,7 @@ def _build_options(args: argparse.Namespace, backend: Backend) -> Any:
     given = options_given(args, *(name for name in sorted(set().union(*kinds.values())) if hasattr(args, name)))
     if foreign := sorted(given.keys() - kinds.get(backend.name, set())):
         others = " or ".join(name for name, fields in kinds.items() if foreign[0] in fields)
-        raise SliderEditError(
-            f"--{foreign[0].replace('_', '-')} is for --backend {others}; leave it out with {backend.name}"
-        )
+        raise SliderEditError(f"--{foreign[0].replace('_', '-')} is for --backend {others}; leave it out with {backend.name}")
     if backend.build_options is None or not given:
         return None
     return backend.build_options(**{name: tuple(v) if isinstance(v, list) else v for name, v in given.items()})
