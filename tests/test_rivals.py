@@ -316,7 +316,7 @@ def test_offsets_run_on_a_compiled_engine_of_another_adapter(
 
 
 def test_attributes_without_training_are_named(system: Any, case: Case) -> None:
-    with pytest.raises(SliderEditError, match=r"have none for 'make it old'; train one with slideredit-rt train"):
+    with pytest.raises(SliderEditError, match=r"do not include 'make it old'; train it with slideredit-rt train"):
         system.prepare(replace(case, instructions=("make it old",)))
 
 
