@@ -123,9 +123,7 @@ def test_search_and_bench_share_no_case_and_the_order_is_the_same_in_every_run(
 def test_too_few_pairs_for_both_phases_are_refused(images: OwnImages) -> None:
     images.cases("bench", 4, 1)
     images.cases("search", 2, 1)
-    with pytest.raises(
-        SliderEditError, match=r"make 6 cases of 1 instructions, .* benchmark needs 4 and the range search 3 "
-    ):
+    with pytest.raises(SliderEditError, match=r"make 6 cases of 1 instructions, .* benchmark needs 4 and the range search 3 "):
         images.cases("search", 3, 1)
     with pytest.raises(SliderEditError, match=r"make 0 cases of 3 instructions"):
         images.cases("bench", 1, 3)

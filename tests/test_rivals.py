@@ -356,7 +356,11 @@ def test_a_base_without_trained_rivals_says_how_to_train_them(name: str, what: s
 
 @pytest.mark.parametrize(
     ("config", "message"),
-    [({"attributes": ()}, "list of attributes is empty"), ({"attributes": ("a", "a")}, "given twice"), ({"rank": 0}, "rank is 0")],
+    [
+        ({"attributes": ()}, "list of attributes is empty"),
+        ({"attributes": ("a", "a")}, "given twice"),
+        ({"rank": 0}, "rank is 0"),
+    ],
 )
 def test_settings_that_make_no_sense_are_refused(config: dict[str, Any], message: str) -> None:
     with pytest.raises(SliderEditError, match=message):

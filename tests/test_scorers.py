@@ -398,7 +398,9 @@ def test_a_folder_without_face_models_is_refused(face_models: Path, tmp_path: Pa
     for copied, lacks in ((), "detection"), (("det.onnx",), "recognition"):
         for name in copied:
             (tmp_path / name).write_bytes((face_models / name).read_bytes())
-        with pytest.raises(SliderEditError, match=f"'arcface' cannot be loaded from .*it does not contain a face {lacks} model"):
+        with pytest.raises(
+            SliderEditError, match=f"'arcface' cannot be loaded from .*it does not contain a face {lacks} model"
+        ):
             load_scorer("arcface", str(tmp_path))
 
 
