@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from PIL import Image
 
 from slideredit_rt.adapters import load_adapter
