@@ -56,7 +56,7 @@ def test_without_a_gpu_the_bench_says_so_and_writes_nothing(bench: str, tmp_path
     if done.returncode == 0:
         pytest.skip("there is a GPU here")
     assert done.returncode == 2
-    assert "no CUDA device here; pass --rehearse" in done.stderr
+    assert "no CUDA device found; pass --rehearse" in done.stderr
     assert not list(tmp_path.iterdir())
 
 
@@ -137,4 +137,4 @@ def test_a_missing_package_is_one_sentence(tmp_path: Path) -> None:
     code = "import sys; sys.modules['diffusers'] = None; import slideredit_rt.bench.gpu_tensorrt"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith("gpu_tensorrt: this Python lacks diffusers; install")
+    assert done.stderr.splitlines()[-1].startswith("gpu_tensorrt: the package diffusers is missing; install")

@@ -52,7 +52,7 @@ def test_without_a_gpu_it_says_so_and_writes_nothing(tmp_path: Path) -> None:
         pytest.skip("there is a GPU here")
     done = run("--out", str(tmp_path))
     assert done.returncode == 2
-    assert "no CUDA device here; pass --rehearse" in done.stderr
+    assert "no CUDA device found; pass --rehearse" in done.stderr
     assert not list(tmp_path.iterdir())
 
 

@@ -175,7 +175,7 @@ def test_shapes_data_draws_only_what_it_is_told() -> None:
     drawn = {text for instructions in prompts for text in instructions}
     assert drawn == {i.text for i in known}
     assert {len(p) for p in prompts} == {1, 2}
-    with pytest.raises(SliderEditError, match="no instruction of the shapes world"):
+    with pytest.raises(SliderEditError, match="not an instruction of the shapes world"):
         find_instruction("make the triangle red")
 
 
