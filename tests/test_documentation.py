@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import runpy
 import shutil
 import sys
 from collections.abc import Iterator
@@ -112,6 +113,13 @@ def test_the_readme_can_be_read_in_a_few_minutes() -> None:
     assert len((ROOT / "README.md").read_text().split()) <= 1200
 
 
+def test_the_drawings_are_what_their_script_draws() -> None:
+    drawn = runpy.run_path(str(ROOT / "docs" / "draw_architecture.py"))
+    for theme in drawn["THEMES"]:
+        assert (ROOT / "docs" / f"architecture-{theme.name}.svg").read_text() == drawn["draw"](theme)
+    assert [theme.name for theme in drawn["THEMES"]] == ["light", "dark"]
+
+
 def written(folder: Path, text: str) -> Path:
     page = folder / "page.md"
     page.write_text(text)
@@ -164,7 +172,7 @@ assert open("health.json").read()
 @pytest.mark.parametrize(
     ("body", "line", "message"),
     [
-        ("```sh\ntrue\nls nowhere |\n    sort\n```", 5, "No such file"),
+        ("```sh\ntrue\nls nowhere | sort\ntrue\n```", 5, "No such file"),
         ("```python\nx = 1\n\ny = x / 0\n```", 6, "ZeroDivisionError"),
         ("- a list\n\n  ```python\n  print(undefined)\n  ```", 6, "NameError"),
         ("```sh\nslideredit-rt spans --slider 'make the sun red' --base nowhere\n```", 4, "nowhere"),
