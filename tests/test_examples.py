@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import runpy
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +15,9 @@ SCENE = FOLDER.parent / "docs" / "scene.png"
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, engines: dict[str, Path]) -> Path:
-    """Where the scripts run, one after the other, with the engine that the first would build."""
-    folder = tmp_path_factory.mktemp("examples")
-    shutil.copytree(engines["st"], folder / "engine", symlinks=True)
-    return folder
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the scripts run, one after the other: the first builds the engine that the others open."""
+    return tmp_path_factory.mktemp("examples")
 
 
 def run(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
