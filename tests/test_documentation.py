@@ -27,7 +27,7 @@ OTHER_OPTIONS = {"--extra-index-url", "--gpus", "--help", "--index-url", "--no-d
 _PATH = re.compile(r"(bench|deploy|docs|examples|export|kernels|slideredit_rt|tests)/[\w./-]*")
 
 # To be rewritten; without an entry here, a page has to pass.
-UNREVISED = {"README.md"}
+UNREVISED = {"README.md", "docs/evaluation.md"}
 
 
 def _parameter(page: Path) -> Any:
@@ -154,6 +154,7 @@ def test_blocks_share_files_names_and_a_server(folder: Path, programs: list[Path
 
 ```sh
 pip install 'slideredit-rt[serve]'   # is not run
+slideredit-rt build --base shapes-kontext --adapter shapes-st --out engine
 slideredit-rt inspect --help \\
     > help.txt
 ```
