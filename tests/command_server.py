@@ -48,7 +48,8 @@ def serve_commands(folder: Path) -> Iterator[Path]:
     client.chmod(0o755)
     for name in ("python", "python3"):
         (programs / name).symlink_to(sys.executable)
-    with subprocess.Popen([sys.executable, __file__, str(address)], stdout=subprocess.PIPE) as server:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    with subprocess.Popen([sys.executable, __file__, str(address)], stdout=subprocess.PIPE, env=environment) as server:
         try:
             assert server.stdout is not None
             assert server.stdout.readline() == b"ready\n"

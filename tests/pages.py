@@ -234,7 +234,9 @@ class Page:
     def __init__(self, folder: Path, programs: list[Path], *, seconds: float = 300) -> None:
         self.folder, self.seconds = folder, seconds
         self.names: dict[str, Any] = {"__name__": "__main__"}
-        self.environment = dict(os.environ) | {"PATH": os.pathsep.join([*map(str, programs), os.environ["PATH"]])}
+        # As a reader's shell: conftest.py has Triton interpret its kernels, which then cannot be compiled.
+        self.environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        self.environment["PATH"] = os.pathsep.join([*map(str, programs), os.environ["PATH"]])
         self._server: subprocess.Popen[bytes] | None = None
         self._port: int | None = None
 

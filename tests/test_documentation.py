@@ -22,8 +22,8 @@ from slideredit_rt import cli
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FOLDERS = ("docs", "examples", "deploy")
-# What pages name of other programs.
-OTHER_OPTIONS = {"--extra-index-url", "--gpus", "--help", "--index-url", "--no-deps", "--privileged", "--rm", "--version"}
+# Options of pip and docker that pages name alone.
+OTHER_OPTIONS = {"--extra-index-url", "--gpus", "--index-url", "--no-deps", "--rm"}
 _PATH = re.compile(r"(bench|deploy|docs|examples|export|kernels|slideredit_rt|tests)/[\w./-]*")
 
 # To be rewritten; without an entry here, a page has to pass.
@@ -97,7 +97,8 @@ def quotation_fault(text: str) -> str | None:
         two = any(name.startswith(f"slideredit-rt {level[0]} ") for name in known) if level else False
         if two and len(level) == 2 and " ".join(["slideredit-rt", *level]) not in known:
             return f"there is no command {' '.join(level)!r}"
-    if words[:1] not in (["pip"], ["docker"]) and (unknown := set(re.findall(r"(?<!\S)--[a-z][a-z-]*", text)) - options()):
+    ours = words[:1] == ["slideredit-rt"] or text.startswith("--")
+    if ours and (unknown := set(re.findall(r"(?<!\S)--[a-z][a-z-]*", text)) - options()):
         return f"there is no option {unknown.pop()}"
     if _PATH.fullmatch(text) and not any(ROOT.glob(text.rstrip("/"))):
         return "there is no such file"
