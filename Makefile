@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test slow-test lint bench bench-serve soak ray-test gpu-test gpu-bench gpu-trt gpu-model marks evaluation ablations clean
+.PHONY: demo test slow-test lint docs linkcheck bench bench-serve soak ray-test gpu-test gpu-bench gpu-trt gpu-model marks evaluation ablations clean
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; set PYTHON=python3.11"; exit 2; }
@@ -33,6 +33,18 @@ lint: $(STAMP)
 	rm -rf build && $(BIN)/python -m pip install --quiet --no-deps --target build/typecheck .
 	MYPYPATH=build/typecheck $(BIN)/mypy
 	MYPYPATH=build/typecheck $(BIN)/mypy tests bench/test_*.py
+
+$(VENV)/.docs: $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	touch $@
+
+# Writes build/docs/index.html. A link, an anchor or a name that leads nowhere is an error.
+docs: $(VENV)/.docs
+	$(BIN)/python -m sphinx -W --keep-going -n -q -b html -d build/doctrees docs build/docs
+
+# Asks every site that the pages link to: needs a network.
+linkcheck: $(VENV)/.docs
+	$(BIN)/python -m sphinx -W --keep-going -q -b linkcheck -d build/doctrees docs build/linkcheck
 
 bench: $(STAMP)
 	$(BIN)/python -m pytest bench -o addopts=-q --benchmark-columns=median,iqr,rounds
