@@ -39,6 +39,8 @@ html_theme = "furo"
 html_title = f"slideredit-rt {release}"
 html_show_copyright = False
 html_show_sourcelink = False
+# Named by a <picture> element, which Sphinx does not look into.
+html_extra_path = ["architecture-light.svg", "architecture-dark.svg"]
 html_theme_options = {
     "light_css_variables": {"color-brand-primary": "#0f5e9c", "color-brand-content": "#0f5e9c"},
     "dark_css_variables": {"color-brand-primary": "#7cc0f5", "color-brand-content": "#7cc0f5"},

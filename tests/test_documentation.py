@@ -10,7 +10,6 @@ import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import pytest
 from command_server import serve_commands
@@ -26,17 +25,7 @@ FOLDERS = ("docs", "examples", "deploy")
 OTHER_OPTIONS = {"--extra-index-url", "--gpus", "--index-url", "--no-deps", "--rm"}
 _PATH = re.compile(r"(bench|deploy|docs|examples|export|kernels|slideredit_rt|tests)/[\w./-]*")
 
-# To be rewritten; without an entry here, a page has to pass.
-UNREVISED = {"README.md", "docs/evaluation.md"}
-
-
-def _parameter(page: Path) -> Any:
-    name = str(page.relative_to(ROOT))
-    marks = [pytest.mark.xfail(reason="is being rewritten")] if name in UNREVISED else []
-    return pytest.param(page, id=name, marks=marks)
-
-
-each_page = pytest.mark.parametrize("page", [_parameter(page) for page in PAGES])
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +119,6 @@ def test_links_to_files_lead_somewhere(page: Path) -> None:
     assert [(line, to) for line, to in files if not (page.parent / to).exists()] == []
 
 
-@pytest.mark.xfail("README.md" in UNREVISED, reason="is being rewritten")
 def test_the_readme_can_be_read_in_a_few_minutes() -> None:
     assert len((ROOT / "README.md").read_text().split()) <= 1200
 
