@@ -479,8 +479,8 @@ def test_what_is_no_plain_adapter(family: Family, tmp_path: Path, pairs: Any, ch
     ("config", "message"),
     [
         ("{", "adapter_config.json of adapter"),
-        ("[]", "no JSON object"),
-        ('{"r": 8, "lora_alpha": 8}', "rank 4 at .* and its configuration says 8"),
+        ("[]", "not a JSON object"),
+        ('{"r": 8, "lora_alpha": 8}', "rank 4 at .* but its configuration says 8"),
         ('{"r": 4, "lora_alpha": "much"}', "unreadable rank or alpha"),
         ('{"r": 4, "lora_alpha": 4, "use_dora": true}', "is a DoRA"),
     ],

@@ -92,11 +92,11 @@ def reshape_tensor(file: Path) -> None:
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "T5 without its vocabulary": (
         lambda b: (b / T5_WORDS).unlink(),
-        "tokenizer_2' of the base lacks spiece.model",
+        "tokenizer_2' lacks spiece.model",
     ),
     "CLIP without its vocabulary": (
         lambda b: (b / "tokenizer/tokenizer.json").unlink(),
-        "tokenizer' of the base lacks merges.txt and vocab.json",
+        "tokenizer' lacks merges.txt and vocab.json",
     ),
     "CLIP without its settings": (lambda b: (b / "tokenizer/tokenizer_config.json").unlink(), "lacks tokenizer_config.json"),
     "an empty vocabulary": (
@@ -112,7 +112,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "no weights of T5": (
         lambda b: (b / T5).unlink(),
-        "holds neither model.safetensors",
+        "has neither model.safetensors",
     ),
     "a variant only": (
         lambda b: (b / T5).rename(b / "text_encoder_2/model.fp16.safetensors"),
@@ -123,16 +123,16 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "a pointer for the transformer": (lambda b: (b / "transformer" / WEIGHTS).write_bytes(POINTER), "is a Git LFS pointer"),
     "half of CLIP": (
         lambda b: os.truncate(b / CLIP, 5000),
-        "is not whole",
+        "is incomplete",
     ),
     "CLIP without a tensor": (lambda b: drop_tensor(b / CLIP), "lacks the tensor "),
     "the VAE without a tensor": (lambda b: drop_tensor(b / "vae" / WEIGHTS), "lacks the tensor "),
-    "T5 with another shape": (lambda b: reshape_tensor(b / T5), "its configuration says"),
+    "T5 with another shape": (lambda b: reshape_tensor(b / T5), "its configuration expects"),
     "no scheduler file": (
         lambda b: (b / "scheduler/scheduler_config.json").unlink(),
         "scheduler' of the base cannot",
     ),
-    "no scheduler": (lambda b: shutil.rmtree(b / "scheduler"), "lacks its folder scheduler"),
+    "no scheduler": (lambda b: shutil.rmtree(b / "scheduler"), "lacks the folder scheduler"),
     "no VAE configuration": (lambda b: (b / "vae/config.json").unlink(), "vae/config.json"),
     "no T5 configuration": (
         lambda b: (b / "text_encoder_2/config.json").unlink(),
@@ -180,9 +180,9 @@ def test_a_damaged_base_is_refused_in_one_sentence_at_build_and_when_it_is_opene
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda b: (b / "processor" / "tokenizer.json").unlink(), "processor' of the base lacks merges.txt and vocab.json"),
-        (lambda b: (b / "tokenizer" / "tokenizer.json").unlink(), "tokenizer' of the base lacks merges.txt and vocab.json"),
-        (lambda b: shutil.rmtree(b / "processor"), "lacks its folder processor"),
+        (lambda b: (b / "processor" / "tokenizer.json").unlink(), "processor' lacks merges.txt and vocab.json"),
+        (lambda b: (b / "tokenizer" / "tokenizer.json").unlink(), "tokenizer' lacks merges.txt and vocab.json"),
+        (lambda b: shutil.rmtree(b / "processor"), "lacks the folder processor"),
         (lambda b: drop_tensor(b / "text_encoder" / "model.safetensors"), "lacks the tensor "),
         (lambda b: (b / "vae" / WEIGHTS).write_bytes(POINTER), "is a Git LFS pointer"),
     ],
