@@ -160,7 +160,7 @@ def test_refused_conversions_leave_nothing(capsys: Any, family: Family, tmp_path
     before = sorted(p.name for p in tmp_path.iterdir())
     out = tmp_path / "out"
     for source, options, message in (
-        ("big.safetensors", ("--dtype", "float16"), "beyond what float16 holds"),
+        ("big.safetensors", ("--dtype", "float16"), "that overflow float16"),
         ("empty.safetensors", (), "not a readable safetensors"),
         ("empty.pt", (), "not a file of plain tensors"),
         ("cut.safetensors", (), "not a readable safetensors"),

@@ -119,7 +119,7 @@ def test_a_banks_file_brings_members_and_curves_back(pair: list[Adapter], tmp_pa
     assert list(adapter_report(read)["members"]) == ["one", "zwölf"]
     assert bank_adapters(pair, ["zwölf", "one"]).fingerprint != bank.fingerprint
     for form in ("diffusers", "peft"):
-        with pytest.raises(SliderEditError, match="is a bank, which only the canonical format holds"):
+        with pytest.raises(SliderEditError, match="is a bank, which only the canonical format can hold"):
             save_adapter(bank, tmp_path / form, form)  # type: ignore[arg-type]
 
 
@@ -269,10 +269,10 @@ def test_a_member_where_there_is_no_bank(st_editor: SliderEditor, scene: Image.I
 def test_adapters_that_make_no_bank_are_refused(pair: list[Adapter], files: list[str], family: Family, kind: str) -> None:
     foreign = f"shapes-{'st' if kind == 'gst' else 'gst'}"
     cases: list[tuple[Any, str]] = [
-        (lambda: load_adapters([files[0], foreign], family), "give adapters of one family and one kind"),
-        (lambda: load_adapters([files[0], files[0]], family), f"two adapters would be called '{files[0]}' in the bank"),
+        (lambda: load_adapters([files[0], foreign], family), "pass adapters of one family and one kind"),
+        (lambda: load_adapters([files[0], files[0]], family), f"two adapters would be named '{files[0]}' in the bank"),
         (lambda: bank_adapters(pair, ["a"]), "2 adapters and 1 names"),
-        (lambda: bank_adapters([bank_adapters(pair, ["a", "b"]), pair[0]], ["c", "d"]), "is a bank already"),
+        (lambda: bank_adapters([bank_adapters(pair, ["a", "b"]), pair[0]], ["c", "d"]), "is already a bank"),
         (
             lambda: choose("plugin", pair[0].kind, get_backend("tensorrt"), bank=True),
             "one scale per row and a bank of adapters",

@@ -299,7 +299,7 @@ def test_an_adapter_that_matches_some_or_none_of_the_modules(tmp_path: Path, cap
     a, b = torch.zeros(4, 128), torch.zeros(128, 4)
     some = ["transformer_blocks.0.attn.to_q", "transformer_blocks.9.attn.to_q"]
     for name, modules, expected in (
-        ("none", ["unet.to_q"], "no linear that a slider may touch"),
+        ("none", ["unet.to_q"], "no linear that sliders can scale"),
         ("absent", some[1:], "0 of its 1 modules"),
         ("some", some, "1 of its 2 modules"),
     ):
