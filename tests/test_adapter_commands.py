@@ -166,7 +166,7 @@ def test_refused_conversions_leave_nothing(capsys: Any, family: Family, tmp_path
         ("cut.safetensors", (), "not a readable safetensors"),
         ("cut.pt", (), "not a file of plain tensors"),
         ("nothing", (), "does not exist"),
-        (partial.name, ("--base", "shapes-kontext"), "fits 11 of its 13 modules"),
+        (partial.name, ("--base", "shapes-kontext"), "only 11 of the 13 modules"),
         (partial.name, ("--allow-partial",), "name the base with --base"),
         ("big.safetensors", ("--base", tmp_path / "nowhere"), "does not exist"),
     ):

@@ -292,7 +292,7 @@ def test_a_file_whose_ranks_its_members_cannot_share(pair: list[Adapter], tmp_pa
     bank = bank_adapters(pair, ["a", "b"])
     odd = {name: (torch.cat([a, a[:1]]), torch.cat([b, b[:, :1]], dim=1)) for name, (a, b) in bank.pairs.items()}
     save_adapter(dataclasses.replace(bank, pairs=odd), tmp_path / "odd.safetensors")
-    with pytest.raises(SliderEditError, match="a bank of 2 members and has ranks that these do not share evenly"):
+    with pytest.raises(SliderEditError, match="a bank of 2 members, but its ranks cannot be divided evenly"):
         load_adapter(tmp_path / "odd.safetensors", family)
 
 

@@ -334,7 +334,7 @@ def test_damaged_engines(copied: Path, capsys: Any) -> None:
     adapter.write_bytes(original[:-1] + bytes([original[-1] ^ 1]))
     assert "was changed after the build" in refused(capsys, "inspect", copied)
     adapter.unlink()
-    assert "lacks its file" in refused(capsys, "inspect", copied)
+    assert "lacks the file" in refused(capsys, "inspect", copied)
     adapter.write_bytes(original)
     rewrite(manifest, schema_version=99)
     assert "schema 99" in refused(capsys, "inspect", copied)
@@ -356,7 +356,7 @@ def test_engine_whose_linked_weights_are_gone_or_changed(copied: Path, capsys: A
     ):
         damage()
         message = refused(capsys, "inspect", copied)
-        assert f"needs the checkpoint's file {file.name} as it was at the build" in message
+        assert f"needs the checkpoint's file {file.name}, which is missing or was changed" in message
         assert "--copy-weights" in message
 
 
@@ -579,7 +579,7 @@ def test_a_number_of_threads_that_makes_no_sense(
     message = refused(
         capsys, "edit", engines["st"], "--image", image_file, "--slider", RED, "--threads", threads, "--out", tmp_path / "o.png"
     )
-    assert f"{threads} CPU threads were asked for; give 1 to 1024" in message
+    assert f"{threads} CPU threads; pass 1 to 1024" in message
 
 
 @pytest.mark.parametrize(

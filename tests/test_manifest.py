@@ -132,7 +132,7 @@ def test_a_file_outside_of_the_folder_is_neither_opened_nor_measured(
         ({"max_batch": True}, "max_batch is True"),
         ({"targets": "sm90"}, "targets is 'sm90', expected a list"),
         ({"dtype": "cuda"}, "dtype is 'cuda', expected one of"),
-        ({"ranges": {"batch": [4, 1, 2]}}, "three numbers that do not fall"),
+        ({"ranges": {"batch": [4, 1, 2]}}, "three numbers in ascending order"),
         ({"ranges": {"width": [1, 1, 2]}}, "a name in the manifest.ranges is 'width'"),
         ({"ranges": {"batch": [1, 2]}}, "a list of 3 to 3"),
         ({"config": {}}, "config lacks what a flux_kontext needs"),
@@ -187,7 +187,7 @@ def test_a_pipe_is_not_waited_for(engine: Path, manifest: dict[str, Any]) -> Non
     (engine / NAME).write_text(json.dumps(manifest))
     (engine / "model.onnx").unlink()
     os.mkfifo(engine / "model.onnx")
-    with pytest.raises(SliderEditError, match=r"lacks its file model\.onnx"):
+    with pytest.raises(SliderEditError, match=r"lacks the file model\.onnx"):
         read_manifest(engine)
 
 

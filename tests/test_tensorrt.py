@@ -191,10 +191,10 @@ def test_memory_is_checked_before_the_build_starts(
         ([*BUILD, "--targets", ""], "an engine is built for one target or more; choose from"),
         ([*BUILD, "--timing-cache", "t"], "--timing-cache is for --backend tensorrt; TensorRT-RTX takes --targets"),
         ([*BUILD, "--lowering", "plugin"], "the backend tensorrt-rtx has no lowering 'plugin'"),
-        ([*BUILD, "--batch", "4,2,8"], "the batch sizes 4,2,8 do not rise"),
+        ([*BUILD, "--batch", "4,2,8"], "the batch sizes 4,2,8 are not ascending"),
         ([*BUILD, "--batch", "1,2"], "--batch takes the largest batch or MIN,OPT,MAX, got 2 numbers"),
-        ([*BUILD, "--max-sliders", "0"], "room for 1 to 256 sliders, got 0"),
-        (["build", "--base", "shapes-kontext", "--dtype", "bfloat16"], "multiplies no bfloat16 matrices on the CPU"),
+        ([*BUILD, "--max-sliders", "0"], "can have 1 to 256 sliders, got 0"),
+        (["build", "--base", "shapes-kontext", "--dtype", "bfloat16"], "cannot multiply bfloat16 matrices on the CPU"),
         (["build", "--base", "shapes-kontext", "--dtype", "float16"], "cannot run in float16: its activations exceed"),
         (
             ["build", "--base", "shapes-kontext", "--backend", "openvino"],

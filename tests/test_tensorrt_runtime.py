@@ -182,11 +182,17 @@ def test_options_of_tensorrt_are_refused_for_another_backend(
     engines: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], option: list[str]
 ) -> None:
     assert edit(engines["st"], tmp_path, *option) == 2
-    assert (
-        "runs in onnxruntime, which takes neither a weight budget nor a choice of CUDA graphs; leave" in capsys.readouterr().err
-    )
-    with pytest.raises(SliderEditError, match="runs in onnxruntime"):
+    assert "ONNX Runtime engines take no run options, got RuntimeOptions(weight_budget=" in capsys.readouterr().err
+    with pytest.raises(SliderEditError, match="ONNX Runtime engines take no run options"):
         open_engine(engines["st"], options=RuntimeOptions(cuda_graphs=False))
+
+
+def test_a_backend_says_which_run_options_it_takes() -> None:
+    TensorRT().check_run_options(RuntimeOptions())
+    with pytest.raises(
+        SliderEditError, match=r"TensorRT engines do not take str; pass RuntimeOptions \(weight_budget, cuda_gr"
+    ):
+        TensorRT().check_run_options("fast")
 
 
 @pytest.mark.parametrize(
@@ -578,7 +584,7 @@ class TestCalls:
         assert log[captured] == ("wait",)
         engine.close()
         assert log.count(("released", "Runtime")) == 1
-        with pytest.raises(SliderEditError, match="the engine was closed; open it again"):
+        with pytest.raises(SliderEditError, match="the engine is closed; open it again"):
             engine(request())
 
     def test_without_close_collection_releases(self, load: Callable[..., TensorRTEngine], log: list[Any]) -> None:
@@ -653,7 +659,7 @@ class TestCalls:
     ) -> None:
         engine = load()
         message = (
-            r"no memory left for the sizes \{'batch': 2, 'image_rows': 6, 'sliders': 2\}; use a smaller batch or resolution"
+            r"out of memory for the sizes \{'batch': 2, 'image_rows': 6, 'sliders': 2\}; use a smaller batch or resolution"
         )
         trt.room = False
         with pytest.raises(SliderEditError, match=message):

@@ -156,7 +156,7 @@ def load_adapter(source: str | Path, family: Family | None = None, *, mixed_dtyp
     pairs, named_for = with_diffusers_names(_scaled(layout, ranks, statements, source), source)
     if family and named_for and family.name != named_for.name:
         raise SliderEditError(
-            f"adapter {str(source)!r} is for {named_for.name} by the names of its linears, not for {family.name}; "
+            f"adapter {str(source)!r} is for {named_for.name}, not for {family.name}, by the names of its linears; "
             f"use it with a {named_for.name} base"
         )
     family = _recognise(pairs, family or named_for, source)
