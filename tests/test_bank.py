@@ -312,9 +312,9 @@ def test_another_bank_takes_the_engines_place_and_other_numbers_of_members_do_no
     found = open_engine(tmp_path / "engine")[1](inputs)
     assert (found - expected).abs().max() <= 1e-5 * max(1, expected.abs().max())
     three = bank_adapters([like(pair[0], 1, seed=s) for s in range(3)], ["a", "b", "c"])
-    with pytest.raises(SliderEditError, match=r"has 3 members and the export in .* was made for a bank of 2"):
+    with pytest.raises(SliderEditError, match=r"has 3 members, but the export in .* is for a bank of 2"):
         replace_engine_adapter(tmp_path / "engine", three)
-    with pytest.raises(SliderEditError, match="has no members and the export"):
+    with pytest.raises(SliderEditError, match="has no members, but the export"):
         replace_engine_adapter(tmp_path / "engine", files[0])
 
 

@@ -275,7 +275,7 @@ def test_bad_bases(tmp_path: Path, capsys: Any) -> None:
     cases = {
         "nowhere": "does not exist",
         "empty": "not a diffusers checkpoint",
-        "other": "no family",
+        "other": "is not supported; supported: FluxKontextPipeline",
         "broken": "not a diffusers model index",
     }
     for name, message in cases.items():

@@ -208,7 +208,7 @@ def test_engine_folder_links_the_checkpoint_and_names_torch(folders: dict[str, P
 
 
 def test_a_lowering_for_graphs_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(SliderEditError, match="inductor has no lowering 'folded'"):
+    with pytest.raises(SliderEditError, match="inductor does not support the lowering 'folded'"):
         build_engine("shapes-kontext", "shapes-gst", tmp_path / "e", BuildSettings("inductor", "folded"), progress=False)
     assert not list(tmp_path.iterdir())
 

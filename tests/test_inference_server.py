@@ -157,7 +157,7 @@ def test_backends_that_triton_lacks_are_refused(backend: str, engines: dict[str,
     folder = tmp_path / "engine"
     folder.mkdir()
     write_manifest(dataclasses.replace(read_manifest(engines["st"]), backend=backend, files={}, links={}), folder)
-    with pytest.raises(SliderEditError, match=f"runs in {backend}, which Triton Inference Server has no backend for"):
+    with pytest.raises(SliderEditError, match=f"was built for {backend}, which Triton Inference Server cannot run"):
         export_triton(folder, tmp_path / "repository")
     assert not (tmp_path / "repository").exists()
 
@@ -182,7 +182,7 @@ def test_command(engines: dict[str, Path], tmp_path: Path, capsys: pytest.Captur
     assert sorted(os.listdir(out)) == ["second", "slider_backbone"]
     for options, sentence in (
         ([], "exists already"),
-        (["--name", "a/b"], "cannot name a model"),
+        (["--name", "a/b"], "is not a valid Triton model name"),
         (["--name", "other", "--max-queue-delay-us", "-1"], "give 0 or more"),
     ):
         assert main(["export-triton", str(engines["st"]), "--out", out, *options]) == 2

@@ -113,7 +113,7 @@ def test_a_new_backend_is_one_file_and_one_line(
     assert cli.main([*build, "--backend", "openvino", "--out", str(tmp_path / "none")]) == 2
     assert "known: inductor, onnxruntime, tensorrt, tensorrt-rtx, toy" in capsys.readouterr().err
     assert cli.main([*build, "--backend", "toy", "--lowering", "folded", "--out", str(tmp_path / "none")]) == 2
-    assert "the backend toy has no lowering 'folded'; use --lowering operator with it" in capsys.readouterr().err
+    assert "the backend toy does not support the lowering 'folded'; use --lowering operator" in capsys.readouterr().err
     assert cli.main([*build, "--backend", "toy", "--resolution", "64", "--out", str(tmp_path / "none")]) == 2
     assert "--resolution is for --backend tensorrt or tensorrt-rtx" in capsys.readouterr().err
     assert cli.main(["edit", str(engine), *given, "--cuda-graphs", "off", "--out", str(tmp_path / "o.png")]) == 2

@@ -91,7 +91,7 @@ def check_memory(weight_bytes: int, available: int) -> str:
     sentence = f"about {needed / 2**30:.1f} GiB of host memory for {weight_bytes / 2**20:,.0f} MiB of weights"
     if needed > available:
         raise SliderEditError(
-            f"the build needs {sentence}, but only {available / 2**30:.1f} GiB are free; free memory or build on a larger machine"
+            f"the build needs {sentence}, but {available / 2**30:.1f} GiB are free; build on a larger machine or free memory"
         )
     return sentence
 
@@ -223,7 +223,7 @@ def build_plan(backend: TensorRT, job: BuildJob, model: Path, specs: Sequence[Te
             return {}
         if plan is None:
             reason = logger.errors[-1] if logger.errors else "no reason given"
-            raise SliderEditError(f"{backend.title} could not build the engine: {reason}; see the builder's log")
+            raise SliderEditError(f"{backend.title} could not build the engine: {reason}")
         (folder / PLAN_FILE).write_bytes(plan)
         if options.timing_cache is not None:
             with atomic_file(options.timing_cache) as temporary:

@@ -212,8 +212,8 @@ class TensorRTEngine:
         return config
 
     def _run(self, binding: _Binding, stream: int) -> None:
-        # TensorRT-RTX captures graphs itself once its kernels for the shapes are compiled. TensorRT's first enqueue of a context
-        # does initialisation that is not allowed during a capture.
+        # TensorRT-RTX captures graphs itself once its kernels for the shapes are compiled. With TensorRT, the first enqueue of
+        # a context does initialisation that is not allowed during a capture.
         if self._options.cuda_graphs and self.captures_graphs and binding.warm:
             if binding.replay is None:
                 binding.replay = self._capture(binding)
