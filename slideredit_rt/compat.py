@@ -188,7 +188,7 @@ class SliderEditFluxKontextPipeline(FluxKontextPipeline):
                 alphas = slider_alpha_list if slider_alpha is None else slider_alpha
                 setting = "without sliders" if alphas is None else f"with the alphas {alphas}"
                 raise SliderEditError(
-                    f"an image {setting} contains NaN or infinity; use alphas closer to 0, or check the adapter and the "
+                    f"the edit {setting} produced NaN or infinity; use alphas closer to 0, or check the adapter and the "
                     "pipeline's dtype"
                 )
             return edited

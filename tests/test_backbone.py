@@ -115,7 +115,7 @@ def _random_adapter(family: Family, names: list[str], k: int = 128, n: int = 128
             "gst",
             re.escape("128×3072 update for transformer_blocks.0.attn.to_q, which is 128×128"),
         ),
-        (["transformer_blocks.0.attn.to_q"], 128, "st", "no text rows"),
+        (["transformer_blocks.0.attn.to_q"], 128, "st", "does not project text rows"),
     ],
 )
 def test_an_adapter_that_does_not_fit_is_refused_and_nothing_is_injected(

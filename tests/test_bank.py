@@ -243,7 +243,7 @@ def test_a_gst_slider_called_like_its_adapter_needs_no_words_in_the_prompt(
     assert prepared.members == ("age", RED)
     assert prepared.token_mask.all()
     assert prepared.spans[0] == ()
-    with pytest.raises(SliderEditError, match="'age' is called like its adapter and says nothing about the edit"):
+    with pytest.raises(SliderEditError, match="'age' only names its adapter; pass a prompt as well"):
         eager.prepare(scene, ["age"])
     with pytest.raises(SliderEditError, match="two sliders scale the adapter 'age'"):
         eager.prepare(scene, ["age", Slider(RED, adapter="age")], prompt=PROMPT)
@@ -252,8 +252,8 @@ def test_a_gst_slider_called_like_its_adapter_needs_no_words_in_the_prompt(
 @pytest.mark.parametrize(
     ("slider", "message"),
     [
-        (Slider(RED), rf"slider '{RED}' says no adapter; this engine has 'shapes-(gst|st)', 'other'"),
-        (Slider(RED, adapter="x"), r"names the adapter 'x', unknown here; this engine has"),
+        (Slider(RED), rf"slider '{RED}' names no adapter; choose from 'shapes-(gst|st)', 'other'"),
+        (Slider(RED, adapter="x"), r"names the unknown adapter 'x'; choose from"),
     ],
 )
 def test_a_slider_without_a_member_lists_them(editor: SliderEditor, scene: Image.Image, slider: Slider, message: str) -> None:

@@ -417,5 +417,5 @@ def test_copied_weights_survive_a_change_of_the_base(base: Path, tmp_path: Path,
 def test_an_engine_does_not_open_on_a_base_of_another_family(pair: tuple[Path, Path]) -> None:
     base, engine = pair
     edit_json(base / "model_index.json", _class_name="QwenImageEditPipeline")
-    with pytest.raises(SliderEditError, match=r"is a qwen_image_edit and engine '.*' was built from a flux_kontext; pass the"):
+    with pytest.raises(SliderEditError, match=r"is a qwen_image_edit, but engine '.*' was built from a flux_kontext; pass the"):
         SliderEditor.from_engine(engine, base)
