@@ -262,7 +262,7 @@ def test_a_slider_without_a_member_lists_them(editor: SliderEditor, scene: Image
 
 
 def test_a_member_where_there_is_no_bank(st_editor: SliderEditor, scene: Image.Image) -> None:
-    with pytest.raises(SliderEditError, match="has a single one, without a name"):
+    with pytest.raises(SliderEditError, match="has a single one without a name"):
         st_editor.prepare(scene, [Slider(RED, adapter="x")])
 
 
@@ -275,7 +275,7 @@ def test_adapters_that_make_no_bank_are_refused(pair: list[Adapter], files: list
         (lambda: bank_adapters([bank_adapters(pair, ["a", "b"]), pair[0]], ["c", "d"]), "is already a bank"),
         (
             lambda: choose("plugin", pair[0].kind, get_backend("tensorrt"), bank=True),
-            "one scale per row and a bank of adapters",
+            "one scale per row, but a bank of adapters",
         ),
     ]
     for make, message in cases:

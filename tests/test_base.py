@@ -317,7 +317,7 @@ def test_weights_that_were_overwritten_in_place_are_noticed(pair: tuple[Path, Pa
     for _ in range(2):
         with pytest.raises(
             SliderEditError,
-            match=rf"needs the checkpoint's file {WEIGHTS}, which is missing or was changed after the build.*--copy-weights",
+            match=rf"links to the checkpoint's file {WEIGHTS}, which is missing or was changed after the build.*--copy-weights",
         ):
             SliderEditor.from_engine(engine, base)
 

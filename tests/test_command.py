@@ -356,7 +356,7 @@ def test_engine_whose_linked_weights_are_gone_or_changed(copied: Path, capsys: A
     ):
         damage()
         message = refused(capsys, "inspect", copied)
-        assert f"needs the checkpoint's file {file.name}, which is missing or was changed" in message
+        assert f"links to the checkpoint's file {file.name}, which is missing or was changed" in message
         assert "--copy-weights" in message
 
 
@@ -545,7 +545,7 @@ def test_arguments_that_are_not_utf8(engines: dict[str, Path], image_file: Path,
     assert Path(json.loads(text)["out"]) == out
     assert Image.open(out).size == (64, 64)
     message = refused(capsys, *base[:-1], os.fsdecode(b"make it r\xe9d"), "--image", out, "--out", tmp_path / "o.png")
-    assert "is not a character; write it in UTF-8" in message
+    assert "is not a character; encode it in UTF-8" in message
 
 
 @pytest.mark.parametrize("seed", [2**64, -(2**63) - 1, 10**40])

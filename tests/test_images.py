@@ -77,7 +77,7 @@ def test_black_and_white() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        (np.full((2, 2), np.nan, np.float32), "values from nan to nan "),
+        (np.full((2, 2), np.nan, np.float32), "values from nan to nan, but white is 1 or 255"),
         (np.full((2, 2), 300, np.float32), "values from 300 to 300, but white is 1 or 255 in mode F"),
         (np.full((2, 2), -0.5, np.float32), "values from -0.5"),
         (np.full((2, 2), 70_000, np.int32), "values from 70000 to 70000, but white is 255 or 65535 in mode I"),

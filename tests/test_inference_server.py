@@ -170,7 +170,7 @@ def test_a_graph_that_mixes_positions_otherwise_is_refused() -> None:
     product = onnx_ir.node("Gemm", [x, ids], {"transB": 1})
     product.outputs[0].name, product.outputs[0].shape = "y", onnx_ir.Shape(["batch", "rows"])
     graph = onnx_ir.Graph([ids, x], product.outputs, nodes=[product], opset_imports={"": 20}, name="main")
-    with pytest.raises(SliderEditError, match="uses ids in Gemm, which cannot take one per request"):
+    with pytest.raises(SliderEditError, match="uses ids in Gemm, which cannot take one value per request"):
         give_batch_axis(onnx_ir.Model(graph, ir_version=10), ["ids"])
 
 

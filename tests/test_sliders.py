@@ -94,7 +94,7 @@ def test_a_slider_ends_where_the_word_and_the_character_end(prompt: str, instruc
 
 def test_text_that_is_not_utf8_is_refused() -> None:
     for text in (os.fsdecode(b"make it r\xe9d"), "make it \ud83d"):
-        with pytest.raises(SliderEditError, match="is not a character; write it in UTF-8"):
+        with pytest.raises(SliderEditError, match="is not a character; encode it in UTF-8"):
             Slider(text)
         with pytest.raises(SliderEditError, match="is not a character"):
             compose_prompt([text])

@@ -95,7 +95,7 @@ def manifest(engine: Path) -> Manifest:
         (None, "sm86", r"pip install 'slideredit-rt\[tensorrt-rtx\]'"),
         ("1.0.0", "sm86", r"was built by TensorRT-RTX .*, but 1\.0\.0 is installed; build it again"),
         ("same", None, "none is visible; build one with --backend onnxruntime"),
-        ("same", "sm90", "was built for sm86, sm120 and this GPU is sm90; build it again with --targets sm90"),
+        ("same", "sm90", "was built for sm86, sm120, but this GPU is sm90; build it again with --targets sm90"),
     ],
 )
 def test_machine_that_cannot_run_the_engine(
