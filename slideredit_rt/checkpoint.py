@@ -291,7 +291,7 @@ def check_pipeline(base: Path, *, skip: Collection[str] = (), classes: Mapping[s
         classes: replacements for classes in `model_index.json`, by component.
 
     Returns:
-        The loaded components that are not models: schedulers, tokenizers, processors.
+        The loaded components that are not models (schedulers, tokenizers, processors), by name.
 
     Raises:
         SliderEditError: a component is missing, damaged, quantised or not stored as safetensors.
