@@ -300,8 +300,8 @@ def test_an_adapter_that_matches_some_or_none_of_the_modules(tmp_path: Path, cap
     some = ["transformer_blocks.0.attn.to_q", "transformer_blocks.9.attn.to_q"]
     for name, modules, expected in (
         ("none", ["unet.to_q"], "no linear that sliders can scale"),
-        ("absent", some[1:], "0 of its 1 modules"),
-        ("some", some, "1 of its 2 modules"),
+        ("absent", some[1:], "0 of the 1 modules"),
+        ("some", some, "1 of the 2 modules"),
     ):
         file = tmp_path / f"{name}.safetensors"
         save_file({f"{m}.lora_{p}.weight": (a if p == "A" else b).clone() for m in modules for p in "AB"}, file)
