@@ -14,7 +14,7 @@ __all__ = ["Slider", "SliderEditError", "SliderEditor"]
 
 
 def __getattr__(name: str) -> Any:
-    # diffusers takes seconds to import; a command that needs none of it should not wait.
+    # Importing diffusers takes seconds, and commands that do not use it should not wait for it.
     if name == "SliderEditor":
         from slideredit_rt.editor import SliderEditor
 

@@ -276,7 +276,7 @@ def test_bad_bases(tmp_path: Path, capsys: Any) -> None:
     cases = {
         "nowhere": "does not exist",
         "empty": "not a diffusers checkpoint",
-        "other": "no family",
+        "other": "is not supported; supported: FluxKontextPipeline",
         "broken": "not a diffusers model index",
     }
     for name, message in cases.items():
@@ -300,9 +300,9 @@ def test_an_adapter_that_matches_some_or_none_of_the_modules(tmp_path: Path, cap
     a, b = torch.zeros(4, 128), torch.zeros(128, 4)
     some = ["transformer_blocks.0.attn.to_q", "transformer_blocks.9.attn.to_q"]
     for name, modules, expected in (
-        ("none", ["unet.to_q"], "no linear that a slider may touch"),
-        ("absent", some[1:], "0 of its 1 modules"),
-        ("some", some, "1 of its 2 modules"),
+        ("none", ["unet.to_q"], "no linear that sliders can scale"),
+        ("absent", some[1:], "0 of the 1 modules"),
+        ("some", some, "1 of the 2 modules"),
     ):
         file = tmp_path / f"{name}.safetensors"
         save_file({f"{m}.lora_{p}.weight": (a if p == "A" else b).clone() for m in modules for p in "AB"}, file)
@@ -335,7 +335,7 @@ def test_damaged_engines(copied: Path, capsys: Any) -> None:
     adapter.write_bytes(original[:-1] + bytes([original[-1] ^ 1]))
     assert "was changed after the build" in refused(capsys, "inspect", copied)
     adapter.unlink()
-    assert "lacks its file" in refused(capsys, "inspect", copied)
+    assert "lacks the file" in refused(capsys, "inspect", copied)
     adapter.write_bytes(original)
     rewrite(manifest, schema_version=99)
     assert "schema 99" in refused(capsys, "inspect", copied)
@@ -357,7 +357,7 @@ def test_engine_whose_linked_weights_are_gone_or_changed(copied: Path, capsys: A
     ):
         damage()
         message = refused(capsys, "inspect", copied)
-        assert f"needs the checkpoint's file {file.name} as it was at the build" in message
+        assert f"links to the checkpoint's file {file.name}, which is missing or was changed" in message
         assert "--copy-weights" in message
 
 
@@ -572,7 +572,7 @@ def test_arguments_that_are_not_utf8(engines: dict[str, Path], image_file: Path,
     assert Path(json.loads(text)["out"]) == out
     assert Image.open(out).size == (64, 64)
     message = refused(capsys, *base[:-1], os.fsdecode(b"make it r\xe9d"), "--image", out, "--out", tmp_path / "o.png")
-    assert "is not a character; write it in UTF-8" in message
+    assert "is not a character; encode it in UTF-8" in message
 
 
 @pytest.mark.parametrize("seed", [2**64, -(2**63) - 1, 10**40])
@@ -606,7 +606,7 @@ def test_a_number_of_threads_that_makes_no_sense(
     message = refused(
         capsys, "edit", engines["st"], "--image", image_file, "--slider", RED, "--threads", threads, "--out", tmp_path / "o.png"
     )
-    assert f"{threads} CPU threads were asked for; give 1 to 1024" in message
+    assert f"{threads} CPU threads; pass 1 to 1024" in message
 
 
 @pytest.mark.parametrize(

@@ -113,11 +113,11 @@ def test_a_new_backend_is_one_file_and_one_line(
     assert cli.main([*build, "--backend", "openvino", "--out", str(tmp_path / "none")]) == 2
     assert "known: inductor, onnxruntime, tensorrt, tensorrt-rtx, toy" in capsys.readouterr().err
     assert cli.main([*build, "--backend", "toy", "--lowering", "folded", "--out", str(tmp_path / "none")]) == 2
-    assert "the backend toy has no lowering 'folded'; use --lowering operator with it" in capsys.readouterr().err
+    assert "the backend toy does not support the lowering 'folded'; use --lowering operator" in capsys.readouterr().err
     assert cli.main([*build, "--backend", "toy", "--resolution", "64", "--out", str(tmp_path / "none")]) == 2
     assert "--resolution is for --backend tensorrt or tensorrt-rtx" in capsys.readouterr().err
     assert cli.main(["edit", str(engine), *given, "--cuda-graphs", "off", "--out", str(tmp_path / "o.png")]) == 2
-    assert "runs in toy, which takes neither a weight budget nor" in capsys.readouterr().err
+    assert "engines take no run options" in capsys.readouterr().err
     assert cli.main(["export-triton", str(engine), "--out", str(tmp_path / "models")]) == 2
     assert "build it with --backend onnxruntime or tensorrt" in capsys.readouterr().err
 

@@ -1,4 +1,4 @@
-"""ONNX Runtime: the default engine, and the one that needs no GPU."""
+"""The ONNX Runtime backend, which is the default and runs on the CPU."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ _NUMPY = {"float32": np.float32, "bool": np.bool_}
 _TORCH = {"float32": torch.float32, "bool": torch.bool}
 _MAX_BINDINGS = 16
 _SPIN_MICROSECONDS = 50
-"""That a thread without work looks for some before it sleeps: as long as from one operator to the next. ONNX Runtime's own
-choice is longer, and other threads on the same cores (decoding, HTTP) wait meanwhile."""
+"""Time that an idle thread spins before it sleeps, about the gap between two operators. ONNX Runtime's default is longer and
+takes the cores away from other threads (decoding, HTTP)."""
 
 
 class _Binding:
-    """One I/O binding per set of shapes: its output is allocated once, inputs are bound to the caller's own memory."""
+    """I/O binding for one set of shapes. Its output is allocated once; inputs are bound to the caller's own memory."""
 
     def __init__(self, session: onnxruntime.InferenceSession, output: str, shape: tuple[int, ...]) -> None:
         self.io = session.io_binding()
@@ -37,18 +37,25 @@ class _Binding:
 
 
 class _Bindings(threading.local):
-    """One thread's bindings, by shapes: a thread never writes an output that another one has yet to read."""
+    """Bindings of one thread by shapes. They are per thread because another thread may still be reading its output."""
 
     def __init__(self) -> None:
         self.by_shapes: ShapeCache[_Binding] = ShapeCache(_MAX_BINDINGS)
 
 
 class OnnxRuntimeEngine:
-    """Runs `model.onnx` of an engine folder on the CPU.
+    """Engine that runs `model.onnx` on the CPU.
 
-    A step copies nothing and allocates no arrays on the Python side: inputs are bound where they lie, and the output
-    tensor of a set of shapes is reused by the same thread's next call with the same shapes. Safe between threads, which
-    run side by side.
+    A step does not copy or allocate arrays on the Python side: inputs are bound in place, and the output tensor is reused by
+    the same thread's next call with the same shapes. Thread-safe: concurrent calls run in parallel.
+
+    Args:
+        folder: engine folder.
+        manifest: manifest of the folder.
+        threads: threads of ONNX Runtime; None uses its default.
+
+    Raises:
+        SliderEditError: ONNX Runtime cannot load the graph.
     """
 
     def __init__(self, folder: Path, manifest: Manifest, *, threads: int | None = None) -> None:
@@ -65,16 +72,20 @@ class OnnxRuntimeEngine:
         self._bindings = _Bindings()
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """One prediction (see `slideredit_rt.engines.Engine`)."""
+        """Predict one step (see `slideredit_rt.engines.Engine`).
+
+        Raises:
+            SliderEditError: an input does not match the manifest.
+        """
         specs = self.manifest.inputs
         key = tuple(tuple(inputs[s.name].shape) if s.name in inputs else () for s in specs)
         binding = self._bindings.by_shapes.get(key, lambda: self._bind(inputs))
         for spec in specs:
             tensor = inputs[spec.name]
-            # On every call: a tensor of another dtype or layout may lie where one that was bound has been.
+            # Check every call: the address of a bound tensor may have been reused for another dtype or layout.
             if tensor.dtype != _TORCH[spec.dtype] or not tensor.is_contiguous() or not tensor.is_cpu:
                 check_request(self.manifest, inputs)
-                raise SliderEditError(f"engine input {spec.name!r} lies on {tensor.device}; this engine runs on the CPU")
+                raise SliderEditError(f"engine input {spec.name!r} is on {tensor.device}, but this engine runs on the CPU")
             pointer = tensor.data_ptr()
             if binding.bound.get(spec.name) != pointer:
                 binding.io.bind_input(spec.name, "cpu", 0, _NUMPY[spec.dtype], tuple(tensor.shape), pointer)
@@ -88,7 +99,7 @@ class OnnxRuntimeEngine:
 
 
 class OnnxRuntime(Backend):
-    """ONNX Runtime on the CPU: runs the graph as it was exported, beside the linked weights."""
+    """ONNX Runtime on the CPU: runs the exported graph with weights linked from the checkpoint."""
 
     name = "onnxruntime"
     title = "ONNX Runtime"
@@ -97,16 +108,16 @@ class OnnxRuntime(Backend):
     served = ServedModel("onnxruntime_onnx", MODEL_FILE, MODEL_FILE, is_graph=True)
 
     def choose_dtype(self, asked: DType | None) -> DType:
-        """Return float32 where nothing was asked (see `Backend.choose_dtype`)."""
+        """Return the requested dtype, float32 by default (see `Backend.choose_dtype`)."""
         if asked == "bfloat16":
-            raise SliderEditError("ONNX Runtime multiplies no bfloat16 matrices on the CPU; use --dtype float32")
+            raise SliderEditError("ONNX Runtime cannot multiply bfloat16 matrices on the CPU; use --dtype float32")
         return asked or "float32"
 
     def compile(self, job: BuildJob, folder: Path) -> Compiled:
         """Write the graph and link the weights beside it (see `Backend.compile`)."""
         from slideredit_rt.export.linked_weights import WeightOptions, export_linked
 
-        # ONNX Runtime reads nothing through a symbolic link.
+        # ONNX Runtime does not follow symbolic links.
         weights = WeightOptions(job.dtype, symbolic_links=False, copy=job.settings.copy_weights)
         exported = export_linked(job.family, job.base, job.adapter, folder, weights, lowering=job.lowering)
         return Compiled(exported, exported.files, exported.links)
