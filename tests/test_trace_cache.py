@@ -74,6 +74,6 @@ def test_values_do_not_matter_to_a_trace_and_everything_else_does(family: Family
         described(adapter(family, "st", rank=5)),
         described(adapter(family, "st"), torch.bfloat16),
         described(adapter(family, "st"), device="meta"),
-        described(adapter(family, "st"), guidance_embeds=False),
+        described(adapter(family, "st"), axes_dims_rope=(2, 2, 12)),
     ]
     assert len({st, *others}) == 1 + len(others)
