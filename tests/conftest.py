@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+from collections import Counter
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -37,7 +38,25 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.manual_seed(0)
 
 
+# Files of few tests that take long. They start first, so that the processes of a parallel run end together.
+LONGEST = (
+    "test_gpu_model.py",
+    "test_linked_export.py",
+    "test_bench.py",
+    "test_aot.py",
+    "test_marks.py",
+    "test_inductor.py",
+    "test_training.py",
+    "test_tensorrt.py",
+    "test_demo.py",
+)
+
+
+@pytest.hookimpl(trylast=True)  # after pytest's own reordering by the parameters of session fixtures
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {name: place for place, name in enumerate(LONGEST)}
+    sizes = Counter(item.path for item in items)
+    items.sort(key=lambda item: (places.get(item.path.name, len(places)), -sizes[item.path], item.path))
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:
