@@ -28,7 +28,7 @@ from trace_cache import TraceCache
 
 from slideredit_rt.assets import resolve_base
 from slideredit_rt.editor import SliderEditor
-from slideredit_rt.export import linked_weights
+from slideredit_rt.export import linked_weights, onnx_graph
 from slideredit_rt.export.build import build_engine
 from slideredit_rt.families import Family, get_family
 from slideredit_rt.shapes.world import held_out_examples, scene_image
@@ -70,7 +70,7 @@ def _shared_traces(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "traces"
     folder.mkdir(exist_ok=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(linked_weights, "trace", TraceCache(folder, linked_weights.trace))
+        patch.setattr(linked_weights, "trace", TraceCache(folder, onnx_graph.trace))
         yield
 
 
