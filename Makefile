@@ -19,9 +19,9 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)
 	$(BIN)/slideredit-rt demo --out demo
 
-# A file's tests stay in one process: they share what is slow to make.
+# A file's tests stay in one process: they share what is slow to make. tests/conftest.py orders the files.
 test: $(STAMP)
-	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 slow-test: $(STAMP)
 	$(BIN)/python -m pytest -m slow -s
