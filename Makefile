@@ -1,22 +1,31 @@
-# Everything runs in .venv, which the first target creates.
+# Everything runs in .venv. RUNTIME holds what the package needs to run and to serve; STAMP adds what tests and linters need.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-STAMP := $(VENV)/.installed
+RUNTIME := $(VENV)/.installed
+STAMP := $(VENV)/.installed-dev
+.DEFAULT_GOAL := help
 
-.PHONY: demo test slow-test lint bench bench-serve soak ray-test gpu-test gpu-bench gpu-trt gpu-model marks evaluation ablations clean
+.PHONY: help demo test slow-test lint bench bench-serve soak ray-test gpu-test gpu-bench gpu-trt gpu-model marks evaluation ablations clean
 
-$(STAMP): pyproject.toml constraints.txt
+help:
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+$(RUNTIME): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; set PYTHON=python3.11"; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	# torch first and pinned: resolved together with the rest, pip would weigh other builds of it.
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[serve]'
+	touch $@
+
+$(STAMP): $(RUNTIME)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,serve]'
 	# Without what it asks for: that is torchvision, which has no build for a torch without CUDA.
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps lpips
 	touch $@
 
-demo: $(STAMP)
+demo: $(RUNTIME)
 	$(BIN)/slideredit-rt demo --out demo
 
 # A file's tests stay in one process: they share what is slow to make.
