@@ -6,7 +6,7 @@ RUNTIME := $(VENV)/.installed
 STAMP := $(VENV)/.installed-dev
 .DEFAULT_GOAL := help
 
-.PHONY: help demo test slow-test lint bench bench-serve soak ray-test gpu-test gpu-bench gpu-trt gpu-model marks evaluation ablations clean
+.PHONY: help demo test slow-test lint bench bench-serve soak ray-test wheel-test gpu-test gpu-bench gpu-trt gpu-model marks evaluation ablations clean
 
 help:
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -55,7 +55,10 @@ soak: $(STAMP)
 
 ray-test: $(STAMP)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[ray]'
-	$(BIN)/python -m pytest -m slow -s tests/test_ray.py
+	$(BIN)/python -m pytest -m slow -s tests/test_ray.py tests/test_deploy.py
+
+wheel-test: $(STAMP)
+	$(BIN)/python -m pytest -m slow -s tests/test_wheel.py
 
 marks: $(STAMP)
 	$(BIN)/python -m slideredit_rt.bench.marks

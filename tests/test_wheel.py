@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -69,19 +68,21 @@ def test_the_wheel_holds_every_file_and_its_version(wheel: Path) -> None:
     assert wheel.name == f"slideredit_rt-{slideredit_rt.__version__}-py3-none-any.whl"
 
 
-@contextmanager
-def serving(command: Path, folder: Path) -> Iterator[str]:
-    """The address of a server of the embedded engine, started in `folder`."""
-    arguments = [command, "serve", "--port", "0", "--json", "--quiet", "--threads", "1"]
-    with subprocess.Popen(arguments, stdout=subprocess.PIPE, cwd=folder, env=environment(folder)) as process:
-        try:
-            assert process.stdout is not None
-            yield json.loads(process.stdout.readline())["url"]
-        finally:
-            process.terminate()
+PROGRAM = """
+from fastapi import FastAPI
+from slideredit_rt import cli
+from slideredit_rt.kernels import dispatch
+from slideredit_rt.serving.static import serve_page
+
+assert cli.main(["adapter", "show", "shapes-st", "--base", "shapes-kontext", "--json"]) == 0
+assert cli.main(["spans", "--slider", "make the circle red", "--json"]) == 0
+assert dispatch.table()
+serve_page(app := FastAPI())
+print(cli.__file__, *(route.path for route in app.routes))
+"""
 
 
-def test_an_installed_wheel_serves_its_page_and_edits(wheel: Path, tmp_path: Path) -> None:
+def test_an_installed_wheel_finds_its_files_from_anywhere(wheel: Path, tmp_path: Path) -> None:
     """In an environment that has the wheel and, through a .pth file, the dependencies of this one."""
     venv.create(tmp_path / "env", with_pip=False)
     python = tmp_path / "env/bin/python"
@@ -90,29 +91,33 @@ def test_an_installed_wheel_serves_its_page_and_edits(wheel: Path, tmp_path: Pat
     (packages,) = (tmp_path / "env/lib").glob("python*/site-packages")
     (packages / "dependencies.pth").write_text("\n".join(path for path in sys.path if path.endswith("site-packages")))
 
-    command, elsewhere = tmp_path / "env/bin/slideredit-rt", tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    where = [python, "-c", "import slideredit_rt; print(slideredit_rt.__file__)"]
-    for asked, answer in (
-        (where, f"{packages}/slideredit_rt/__init__.py"),
-        ([command, "--version"], f"slideredit-rt {slideredit_rt.__version__}"),
-    ):
-        done = subprocess.run(asked, cwd=elsewhere, env=environment(elsewhere), capture_output=True, text=True, check=True)
-        assert done.stdout.strip() == answer
+    def output(*command: str | Path) -> str:
+        options = {"cwd": tmp_path, "env": environment(tmp_path), "text": True, "check": True}
+        return subprocess.run(command, stdout=subprocess.PIPE, **options).stdout.strip()
 
-    with serving(command, elsewhere) as url, httpx.Client(base_url=url, timeout=120, trust_env=False) as client:
-        page = client.get("/")
-        assert page.status_code == 200
-        for part in re.findall(r'(?:href|src)="(/?[\w.]+\.(?:js|css))"', page.text):
-            assert client.get(f"/{part.removeprefix('/')}").status_code == 200
-        sample = {"image": ("sample.png", client.get("/sample.png").content, "image/png")}
-        sliders = json.dumps([{"instruction": "make the circle red", "strength": 0.5}])
-        edited = client.post("/v1/images/edits", files=sample, data={"sliders": sliders, "preview": "true"})
-        assert edited.status_code == 200
+    assert output(tmp_path / "env/bin/slideredit-rt", "--version") == f"slideredit-rt {slideredit_rt.__version__}"
+    adapter, spans, found = output(python, "-c", PROGRAM).splitlines()
+    assert json.loads(adapter)["kind"] == "st"
+    assert json.loads(spans)["text_rows"] == 24
+    module, *routes = found.split()
+    assert module == f"{packages}/slideredit_rt/cli.py"
+    assert {"/", "/app.js", "/style.css", "/docs", "/swagger-ui.css"} <= set(routes)
+
+
+@contextmanager
+def serving(command: Path, folder: Path) -> Iterator[str]:
+    """Start a server of the embedded engine in `folder`; yields its address."""
+    arguments = [command, "serve", "--port", "0", "--json", "--quiet"]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, cwd=folder, env=environment(folder)) as process:
+        try:
+            assert process.stdout is not None
+            yield json.loads(process.stdout.readline())["url"]
+        finally:
+            process.terminate()
 
 
 @pytest.mark.slow
-def test_a_wheel_in_an_empty_environment_runs_the_demo(wheel: Path, tmp_path: Path) -> None:
+def test_a_wheel_in_an_empty_environment_runs_the_demo_and_serves(wheel: Path, tmp_path: Path) -> None:
     """With its dependencies installed by pip, in the versions that the tests run with."""
     venv.create(tmp_path / "env", with_pip=True)
     pip = [tmp_path / "env/bin/python", "-m", "pip", "install", "--quiet", "--constraint", ROOT / "constraints.txt"]
@@ -120,11 +125,16 @@ def test_a_wheel_in_an_empty_environment_runs_the_demo(wheel: Path, tmp_path: Pa
     for wanted in ("torch", f"{wheel}[serve]"):
         subprocess.run([*pip, wanted], cwd=tmp_path, env=environment(tmp_path), check=True)
     installed = time.perf_counter()
-    demo = [tmp_path / "env/bin/slideredit-rt", "demo", "--out", "demo", "--quiet"]
-    subprocess.run(demo, cwd=tmp_path, env=environment(tmp_path), check=True)
+    command = tmp_path / "env/bin/slideredit-rt"
+    subprocess.run([command, "demo", "--out", "demo", "--quiet"], cwd=tmp_path, env=environment(tmp_path), check=True)
     finished = time.perf_counter()
 
     assert {"strip.png", "grid.png", "report.json"} <= {file.name for file in (tmp_path / "demo").iterdir()}
     size = sum(file.lstat().st_size for file in (tmp_path / "env").rglob("*"))
     sys.stdout.write(f"\ninstalled in {installed - started:.0f} s, {size / 1e9:.2f} GB; demo {finished - installed:.0f} s\n")
     assert size <= LARGEST
+    with serving(command, tmp_path) as url, httpx.Client(base_url=url, timeout=120, trust_env=False) as client:
+        assert client.get("/").status_code == 200
+        sample = {"image": ("sample.png", client.get("/sample.png").content, "image/png")}
+        sliders = json.dumps([{"instruction": "make the circle red", "strength": 0.5}])
+        assert client.post("/v1/images/edits", files=sample, data={"sliders": sliders}).status_code == 200
