@@ -30,6 +30,13 @@ def environment(cache: Path) -> dict[str, str]:
     return {**kept, "XDG_CACHE_HOME": str(cache)}
 
 
+def output(*command: str | Path, folder: Path) -> str:
+    """What a command prints that runs in `folder`."""
+    line = [str(part) for part in command]
+    done = subprocess.run(line, cwd=folder, env=environment(folder), stdout=subprocess.PIPE, text=True, check=True)
+    return done.stdout.strip()
+
+
 def context(folder: Path) -> Path:
     """Copy to `folder` what a Docker build gets to see."""
     ignored, *rules = [line for line in CONTEXT.read_text().splitlines() if line and not line.startswith("#")]
@@ -48,7 +55,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
     offline = ["--no-deps", "--no-build-isolation", "--no-index", "--quiet"]
     sources = context(folder / "context")
-    subprocess.run([sys.executable, "-m", "pip", "wheel", *offline, "--wheel-dir", folder, sources], check=True)
+    output(sys.executable, "-m", "pip", "wheel", *offline, "--wheel-dir", folder, sources, folder=folder)
     (built,) = folder.glob("*.whl")
     return built
 
@@ -86,17 +93,14 @@ def test_an_installed_wheel_finds_its_files_from_anywhere(wheel: Path, tmp_path:
     """In an environment that has the wheel and, through a .pth file, the dependencies of this one."""
     venv.create(tmp_path / "env", with_pip=False)
     python = tmp_path / "env/bin/python"
-    install = [sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index", "--quiet", wheel]
-    subprocess.run(install, check=True)
+    install = ("-m", "pip", "--python", python, "install", "--no-deps", "--no-index", "--quiet")
+    output(sys.executable, *install, wheel, folder=tmp_path)
     (packages,) = (tmp_path / "env/lib").glob("python*/site-packages")
     (packages / "dependencies.pth").write_text("\n".join(path for path in sys.path if path.endswith("site-packages")))
 
-    def output(*command: str | Path) -> str:
-        options = {"cwd": tmp_path, "env": environment(tmp_path), "text": True, "check": True}
-        return subprocess.run(command, stdout=subprocess.PIPE, **options).stdout.strip()
-
-    assert output(tmp_path / "env/bin/slideredit-rt", "--version") == f"slideredit-rt {slideredit_rt.__version__}"
-    adapter, spans, found = output(python, "-c", PROGRAM).splitlines()
+    version = output(tmp_path / "env/bin/slideredit-rt", "--version", folder=tmp_path)
+    assert version == f"slideredit-rt {slideredit_rt.__version__}"
+    adapter, spans, found = output(python, "-c", PROGRAM, folder=tmp_path).splitlines()
     assert json.loads(adapter)["kind"] == "st"
     assert json.loads(spans)["text_rows"] == 24
     module, *routes = found.split()
@@ -107,7 +111,7 @@ def test_an_installed_wheel_finds_its_files_from_anywhere(wheel: Path, tmp_path:
 @contextmanager
 def serving(command: Path, folder: Path) -> Iterator[str]:
     """Start a server of the embedded engine in `folder`; yields its address."""
-    arguments = [command, "serve", "--port", "0", "--json", "--quiet"]
+    arguments = [str(command), "serve", "--port", "0", "--json", "--quiet"]
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, cwd=folder, env=environment(folder)) as process:
         try:
             assert process.stdout is not None
@@ -120,13 +124,13 @@ def serving(command: Path, folder: Path) -> Iterator[str]:
 def test_a_wheel_in_an_empty_environment_runs_the_demo_and_serves(wheel: Path, tmp_path: Path) -> None:
     """With its dependencies installed by pip, in the versions that the tests run with."""
     venv.create(tmp_path / "env", with_pip=True)
-    pip = [tmp_path / "env/bin/python", "-m", "pip", "install", "--quiet", "--constraint", ROOT / "constraints.txt"]
+    pip = (tmp_path / "env/bin/python", "-m", "pip", "install", "--quiet", "--constraint", ROOT / "constraints.txt")
     started = time.perf_counter()
     for wanted in ("torch", f"{wheel}[serve]"):
-        subprocess.run([*pip, wanted], cwd=tmp_path, env=environment(tmp_path), check=True)
+        output(*pip, wanted, folder=tmp_path)
     installed = time.perf_counter()
     command = tmp_path / "env/bin/slideredit-rt"
-    subprocess.run([command, "demo", "--out", "demo", "--quiet"], cwd=tmp_path, env=environment(tmp_path), check=True)
+    output(command, "demo", "--out", "demo", "--quiet", folder=tmp_path)
     finished = time.perf_counter()
 
     assert {"strip.png", "grid.png", "report.json"} <= {file.name for file in (tmp_path / "demo").iterdir()}
