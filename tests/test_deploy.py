@@ -184,7 +184,7 @@ def test_the_deployment_starts_a_server_that_reads_its_key(manifests: dict[str, 
 
 
 def test_probes_are_answered_by_address_and_without_a_key(
-    manifests: dict[str, Any], compose: Any, instructions: list[tuple[str, str]]
+    manifests: dict[str, Any], compose: Any, instructions: list[tuple[str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (spec,) = pod_specs(manifests["Deployment"])
     (container,) = spec["containers"]
@@ -194,9 +194,10 @@ def test_probes_are_answered_by_address_and_without_a_key(
     assert set(urls) == {"/health"}
     asked = {*urls, *(probe["path"] for probe in probes)}
     assert asked == {"/health", "/v2/health/ready", "/v2/health/live"}
-    service = MagicMock(closed=False, **{"editor.family.num_inference_steps": 12})
+    monkeypatch.setattr("slideredit_rt.serving.app.Api", MagicMock(return_value=MagicMock(max_images=1)))
     for key in (None, "secret"):
-        client = TestClient(create_app(service, model="shapes-st", api_key=key), base_url="http://10.1.2.3:8000")
+        app = create_app(MagicMock(closed=False), model="shapes-st", api_key=key)
+        client = TestClient(app, base_url="http://10.1.2.3:8000")
         assert {path: client.get(path).status_code for path in asked} == dict.fromkeys(asked, 200)
 
 
