@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed-dev
 
 .PHONY: help demo test slow-test lint bench bench-serve soak ray-test wheel-test gpu-test gpu-bench gpu-trt gpu-model marks evaluation ablations clean
 
-help:
+help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 $(RUNTIME): pyproject.toml constraints.txt
@@ -25,17 +25,17 @@ $(STAMP): $(RUNTIME)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps lpips
 	touch $@
 
-demo: $(RUNTIME)
+demo: $(RUNTIME) ## install what the package needs (2.3 GB) and run the demo: 3 minutes on 2 cores, half of them for the download
 	$(BIN)/slideredit-rt demo --out demo
 
 # A file's tests stay in one process: they share what is slow to make.
-test: $(STAMP)
+test: $(STAMP) ## install the development tools as well and run the tests: about 15 minutes on 2 cores
 	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
 
-slow-test: $(STAMP)
+slow-test: $(STAMP) ## run the tests marked slow: hours, and 4 GiB of free disk
 	$(BIN)/python -m pytest -m slow -s
 
-lint: $(STAMP)
+lint: $(STAMP) ## run ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	# A plain install: mypy cannot follow the folders that an editable one maps into the package.
@@ -43,34 +43,34 @@ lint: $(STAMP)
 	MYPYPATH=build/typecheck $(BIN)/mypy
 	MYPYPATH=build/typecheck $(BIN)/mypy tests bench/test_*.py
 
-bench: $(STAMP)
+bench: $(STAMP) ## time an engine step on the CPU beside eager torch
 	$(BIN)/python -m pytest bench -o addopts=-q --benchmark-columns=median,iqr,rounds
 
 # Some minutes of both cores; writes bench/results/serving.json and .md.
-bench-serve: $(STAMP)
+bench-serve: $(STAMP) ## compare servers under load: some minutes of both cores
 	$(BIN)/python -m slideredit_rt.bench.serving_marks $(BENCH_OPTIONS)
 
-soak: $(STAMP)
+soak: $(STAMP) ## send a server 10,000 requests, many of them malformed, slow or cancelled
 	$(BIN)/python -m pytest -m slow -s tests/test_soak.py
 
-ray-test: $(STAMP)
+ray-test: $(STAMP) ## install Ray and test two replicas, one of which is killed under load
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[ray]'
 	$(BIN)/python -m pytest -m slow -s tests/test_ray.py tests/test_deploy.py
 
-wheel-test: $(STAMP)
+wheel-test: $(STAMP) ## install the wheel into an empty environment and run the demo there
 	$(BIN)/python -m pytest -m slow -s tests/test_wheel.py
 
-marks: $(STAMP)
+marks: $(STAMP) ## measure the quality of the embedded editor's sliders
 	$(BIN)/python -m slideredit_rt.bench.marks
 
 # Both continue a killed run; delete the folder to start anew.
 EVALUATION := runs/evaluation
-evaluation: $(STAMP)
+evaluation: $(STAMP) ## compare sliders with other ways to scale an edit, on held-out scenes: hours
 	$(BIN)/slideredit-rt evaluate --adapter shapes-st --adapter shapes-gst --sliders 1,2,3 --scenes 64,24,8 --out $(EVALUATION)
 	mkdir -p bench/results/evaluation
 	cd $(EVALUATION) && cp rows.csv report.json table.md *.png $(CURDIR)/bench/results/evaluation/
 
-ablations: $(STAMP)
+ablations: $(STAMP) ## repeat the studies of training method, rank and calibration: hours
 	$(BIN)/python -m slideredit_rt.bench.ablations --out runs/ablations
 
 # The GPU targets install nothing: they run in a Python that has torch with CUDA, triton, numpy, pytest and hypothesis,
@@ -84,19 +84,19 @@ $(STAGE): FORCE
 
 FORCE:
 
-gpu-test: $(STAGE)
+gpu-test: $(STAGE) ## test the kernels on a GPU, with a Python that has torch and triton
 	PYTHONPATH=$(STAGE) $(GPU_PYTHON) -m pytest --noconftest -rs -p no:cacheprovider tests/test_gpu.py tests/test_triton_kernels.py
 
-gpu-bench: $(STAGE)
+gpu-bench: $(STAGE) ## time every kernel path on a GPU and write its dispatch rules
 	PYTHONPATH=$(STAGE) $(GPU_PYTHON) -m slideredit_rt.bench.gpu_kernels --out bench/results --write-dispatch kernels/dispatch.json $(BENCH_OPTIONS)
 
 # Needs slideredit-rt's own dependencies as well (diffusers, onnx, onnxruntime, …), and tensorrt or tensorrt-rtx.
-gpu-trt: $(STAGE)
+gpu-trt: $(STAGE) ## build, run and time TensorRT engines on a GPU
 	PYTHONPATH=$(STAGE) $(GPU_PYTHON) -m slideredit_rt.bench.gpu_tensorrt --out bench/results $(BENCH_OPTIONS)
 
 # Needs slideredit-rt's own dependencies as well; a GPU of 48 GB for FLUX, of 80 GB with BENCH_OPTIONS="--family qwen_image_edit".
-gpu-model: $(STAGE)
+gpu-model: $(STAGE) ## time a full-size transformer with random weights on a GPU
 	PYTHONPATH=$(STAGE) $(GPU_PYTHON) -m slideredit_rt.bench.gpu_model --out bench/results $(BENCH_OPTIONS)
 
-clean:
+clean: ## remove .venv, demo and build
 	rm -rf $(VENV) demo build *.egg-info
