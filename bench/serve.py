@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from slideredit_rt import __version__
 from slideredit_rt.errors import SliderEditError
 
 if TYPE_CHECKING:
@@ -307,7 +308,10 @@ def provenance() -> dict[str, Any]:
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": commit,
-        "versions": {name: version(name) for name in ("slideredit-rt", "torch", "onnxruntime", "fastapi", "uvicorn", "httpx")},
+        "versions": {
+            "slideredit-rt": __version__,
+            **{name: version(name) for name in ("torch", "onnxruntime", "fastapi", "uvicorn", "httpx")},
+        },
     }
 
 

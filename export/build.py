@@ -13,6 +13,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from slideredit_rt import __version__
 from slideredit_rt.adapters import (
     Adapter,
     AdapterMatch,
@@ -32,7 +33,7 @@ from slideredit_rt.export.lowering import choose
 from slideredit_rt.families import Family, family_of
 from slideredit_rt.files import Digests, atomic_folder
 
-_VERSIONS = ("slideredit-rt", "torch", "triton", "diffusers", "onnx", "onnxscript", "onnxruntime", "tensorrt", "tensorrt_rtx")
+_LIBRARIES = ("torch", "triton", "diffusers", "onnx", "onnxscript", "onnxruntime", "tensorrt", "tensorrt_rtx")
 
 
 def build_engine(
@@ -179,8 +180,8 @@ def describe_adapter(adapter: Adapter, dropped: Sequence[str] = ()) -> dict[str,
 
 def _versions() -> dict[str, str]:
     """Return the versions of the installed packages that affect an engine."""
-    found = {}
-    for name in _VERSIONS:
+    found = {"slideredit-rt": __version__}
+    for name in _LIBRARIES:
         with suppress(PackageNotFoundError):
             found[name] = version(name)
     return found

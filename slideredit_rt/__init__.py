@@ -10,7 +10,8 @@ from slideredit_rt.sliders import Slider
 if TYPE_CHECKING:
     from slideredit_rt.editor import SliderEditor
 
-__all__ = ["Slider", "SliderEditError", "SliderEditor"]
+__all__ = ["Slider", "SliderEditError", "SliderEditor", "__version__"]
+__version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:

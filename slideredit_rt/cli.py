@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Sequence
 from typing import Any
 
+from slideredit_rt import __version__
 from slideredit_rt.commands import adapter, edit, engine, evaluation, kernels, serving, training
 from slideredit_rt.commands.shared import Commands
 from slideredit_rt.errors import SliderEditError
@@ -20,6 +21,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="slideredit-rt", description="One compiled engine, every slider: inference for SliderEdit"
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}", help="print the version and exit")
     commands = Commands(parser, "command", "COMMAND")
     for group in (edit, engine, serving, adapter, training, evaluation, kernels):
         group.add_commands(commands)

@@ -20,6 +20,7 @@ from http_server import waited_for
 from PIL import Image
 from safetensors.torch import save_file
 
+from slideredit_rt import __version__
 from slideredit_rt.assets import resolve_adapter, resolve_base
 from slideredit_rt.cli import _parser, main
 from slideredit_rt.commands.edit import parse_slider, parse_swept_slider
@@ -61,6 +62,7 @@ EDIT = ["edit", "engine", "--image", "in.png", "--slider", RED, "--out", "out.pn
     ("arguments", "code", "shown"),
     [
         (["--help"], 0, "inference for SliderEdit"),
+        (["--version"], 0, f"slideredit-rt {__version__}"),
         (["serve", "--help"], 0, "--max-megapixels"),
         (["serve", "--port", "many"], 2, "argument --port: invalid int value: 'many'"),
         (["serve", "--port", "70000"], 2, "--port is 70000; give 0 to 65535"),
