@@ -43,7 +43,7 @@ lint: $(STAMP) ## run ruff and mypy
 	MYPYPATH=build/typecheck $(BIN)/mypy
 	MYPYPATH=build/typecheck $(BIN)/mypy tests bench/test_*.py
 
-$(VENV)/.docs: $(STAMP)
+$(VENV)/.docs: $(RUNTIME)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
 	touch $@
 

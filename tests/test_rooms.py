@@ -136,7 +136,8 @@ def test_functions_are_short_and_take_few_arguments() -> None:
                 continue
             name = f"{module}.{node.name}"
             given = [a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
-            if (node.end_lineno or node.lineno) - node.lineno >= 60:
+            documented = ast.get_docstring(node, clean=False)
+            if (node.end_lineno or node.lineno) - node.lineno - (documented or "").count("\n") >= 60:
                 long.append(name)
             if len(given) - (given[:1] in (["self"], ["cls"])) > 7 and not module.startswith("slideredit_rt.kernels.triton_"):
                 wide.append(name)
