@@ -1,32 +1,41 @@
-# Everything runs in .venv, which the first target creates.
+# Everything runs in .venv. RUNTIME holds what the package needs to run and to serve; STAMP adds what tests and linters need.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-STAMP := $(VENV)/.installed
+RUNTIME := $(VENV)/.installed
+STAMP := $(VENV)/.installed-dev
+.DEFAULT_GOAL := help
 
-.PHONY: demo test slow-test lint bench bench-serve soak ray-test gpu-test gpu-bench gpu-trt gpu-model marks evaluation ablations clean
+.PHONY: help demo test slow-test lint docs linkcheck bench bench-serve soak ray-test wheel-test gpu-test gpu-bench gpu-trt gpu-model marks evaluation ablations clean
 
-$(STAMP): pyproject.toml constraints.txt
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+$(RUNTIME): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; set PYTHON=python3.11"; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	# torch first and pinned: resolved together with the rest, pip would weigh other builds of it.
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[serve]'
+	touch $@
+
+$(STAMP): $(RUNTIME)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,serve]'
 	# Without what it asks for: that is torchvision, which has no build for a torch without CUDA.
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps lpips
 	touch $@
 
-demo: $(STAMP)
+demo: $(RUNTIME) ## install what the package needs (2.3 GB) and run the demo: 3 minutes on 2 cores, half of them for the download
 	$(BIN)/slideredit-rt demo --out demo
 
-# A file's tests stay in one process: they share what is slow to make.
-test: $(STAMP)
-	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
+# A file's tests stay in one process: they share what is slow to make. tests/conftest.py orders the files.
+test: $(STAMP) ## install the development tools and run the tests: about 12 minutes on 2 cores
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-slow-test: $(STAMP)
+slow-test: $(STAMP) ## run the tests marked slow: hours, and 4 GiB of free disk
 	$(BIN)/python -m pytest -m slow -s
 
-lint: $(STAMP)
+lint: $(STAMP) ## run ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	# A plain install: mypy cannot follow the folders that an editable one maps into the package.
@@ -34,31 +43,46 @@ lint: $(STAMP)
 	MYPYPATH=build/typecheck $(BIN)/mypy
 	MYPYPATH=build/typecheck $(BIN)/mypy tests bench/test_*.py
 
-bench: $(STAMP)
+$(VENV)/.docs: $(RUNTIME)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	touch $@
+
+# Writes build/docs/index.html. A link, an anchor or a name that leads nowhere is an error.
+docs: $(VENV)/.docs ## build the documentation site into build/docs
+	$(BIN)/python -m sphinx -W --keep-going -n -q -b html -d build/doctrees docs build/docs
+
+# Asks every site that the pages link to: needs a network.
+linkcheck: $(VENV)/.docs ## check external links; needs a network
+	$(BIN)/python -m sphinx -W --keep-going -q -b linkcheck -d build/doctrees docs build/linkcheck
+
+bench: $(STAMP) ## time an engine step on the CPU beside eager torch
 	$(BIN)/python -m pytest bench -o addopts=-q --benchmark-columns=median,iqr,rounds
 
 # Some minutes of both cores; writes bench/results/serving.json and .md.
-bench-serve: $(STAMP)
+bench-serve: $(STAMP) ## compare servers under load: some minutes of both cores
 	$(BIN)/python -m slideredit_rt.bench.serving_marks $(BENCH_OPTIONS)
 
-soak: $(STAMP)
+soak: $(STAMP) ## send a server 10,000 requests, many of them malformed, slow or cancelled
 	$(BIN)/python -m pytest -m slow -s tests/test_soak.py
 
-ray-test: $(STAMP)
+ray-test: $(STAMP) ## install Ray and test two replicas, one of which is killed under load
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[ray]'
-	$(BIN)/python -m pytest -m slow -s tests/test_ray.py
+	$(BIN)/python -m pytest -m slow -s tests/test_ray.py tests/test_deploy.py
 
-marks: $(STAMP)
+wheel-test: $(STAMP) ## install the wheel into an empty environment and run the demo there
+	$(BIN)/python -m pytest -m slow -s tests/test_wheel.py
+
+marks: $(STAMP) ## measure the quality of the embedded editor's sliders
 	$(BIN)/python -m slideredit_rt.bench.marks
 
 # Both continue a killed run; delete the folder to start anew.
 EVALUATION := runs/evaluation
-evaluation: $(STAMP)
+evaluation: $(STAMP) ## compare sliders with other ways to scale an edit, on held-out scenes: hours
 	$(BIN)/slideredit-rt evaluate --adapter shapes-st --adapter shapes-gst --sliders 1,2,3 --scenes 64,24,8 --out $(EVALUATION)
 	mkdir -p bench/results/evaluation
 	cd $(EVALUATION) && cp rows.csv report.json table.md *.png $(CURDIR)/bench/results/evaluation/
 
-ablations: $(STAMP)
+ablations: $(STAMP) ## repeat the studies of training method, rank and calibration: hours
 	$(BIN)/python -m slideredit_rt.bench.ablations --out runs/ablations
 
 # The GPU targets install nothing: they run in a Python that has torch with CUDA, triton, numpy, pytest and hypothesis,
@@ -72,19 +96,19 @@ $(STAGE): FORCE
 
 FORCE:
 
-gpu-test: $(STAGE)
+gpu-test: $(STAGE) ## test the kernels on a GPU, with a Python that has torch and triton
 	PYTHONPATH=$(STAGE) $(GPU_PYTHON) -m pytest --noconftest -rs -p no:cacheprovider tests/test_gpu.py tests/test_triton_kernels.py
 
-gpu-bench: $(STAGE)
+gpu-bench: $(STAGE) ## time every kernel path on a GPU and write its dispatch rules
 	PYTHONPATH=$(STAGE) $(GPU_PYTHON) -m slideredit_rt.bench.gpu_kernels --out bench/results --write-dispatch kernels/dispatch.json $(BENCH_OPTIONS)
 
 # Needs slideredit-rt's own dependencies as well (diffusers, onnx, onnxruntime, …), and tensorrt or tensorrt-rtx.
-gpu-trt: $(STAGE)
+gpu-trt: $(STAGE) ## build, run and time TensorRT engines on a GPU
 	PYTHONPATH=$(STAGE) $(GPU_PYTHON) -m slideredit_rt.bench.gpu_tensorrt --out bench/results $(BENCH_OPTIONS)
 
 # Needs slideredit-rt's own dependencies as well; a GPU of 48 GB for FLUX, of 80 GB with BENCH_OPTIONS="--family qwen_image_edit".
-gpu-model: $(STAGE)
+gpu-model: $(STAGE) ## time a full-size transformer with random weights on a GPU
 	PYTHONPATH=$(STAGE) $(GPU_PYTHON) -m slideredit_rt.bench.gpu_model --out bench/results $(BENCH_OPTIONS)
 
-clean:
+clean: ## remove .venv, demo and build
 	rm -rf $(VENV) demo build *.egg-info

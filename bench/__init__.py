@@ -1,1 +1,1 @@
-"""Benchmarks: pytest-benchmark suites and the results that were measured with them."""
+"""Benchmarks and their committed results."""

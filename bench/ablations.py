@@ -1,7 +1,7 @@
-"""Train the variants of the shapes adapters, evaluate them beside the shipped ones, and write `results/ablations/`.
+"""Train variants of the shapes adapters, compare them with the shipped ones and write `results/ablations/`.
 
-`make ablations`: training method, alpha sampling, rank, convergence, calibration, and sliders on what an adapter never saw.
-More than an hour on two cores, most of it training; a killed run continues.
+`make ablations` covers training method, alpha sampling, rank, convergence, calibration and unseen instructions. It takes more
+than an hour on two cores, most of it training. A killed run continues.
 """
 
 from __future__ import annotations
@@ -49,14 +49,14 @@ VARIANTS: Mapping[str, SuppressionConfig] = {
     "gst-fixed-alpha": replace(_GST, alpha_sampling="fixed"),
     "st-rank-4": replace(_ST, rank=4),
     "st-rank-64": replace(_ST, rank=64),
-    # The shipped recipe again, for the adapter as it was on the way; its end shows how far two runs of a recipe lie apart.
+    # The shipped recipe again, for its snapshots. Its final state shows how much two runs of a recipe differ.
     "st-convergence": _ST,
 }
 _FILES = ("rows.csv", "report.json", "table.md", "curves.png", "strips.png", "trajectories.png")
 
 
 def train(name: str, config: SuppressionConfig, folder: Path, known: Sequence[Instruction] = ALL_INSTRUCTIONS) -> None:
-    """Train a variant into `folder/NAME.safetensors`, unless it is there."""
+    """Train a variant into `folder/NAME.safetensors`, unless the file exists."""
     out = folder / f"{name}.safetensors"
     if not out.exists():
         family = get_family("flux_kontext")
@@ -66,7 +66,7 @@ def train(name: str, config: SuppressionConfig, folder: Path, known: Sequence[In
 
 
 def calibrated(name: str, folder: Path, threads: int | None) -> Path:
-    """A shipped adapter with a curve learnt from scenes that the benchmark does not use."""
+    """Calibrate a shipped adapter on scenes that the benchmark does not use, and return its file."""
     out = folder / f"{name}-calibrated.safetensors"
     if not out.exists():
         adapter, _ = calibrate_adapter(BASE, load_adapter(name), ShapesScenes(seeds=CALIBRATION_SEEDS), threads=threads)
@@ -77,7 +77,7 @@ def calibrated(name: str, folder: Path, threads: int | None) -> Path:
 def _evaluate(adapters: Sequence[str], run: Path, threads: int | None, known: Sequence[Instruction] | None = None) -> str:
     config = BenchmarkConfig(scenes=(32,), search_scenes=6)
     texts = None if known is None else [i.text for i in known]
-    # The slider systems alone, not what else these adapters allow.
+    # Compare the slider systems only, and not the rival methods that these adapters allow.
     kinds = tuple(sorted({load_adapter(adapter).kind for adapter in adapters}))
     setup = Setup(BASE, run, adapters, threads=threads)
     report = run_evaluation(setup, config, systems=kinds, instructions=texts)
@@ -89,7 +89,15 @@ def _evaluate(adapters: Sequence[str], run: Path, threads: int | None, known: Se
 
 
 def run_ablations(folder: Path, threads: int | None = None) -> str:
-    """Train, calibrate and evaluate; returns the tables. `threads`: of the engines, None leaves the choice to the backend."""
+    """Train, calibrate and evaluate.
+
+    Args:
+        folder: Folder of the adapters and runs.
+        threads: CPU threads of the engines; None uses the backend's default.
+
+    Returns:
+        The tables, as Markdown.
+    """
     for name, config in VARIANTS.items():
         train(name, config, folder)
     train("st-narrow", _ST, folder, NARROW)

@@ -47,7 +47,7 @@ def _mean(entry: Mapping[str, Any] | None) -> str:
 
 
 def beside_table_1() -> str:
-    """The paper's methods with its figures and ours, and how far the two orders agree."""
+    """Return a table of the paper's methods with its figures and ours, and the rank correlation of the two."""
     found = {e["system"]: e for e in _report("evaluation")["systems"] if e["sliders"] == 1}
     rows, pairs = [], []
     for name, (continuity, lpips) in _TABLE_1.items():
@@ -61,7 +61,7 @@ def beside_table_1() -> str:
 
 
 def beside_table_2() -> str:
-    """ST with one, two and three sliders, the paper's figures and ours."""
+    """Return a table of ST with one, two and three sliders, with the paper's figures and ours."""
     found = {e["sliders"]: e for e in _report("evaluation")["systems"] if e["system"] == "st"}
     rows = []
     for count, (extrapolation, continuity, disentanglement) in _TABLE_2.items():
@@ -82,14 +82,14 @@ def beside_table_2() -> str:
 
 
 def tables() -> dict[str, str]:
-    """Every table of the page, by the name in its marker."""
+    """Return every table of the page, by the name in its marker."""
     runs = {"variants": "ablations/variants", **{n: f"ablations/{n}" for n in ("seen", "unseen-change", "unseen-shape")}}
     found = {name: (RESULTS / folder / "table.md").read_text() for name, folder in {"evaluation": "evaluation", **runs}.items()}
     return found | {"paper-1": beside_table_1(), "paper-2": beside_table_2()}
 
 
 def refreshed(page: str) -> str:
-    """The page with each table as the results have it now."""
+    """Return the page with its tables replaced by those of the current results."""
     found = tables()
     return _BLOCK.sub(lambda match: f"{match[1]}{found[match['name']]}{match[3]}", page)
 

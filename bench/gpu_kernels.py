@@ -1,9 +1,9 @@
-"""The masked low-rank projection on a GPU, beside every other way to compute it (`make gpu-bench`).
+"""Masked low-rank projections on a GPU, compared with other implementations (`make gpu-bench`).
 
-Every candidate is captured in a CUDA graph together with a write that evicts L2, ten times over; the time of the same
-graph without the candidate is subtracted. So launches cost what they cost in a replayed graph, and nobody reads warm data.
-A candidate whose result is wrong gets no time. `--rehearse` runs every path once on small shapes, on any machine
-(`TRITON_INTERPRET=1` on a CPU), and times nothing.
+Every candidate is captured in a CUDA graph together with a write that evicts L2, ten times, and the time of the same graph
+without the candidate is subtracted. Launches therefore cost what they cost in a replayed graph, and data is cold. Candidates
+with a wrong result are not timed. `--rehearse` runs every path once on small shapes without timing, on any machine (with
+`TRITON_INTERPRET=1` on a CPU).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from slideredit_rt.kernels import dispatch
 RANK = 16
 REPEATS = 10
 TEXT_ROWS, IMAGE_ROWS = 512, 8192
-# Inner and outer widths. FLUX.1-Kontext and Qwen-Image-Edit are both 3072 wide with an MLP of 12288.
+# Inner and output columns. FLUX.1-Kontext and Qwen-Image-Edit are both 3072 wide with an MLP of 12288.
 PROJECTIONS = {"q, k, v, out": (3072, 3072), "MLP up": (3072, 12288), "MLP down": (12288, 3072)}
 SINGLE_PROJECTIONS = {"q, k, v": (3072, 3072), "MLP up": (3072, 12288), "out": (15360, 3072)}
 PATHS = {
@@ -47,7 +47,7 @@ PATHS = {
 
 @dataclass(frozen=True)
 class Case:
-    """One projection: `rows` per batch item, of which `active` are scaled."""
+    """One projection with `rows` rows per batch item, of which `active` are scaled."""
 
     kind: str
     stream: str
@@ -60,18 +60,18 @@ class Case:
 
     @property
     def flops(self) -> int:
-        """Of the base product alone."""
+        """Floating-point operations of the base product."""
         return 2 * self.batch * self.rows * self.k * self.n
 
     @property
     def bytes(self) -> int:
-        """That the base product must move once, in 16-bit elements."""
+        """Bytes that the base product must move at least, with 16-bit elements."""
         return 2 * (self.batch * self.rows * (self.k + self.n) + self.k * self.n)
 
 
 @dataclass
 class Measurement:
-    """One line of the result. `microseconds` is None where the result was wrong or the path was not run, with the reason."""
+    """One line of the result. `microseconds` is None if it was not timed; `note` has the reason."""
 
     case: Case
     candidate: str
@@ -85,7 +85,7 @@ class Measurement:
 
 
 def cases(batches: tuple[int, ...] = (1, 2, 4)) -> Iterator[Case]:
-    """ST on text rows with few active ones, GST on every row of each stream."""
+    """Yield the cases: ST with few active text rows, GST with all rows of each stream."""
     for batch in batches:
         for name, (k, n) in PROJECTIONS.items():
             for active in (8, 32, 128):
@@ -98,13 +98,13 @@ def cases(batches: tuple[int, ...] = (1, 2, 4)) -> Iterator[Case]:
 
 
 def rehearsal_cases() -> Iterator[Case]:
-    """Small and odd."""
+    """Yield small cases with odd sizes."""
     yield Case("ST", "text", "rehearsal", 2, 33, 5, 72, 40)
     yield Case("GST", "image", "rehearsal", 1, 150, 150, 64, 48)
 
 
 def inputs(case: Case, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
-    """A projection's arguments; the active rows are one span per batch item, as an instruction's are."""
+    """Return the arguments of a projection. The active rows are one span per batch item, like those of an instruction."""
     p = problem(case.batch, case.rows, case.k, case.n, RANK, dtype, generator=torch.Generator(device).manual_seed(0))
     scale = torch.zeros_like(p["row_scale"])
     start = (case.rows - case.active) // 2
@@ -113,26 +113,26 @@ def inputs(case: Case, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
 
 
 def base(p: dict[str, Tensor]) -> Tensor:
-    """The limit: the frozen projection alone."""
+    """Compute the frozen projection alone, which is the lower limit."""
     return F.linear(p["x"], p["weight"], p["bias"])
 
 
 def peft_addmm(p: dict[str, Tensor]) -> Tensor:
-    """As `plain`, with the second product added into the first one's output."""
+    """Compute the formula like `plain`, but add the second product to the first with `addmm`."""
     y = F.linear(p["x"], p["weight"], p["bias"])
     low = F.linear(p["x"], p["lora_a"]) * p["row_scale"].to(y.dtype).unsqueeze(-1)
     return y.view(-1, y.shape[-1]).addmm_(low.view(-1, RANK), p["lora_b"].T).view_as(y)
 
 
 def upcast(p: dict[str, Tensor]) -> Tensor:
-    """As the authors' ST code does: input and update in float32, then back."""
+    """Compute the formula like the authors' ST code: convert the input, update in float32 and convert back."""
     y = F.linear(p["x"], p["weight"], p["bias"])
     update = F.linear(F.linear(p["x"].float(), p["lora_a"].float()), p["lora_b"].float())
     return (y.float() + p["row_scale"].unsqueeze(-1) * update).to(y.dtype)
 
 
 def by_update(p: dict[str, Tensor]) -> Tensor:
-    """Our path `update`."""
+    """Run the path `update`."""
     return kernels.masked_lora_update_triton_(base(p), p["x"], p["lora_a"], p["lora_b"], p["row_scale"])
 
 
@@ -150,10 +150,10 @@ OTHERS: dict[str, Callable[[dict[str, Tensor]], Tensor]] = {
 
 
 class GraphTimer:
-    """Microseconds of a call inside a replayed CUDA graph, L2 cold."""
+    """Timer of a call inside a replayed CUDA graph with cold L2, in microseconds."""
 
     def __init__(self) -> None:
-        # Four times the largest L2 there is.
+        # Four times the size of L2, to evict it entirely.
         self.evict = torch.empty(4 * torch.cuda.get_device_properties(0).L2_cache_size, dtype=torch.uint8, device="cuda")
         self.empty = self._replays(lambda: None)
 
@@ -180,26 +180,26 @@ class GraphTimer:
         return statistics.median(times)
 
     def __call__(self, call: Callable[[], object]) -> float:
-        """Median over replays."""
+        """Return the median time of a call over replays, in microseconds."""
         return self._replays(call) - self.empty
 
 
 @dataclass
 class Bench:
-    """Runs the cases and keeps the measurements."""
+    """Runner of the cases, which collects the measurements."""
 
     device: str
     dtype: torch.dtype
     timer: Callable[[Callable[[], object]], float] | None
     deadline: float
     measurements: list[Measurement] = field(default_factory=list)
-    # Compiled once more for each new shape.
+    # torch.compile recompiles it for every new shape.
     compiled_peft: Callable[[dict[str, Tensor]], Tensor] = field(default_factory=lambda: torch.compile(plain, dynamic=False))
 
     def run(self, case: Case) -> None:
-        """Every candidate on one case, the right ones timed."""
+        """Run every candidate on one case, and time those with a correct result."""
         p = inputs(case, self.dtype, self.device)
-        # An eighth of the rows, the active span's middle among them, keeps float64 short.
+        # Compare an eighth of the rows, including the middle of the active span, to keep the float64 computation short.
         middle, count = case.rows // 2, max(1, case.rows // 8)
         rows = slice(max(0, middle - count // 2), middle + count // 2 + 1)
         expected = exact(p | {"x": p["x"][:1, rows], "row_scale": p["row_scale"][:1, rows]})[0]
@@ -226,7 +226,7 @@ class Bench:
 
 
 def table(measurements: list[Measurement]) -> str:
-    """Markdown: one line a case, one column a candidate, ratios to the base GEMM."""
+    """Return a Markdown table of ratios to the base GEMM, with one line per case and one column per candidate."""
     names = list(dict.fromkeys(m.candidate for m in measurements))
     lines = [
         "| kind | stream | projection | B | rows | active | base µs | base TFLOP/s | " + " | ".join(names[1:]) + " |",
@@ -248,7 +248,7 @@ def table(measurements: list[Measurement]) -> str:
 
 
 def marks(measurements: list[Measurement]) -> dict[str, object]:
-    """The three figures that the kernels are judged by, each the worst over its cases."""
+    """Return the three figures with marks, each the worst over its cases."""
     timed = [m for m in measurements if m.ratio_to_base is not None]
 
     def best(case: Case, names: Iterable[str]) -> float:
@@ -268,7 +268,7 @@ def marks(measurements: list[Measurement]) -> dict[str, object]:
 
 
 def dispatch_rules(measurements: list[Measurement]) -> list[dict[str, object]]:
-    """The fastest path per shape: ST's cases with 32 active rows decide for text rows, GST's for the others."""
+    """Return the fastest path per shape: by ST with 32 active rows for text rows, and by GST for the others."""
     rules: list[dict[str, object]] = []
     for case in dict.fromkeys(m.case for m in measurements):
         if (case.kind == "ST" and case.active == 32) or (case.kind == "GST" and case.stream != "text"):
@@ -281,7 +281,7 @@ def dispatch_rules(measurements: list[Measurement]) -> list[dict[str, object]]:
 
 
 def write_dispatch(rules: list[dict[str, object]], about: dict[str, str], file: Path) -> None:
-    """Put a card's rules into a `dispatch.json` beside the defaults."""
+    """Add a card's rules to a `dispatch.json`."""
     content = json.loads(file.read_text())
     content["paths"][about["gpu"]] = {"dtype": "bfloat16", "source": "make gpu-bench", **about, "shapes": rules}
     with atomic_file(file) as temporary:
@@ -289,31 +289,31 @@ def write_dispatch(rules: list[dict[str, object]], about: dict[str, str], file: 
 
 
 def heading(about: dict[str, str]) -> str:
-    """What the table below it holds, where it comes from, and what our columns mean."""
+    """Return the text above the table: title, origin and the meaning of our columns."""
     lines = [f"# Masked low-rank projections on {about['gpu']}", "", "Ratios to the base GEMM alone, cold L2, graph-replayed."]
     lines += [f"{', '.join(f'{k} {v}' for k, v in about.items() if k != 'gpu')}. Reproduce: `make gpu-bench`.", ""]
     return "\n".join(lines + [f"- `{name}`: {meaning}" for name, meaning in PATHS.items()]) + "\n"
 
 
 def commit() -> str:
-    """Of the working tree, or what the environment says where there is no repository."""
+    """Return `$COMMIT` if it is set, else the commit of the working tree."""
     line = ["git", "rev-parse", "--short", "HEAD"]
     done = subprocess.run(line, capture_output=True, text=True, check=False, cwd=Path(__file__).parent)
     return os.environ.get("COMMIT") or done.stdout.strip() or "unknown"
 
 
 def main() -> int:
-    """Run the bench; exit 1 if a path of ours computed something wrong."""
+    """Run the benchmark and return the exit status: 1 if a path of ours computed a wrong result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("bench/results"), help="results folder (default: %(default)s)")
-    parser.add_argument("--rehearse", action="store_true", help="every path once, small shapes, nothing timed")
+    parser.add_argument("--rehearse", action="store_true", help="run every path once on small shapes, without timing")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4])
-    parser.add_argument("--compile-seconds", type=float, default=240, help="no torch.compile column after this long")
-    parser.add_argument("--write-dispatch", type=Path, metavar="FILE", help="put the fastest paths into this dispatch.json")
+    parser.add_argument("--compile-seconds", type=float, default=240, help="time after which torch.compile is left out")
+    parser.add_argument("--write-dispatch", type=Path, metavar="FILE", help="dispatch.json to add the fastest paths to")
     args = parser.parse_args()
     cuda = torch.cuda.is_available()
     if not cuda and not args.rehearse:
-        sys.stderr.write("gpu_kernels: no CUDA device here; pass --rehearse to check every path without timing\n")
+        sys.stderr.write("gpu_kernels: no CUDA device found; pass --rehearse to check every path without timing\n")
         return 2
     bench = Bench(
         device="cuda" if cuda else "cpu",

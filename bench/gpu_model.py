@@ -1,9 +1,9 @@
-"""One denoising step of a full-size base on a GPU: sliders beside the frozen backbone and other ways (`make gpu-model`).
+"""One denoising step of a full-size base on a GPU: sliders, the frozen backbone and other methods (`make gpu-model`).
 
-The transformer gets random bfloat16 weights, made on the device: speed and memory do not depend on their values. Every column
-runs the same transformer, with another adapter in it, through the same engine: `torch.compile`d blocks in one CUDA graph.
-The frozen backbone is measured first and last. `--rehearse` runs the same code on small blocks, on a CPU too, where dynamo
-captures the graphs and compiles none of them; its times say nothing.
+The transformer has random bfloat16 weights, created on the device, because speed and memory do not depend on their values.
+Every column runs the same transformer with a different adapter through the same engine, with `torch.compile`d blocks in one
+CUDA graph. The frozen backbone is measured first and last. `--rehearse` runs the same code on small blocks, also on a CPU,
+where dynamo captures the graphs but does not compile them. Times of a rehearsal are meaningless.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ try:
     from slideredit_rt.families import KINDS, Family, Kind, get_family
     from slideredit_rt.modules import SliderBackbone
 except ModuleNotFoundError as missing:
-    sys.exit(f"gpu_model: this Python lacks {missing.name}; install slideredit-rt's dependencies into GPU_PYTHON")
+    sys.exit(f"gpu_model: the package {missing.name} is missing; install slideredit-rt's dependencies into GPU_PYTHON")
 
 RANK, SCALE = 16, 0.5
 DTYPE = torch.bfloat16
@@ -50,7 +50,7 @@ SETTINGS = 20
 SWEEP, SWEEP_STEPS = 15, 4
 _NARROW = {"num_attention_heads": 2, "attention_head_dim": 32, "axes_dims_rope": (4, 14, 14), "joint_attention_dim": 64}
 MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
-    # Class, full-size configuration beside its defaults, and a small one.
+    # Class, changes of its default configuration for the full size, and a small configuration.
     "flux_kontext": (
         "FluxTransformer2DModel",
         {"guidance_embeds": True},
@@ -59,20 +59,20 @@ MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "qwen_image_edit": ("QwenImageTransformer2DModel", {}, _NARROW | {"num_layers": 2}),
 }
 COLUMNS = {
-    "frozen": "no adapter: the limit",
+    "frozen": "no adapter, the lower limit",
     "ours ST, 1 slider": "16 text rows scaled",
     "ours ST, 3 sliders": "8 + 16 + 32 text rows scaled",
     "ours GST": "every row scaled",
-    "published ST": "a masked LoRA per linear: the update of every row, times a bfloat16 scale and a mask",
+    "published ST": "a masked LoRA per linear: the update of every row, multiplied by a bfloat16 scale and a mask",
     "PEFT GST": "`peft.inject_adapter_in_model`, no mask",
     "merged GST": "W + scale · BA written into the weights",
-    "frozen, again": "how far the card drifted",
+    "frozen, again": "drift of the card",
 }
 
 
 @dataclass(frozen=True)
 class Size:
-    """Rows of a request, rows of each slider, and timed steps per column."""
+    """Size of the measurement: rows of a request, rows of each slider, and timed steps per column."""
 
     text_rows: int
     image_rows: int
@@ -82,17 +82,18 @@ class Size:
 
 @dataclass
 class Column:
-    """One way to run the backbone.
+    """Result of one method of running the backbone.
 
     Attributes:
-        milliseconds: median step.
-        ratio_to_frozen: to the median of the frozen backbone's two columns.
-        first_call_seconds: compilation, capture and one step.
-        compiled_graphs: that dynamo captured for it.
-        peak_gib: of device memory that tensors held, weights included; None on a CPU.
-        strength_change_ms: until every strength is another one; None where there is none.
-        recompilations: of the first step after it.
-        allocations: of device memory, over twenty changes with a step after each; None on a CPU or where it compiled.
+        name: Name of the method, a key of `COLUMNS`.
+        milliseconds: Median time of a step.
+        first_call_seconds: Time of compilation, capture and one step.
+        compiled_graphs: Number of graphs that dynamo captured.
+        ratio_to_frozen: Ratio to the median of the two columns of the frozen backbone.
+        peak_gib: Peak device memory of tensors, including the weights; None on a CPU.
+        strength_change_ms: Time to change every strength; None without strengths.
+        recompilations: Recompilations in the steps after a change.
+        allocations: Allocations of device memory over 20 changes with a step after each; None on a CPU and for other methods.
     """
 
     name: str
@@ -107,7 +108,7 @@ class Column:
 
 
 def fill(name: str, parameter: Tensor) -> None:
-    """Random values that depend on the parameter's name only, so that they can be made again."""
+    """Fill a parameter with random values that depend on its name only, so they can be restored."""
     g = torch.Generator(parameter.device).manual_seed(zlib.crc32(name.encode()))
     if parameter.ndim >= 2:
         parameter.normal_(0, parameter[0].numel() ** -0.5, generator=g)
@@ -117,7 +118,7 @@ def fill(name: str, parameter: Tensor) -> None:
 
 @torch.no_grad()
 def materialise(module: nn.Module, device: torch.device) -> Any:
-    """Random weights on the device for a module whose parameters are on `meta`."""
+    """Create random weights on the device for a module whose parameters are on `meta`."""
     for name, parameter in list(module.named_parameters()):
         owner, _, leaf = name.rpartition(".")
         filled = torch.empty(parameter.shape, dtype=DTYPE, device=device)
@@ -127,7 +128,7 @@ def materialise(module: nn.Module, device: torch.device) -> Any:
 
 
 def random_transformer(family: str, *, small: bool, device: torch.device) -> Any:
-    """The family's transformer, full-size or small, with random weights."""
+    """Create the family's transformer, full-size or small, with random weights."""
     class_name, full, narrow = MODELS[family]
     with init_empty_weights():
         transformer = getattr(diffusers, class_name)(**(narrow if small else full))
@@ -135,7 +136,7 @@ def random_transformer(family: str, *, small: bool, device: torch.device) -> Any
 
 
 def random_adapter(family: Family, transformer: nn.Module, kind: Kind) -> Adapter:
-    """Rank 16 on the linears that adapters of this kind are trained on, in the transformer's dtype on its device."""
+    """Create a random adapter of rank 16 on the usual linears, in the transformer's dtype and on its device."""
     pairs = {}
     for name, linear in transformer.named_modules():
         if isinstance(linear, nn.Linear) and family.targets(kind).fullmatch(name):
@@ -147,13 +148,13 @@ def random_adapter(family: Family, transformer: nn.Module, kind: Kind) -> Adapte
 
 
 def random_inputs(family: Family, config: Any, size: Size, batch: int, device: torch.device) -> dict[str, Tensor]:
-    """The backbone's own inputs, on the device."""
+    """Create the backbone's own inputs on the device."""
     made = family.random_inputs(config, batch, size.text_rows, size.image_rows, torch.Generator().manual_seed(0))
     return {name: tensor.to(device).contiguous() for name, tensor in made.items()}
 
 
 def slider_inputs(kind: Kind, size: Size, spans: tuple[int, ...], batch: int, device: torch.device) -> dict[str, Tensor]:
-    """Alphas of one half and a span of text rows per slider; for GST every row."""
+    """Create slider inputs with alpha 0.5 and a span of text rows per slider, or every row for GST."""
     rows = size.text_rows + (size.image_rows if kind == "gst" else 0)
     mask = torch.zeros(batch, len(spans), rows, dtype=torch.bool)
     start = 0 if kind == "gst" else 2
@@ -164,7 +165,7 @@ def slider_inputs(kind: Kind, size: Size, spans: tuple[int, ...], batch: int, de
 
 
 def engine_for(backbone: SliderBackbone) -> InductorEngine:
-    """The engine that `slideredit-rt build --backend inductor` makes, around a transformer that is loaded already."""
+    """Create the engine that `slideredit-rt build --backend inductor` makes, around a loaded transformer."""
     family, transformer = backbone.family, backbone.transformer
     config: Any = transformer.config
     manifest = Manifest(
@@ -188,9 +189,9 @@ def engine_for(backbone: SliderBackbone) -> InductorEngine:
 
 
 class PublishedLinear(nn.Module):
-    """What the authors' released ST module computes, in the base's dtype: the update of every row, then scale and mask.
+    """The authors' released ST module, in the base's dtype: it computes the update of every row, then scales and masks it.
 
-    `scale` is bfloat16 `[B, S, 1]`, `mask` bool `[B, S]`.
+    `scale` is bfloat16 `[B, S, 1]`, `mask` is bool `[B, S]`.
     """
 
     def __init__(self, base: nn.Linear, lora_a: Tensor, lora_b: Tensor, scale: Tensor, mask: Tensor) -> None:
@@ -200,21 +201,21 @@ class PublishedLinear(nn.Module):
         self.lora_B = nn.Parameter(lora_b, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[B, S, K]` to `[B, S, N]`."""
+        """Map `[B, S, K]` to `[B, S, N]`."""
         update = nn.functional.linear(nn.functional.linear(x, self.lora_A), self.lora_B) * self.scale
         y: Tensor = self.base(x) + update * self.mask.to(update.dtype).unsqueeze(-1)
         return y
 
 
 def replace(transformer: nn.Module, name: str, module: nn.Module) -> None:
-    """Put a module into the place of another."""
+    """Replace a submodule."""
     owner, _, leaf = name.rpartition(".")
     setattr(transformer.get_submodule(owner), leaf, module)
 
 
 @contextmanager
 def published(transformer: nn.Module, adapter: Adapter, size: Size) -> Iterator[Callable[[float], None]]:
-    """The published module on every linear of an ST adapter; yields how a strength is set."""
+    """Install the published module on every linear of an ST adapter, and yield a function that sets the strength."""
     device = next(transformer.parameters()).device
     mask = slider_inputs("st", size, (sum(size.spans),), 1, device)["token_mask"][:, 0]
     scale = torch.full((1, size.text_rows, 1), SCALE, dtype=DTYPE, device=device)
@@ -235,7 +236,7 @@ def published(transformer: nn.Module, adapter: Adapter, size: Size) -> Iterator[
 
 @contextmanager
 def peft_adapter(transformer: nn.Module, adapter: Adapter) -> Iterator[Callable[[float], None]]:
-    """PEFT's own layers on every linear of an adapter; yields how a strength is set."""
+    """Install PEFT's layers on every linear of an adapter, and yield a function that sets the strength."""
     config = peft.LoraConfig(r=RANK, lora_alpha=RANK, target_modules=list(adapter.pairs), init_lora_weights=False)
     peft.inject_adapter_in_model(config, transformer)
     layers = {name: m for name, m in transformer.named_modules() if isinstance(m, LoraLayer)}
@@ -257,7 +258,7 @@ def peft_adapter(transformer: nn.Module, adapter: Adapter) -> Iterator[Callable[
 
 @contextmanager
 def merged(transformer: nn.Module, adapter: Adapter) -> Iterator[Callable[[float], None]]:
-    """The update inside the weights, which are made anew afterwards; yields how a strength is set."""
+    """Merge the update into the weights, yield a function that sets the strength, and restore the weights on exit."""
     current = 0.0
 
     @torch.no_grad()
@@ -277,12 +278,12 @@ def merged(transformer: nn.Module, adapter: Adapter) -> Iterator[Callable[[float
 
 
 class Bench:
-    """Runs the columns on one transformer.
+    """Runner of all columns on one transformer.
 
     Args:
-        family: of the base.
-        transformer: on the device, with random weights.
-        size: of the requests.
+        family: Family of the base.
+        transformer: Transformer with random weights, on the device.
+        size: Size of the requests.
     """
 
     def __init__(self, family: Family, transformer: Any, size: Size) -> None:
@@ -296,12 +297,12 @@ class Bench:
         self.extra: dict[str, Any] = {}
 
     def wait(self) -> None:
-        """Until the device is idle."""
+        """Block until the device is idle."""
         if self.cuda:
             torch.cuda.synchronize(self.device)
 
     def milliseconds(self, call: Callable[[], object]) -> float:
-        """Of one call: between two CUDA events, or by the clock on a CPU."""
+        """Return the time of one call, by CUDA events, or by the clock on a CPU."""
         if not self.cuda:
             return 1e3 * self.seconds(call)
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -312,7 +313,7 @@ class Bench:
         return float(begin.elapsed_time(end))
 
     def seconds(self, call: Callable[[], object]) -> float:
-        """Of one call by the clock, the device idle before and after."""
+        """Return the time of one call by the clock, with the device idle before and after."""
         self.wait()
         start = time.perf_counter()
         call()
@@ -320,11 +321,11 @@ class Bench:
         return time.perf_counter() - start
 
     def allocations(self) -> int:
-        """Tensors and graphs that asked for device memory so far."""
+        """Return the number of allocations of device memory so far; 0 on a CPU."""
         return int(torch.cuda.memory_stats(self.device)["allocation.all.allocated"]) if self.cuda else 0
 
     def column(self, name: str, engine: InductorEngine, inputs: Mapping[str, Tensor]) -> Column:
-        """Compile, warm up and time a step."""
+        """Compile, warm up and time a step, and return its column."""
         if self.cuda:
             torch.cuda.reset_peak_memory_stats(self.device)
         before = compiled_graphs()
@@ -343,7 +344,7 @@ class Bench:
 
     @contextmanager
     def engine(self, adapter: Adapter | None) -> Iterator[InductorEngine]:
-        """An engine around the transformer as it is now; ends without a trace, what was compiled for it included."""
+        """Open an engine around the current transformer. On exit, remove it and everything compiled for it."""
         torch._dynamo.reset()
         backbone = SliderBackbone(self.family, self.transformer, adapter)
         engine = engine_for(backbone.requires_grad_(False))
@@ -354,12 +355,12 @@ class Bench:
             backbone.remove()
 
     def frozen(self, name: str) -> None:
-        """The limit."""
+        """Measure the frozen backbone."""
         with self.engine(None) as engine:
             self.column(name, engine, self.inputs)
 
     def ours(self) -> None:
-        """Both kinds; with ST also what sliders cost when they move and when a batch mixes them, and a sweep."""
+        """Measure ST and GST, and for ST also a sweep and a batch with mixed sliders."""
         with self.engine(self.adapters["st"]) as engine:
             one = self.inputs | slider_inputs("st", self.size, self.size.spans[1:2], 1, self.device)
             three = self.inputs | slider_inputs("st", self.size, self.size.spans, 1, self.device)
@@ -373,7 +374,7 @@ class Bench:
             self.move(self.column("ours GST", engine, inputs), engine, inputs)
 
     def move(self, column: Column, engine: InductorEngine, inputs: dict[str, Tensor]) -> None:
-        """Change every strength: the caller's `alpha` on the device is written from the host, and that is all."""
+        """Measure a change of every strength, which only writes the caller's `alpha` on the device."""
         settings = torch.rand(SETTINGS, *inputs["alpha"].shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
         times = [1e3 * self.seconds(partial(inputs["alpha"].copy_, new)) for new in settings]
         engine(inputs)
@@ -381,18 +382,18 @@ class Bench:
         for new in settings:
             inputs["alpha"].copy_(new)
             same = engine(inputs).data_ptr() == reference
-            assert same, "an engine's output stays where it is"
+            assert same, "the output of an engine has moved in memory"
         column.strength_change_ms = statistics.median(times)
         column.recompilations = compiled_graphs() - compiled
         column.allocations = self.allocations() - allocated if self.cuda else None
 
     def mixed_batch(self, engine: InductorEngine) -> None:
-        """Four requests with the same sliders beside four with different ones, in turns."""
+        """Compare a batch of four equal slider settings with a batch of four different ones, in turns."""
         inputs = random_inputs(self.family, self.transformer.config, self.size, BATCH, self.device)
         equal = inputs | slider_inputs("st", self.size, self.size.spans, BATCH, self.device)
         mixed = {name: tensor.clone() for name, tensor in equal.items()}
         for row in range(BATCH):
-            # Other rows, other strengths, and one slider less in each.
+            # Each request has other rows and other strengths, and some have fewer sliders.
             mixed["token_mask"][row] = mixed["token_mask"][row].roll(3 * row, dims=-1)
             mixed["token_mask"][row, : min(row, 2)] = False
             mixed["alpha"][row] = 0.25 * row - 0.5
@@ -414,9 +415,9 @@ class Bench:
         }
 
     def sweep(self, engine: InductorEngine, inputs: dict[str, Tensor]) -> None:
-        """Fifteen strengths, one image at a time: encoded once, beside encoded for each. Only FLUX's encoders are small."""
+        """Compare a sweep of 15 strengths that encodes once with one that encodes for every image. For FLUX only."""
         if self.family.name != "flux_kontext":
-            self.extra["sweep"] = {"note": "not measured: the text encoder of this family does not fit beside it in 48 GB"}
+            self.extra["sweep"] = {"note": "not measured: transformer and text encoder of this family do not fit in 48 GB"}
             return
         encode, decode = flux_encoders(self.transformer.config, self.size, self.device)
 
@@ -445,11 +446,11 @@ class Bench:
             "separate_over_shared": round(found["separate_s"] / found["shared_s"], 4),
             "encode_ms": round(1e3 * self.seconds(encode), 3),
             "what": f"{SWEEP} strengths, {SWEEP_STEPS} steps each, batch 1; eager T5 and CLIP text encoders, VAE encoder and "
-            "decoder with random weights, as wide as FLUX's; the latents that denoising gives are not the ones decoded",
+            "decoder with random weights, as wide as FLUX's; the decoder runs on constant latents",
         }
 
     def others(self) -> None:
-        """What else there is."""
+        """Measure the published module, PEFT and merged weights."""
         with published(self.transformer, self.adapters["st"], self.size) as set_strength, self.engine(None) as engine:
             self.set(self.column("published ST", engine, self.inputs), engine, set_strength)
         with peft_adapter(self.transformer, self.adapters["gst"]) as set_strength, self.engine(None) as engine:
@@ -458,7 +459,7 @@ class Bench:
             self.set(self.column("merged GST", engine, self.inputs), engine, set_strength)
 
     def set(self, column: Column, engine: InductorEngine, set_strength: Callable[[float], None], stale: bool = False) -> None:
-        """Change the strength of another way. A `stale` one keeps it in Python, so that it compiles and captures again."""
+        """Measure a change of strength. A `stale` method keeps the strength in Python and must compile and capture again."""
         before = compiled_graphs()
 
         def change() -> None:
@@ -471,7 +472,7 @@ class Bench:
         column.recompilations = compiled_graphs() - before
 
     def run(self) -> None:
-        """Every column."""
+        """Measure every column."""
         self.frozen("frozen")
         self.ours()
         self.others()
@@ -482,12 +483,15 @@ class Bench:
 
 
 def compiled_graphs() -> int:
-    """That dynamo captured so far in this process."""
+    """Return the number of graphs that dynamo has captured in this process."""
     return int(counters["stats"]["unique_graphs"])
 
 
 def flux_encoders(config: Any, size: Size, device: torch.device) -> tuple[Callable[[], object], Callable[[], object]]:
-    """What encodes a prompt and an image for FLUX and decodes one, with random weights; narrow for a narrow transformer."""
+    """Return functions that encode a prompt and an image, and decode an image, with FLUX's models and random weights.
+
+    The models are narrow if the transformer is.
+    """
     full = config.joint_attention_dim == 4096
     side = 1024 if full else 64
     t5 = {"d_model": 4096, "d_ff": 10240, "num_layers": 24, "num_heads": 64} if full else {"d_model": 64, "num_layers": 1}
@@ -519,7 +523,7 @@ def flux_encoders(config: Any, size: Size, device: torch.device) -> tuple[Callab
 
 
 def marks(bench: Bench) -> list[Mark]:
-    """Return what the run is judged by."""
+    """Return the marks of a run with their values and limits."""
     of = {column.name: column for column in bench.columns}
     ours = [column for column in bench.columns if column.name.startswith("ours")]
     st = max(column.ratio_to_frozen or 0.0 for column in ours if "ST, " in column.name)
@@ -537,7 +541,7 @@ def marks(bench: Bench) -> list[Mark]:
 
 
 def table(bench: Bench) -> str:
-    """Return the columns and the rest in Markdown."""
+    """Return a Markdown table of the columns, and the other results."""
     lines = [
         "| | step ms | / frozen | peak GiB | first call s | strength change ms | recompilations | allocations | |",
         "|" + "---|" * 9,
@@ -562,17 +566,17 @@ def table(bench: Bench) -> str:
 
 
 def main() -> int:
-    """Run the bench; 0 also where a mark is missed, which the table says."""
+    """Run the benchmark and return the exit status, which is 0 even if a mark is missed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--family", choices=tuple(MODELS), default="flux_kontext", help="(default: %(default)s)")
-    parser.add_argument("--out", type=Path, help="results folder (default: bench/results; none for a rehearsal)")
+    parser.add_argument("--out", type=Path, help="results folder (default: bench/results; none in a rehearsal)")
     parser.add_argument("--steps", type=int, default=20, help="timed steps of each column (default: %(default)s)")
-    parser.add_argument("--rehearse", action="store_true", help="small blocks, on any machine; the times say nothing")
+    parser.add_argument("--rehearse", action="store_true", help="run small blocks on any machine; times are meaningless")
     args = parser.parse_args()
     rehearse: bool = args.rehearse
     cuda = torch.cuda.is_available()
     if not cuda and not rehearse:
-        sys.stderr.write("gpu_model: no CUDA device here; pass --rehearse to run small blocks on the CPU\n")
+        sys.stderr.write("gpu_model: no CUDA device found; pass --rehearse to run small blocks on the CPU\n")
         return 2
     size = Size(512, 8192, (8, 16, 32), args.steps)
     if rehearse:
@@ -584,7 +588,7 @@ def main() -> int:
         bench = Bench(get_family(args.family), transformer, size)
         bench.run()
     except torch.OutOfMemoryError:
-        sys.stderr.write("gpu_model: this GPU's memory is too small; FLUX.1-Kontext needs 48 GB, Qwen-Image-Edit 80 GB\n")
+        sys.stderr.write("gpu_model: out of GPU memory; FLUX.1-Kontext needs a card of 48 GB, Qwen-Image-Edit one of 80 GB\n")
         return 2
     except SliderEditError as error:
         sys.stderr.write(f"gpu_model: {error}\n")

@@ -1,9 +1,9 @@
-"""TensorRT engines with sliders on a GPU: are they right, and what does a step take (`make gpu-trt`).
+"""Correctness and step time of TensorRT engines with sliders on a GPU (`make gpu-trt`).
 
-For every TensorRT flavour that is installed, the embedded editor (and with `--full-width` a FLUX of 2 + 2 blocks at 1024²) is
-built in bfloat16 with every lowering, run with twenty slider settings through one captured graph, compared with eager torch,
-and timed. `--rehearse` does the same on any machine as far as that goes: plans are built but not run, and the same graphs are
-compared in ONNX Runtime; nothing is timed or written.
+For every installed TensorRT flavour, the embedded editor (and with `--full-width` a FLUX of 2 + 2 blocks at 1024²) is built in
+bfloat16 with every lowering, run with 20 slider settings through one captured graph, compared with eager torch and timed.
+`--rehearse` works on any machine: plans are built but not run, the same graphs are compared in ONNX Runtime, and nothing is
+timed or written.
 """
 
 from __future__ import annotations
@@ -46,20 +46,20 @@ try:
     from slideredit_rt.files import atomic_file
     from slideredit_rt.modules import SliderBackbone
 except ModuleNotFoundError as missing:
-    sys.exit(f"gpu_tensorrt: this Python lacks {missing.name}; install slideredit-rt's dependencies into GPU_PYTHON")
+    sys.exit(f"gpu_tensorrt: the package {missing.name} is missing; install slideredit-rt's dependencies into GPU_PYTHON")
 
 FLAVOURS = {name: backend for name, backend in BACKENDS.items() if isinstance(backend, TensorRT)}
 RTX = TensorRTRTX.name
 SETTINGS = 20
 STEPS = 50
-# A plan may round at other places than eager torch does: it gets twice eager's error. In float32 both are the last bits.
+# A plan may round at other places than eager torch, so it may have twice eager's error. FLOOR is for float32.
 FACTOR, FLOOR = 2.0, 1e-5
 FULL_WIDTH = {"num_layers": 2, "num_single_layers": 2, "guidance_embeds": True}
 
 
 @dataclass(frozen=True)
 class Case:
-    """A base with an adapter, None for the frozen backbone, at one size, and the lowerings that it is built with."""
+    """A base at one size with an adapter (None for the frozen backbone), and the lowerings to build."""
 
     name: str
     base: str
@@ -78,10 +78,11 @@ class Case:
 
 @dataclass
 class Measurement:
-    """One engine. Errors are RMS differences from a reference of higher precision, relative to its RMS.
+    """Result of one engine.
 
-    `milliseconds` is the median of a step, `eager_milliseconds` of eager torch in the same dtype; None where nothing was timed,
-    with the reason in `note`.
+    Errors are RMS differences from a reference of higher precision, relative to its RMS. `milliseconds` is the median of a
+    step and `eager_milliseconds` that of eager torch in the same dtype. Both are None if the engine was not timed; `note` has
+    the reason.
     """
 
     case: str
@@ -101,13 +102,13 @@ class Measurement:
 
     @property
     def wrong(self) -> bool:
-        """Whether it ran and computed something else."""
+        """True if the engine ran and its result is wrong."""
         too_far = self.error is not None and self.allowed_error is not None and not self.error <= self.allowed_error
         return too_far or self.graph_equals_enqueue is False
 
 
 def random_checkpoint(folder: Path, config: Mapping[str, Any]) -> Path:
-    """A FLUX of random bfloat16 weights, with the embedded editor's encoders and a small autoencoder of FLUX's factor 8."""
+    """Write a FLUX checkpoint with random bfloat16 weights, the embedded editor's text encoders and a small autoencoder."""
     shutil.copytree(resolve_base("shapes-kontext"), folder, ignore=shutil.ignore_patterns("transformer", "vae"))
     torch.manual_seed(0)
     FluxTransformer2DModel(**config).to(torch.bfloat16).save_pretrained(folder / "transformer")
@@ -121,7 +122,7 @@ def random_checkpoint(folder: Path, config: Mapping[str, Any]) -> Path:
 
 
 def random_adapter(base: Path, kind: Kind) -> Adapter:
-    """Rank 16 on the linears that adapters of this kind are trained on; its update is about a tenth of the projection."""
+    """Return a random adapter of rank 16 on the usual linears, whose update is about a tenth of the projection."""
     family = family_of(base)
     transformer = AutoModel.from_pretrained(str(base / "transformer"), dtype=torch.bfloat16, local_files_only=True)
     linears = {n: m for n, m in transformer.named_modules() if isinstance(m, torch.nn.Linear)}
@@ -138,7 +139,7 @@ def random_adapter(base: Path, kind: Kind) -> Adapter:
 
 
 def cases(folder: Path, *, full_width: bool) -> Iterator[Case]:
-    """What is built; random checkpoints go into `folder`."""
+    """Yield the cases. Random checkpoints are written to `folder`."""
     for adapter in (None, "shapes-st", "shapes-gst"):
         yield Case("embedded editor", "shapes-kontext", adapter, 64, 24, 128, TensorRT.lowerings if adapter else ("native",))
     if full_width:
@@ -149,7 +150,7 @@ def cases(folder: Path, *, full_width: bool) -> Iterator[Case]:
 
 
 def rehearsal_cases(folder: Path) -> Iterator[Case]:
-    """Every path once: the embedded editor, and random narrow blocks in the place of the wide ones."""
+    """Yield the cases of a rehearsal: the embedded editor, and random narrow blocks instead of wide ones."""
     yield Case("embedded editor", "shapes-kontext", "shapes-st", 64, 24, 128, ("native",))
     narrow = FluxTransformer2DModel.load_config(resolve_base("shapes-kontext") / "transformer")
     base = random_checkpoint(folder / "base", narrow | {"num_layers": 1, "num_single_layers": 1})
@@ -157,12 +158,12 @@ def rehearsal_cases(folder: Path) -> Iterator[Case]:
 
 
 class Reference:
-    """Eager torch in the engine's dtype and in a wider one, on the settings that engines are tried with.
+    """Outputs of eager torch in the engine's dtype and in a wider one, for the tested slider settings.
 
     Args:
-        case: base, adapter and size.
-        dtype: the engine's.
-        device: `cuda` or `cpu`.
+        case: Base, adapter and size.
+        dtype: Dtype of the engine.
+        device: Torch device, `cuda` or `cpu`.
     """
 
     @torch.no_grad()
@@ -183,13 +184,13 @@ class Reference:
         self.allowed_error = max(FACTOR * self.error(eager), FLOOR)
 
     def error(self, outputs: list[Tensor]) -> float:
-        """Relative RMS of the outputs of all settings."""
+        """Return the relative RMS error of the outputs over all settings."""
         actual, exact = torch.stack(outputs).double(), torch.stack(self.exact).double()
         return float(((actual - exact).square().mean() / exact.square().mean()).sqrt())
 
 
 def milliseconds(call: Callable[[], object]) -> float:
-    """Median of a call between two CUDA events."""
+    """Return the median time of a call, measured by CUDA events."""
     times: list[float] = []
     for step in range(STEPS + 5):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -205,15 +206,16 @@ def milliseconds(call: Callable[[], object]) -> float:
 def measure(
     case: Case, reference: Reference, backend: str, lowering: str, dtype: DType, folder: Path, *, run: bool
 ) -> Measurement:
-    """Build one engine; run it, compare it and, on a GPU, time it. What is refused is recorded with the sentence that says why.
+    """Build one engine, run it, compare it and, on a GPU, time it. Errors are recorded in the measurement's note.
 
     Args:
-        case: what to build.
-        reference: its outputs.
-        backend, lowering: how.
-        dtype: of the engine.
-        folder: for the engine.
-        run: False leaves it at the build.
+        case: Base, adapter and size.
+        reference: Reference outputs.
+        backend: Name of the backend.
+        lowering: Name of the lowering.
+        dtype: Dtype of the engine.
+        folder: Output folder of the engine.
+        run: False only builds the engine.
     """
     trt = FLAVOURS.get(backend)
     version = str(trt.environment().package_version) if trt else ""
@@ -252,7 +254,7 @@ def measure(
 
 
 def refusal(folder: Path) -> str | None:
-    """What TensorRT-RTX says to an engine on a card that it builds none for; None for a card that it knows."""
+    """Return TensorRT-RTX's error for an engine on a card that it does not support; None on a card that it supports."""
     backend = FLAVOURS[RTX]
     card, trt = str(backend.environment().capability), backend.module()
     if card.upper() in trt.ComputeCapability.__members__:
@@ -263,11 +265,11 @@ def refusal(folder: Path) -> str | None:
         backend.engine(folder / PLAN_FILE, read_manifest(folder), trt, CudaDevice(), RuntimeOptions()).close()
     except SliderEditError as error:
         return str(error)
-    return f"it builds nothing for {card}, yet loads an engine for other cards"
+    return f"it does not build for {card}, yet loads an engine for other cards"
 
 
 def table(measurements: list[Measurement]) -> str:
-    """Markdown: one line an engine."""
+    """Return a Markdown table with one line per engine."""
     lines = [
         "| engine | adapter | backend | lowering | updates | build s | MiB | error | allowed | step ms | eager ms | note |",
         "|" + "---|" * 12,
@@ -291,19 +293,19 @@ def table(measurements: list[Measurement]) -> str:
 
 
 def main() -> int:
-    """Run the bench; exit 1 if an engine computed something wrong."""
+    """Run the benchmark and return the exit status: 1 if an engine computed a wrong result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("bench/results"), help="results folder (default: %(default)s)")
-    parser.add_argument("--full-width", action="store_true", help="a FLUX of 2+2 full-width blocks at 1024² as well")
-    parser.add_argument("--rehearse", action="store_true", help="build plans, compare in ONNX Runtime, time nothing")
+    parser.add_argument("--full-width", action="store_true", help="also test a FLUX of 2+2 full-width blocks at 1024²")
+    parser.add_argument("--rehearse", action="store_true", help="build plans and compare in ONNX Runtime, without timing")
     args = parser.parse_args()
     rehearse: bool = args.rehearse
     if not torch.cuda.is_available() and not rehearse:
-        sys.stderr.write("gpu_tensorrt: no CUDA device here; pass --rehearse to build plans and compare them on the CPU\n")
+        sys.stderr.write("gpu_tensorrt: no CUDA device found; pass --rehearse to build plans and compare them on the CPU\n")
         return 2
     flavours = [name for name, backend in FLAVOURS.items() if find_spec(backend.import_name)]
     if not flavours and not rehearse:
-        sys.stderr.write("gpu_tensorrt: no TensorRT here; pip install tensorrt or tensorrt-rtx into GPU_PYTHON\n")
+        sys.stderr.write("gpu_tensorrt: TensorRT is not installed; pip install tensorrt or tensorrt-rtx into GPU_PYTHON\n")
         return 2
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     dtype: DType = "float32" if rehearse else "bfloat16"
@@ -334,7 +336,7 @@ def main() -> int:
             "triton": triton.__version__,
         }
     about |= {FLAVOURS[m.backend].title: m.version for m in measurements if m.backend in FLAVOURS}
-    text = table(measurements) + "".join(f"\n{name} refuses this card: {words}\n" for name, words in refused.items())
+    text = table(measurements) + "".join(f"\n{name} does not support this card: {words}\n" for name, words in refused.items())
     sys.stdout.write(text)
     if not rehearse:
         content = {**about, "command": "make gpu-trt", "refused": refused, "measurements": [asdict(m) for m in measurements]}

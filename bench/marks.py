@@ -21,7 +21,7 @@ RESULTS = Path(__file__).parent / "results" / "shapes_marks.json"
 
 
 def measure_marks() -> dict[str, Any]:
-    """Evaluate the editor on 256 scenes and each slider on 64, through ONNX Runtime engines, 12 steps."""
+    """Evaluate the editor on 256 scenes and each slider on 64, with ONNX Runtime engines and 12 steps."""
     rows: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         for kind in ("st", "gst"):

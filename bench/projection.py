@@ -1,4 +1,4 @@
-"""One adapted projection with random arguments, and its exact and plain answers: the yardsticks of kernel tests and benches."""
+"""Random arguments of one adapted projection with exact and plain results, for kernel tests and benchmarks."""
 
 from __future__ import annotations
 
@@ -23,12 +23,16 @@ def problem(
     """Return the arguments of `masked_lora_linear` by name, on the generator's device.
 
     Args:
-        batch, rows, k, n, rank: sizes of x `[batch, rows, k]`, weight `[n, k]`, A `[rank, k]` and B `[n, rank]`.
-        dtype: dtype of x, weight and bias.
-        adapter_dtype: dtype of A and B; None takes `dtype`.
-        members: number of adapters in a bank, each of `rank` and with a column of `row_scale`; None makes a single adapter.
-        active: share of the rows whose scale is not 0.
-        generator: source of the numbers; None takes one on the CPU with seed 0.
+        batch: Batch size of x, `[batch, rows, k]`.
+        rows: Rows of x per batch item.
+        k: Inner columns.
+        n: Output columns; the weight is `[n, k]`.
+        rank: Rank of A `[rank, k]` and B `[n, rank]`.
+        dtype: Dtype of x, weight and bias.
+        adapter_dtype: Dtype of A and B; None uses `dtype`.
+        members: Number of adapters in a bank, each of rank `rank` and with a column of `row_scale`; None makes a single one.
+        active: Share of the rows whose scale is not 0.
+        generator: Generator of the numbers; None uses one on the CPU with seed 0.
     """
     g = torch.Generator().manual_seed(0) if generator is None else generator
 
@@ -49,7 +53,7 @@ def problem(
 
 
 def exact(p: dict[str, Tensor]) -> Tensor:
-    """Evaluate the formula in float64, one member of a bank after the other; `[batch, rows, n]`."""
+    """Evaluate the formula in float64, one member of a bank after the other, and return `[batch, rows, n]`."""
     d = {name: tensor.double() for name, tensor in p.items()}
     scales = d["row_scale"].unbind(-1) if d["row_scale"].ndim == 3 else [d["row_scale"]]
     y = d["x"] @ d["weight"].T + d["bias"]
@@ -59,9 +63,9 @@ def exact(p: dict[str, Tensor]) -> Tensor:
 
 
 def plain(p: dict[str, Tensor]) -> Tensor:
-    """Evaluate the formula as PEFT writes it, in the dtype of x, with the scale of the rows where PEFT's scaling is.
+    """Evaluate the formula in the dtype of x as PEFT does, with the row scale in place of PEFT's scaling.
 
-    A bank's scales multiply the columns of the low-rank product, `[batch, rows, n]` as well.
+    The scales of a bank multiply the columns of the low-rank product. The result is `[batch, rows, n]`.
     """
     x, dtype, scale = p["x"], p["x"].dtype, p["row_scale"].to(p["x"].dtype)
     y, low = F.linear(x, p["weight"], p["bias"]), F.linear(x, p["lora_a"].to(dtype))

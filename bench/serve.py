@@ -1,4 +1,4 @@
-"""Load on a server: `slideredit-rt bench serve`, in the manner and with the result keys of `vllm bench serve`."""
+"""Load test of a server: `slideredit-rt bench serve`, with the options and result keys of `vllm bench serve`."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from slideredit_rt import __version__
 from slideredit_rt.errors import SliderEditError
 
 if TYPE_CHECKING:
@@ -38,20 +39,25 @@ _STOP_SECONDS = 60
 
 @dataclass(frozen=True)
 class Load:
-    """What is sent to a server, the same for the same seed.
+    """Requests to send to a server, reproducible by the seed.
 
     Attributes:
-        num_prompts: requests that are measured.
-        request_rate: per second, at random times (a Poisson process); infinity sends all that `max_concurrency` lets.
-        max_concurrency: most requests under way at a time; None sets no limit.
-        num_warmups: requests before, which are not measured.
-        sliders: `mixed` draws which instructions have a slider and every strength anew, `equal` gives all requests the same.
-        preview_share: of the requests, in [0, 1].
-        steps: denoising steps of full edits and previews; None leaves them to the server.
-        images: different source images.
-        image: a file to edit; None takes scenes of the shapes world.
-        instructions: of the prompt that all requests have.
-        seed: of strengths, noise and times.
+        num_prompts: Number of measured requests.
+        request_rate: Requests per second at random times (a Poisson process); infinity sends as fast as `max_concurrency`
+            allows.
+        max_concurrency: Largest number of concurrent requests; None sets no limit.
+        num_warmups: Number of requests before the measurement.
+        sliders: `mixed` draws the instructions with a slider and the strengths for every request, `equal` uses the same
+            sliders for all.
+        preview_share: Share of requests that are previews, in [0, 1].
+        steps: Denoising steps of full edits and previews; None uses the server's default.
+        images: Number of different source images.
+        image: File to edit; None uses scenes of the shapes world.
+        instructions: Instructions of the prompt, which is the same for all requests.
+        seed: Seed of strengths, noise and times.
+
+    Raises:
+        SliderEditError: A number is out of range.
     """
 
     num_prompts: int = 64
@@ -69,19 +75,25 @@ class Load:
     def __post_init__(self) -> None:
         for name, least in (("num_prompts", 1), ("num_warmups", 0), ("images", 1)):
             if getattr(self, name) < least:
-                raise SliderEditError(f"--{name.replace('_', '-')} is {getattr(self, name)}; give at least {least}")
+                raise SliderEditError(f"--{name.replace('_', '-')} is {getattr(self, name)}; pass at least {least}")
         if self.max_concurrency is not None and self.max_concurrency < 1:
-            raise SliderEditError(f"--max-concurrency is {self.max_concurrency}; give at least 1")
+            raise SliderEditError(f"--max-concurrency is {self.max_concurrency}; pass at least 1")
         if not self.request_rate > 0:
-            raise SliderEditError(f"--request-rate is {self.request_rate:g}; give requests per second, or inf")
+            raise SliderEditError(f"--request-rate is {self.request_rate:g}; pass a positive number per second, or inf")
         if not 0 <= self.preview_share <= 1:
-            raise SliderEditError(f"--preview-share is {self.preview_share:g}; give a number from 0 to 1")
+            raise SliderEditError(f"--preview-share is {self.preview_share:g}; pass a number from 0 to 1")
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What became of a request: seconds from sending it to its whole answer, and why it failed, if it did: its status or the
-    kind of error, and the server's words."""
+    """Outcome of a request.
+
+    Attributes:
+        seconds: Time from sending the request to its complete response.
+        preview: True for a preview.
+        error: HTTP status or type of the error; None on success.
+        words: Message of the error.
+    """
 
     seconds: float
     preview: bool
@@ -90,12 +102,18 @@ class Answer:
 
 
 def images_of(load: Load) -> list[str]:
-    """The source images' files in base64."""
+    """Return the source image files in base64.
+
+    Raises:
+        SliderEditError: The image file cannot be read.
+    """
     if load.image is not None:
         try:
             return [base64.b64encode(load.image.read_bytes()).decode()]
         except OSError as error:
-            raise SliderEditError(f"the image {str(load.image)!r} cannot be read ({error.strerror})") from None
+            raise SliderEditError(
+                f"image {str(load.image)!r} cannot be read ({error.strerror}); pass the path of an image file"
+            ) from None
     from slideredit_rt.shapes.world import held_out_examples, scene_image
 
     images = []
@@ -107,7 +125,7 @@ def images_of(load: Load) -> list[str]:
 
 
 def bodies_of(load: Load) -> list[dict[str, Any]]:
-    """The requests' bodies, warm-up first. Equal and mixed ones differ in their sliders alone."""
+    """Return the request bodies, warm-up first. Loads with `equal` and `mixed` sliders differ in the sliders only."""
     rng, images = random.Random(load.seed), images_of(load)
     bodies = []
     for _ in range(load.num_warmups + load.num_prompts):
@@ -126,7 +144,7 @@ def bodies_of(load: Load) -> list[dict[str, Any]]:
 
 
 async def send(client: httpx.AsyncClient, body: dict[str, Any]) -> Answer:
-    """One request; its answer counts when it holds an image."""
+    """Send one request. It succeeds if the response contains an image."""
     import httpx
 
     started = time.perf_counter()
@@ -143,7 +161,7 @@ async def send(client: httpx.AsyncClient, body: dict[str, Any]) -> Answer:
 
 
 async def send_all(client: httpx.AsyncClient, bodies: Sequence[dict[str, Any]], load: Load) -> list[Answer]:
-    """All requests, at the times that `load` says."""
+    """Send all requests at the rate of `load`."""
     limit = nullcontext() if load.max_concurrency is None else asyncio.Semaphore(load.max_concurrency)
     rng, tasks = random.Random(f"times/{load.seed}"), []
 
@@ -156,14 +174,14 @@ async def send_all(client: httpx.AsyncClient, bodies: Sequence[dict[str, Any]], 
         for body in bodies:
             tasks.append(group.create_task(one(body)))
             if math.isfinite(load.request_rate):
-                # Times do not depend on how long answers take.
+                # Send times do not depend on response times.
                 due += rng.expovariate(load.request_rate)
                 await asyncio.sleep(max(0.0, due - time.perf_counter()))
     return [task.result() for task in tasks]
 
 
 def open_client(base_url: str, api_key: str | None = None) -> httpx.AsyncClient:
-    """A client without limits of its own.
+    """Open a client without limits on connections or time.
 
     Raises:
         SliderEditError: httpx is not installed.
@@ -171,9 +189,9 @@ def open_client(base_url: str, api_key: str | None = None) -> httpx.AsyncClient:
     try:
         import httpx
     except ImportError:
-        raise SliderEditError("the benchmark sends with httpx; install it with pip install 'slideredit-rt[bench]'") from None
+        raise SliderEditError("the benchmark needs httpx; install it with pip install 'slideredit-rt[bench]'") from None
     headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
-    # Proxies that the environment names are not what is measured.
+    # Ignore proxies from the environment, which would distort the measurement.
     return httpx.AsyncClient(
         base_url=base_url,
         headers=headers,
@@ -184,18 +202,24 @@ def open_client(base_url: str, api_key: str | None = None) -> httpx.AsyncClient:
 
 
 async def measure(client: httpx.AsyncClient, load: Load) -> dict[str, Any]:
-    """Send a load and summarise it.
+    """Send a load and summarise the responses.
 
     Returns:
-        `completed`, `failed`, `errors` (how many of each), `duration` in seconds, `request_throughput` in requests per second,
-        `{mean,median,std,p90,p95,p99}_e2el_ms`, the same below `preview` for previews alone, and `step_batch_size`, the mean
-        number of images in an engine step; None where the server does not tell.
+        `completed`, `failed`, `errors` (number of each), `duration` in seconds, `request_throughput` in requests per second,
+        `{mean,median,std,p90,p95,p99}_e2el_ms`, the same under `preview` for previews only, and `step_batch_size`, the mean
+        number of images per engine step, or None if the server has no metrics.
+
+    Raises:
+        SliderEditError: A warm-up request failed.
     """
     bodies = await asyncio.to_thread(bodies_of, load)
     if load.num_warmups:
         warmup = await send_all(client, bodies[: load.num_warmups], replace(load, request_rate=math.inf))
         if (failed := next((answer for answer in warmup if answer.error), None)) is not None:
-            raise SliderEditError(f"the server at {client.base_url} does not make edits ({failed.error}: {failed.words[:200]})")
+            raise SliderEditError(
+                f"the server at {client.base_url} failed a warm-up request ({failed.error}: {failed.words[:200]}); "
+                "check the address, the API key and the image"
+            )
     before, started = await step_totals(client), time.perf_counter()
     answers = await send_all(client, bodies[load.num_warmups :], load)
     duration, after = time.perf_counter() - started, await step_totals(client)
@@ -215,7 +239,7 @@ async def measure(client: httpx.AsyncClient, load: Load) -> dict[str, Any]:
 
 
 def latencies(seconds: Sequence[float]) -> dict[str, float]:
-    """Mean, median, standard deviation and percentiles under vLLM's names; empty without answers."""
+    """Return mean, median, standard deviation and percentiles under vLLM's names; empty if `seconds` is empty."""
     if not seconds:
         return {}
     ms = [1000 * second for second in seconds]
@@ -228,7 +252,7 @@ def latencies(seconds: Sequence[float]) -> dict[str, float]:
 
 
 async def step_totals(client: httpx.AsyncClient) -> tuple[float, float] | None:
-    """Images in all engine steps so far, and the number of these steps, from `/metrics`."""
+    """Return the total number of images in engine steps and the number of steps, from `/metrics`; None without them."""
     import httpx
 
     try:
@@ -249,13 +273,13 @@ async def step_totals(client: httpx.AsyncClient) -> tuple[float, float] | None:
 
 @contextmanager
 def local_server(*options: str) -> Iterator[tuple[str, int]]:
-    """A server of its own process on a free port; yields its URL and its process id, and leaves nothing running.
+    """Start a server in a separate process on a free port, yield its URL and process id, and stop it on exit.
 
     Args:
-        options: of `slideredit-rt serve`, an engine first if it is not to be the embedded one.
+        *options: Arguments of `slideredit-rt serve`; the embedded engine is served unless the first one names another.
 
     Raises:
-        SliderEditError: it did not start.
+        SliderEditError: The server did not start.
     """
     command = [sys.executable, "-m", "slideredit_rt.cli", "serve", *options, "--port", "0", "--json", "--quiet"]
     with tempfile.TemporaryFile() as log, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log) as process:
@@ -276,7 +300,7 @@ def local_server(*options: str) -> Iterator[tuple[str, int]]:
 
 
 def provenance() -> dict[str, Any]:
-    """Date, versions and, in a checkout, commit of a result."""
+    """Return the date, the versions and, in a git checkout, the commit of a result."""
     commit = None
     with suppress(OSError, subprocess.CalledProcessError):
         asked = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
@@ -284,7 +308,10 @@ def provenance() -> dict[str, Any]:
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": commit,
-        "versions": {name: version(name) for name in ("slideredit-rt", "torch", "onnxruntime", "fastapi", "uvicorn", "httpx")},
+        "versions": {
+            "slideredit-rt": __version__,
+            **{name: version(name) for name in ("torch", "onnxruntime", "fastapi", "uvicorn", "httpx")},
+        },
     }
 
 
@@ -294,12 +321,13 @@ def bench_serve(
     """Measure a load on a server.
 
     Args:
-        base_url: where it is; None starts one for the measurement.
-        engine: of that one; None takes the embedded editor.
-        api_key: that it asks for.
+        load: Requests to send.
+        base_url: URL of the server; None starts one for the measurement.
+        engine: Engine of that server; None uses the embedded editor.
+        api_key: API key of the server.
 
     Returns:
-        What `measure` gives, with the load, the server and where the result comes from.
+        The result of `measure` with the load, the server, date, versions and commit.
     """
     with nullcontext((base_url, 0)) if base_url else local_server(*([] if engine is None else [str(engine)])) as (url, _):
 
@@ -314,7 +342,7 @@ def bench_serve(
 
 
 def table(result: dict[str, Any]) -> list[str]:
-    """The result for a person, one line per figure."""
+    """Format the result as text, one line per figure."""
     lines = [
         ("successful requests", f"{result['completed']}"),
         ("failed requests", f"{result['failed']}" + "".join(f", {n} × {e}" for e, n in result["errors"].items())),
@@ -330,6 +358,6 @@ def table(result: dict[str, Any]) -> list[str]:
 
 
 def default_file(result: dict[str, Any]) -> str:
-    """What `--save-result` calls its file."""
+    """Return the default file name of `--save-result`."""
     stamp = result["date"].translate(str.maketrans("", "", ":-+"))
     return f"serve-{result['request_rate']}qps-concurrency{result['max_concurrency']}-{stamp}.json"

@@ -1,6 +1,6 @@
-"""What step-level batching is worth: `make bench-serve` writes `results/serving.json` and `results/serving.md`.
+"""Effect of step-level batching on serving: `make bench-serve` writes `results/serving.json` and `results/serving.md`.
 
-Cells are measured in turns and compared within a round, since a machine's speed drifts; a ratio is the median over the rounds.
+Cells are measured in turns and compared within a round, because a machine's speed drifts. A ratio is the median over rounds.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from slideredit_rt.serving.service import PREVIEWS_COME
 RESULTS = Path(__file__).parent / "results" / "serving.json"
 CONCURRENT = 16
 BACKGROUND = 8
-"""Full edits under way while previews are measured."""
+"""Number of concurrent full edits while previews are measured."""
 
 _SERVERS = {"batching": (), "no batching": ("--no-step-batching",), "no cache": ("--cache-mib", "0")}
-# Name of a cell to its server, sliders and concurrency.
+# Server, sliders and concurrency of each cell.
 _CELLS: dict[str, tuple[str, Any, int]] = {
     "mixed sliders": ("batching", "mixed", CONCURRENT),
     "equal sliders": ("batching", "equal", CONCURRENT),
@@ -41,7 +41,7 @@ _CELLS: dict[str, tuple[str, Any, int]] = {
     "cache off": ("no cache", "mixed", CONCURRENT),
 }
 _PREVIEW_CELLS = ("preview alone", "preview beside full edits")
-# What is divided by what, of which figure, and the least or most that it should be.
+# Numerator and denominator of each throughput ratio, and its lower limit.
 _THROUGHPUT_RATIOS: dict[str, tuple[str, str, float | None]] = {
     "mixed sliders / equal sliders": ("mixed sliders", "equal sliders", 0.98),
     "mixed sliders / one at a time": ("mixed sliders", "one at a time", 1.5),
@@ -54,7 +54,14 @@ _PREVIEW_MARK = 3.0
 
 @dataclass(frozen=True)
 class Size:
-    """How much is measured: rounds, requests of a cell in each, previews of a cell in each, steps of a full edit."""
+    """Size of the measurement.
+
+    Attributes:
+        rounds: Number of rounds.
+        requests: Requests per cell and round.
+        previews: Previews per cell and round.
+        steps: Denoising steps of a full edit.
+    """
 
     rounds: int = 5
     requests: int = 192
@@ -63,13 +70,13 @@ class Size:
 
 
 async def send_previews(client: httpx.AsyncClient, count: int, seed: int) -> list[Answer]:
-    """Previews one after the other, as a drag sends them, with the steps that the server gives them."""
+    """Send previews one after the other, as the page does during a drag, with the server's default number of steps."""
     bodies = bodies_of(Load(num_prompts=count, num_warmups=0, preview_share=1.0, seed=seed))
     return [await send(client, body) for body in bodies]
 
 
 async def preview_cells(client: httpx.AsyncClient, size: Size, seed: int) -> dict[str, list[Answer]]:
-    """Previews alone, then with full edits under way all the time."""
+    """Measure previews alone, then with full edits running all the time."""
     alone = await send_previews(client, size.previews, seed)
     full = bodies_of(Load(num_prompts=size.requests, num_warmups=0, steps=size.steps, seed=seed + 1))
 
@@ -81,7 +88,7 @@ async def preview_cells(client: httpx.AsyncClient, size: Size, seed: int) -> dic
 
     tasks = [asyncio.create_task(keep_busy(full[i::BACKGROUND] or full)) for i in range(BACKGROUND)]
     try:
-        await asyncio.sleep(1.0)  # until they are spread over their steps
+        await asyncio.sleep(1.0)  # so that the edits are at different steps
         beside = await send_previews(client, size.previews, seed)
         if (ended := next((task for task in tasks if task.done()), None)) is not None:
             ended.result()
@@ -96,13 +103,13 @@ async def preview_cells(client: httpx.AsyncClient, size: Size, seed: int) -> dic
 async def measure_rounds(
     urls: dict[str, str], size: Size
 ) -> tuple[dict[str, list[dict[str, Any]]], dict[str, list[list[Answer]]]]:
-    """Every cell in every round: the results of `measure`, and the previews' answers."""
+    """Measure every cell in every round, and return the results of `measure` and the answers of the previews."""
     cells: dict[str, list[dict[str, Any]]] = {name: [] for name in _CELLS}
     previews: dict[str, list[list[Answer]]] = {name: [] for name in _PREVIEW_CELLS}
     async with AsyncExitStack() as stack:
         clients = {name: await stack.enter_async_context(open_client(url)) for name, url in urls.items()}
         for client in clients.values():
-            # Every shape of a batch and every encoding has been seen.
+            # Warm up: run every batch shape and encode every image and prompt once.
             await measure(client, Load(num_prompts=2 * CONCURRENT, max_concurrency=CONCURRENT, steps=2, num_warmups=0))
         for number in range(size.rounds):
             order = [*_CELLS, "previews"]
@@ -111,7 +118,7 @@ async def measure_rounds(
                 if name == "previews":
                     for cell, answers in (await preview_cells(clients["batching"], size, number)).items():
                         previews[cell].append(answers)
-                    # Full edits run in smaller batches as long as another preview may come; the next cell is about none.
+                    # After a preview, full edits run in smaller batches for a while. Wait until that ends.
                     await asyncio.sleep(PREVIEWS_COME + 1)
                     continue
                 server, sliders, concurrent = _CELLS[name]
@@ -128,7 +135,7 @@ async def measure_rounds(
 
 
 def summarise(cells: dict[str, list[dict[str, Any]]], previews: dict[str, list[list[Answer]]]) -> dict[str, Any]:
-    """Medians over rounds, and ratios within rounds with the marks that they have (see `verdict`)."""
+    """Return medians over rounds, and ratios within rounds with their marks (see `verdict`)."""
     failed = sum(r["failed"] for results in cells.values() for r in results)
     failed += sum(answer.error is not None for rounds in previews.values() for answers in rounds for answer in answers)
     table: dict[str, dict[str, Any]] = {}
@@ -176,7 +183,7 @@ def measure_marks(size: Size) -> dict[str, Any]:
 
 
 def verdict(ratio: dict[str, Any]) -> str:
-    """The mark of a ratio, and whether every round met or missed it; the median alone decides nothing where rounds disagree."""
+    """Return the mark of a ratio and whether all rounds met or missed it. It is not decided if rounds disagree."""
     if "mark" not in ratio:
         return ""
     rounds = {value >= ratio["mark"] if ratio["at_least"] else value <= ratio["mark"] for value in ratio["by_round"]}
@@ -185,7 +192,7 @@ def verdict(ratio: dict[str, Any]) -> str:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The result as two tables."""
+    """Return the result as two Markdown tables."""
     size = result["size"]
     lines = [
         f"Embedded editor, {size['steps']} steps, {result['machine']}; medians of {size['rounds']} rounds, each of "
@@ -212,7 +219,7 @@ def main() -> int:
         parser.add_argument(f"--{name}", type=int, default=value, help="(default: %(default)s)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="(default: %(default)s)")
     args = parser.parse_args()
-    # A stopped run takes its servers with it.
+    # Turn SIGTERM into an exception, so that the servers are stopped as well.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     result = measure_marks(replace(defaults, **{name: getattr(args, name) for name in vars(defaults)}))
     args.out.parent.mkdir(parents=True, exist_ok=True)

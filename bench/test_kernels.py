@@ -1,4 +1,4 @@
-"""The operator on the CPU beside torch's own projection, at a FLUX.1-Kontext text projection's size (`make bench`)."""
+"""The operators on the CPU, compared with torch's own projection, at the size of a FLUX.1-Kontext text projection."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""One denoising step of the embedded editor: the engine beside eager torch, and beside an engine without sliders.
+"""One denoising step of the embedded editor: engine, eager torch, and an engine without sliders (`make bench`).
 
-Run with `make bench`. Everything compared is timed in one process with the same number of threads, in turns, because a
-shared machine drifts by more than the differences that matter.
+All candidates are timed in one process with the same number of threads, in turns, because the speed of a shared machine
+drifts by more than the differences to be measured.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ RESULTS = Path(__file__).parent / "results"
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Callable[[], Any]]:
-    """One step at the editor's own shapes (24 text rows, 64 + 64 image rows, batch 1), two sliders where ST has them."""
+    """Return one step per candidate, at 24 text rows, 64 + 64 image rows and batch 1, with two sliders for ST."""
     torch.set_num_threads(THREADS)
     root = tmp_path_factory.mktemp("bench")
     runs: dict[str, Callable[[], Any]] = {}
@@ -51,7 +51,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Callable[[], Any
         runs[f"engine {kind}"] = partial(engine.engine, inputs)
         runs[f"eager {kind}"] = partial(eager.engine, inputs)
         runs["engine frozen"] = partial(frozen, plain)
-        # The lowering that `auto` does not take for this kind.
+        # The lowering that is not the default for this kind.
         other = {"st": "folded", "gst": "native"}[kind]
         build_engine("shapes-kontext", f"shapes-{kind}", root / other, BuildSettings(lowering=other), progress=False)
         runs[f"engine {kind}, {other}"] = partial(open_engine(root / other, threads=THREADS)[1], inputs)
@@ -67,9 +67,9 @@ def test_step(benchmark: Any, runs: dict[str, Callable[[], Any]], name: str) -> 
 
 
 def measure_in_turns(runs: dict[str, Callable[[], Any]], turns: int = 15) -> dict[str, float]:
-    """Median milliseconds of each, the candidates taking turns of thirteen calls.
+    """Return the median milliseconds of each candidate, measured in alternating turns of 13 calls.
 
-    A pause before each turn lets the thread pool of the candidate before stop spinning, and its first three calls do not count.
+    A pause before each turn lets the previous candidate's thread pool stop spinning. The first three calls do not count.
     """
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(turns):
@@ -84,7 +84,7 @@ def measure_in_turns(runs: dict[str, Callable[[], Any]], turns: int = 15) -> dic
 
 
 def test_ratios(runs: dict[str, Callable[[], Any]]) -> None:
-    """Engine over eager at most 0.8; an engine with two sliders at most 1.10 of one without any."""
+    """Check that engine / eager is at most 0.8, and an engine with two sliders / one without sliders at most 1.10."""
     median = measure_in_turns(runs)
     ratios = {
         "engine st / eager st": median["engine st"] / median["eager st"],

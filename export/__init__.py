@@ -1,1 +1,1 @@
-"""From a checkpoint and an adapter to an engine folder: ONNX graph, linked weights, TensorRT plugin and builders."""
+"""Export of a checkpoint and an adapter to an engine folder: ONNX graph, linked weights and TensorRT plugin."""

@@ -1,4 +1,4 @@
-"""Build an engine folder from a checkpoint and an adapter."""
+"""Build of an engine folder from a checkpoint and an adapter."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from slideredit_rt import __version__
 from slideredit_rt.adapters import (
     Adapter,
     AdapterMatch,
@@ -32,7 +33,7 @@ from slideredit_rt.export.lowering import choose
 from slideredit_rt.families import Family, family_of
 from slideredit_rt.files import Digests, atomic_folder
 
-_VERSIONS = ("slideredit-rt", "torch", "triton", "diffusers", "onnx", "onnxscript", "onnxruntime", "tensorrt", "tensorrt_rtx")
+_LIBRARIES = ("torch", "triton", "diffusers", "onnx", "onnxscript", "onnxruntime", "tensorrt", "tensorrt_rtx")
 
 
 def build_engine(
@@ -44,30 +45,33 @@ def build_engine(
     overwrite: bool = False,
     progress: bool = True,
 ) -> Manifest:
-    """Turn a checkpoint and an adapter into one engine for every slider setting.
+    """Build one engine for all slider settings from a checkpoint and an adapter.
 
     Args:
         base: embedded name, folder or hub repository of a diffusers pipeline.
-        adapter: embedded name, file, folder or a loaded adapter; several names, files or folders make a bank, each with a
-            strength of its own. None exports the frozen backbone without slider inputs.
-        out: folder to create. It appears whole when everything in it is written, or not at all.
+        adapter: embedded name, file, folder or loaded adapter. Several names, files or folders make a bank of adapters with
+            separate strengths. None builds an engine of the frozen backbone without slider inputs.
+        out: folder to create. It is written atomically.
         settings: backend, lowering, dtype and limits.
         overwrite: replace an existing folder.
         progress: show a progress bar on standard error.
 
+    Returns:
+        The manifest of the engine.
+
     Raises:
-        SliderEditError: the base, the adapter, the target folder or an option cannot be used.
+        SliderEditError: the base, the adapter, the output folder or an option cannot be used.
     """
     backend = get_backend(settings.backend)
     if settings.options is not None and not isinstance(settings.options, backend.build_options or ()):
-        raise SliderEditError(f"the backend {backend.name} takes no {type(settings.options).__name__}; leave the options out")
+        raise SliderEditError(f"the backend {backend.name} does not take {type(settings.options).__name__}; remove the options")
     settings = replace(settings, dtype=backend.choose_dtype(settings.dtype))
     path = resolve_base(base)
     family = family_of(path)
     fitted, match = _fit(adapter, family, path, allow_partial=settings.allow_partial)
     kind, bank = (fitted.kind, bool(fitted.members)) if fitted else (None, False)
     lowering = choose(settings.lowering, kind, backend, bank=bank)
-    # The transformer is checked where its weights are linked.
+    # The transformer is checked later, when its weights are linked.
     family.check_base(path, transformer=False)
     limits = backend.precheck(family, path, settings)
     with tqdm(total=4, desc="build", disable=not progress, bar_format="{desc}: {bar} {n_fmt}/{total_fmt} [{elapsed}]") as bar:
@@ -84,7 +88,7 @@ def build_engine(
                 for note in compiled.export.notes + _partial_notes(match, fitted.ignored if fitted else ()):
                     tqdm.write(note, file=sys.stderr)
             stage("fingerprint the base", 2)
-            # Links are the base's own files: hashed once, and remembered for whoever opens the engine.
+            # Linked files belong to the base. Hash them once, and cache the digests for later opening of the engine.
             digests = Digests(folder / DIGESTS)
             origin = {"source": from_anywhere(base), "fingerprint": fingerprint_base(path, digest=digests)}
             stage("write the manifest", 3)
@@ -99,7 +103,7 @@ def build_engine(
 def _fit(
     source: AdapterSource | None, family: Family, base: Path, *, allow_partial: bool
 ) -> tuple[Adapter | None, AdapterMatch | None]:
-    """The adapter as it fits the base, and how what was given compares with that."""
+    """Return the adapter fitted to the base, and its comparison with the base."""
     if source is None:
         return None, None
     adapter, transformer = load_adapters(source, family), meta_transformer(base / "transformer")
@@ -108,7 +112,7 @@ def _fit(
 
 
 def _describe(job: BuildJob, backend: Backend, compiled: Compiled, folder: Path, digests: Digests) -> Manifest:
-    """The manifest without what is said about the base and the adapter."""
+    """Make the manifest without its sections on the base and the adapter."""
     settings, limits, export = job.settings, job.limits, compiled.export
     linked = describe_files(folder, list(compiled.links), digests)
     return Manifest(
@@ -137,23 +141,28 @@ def _describe(job: BuildJob, backend: Backend, compiled: Compiled, folder: Path,
 
 
 def _partial_notes(match: AdapterMatch | None, ignored: Sequence[str]) -> list[str]:
-    """A sentence for modules that the adapter or the base lacks, and one for what the adapter has for the text encoders."""
+    """Describe the modules that only the adapter or only the base has, and those for text encoders."""
     notes = []
     if ignored:
         names = f"{', '.join(ignored[:4])}{', …' if len(ignored) > 4 else ''}"
-        notes.append(f"left out {len(ignored)} linears of the text encoders that the adapter also updates: {names}")
+        notes.append(f"ignored {len(ignored)} text-encoder linears that the adapter also updates: {names}")
     if match and match.unexpected:
         notes.append(
-            f"left out {len(match.unexpected)} modules of the adapter that the base lacks: {', '.join(match.unexpected)}"
+            f"dropped {len(match.unexpected)} modules of the adapter that the base lacks: {', '.join(match.unexpected)}"
         )
     if match and match.missing:
         names = f"{', '.join(match.missing[:4])}{', …' if len(match.missing) > 4 else ''}"
-        notes.append(f"the adapter leaves {len(match.missing)} linears of the standard targets alone: {names}")
+        notes.append(f"the adapter does not update {len(match.missing)} linears of the standard targets: {names}")
     return notes
 
 
 def describe_adapter(adapter: Adapter, dropped: Sequence[str] = ()) -> dict[str, Any]:
-    """The manifest's section about an adapter; `dropped` are modules of its file that the engine does without."""
+    """Return the manifest's section on an adapter.
+
+    Args:
+        adapter: adapter of the engine.
+        dropped: modules of its file that the engine leaves out.
+    """
     members = {name: m | {"source": from_anywhere(m["source"])} for name, m in describe_members(adapter).items()}
     sources = dict.fromkeys(m["source"] for m in members.values()) or [from_anywhere(adapter.source)]
     return {
@@ -170,9 +179,9 @@ def describe_adapter(adapter: Adapter, dropped: Sequence[str] = ()) -> dict[str,
 
 
 def _versions() -> dict[str, str]:
-    """Of the packages that are installed, of those that shape an engine."""
-    found = {}
-    for name in _VERSIONS:
+    """Return the versions of the installed packages that affect an engine."""
+    found = {"slideredit-rt": __version__}
+    for name in _LIBRARIES:
         with suppress(PackageNotFoundError):
             found[name] = version(name)
     return found

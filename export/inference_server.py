@@ -1,10 +1,11 @@
-"""A model repository for NVIDIA Triton Inference Server, from an engine folder.
+"""Export of an engine folder to a model repository for NVIDIA Triton Inference Server.
 
-The model is one denoising step; encoding, the schedule and decoding stay with the client. With `max_batch_size`, Triton takes
-the first axis of every tensor for the batch, while position ids and rotary tables belong to a call and have no such axis. In a
-graph they are given one: what follows from them alone is computed for each request of the batch in a `Scan`, so that requests
-of different aspect ratios with as many rows share a batch. Triton batches requests whose tensors have the same shapes:
-strengths, masks and steps may differ, and numbers of sliders, too, where clients fill them up with alpha 0 and empty masks.
+The model is one denoising step; encoding, the schedule and decoding are done by the client. With `max_batch_size`, Triton
+treats the first axis of every tensor as the batch, but position ids and rotary tables are shared by a call and do not have a
+batch axis. In an ONNX graph, this export adds one: everything that only depends on these inputs is computed per request in a
+`Scan`, so requests of different aspect ratios with equal numbers of rows can share a batch. Triton batches requests whose
+tensors have the same shapes: strengths, masks and steps may differ, and so may numbers of sliders if clients pad them with
+alpha 0 and empty masks.
 """
 
 from __future__ import annotations
@@ -33,34 +34,34 @@ _BROADCASTING = {"Mul", "Add", "Sub", "Div", "Where", "Pow"}
 def export_triton(
     engine: Path, out: Path, *, name: str = NAME, max_queue_delay_us: int = 0, overwrite: bool = False
 ) -> dict[str, Any]:
-    """Write `<out>/<name>/config.pbtxt` and the model's files beside it, whole or not at all.
+    """Write `<out>/<name>/config.pbtxt` and the model's files, atomically.
 
-    Weights are hard links to the engine's files, or copies on another file system. A TensorRT plan cannot be given a batch
-    axis for its position ids any more; its configuration has `max_batch_size` 0, and clients send whole batches.
+    Weights are hard links to the engine's files, or copies on another file system. A compiled TensorRT plan cannot be given a
+    batch axis for its position ids, so its configuration has `max_batch_size` 0, and clients send whole batches.
 
     Args:
-        engine: written by `slideredit-rt build` for ONNX Runtime or TensorRT.
-        out: model repository; other models in it stay.
-        name: of the model.
-        max_queue_delay_us: how long Triton may hold a request back for others to join its batch, in microseconds.
-        overwrite: replace a model of that name.
+        engine: folder written by `slideredit-rt build` for ONNX Runtime or TensorRT.
+        out: model repository; other models in it are kept.
+        name: name of the model.
+        max_queue_delay_us: longest time that Triton may delay a request to batch it with others, in microseconds.
+        overwrite: replace a model of the same name.
 
     Returns:
         `model` (its folder), `platform`, `max_batch_size` and `files`.
 
     Raises:
-        SliderEditError: not an engine, one that Triton has no backend for, a name or delay that it does not take, or a graph
-            whose position inputs cannot be given a batch axis.
+        SliderEditError: the folder is not an engine, Triton cannot run its backend, the name or the delay is invalid, or the
+            graph's position inputs cannot be given a batch axis.
     """
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
-        raise SliderEditError(f"{name!r} cannot name a model of Triton; use letters, digits, '_', '-' and '.'")
+        raise SliderEditError(f"{name!r} is not a valid Triton model name; use letters, digits, '_', '-' and '.'")
     if max_queue_delay_us < 0:
-        raise SliderEditError(f"the queue delay is {max_queue_delay_us} µs; give 0 or more")
+        raise SliderEditError(f"the queue delay is {max_queue_delay_us} µs; pass 0 or more")
     manifest = read_manifest(engine)
     served = {name: backend.served for name, backend in BACKENDS.items() if backend.served is not None}
     if manifest.backend not in served:
         raise SliderEditError(
-            f"engine {str(engine)!r} runs in {manifest.backend}, which Triton Inference Server has no backend for; "
+            f"engine {str(engine)!r} was built for {manifest.backend}, which Triton Inference Server cannot run; "
             f"build it with --backend {' or '.join(served)}"
         )
     model = served[manifest.backend]
@@ -93,14 +94,15 @@ def export_triton(
 
 
 def give_batch_axis(model: onnx_ir.Model, names: list[str]) -> None:
-    """Let graph inputs without a batch axis enter with one, in place.
+    """Add a batch axis to graph inputs that have none, in place.
 
     Args:
-        model: whose inputs `names` enter its computation by element-wise operators alone, as rotary tables do.
-        names: each becomes `[batch, …]`.
+        model: model in which values that only depend on these inputs are used by element-wise operators alone, as rotary
+            tables are.
+        names: inputs that become `[batch, …]`.
 
     Raises:
-        SliderEditError: something that depends on these inputs alone is used in another way.
+        SliderEditError: a value that only depends on these inputs is used in another way.
     """
     if not names:
         return
@@ -108,7 +110,7 @@ def give_batch_axis(model: onnx_ir.Model, names: list[str]) -> None:
     shared = [value for value in graph.inputs if value.name in names]
     depends: dict[Any, set[Any]] = {value: {value} for value in graph.inputs}
     for node in graph:
-        # A shape is the same for every request of a batch.
+        # All requests of a batch have the same shapes.
         read = [] if node.op_type == "Shape" else [value for value in node.inputs if value is not None]
         depends |= dict.fromkeys(node.outputs, set().union(*(depends.get(value, set()) for value in read)))
     inside = [node for node in graph if (found := depends[node.outputs[0]]) and found <= set(shared)]
@@ -134,7 +136,7 @@ def give_batch_axis(model: onnx_ir.Model, names: list[str]) -> None:
         batched.name, batched.type = f"{value.name}_batched", value.type
         batched.shape = onnx_ir.Shape(["batch", *(value.shape or ())])
         _broadcast(graph, value, batched, users)
-    # All that is still asked of the inputs is how many rows they have.
+    # The remaining uses of the inputs only read their number of rows.
     index = _constant(graph, "first_request", 0)
     for value, entry in zip(shared, entries, strict=True):
         row = onnx_ir.node("Gather", [entry, index], {"axis": 0}, name=f"{value.name}_first")
@@ -147,7 +149,7 @@ def give_batch_axis(model: onnx_ir.Model, names: list[str]) -> None:
 
 
 def _each_request(shared: list[onnx_ir.Value], inside: list[onnx_ir.Node], results: list[onnx_ir.Value]) -> onnx_ir.Graph:
-    """What follows from the position inputs of one request; other values it takes from the graph around it."""
+    """Make the `Scan` body: nodes that only depend on the position inputs of one request. It may use values of the graph."""
 
     def twin(value: onnx_ir.Value) -> onnx_ir.Value:
         return onnx_ir.Value(name=f"{value.name}_one", type=value.type, shape=value.shape)
@@ -171,7 +173,7 @@ def _each_request(shared: list[onnx_ir.Value], inside: list[onnx_ir.Node], resul
         twins |= zip(node.outputs, outputs, strict=True)
     outputs = []
     for value in results:
-        # An input may not be an output of the same graph.
+        # ONNX does not allow an input of a graph to be its output.
         copy = onnx_ir.node("Identity", [twins[value]], name=f"{value.name}_result")
         copy.outputs[0].name, copy.outputs[0].type, copy.outputs[0].shape = f"{value.name}_result", value.type, value.shape
         nodes.append(copy)
@@ -180,15 +182,15 @@ def _each_request(shared: list[onnx_ir.Value], inside: list[onnx_ir.Node], resul
 
 
 def _broadcast(graph: onnx_ir.Graph, value: onnx_ir.Value, batched: onnx_ir.Value, users: list[onnx_ir.Node]) -> None:
-    """Let `users` take `batched`, `[batch, …]`, for `value`, which they broadcast over a batch."""
+    """Replace `value`, which `users` broadcast over a batch, by `batched`, `[batch, …]`."""
     rank = len(value.shape or ())
     for user in users:
         result = user.outputs[0].shape
         leading = rank > 0 and result is not None and len(result) == rank and value.shape is not None and value.shape[0] == 1
         if user.op_type not in _BROADCASTING or result is None or not (leading or len(result) == rank + 1):
             raise SliderEditError(
-                f"the graph uses {value.name} in {user.op_type}, which cannot take one per request; "
-                "Triton cannot batch this model"
+                f"the graph uses {value.name} in {user.op_type}, which cannot take one value per request, so Triton cannot "
+                "batch this model; report it with the model's family"
             )
         taken = batched
         if leading:
@@ -215,7 +217,7 @@ def _constant(graph: onnx_ir.Graph, name: str, content: int | list[int]) -> onnx
 def _config(
     manifest: Manifest, name: str, platform: str, inputs: list[TensorSpec], max_queue_delay_us: int, batched: bool
 ) -> str:
-    """The model's configuration as protobuf text."""
+    """Return the model's configuration as protobuf text."""
     lines = [
         f'name: "{name}"',
         f'platform: "{platform}"',
@@ -232,8 +234,8 @@ def _config(
 
 def _tensor(what: str, spec: TensorSpec, batched: bool) -> str:
     axes = [-1 if isinstance(axis, str) else axis for axis in spec.shape]
-    # With max_batch_size, the batch axis goes without saying.
+    # With max_batch_size, the batch axis is implicit.
     rest = axes[1:] if batched else axes
-    # Triton knows no tensor without axes: a number per request comes as [1].
+    # Triton requires at least one axis, so one number per request is [1].
     dims, reshape = (", ".join(map(str, rest or [1])), "" if rest else " reshape { shape: [ ] }")
     return f'{what} {{ name: "{spec.name}" data_type: {_TYPES[spec.dtype]} dims: [ {dims} ]{reshape} }}'

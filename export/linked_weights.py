@@ -1,13 +1,11 @@
-"""Export without loading the weights: traced on the `meta` device, initializers point into the checkpoint's own files.
+"""Export without loading weights: the model is traced on `meta`, and initializers refer to the checkpoint's own files.
 
 ONNX external data is (file, offset, length), and so is a tensor in a safetensors file. The checkpoint's shards are linked
-beside `model.onnx` and nothing of them is read but their headers. The adapter lies in a small file of its own, which
-`replace_adapter` swaps.
+beside `model.onnx`, and only their headers are read. The adapter has a small file of its own, which `replace_adapter` swaps.
 
-ONNX Runtime (1.32) and TensorRT-RTX's parser (1.7) follow hard links. A hard link cannot cross file systems; the symbolic
-link that takes its place there is followed by TensorRT-RTX and refused by ONNX Runtime, which wants the data inside the
-model's folder and therefore gets a copy. `onnx.load` and `onnx.checker` (1.23) refuse both: read such a graph with
-`load_external_data=False`.
+ONNX Runtime (1.32) and TensorRT-RTX's parser (1.7) follow hard links. Hard links cannot cross file systems. There, symbolic
+links are used for TensorRT-RTX and copies for ONNX Runtime, which requires the data inside the model's folder. `onnx.load` and
+`onnx.checker` (1.23) refuse both kinds of links: read such a graph with `load_external_data=False`.
 """
 
 from __future__ import annotations
@@ -53,7 +51,7 @@ from slideredit_rt.modules import SliderBackbone
 CONVERTED_FILE = "converted.safetensors"
 _OWN_FILES = (MODEL_FILE, ADAPTER_FILE, CONVERTED_FILE, CONFIG_FILE)
 _CODES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-# Elements: enough for shapes, slices and the tables of position frequencies, far below any weight matrix.
+# Number of elements: enough for shapes, slices and tables of position frequencies, far below any weight matrix.
 _FOLD_LIMIT = 1024
 
 Link = Literal["hard", "symbolic"]
@@ -61,13 +59,13 @@ Link = Literal["hard", "symbolic"]
 
 @dataclass(frozen=True)
 class WeightOptions:
-    """How a checkpoint's weights come into a folder.
+    """Options for linking a checkpoint's weights into a folder.
 
     Attributes:
-        dtype: converts the weights. Those stored in another dtype are copied, converted, into a file of their own. None keeps
-            the checkpoint's.
-        symbolic_links: link symbolically where a hard link is impossible, instead of copying.
-        copy: copy and do not link at all.
+        dtype: dtype of the weights. Weights in another dtype are converted into a file of their own. None keeps the
+            checkpoint's dtype.
+        symbolic_links: use a symbolic link if a hard link is not possible, instead of copying.
+        copy: copy instead of linking.
     """
 
     dtype: torch.dtype | None = None
@@ -77,17 +75,18 @@ class WeightOptions:
 
 @dataclass(frozen=True)
 class LinkedExport:
-    """What `export_linked` or `export_weights` put into a folder.
+    """Result of `export_linked` or `export_weights`.
 
     Attributes:
-        config: the transformer's configuration.
-        dtype: of the weights, torch's name. The graph computes in it.
-        inputs, outputs: names, dtypes and shapes; float32 at the boundary whatever `dtype` is.
-        files: names of the files written, `model.onnx` or the configuration first.
-        links: name of each linked checkpoint file and how it was linked. Without entries, every weight was converted or copied.
-        bytes_written: size of `files`.
-        updates: how many adapted linears ended in each lowering.
-        notes: a sentence for each linear that could not get the lowering that was asked for.
+        config: configuration of the transformer.
+        dtype: dtype of weights and computation, as torch names it.
+        inputs: names, dtypes and shapes of the inputs; floating-point inputs are float32 for any `dtype`.
+        outputs: names, dtypes and shapes of the outputs, float32.
+        files: names of the written files, `model.onnx` or the configuration first.
+        links: kind of link for each linked checkpoint file, by name; empty if every weight was converted or copied.
+        bytes_written: total size of `files`, in bytes.
+        updates: number of adapted linears by their final lowering.
+        notes: one sentence for each linear that could not get the requested lowering.
     """
 
     config: dict[str, Any]
@@ -103,7 +102,7 @@ class LinkedExport:
 
 @dataclass(frozen=True)
 class _LinkedWeights:
-    """A backbone on `meta` and where the values of its parameters lie: `places` under the transformer's own names."""
+    """A backbone on `meta`, and `places` of its parameters' values in files, under the transformer's own names."""
 
     backbone: SliderBackbone
     config: dict[str, Any]
@@ -113,7 +112,7 @@ class _LinkedWeights:
     places: dict[str, Stored]
 
     def export(self, folder: Path, model_file: str, updates: dict[str, int], notes: list[str]) -> LinkedExport:
-        """The account of a finished folder, whose `model_file` came to the weights."""
+        """Describe a finished folder, which has `model_file` in addition to the weights."""
         files, family = [model_file, *self.files], self.backbone.family
         return LinkedExport(
             config=self.config,
@@ -140,21 +139,22 @@ def export_linked(
 ) -> LinkedExport:
     """Write `model.onnx` and the adapter's file into `folder` and link the checkpoint's weights beside them.
 
-    Inputs and outputs of the graph are float32 (`token_mask` bool) whatever the weights are: it casts at its boundary,
-    so that callers keep latents, timesteps and position ids in float32. Batch, text rows, image rows and sliders are
-    dynamic.
+    Inputs and outputs of the graph are float32 (`token_mask` bool) for any dtype of the weights, because the graph casts at
+    its boundary. Batch, text rows, image rows and sliders are dynamic axes.
 
     Args:
+        family: family of the checkpoint.
         checkpoint: folder of a diffusers pipeline whose `transformer` is stored as safetensors, in one file or in shards.
-        adapter: None exports the frozen backbone without slider inputs.
-        folder: an existing, empty folder; on the checkpoint's file system, links are hard.
+        adapter: adapter fitted to the checkpoint; None exports the frozen backbone without slider inputs.
+        folder: existing, empty folder; links are hard if it is on the checkpoint's file system.
         options: dtype, links or copies.
-        lowering, target: what becomes of the slider nodes (`lowering.lower`). Plugins get an adapter whose ranks are filled up
-            with zeros to a multiple of 16.
+        lowering: form of the masked updates (see `lowering.lower`). For plugins, ranks are padded with zeros to a multiple
+            of 16.
+        target: compute capability that plugins are compiled for.
 
     Raises:
-        SliderEditError: the checkpoint is incomplete, damaged, not safetensors or of mixed dtypes; the family cannot
-            compute in the dtype; the adapter does not fit; the folder takes neither links nor copies.
+        SliderEditError: the checkpoint is incomplete, damaged, not safetensors or of mixed dtypes; the family cannot compute in
+            the dtype; the adapter does not fit; the weights can be neither linked nor copied into the folder.
     """
     if adapter is not None and lowering == "plugin":
         adapter = fill_ranks(adapter, {name: graph_rank(len(a)) for name, (a, _) in adapter.pairs.items()})
@@ -176,10 +176,17 @@ def export_weights(
     folder: Path,
     options: WeightOptions = WeightOptions(),
 ) -> LinkedExport:
-    """As `export_linked`, but with the transformer's `config.json` in the place of a graph: for engines that run the module.
+    """Export like `export_linked`, but with the transformer's `config.json` instead of a graph: for engines that run modules.
+
+    Args:
+        family: family of the checkpoint.
+        checkpoint: folder of a diffusers pipeline whose `transformer` is stored as safetensors.
+        adapter: adapter fitted to the checkpoint; None exports the frozen backbone.
+        folder: existing, empty folder.
+        options: dtype, links or copies.
 
     Raises:
-        SliderEditError: as `export_linked`.
+        SliderEditError: see `export_linked`.
     """
     weights = _link_weights(family, checkpoint, adapter, folder, options)
     with atomic_file(folder / CONFIG_FILE) as temporary:
@@ -200,7 +207,7 @@ def _link_weights(
     places = {name: stored[name] for name in state}
     _check_places(places, source)
     dtype = _choose_dtype(family, places, options.dtype, source)
-    # Not the model's own `to`, which warns about modules that a family would keep in float32 even where it has none.
+    # Not the model's own `to`, which warns about modules to keep in float32 even if the model has none.
     nn.Module.to(transformer, dtype)
     if adapter is not None:
         adapter = _cast(adapter, dtype)
@@ -225,7 +232,8 @@ def _link_weights(
     if adapter is not None:
         files.append(ADAPTER_FILE)
         tensors = _adapter_tensors(adapter)
-        # How many members a bank has, not their names: a header that another adapter could not keep would move its tensors.
+        # Store the number of a bank's members, not their names: the header must stay the same when the adapter is replaced,
+        # because the graph refers to offsets after it.
         metadata = {"kind": adapter.kind, "member_count": str(len(adapter.members))}
         _write(folder / ADAPTER_FILE, _header(tensors, dtype, metadata), tensors.values())
         for key, place in read_header(folder / ADAPTER_FILE)[0].items():
@@ -235,66 +243,66 @@ def _link_weights(
 
 
 def _check_places(places: Mapping[str, Stored], source: Path) -> None:
-    """Refuse weights that cannot be exported, and files that are called as the engine calls its own."""
+    """Refuse weights that cannot be exported, and files that have the name of one of the engine's own files."""
     for name, place in places.items():
         if place.dtype not in _CODES:
             raise SliderEditError(
-                f"checkpoint {str(source)!r} stores {name} as {place.dtype}, where only {', '.join(_CODES.values())} can be "
-                "exported; give the checkpoint that it was made from"
+                f"checkpoint {str(source)!r} stores {name} as {place.dtype}, but only {', '.join(_CODES.values())} can be "
+                "exported; pass the checkpoint that it was made from"
             )
         if place.file.name in _OWN_FILES:
             raise SliderEditError(
-                f"checkpoint {str(source)!r} calls its weights {place.file.name}, as the engine calls a file of its own; "
+                f"checkpoint {str(source)!r} has weights named {place.file.name}, like one of the engine's own files; "
                 "download it again"
             )
 
 
 def replace_adapter(folder: Path, adapter: Adapter) -> None:
-    """Swap the adapter of a linked export: its small file is written anew, the graph stays.
+    """Replace the adapter of a linked export. Only its small file is written; the graph is unchanged.
 
-    The new file has the old one's layout, byte for byte, so the graph's offsets still hold. It is renamed into place;
-    a session that has the old file open keeps the old adapter.
+    The new file has exactly the layout of the old one, so the graph's offsets stay valid. It is renamed into place; sessions
+    that have the old file open keep the old adapter.
 
     Args:
-        folder: written by `export_linked` with an adapter.
-        adapter: of the same modules and kind, for a bank with as many members; converted to the dtype of the export. Lower
-            ranks than the export's are filled up with zeros.
+        folder: folder written by `export_linked` with an adapter.
+        adapter: adapter of the same modules and kind and, for a bank, the same number of members. It is converted to the
+            export's dtype; lower ranks are padded with zeros.
 
     Raises:
-        SliderEditError: no such export, or an adapter of other modules, another kind, another number of members or a higher
-            rank.
+        SliderEditError: the folder is not such an export, or the adapter has other modules, another kind, another number of
+            members or a higher rank.
     """
     path = folder / ADAPTER_FILE
     if not path.is_file():
         raise SliderEditError(
-            f"{str(folder)!r} holds no {ADAPTER_FILE}, so there is no adapter to replace; give an export with linked weights"
+            f"{str(folder)!r} has no {ADAPTER_FILE}, so there is no adapter to replace; pass an export with linked weights"
         )
     places, header = read_header(path)
     metadata = _metadata(header)
     kind, members = metadata.get("kind"), int(metadata.get("member_count", "0"))
     if adapter.kind != kind:
         raise SliderEditError(
-            f"adapter {adapter.source!r} is {adapter.kind} and the export in {str(folder)!r} is {kind}; export again for it"
+            f"adapter {adapter.source!r} is {adapter.kind}, but the export in {str(folder)!r} is {kind}; export again for it"
         )
     if len(adapter.members) != members:
         raise SliderEditError(
-            f"adapter {adapter.source!r} has {len(adapter.members) or 'no'} members and the export in {str(folder)!r} was made "
+            f"adapter {adapter.source!r} has {len(adapter.members) or 'no'} members, but the export in {str(folder)!r} is "
             f"for {f'a bank of {members}' if members else 'a single adapter'}; export again for it"
         )
     tensors = _adapter_tensors(adapter)
     if tensors.keys() != places.keys():
         different = sorted(tensors.keys() ^ places.keys())
         raise SliderEditError(
-            f"adapter {adapter.source!r} updates {len(adapter.pairs)} modules and the export in {str(folder)!r} "
-            f"{len(places) // 2}, not the same ones ({different[0]}); export again for it"
+            f"adapter {adapter.source!r} updates {len(adapter.pairs)} modules, but the export in {str(folder)!r} has "
+            f"{len(places) // 2}, which are not the same ({different[0]}); export again for it"
         )
     ranks = {name: places[f"transformer.{name}.lora_A.weight"].shape[0] for name in adapter.pairs}
     tensors = _adapter_tensors(fill_ranks(adapter, ranks))
     for key, place in places.items():
         if tuple(tensors[key].shape) != place.shape:
             raise SliderEditError(
-                f"adapter {adapter.source!r} has {key} of shape {list(tensors[key].shape)} and the export in "
-                f"{str(folder)!r} holds {list(place.shape)}: a higher rank or another base; export again for it"
+                f"adapter {adapter.source!r} has {key} of shape {list(tensors[key].shape)}, but the export in "
+                f"{str(folder)!r} has {list(place.shape)}: a higher rank or another base; export again for it"
             )
     _write(path, header, (tensors[key].to(place.dtype) for key, place in places.items()))
 
@@ -322,7 +330,7 @@ def _cast(adapter: Adapter, dtype: torch.dtype) -> Adapter:
 
 
 def _adapter_tensors(adapter: Adapter) -> dict[str, Tensor]:
-    """Under the key names of `save_adapter`."""
+    """Return the adapter's tensors under the key names of `save_adapter`."""
     return {
         f"transformer.{module}.lora_{part}.weight": tensor
         for module, pair in adapter.pairs.items()
@@ -331,7 +339,7 @@ def _adapter_tensors(adapter: Adapter) -> dict[str, Tensor]:
 
 
 def _header(tensors: Mapping[str, Tensor | Stored], dtype: torch.dtype, metadata: Mapping[str, str] | None = None) -> bytes:
-    """A safetensors header, its length in front, for tensors that follow in this order."""
+    """Make a safetensors header, with its length prefix, for tensors that follow in this order."""
     entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     for name, tensor in tensors.items():
@@ -343,7 +351,7 @@ def _header(tensors: Mapping[str, Tensor | Stored], dtype: torch.dtype, metadata
 
 
 def _write(path: Path, header: bytes, tensors: Iterable[Tensor]) -> None:
-    """Not with `safetensors.torch.save_file`, which needs every tensor at once and chooses their order itself."""
+    """Write a safetensors file tensor by tensor: `safetensors.torch.save_file` needs all at once and reorders them."""
     with atomic_file(path) as temporary, temporary.open("wb") as file:
         file.write(header)
         for tensor in tensors:
@@ -351,7 +359,7 @@ def _write(path: Path, header: bytes, tensors: Iterable[Tensor]) -> None:
 
 
 def _read(place: Stored) -> Tensor:
-    # Read and not mapped: pages of a mapped shard would count as memory of this process.
+    # Read instead of mapping: the pages of a mapped shard would count as memory of this process.
     with place.file.open("rb") as file:
         file.seek(place.offset)
         data = bytearray(file.read(place.length))
@@ -359,8 +367,21 @@ def _read(place: Stored) -> Tensor:
 
 
 def link_or_copy(source: Path, target: Path, symbolic: bool = False, *, copy: bool = False) -> Link | None:
-    """Link `target` to `source`; None if it was copied, which it is on request or where nothing else is possible."""
-    # Files in the hub's cache are symbolic links themselves.
+    """Link `target` to `source`, or copy it on request or if linking is not possible.
+
+    Args:
+        source: existing file.
+        target: path of the link or copy.
+        symbolic: use a symbolic link if a hard link is not possible.
+        copy: copy instead of linking.
+
+    Returns:
+        The kind of link; None for a copy.
+
+    Raises:
+        SliderEditError: the target exists, or can be neither linked nor copied.
+    """
+    # Files in the hub's cache are themselves symbolic links.
     source = source.resolve()
     if target.exists():
         raise SliderEditError(f"{str(target)!r} exists already; export into an empty folder")
@@ -376,18 +397,19 @@ def link_or_copy(source: Path, target: Path, symbolic: bool = False, *, copy: bo
         return None
     except OSError as error:
         raise SliderEditError(
-            f"cannot put the weights {str(source)!r} into {str(target.parent)!r} ({error.strerror}); choose another folder"
+            f"cannot link or copy the weights {str(source)!r} to {str(target.parent)!r} ({error.strerror}); "
+            "choose another folder"
         ) from error
 
 
 def _finish(model: onnx_ir.Model, places: Mapping[str, Stored]) -> None:
-    """Give the weights their places in the files, fold what tracing left over, and make the output float32."""
+    """Refer the weights to their files, fold constants, and cast the output to float32."""
     graph = model.graph
     weights = [value for name, value in graph.initializers.items() if name in places]
     for name, value in graph.initializers.items():
         raw = getattr(value.const_value, "raw", None)
         if name not in places and isinstance(raw, Tensor) and raw.is_meta:
-            raise SliderEditError(f"the graph needs {name}, which the checkpoint does not hold; this base cannot be linked")
+            raise SliderEditError(f"the graph needs {name}, which is not in the checkpoint, so this base cannot be exported")
     result = graph.outputs[0]
     if result.dtype != onnx_ir.DataType.FLOAT:
         name = str(result.name)
@@ -397,7 +419,7 @@ def _finish(model: onnx_ir.Model, places: Mapping[str, Stored]) -> None:
         graph.outputs[0] = cast.outputs[0]
         graph.outputs[0].name, graph.outputs[0].type = name, onnx_ir.TensorType(onnx_ir.DataType.FLOAT)
         graph.outputs[0].shape = result.shape
-    # Weights are graph inputs for a while: no pass may read, fold or copy them.
+    # Make the weights graph inputs temporarily, so that no pass reads, folds or copies them.
     for value in weights:
         graph.initializers.pop(str(value.name))
         value.const_value = None
@@ -406,7 +428,7 @@ def _finish(model: onnx_ir.Model, places: Mapping[str, Stored]) -> None:
     onnxscript.optimizer.fold_constants(
         model, onnx_shape_inference=True, input_size_limit=_FOLD_LIMIT, output_size_limit=_FOLD_LIMIT
     )
-    # Not the whole of `onnxscript.optimizer.optimize`: its rewriting takes minutes on a graph of this size and gains little.
+    # Not all of `onnxscript.optimizer.optimize`: its rewriting takes minutes on a graph of this size and gains little.
     for one in (
         passes.RemoveUnusedNodesPass(),
         passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),

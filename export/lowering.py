@@ -1,16 +1,14 @@
-"""How the masked update is expressed in an engine: what becomes of the `slideredit::MaskedLoRALinear` nodes of a traced graph.
+"""Lowerings of the masked update: replacements of the `slideredit::MaskedLoRALinear` nodes of a traced graph.
 
-Each node stands for a whole adapted projection, `y = x Wᵀ + bias + row_scale · (x Aᵀ) Bᵀ`. Its inputs in order: x `[B, S, K]`,
-weight `[N, K]`, bias `[N]` or none, lora_a `[R, K]`, lora_b `[N, R]`, row_scale float32 `[B, S]`; for a bank of G adapters
-`[B, S, G]`, whose member g owns the columns g·R/G to (g + 1)·R/G of the low-rank product.
+Each node is a complete adapted projection, `y = x Wᵀ + bias + row_scale · (x Aᵀ) Bᵀ`. Its inputs in order: x `[B, S, K]`,
+weight `[N, K]`, bias `[N]` or none, lora_a `[R, K]`, lora_b `[N, R]`, row_scale float32 `[B, S]`. For a bank of G adapters,
+row_scale is `[B, S, G]`, and member g owns the columns g·R/G to (g + 1)·R/G of the low-rank product.
 
-| lowering | becomes | for |
-|---|---|---|
-| `native` | MatMul, Add, and one `slideredit::MaskedLoRA` local function of standard operators | every runtime |
-| `folded` | one MatMul with extra inner columns, `[x | s·xAᵀ] · [W | B]ᵀ`; projections of the same rows share `[x | …]` | GST |
-| `plugin` | the node stays and TensorRT runs our Triton kernel; projections without a kernel become `native` | TensorRT |
-
-A fourth, `operator`, is for Inductor, which runs our torch operator: there is no graph, and no node of it to replace.
+- `native`: MatMul, Add and one `slideredit::MaskedLoRA` local function of standard operators, for every runtime.
+- `folded`: one MatMul with extra inner columns, `[x | s·xAᵀ] · [W | B]ᵀ`. Projections of the same rows share the first
+  factor. Meant for GST.
+- `plugin`: the node is kept, and TensorRT runs this package's Triton kernel. Projections without a kernel become `native`.
+- `operator`: no graph at all; Inductor runs this package's torch operator.
 """
 
 from __future__ import annotations
@@ -30,8 +28,8 @@ from slideredit_rt.families import Kind
 
 DOMAIN = tensorrt_plugin.NAMESPACE
 LINEAR = tensorrt_plugin.NAME
-# The folded form's extra columns come in multiples of this many elements: 16 bytes in half precision, the alignment that GEMM
-# kernels want for their rows.
+# The folded form pads its extra columns to a multiple of this many elements: 16 bytes in half precision, the row alignment
+# that GEMM kernels need.
 _COLUMNS = 8
 _T = onnxscript.onnx_types.TensorType
 _slideredit = onnxscript.values.Opset(DOMAIN, 1)
@@ -41,7 +39,7 @@ _slideredit = onnxscript.values.Opset(DOMAIN, 1)
 def MaskedLoRA(y: _T, x: _T, lora_a: _T, lora_b: _T, scale: _T) -> _T:  # type: ignore  # noqa: N802
     """`y + (scale · x Aᵀ) Bᵀ`; y `[B, S, N]`, x `[B, S, K]`, A `[R, K]`, B `[N, R]`, scale float32 `[B, S, 1 or R]`."""
     low = op.MatMul(x, op.Transpose(lora_a, perm=[1, 0]))
-    # Scaling the R-wide product instead of the N-wide one costs R/N of the multiplications.
+    # Scale the R-wide product instead of the N-wide one, which takes R/N of the multiplications.
     scaled = op.CastLike(op.Mul(op.CastLike(low, scale), scale), lora_b)
     update = op.MatMul(scaled, op.Transpose(lora_b, perm=[1, 0]))
     return op.Add(y, op.CastLike(update, y))  # type: ignore[no-any-return]
@@ -52,12 +50,12 @@ def choose(asked: str, kind: Kind | None, backend: Backend, *, bank: bool = Fals
 
     Args:
         asked: `auto` or one of `LOWERINGS`.
-        kind: of the adapter; None for a frozen backbone.
-        backend: what will execute the engine.
-        bank: whether the adapter has members of its own strengths.
+        kind: kind of the adapter; None for a frozen backbone.
+        backend: backend that will execute the engine.
+        bank: true for a bank of adapters.
 
     Raises:
-        SliderEditError: no such lowering, one that the backend does not offer, or a plugin for a bank.
+        SliderEditError: there is no such lowering, the backend does not support it, or it is a plugin for a bank.
     """
     if asked == "auto":
         return backend.default_lowering(kind)
@@ -66,12 +64,12 @@ def choose(asked: str, kind: Kind | None, backend: Backend, *, bank: bool = Fals
     if asked not in backend.lowerings:
         others = [name for name, other in BACKENDS.items() if asked in other.lowerings]
         raise SliderEditError(
-            f"the backend {backend.name} has no lowering {asked!r}; use --lowering {' or '.join(backend.lowerings)} with it, "
-            f"or --backend {' or '.join(others)}"
+            f"the backend {backend.name} does not support the lowering {asked!r}; use --lowering "
+            f"{' or '.join(backend.lowerings)}, or --backend {' or '.join(others)}"
         )
     if asked == "plugin" and bank:
         raise SliderEditError(
-            "the plugin's kernel takes one scale per row and a bank of adapters has one per member; "
+            "the plugin's kernel takes one scale per row, but a bank of adapters has one per row and member; "
             "use --lowering native or folded"
         )
     return asked
@@ -81,20 +79,23 @@ def lower(model: ir.Model, lowering: Lowering, target: str | None = None) -> tup
     """Replace the slider nodes of a traced graph, in place.
 
     Args:
-        model: as `onnx_graph.trace` made it.
-        lowering: for every node.
+        model: result of `onnx_graph.trace`.
+        lowering: lowering for all nodes.
         target: compute capability that plugins are compiled for, such as `sm90`.
 
     Returns:
-        How many nodes ended in each lowering, and a sentence for each that could not be a plugin.
+        Number of nodes by their final lowering, and one sentence for each node that could not be a plugin.
+
+    Raises:
+        ValueError: the lowering is `operator`, or `plugin` without a target.
     """
     nodes = [node for node in model.graph if node.domain == DOMAIN and node.op_type == LINEAR]
     reasons = {}
     if lowering == "operator":
-        raise ValueError("torch's operator is not a lowering of a graph")
+        raise ValueError("the lowering 'operator' does not apply to a graph")
     if lowering == "plugin":
         if target is None:
-            raise ValueError("a plugin is compiled for a target")
+            raise ValueError("the lowering 'plugin' needs a target")
         reasons = {n: f"{_module(n)} has no plugin: {why}" for n in nodes if (why := _why_no_plugin(n, target))}
     native = list(reasons) if lowering == "plugin" else nodes if lowering == "native" else []
     for node in native:
@@ -116,7 +117,7 @@ def lower(model: ir.Model, lowering: Lowering, target: str | None = None) -> tup
 
 
 def _module(node: ir.Node) -> str:
-    """The projection's name in the transformer, from the name of its weight."""
+    """Return a projection's name in the transformer, from the name of its weight."""
     weight = node.inputs[1]
     return str(weight.name if weight else node.name).removeprefix("transformer.").removesuffix(".weight")
 
@@ -132,7 +133,7 @@ def _values(node: ir.Node) -> tuple[ir.Value, ir.Value, ir.Value | None, ir.Valu
 
 
 class _Builder:
-    """Nodes of one replacement, named after the projection that they belong to."""
+    """Collector for the nodes of one replacement, which are named after their projection."""
 
     def __init__(self, scope: str) -> None:
         self.scope = scope
@@ -158,7 +159,7 @@ def _replace(graph: ir.Graph, node: ir.Node, built: _Builder, result: ir.Value) 
 
 
 def _constant(graph: ir.Graph, shape: tuple[int, ...], like: ir.Value) -> ir.Value:
-    """An initializer of zeros with the dtype of `like`, shared by all that ask for the same."""
+    """Return an initializer of zeros with the dtype of `like`. Equal initializers are shared."""
     assert like.dtype is not None
     name = f"zeros_{like.dtype.name.lower()}_{'x'.join(map(str, shape))}"
     if name not in graph.initializers:
@@ -167,17 +168,21 @@ def _constant(graph: ir.Graph, shape: tuple[int, ...], like: ir.Value) -> ir.Val
 
 
 def _integers(graph: ir.Graph, values: list[int], name: str) -> ir.Value:
-    """An int64 initializer; those of one name have one content."""
+    """Return an int64 initializer. Initializers of the same name must have the same content."""
     if name not in graph.initializers:
         _add_initializer(graph, ir.tensor(np.array(values), name=name))
     return graph.initializers[name]
 
 
 def _column_scale(graph: ir.Graph, build: _Builder, row_scale: ir.Value, ranks: list[int], filling: int = 0) -> ir.Value:
-    """What low-rank products of these ranks, side by side, are multiplied with: `[B, S, 1]`, or one column each for a bank.
+    """Return the scales of concatenated low-rank products: `[B, S, 1]`, or for a bank one column per column of the products.
 
     Args:
-        filling: further columns, whose scale does not matter.
+        graph: graph for new initializers.
+        build: collector for new nodes.
+        row_scale: float32 `[B, S]`, for a bank `[B, S, G]`.
+        ranks: ranks of the products.
+        filling: number of padding columns, whose scale does not matter.
     """
     assert row_scale.shape is not None
     if len(row_scale.shape) == 2:
@@ -209,8 +214,10 @@ def _to_native(graph: ir.Graph, node: ir.Node) -> None:
 
 
 def _fold(graph: ir.Graph, nodes: list[ir.Node]) -> None:
-    """`[x | s·xAᵀ]` is made once for all projections of the same rows: their A's lie above each other, and each projection
-    has zeros in the columns of the others'."""
+    """Replace nodes by the folded form. `[x | s·xAᵀ]` is computed once for all projections of the same rows.
+
+    Their A's are stacked, and each projection has zeros in the columns of the other ones.
+    """
     groups: dict[tuple[ir.Value, ir.Value], list[ir.Node]] = {}
     for node in nodes:
         x, *_, row_scale = _values(node)

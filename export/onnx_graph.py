@@ -1,6 +1,6 @@
 """The ONNX graph of a slider backbone: standard operators plus one `slideredit::MaskedLoRALinear` node per adapted linear.
 
-`lowering` says what becomes of those nodes before the graph is written.
+The module `lowering` replaces these nodes before the graph is written.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def _translate(x, weight, bias, lora_a, lora_b, row_scale):  # type: ignore[no-u
 
 def _dynamic_shapes(backbone: SliderBackbone, config: Any) -> dict[str, dict[int, Any]]:
     dims = {name: Dim(name, min=1) for name in ("batch", "text_rows", "image_rows", "sliders")}
-    # A sum of two dimensions cannot be declared; the exporter derives it from the graph.
+    # A sum of two dimensions cannot be declared, so the exporter has to derive it from the graph.
     dims["rows"] = Dim.DYNAMIC
     specs = backbone.family.input_specs(config) + backbone.slider_specs()
     return {s.name: {i: dims[axis] for i, axis in enumerate(s.shape) if isinstance(axis, str)} for s in specs}
@@ -50,8 +50,19 @@ def _dynamic_shapes(backbone: SliderBackbone, config: Any) -> dict[str, dict[int
 def example_inputs(
     backbone: SliderBackbone, config: Any, batch: int, text_rows: int, image_rows: int, sliders: int, seed: int = 0
 ) -> dict[str, torch.Tensor]:
-    """Random backbone inputs with random alphas and masks in which each row belongs to at most one slider; to any number of
-    them for a bank, whose members may share rows."""
+    """Make random backbone inputs with random alphas and masks.
+
+    Each row belongs to at most one slider. For a bank, whose members may share rows, it belongs to any number of sliders.
+
+    Args:
+        backbone: backbone with or without an adapter.
+        config: configuration of the transformer.
+        batch: B.
+        text_rows: number of text rows.
+        image_rows: number of image rows.
+        sliders: K.
+        seed: seed of the random numbers.
+    """
     generator = torch.Generator().manual_seed(seed)
     inputs = backbone.family.random_inputs(config, batch, text_rows, image_rows, generator)
     sizes = {"batch": batch, "sliders": sliders, "text_rows": text_rows, "rows": text_rows + image_rows}
@@ -68,17 +79,17 @@ def example_inputs(
 
 
 def trace(backbone: SliderBackbone, config: Any) -> torch.onnx.ONNXProgram:
-    """The backbone as an ONNX program whose batch, text rows, image rows and sliders are dynamic.
+    """Trace the backbone to an ONNX program with dynamic batch, text rows, image rows and sliders.
 
     Args:
-        backbone: with or without an adapter, its weights real or on the `meta` device.
-        config: the transformer's configuration.
+        backbone: backbone with or without an adapter, with real weights or on the `meta` device.
+        config: configuration of the transformer.
 
     Returns:
-        A program as it was traced: nothing is folded yet, since that needs the weights' values, and its slider nodes still have
-        to be lowered.
+        The traced program. Constants are not folded, because that needs the weights' values, and its slider nodes are not
+        lowered.
     """
-    # Sizes that differ from each other, so that tracing cannot mistake one axis for another.
+    # All sizes differ, so that tracing cannot confuse the axes.
     inputs = example_inputs(backbone, config, batch=2, text_rows=11, image_rows=24, sliders=3)
     specs = [*backbone.family.input_specs(config), *backbone.slider_specs()]
     device = next(backbone.parameters()).device
@@ -106,7 +117,7 @@ def _export(backbone: SliderBackbone, config: Any, inputs: dict[str, torch.Tenso
 
 @contextmanager
 def _quiet_exporter() -> Iterator[None]:
-    """Hide what torch's exporter says about packages that nothing here uses: it stands between a person and our own words."""
+    """Hide the exporter's warnings about packages that are not used here."""
     logger = logging.getLogger("torch.onnx")
     before = logger.level
     logger.setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""Give an engine another adapter without building it again."""
+"""Replacement of an engine's adapter without a rebuild."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from slideredit_rt.families import get_family
 
 
 def replace_engine_adapter(folder: Path, source: AdapterSource) -> Manifest:
-    """Swap the adapter of an engine whose graph reads it from a file of its own, and describe the new one in the manifest.
+    """Replace the adapter of an engine that reads it from a separate file, and update the manifest.
 
-    Running processes that have the engine open keep the old adapter. An interruption leaves the old pair of adapter and
-    manifest, the new one, or the new adapter beside the old manifest, which `read_manifest` refuses and another call repairs.
+    Running processes that have the engine open keep the old adapter. If the replacement is interrupted between the two writes,
+    the new adapter does not match the old manifest; `read_manifest` then refuses the engine, and another call repairs it.
 
     Args:
-        folder: written by `slideredit-rt build`, of a backend that reads the graph itself.
-        source: embedded name, file or folder of an adapter of the same kind and modules, of the same rank or a lower one; for a
-            bank, as many as it has members, or a bank's own file.
+        folder: folder written by `slideredit-rt build` for a backend that keeps the adapter in a separate file.
+        source: embedded name, file or folder of an adapter of the same kind and modules, and the same or a lower rank; for a
+            bank, as many of these as it has members, or a bank's file.
 
     Returns:
         The new manifest.
 
     Raises:
-        SliderEditError: not an engine, one without an adapter file of its own, or an adapter that does not fit it.
+        SliderEditError: the folder is not an engine or has no separate adapter file, or the adapter does not fit.
     """
     manifest = read_manifest(folder, unchecked=ADAPTER_FILE)
     if manifest.adapter is None:
@@ -37,8 +37,8 @@ def replace_engine_adapter(folder: Path, source: AdapterSource) -> Manifest:
         )
     if ADAPTER_FILE not in manifest.files:
         raise SliderEditError(
-            f"engine {str(folder)!r} holds no {ADAPTER_FILE}, its adapter is inside what {manifest.backend} compiled; "
-            "build it again with the new one"
+            f"engine {str(folder)!r} has no {ADAPTER_FILE}, because {manifest.backend} compiled its adapter into the engine; "
+            "build it again with the new adapter"
         )
     adapter = load_adapters(source, get_family(manifest.family))
     replace_adapter(folder, adapter)

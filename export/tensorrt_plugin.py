@@ -1,13 +1,13 @@
-"""The Triton kernel inside a TensorRT engine: a quickly deployable plugin, compiled ahead of time to PTX.
+"""TensorRT plugin that runs the Triton kernel: a quickly deployable plugin, compiled ahead of time to PTX.
 
-`slideredit::MaskedLoRALinear(x, weight, bias, lora_a, lora_b, row_scale) -> y` stands for a whole adapted projection:
+`slideredit::MaskedLoRALinear(x, weight, bias, lora_a, lora_b, row_scale) -> y` is a complete adapted projection::
 
     y = x Wᵀ + bias + row_scale · (x Aᵀ) Bᵀ
 
-x `[B, S, K]`, weight `[N, K]`, bias `[N]`, lora_a `[R, K]`, lora_b `[N, R]` and y `[B, S, N]` are all bfloat16 or all float16;
-row_scale `[B, S]` is float32, so strengths and masks stay run-time inputs. The engine holds the PTX and needs no Python.
+x `[B, S, K]`, weight `[N, K]`, bias `[N]`, lora_a `[R, K]`, lora_b `[N, R]` and y `[B, S, N]` are all bfloat16 or all float16.
+row_scale `[B, S]` is float32; strengths and masks remain run-time inputs. The engine contains the PTX and does not need Python.
 
-Contract of the callbacks: NVIDIA's `tensorrt.plugin` package, TensorRT 10.15 and newer.
+The callbacks follow the contract of NVIDIA's `tensorrt.plugin` package, TensorRT 10.15 and newer.
 """
 
 from __future__ import annotations
@@ -30,24 +30,24 @@ from slideredit_rt.kernels.triton_linear import SPEC
 NAMESPACE = "slideredit"
 NAME = "MaskedLoRALinear"
 PLUGIN = f"{NAMESPACE}::{NAME}"
-# What TensorRT's ONNX parser wants on a node of type NAME: where to look it up, and that only the compiled kernel will do.
+# Attributes that TensorRT's ONNX parser needs on a node of type NAME: where to find the plugin, and to use its AOT kernel.
 NODE_ATTRIBUTES: dict[str, str | int] = {"plugin_namespace": NAMESPACE, "plugin_version": "1", "aot": 1}
-# By TensorRT's names in a combination.
+# dtypes by TensorRT's names in a combination.
 DATA_TYPES = {"BF16": "bfloat16", "FP16": "float16"}
 
-# Target and PTX ISA, by the name of TensorRT's plugin package: a process can register a plugin once.
+# Target and PTX ISA, by the name of TensorRT's plugin package. A process can register a plugin only once.
 _registered: dict[str, tuple[str, str]] = {}
 
 
 @dataclass(frozen=True)
 class Launch:
-    """How a kernel is launched; sizes are integers or the symbolic expressions that they were made from.
+    """Launch parameters of a kernel; sizes are integers or symbolic expressions.
 
     Attributes:
-        grid: programs along x and y.
-        threads: per block, along x.
-        shared_bytes: dynamic shared memory per block.
-        scalars: the int32 arguments between input and output pointers, in order: rows, K, N, rank.
+        grid: number of programs along x and y.
+        threads: number of threads per block, along x.
+        shared_bytes: dynamic shared memory per block, in bytes.
+        scalars: int32 arguments between input and output pointers, in order: rows, K, N, rank.
     """
 
     grid: tuple[Any, Any]
@@ -57,21 +57,21 @@ class Launch:
 
 
 def graph_rank(rank: int) -> int:
-    """Rank that an adapter of rank `rank` has in the graph: the next multiple of 16, filled up with zeros."""
+    """Return the rank in the graph of an adapter of rank `rank`: the next multiple of 16, padded with zeros."""
     return -(-rank // aot.ALIGNMENT) * aot.ALIGNMENT
 
 
 def tactics(k: int, rank: int, dtype: str, target: str) -> list[Configuration]:
-    """Configurations that TensorRT may choose between for a projection from `k` columns; tactic i is the i-th, from 1.
+    """Return the configurations that TensorRT can choose from for a projection; tactic i is the i-th, counted from 1.
 
-    The dispatch table's own for this rank, dtype and target, and after them its tile for 4-byte elements: the one that stays
-    below the 48 KiB of shared memory that a block gets where its launcher asks for no more.
+    These are the dispatch table's configurations for this rank, dtype and target, followed by its tile for 4-byte elements.
+    The latter needs less than 48 KiB of shared memory, the most that a block has unless its launcher requests more.
 
     Args:
-        k: inner columns. Kernels load whole blocks, so only those whose block divides `k` are left.
-        rank: the graph's.
+        k: number of inner columns. Kernels load whole blocks, so only configurations whose block divides `k` are returned.
+        rank: rank in the graph.
         dtype: `bfloat16` or `float16`.
-        target: such as `sm90`.
+        target: compute capability, such as `sm90`.
     """
     capability = int(target[2:])
     found = [
@@ -82,13 +82,13 @@ def tactics(k: int, rank: int, dtype: str, target: str) -> list[Configuration]:
 
 
 def why_not(k: int, n: int, rank: int, dtype: str, target: str) -> str | None:
-    """Why the plugin has no kernel for a projection from `k` to `n` columns, in one sentence; None if it has.
+    """Return the reason why the plugin has no kernel for a projection, or None if it has one.
 
     Args:
-        k: inner columns.
-        n: output columns.
-        rank: the graph's (`graph_rank`).
-        dtype: of everything but row_scale, such as `bfloat16`.
+        k: number of inner columns.
+        n: number of output columns.
+        rank: rank in the graph (see `graph_rank`).
+        dtype: dtype of all tensors except row_scale, such as `bfloat16`.
         target: compute capability, such as `sm90`.
     """
     if target not in aot.TARGETS:
@@ -98,13 +98,13 @@ def why_not(k: int, n: int, rank: int, dtype: str, target: str) -> str | None:
     if not 1 <= rank <= MAX_RANK:
         return f"rank {rank} is outside the kernels' range 1 to {MAX_RANK}"
     if rank % aot.ALIGNMENT:
-        return f"rank {rank} is not a multiple of {aot.ALIGNMENT}; fill lora_a and lora_b up with zeros to {graph_rank(rank)}"
+        return f"rank {rank} is not a multiple of {aot.ALIGNMENT}; pad lora_a and lora_b with zeros to {graph_rank(rank)}"
     if n % aot.ALIGNMENT:
         return f"N = {n} is not a multiple of {aot.ALIGNMENT}"
     if not tactics(k, rank, dtype, target):
-        # Every block divides 0.
+        # With k = 0, every block divides k, so all blocks are listed.
         blocks = sorted({c.block_k for c in tactics(0, rank, dtype, target)})
-        return f"K = {k} is not a multiple of {' or '.join(map(str, blocks))}, the blocks that the kernels load"
+        return f"K = {k} is not a multiple of {' or '.join(map(str, blocks))}, the block sizes of the kernels"
     return None
 
 
@@ -115,30 +115,39 @@ def _fitting_tactics(k: int, n: int, rank: int, dtype: str, target: str) -> list
 
 
 def job_of(tactic: int, k: int, n: int, rank: int, dtype: str, target: str, ptx_isa: str = aot.DEFAULT_PTX_ISA) -> aot.Job:
-    """The kernel that a tactic stands for.
+    """Return the compile job of a tactic.
+
+    Args:
+        tactic: number of the tactic, from 1.
+        k: number of inner columns.
+        n: number of output columns.
+        rank: rank in the graph.
+        dtype: `bfloat16` or `float16`.
+        target: compute capability, such as `sm90`.
+        ptx_isa: version of the PTX instruction set.
 
     Raises:
-        SliderEditError: the projection does not fit (`why_not`), or there is no such tactic for it.
+        SliderEditError: the plugin has no kernel for the projection (see `why_not`), or there is no such tactic.
     """
     choices = _fitting_tactics(k, n, rank, dtype, target)
     if not 1 <= tactic <= len(choices):
         raise SliderEditError(
-            f"{PLUGIN} has tactics 1 to {len(choices)} for this projection, not {tactic}; "
-            "delete a timing cache that another version wrote"
+            f"{PLUGIN} has tactics 1 to {len(choices)} for this projection, got {tactic}; "
+            "delete the timing cache if another version wrote it"
         )
     return aot.Job(SPEC.name, choices[tactic - 1], dtype, padded_rank(rank), target, ptx_isa)
 
 
 def launch(job: aot.Job, description: dict[str, Any], rows: Any, k: Any, n: Any, rank: Any) -> Launch:
-    """Launch parameters of a compiled kernel over `rows` rows, for integer or symbolic sizes.
+    """Return the launch parameters of a compiled kernel, for integer or symbolic sizes.
 
     Args:
-        job: what was compiled.
-        description: as `aot.compile_job` returns it.
-        rows: B · S.
-        k: inner columns.
-        n: output columns.
-        rank: the graph's.
+        job: compile job of the kernel.
+        description: description from `aot.compile_job`.
+        rows: number of rows, B · S.
+        k: number of inner columns.
+        n: number of output columns.
+        rank: rank in the graph.
     """
     sizes = {"rows": rows, "K": k, "N": n, "rank": rank}
     return Launch(
@@ -151,39 +160,39 @@ def launch(job: aot.Job, description: dict[str, Any], rows: Any, k: Any, n: Any,
 
 @lru_cache
 def compiled(job: aot.Job) -> tuple[bytes, dict[str, Any]]:
-    """PTX and its description. Kept: TensorRT asks again for every layer and every shape."""
+    """Compile a job to PTX and its description. Cached, because TensorRT asks again for every layer and shape."""
     ptx, description = aot.compile_job(job)
     return ptx.encode(), description
 
 
 def this_card() -> str:
-    """Target of the current CUDA device, such as `sm90`.
+    """Return the compute capability of the current CUDA device, such as `sm90`.
 
     Raises:
-        SliderEditError: there is none.
+        SliderEditError: there is no CUDA device.
     """
     if not torch.cuda.is_available():
         raise SliderEditError(
-            "no CUDA device is visible, and TensorRT builds for the device at hand; build on the target machine"
+            "no CUDA device is visible, but TensorRT builds for this machine's GPU; build on the target machine"
         )
     major, minor = torch.cuda.get_device_capability()
     return f"sm{major}{minor}"
 
 
 def register(tensorrt_module: Any = None, target: str | None = None, ptx_isa: str = aot.DEFAULT_PTX_ISA) -> Any:
-    """Make `slideredit::MaskedLoRALinear` known to TensorRT in this process; again with the same target is free.
+    """Register `slideredit::MaskedLoRALinear` with TensorRT in this process. Idempotent for the same target.
 
     Args:
-        tensorrt_module: `tensorrt`, imported here if not given.
+        tensorrt_module: the module `tensorrt`; None imports it.
         target: compute capability that engines are built for, such as `sm90`; None takes the current device's.
-        ptx_isa: version of the PTX instruction set; a driver takes those up to its own.
+        ptx_isa: version of the PTX instruction set; drivers support versions up to their own.
 
     Returns:
-        The plugin's definition: called with input tensors it gives what `INetworkDefinition.add_plugin(…, aot=True)` takes.
+        The plugin's definition. Call it with input tensors to get the argument of `INetworkDefinition.add_plugin(…, aot=True)`.
 
     Raises:
-        SliderEditError: TensorRT is missing or has no ahead-of-time plugins, no kernel for the target, or the process has
-            registered the plugin for another one.
+        SliderEditError: TensorRT is missing or has no ahead-of-time plugins, there is no kernel for the target, or the process
+            has already registered the plugin for another target.
     """
     trtp = _plugin_package(tensorrt_module)
     target = target or this_card()
@@ -195,14 +204,14 @@ def register(tensorrt_module: Any = None, target: str | None = None, ptx_isa: st
         _registered[trtp.__name__] = target, ptx_isa
     elif known != (target, ptx_isa):
         raise SliderEditError(
-            f"{PLUGIN} is registered for {known[0]} with PTX {known[1]} in this process; "
-            f"build for {target} with PTX {ptx_isa} in another"
+            f"{PLUGIN} is already registered for {known[0]} with PTX {known[1]} in this process; "
+            f"build for {target} with PTX {ptx_isa} in another process"
         )
     return getattr(getattr(trtp.op, NAMESPACE), NAME)
 
 
 def _plugin_package(tensorrt_module: Any) -> Any:
-    """`tensorrt.plugin`, with ahead-of-time plugins."""
+    """Import `tensorrt.plugin` and check that it supports ahead-of-time plugins."""
     extra = "pip install 'slideredit-rt[tensorrt]'"
     name = tensorrt_module.__name__ if tensorrt_module is not None else "tensorrt"
     try:
@@ -210,12 +219,12 @@ def _plugin_package(tensorrt_module: Any) -> Any:
     except ImportError as error:
         raise SliderEditError(f"the plugin lowering needs TensorRT, which cannot be imported ({error}); {extra}") from error
     if not hasattr(trtp, "aot_impl"):
-        raise SliderEditError(f"this version of {name} has no plugins that are compiled ahead of time; {extra}")
+        raise SliderEditError(f"this version of {name} does not support ahead-of-time plugins; {extra}")
     return trtp
 
 
 def _define(trtp: Any, target: str, ptx_isa: str) -> None:
-    """Give the three callbacks to TensorRT. Their parameters must have these names, in the order of the kernel's pointers."""
+    """Register the three callbacks. TensorRT requires these parameter names, in the order of the kernel's pointers."""
 
     def describe(x: Any, weight: Any, bias: Any, lora_a: Any, lora_b: Any, row_scale: Any) -> Any:
         return trtp.from_shape_expr((*x.shape_expr[:-1], weight.shape_expr[0]), x.dtype)
@@ -246,13 +255,13 @@ def _define(trtp: Any, target: str, ptx_isa: str) -> None:
 
 
 def _sizes(x: Any, weight: Any, lora_a: Any) -> tuple[int, int, int, str]:
-    """K, N, rank and dtype of a projection, from TensorRT's descriptions of its inputs; a dynamic size is -1."""
+    """Return K, N, rank and dtype of a projection, from TensorRT's descriptions of its inputs; dynamic sizes are -1."""
     (n, k), rank = weight.shape, lora_a.shape[0]
     known = {"BF16": "bfloat16", "HALF": "float16", "FLOAT": "float32"}
     return k, n, rank, known.get(x.dtype.name, x.dtype.name)
 
 
 def _typed(function: Callable[..., Any], returns: Any, parameters: dict[str, Any] | None = None) -> Callable[..., Any]:
-    """TensorRT reads a callback's annotations as its schema, and those types exist only once it has been imported."""
+    """Set a callback's annotations, which TensorRT reads as its schema. The types only exist after TensorRT is imported."""
     function.__annotations__ = {**(parameters or {}), "return": returns}
     return function

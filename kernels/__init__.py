@@ -1,7 +1,7 @@
 """The masked low-rank update: `y = x Wᵀ + bias + row_scale · (x Aᵀ) Bᵀ`.
 
-Each operation comes three times: under its name (dispatched by device and shape), as `…_reference` (the plain
-expression) and as `…_triton` (the kernel, whatever the dispatch table says).
+Each operation has three forms: the plain name dispatches by device and shape, `…_reference` is the plain PyTorch
+expression, and `…_triton` always runs the Triton kernel.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # Triton exists on Linux only and takes a second to import; the reference needs neither.
+    # Triton is available on Linux only and takes a second to import. The reference does not need it.
     if name in __all__:
         from slideredit_rt.kernels import triton_ops
 

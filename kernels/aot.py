@@ -1,8 +1,8 @@
-"""Kernels compiled to PTX ahead of time, without a GPU, each with a JSON file that says how to launch it.
+"""Kernels compiled to PTX ahead of time, without a GPU, each with a JSON file that describes its launch.
 
-`<name>.<target>.ptx` has the parameters that its `arguments` list, and no others. To launch it through the CUDA driver:
-the grid of `grid` (in programs), a block of `num_warps` · 32 threads, and `shared_bytes` of dynamic shared memory, allowed
-by `CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES`.
+The parameters of `<name>.<target>.ptx` are exactly those listed under `arguments` in its JSON file. To launch it through
+the CUDA driver, use the grid given by `grid` (in thread blocks), blocks of `num_warps` · 32 threads, and `shared_bytes` of
+dynamic shared memory. Set `CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES` to at least that size first.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -43,15 +44,24 @@ SPECS = (
 )
 DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 TARGETS = tuple(f"sm{capability}" for capability in SHARED_KIB)
-# Newer PTX needs newer drivers; 8.7 is the first that knows sm_120 and is taken by CUDA 12.8's driver.
+# Newer PTX needs newer drivers. 8.7 is the first version with sm_120, and the driver of CUDA 12.8 accepts it.
 DEFAULT_PTX_ISA = "8.7"
-# Pointers that cudaMalloc and torch return are aligned to more than this.
+# In bytes. Pointers returned by cudaMalloc and torch are aligned to more than this.
 ALIGNMENT = 16
 
 
 @dataclass(frozen=True)
 class Job:
-    """One file to build. `rank` is padded; `ptx_isa` such as 8.7."""
+    """One PTX file to build.
+
+    Attributes:
+        spec_name: Name of the kernel.
+        configuration: Tile sizes, warps and pipeline stages.
+        dtype: Dtype of the tensors, such as `bfloat16`.
+        rank: Padded rank: 16, 32, 64 or 128.
+        target: Compute capability, such as `sm90`.
+        ptx_isa: PTX version, such as `8.7`.
+    """
 
     spec_name: str
     configuration: Configuration
@@ -62,20 +72,20 @@ class Job:
 
     @property
     def spec(self) -> KernelSpec:
-        """The kernel."""
+        """Specification of the kernel."""
         return next(spec for spec in SPECS if spec.name == self.spec_name)
 
     @property
     def name(self) -> str:
-        """File name without target and ending."""
+        """File name without the target and the extension."""
         return f"{self.spec_name}-{DTYPES[self.dtype]}-r{self.rank}-{self.configuration.name}"
 
 
 def jobs(targets: Sequence[str], dtypes: Sequence[str], ranks: Iterable[int], ptx_isa: str = DEFAULT_PTX_ISA) -> list[Job]:
-    """Every configuration that the dispatch table may choose for these targets, dtypes and ranks.
+    """List a job for every configuration that the dispatch table may choose for these targets, dtypes and ranks.
 
     Raises:
-        SliderEditError: an unknown target or dtype, a rank out of range, a PTX ISA that is no version.
+        SliderEditError: A target or dtype is unknown, a rank is out of range, or `ptx_isa` is not a version.
     """
     if unknown := [t for t in targets if t not in TARGETS]:
         raise SliderEditError(f"unknown target {unknown[0]!r}; choose from {', '.join(TARGETS)}")
@@ -96,7 +106,7 @@ def jobs(targets: Sequence[str], dtypes: Sequence[str], ranks: Iterable[int], pt
 
 
 def argument_types(spec: KernelSpec, dtype: str) -> list[dict[str, str]]:
-    """`[{name, type}]` in launch order: `*bf16` is a pointer, `i32` a 32-bit integer. Scales stay float32."""
+    """Return `[{name, type}]` in launch order. `*bf16` is a pointer, `i32` a 32-bit integer; scales are always float32."""
 
     def kind(name: str) -> str:
         if name in spec.scalars:
@@ -107,21 +117,21 @@ def argument_types(spec: KernelSpec, dtype: str) -> list[dict[str, str]]:
 
 
 def compile_job(job: Job) -> tuple[str, dict[str, Any]]:
-    """PTX and its description.
+    """Compile one kernel and return its PTX and its description.
 
     Raises:
-        SliderEditError: the process interprets kernels, the kernel would need scratch memory, or ptxas refuses it.
+        SliderEditError: Triton's interpreter is on, the kernel needs scratch memory, or ptxas rejects it.
     """
     if triton.knobs.runtime.interpret:
-        raise SliderEditError("TRITON_INTERPRET is set, so there is nothing to compile; unset it")
-    spec = job.spec
+        raise SliderEditError("TRITON_INTERPRET is set, so Triton does not compile kernels; unset it")
+    spec, source_sha256 = job.spec, content_hash(job)
     arguments = argument_types(spec, job.dtype)
     compiled = _compile(job, arguments)
     metadata = compiled.metadata
     scratch = {"global_scratch_bytes": metadata.global_scratch_size, "profile_scratch_bytes": metadata.profile_scratch_size}
     if any(scratch.values()):
         raise SliderEditError(
-            f"{job.name} for {job.target} needs scratch memory ({scratch}), which no launcher outside Triton gives; "
+            f"{job.name} for {job.target} needs scratch memory ({scratch}), which launchers outside Triton do not provide; "
             "choose another configuration in dispatch.json"
         )
     ptx = _without_scratch_pointers(compiled.asm["ptx"], len(arguments), job)
@@ -146,15 +156,15 @@ def compile_job(job: Job) -> tuple[str, dict[str, Any]]:
             "K": job.configuration.block_k,
         },
         "triton": triton.__version__,
-        "source_sha256": content_hash(job),
+        "source_sha256": source_sha256,
     }
 
 
 def _compile(job: Job, arguments: list[dict[str, str]]) -> Any:
-    """Triton's compiled kernel."""
+    """Return the kernel as compiled by Triton."""
     function = job.spec.function
     constants = job.configuration.constants(even_k=True, rank=job.rank)
-    # Row counts differ from call to call; everything else of a projection is a multiple of 16.
+    # The number of rows differs from call to call. All other sizes of a projection are multiples of 16.
     aligned = [a["name"] for a in arguments if a["name"] != "rows"]
     position = {name: i for i, name in enumerate(function.arg_names)}
     source = ASTSource(
@@ -173,13 +183,13 @@ def _compile(job: Job, arguments: list[dict[str, str]]) -> Any:
 
 
 def parameters(ptx: str) -> list[str]:
-    """Types of the entry's parameters, such as `u64` and `u32`, in order."""
+    """Return the types of the entry's parameters, such as `u64` and `u32`, in order."""
     header = ptx[ptx.index(".visible .entry") : ptx.index("{", ptx.index(".visible .entry"))]
     return re.findall(r"\.param \.(\w+)", header)
 
 
 def _without_scratch_pointers(ptx: str, count: int, job: Job) -> str:
-    """Drop the two scratch pointers that Triton appends, so that a launcher passes what the description lists."""
+    """Remove the two scratch pointers that Triton appends, so that the parameters match the description."""
     extra = re.compile(r",\s*\.param [^,()]*_param_(\d+)(?=\s*\))")
     for index in reversed(range(count, len(parameters(ptx)))):
         match = extra.search(ptx)
@@ -192,7 +202,7 @@ def _without_scratch_pointers(ptx: str, count: int, job: Job) -> str:
 
 
 def _resources(ptx: str, job: Job) -> dict[str, int]:
-    """Registers per thread and spilled bytes, as the assembler reports them."""
+    """Return the registers per thread and the spilled bytes that ptxas reports."""
     arch = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)
     assert arch is not None
     tools = triton.knobs.nvidia
@@ -205,13 +215,22 @@ def _resources(ptx: str, job: Job) -> dict[str, int]:
     registers = re.search(r"Used (\d+) registers", done.stderr)
     spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)
     if done.returncode or registers is None or spills is None:
-        raise SliderEditError(f"ptxas refuses {job.name} for {job.target}: {done.stderr.strip()[:300]}")
+        raise SliderEditError(f"ptxas rejects {job.name} for {job.target}: {done.stderr.strip()[:300]}")
     return {"registers": int(registers[1]), "spill_bytes": max(int(spills[1]), int(spills[2]))}
 
 
+@cache
+def _source_hashes() -> dict[str, str]:
+    """Return Triton's hash of each kernel's source and of the functions that it calls.
+
+    All are taken together, in one order: in Triton 3.7, a hash depends on which functions were hashed before.
+    """
+    return {spec.name: spec.function.cache_key for spec in SPECS}
+
+
 def content_hash(job: Job) -> str:
-    """SHA-256 over everything that decides the PTX: the kernel's source and what it calls, options, target, Triton."""
-    parts = (job.spec.function.cache_key, repr(job), triton.__version__, Path(__file__).read_text())
+    """Return a SHA-256 of everything that determines the PTX: kernel source, callees, options, target, Triton version."""
+    parts = (_source_hashes()[job.spec_name], repr(job), triton.__version__, Path(__file__).read_text())
     return hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()
 
 
@@ -235,14 +254,24 @@ def _build_one(job: Job, folder: Path) -> None:
     ptx_path, json_path = _paths(job, folder)
     with atomic_file(ptx_path) as temporary:
         temporary.write_text(ptx)
-    # The description last: without it the PTX does not count as built.
+    # The description is written last, because PTX without a description does not count as built.
     with atomic_file(json_path) as temporary:
         description["ptx_sha256"] = hashlib.sha256(ptx.encode()).hexdigest()
         temporary.write_text(json.dumps(description, indent=2) + "\n")
 
 
 def build(work: Sequence[Job], folder: Path, *, processes: int | None = None, progress: bool = True) -> tuple[int, int]:
-    """Compile what is missing or out of date in `folder`; how many were compiled and how many were there already."""
+    """Compile the kernels that are missing or out of date in `folder`.
+
+    Args:
+        work: Kernels that the folder shall hold.
+        folder: Output folder; it is created if needed.
+        processes: Number of compiler processes; None uses every CPU core.
+        progress: Show a progress bar.
+
+    Returns:
+        The number of kernels compiled and the number that were already up to date.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     pending = [job for job in work if not _up_to_date(job, folder)]
     workers = min(processes or os.cpu_count() or 1, len(pending))
@@ -260,7 +289,7 @@ def _build_all(pending: Sequence[Job], folder: Path, workers: int) -> Iterator[s
             _build_one(job, folder)
             yield job.name
         return
-    # Spawned, not forked: the compiler starts threads.
+    # Spawn, because forking is unsafe once the compiler has started threads.
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         futures = {pool.submit(_build_one, job, folder): job for job in pending}
         try:
@@ -273,13 +302,15 @@ def _build_all(pending: Sequence[Job], folder: Path, workers: int) -> Iterator[s
 
 
 def built(folder: Path) -> list[dict[str, Any]]:
-    """Descriptions of the kernels in `folder`, with their `file`, sorted by name.
+    """Return the descriptions of the kernels in `folder`, sorted by name, each with the name of its PTX file as `file`.
 
     Raises:
-        SliderEditError: no such folder, no kernels in it, or a description that cannot be read.
+        SliderEditError: The folder does not exist or holds no kernels, or a description cannot be read.
     """
     if not folder.is_dir():
-        raise SliderEditError(f"no folder {str(folder)!r}; build kernels with 'slideredit-rt kernels build --out {folder}'")
+        raise SliderEditError(
+            f"{str(folder)!r} is not a folder; build kernels with 'slideredit-rt kernels build --out {folder}'"
+        )
     found = []
     for path in sorted(folder.glob("*.sm*.json")):
         try:

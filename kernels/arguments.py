@@ -1,4 +1,4 @@
-"""What the operators accept, checked before anything is launched, and what they return, as far as shapes tell."""
+"""Argument checks of the operators, which run before a launch, and their output shapes for tracing."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ def _check_low_rank(x: Tensor, n: int, lora_a: Tensor, lora_b: Tensor, row_scale
     _require(
         lora_a.shape == (rank, k) and lora_b.shape == (n, rank),
         f"lora_a {tuple(lora_a.shape)} and lora_b {tuple(lora_b.shape)} do not fit a projection from {k} to {n}; "
-        f"give [R, {k}] and [{n}, R]",
+        f"pass [R, {k}] and [{n}, R]",
     )
     bank = row_scale.ndim == x.ndim
     _require(
         row_scale.shape[: x.ndim - 1] == x.shape[:-1] and row_scale.ndim <= x.ndim,
-        f"row_scale has shape {tuple(row_scale.shape)}; give one scale per row of x, {tuple(x.shape[:-1])}, "
-        "or for a bank of adapters one per row and member",
+        f"row_scale has shape {tuple(row_scale.shape)}; pass one scale per row of x, {tuple(x.shape[:-1])}, "
+        "or, for a bank of adapters, one per row and member",
     )
     _require(
         not bank or (row_scale.shape[-1] > 0 and rank % row_scale.shape[-1] == 0),
-        f"row_scale has {row_scale.shape[-1] if bank else 1} members, which do not share a rank of {rank} evenly; "
-        "fill each member of a bank with zeros to the largest rank",
+        f"row_scale has {row_scale.shape[-1] if bank else 1} members, which do not divide a rank of {rank} evenly; "
+        "pad each member of the bank with zeros to the largest rank",
     )
     _require(
         row_scale.dtype == torch.promote_types(x.dtype, torch.float32) or row_scale.dtype == torch.float32,
-        f"row_scale is {row_scale.dtype}; give float32, since 16 bits would round the strengths",
+        f"row_scale is {row_scale.dtype}; pass float32, because 16 bits would round the strengths",
     )
     _require(1 <= rank <= MAX_RANK or not x.is_cuda or bank, f"rank {rank} is outside the kernels' range 1 to {MAX_RANK}")
     for name, tensor in (("lora_a", lora_a), ("lora_b", lora_b), ("row_scale", row_scale)):
@@ -47,37 +47,37 @@ def _check_low_rank(x: Tensor, n: int, lora_a: Tensor, lora_b: Tensor, row_scale
 def _check_projection(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     _require(
         weight.ndim == 2 and weight.shape[1] == x.shape[-1],
-        f"weight has shape {tuple(weight.shape)}; give [N, {x.shape[-1]}] for x of shape {tuple(x.shape)}",
+        f"weight has shape {tuple(weight.shape)}; pass [N, {x.shape[-1]}] for x of shape {tuple(x.shape)}",
     )
-    _require(weight.dtype == x.dtype, f"weight is {weight.dtype} and x {x.dtype}; give both the same dtype")
+    _require(weight.dtype == x.dtype, f"weight is {weight.dtype} and x is {x.dtype}; pass both in the same dtype")
     _require(
         bias is None or bias.shape == (weight.shape[0],),
-        f"bias has shape {None if bias is None else tuple(bias.shape)}; give [{weight.shape[0]}]",
+        f"bias has shape {None if bias is None else tuple(bias.shape)}; pass [{weight.shape[0]}]",
     )
 
 
 def check_one_scale_per_row(x: Tensor, row_scale: Tensor) -> None:
-    """Raise `SliderEditError` for a bank of adapters, which no Triton kernel takes."""
+    """Raise `SliderEditError` for a bank of adapters, which the Triton kernels do not support."""
     _require(
         row_scale.ndim < x.ndim,
-        f"row_scale has shape {tuple(row_scale.shape)}, one scale per member of a bank; the Triton kernels take one per row: "
-        "use the operators without _triton",
+        f"row_scale has shape {tuple(row_scale.shape)}, one scale per member of a bank; the Triton kernels take one per row. "
+        "Use the operators without _triton",
     )
 
 
 def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, row_scale: Tensor) -> None:
-    """Raise `SliderEditError` unless these are the arguments of one `masked_lora_linear`."""
+    """Raise `SliderEditError` unless these are valid arguments of `masked_lora_linear`."""
     _check_projection(x, weight, bias)
     _check_low_rank(x, weight.shape[0], lora_a, lora_b, row_scale)
 
 
 def check_update(y: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, row_scale: Tensor) -> None:
-    """Raise `SliderEditError` unless these are the arguments of one `masked_lora_update_`."""
+    """Raise `SliderEditError` unless these are valid arguments of `masked_lora_update_`."""
     _require(
         y.shape[:-1] == x.shape[:-1] and y.dtype == x.dtype,
-        f"y is {y.dtype} {tuple(y.shape)} and x {x.dtype} {tuple(x.shape)}; give them the same rows and dtype",
+        f"y is {y.dtype} {tuple(y.shape)} and x is {x.dtype} {tuple(x.shape)}; pass tensors with the same rows and dtype",
     )
-    _require(y.is_contiguous(), "y is not contiguous; an update in place needs rows that follow each other in memory")
+    _require(y.is_contiguous(), "y is not contiguous; the in-place update needs a contiguous y, such as y.contiguous()")
     _check_low_rank(x, y.shape[-1], lora_a, lora_b, row_scale)
 
 
@@ -90,13 +90,14 @@ def check_qkv(
     row_scale: Tensor,
 ) -> None:
     """Raise `SliderEditError` unless these are three projections of equal sizes and ranks."""
-    _require(len(biases) == 3, f"biases has {len(biases)} entries; give three, each a tensor or None")
+    _require(len(biases) == 3, f"biases has {len(biases)} entries; pass three, each a tensor or None")
     groups = {"weights": weights, "lora_as": lora_as, "lora_bs": lora_bs}
     for name, group in groups.items():
-        _require(len(group) == 3, f"{name} has {len(group)} tensors; give three, for query, key and value")
+        _require(len(group) == 3, f"{name} has {len(group)} tensors; pass three, for query, key and value")
         _require(
             all(t.shape == group[0].shape for t in group),
-            f"{name} have shapes {', '.join(str(tuple(t.shape)) for t in group)}; give equal ones, or call masked_lora_linear",
+            f"{name} have shapes {', '.join(str(tuple(t.shape)) for t in group)}; pass equal shapes, or call "
+            "masked_lora_linear for each",
         )
     for i in range(3):
         check_linear(x, weights[i], biases[i], lora_as[i], lora_bs[i], row_scale)
@@ -105,7 +106,7 @@ def check_qkv(
 def empty_projection(
     x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, row_scale: Tensor
 ) -> Tensor:
-    """`[..., S, N]` without values: what a compiler traces with."""
+    """Return an uninitialised `[..., S, N]`, the output that a compiler traces with."""
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
@@ -117,6 +118,6 @@ def empty_qkv(
     lora_bs: Sequence[Tensor],
     row_scale: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Three times `[..., S, N]` without values."""
+    """Return three uninitialised `[..., S, N]`, the outputs that a compiler traces with."""
     q, k, v = (x.new_empty(*x.shape[:-1], weight.shape[0]) for weight in weights)
     return q, k, v

@@ -1,7 +1,7 @@
-"""Which path a projection takes and which tile sizes a kernel gets, read from `dispatch.json`.
+"""Choice of path and tile sizes per card and shape, read from `dispatch.json`.
 
-The table is data: `make gpu-bench` measures every path on the card at hand and writes that card's rules beside the
-defaults, with the GPU, the date and the commit that they come from.
+`make gpu-bench` measures every path on the installed card and adds rules for that card to the table, with the GPU, the date
+and the commit of the measurement.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from typing import Any, Literal
 import torch
 
 ProjectionPath = Literal["update", "addmm", "accumulate", "fused"]
-# Paths that begin with the vendor's own projection.
+# Paths that start from the vendor's GEMM, so inactive rows equal its output bit for bit.
 EXACT_PATHS: tuple[ProjectionPath, ...] = ("update", "addmm")
 TABLE = Path(__file__).parent / "dispatch.json"
-# Shared memory that one thread block can use, in KiB, by compute capability (CUDA C++ Programming Guide, technical
-# specifications). Cards that are not listed are taken for the smallest.
+# Largest shared memory of a thread block, in KiB, by compute capability (CUDA C++ Programming Guide, technical
+# specifications). Capabilities that are not listed get the smallest of these.
 SHARED_KIB = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99}
 
 
@@ -35,11 +35,11 @@ class Configuration:
 
     @property
     def name(self) -> str:
-        """For files and tables, such as `128x128x64-w8-s3`."""
+        """Short name for files and tables, such as `128x128x64-w8-s3`."""
         return f"{self.block_m}x{self.block_n}x{self.block_k}-w{self.num_warps}-s{self.num_stages}"
 
     def constants(self, even_k: bool, rank: int) -> dict[str, Any]:
-        """Compile-time constants of the kernels; `rank` may be any, it is padded here."""
+        """Return the kernels' compile-time constants. `rank` is padded here."""
         return {
             "BLOCK_M": self.block_m,
             "BLOCK_N": self.block_n,
@@ -49,19 +49,19 @@ class Configuration:
         }
 
     def meta(self, k: int, rank: int) -> dict[str, Any]:
-        """Keyword arguments of a launch over `k` inner columns."""
+        """Return the keyword arguments of a launch over `k` inner columns."""
         options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
         return self.constants(k % self.block_k == 0, rank) | options
 
 
 def padded_rank(rank: int) -> int:
-    """The inner size that the tensor cores take for this rank: 16, 32, 64 or 128."""
+    """Return the rank padded to a tensor-core size: 16, 32, 64 or 128."""
     return max(16, 1 << (rank - 1).bit_length())
 
 
 @lru_cache
 def table() -> dict[str, Any]:
-    """The parsed `dispatch.json`."""
+    """Return the parsed `dispatch.json`."""
     parsed: dict[str, Any] = json.loads(TABLE.read_text())
     return parsed
 
@@ -76,30 +76,36 @@ def _fits(rule: dict[str, Any], rows: int | None, rank: int, dtype: torch.dtype,
 
 
 def configuration(kernel: str, rows: int, rank: int, dtype: torch.dtype, capability: int) -> Configuration:
-    """Tile sizes for a launch: the first rule of the kernel that holds."""
+    """Return the tile sizes of a launch: those of the first matching rule of the kernel."""
     return configurations(kernel, rank, dtype, capability, rows)[0]
 
 
 def configurations(kernel: str, rank: int, dtype: torch.dtype, capability: int, rows: int | None = None) -> list[Configuration]:
-    """Every configuration that some number of rows (or just `rows`) may get, the preferred one first."""
+    """Return the configurations that a launch may get, preferred first: for any number of rows, or for `rows` only."""
     found = []
     for rule in table()["configurations"][kernel]:
         if _fits(rule, rows, rank, dtype, capability):
             block_m, block_n, block_k = rule["blocks"]
             found.append(Configuration(block_m, block_n, block_k, rule["num_warps"], rule["num_stages"]))
             if not rule.get("min_rows"):
-                # Holds for any number of rows, so that the rules after it are never reached.
+                # This rule matches any number of rows, so later rules are unreachable.
                 break
     return found
 
 
 def path(rows: int, n: int, k: int, dtype: torch.dtype, gpu: str, *, exact: bool) -> ProjectionPath:
-    """How a projection of `rows` rows from `k` to `n` columns is computed on this card.
+    """Return the path that computes a projection of `rows` rows from `k` to `n` columns on this card.
 
-    Rules measured on a card of that name win; among them, the nearest measured shape decides. Without any, the defaults.
+    Rules measured on a card of that name and in that dtype come first, and the nearest measured shape decides. Other cards
+    use the default rules.
 
     Args:
-        exact: choose among the paths that leave rows of scale 0 with the vendor's bits.
+        rows: Number of rows of `x`.
+        n: Output columns.
+        k: Inner columns.
+        dtype: Dtype of `x`.
+        gpu: Name of the card, as `torch.cuda.get_device_name` returns it.
+        exact: Only choose paths whose rows of scale 0 equal the vendor's GEMM bit for bit.
     """
     measured = table()["paths"].get(gpu)
     name = str(dtype).removeprefix("torch.")

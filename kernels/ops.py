@@ -1,9 +1,9 @@
-"""Operators of the `slideredit` namespace: eager, autograd, `torch.compile`, `torch.export`.
+"""Operators of the `slideredit` namespace for eager mode, autograd, `torch.compile` and `torch.export`.
 
-On CPU tensors they run the reference, on CUDA tensors the path that `dispatch.json` names for the card and shape. The Triton
-kernels know one scale per row: a bank of adapters (`row_scale` `[..., S, G]`) runs the reference on CUDA tensors, too.
-`masked_lora_linear` is one opaque node, so that an exporter can give it a body of its own; the `…_triton` operators that
-write whole outputs are transparent to the compiler.
+On CPU tensors the operators run the reference. On CUDA tensors they run the path that `dispatch.json` selects for the card
+and shape. The Triton kernels take one scale per row, so a bank of adapters (`row_scale` `[..., S, G]`) runs the reference on
+CUDA tensors as well. `masked_lora_linear` is an opaque node, which an exporter can replace with its own subgraph. The
+`…_triton` operators that write whole outputs are transparent to the compiler.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from slideredit_rt.kernels.reference import (
 
 
 def _cuda_paths() -> Any:
-    """Imported on the first CUDA call: Triton exists on Linux only, and importing it takes a second."""
+    """Import the Triton operators on the first CUDA call: Triton is Linux-only and takes a second to import."""
     from slideredit_rt.kernels import triton_ops
 
     return triton_ops
@@ -57,7 +57,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     needs_x, _, _, needs_a, needs_b, _ = ctx.needs_input_grad
     wide = torch.promote_types(x.dtype, torch.float32)
     wide_grad, wide_x, wide_a, scale = grad.to(wide), x.to(wide), lora_a.to(wide), row_scale.to(wide)
-    # The same expression forwards and backwards: a row's gradient is scaled per member on its way through A and B.
+    # The backward pass scales each row's gradient per member, with the same expression as the forward pass.
     through_b = scaled_low_rank(wide_grad, lora_b.to(wide).T, scale)
     grad_x = grad @ weight + (through_b @ wide_a).to(grad.dtype) if needs_x else None
     grad_a = (through_b.flatten(0, -2).T @ wide_x.flatten(0, -2)).to(lora_a.dtype) if needs_a else None
@@ -98,12 +98,34 @@ _masked_lora_qkv.register_fake(empty_qkv)
 def masked_lora_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, row_scale: Tensor
 ) -> Tensor:
-    """A frozen projection plus a low-rank update scaled per row (shapes and dtypes of `masked_lora_linear_reference`).
+    """Compute `x Wᵀ + bias + row_scale · (x Aᵀ) Bᵀ`, a frozen projection plus a low-rank update scaled per row.
 
-    Gradients flow to `x`, `lora_a` and `lora_b`; the projection and the scales are constants.
+    A row whose scale is 0 gets the frozen projection, bit for bit. Gradients flow to `x`, `lora_a` and `lora_b`; the
+    projection and the scales are constants.
+
+    Args:
+        x: `[..., S, K]`; float32, bfloat16 or float16, and float64 for gradient checks.
+        weight: `[N, K]`, in the dtype of `x`.
+        bias: `[N]`, or None.
+        lora_a: `[R, K]`, in any floating dtype. On CUDA, R is 1 to 128, except for a bank of adapters.
+        lora_b: `[N, R]`, with LoRA's `lora_alpha / r` already folded in.
+        row_scale: `[..., S]`, float32; `[..., S, G]` for a bank of G adapters of rank R / G.
+
+    Returns:
+        `[..., S, N]` in the dtype of `x`.
 
     Raises:
-        SliderEditError: shapes or dtypes that do not belong together.
+        SliderEditError: Shapes, dtypes or devices do not match.
+
+    Example:
+        >>> import torch
+        >>> from slideredit_rt import kernels
+        >>> x, weight = torch.randn(2, 8, 64), torch.randn(32, 64)
+        >>> lora_a, lora_b = torch.randn(16, 64), torch.randn(32, 16)
+        >>> row_scale = torch.zeros(2, 8)
+        >>> row_scale[:, 2:5] = 0.5  # three active rows per sequence
+        >>> kernels.masked_lora_linear(x, weight, None, lora_a, lora_b, row_scale).shape
+        torch.Size([2, 8, 32])
     """
     check_linear(x, weight, bias, lora_a, lora_b, row_scale)
     y: Tensor = _masked_lora_linear(x, weight, bias, lora_a, lora_b, row_scale)
@@ -111,12 +133,22 @@ def masked_lora_linear(
 
 
 def masked_lora_update_(y: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, row_scale: Tensor) -> Tensor:
-    """Add a low-rank update to the active rows of `y` in place (shapes of `masked_lora_update_reference_`); returns `y`.
+    """Compute `y += row_scale · (x Aᵀ) Bᵀ` in place on the rows whose scale is not 0, and return `y`.
 
-    For inference: no gradients.
+    Other rows of `y` keep their bits. The operator has no gradients.
+
+    Args:
+        y: `[..., S, N]`, contiguous, in the dtype of `x`.
+        x: `[..., S, K]`, floating point.
+        lora_a: `[R, K]`, in any floating dtype.
+        lora_b: `[N, R]`, with LoRA's `lora_alpha / r` already folded in.
+        row_scale: `[..., S]`, float32; `[..., S, G]` for a bank of G adapters.
+
+    Returns:
+        The tensor `y`.
 
     Raises:
-        SliderEditError: shapes or dtypes that do not belong together.
+        SliderEditError: Shapes, dtypes or devices do not match, or `y` is not contiguous.
     """
     check_update(y, x, lora_a, lora_b, row_scale)
     _masked_lora_update_(y, x, lora_a, lora_b, row_scale)
@@ -131,10 +163,24 @@ def masked_lora_qkv(
     lora_bs: Sequence[Tensor],
     row_scale: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Query, key and value projections of the same rows, of equal sizes and ranks. For inference: no gradients.
+    """Compute the query, key and value projections of the same rows, each as `masked_lora_linear` does.
+
+    The operator has no gradients. On CUDA it is one launch where the fused kernel is the fastest path; inactive rows then
+    may differ from the vendor's GEMM in the last bit.
+
+    Args:
+        x: `[..., S, K]`, floating point.
+        weights: Three `[N, K]`, in the dtype of `x`.
+        biases: Three `[N]`, each of which may be None.
+        lora_as: Three `[R, K]`, in any floating dtype.
+        lora_bs: Three `[N, R]`, with LoRA's `lora_alpha / r` already folded in.
+        row_scale: `[..., S]`, float32, shared by the three; `[..., S, G]` for a bank of G adapters.
+
+    Returns:
+        Three `[..., S, N]` in the dtype of `x`.
 
     Raises:
-        SliderEditError: shapes or dtypes that do not belong together.
+        SliderEditError: Shapes, dtypes or devices do not match, or the three projections differ in size or rank.
     """
     check_qkv(x, weights, biases, lora_as, lora_bs, row_scale)
     q, k, v = _masked_lora_qkv(x, weights, biases, lora_as, lora_bs, row_scale)

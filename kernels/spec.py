@@ -1,4 +1,4 @@
-"""What a launcher, the ahead-of-time compiler and a TensorRT plugin all need to know of a kernel."""
+"""Kernel arguments and grids, as launchers, the ahead-of-time compiler and the TensorRT plugin need them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from slideredit_rt.kernels.dispatch import Configuration
 
 
 def cdiv(a: Any, b: int) -> Any:
-    """Division rounded up, for integers and for symbolic ones."""
+    """Divide and round up. `a` may be an integer or a symbolic expression."""
     return (a + b - 1) // b
 
 
@@ -19,10 +19,11 @@ class KernelSpec:
     """A kernel's arguments in launch order: input pointers, int32 scalars, output pointers.
 
     Attributes:
-        function: the `triton.jit` function.
-        inputs: names of the input pointers.
-        outputs: names of the output pointers.
-        grid: programs along x and y, from a configuration, the number of rows and the number of output columns.
+        function: `triton.jit` function.
+        inputs: Names of the input pointers.
+        outputs: Names of the output pointers.
+        grid: Function of the configuration, the number of rows and the number of output columns that returns the number of
+            programs along x and y.
     """
 
     function: Any
@@ -32,12 +33,12 @@ class KernelSpec:
 
     @property
     def name(self) -> str:
-        """`masked_lora_linear` for `masked_lora_linear_kernel`."""
+        """Name without the suffix `_kernel`."""
         return str(self.function.__name__).removesuffix("_kernel")
 
     @property
     def scalars(self) -> tuple[str, ...]:
-        """Names of the int32 arguments: the sizes, between inputs and outputs."""
+        """Names of the int32 arguments: sizes, which follow the inputs and precede the outputs."""
         names = [n for n in self.function.arg_names if n not in self.inputs and n not in self.outputs]
         return tuple(n for n in names if n not in CONSTANTS)
 

@@ -1,6 +1,7 @@
-"""For rows that are all active: the low-rank product once per row, then taken into the GEMM as one more inner step.
+"""Two kernels for calls in which all rows are active.
 
-`y` is written once and never read. The first kernel alone also feeds the vendor's `addmm`.
+The first computes the low-rank product once per row. The second adds it to the projection as one more inner step of the
+GEMM, so `y` is written once and never read. The output of the first kernel can also go to the vendor's `addmm`.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def masked_low_rank_kernel(
     RANK: tl.constexpr,
     EVEN_K: tl.constexpr,
 ):
-    """`low = row_scale · (x Aᵀ)`; tiles without an active row are written as 0 without reading `x`."""
+    """Compute `low = row_scale · (x Aᵀ)`, `[rows, rank]`. Tiles without an active row store 0 and do not read `x`."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     scale = load_scale(row_scale, row, rows)
     product = tl.zeros((BLOCK_M, RANK), tl.float32)
@@ -70,7 +71,7 @@ def accumulate_linear_kernel(
     RANK: tl.constexpr,
     EVEN_K: tl.constexpr,
 ):
-    """`y = x Wᵀ + bias + low Bᵀ`."""
+    """Compute `y = x Wᵀ + bias + low Bᵀ`, one `[BLOCK_M, BLOCK_N]` tile per program."""
     tile_m, tile_n = tile_of(tl.program_id(0), tl.cdiv(rows, BLOCK_M), tl.cdiv(N, BLOCK_N))
     row = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -85,12 +86,12 @@ def accumulate_linear_kernel(
 
 
 def low_rank_grid(configuration: Configuration, rows: int, n: int) -> tuple[int, int]:
-    """Programs of the first launch; `n` plays no part."""
+    """Return the number of programs of the first launch. `n` is unused."""
     return cdiv(rows, configuration.block_m), 1
 
 
 def linear_grid(configuration: Configuration, rows: int, n: int) -> tuple[int, int]:
-    """Programs of the second launch over `rows` rows and `n` output columns."""
+    """Return the number of programs of the second launch over `rows` rows and `n` output columns."""
     return cdiv(rows, configuration.block_m) * cdiv(n, configuration.block_n), 1
 
 
@@ -109,7 +110,7 @@ LINEAR_SPEC = KernelSpec(
 
 
 def launch_low_rank(x: Tensor, lora_a: Tensor, row_scale: Tensor, configuration: Configuration, low: Tensor) -> None:
-    """Fill `low` `[M, R]`. Everything contiguous: x `[M, K]`, lora_a `[R, K]`, row_scale `[M]`."""
+    """Write `low`, `[M, R]`. All tensors are contiguous: x `[M, K]`, lora_a `[R, K]`, row_scale `[M]`."""
     (rows, k), rank = x.shape, lora_a.shape[0]
     wrap_triton(masked_low_rank_kernel)[low_rank_grid(configuration, rows, rank)](
         x, lora_a, row_scale, rows, k, rank, low, **configuration.meta(k, rank)
@@ -119,7 +120,7 @@ def launch_low_rank(x: Tensor, lora_a: Tensor, row_scale: Tensor, configuration:
 def launch_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, low: Tensor, lora_b: Tensor, configuration: Configuration, y: Tensor
 ) -> None:
-    """Fill `y` `[M, N]`. Everything contiguous: x `[M, K]`, weight `[N, K]`, low float32 `[M, R]`, lora_b `[N, R]`."""
+    """Write `y`, `[M, N]`. All tensors are contiguous: x `[M, K]`, weight `[N, K]`, low float32 `[M, R]`, lora_b `[N, R]`."""
     (rows, k), n, rank = x.shape, weight.shape[0], lora_b.shape[1]
     wrap_triton(accumulate_linear_kernel)[linear_grid(configuration, rows, n)](
         x, weight, bias, low, lora_b, rows, k, n, rank, y, **configuration.meta(k, rank)

@@ -1,6 +1,7 @@
-"""The whole projection in one kernel: base and low-rank product share the loads of `x`, idle tiles skip the latter.
+"""The whole projection in one kernel.
 
-Writes its whole output, as plugins of TensorRT that are compiled ahead of time must.
+The frozen and the low-rank product share the loads of `x`, and tiles without an active row skip the low-rank product. The
+kernel writes its whole output, as ahead-of-time TensorRT plugins must.
 """
 
 from __future__ import annotations
@@ -45,11 +46,11 @@ def masked_lora_tile(
     RANK: tl.constexpr,
     EVEN_K: tl.constexpr,
 ):
-    """One `[BLOCK_M, BLOCK_N]` tile of `y`."""
+    """Compute one `[BLOCK_M, BLOCK_N]` tile of `y = x Wᵀ + bias + row_scale · (x Aᵀ) Bᵀ`."""
     row = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     scale = load_scale(row_scale, row, rows)
-    # Rows and columns past the end read the last one; they are not stored.
+    # Rows and columns past the end load the last one and are not stored.
     x_rows = x + tl.minimum(row, rows - 1) * K
     weight_rows = weight + tl.minimum(column, N - 1).to(tl.int64) * K
     if any_active(scale):
@@ -79,6 +80,7 @@ def masked_lora_linear_kernel(
     RANK: tl.constexpr,
     EVEN_K: tl.constexpr,
 ):
+    """Compute `y = x Wᵀ + bias + row_scale · (x Aᵀ) Bᵀ`, one tile per program."""
     tile_m, tile_n = tile_of(tl.program_id(0), tl.cdiv(rows, BLOCK_M), tl.cdiv(N, BLOCK_N))
     masked_lora_tile(
         x, weight, bias, lora_a, lora_b, row_scale, rows, K, N, rank, y, tile_m, tile_n, BLOCK_M, BLOCK_N, BLOCK_K, RANK, EVEN_K
@@ -86,7 +88,7 @@ def masked_lora_linear_kernel(
 
 
 def grid(configuration: Configuration, rows: int, n: int) -> tuple[int, int]:
-    """Programs of a launch over `rows` rows and `n` output columns."""
+    """Return the number of programs of a launch over `rows` rows and `n` output columns."""
     return cdiv(rows, configuration.block_m) * cdiv(n, configuration.block_n), 1
 
 
@@ -108,7 +110,10 @@ def launch(
     configuration: Configuration,
     y: Tensor,
 ) -> None:
-    """Fill `y` `[M, N]`. All contiguous: x `[M, K]`, weight `[N, K]`, lora_a `[R, K]`, lora_b `[N, R]`, row_scale `[M]`."""
+    """Write `y`, `[M, N]`.
+
+    All tensors are contiguous: x `[M, K]`, weight `[N, K]`, lora_a `[R, K]`, lora_b `[N, R]`, row_scale `[M]`.
+    """
     (rows, k), n, rank = x.shape, weight.shape[0], lora_a.shape[0]
     wrap_triton(masked_lora_linear_kernel)[grid(configuration, rows, n)](
         x, weight, bias, lora_a, lora_b, row_scale, rows, k, n, rank, y, **configuration.meta(k, rank)

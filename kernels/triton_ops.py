@@ -1,6 +1,6 @@
-"""The `…_triton` operators and the paths that dispatch chooses from on CUDA tensors.
+"""The `…_triton` operators, and the paths that dispatch chooses from on CUDA tensors.
 
-On CPU tensors they run under Triton's interpreter, in a process that was started with `TRITON_INTERPRET=1`.
+CPU tensors need Triton's interpreter, in a process started with `TRITON_INTERPRET=1`.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 
 def _operator(name: str) -> Callable[[Callable[..., Any]], Any]:
-    """A transparent operator; an opaque one under the interpreter, whose kernels no compiler can trace."""
+    """Define an operator that the compiler can trace into, or an opaque one under the interpreter, where it cannot."""
     define = torch.library.custom_op if INTERPRETED else torch.library.triton_op
     decorator: Callable[[Callable[..., Any]], Any] = define(f"slideredit::{name}", mutates_args=())
     return decorator
 
 
 def _flat(x: Tensor) -> Tensor:
-    """`[M, K]`, contiguous; copies only where rows do not follow each other in memory."""
+    """Return `x` as a contiguous `[M, K]`. A contiguous `x` is not copied."""
     return x.reshape(-1, x.shape[-1]).contiguous()
 
 
@@ -60,11 +60,11 @@ def _require_launchable(x: Tensor, row_scale: Tensor) -> None:
     check_one_scale_per_row(x, row_scale)
     if x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise SliderEditError(
-            f"the Triton kernels take bfloat16, float16 or float32, not {x.dtype}; use the …_reference operator"
+            f"x is {x.dtype}; the Triton kernels take bfloat16, float16 or float32. Use the …_reference operator instead"
         )
     if not x.is_cuda and not INTERPRETED:
         raise SliderEditError(
-            "the Triton kernels run on CUDA tensors; for CPU tensors start Python with TRITON_INTERPRET=1 (slow, for tests)"
+            "x is on the CPU; the Triton kernels take CUDA tensors. For tests, start Python with TRITON_INTERPRET=1 (slow)"
         )
 
 
@@ -106,8 +106,8 @@ def _masked_lora_addmm_triton(
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
-# Opaque on purpose: the rows that the kernel stores to come out of `row_scale`, which torch's analysis of Triton kernels
-# therefore takes for written and would clone before each launch.
+# Opaque on purpose. The kernel derives the rows that it stores to from `row_scale`, so torch's analysis of Triton kernels
+# would treat `row_scale` as written and clone it before each launch.
 @torch.library.custom_op("slideredit::masked_lora_update_triton_", mutates_args=("y",))
 def _masked_lora_update_triton_(y: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, row_scale: Tensor) -> None:
     flat = _flat(x)
@@ -155,13 +155,24 @@ def _(y: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, row_scale: Tensor) -
 def masked_lora_linear_triton(
     x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, row_scale: Tensor
 ) -> Tensor:
-    """`masked_lora_linear` in one Triton kernel: tiles without an active row cost what the frozen projection costs.
+    """Compute `masked_lora_linear` in one Triton kernel. Tiles without an active row skip the low-rank product.
 
-    Shapes as in `masked_lora_linear_reference`; bfloat16, float16 or float32; rank 1 to 128. For inference: no gradients.
-    An inactive row's result does not depend on the other rows; it may differ from the vendor's GEMM in the last bit.
+    The result of an inactive row does not depend on the other rows, but may differ from the vendor's GEMM in the last bit.
+    The operator has no gradients.
+
+    Args:
+        x: `[..., S, K]`, bfloat16, float16 or float32.
+        weight: `[N, K]`, in the dtype of `x`.
+        bias: `[N]`, or None.
+        lora_a: `[R, K]` with R from 1 to 128, in any floating dtype.
+        lora_b: `[N, R]`, with LoRA's `lora_alpha / r` already folded in.
+        row_scale: `[..., S]`, float32.
+
+    Returns:
+        `[..., S, N]` in the dtype of `x`.
 
     Raises:
-        SliderEditError: shapes, dtypes or devices that the kernels do not take.
+        SliderEditError: Shapes, dtypes or devices do not match or are not supported, or `row_scale` is that of a bank.
     """
     check_linear(x, weight, bias, lora_a, lora_b, row_scale)
     _require_launchable(x, row_scale)
@@ -172,9 +183,10 @@ def masked_lora_linear_triton(
 def masked_lora_accumulate_triton(
     x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, row_scale: Tensor
 ) -> Tensor:
-    """`masked_lora_linear` for rows that are all active: `row_scale · x Aᵀ` once, then one more inner step of the GEMM.
+    """Compute `masked_lora_linear` in two Triton kernels, for calls in which most rows are active.
 
-    Arguments and errors as in `masked_lora_linear_triton`.
+    The first kernel computes `row_scale · (x Aᵀ)` in float32 and skips tiles without an active row. The second adds it to the
+    projection as one more inner step of the GEMM. Arguments and errors are those of `masked_lora_linear_triton`.
     """
     check_linear(x, weight, bias, lora_a, lora_b, row_scale)
     _require_launchable(x, row_scale)
@@ -185,23 +197,39 @@ def masked_lora_accumulate_triton(
 def masked_lora_addmm_triton(
     x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, row_scale: Tensor
 ) -> Tensor:
-    """`masked_lora_linear` for rows that are all active: `row_scale · x Aᵀ` by Triton, the rest by the vendor's `addmm`.
+    """Compute `masked_lora_linear` with the vendor's GEMM and `addmm`, for calls in which most rows are active.
 
-    Arguments and errors as in `masked_lora_linear_triton`, but no float16: it could not hold a large scale times a product.
+    A Triton kernel computes `row_scale · (x Aᵀ)` in the dtype of `x` and skips tiles without an active row. Arguments and
+    errors are those of `masked_lora_linear_triton`, except that float16 raises an error because large scales would overflow.
     """
     check_linear(x, weight, bias, lora_a, lora_b, row_scale)
     _require_launchable(x, row_scale)
     if x.dtype == torch.float16:
-        raise SliderEditError("the addmm path would overflow float16 at large strengths; use masked_lora_accumulate_triton")
+        raise SliderEditError(
+            "x is float16, which the addmm path would overflow at large strengths; use masked_lora_accumulate_triton"
+        )
     y: Tensor = _masked_lora_addmm_triton(x, weight, bias, lora_a, lora_b, row_scale)
     return y
 
 
 def masked_lora_update_triton_(y: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, row_scale: Tensor) -> Tensor:
-    """`masked_lora_update_` in one Triton kernel; returns `y`.
+    """Compute `y += row_scale · (x Aᵀ) Bᵀ` in place in one Triton kernel, and return `y`.
 
-    The launch depends on shapes only, so a captured CUDA graph replays with other masks and scales. Inactive rows of `y`
-    are neither read nor written. Shapes as in `masked_lora_update_reference_`, errors as in `masked_lora_linear_triton`.
+    The kernel gathers the active rows into dense tiles on the device; inactive rows of `y` are neither read nor written. The
+    launch depends on shapes only, so a captured CUDA graph can be replayed with other masks and scales.
+
+    Args:
+        y: `[..., S, N]`, contiguous, in the dtype of `x`.
+        x: `[..., S, K]`, bfloat16, float16 or float32.
+        lora_a: `[R, K]` with R from 1 to 128, in any floating dtype.
+        lora_b: `[N, R]`, with LoRA's `lora_alpha / r` already folded in.
+        row_scale: `[..., S]`, float32.
+
+    Returns:
+        The tensor `y`.
+
+    Raises:
+        SliderEditError: Shapes, dtypes or devices do not match or are not supported, or `y` is not contiguous.
     """
     check_update(y, x, lora_a, lora_b, row_scale)
     _require_launchable(x, row_scale)
@@ -217,7 +245,10 @@ def masked_lora_qkv_triton(
     lora_bs: Sequence[Tensor],
     row_scale: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`masked_lora_qkv` in one launch. Errors as in `masked_lora_linear_triton`."""
+    """Compute `masked_lora_qkv` in one launch of a Triton kernel.
+
+    Arguments are those of `masked_lora_qkv`. Dtypes, ranks and errors are those of `masked_lora_linear_triton`.
+    """
     check_qkv(x, weights, biases, lora_as, lora_bs, row_scale)
     _require_launchable(x, row_scale)
     q, k, v = _masked_lora_qkv_triton(x, weights, biases, lora_as, lora_bs, row_scale)
@@ -225,7 +256,7 @@ def masked_lora_qkv_triton(
 
 
 def _by_update(x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, row_scale: Tensor) -> Tensor:
-    """The vendor's GEMM, then the active rows in place."""
+    """Run the vendor's GEMM, then update the active rows in place."""
     y = F.linear(x, weight, bias).contiguous()
     _masked_lora_update_triton_(y, x, lora_a, lora_b, row_scale)
     return y
@@ -242,9 +273,9 @@ PATHS: dict[dispatch.ProjectionPath, Callable[..., Tensor]] = {
 def linear_by_dispatch(
     x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, row_scale: Tensor
 ) -> Tensor:
-    """`masked_lora_linear` of CUDA tensors by the path that `dispatch.json` names for this card and shape.
+    """Compute `masked_lora_linear` on CUDA tensors by the path that `dispatch.json` selects for this card and shape.
 
-    Only paths that keep the vendor's bits: with every scale 0 the result is the base model's, bit for bit.
+    Only exact paths are used, so with every scale 0 the result equals the base model's, bit for bit.
     """
     n, k = weight.shape
     path = dispatch.path(row_scale.numel(), n, k, x.dtype, torch.cuda.get_device_name(x.device), exact=True)
@@ -259,7 +290,7 @@ def qkv_by_dispatch(
     lora_bs: Sequence[Tensor],
     row_scale: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`masked_lora_qkv` of CUDA tensors: one launch where the fused kernel is the best path, else three projections."""
+    """Compute `masked_lora_qkv` on CUDA tensors: in one launch where the fused kernel is the best path, else in three."""
     n, k = weights[0].shape
     path = dispatch.path(row_scale.numel(), n, k, x.dtype, torch.cuda.get_device_name(x.device), exact=False)
     if path == "fused":

@@ -44,6 +44,7 @@ def masked_lora_qkv_kernel(
     RANK: tl.constexpr,
     EVEN_K: tl.constexpr,
 ):
+    """Compute `y = x Wᵀ + bias + row_scale · (x Aᵀ) Bᵀ` for query, key and value, one tile of one of them per program."""
     tiles_n = tl.cdiv(N, BLOCK_N)
     tile_m, tile = tile_of(tl.program_id(0), tl.cdiv(rows, BLOCK_M), 3 * tiles_n)
     if tile < tiles_n:
@@ -59,7 +60,7 @@ def masked_lora_qkv_kernel(
 
 
 def grid(configuration: Configuration, rows: int, n: int) -> tuple[int, int]:
-    """Programs of a launch over `rows` rows and three times `n` output columns."""
+    """Return the number of programs of a launch over `rows` rows and three times `n` output columns."""
     return cdiv(rows, configuration.block_m) * cdiv(n, configuration.block_n) * 3, 1
 
 
@@ -85,7 +86,7 @@ def launch(
     configuration: Configuration,
     ys: Sequence[Tensor],
 ) -> None:
-    """Fill three outputs. Shapes as in `triton_linear.launch`, equal among the three."""
+    """Write the three outputs. Shapes are those of `triton_linear.launch`, the same for all three."""
     (rows, k), n, rank = x.shape, weights[0].shape[0], lora_as[0].shape[0]
     wrap_triton(masked_lora_qkv_kernel)[grid(configuration, rows, n)](
         x,

@@ -1,4 +1,4 @@
-"""Device functions that the kernels share: the order of tiles, loads, and the base and low-rank products of a tile."""
+"""Device functions shared by the kernels: tile order, loads and stores, and the frozen and low-rank products of a tile."""
 
 from __future__ import annotations
 
@@ -6,24 +6,24 @@ import triton
 import triton.language as tl
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-# Tile rows that walk the columns together, so that weight tiles are reused while they are in L2.
+# Number of tile rows that advance through the columns together, so that weight tiles are reused while they are in L2.
 GROUP_M: tl.constexpr = tl.constexpr(8)
 
 
 @triton.jit
 def multiply(a, b, accumulator, PRECISION: tl.constexpr):
-    """`accumulator + a @ b` in float32. `PRECISION` concerns float32 operands only."""
+    """Return `accumulator + a @ b` in float32. `PRECISION` applies to float32 operands only."""
     if INTERPRETED:
-        # The interpreter would multiply the raw bits of bfloat16; products of 16-bit floats are exact in float32.
+        # The interpreter would multiply the raw bits of bfloat16. Products of 16-bit floats are exact in float32.
         return tl.dot(a.to(tl.float32), b.to(tl.float32), accumulator)
     return tl.dot(a, b, accumulator, input_precision=PRECISION)
 
 
 @triton.jit
 def cast(value, dtype: tl.constexpr):
-    """To `dtype`, to nearest even."""
+    """Convert to `dtype`, rounding to nearest even."""
     if INTERPRETED and dtype == tl.bfloat16 and value.dtype == tl.float32:
-        # The hardware rounds; the interpreter would cut the lower bits off.
+        # The hardware rounds, but the interpreter truncates.
         bits = value.to(tl.uint32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
         value = tl.where(value == value, rounded, value)
@@ -32,7 +32,7 @@ def cast(value, dtype: tl.constexpr):
 
 @triton.jit
 def tile_of(program, tiles_m, tiles_n):
-    """Row and column of a program's tile."""
+    """Return the tile row and tile column of a program."""
     group = program // (GROUP_M * tiles_n)
     group_m = tl.minimum(tiles_m - group * GROUP_M, GROUP_M)
     within = program % (GROUP_M * tiles_n)
@@ -41,25 +41,25 @@ def tile_of(program, tiles_m, tiles_n):
 
 @triton.jit
 def load_scale(row_scale, row, rows):
-    """Row scales, 0 past the end."""
+    """Load row scales. Rows past the end get 0."""
     return tl.load(row_scale + row, mask=row < rows, other=0.0)
 
 
 @triton.jit
 def any_active(scale):
-    """Whether some row's scale is not 0 (NaN is not 0)."""
+    """Return whether any scale is not 0. NaN counts as not 0."""
     return tl.max((scale != 0).to(tl.int32), axis=0) != 0
 
 
 @triton.jit
 def scaled(scale, low):
-    """`scale · low` row by row; rows of scale 0 become 0 whatever `low` holds, NaN included."""
+    """Return `scale · low` row by row. Rows of scale 0 become 0, even where `low` is NaN or infinite."""
     return tl.where((scale != 0)[:, None], scale[:, None] * low, 0.0)
 
 
 @triton.jit
 def load_rows(row_pointers, inner, K, EVEN_K: tl.constexpr):
-    """`[rows, BLOCK_K]` at the inner columns `inner`; columns past K are 0."""
+    """Load `[rows, BLOCK_K]` at the inner columns `inner`. Columns past K are 0."""
     pointers = row_pointers[:, None] + inner[None, :]
     if EVEN_K:
         return tl.load(pointers)
@@ -68,7 +68,7 @@ def load_rows(row_pointers, inner, K, EVEN_K: tl.constexpr):
 
 @triton.jit
 def load_lora_a(lora_a, inner, K, rank, RANK: tl.constexpr, EVEN_K: tl.constexpr):
-    """`[RANK, BLOCK_K]` of A at the inner columns `inner`; rows past `rank` are 0."""
+    """Load `[RANK, BLOCK_K]` of A at the inner columns `inner`. Rows past `rank` and columns past K are 0."""
     slot = tl.arange(0, RANK)
     pointers = lora_a + slot[:, None] * K + inner[None, :]
     if EVEN_K:
@@ -78,7 +78,7 @@ def load_lora_a(lora_a, inner, K, rank, RANK: tl.constexpr, EVEN_K: tl.constexpr
 
 @triton.jit
 def load_lora_b(lora_b, column, N, rank, RANK: tl.constexpr):
-    """`[BLOCK_N, RANK]` of B; columns past `rank` and rows past N are 0."""
+    """Load `[BLOCK_N, RANK]` of B. Columns past `rank` and rows past N are 0."""
     slot = tl.arange(0, RANK)
     mask = (column[:, None] < N) & (slot[None, :] < rank)
     return tl.load(lora_b + column[:, None] * rank + slot[None, :], mask=mask, other=0.0)
@@ -86,7 +86,7 @@ def load_lora_b(lora_b, column, N, rank, RANK: tl.constexpr):
 
 @triton.jit
 def project(x_rows, weight_rows, K, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr):
-    """`x Wᵀ`, float32 `[BLOCK_M, BLOCK_N]`. `x_rows` and `weight_rows` point to the first element of each row."""
+    """Return `x Wᵀ`, float32 `[BLOCK_M, BLOCK_N]`. `x_rows` and `weight_rows` point to the first element of each row."""
     accumulator = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(0, K, BLOCK_K):
         inner = start + tl.arange(0, BLOCK_K)
@@ -100,7 +100,7 @@ def project(x_rows, weight_rows, K, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 def project_low(
     x_rows, lora_a, rank, K, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, RANK: tl.constexpr, EVEN_K: tl.constexpr
 ):
-    """`x Aᵀ`, float32 `[BLOCK_M, RANK]`."""
+    """Return `x Aᵀ`, float32 `[BLOCK_M, RANK]`."""
     low = tl.zeros((BLOCK_M, RANK), tl.float32)
     for start in range(0, K, BLOCK_K):
         inner = start + tl.arange(0, BLOCK_K)
@@ -123,7 +123,7 @@ def project_both(
     RANK: tl.constexpr,
     EVEN_K: tl.constexpr,
 ):
-    """`x Wᵀ` and `x Aᵀ` from the same loads of `x`."""
+    """Return `x Wᵀ` and `x Aᵀ`, computed from the same loads of `x`."""
     accumulator = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     low = tl.zeros((BLOCK_M, RANK), tl.float32)
     for start in range(0, K, BLOCK_K):
@@ -138,20 +138,23 @@ def project_both(
 
 @triton.jit
 def multiply_low(low, b, accumulator, dtype: tl.constexpr):
-    """`accumulator + low Bᵀ`. `low` carries the scale: 16 bits could overflow or round it, so it goes in as TF32 or float32."""
+    """Return `accumulator + low Bᵀ`.
+
+    `low` includes the scale, which 16 bits could overflow or round, so the operands are TF32 or float32.
+    """
     PRECISION: tl.constexpr = "ieee" if dtype == tl.float32 else "tf32"
     return multiply(low.to(tl.float32), b.to(tl.float32).T, accumulator, PRECISION)
 
 
 @triton.jit
 def add_low_rank(accumulator, low, lora_b, column, N, rank, RANK: tl.constexpr, dtype: tl.constexpr):
-    """`accumulator + low Bᵀ` for the columns of a tile."""
+    """Load B for the columns of a tile and return `accumulator + low Bᵀ`."""
     return multiply_low(low, load_lora_b(lora_b, column, N, rank, RANK), accumulator, dtype)
 
 
 @triton.jit
 def store_tile(y, accumulator, bias, row, column, rows, N):
-    """Add the bias, round once, write the tile. `row` is int64: `rows · N` may pass 2³¹."""
+    """Add the bias, round once and store the tile. `row` is int64, because `rows · N` may exceed 2³¹."""
     if bias is not None:
         accumulator += tl.load(bias + column, mask=column < N, other=0.0).to(tl.float32)[None, :]
     mask = (row[:, None] < rows) & (column[None, :] < N)

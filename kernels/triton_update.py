@@ -1,7 +1,7 @@
-"""The update alone, added in place on the active rows of a projection that a vendor GEMM has made.
+"""The low-rank update alone, added in place to the active rows of a projection computed by a vendor GEMM.
 
-The launch depends on shapes only. Each program gathers the active rows of its chunk into dense tiles on the device, so a
-captured CUDA graph replays with any other mask and any other alpha.
+Each program gathers the active rows of its chunk into dense tiles on the device. The launch depends on shapes only, so a
+captured CUDA graph can be replayed with any other mask and alpha.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from slideredit_rt.kernels.dispatch import Configuration
 from slideredit_rt.kernels.spec import KernelSpec, cdiv
 from slideredit_rt.kernels.triton_tiles import cast, load_lora_b, load_scale, multiply_low, project_low, scaled
 
-# Rows compacted together, and programs that share the tiles of one chunk and one column range.
+# CHUNK is the number of rows compacted together; SPLIT programs share the tiles of one chunk and column range.
 CHUNK: tl.constexpr = tl.constexpr(256)
 SPLIT: tl.constexpr = tl.constexpr(4)
 
@@ -37,6 +37,7 @@ def masked_lora_update_kernel(
     RANK: tl.constexpr,
     EVEN_K: tl.constexpr,
 ):
+    """Compute `y += row_scale · (x Aᵀ) Bᵀ` on the rows whose scale is not 0."""
     chunk = tl.arange(0, CHUNK)
     chunk_start = (tl.program_id(1) // SPLIT).to(tl.int64) * CHUNK
     chunk_scale = load_scale(row_scale, chunk_start + chunk, rows)
@@ -51,7 +52,7 @@ def masked_lora_update_kernel(
         for start in range(first, count, SPLIT * BLOCK_M):
             wanted = start + tl.arange(0, BLOCK_M)
             hit = active[None, :] & (position[None, :] == wanted[:, None])
-            # Places past the last active row hit nothing: they read the chunk's first row and are not stored.
+            # Positions past the last active row match no row. They load the chunk's first row and are not stored.
             row = chunk_start + tl.sum(tl.where(hit, chunk[None, :], 0), axis=1)
             scale = tl.sum(tl.where(hit, chunk_scale[None, :], 0.0), axis=1)
             y_tile = y + row[:, None] * N + column[None, :]
@@ -63,7 +64,7 @@ def masked_lora_update_kernel(
 
 
 def grid(configuration: Configuration, rows: int, n: int) -> tuple[int, int]:
-    """Programs of a launch over `rows` rows and `n` output columns."""
+    """Return the number of programs of a launch over `rows` rows and `n` output columns."""
     return cdiv(n, configuration.block_n), cdiv(rows, CHUNK.value) * SPLIT.value
 
 
@@ -76,7 +77,10 @@ SPEC = KernelSpec(
 
 
 def launch(x: Tensor, lora_a: Tensor, lora_b: Tensor, row_scale: Tensor, configuration: Configuration, y: Tensor) -> None:
-    """Add to `y` in place. Everything contiguous: x `[M, K]`, lora_a `[R, K]`, lora_b `[N, R]`, row_scale `[M]`, y `[M, N]`."""
+    """Update `y` in place.
+
+    All tensors are contiguous: x `[M, K]`, lora_a `[R, K]`, lora_b `[N, R]`, row_scale `[M]`, y `[M, N]`.
+    """
     (rows, k), n, rank = x.shape, y.shape[1], lora_a.shape[0]
     wrap_triton(masked_lora_update_kernel)[grid(configuration, rows, n)](
         x, lora_a, lora_b, row_scale, rows, k, n, rank, y, **configuration.meta(k, rank)

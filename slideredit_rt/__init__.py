@@ -10,11 +10,12 @@ from slideredit_rt.sliders import Slider
 if TYPE_CHECKING:
     from slideredit_rt.editor import SliderEditor
 
-__all__ = ["Slider", "SliderEditError", "SliderEditor"]
+__all__ = ["Slider", "SliderEditError", "SliderEditor", "__version__"]
+__version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    # diffusers takes seconds to import; a command that needs none of it should not wait.
+    # Importing diffusers takes seconds, and commands that do not use it should not wait for it.
     if name == "SliderEditor":
         from slideredit_rt.editor import SliderEditor
 

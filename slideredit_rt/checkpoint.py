@@ -1,4 +1,4 @@
-"""What a diffusers checkpoint holds, told from its configurations and the headers of its weights: no weight is read."""
+"""Inspection of diffusers checkpoints by their configurations and safetensors headers, without loading any weights."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ INDEX_FILE = "model_index.json"
 CONFIG_FILE = "config.json"
 _LIBRARIES = {"diffusers": diffusers, "transformers": transformers}
 _WEIGHTS = {"diffusers": "diffusion_pytorch_model.safetensors", "transformers": "model.safetensors"}
-# Everything beside weights that diffusers and transformers read from a component's folder.
+# All files besides the weights that diffusers and transformers read from a component's folder.
 _SETTINGS = (
     *("*.json", "*.jinja", "*.model", "*.spm", "*.tiktoken", "*.codes", "*.tokenizer"),
     *("merges.txt", "vocab.txt", "dict.txt"),
@@ -45,18 +45,18 @@ _DTYPES = {
     "F32": torch.float32,
     "F64": torch.float64,
 }
-_MAX_HEADER = 100_000_000  # what the safetensors library accepts, in bytes
+_MAX_HEADER = 100_000_000  # the safetensors library's own limit, in bytes
 _LFS_POINTER = b"version https://git-lfs"
 _POINTED = "it is a Git LFS pointer and not the file itself: run git lfs pull"
-# Any tokenizer that has read English knows some of them.
+# Any tokenizer trained on English knows some of these words.
 _WORDS = "make the image red and keep a small blue circle in it"
 
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Hide the bars and the warnings of diffusers and transformers.
+    """Hide the progress bars and warnings of diffusers and transformers.
 
-    A command shows a bar of its own where work is long, and what is wrong with a model is an error of ours.
+    Commands show their own progress bars, and report problems with a model as a `SliderEditError`.
     """
     libraries = (diffusers.utils.logging, transformers.utils.logging)
     before = [(library.is_progress_bar_enabled(), library.get_verbosity()) for library in libraries]
@@ -74,7 +74,7 @@ def quiet_libraries() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Stored:
-    """Where a tensor lies: `length` bytes from `offset` in `file`."""
+    """Location of a tensor on disk: `length` bytes at `offset` in `file`."""
 
     file: Path
     dtype: torch.dtype
@@ -84,7 +84,10 @@ class Stored:
 
 
 def read_header(path: Path) -> tuple[dict[str, Stored], bytes]:
-    """The tensors of a safetensors file in the order of their data, and the header's bytes with its length in front.
+    """Read the header of a safetensors file.
+
+    Returns:
+        The tensors by name, in the order of their data, and the raw header including its 8-byte length prefix.
 
     Raises:
         SliderEditError: the file is missing or damaged.
@@ -97,7 +100,7 @@ def read_header(path: Path) -> tuple[dict[str, Stored], bytes]:
             if prefix and _LFS_POINTER.startswith(prefix):
                 raise ValueError(_POINTED)
             if len(prefix) < 8 or length > min(size - 8, _MAX_HEADER):
-                raise ValueError(f"its {size} bytes do not hold the header")
+                raise ValueError(f"the header does not fit into its {size} bytes")
             raw = file.read(length)
         start = 8 + length
         entries = {name: entry for name, entry in json.loads(raw).items() if name != "__metadata__"}
@@ -105,10 +108,10 @@ def read_header(path: Path) -> tuple[dict[str, Stored], bytes]:
         for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
             first, last = entry["data_offsets"]
             if entry["dtype"] not in _DTYPES:
-                raise ValueError(f"{name} is of the unknown dtype {entry['dtype']}")
+                raise ValueError(f"{name} has the unknown dtype {entry['dtype']}")
             place = Stored(path, _DTYPES[entry["dtype"]], tuple(entry["shape"]), start + first, last - first)
             if first < 0 or start + last > size or place.length != math.prod(place.shape) * place.dtype.itemsize:
-                raise ValueError(f"{name} is not whole")
+                raise ValueError(f"{name} is incomplete")
             places[name] = place
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise SliderEditError(f"cannot read the weights in {str(path)!r} ({error}); download or build them again") from error
@@ -116,17 +119,17 @@ def read_header(path: Path) -> tuple[dict[str, Stored], bytes]:
 
 
 def weight_files(source: Path, library: str) -> list[Path]:
-    """The files that a library loads a model's weights from; none where it would find none.
+    """Return the files that a library loads a model's weights from; empty if the folder has no weights.
 
-    Of a single file beside an index of shards, diffusers reads the shards and transformers the single file. Neither reads a
-    variant (`….fp16.safetensors`) that it is not asked for.
+    If a folder has both a single file and an index of shards, diffusers reads the shards and transformers the single file.
+    Neither reads a variant (`….fp16.safetensors`) unless asked to.
 
     Args:
         source: folder of the model.
         library: `diffusers` or `transformers`.
 
     Raises:
-        SliderEditError: an index that is damaged.
+        SliderEditError: the index of shards is damaged.
     """
     single = source / _WEIGHTS[library]
     index = source / f"{single.name}.index.json"
@@ -135,27 +138,31 @@ def weight_files(source: Path, library: str) -> list[Path]:
     try:
         names = sorted(set(read_json(index)["weight_map"].values()))
         if odd := [name for name in names if not is_plain_name(name)]:
-            # The name becomes a link's: it must not lead out of the folder.
-            raise ValueError(f"it names a shard {odd[0]!r}, which is no plain file name")
+            # Links are created under these names, so they must stay inside the folder.
+            raise ValueError(f"it lists a shard {odd[0]!r}, which is not a plain file name")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise SliderEditError(f"{str(index)!r} is not an index of shards ({error}); download the checkpoint again") from error
     return [index, *(source / name for name in names)]
 
 
 def read_weights(source: Path, library: str = "diffusers") -> dict[str, Stored]:
-    """Every tensor that a library would load from a model's folder, by name; only headers are read.
+    """Return every tensor that a library would load from a model's folder, by name. Only headers are read.
+
+    Args:
+        source: folder of the model.
+        library: `diffusers` or `transformers`.
 
     Raises:
-        SliderEditError: no weights stored as safetensors, or a damaged file.
+        SliderEditError: the folder has no weights stored as safetensors, or a file is damaged.
     """
     files = weight_files(source, library)
     if not files:
         stem = _WEIGHTS[library].removesuffix(".safetensors")
         variants = sorted(file.name for file in source.glob(f"{stem}.*.safetensors*"))
-        found = f", only the variant {variants[0]}: save it without one" if variants else ""
+        found = f", only the variant {variants[0]} (save it without a variant)" if variants else ""
         raise SliderEditError(
-            f"{str(source)!r} holds neither {_WEIGHTS[library]} nor its index{found}; "
-            "give a diffusers checkpoint stored as safetensors"
+            f"{str(source)!r} has neither {_WEIGHTS[library]} nor its index{found}; "
+            "pass a diffusers checkpoint stored as safetensors"
         )
     stored: dict[str, Stored] = {}
     for file in files:
@@ -165,24 +172,29 @@ def read_weights(source: Path, library: str = "diffusers") -> dict[str, Stored]:
 
 
 def check_not_quantised(source: Path) -> None:
-    """Refuse a model whose configuration says that its weights are quantised."""
+    """Raise a `SliderEditError` if a model's configuration says that its weights are quantised."""
     try:
         quantisation = read_json(source / CONFIG_FILE).get("quantization_config")
     except (OSError, ValueError):
-        return  # whoever builds the model says what is wrong with the configuration
+        return  # an unreadable configuration is reported when the model is built
     if quantisation:
         method = quantisation.get("quant_method") if isinstance(quantisation, Mapping) else None
         raise SliderEditError(
-            f"checkpoint {str(source)!r} is quantised ({method or 'its config.json says so'}) and cannot be exported; "
-            "give the float32, bfloat16 or float16 checkpoint that it was made from"
+            f"checkpoint {str(source)!r} is quantised ({method or 'according to its config.json'}) and cannot be exported; "
+            "pass the float32, bfloat16 or float16 checkpoint that it was made from"
         )
 
 
 def check_complete(state: Mapping[str, Tensor], stored: Mapping[str, Stored], source: Path) -> None:
-    """Compare the tensors that a model needs with those that its files hold.
+    """Check that a model's files hold every tensor of its state dict in the right shape.
+
+    Args:
+        state: tensors that the model needs, by name.
+        stored: tensors in its files, by name.
+        source: folder of the model, for messages.
 
     Raises:
-        SliderEditError: one is missing or has another shape.
+        SliderEditError: a tensor is missing or has another shape.
     """
     for name, tensor in state.items():
         if name not in stored:
@@ -197,16 +209,16 @@ def _missing(source: Path, name: str) -> SliderEditError:
 
 def _mismatched(source: Path, name: str, stored: Collection[int], wanted: Collection[int]) -> SliderEditError:
     return SliderEditError(
-        f"checkpoint {str(source)!r} stores {name} as {list(stored)} and its configuration says {list(wanted)}; "
+        f"checkpoint {str(source)!r} stores {name} with shape {list(stored)}, but its configuration expects {list(wanted)}; "
         "download it again"
     )
 
 
 def meta_transformer(source: Path) -> Any:
-    """The transformer that the `config.json` in `source` describes, on the `meta` device: names and shapes without weights.
+    """Build the transformer that the `config.json` in `source` describes, on the `meta` device (without weights).
 
     Raises:
-        SliderEditError: no configuration, or none of a diffusers model.
+        SliderEditError: the configuration is missing, or does not describe a diffusers model.
     """
     path = source / CONFIG_FILE
     try:
@@ -223,10 +235,13 @@ def meta_transformer(source: Path) -> Any:
 
 
 def read_index(base: Path) -> dict[str, Any]:
-    """`model_index.json` of a diffusers checkpoint: `_class_name` and, by name, each component's library and class.
+    """Read the `model_index.json` of a diffusers checkpoint.
+
+    Returns:
+        The pipeline's `_class_name` and, by name, each component's library and class.
 
     Raises:
-        SliderEditError: no such folder, or not a checkpoint.
+        SliderEditError: the folder does not exist or is not a checkpoint.
     """
     index = base / INDEX_FILE
     try:
@@ -237,7 +252,7 @@ def read_index(base: Path) -> dict[str, Any]:
     except FileNotFoundError:
         what = "is not a diffusers checkpoint: model_index.json is missing" if base.exists() else "does not exist"
         raise SliderEditError(
-            f"base {str(base)!r} {what}; give a folder saved with save_pretrained, or shapes-kontext"
+            f"base {str(base)!r} {what}; pass a folder saved with save_pretrained, or shapes-kontext"
         ) from None
     except (OSError, KeyError, ValueError) as error:
         raise SliderEditError(
@@ -246,10 +261,10 @@ def read_index(base: Path) -> dict[str, Any]:
 
 
 def components(base: Path) -> dict[str, tuple[str, str]]:
-    """Library and class of each component that a checkpoint says it has.
+    """Return the library and class of each component in a checkpoint's `model_index.json`, by name.
 
     Raises:
-        SliderEditError: a component that is described in another way, or is not a plain folder name.
+        SliderEditError: an entry does not name a class of diffusers or transformers, or its name is not a plain folder name.
     """
     found = {}
     for name, entry in read_index(base).items():
@@ -257,25 +272,26 @@ def components(base: Path) -> dict[str, tuple[str, str]]:
             continue
         if not is_plain_name(name) or len(entry) != 2 or entry[0] not in _LIBRARIES or not isinstance(entry[1], str):
             raise SliderEditError(
-                f"base {str(base)!r} describes its {name} as {entry}, where a class of diffusers or transformers is expected; "
-                "give a folder saved with save_pretrained"
+                f"base {str(base)!r} describes its {name} as {entry}, but a class of diffusers or transformers is expected; "
+                "pass a folder saved with save_pretrained"
             )
         found[name] = (entry[0], entry[1])
     return found
 
 
 def check_pipeline(base: Path, *, skip: Collection[str] = (), classes: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Check that every component of a checkpoint loads and that its tokenizers know words, without reading a weight.
+    """Check that every component of a checkpoint can be loaded, without reading any weights.
 
-    Models are built on the `meta` device and compared with the names and shapes in the headers of their files.
+    Models are built on the `meta` device and compared with the names and shapes in their safetensors headers. Tokenizers must
+    know some English words.
 
     Args:
         base: folder of a diffusers pipeline.
         skip: components that are not needed.
-        classes: what stands in for the classes in `model_index.json`, by component.
+        classes: replacements for classes in `model_index.json`, by component.
 
     Returns:
-        The components that are not models, loaded: schedulers, tokenizers, processors.
+        The loaded components that are not models (schedulers, tokenizers, processors), by name.
 
     Raises:
         SliderEditError: a component is missing, damaged, quantised or not stored as safetensors.
@@ -292,8 +308,8 @@ def check_pipeline(base: Path, *, skip: Collection[str] = (), classes: Mapping[s
         component_class = (classes or {}).get(name) or getattr(_LIBRARIES[library], class_name, None)
         if component_class is None:
             raise SliderEditError(
-                f"base {str(base)!r} wants a {class_name} as its {name}, which the installed {library} "
-                f"{_LIBRARIES[library].__version__} does not have; install another version of it"
+                f"base {str(base)!r} needs a {class_name} as its {name}, which the installed {library} "
+                f"{_LIBRARIES[library].__version__} does not have; install another version of {library}"
             )
         with quiet_libraries():
             component = _check_component(base / name, library, component_class)
@@ -303,16 +319,16 @@ def check_pipeline(base: Path, *, skip: Collection[str] = (), classes: Mapping[s
 
 
 def _check_component(folder: Path, library: str, component_class: Any) -> Any:
-    """Check one component; returned loaded where it is no model, else None."""
+    """Check one component. Return it loaded, or None if it is a model."""
     if not folder.is_dir():
-        raise SliderEditError(f"base {str(folder.parent)!r} lacks its folder {folder.name}; download the checkpoint again")
+        raise SliderEditError(f"base {str(folder.parent)!r} lacks the folder {folder.name}; download the checkpoint again")
     for file in component_files(folder, library):
         if file.exists() and file.open("rb").read(len(_LFS_POINTER)) == _LFS_POINTER:
             raise SliderEditError(f"cannot read {str(file)!r}: {_POINTED}")
     if issubclass(component_class, diffusers.ModelMixin):
         check_not_quantised(folder)
         stored, model = read_weights(folder), meta_transformer(folder)
-        # Attention blocks of old autoencoders are stored under other names; it asks for the names only.
+        # Old autoencoders store their attention blocks under other names. Diffusers only uses the names here.
         model._fix_state_dict_keys_on_load(stored)
         check_complete(model.state_dict(), stored, folder)
         return None
@@ -328,23 +344,26 @@ def _check_component(folder: Path, library: str, component_class: Any) -> Any:
 
 
 def load_components(folder: Path, load: Callable[[], Any]) -> Any:
-    """What a library makes of the folder of a pipeline or of a component; whatever it raises becomes one sentence."""
+    """Load a pipeline or a component with a library, and turn any exception into a `SliderEditError`.
+
+    Args:
+        folder: folder of the pipeline or component, for messages.
+        load: function that loads it.
+    """
     try:
         return load()
-    except Exception as error:  # the libraries and what they are written in raise many unrelated classes
+    except Exception as error:  # the libraries raise many unrelated classes
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise SliderEditError(
-            f"{str(folder)!r} of the base cannot be loaded ({reason}); download the checkpoint again"
-        ) from error
+        raise SliderEditError(f"cannot load {str(folder)!r} of the base ({reason}); download the checkpoint again") from error
 
 
 def _check_encoder(folder: Path, model_class: Any) -> None:
-    """Compare a model of transformers with its files; transformers itself maps their names to its own."""
+    """Compare a transformers model with its files; transformers itself maps the stored names to its own."""
     stored = read_weights(folder, "transformers")
     state = {name: torch.empty(place.shape, dtype=place.dtype, device="meta") for name, place in stored.items()}
 
     def load() -> Any:
-        read_json(folder / CONFIG_FILE)  # without one, transformers takes its defaults
+        read_json(folder / CONFIG_FILE)  # transformers would silently use its defaults if the file is missing
         config = model_class.config_class.from_pretrained(folder, local_files_only=True)
         return model_class.from_pretrained(
             None,
@@ -356,7 +375,7 @@ def _check_encoder(folder: Path, model_class: Any) -> None:
         )
 
     _, report = load_components(folder, load)
-    # Transformers would make up the values of both.
+    # Transformers would initialise both kinds at random.
     for name in sorted(report["missing_keys"]):
         raise _missing(folder, name)
     for name, found, wanted in sorted(report["mismatched_keys"]):
@@ -364,13 +383,13 @@ def _check_encoder(folder: Path, model_class: Any) -> None:
 
 
 def _check_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """Transformers makes an empty tokenizer, to which every word is unknown, of a folder that lacks its vocabulary."""
+    """Check that a tokenizer has its files and knows words: without a vocabulary, transformers loads an empty tokenizer."""
     vocabulary = {name for part, name in tokenizer.vocab_files_names.items() if part != "tokenizer_file"}
     lacking = [] if (folder / "tokenizer.json").exists() else [n for n in sorted(vocabulary) if not (folder / n).exists()]
     lacking += [name for name in ("tokenizer_config.json",) if not (folder / name).exists()]
     if lacking:
         raise SliderEditError(
-            f"the tokenizer {str(folder)!r} of the base lacks {' and '.join(lacking)}; download the checkpoint again"
+            f"the base's tokenizer {str(folder)!r} lacks {' and '.join(lacking)}; download the checkpoint again"
         )
     encoded = load_components(
         folder, lambda: tokenizer(_WORDS, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
@@ -382,18 +401,21 @@ def _check_tokenizer(tokenizer: Any, folder: Path) -> None:
     ]
     if not known:
         raise SliderEditError(
-            f"the tokenizer {str(folder)!r} of the base knows none of the words {_WORDS!r}; download the checkpoint again"
+            f"the base's tokenizer {str(folder)!r} knows none of the words {_WORDS!r}; download the checkpoint again"
         )
 
 
 def component_files(folder: Path, library: str) -> list[Path]:
-    """What is read when a component is loaded, sorted: its settings, vocabulary and templates, and the weights in use.
+    """Return the files that are read when a component is loaded: settings, vocabulary, templates and the weights in use.
 
-    Everything else may come and go: hidden files, notes, other formats of the weights, a variant.
+    Hidden files, notes, other formats of the weights and variants are left out, so they may change freely.
 
     Args:
-        folder: of the component.
+        folder: folder of the component.
         library: `diffusers` or `transformers`.
+
+    Returns:
+        The files, sorted.
     """
     settings = [
         file
@@ -402,23 +424,27 @@ def component_files(folder: Path, library: str) -> list[Path]:
         and any(fnmatch.fnmatchcase(file.name, pattern) for pattern in _SETTINGS)
         and not any(part.startswith(".") for part in file.relative_to(folder).parts)
     ]
-    # Transformers puts an adapter that lies beside a model into it.
+    # Transformers merges an adapter that is stored beside a model into the model.
     adapter = folder / "adapter_model.safetensors"
     found = {*settings, *weight_files(folder, library), *([adapter] if adapter.exists() else [])}
     return sorted(found)
 
 
 def fingerprint_base(base: Path, *, skip: Collection[str] = (), digest: Callable[[Path], str] = sha256) -> dict[str, str]:
-    """SHA-256 of each component of a diffusers checkpoint, over the names and contents of its `component_files`.
+    """Compute the SHA-256 of each component of a diffusers checkpoint, over the names and contents of its `component_files`.
 
-    The pipeline's class and those of its components are one more, under the name of `model_index.json`.
+    The classes of the pipeline and its components are hashed as one more entry, named `model_index.json`.
 
     Args:
-        skip: components that are left out.
-        digest: gives a file's SHA-256.
+        base: folder of a diffusers pipeline.
+        skip: components to leave out.
+        digest: function that returns a file's SHA-256.
+
+    Returns:
+        The digests in hexadecimal, by component.
 
     Raises:
-        SliderEditError: not a checkpoint, or a file that cannot be read.
+        SliderEditError: the folder is not a checkpoint, or a file cannot be read.
     """
     index = {name: value for name, value in read_index(base).items() if name == "_class_name" or not name.startswith("_")}
     found = {INDEX_FILE: hashlib.sha256(json.dumps(index, sort_keys=True).encode()).hexdigest()}

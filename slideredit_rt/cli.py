@@ -1,4 +1,4 @@
-"""The command `slideredit-rt`."""
+"""Entry point of the command `slideredit-rt`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Sequence
 from typing import Any
 
+from slideredit_rt import __version__
 from slideredit_rt.commands import adapter, edit, engine, evaluation, kernels, serving, training
 from slideredit_rt.commands.shared import Commands
 from slideredit_rt.errors import SliderEditError
@@ -18,8 +19,9 @@ from slideredit_rt.errors import SliderEditError
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="slideredit-rt", description="One compiled engine, every slider: inference for SliderEdit."
+        prog="slideredit-rt", description="One compiled engine, every slider: inference for SliderEdit"
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}", help="print the version and exit")
     commands = Commands(parser, "command", "COMMAND")
     for group in (edit, engine, serving, adapter, training, evaluation, kernels):
         group.add_commands(commands)
@@ -27,20 +29,20 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _silence_libraries() -> None:
-    """Third-party notices about things that nobody here uses hide our own one sentence."""
+    """Silence notices of third-party libraries; they would bury our own messages."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 
 
 def _terminate(signum: int, frame: Any) -> None:
-    # Lets clean-up run, so that a stopped build leaves nothing behind.
+    # An exception lets clean-up code run, so that a stopped build leaves no partial files.
     raise KeyboardInterrupt
 
 
 def _prepare_streams() -> None:
-    """Make the standard streams writable whatever the caller left of them."""
-    # Files that are opened later would take the numbers of closed streams, and get what libraries print there.
+    """Make the standard streams writable, even where the caller closed them."""
+    # A file opened later would take the number of a closed stream and receive what libraries print to it.
     for number in range(3):
         try:
             os.fstat(number)
@@ -49,18 +51,25 @@ def _prepare_streams() -> None:
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - open as long as the process
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - stays open until the process ends
         elif isinstance(stream, io.TextIOWrapper):
-            # A character that the terminal's encoding lacks, or a file name that is not UTF-8, is shown by its code.
+            # Characters that the terminal cannot encode and bytes that are not UTF-8 are printed as escapes.
             stream.reconfigure(errors="backslashreplace")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; 0 on success, 1 when a verification fails, 2 for bad input, 130 when interrupted."""
+    """Run the command line.
+
+    Args:
+        argv: arguments without the program's name; None takes those of the process.
+
+    Returns:
+        The exit code: 0 on success, 1 when a check failed, 2 for bad input, 130 when interrupted.
+    """
     _prepare_streams()
     args = _parser().parse_args(argv)
     _silence_libraries()
-    signal.signal(signal.SIGTERM, _terminate)
+    previous = signal.signal(signal.SIGTERM, _terminate)
     try:
         code: int = args.run(args)
     except SliderEditError as error:
@@ -69,8 +78,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"slideredit-rt: {error}\n")
         return 2
     except KeyboardInterrupt:
-        sys.stderr.write("slideredit-rt: interrupted; nothing was left half-written\n")
+        sys.stderr.write("slideredit-rt: interrupted; no partial files were left\n")
         return 130
+    finally:
+        signal.signal(signal.SIGTERM, previous)
     return code
 
 

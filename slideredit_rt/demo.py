@@ -1,4 +1,4 @@
-"""`slideredit-rt demo`: build the embedded engines, move sliders on two scenes, measure what moved."""
+"""`slideredit-rt demo`: build the embedded engines, sweep sliders over two scenes and measure the response."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ STEPS = 12
 
 
 def _generated_example() -> Example:
-    """A scene of our own choosing: a blue circle and a yellow square to recolour and to darken around."""
+    """Return a scene with a blue circle and a yellow square, and two edits: a red circle and a dark background."""
     scene = draw_scene(random.Random("demo/5"))
     instructions = (Instruction("circle", "red"), Instruction("background", "dark"))
     return Example(Instruction("square", "yellow").apply(Instruction("circle", "blue").apply(scene)), instructions)
@@ -39,7 +39,7 @@ def _to_images(editor: SliderEditor, pixels: Tensor) -> list[Image.Image]:
 
 
 class _Laps:
-    """Seconds of each part of the demo, from one `end` to the next."""
+    """Stopwatch: `end` records the seconds since the previous `end`."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -51,7 +51,7 @@ class _Laps:
 
 
 def _sweep(editor: SliderEditor, where: str, pair: Example, index: int) -> tuple[dict[str, Any], list[Image.Image]]:
-    """Sweep one instruction of a scene; returns its entry in the report, and its row of the strip."""
+    """Sweep one instruction of a scene; return its report entry and its row of the strip."""
     # A GST slider scales the whole prompt, so each of its prompts holds one instruction.
     alone = editor.kind == "gst"
     example = Example(pair.scene, (pair.instructions[index],)) if alone else pair
@@ -70,7 +70,7 @@ def _sweep(editor: SliderEditor, where: str, pair: Example, index: int) -> tuple
 
 
 def _draw_grid(editor: SliderEditor, example: Example, path: Path) -> None:
-    """Both sliders of an example at every pair of strengths."""
+    """Save a grid with both sliders of an example at every pair of strengths."""
     rows, columns = (i.text for i in example.instructions)
     sliders = [Slider(rows), Slider(columns)]
     cells = editor.grid(scene_image(example), sliders, (0, GRID_STRENGTHS), (1, GRID_STRENGTHS), steps=STEPS)
@@ -79,10 +79,10 @@ def _draw_grid(editor: SliderEditor, example: Example, path: Path) -> None:
 
 
 def run_demo(out: Path, *, progress: bool = True) -> dict[str, Any]:
-    """Build both engines, sweep, and write `strip.png`, `grid.png` and `report.json` into `out`.
+    """Build both engines, sweep their sliders, and write `strip.png`, `grid.png` and `report.json` into `out`.
 
     Args:
-        out: folder; created if missing, its earlier demo files replaced.
+        out: output folder; created if missing. Files of an earlier demo are replaced.
         progress: show progress bars on standard error.
 
     Returns:

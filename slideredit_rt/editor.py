@@ -1,4 +1,4 @@
-"""SliderEditor: encode an image and a prompt once, then denoise any slider settings with one engine."""
+"""`SliderEditor`, which encodes an image and a prompt once and then denoises any slider settings with one engine."""
 
 from __future__ import annotations
 
@@ -37,27 +37,33 @@ from slideredit_rt.sliders import (
 )
 
 T = TypeVar("T")
-# diffusers and transformers change state of the whole process while they load.
+# Diffusers and transformers change process-wide state while they load.
 _LOADING = threading.Lock()
 
 
 class Remember(Protocol):
-    """Gives what `encode` makes, or what it made under the same key before (see `slideredit_rt.serving.cache`)."""
+    """Function that returns `encode()`, or the cached value of the same key (see `slideredit_rt.serving.cache`)."""
 
     def __call__(self, key: tuple[Hashable, ...], encode: Callable[[], T]) -> T: ...
 
 
 def image_key(image: Image.Image) -> tuple[Hashable, ...]:
-    """What tells an image from any other, by its content: mode, size and a digest of its pixels."""
+    """Return a key for an image's content: mode, size and a digest of its pixels."""
     return image.mode, image.size, hashlib.sha256(image.tobytes()).digest()
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """An image and a prompt, encoded, with the rows of each slider. Valid for any strengths.
+    """An encoded image and prompt with the rows of each slider, for any strengths.
 
-    `token_mask` is bool `[K, S]`; `spans` are the text rows of each slider, `prompt` what was encoded, `members` the names of
-    the adapters in a bank that the sliders scale (none without a bank), `settings` what was asked for, steps included.
+    Attributes:
+        prompt: text that was encoded.
+        instructions: instruction of each of the K sliders.
+        spans: text rows of each slider.
+        token_mask: rows that each slider scales, bool `[K, S]`.
+        conditioning: encoded edit.
+        members: name of the bank's adapter that each slider scales; empty without a bank.
+        settings: requested settings, including steps.
     """
 
     prompt: str
@@ -70,7 +76,7 @@ class Prepared:
 
 
 class _Encoder:
-    """Encodes the images and the texts of an edit, each under its key where they are remembered."""
+    """Encoder for the images and texts of an edit, with an optional cache."""
 
     def __init__(self, editor: SliderEditor, images: Sequence[Image.Image], remember: Remember | None) -> None:
         self.editor = editor
@@ -102,18 +108,20 @@ class _Encoder:
 
 
 class SliderEditor:
-    """Edits images with sliders. Create one with `from_engine` or `from_pretrained`.
+    """Image editor with sliders. Create one with `from_engine` or `from_pretrained`.
 
-    Safe between threads: their steps run side by side as far as the engine allows, encoding and decoding one after the other.
+    Thread-safe: steps of different threads run concurrently as far as the engine allows; encoding and decoding run one after
+    the other.
 
     Attributes:
         family: base-model family.
-        pipeline: the diffusers pipeline that encodes and decodes.
-        engine: runs the backbone; the same object for the life of the editor.
-        config: of the transformer.
-        controls: what the sliders do.
-        max_batch, max_sliders: the engine's limits.
-        device: where images are encoded, denoised and decoded.
+        pipeline: diffusers pipeline that encodes and decodes.
+        engine: engine that runs the backbone; it never changes during the life of the editor.
+        config: configuration of the transformer.
+        controls: kind of the sliders, their strength curves and the members of a bank.
+        max_batch: largest batch of the engine.
+        max_sliders: largest number of sliders of the engine.
+        device: device that encodes, denoises and decodes.
     """
 
     def __init__(
@@ -135,22 +143,22 @@ class SliderEditor:
         self.max_batch = max_batch
         self.max_sliders = max_sliders
         self.device = engine.device
-        # Tokenizers, text encoders and autoencoders keep state during a call.
+        # Tokenizers, text encoders and autoencoders have state during a call.
         self._pipeline_lock = threading.RLock()
 
     @property
     def kind(self) -> str:
-        """`st` or `gst`."""
+        """Kind of the adapter, `st` or `gst`."""
         return self.controls.kind
 
     @property
     def curve(self) -> StrengthCurve:
-        """From strength to alpha, see `Controls.curve`."""
+        """Curve from strength to alpha, see `Controls.curve`."""
         return self.controls.curve
 
     @property
     def members(self) -> Mapping[str, StrengthCurve]:
-        """The adapters of a bank, see `Controls.members`; empty without a bank."""
+        """Strength curves of a bank's adapters by name, see `Controls.members`; empty without a bank."""
         return self.controls.members
 
     @classmethod
@@ -166,14 +174,15 @@ class SliderEditor:
         """Open an engine folder.
 
         Args:
-            path: written by `slideredit-rt build`.
-            base: where the encoders and the decoder are now, if not where the manifest says.
-            threads: CPU threads of the backend.
-            options: of the TensorRT backends; None takes their defaults.
-            placement: device and dtype of what runs; None takes the defaults.
+            path: folder written by `slideredit-rt build`.
+            base: folder, hub repository or embedded name of the base, which holds the encoders and the decoder; None takes the
+                source recorded in the manifest.
+            threads: CPU threads of the backend; None lets the backend choose.
+            options: run options of the backend; None uses its defaults.
+            placement: device, and dtype of encoders and autoencoder; None uses the defaults.
 
         Raises:
-            SliderEditError: a damaged engine, one that cannot run here, or a base that is not the one it was built from.
+            SliderEditError: the engine is damaged or cannot run here, or it was built from another base.
         """
         manifest, engine = open_engine(Path(path), threads=threads, options=options, placement=placement)
         if manifest.kind is None:
@@ -184,7 +193,7 @@ class SliderEditor:
         folder = resolve_base(base if base is not None else manifest.base["source"])
         if (found := family_of(folder)) is not family:
             raise SliderEditError(
-                f"base {str(folder)!r} is a {found.name} and engine {str(path)!r} was built from a {family.name}; "
+                f"base {str(folder)!r} is a {found.name}, but engine {str(path)!r} was built from a {family.name}; "
                 "pass the original base or rebuild the engine"
             )
         check_base(manifest, Path(path), folder, skip=("transformer",))
@@ -206,13 +215,18 @@ class SliderEditor:
         dtype: torch.dtype = torch.float32,
         device: str = "cpu",
     ) -> SliderEditor:
-        """Load a checkpoint and an adapter for eager torch: slower than an engine, and its reference.
+        """Load a checkpoint and an adapter for eager torch, which is slower than an engine and serves as its reference.
 
         Args:
-            base, adapter: as for `slideredit_rt.export.build.build_engine`.
-            max_batch, max_sliders: limits, as an engine has them.
-            dtype: of all weights and the arithmetic.
+            base: embedded name, folder or hub repository of a diffusers pipeline.
+            adapter: embedded name, file, folder or loaded adapter; several make a bank.
+            max_batch: largest batch.
+            max_sliders: largest number of sliders.
+            dtype: dtype of all weights and arithmetic.
             device: `cpu`, `cuda` or `cuda:N`.
+
+        Raises:
+            SliderEditError: the base or the adapter cannot be loaded, or they do not fit.
         """
         place = Placement(device).choose_device()
         folder = resolve_base(base)
@@ -238,13 +252,17 @@ class SliderEditor:
         """Encode an image and a prompt and find the rows of each slider.
 
         Args:
-            image: the image to edit, in memory or as a path, of any mode (see `slideredit_rt.images.as_rgb`); several for a
-                base that takes them.
-            sliders: instructions (or sliders; their strengths do not matter here).
-            settings: of the edit; None takes the defaults.
-            remember: keeps encodings by their content: `images` by the images, `tokens` and `text` by the prompt, and by
-                the images where the text encoder reads them. None encodes everything afresh.
-            given: fields of `settings` to be replaced, such as `prompt` or `seed`.
+            image: image to edit, in memory or as a path, of any mode (see `slideredit_rt.images.as_rgb`); several for a base
+                that takes them.
+            sliders: instructions, or sliders, whose strengths are not used here.
+            settings: settings of the edit; None takes the defaults.
+            remember: cache for encodings. Keys of `images` depend on the images, those of `tokens` and `text` on the prompt,
+                and also on the images if the text encoder reads them. None encodes everything.
+            **given: fields that replace those of `settings`, such as `prompt` or `seed`.
+
+        Raises:
+            SliderEditError: an image cannot be read, a setting is not valid for this base, there are too many sliders, or a
+                slider's instruction is not in the prompt.
         """
         settings = merge(settings, given)
         images = self._images_of(image)
@@ -274,68 +292,70 @@ class SliderEditor:
         )
 
     def _images_of(self, image: ImageSource | Sequence[ImageSource]) -> list[Image.Image]:
-        """RGB images, as many as the base edits."""
+        """Read RGB images, and check that the base edits as many."""
         images = read_images(image)
         if not images or (len(images) > 1 and not self.family.takes_several_images(self.pipeline)):
-            raise SliderEditError(
-                f"{len(images)} images were given and a {type(self.pipeline).__name__} edits one; give one image"
-            )
+            raise SliderEditError(f"got {len(images)} images, but a {type(self.pipeline).__name__} edits one; pass one image")
         return images
 
     def _members_of(self, sliders: Sequence[Slider]) -> tuple[str, ...]:
-        """The bank's adapter that each slider scales, () without a bank; refuses what this engine cannot have together."""
+        """Return the bank's adapter that each slider scales, () without a bank. Refuse too many or conflicting sliders."""
         if len(sliders) > self.max_sliders:
             raise SliderEditError(
-                f"{len(sliders)} sliders were given, this engine takes at most {self.max_sliders}; "
-                "rebuild it with --max-sliders"
+                f"got {len(sliders)} sliders, but this engine takes at most {self.max_sliders}; rebuild it with --max-sliders"
             )
         return self.controls.members_of(sliders)
 
     def _prompt_of(self, sliders: Sequence[Slider], prompt: str | None) -> str:
-        """The prompt as it was given, or composed from the instructions."""
+        """Return the given prompt, or compose one from the instructions."""
         if prompt is not None:
             if not sliders:
-                raise SliderEditError("no slider was given; name at least one instruction of the prompt")
+                raise SliderEditError("no slider was given; pass at least one instruction of the prompt")
             return normalise(prompt)
         spoken = self.controls.spoken(sliders)
         if unspoken := next((s for s, stands in zip(sliders, spoken, strict=True) if not stands), None):
-            raise SliderEditError(
-                f"slider {unspoken.instruction!r} is called like its adapter and says nothing about the edit; give the prompt"
-            )
+            raise SliderEditError(f"slider {unspoken.instruction!r} only names its adapter; pass a prompt as well")
         return compose_prompt([s.instruction for s in sliders])
 
     def _guidance_of(self, settings: EditSettings) -> tuple[float | None, float, str | None]:
-        """The scales of both kinds of guidance, and the prompt of the negative pass; None makes no such pass."""
+        """Return the scales of both kinds of guidance and the prompt of the negative pass, None without such a pass."""
         family = self.family
         if settings.guidance_scale is not None and family.guidance_scale is None:
             raise SliderEditError(f"{family.name} has no embedded guidance; use the true-CFG scale (--true-cfg-scale)")
         true_cfg_scale = family.true_cfg_scale if settings.true_cfg_scale is None else float(settings.true_cfg_scale)
         if settings.negative_prompt is not None and settings.true_cfg_scale is None and true_cfg_scale <= 1:
             raise SliderEditError(
-                f"{family.name} makes no negative pass by default; give a true-CFG scale above 1 with the negative prompt "
-                "(--true-cfg-scale)"
+                f"{family.name} runs without a negative pass by default, so a negative prompt has no effect; pass a true-CFG "
+                "scale above 1 as well (--true-cfg-scale)"
             )
         guidance_scale = family.guidance_scale if settings.guidance_scale is None else float(settings.guidance_scale)
         against = family.negative_prompt if settings.negative_prompt is None else settings.negative_prompt
         return guidance_scale, true_cfg_scale, against if true_cfg_scale > 1 else None
 
     def _token_mask(self, spans: Sequence[Sequence[int]], conditioning: Conditioning) -> Tensor:
-        """Bool `[K, S]`: an ST adapter's text rows by slider, all rows for a GST adapter."""
+        """Return the rows of each slider, bool `[K, S]`: its text rows for an ST adapter, all rows for a GST adapter."""
         if self.kind == "gst":
             return torch.ones(len(spans), conditioning.text_rows + conditioning.image_rows, dtype=torch.bool)
         return row_mask(spans, conditioning.text_rows)
 
     def alphas(self, prepared: Prepared, strengths: Sequence[Sequence[float]]) -> Tensor:
-        """What the engine takes for N settings of K strengths: float32 `[N, K]`, for a bank `[N, K, G]`.
+        """Convert N settings of K strengths to the engine's alphas.
+
+        Args:
+            prepared: result of `prepare`.
+            strengths: N settings of K strengths each.
+
+        Returns:
+            Float32 `[N, K]`, for a bank `[N, K, G]`.
 
         Raises:
-            SliderEditError: no setting, one without a strength for each slider, or a strength that is not a finite number or
-                has no alpha in float32.
+            SliderEditError: there is no setting, a setting does not have K strengths, or a strength is not finite or its alpha
+                exceeds float32.
         """
         names = prepared.instructions
         if not strengths or any(len(setting) != len(names) for setting in strengths):
             raise SliderEditError(
-                f"give one or more settings of {len(names)} strength(s) each, got {[list(s) for s in strengths]}"
+                f"expected one or more settings of {len(names)} strength(s) each, got {[list(s) for s in strengths]}"
             )
         for setting in strengths:
             for name, strength in zip(names, setting, strict=True):
@@ -344,17 +364,22 @@ class SliderEditor:
         values = torch.tensor([[curve(s) for curve, s in zip(curves, setting, strict=True)] for setting in strengths])
         for row, k in (~values.isfinite()).nonzero().tolist():
             raise SliderEditError(
-                f"slider {names[k]!r} has strength {strengths[row][k]:g}, too far out for float32; give one such as 0.5"
+                f"slider {names[k]!r} has strength {strengths[row][k]:g}, which exceeds float32; pass a number such as 0.5"
             )
         return self.controls.by_member(values, prepared.members)
 
     def backbone_inputs(self, prepared: Prepared, alpha: Tensor) -> dict[str, Tensor]:
-        """Backbone inputs of one batch; `alpha` as `alphas` makes it, N up to `max_batch`."""
+        """Return the backbone inputs of one batch.
+
+        Args:
+            prepared: result of `prepare`.
+            alpha: result of `alphas`, with N up to `max_batch`.
+        """
         token_mask = prepared.token_mask.expand(len(alpha), -1, -1)
         return self.family.batch_inputs(self.config, prepared.conditioning, alpha, token_mask)
 
     def frozen_inputs(self, prepared: Prepared, batch: int) -> dict[str, Tensor]:
-        """Backbone inputs of `batch` rows in which no slider acts, for a caller that changes other inputs of them."""
+        """Return backbone inputs of `batch` rows with all sliders off, for callers that change other inputs."""
         bank = (len(self.members),) if self.members else ()
         return self.backbone_inputs(prepared, torch.zeros(batch, len(prepared.instructions), *bank))
 
@@ -364,22 +389,28 @@ class SliderEditor:
         """Denoise one image per slider setting, all from the same noise, in batches up to the engine's limit.
 
         Args:
-            prepared: from `prepare`.
+            prepared: result of `prepare`.
             strengths: N settings of K strengths each.
-            steps: denoising steps; None takes those that it was prepared with.
-            progress: show a bar over all steps on standard error.
+            steps: denoising steps; None takes those of `prepared`.
+            progress: show a progress bar on standard error.
+
+        Returns:
+            N RGB images.
+
+        Raises:
+            SliderEditError: `alphas` refuses the strengths, or an image contains NaN or infinity.
         """
         pixels = self.render_tensor(prepared, strengths, steps=steps, progress=progress)
         return self.to_images(pixels)
 
     def to_images(self, pixels: Tensor) -> list[Image.Image]:
-        """Float32 `[N, 3, H, W]` in [0, 1] as RGB images."""
+        """Convert float32 `[N, 3, H, W]` in [0, 1] to RGB images."""
         processor = self.pipeline.image_processor
         images: list[Image.Image] = processor.numpy_to_pil(processor.pt_to_numpy(pixels))
         return images
 
     def number_of_steps(self, settings: EditSettings) -> int:
-        """The denoising steps of an edit with these settings."""
+        """Return the number of denoising steps of an edit with these settings."""
         return self.family.num_inference_steps if settings.steps is None else settings.steps
 
     @torch.no_grad()
@@ -392,10 +423,20 @@ class SliderEditor:
         progress: bool = False,
         first_step: int = 0,
     ) -> Tensor:
-        """As `render`, but float32 `[N, 3, H, W]` in [0, 1] without rounding to 8 bits; `first_step` as in `denoise`.
+        """Denoise like `render`, but without rounding to 8 bits.
+
+        Args:
+            prepared: result of `prepare`.
+            strengths: N settings of K strengths each.
+            steps: denoising steps; None takes those of `prepared`.
+            progress: show a progress bar on standard error.
+            first_step: first step in which the sliders act, see `denoise`.
+
+        Returns:
+            Float32 `[N, 3, H, W]` in [0, 1].
 
         Raises:
-            SliderEditError: strengths that `alphas` refuses, or with which the model gives NaN or infinity.
+            SliderEditError: `alphas` refuses the strengths, or an image contains NaN or infinity.
         """
         alphas = self.alphas(prepared, strengths)
         steps = self.number_of_steps(prepared.settings if steps is None else replace(prepared.settings, steps=steps))
@@ -421,22 +462,27 @@ class SliderEditor:
         bar: tqdm[Any] | None = None,
         first_step: int = 0,
     ) -> Tensor:
-        """Denoise one batch from the noise of `conditioning`; float32 `[B, 3, H, W]` in [0, 1].
+        """Denoise one batch from the noise of `conditioning`.
 
         Args:
-            inputs: from the family's `batch_inputs`; a caller may have changed rows of them, and every row may differ.
-            true_cfg_scale: of the guidance against `conditioning.negative`, where it is there; a tensor `[B, 1, 1]` gives each
-                row its own.
-            bar: advanced by one per step.
-            first_step: from which the sliders act; the frozen model makes the steps before it.
+            conditioning: encoded edit.
+            inputs: backbone inputs from the family's `batch_inputs`. Callers may change them, and every row may differ.
+            steps: denoising steps.
+            true_cfg_scale: scale of the guidance away from `conditioning.negative`, unused without one; a tensor `[B, 1, 1]`
+                gives each row its own.
+            bar: progress bar that advances by one per step.
+            first_step: first step in which the sliders act; earlier steps run the frozen model.
+
+        Returns:
+            Float32 `[B, 3, H, W]` in [0, 1].
 
         Raises:
-            SliderEditError: a row is NaN or infinite.
+            SliderEditError: an image contains NaN or infinity.
         """
         images = self._denoise(conditioning, inputs, steps, true_cfg_scale, bar, first_step)
         for row in broken_rows(images):
             alpha = inputs["alpha"][row].tolist()
-            raise SliderEditError(f"row {row} of a batch, with alpha {alpha}, came out as NaN or infinity; give smaller alphas")
+            raise SliderEditError(f"row {row} of a batch, with alpha {alpha}, produced NaN or infinity; use smaller alphas")
         return images
 
     def _denoise(
@@ -448,13 +494,13 @@ class SliderEditor:
         bar: tqdm[Any] | None,
         first_step: int,
     ) -> Tensor:
-        """See `denoise`; a row that is not finite is NaN throughout."""
+        """Denoise as `denoise` does, but fill images that are not finite with NaN."""
         negative = self.family.negative_inputs(self.config, conditioning, inputs)
         latents = conditioning.latents.repeat(len(inputs["alpha"]), 1, 1)
         schedule = self.family.schedule(self.pipeline, latents.shape[1], steps).to(latents.device)
         alpha = inputs["alpha"].clone()
         for step in range(steps):
-            # In place: an engine may have bound the tensor's memory.
+            # Change alphas in place, because an engine may have bound the tensor's memory.
             inputs["alpha"].copy_(alpha * (step >= first_step))
             timestep = schedule.timesteps[step]
             velocity = self.family.predict(self.engine, inputs, latents, timestep, negative, true_cfg_scale)
@@ -465,15 +511,15 @@ class SliderEditor:
 
     @torch.no_grad()
     def decode(self, latents: Tensor, height: int, width: int) -> Tensor:
-        """Latents `[B, latent_rows, C]` to images `[B, 3, height, width]` in [0, 1].
+        """Decode latents `[B, latent_rows, C]` to images `[B, 3, height, width]` in [0, 1].
 
-        A row that is not finite before or after the autoencoder is NaN throughout: see `broken_rows`.
+        An image that is not finite before or after the autoencoder is filled with NaN (see `broken_rows`).
         """
         with self._pipeline_lock:
             return self.family.decode(self.pipeline, latents, height, width)
 
     def edited_size(self, images: Sequence[Image.Image]) -> tuple[int, int]:
-        """Width and height in pixels of what an edit of these RGB images gives."""
+        """Return the width and height of an edit of these RGB images, in pixels."""
         height, width = self.family.preprocess(self.pipeline, images[-1]).shape[-2:]
         return width, height
 
@@ -486,7 +532,18 @@ class SliderEditor:
         progress: bool = False,
         **given: Unpack[EditOptions],
     ) -> Image.Image:
-        """Edit an image at the sliders' own strengths (see `prepare` and `render` for the arguments)."""
+        """Edit an image at the sliders' own strengths.
+
+        Args:
+            image: image or images to edit, see `prepare`.
+            sliders: sliders with their strengths.
+            settings: settings of the edit; None takes the defaults.
+            progress: show a progress bar on standard error.
+            **given: fields that replace those of `settings`, such as `prompt` or `seed`.
+
+        Raises:
+            SliderEditError: see `prepare` and `render`.
+        """
         prepared = self.prepare(image, sliders, settings, **given)
         return self.render(prepared, [[s.strength for s in sliders]], progress=progress)[0]
 
@@ -501,7 +558,23 @@ class SliderEditor:
         progress: bool = False,
         **given: Unpack[EditOptions],
     ) -> list[Image.Image]:
-        """Move slider `index` through `strengths`, the others staying at their own: one image per strength."""
+        """Move one slider through several strengths while the others keep their own.
+
+        Args:
+            image: image or images to edit, see `prepare`.
+            sliders: sliders with their strengths.
+            index: index of the slider to move.
+            strengths: strengths of that slider.
+            settings: settings of the edit; None takes the defaults.
+            progress: show a progress bar on standard error.
+            **given: fields that replace those of `settings`, such as `prompt` or `seed`.
+
+        Returns:
+            One image per strength.
+
+        Raises:
+            SliderEditError: see `prepare` and `render`.
+        """
         prepared = self.prepare(image, sliders, settings, **given)
         moved = [[s.strength for s in with_strength(sliders, {index: value})] for value in strengths]
         return self.render(prepared, moved, progress=progress)
@@ -517,7 +590,23 @@ class SliderEditor:
         progress: bool = False,
         **given: Unpack[EditOptions],
     ) -> list[list[Image.Image]]:
-        """Move two sliders, each `(index, strengths)`: one image per pair, a list of rows."""
+        """Move two sliders through several strengths each while the others keep their own.
+
+        Args:
+            image: image or images to edit, see `prepare`.
+            sliders: sliders with their strengths.
+            rows: index and strengths of the slider that moves from row to row.
+            columns: index and strengths of the slider that moves from column to column.
+            settings: settings of the edit; None takes the defaults.
+            progress: show a progress bar on standard error.
+            **given: fields that replace those of `settings`, such as `prompt` or `seed`.
+
+        Returns:
+            A list of rows, each with one image per column.
+
+        Raises:
+            SliderEditError: see `prepare` and `render`.
+        """
         prepared = self.prepare(image, sliders, settings, **given)
         moved = [
             [s.strength for s in with_strength(sliders, {rows[0]: down, columns[0]: across})]
@@ -530,19 +619,19 @@ class SliderEditor:
 
 
 def broken_rows(images: Tensor) -> list[int]:
-    """Which of the images `[B, …]` that `SliderEditor.decode` gave are not finite."""
+    """Return the indices of images `[B, …]` from `SliderEditor.decode` that are not finite."""
     return images.isnan().flatten(1).any(1).nonzero().flatten().tolist()
 
 
 def not_finite(instructions: Sequence[str], strengths: Sequence[float]) -> SliderEditError:
-    """The error of an edit whose image is not finite."""
+    """Make the error for an edit whose image is not finite."""
     setting = " and ".join(f"{i!r} at strength {s:g}" for i, s in zip(instructions, strengths, strict=True))
     return SliderEditError(
-        f"the edit with {setting} came out as NaN or infinity; give strengths nearer to 1, or, if they are not to blame, check "
-        "the adapter and the engine with slideredit-rt verify"
+        f"the edit with {setting} produced NaN or infinity; use strengths closer to 1, or check the adapter and the engine "
+        "with slideredit-rt verify"
     )
 
 
 def with_strength(sliders: Sequence[Slider], strengths: dict[int, float]) -> list[Slider]:
-    """The sliders with some of their strengths replaced, by index."""
+    """Replace the strengths of some sliders, by index."""
     return [replace(s, strength=strengths.get(i, s.strength)) for i, s in enumerate(sliders)]

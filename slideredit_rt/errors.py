@@ -1,5 +1,5 @@
-"""The one exception that users of the package meet."""
+"""The exception that the package raises for bad input."""
 
 
 class SliderEditError(Exception):
-    """Bad input or a broken file. The message says what was wrong, where, and what to do about it."""
+    """Invalid input or a damaged file. The message says what is wrong, where, and what to do about it."""

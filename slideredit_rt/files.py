@@ -1,4 +1,4 @@
-"""Paths that people write, files and folders that are written whole or not at all, and their fingerprints."""
+"""User paths, JSON files, atomic writing of files and folders, and fingerprints."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ from typing import Any
 from slideredit_rt.errors import SliderEditError
 
 _MAX_DEPTH = 64
-_MAX_JSON = 64 * 2**20  # bytes; the index of a model of a hundred thousand tensors has a tenth of it
-# Below this, hashing a file again costs no more than looking up what it was.
+_MAX_JSON = 64 * 2**20  # bytes; the index of a model with a hundred thousand tensors takes a tenth of this
+# Hashing a file smaller than this is as fast as looking up its digest.
 _REMEMBERED = 2**20
 _MOST_REMEMBERED = 4096
 
 
 def user_path(text: str | Path) -> Path:
-    """A path as people write it, with `~` expanded; a `~` that names nobody stays as it is."""
+    """Return a path with `~` expanded. A `~` that names no user is kept as it is."""
     return Path(os.path.expanduser(text))
 
 
 def is_plain_name(name: Any) -> bool:
-    """Whether `name` is a file's name and leads nowhere else."""
+    """Return whether `name` is the name of a file or folder, without any path."""
     return isinstance(name, str) and name not in ("", "..") and Path(name).name == name and not set(name) & {"\\", "\0"}
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file.
+    """Read the JSON object in a file.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it holds something else: no text, no JSON, another type, a number that is not finite, or too much nesting.
+        ValueError: the content is not JSON, not an object, nested too deeply, or has a number that is not finite.
     """
 
     def finite(text: str) -> float:
@@ -56,16 +56,16 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(raw, parse_constant=finite, parse_float=finite)
     except RecursionError:
-        raise ValueError("it is nested too deep") from None
+        raise ValueError("it is nested too deeply") from None
     if not isinstance(data, dict):
-        raise ValueError("it holds no object")
+        raise ValueError("it is not a JSON object")
     level: list[Any] = [data]
     for _ in range(_MAX_DEPTH):
         below = (node.values() if isinstance(node, dict) else node for node in level if isinstance(node, dict | list))
         level = list(itertools.chain.from_iterable(below))
         if not level:
             return data
-    raise ValueError("it is nested too deep")
+    raise ValueError("it is nested too deeply")
 
 
 def _temporary(path: Path) -> Path:
@@ -73,7 +73,7 @@ def _temporary(path: Path) -> Path:
 
 
 def _remove_leftovers(path: Path) -> None:
-    """Remove temporary folders of earlier writers of `path` that were killed before they could."""
+    """Remove the temporary folders of earlier writers of `path` that were killed before they could do so."""
     for leftover in path.parent.glob(f".{path.name}.*.tmp"):
         pid = leftover.name.split(".")[-2]
         try:
@@ -87,7 +87,7 @@ def _remove_leftovers(path: Path) -> None:
 def cache_directory() -> Path:
     """Return the user's cache of this program: `$XDG_CACHE_HOME/slideredit-rt`, by default below `~/.cache`.
 
-    A user without a home, as containers have, gets one below the folder for temporary files.
+    Without a home directory, as in some containers, it is below the folder for temporary files.
     """
     home = os.path.expanduser("~")
     return (
@@ -98,7 +98,7 @@ def cache_directory() -> Path:
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary name beside `path`; rename it into place if the block succeeds, remove it if not."""
+    """Yield a temporary path beside `path`; rename it into place if the block succeeds, remove it if not."""
     temporary = _temporary(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -107,13 +107,21 @@ def atomic_file(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise SliderEditError(f"cannot write {str(path)!r}: {error.strerror or error}; nothing was left behind") from error
     finally:
-        with suppress(OSError):  # of a folder that does not exist; what kept the file from being written is the news
+        with suppress(OSError):  # the folder may not exist; the error that kept the file from being written matters more
             temporary.unlink()
 
 
 @contextmanager
 def atomic_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """Yield a temporary folder beside `path`; rename it into place if the block succeeds, remove it if not."""
+    """Yield a temporary folder beside `path`; rename it into place if the block succeeds, remove it if not.
+
+    Args:
+        path: folder to write.
+        overwrite: replace a folder that exists.
+
+    Raises:
+        SliderEditError: the folder exists and `overwrite` is false, or it cannot be written.
+    """
     if path.exists() and not overwrite:
         raise SliderEditError(f"{str(path)!r} exists already; choose another name or pass --overwrite")
     temporary = _temporary(path)
@@ -122,7 +130,7 @@ def atomic_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         temporary.mkdir(parents=True)
         yield temporary
         if path.is_dir():
-            # The old folder moves aside first: a reader sees the old one or the new one, never a mixture.
+            # Move the old folder aside first, so that readers see either the old or the new one, never a mixture.
             old = path.with_name(f".{path.name}.{os.getpid()}.old")
             os.replace(path, old)
             os.replace(temporary, path)
@@ -136,21 +144,21 @@ def atomic_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
 
 
 def sha256(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
+    """Return the SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class Digests:
-    """SHA-256 of files, remembered in a file of its own so that gigabytes are read once and not each time.
+    """SHA-256 digests of files, cached on disk so that gigabytes are hashed only once.
 
-    A digest holds while inode, size and the times of the last change to content and to metadata stay the same. Nobody can set
-    the last of these: a file that was overwritten in place, whatever its modification time says now, is read again. So is one
-    that was only copied, moved to another file system, linked or given other permissions.
+    A cached digest is valid while the file's inode, size, mtime and ctime stay the same. The ctime cannot be set by users, so
+    a file that was overwritten in place is hashed again even if its mtime was restored. So is a file that was copied, moved to
+    another file system, linked or given other permissions.
 
     Args:
-        path: where digests are remembered, in the user's cache if it cannot be written; a file that cannot be read is one
-            without entries.
+        path: file that keeps the digests; the user's cache is used if it cannot be written. A file that cannot be read counts
+            as empty.
     """
 
     def __init__(self, path: Path) -> None:
@@ -163,11 +171,11 @@ class Digests:
                 self._known |= {key: value for key, value in read_json(place).items() if isinstance(value, str)}
 
     def __call__(self, file: Path) -> str:
-        """SHA-256 of `file`, in hexadecimal."""
+        """Return the SHA-256 of `file`, in hexadecimal."""
         status = file.stat()
         if status.st_size < _REMEMBERED:
             return sha256(file)
-        # The times of before the file is read: a change meanwhile makes the entry one of a state that no longer is.
+        # Take the times before reading: if the file changes meanwhile, the entry will not match it later.
         key, times = f"{status.st_ino} {status.st_size}", f"{status.st_mtime_ns} {status.st_ctime_ns}"
         *before, digest = self._known.get(key, "").rsplit(" ", 1)
         if before != [times]:
@@ -177,7 +185,7 @@ class Digests:
         return digest
 
     def save(self) -> None:
-        """Write what was learned; where nothing can be written, files are read again next time."""
+        """Write new digests to disk. If that is not possible, the files are hashed again next time."""
         if self._changed:
             text = json.dumps(dict(list(self._known.items())[-_MOST_REMEMBERED:]))
             any(_written(place, text) for place in self._places)
@@ -185,7 +193,7 @@ class Digests:
 
 
 def _written(path: Path, text: str) -> bool:
-    """Write a text file; whether that was possible."""
+    """Write a text file; return whether that succeeded."""
     try:
         with atomic_file(path) as temporary:
             temporary.write_text(text)
@@ -195,7 +203,7 @@ def _written(path: Path, text: str) -> bool:
 
 
 def folder_fingerprint(folder: Path) -> str:
-    """SHA-256 over the names and contents of the files in a folder, in hexadecimal."""
+    """Return the SHA-256 over the names and contents of the files in a folder, in hexadecimal."""
     digest = hashlib.sha256()
     for file in sorted(p for p in folder.rglob("*") if p.is_file()):
         digest.update(f"{file.relative_to(folder).as_posix()}\0{sha256(file)}\n".encode())

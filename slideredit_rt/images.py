@@ -1,4 +1,4 @@
-"""Images as an edit takes them, files that images are written to, and labelled strips and grids."""
+"""Reading and conversion of images, writing of image files, and labelled grids."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from slideredit_rt.files import atomic_file
 
 MAX_PIXELS = 64_000_000
 _BACKGROUND, _INK = (255, 255, 255), (30, 30, 30)
-_GAP, _TOP, _LABEL = 8, 34, 22  # pixels: between cells, above the column labels, of these
+_GAP, _TOP, _LABEL = 8, 34, 22  # pixels: gap between cells, height above the column labels, height of the labels
 
 ImageSource = Image.Image | str | os.PathLike[str]
 """An image in memory, or the path of one."""
@@ -33,11 +33,11 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-# The values that stand for white in grey images of more than 8 bits, from the narrowest range to the widest.
+# Possible values of white in grey images of more than 8 bits, in ascending order.
 _WHITES: dict[str, tuple[float, ...]] = {"I;16": (65535,), "I": (255, 65535), "F": (1, 255)}
 
 _PNG = b"\x89PNG\r\n\x1a\n"
-# Pillow refuses a file whose text or colour profile unpacks to more than 1 MiB. Of these, an edit needs the orientation alone.
+# Pillow refuses a file whose text or colour profile unpacks to more than 1 MiB. Edits only need the orientation.
 _PNG_EXTRAS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
 _PNG_ORIENTATION = (b"XML:com.adobe.xmp\0", b"Raw profile type exif\0")
 
@@ -53,17 +53,17 @@ def open_image(
     max_pixels: int = MAX_PIXELS,
     formats: tuple[str, ...] | None = None,
 ) -> Image.Image:
-    """Read an image file as `as_rgb` converts it; the first image of an animation.
+    """Read an image file, or the first image of an animation, and convert it with `as_rgb`.
 
     Args:
-        source: a path, or an open file.
-        name: what an error calls the image; None calls it by its path.
-        max_pixels: checked in the file's header, before anything is decoded.
-        formats: Pillow's names of those that are tried; None tries all that it knows.
+        source: path or open file.
+        name: name of the image in error messages; None uses its path.
+        max_pixels: largest accepted number of pixels, checked in the file's header before anything is decoded.
+        formats: Pillow's names of accepted formats; None accepts all that it knows.
 
     Raises:
-        ImageTooLarge: more than `max_pixels`.
-        SliderEditError: no such file, not an image, or damaged.
+        ImageTooLarge: the image has more than `max_pixels` pixels.
+        SliderEditError: the file does not exist, is damaged, or is not an image.
     """
     name = f"image {str(source)!r}" if name is None else name
     try:
@@ -78,39 +78,44 @@ def open_image(
                 )
             return _convert(image, name)
     except (FileNotFoundError, IsADirectoryError):
-        raise SliderEditError(f"{name} does not exist; give an image file") from None
+        raise SliderEditError(f"{name} does not exist; pass an image file") from None
     except Image.DecompressionBombError:
         raise ImageTooLarge(f"{name} has more than the {max_pixels / 1e6:g} megapixels allowed; scale it down") from None
     except SliderEditError:
         raise
-    except Exception as error:  # a damaged file makes Pillow's decoders raise anything
-        reason = "it is no image of a known format" if isinstance(error, UnidentifiedImageError) else error
-        raise SliderEditError(f"{name} cannot be read ({reason}); give a PNG, JPEG or WebP file") from None
+    except Exception as error:  # Pillow's decoders raise various exceptions for damaged files
+        reason = "its format is unknown" if isinstance(error, UnidentifiedImageError) else error
+        raise SliderEditError(f"{name} cannot be read ({reason}); use a PNG, JPEG or WebP file") from None
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
     """Convert an image of any mode to 8-bit RGB, without metadata.
 
-    Transparency is laid over white. An image as `Image.open` returned it is turned upright by its EXIF orientation; one made
-    from it since is taken as it is. Grey values of more than 8 bits are scaled from the narrowest usual range that holds
-    them: 0 to 65535 for 16 bits, 0 to 255 or 0 to 65535 for 32 bits, 0 to 1 or 0 to 255 for floats.
+    Transparent images are composited over white. An image returned by `Image.open` is turned upright by its EXIF orientation;
+    images derived from it are not turned. Grey values of more than 8 bits are scaled from the narrowest usual range that
+    contains them: 0 to 65535 for 16 bits, 0 to 255 or 0 to 65535 for 32 bits, 0 to 1 or 0 to 255 for floats.
 
     Raises:
-        SliderEditError: no pixels, values outside these ranges or not finite, or a mode or file that Pillow cannot read.
+        SliderEditError: the image has no pixels, values outside these ranges, or a mode or file that Pillow cannot read.
     """
     try:
         return _convert(image, "the image")
     except SliderEditError:
         raise
-    except Exception as error:  # a file is decoded only now
-        raise SliderEditError(f"the image cannot be read as RGB from the mode {image.mode} ({error}); convert it") from None
+    except Exception as error:  # the file is only decoded here
+        raise SliderEditError(
+            f"cannot convert the image from mode {image.mode} to RGB ({error}); convert it with another program"
+        ) from None
 
 
 def read_images(source: ImageSource | Sequence[ImageSource]) -> list[Image.Image]:
-    """The images of an edit as `as_rgb` converts them: one or several, each in memory or at a path.
+    """Read the images of an edit and convert them with `as_rgb`.
+
+    Args:
+        source: one image or several, each in memory or as a path.
 
     Raises:
-        SliderEditError: anything else, or an image that cannot be read.
+        SliderEditError: an argument is neither an image nor a path, or an image cannot be read.
     """
     several = source if isinstance(source, Sequence) and not isinstance(source, (str, bytes)) else [source]
     return [_read(image) for image in several]
@@ -123,14 +128,14 @@ def _read(source: Any) -> Image.Image:
         return as_rgb(source)
     kind = f"{type(source).__module__}.{type(source).__qualname__}".removeprefix("builtins.")
     raise SliderEditError(
-        f"an image was given as {kind}; give a PIL image or the path of a file (PIL.Image.fromarray makes one of an array)"
+        f"an image of type {kind} is not supported; pass a PIL image or a path (use PIL.Image.fromarray for an array)"
     )
 
 
 def _convert(image: Image.Image, name: str) -> Image.Image:
-    """See `as_rgb`; may raise what Pillow does."""
+    """Convert an image as `as_rgb` does. Any exception of Pillow may be raised."""
     if not image.width or not image.height:
-        raise SliderEditError(f"{name} has {image.width}×{image.height} pixels; give one with at least 1×1")
+        raise SliderEditError(f"{name} has {image.width}×{image.height} pixels; pass one with at least 1×1")
     image.load()
     turn = _turn(image)
     if image.mode.partition(";")[0] in ("I", "F"):
@@ -139,17 +144,17 @@ def _convert(image: Image.Image, name: str) -> Image.Image:
         profiles = [ImageCms.ImageCmsProfile(p) for p in (ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"))]
         image = ImageCms.ImageCmsTransform(profiles[0], profiles[1], "LAB", "RGB").apply(image)
     elif image.mode == "La":
-        image = image.convert("LA")  # the only mode that Pillow converts it to
+        image = image.convert("LA")  # Pillow cannot convert La to another mode directly
     if image.has_transparency_data:
         rgba = _with_8_bit_key(image).convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
     rgb = image.convert("RGB")
-    rgb.info = {}  # says things about the file that are no longer true
+    rgb.info = {}  # it describes the file, not the converted image
     return rgb if turn is None else rgb.transpose(turn)
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:
-    """What turns an opened file upright; None where nothing does, or where its EXIF block is damaged."""
+    """Return the transposition that turns an opened file upright; None if it is upright or its EXIF block is damaged."""
     if isinstance(image, ImageFile.ImageFile):
         with suppress(Exception):
             return _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
@@ -157,7 +162,7 @@ def _turn(image: Image.Image) -> Image.Transpose | None:
 
 
 def _as_grey(image: Image.Image, name: str) -> Image.Image:
-    """Grey of more than 8 bits as 8 bits; the value that a file names as transparent turns white."""
+    """Convert grey of more than 8 bits to 8 bits. A value that the file marks as transparent becomes white."""
     values = np.asarray(image)
     low, high = values.min(), values.max()
     whites = _WHITES["I;16" if image.mode.startswith("I;16") else image.mode]
@@ -165,8 +170,8 @@ def _as_grey(image: Image.Image, name: str) -> Image.Image:
     if white is None:
         usual = " or ".join(f"{w:g}" for w in whites)
         raise SliderEditError(
-            f"{name} has values from {low:g} to {high:g} in the mode {image.mode}, where {usual} is white; scale them to 0 to "
-            "255 and convert it to the mode L"
+            f"{name} has values from {low:g} to {high:g}, but white is {usual} in mode {image.mode}; scale them to 0 to 255 "
+            "and convert the image to mode L"
         )
     grey = np.rint(values.astype(np.float32) * (255 / white)).astype(np.uint8)
     if "transparency" in image.info:
@@ -175,7 +180,7 @@ def _as_grey(image: Image.Image, name: str) -> Image.Image:
 
 
 def _with_8_bit_key(image: Image.Image) -> Image.Image:
-    """The image with its transparent colour in 8 bits: Pillow leaves that in 16 bits where it reads the pixels in 8."""
+    """Convert a transparent colour to 8 bits. Pillow keeps it in 16 bits even if it reads the pixels in 8 bits."""
     key = image.info.get("transparency")
     if isinstance(key, tuple) and max(key) > 255:
         image = image.copy()
@@ -184,7 +189,7 @@ def _with_8_bit_key(image: Image.Image) -> Image.Image:
 
 
 def _without_extras(file: BinaryIO) -> BinaryIO:
-    """A PNG file without the texts and the colour profile that an edit does not need; any other file as it is."""
+    """Remove texts and colour profile, which edits do not need, from a PNG file; return any other file unchanged."""
     file.seek(0)
     if file.read(len(_PNG)) != _PNG:
         file.seek(0)
@@ -202,7 +207,11 @@ def _without_extras(file: BinaryIO) -> BinaryIO:
 
 
 def image_format(path: Path) -> str:
-    """Pillow's name of the format that a file name asks for, one that it can write."""
+    """Return Pillow's name of the format of a file name.
+
+    Raises:
+        SliderEditError: the suffix is not known.
+    """
     known = Image.registered_extensions()
     if path.suffix.lower() not in known:
         raise SliderEditError(f"cannot tell an image format from {path.name!r}; end the name in .png, .jpg or .webp")
@@ -211,26 +220,30 @@ def image_format(path: Path) -> str:
 
 @lru_cache(maxsize=256)
 def cannot_hold(wanted: str, size: tuple[int, int]) -> str | None:
-    """Why files of a format (Pillow's name) cannot hold an RGB image of a size; None where they can."""
+    """Return the reason why files of a format (Pillow's name) cannot hold an RGB image of a size; None if they can."""
     written: tuple[str | None, tuple[int, int]] = wanted, size
     file = io.BytesIO()
     try:
-        # Only an attempt tells: limits of size and mode are nowhere written down.
+        # Try it, because the limits of size and mode are not documented.
         Image.new("RGB", size).save(file, wanted)
-        with suppress(OSError), Image.open(file) as image:  # some formats are written and not read
+        with suppress(OSError), Image.open(file) as image:  # Pillow writes some formats that it cannot read
             written = image.format, image.size
         if written != (wanted, size):
             raise ValueError(f"it would become a {written[0]} of {written[1][0]}×{written[1][1]} pixels")
-    except Exception as error:  # encoders raise anything
+    except Exception as error:  # encoders raise various exceptions
         return f"Pillow does not write {wanted} files" if wanted not in Image.SAVE else str(error)
     return None
 
 
 def check_output(path: Path, size: tuple[int, int] = (64, 64)) -> None:
-    """Refuse a file name whose format does not hold an RGB image of a size, before there is one.
+    """Check, before there is an image, that the format of a file name can hold an RGB image of a size.
+
+    Args:
+        path: file to write.
+        size: width and height, in pixels.
 
     Raises:
-        SliderEditError: a format that is unknown, that Pillow does not write, or that it writes in another format or size.
+        SliderEditError: the format is unknown, Pillow does not write it, or it cannot hold the image.
     """
     if (reason := cannot_hold(image_format(path), size)) is not None:
         raise SliderEditError(
@@ -239,21 +252,33 @@ def check_output(path: Path, size: tuple[int, int] = (64, 64)) -> None:
 
 
 def save_image(image: Image.Image, path: Path) -> None:
-    """Write an image whole or not at all; the format follows the file name."""
+    """Write an image atomically, in the format of the file name.
+
+    Raises:
+        SliderEditError: the suffix is not known, or the file cannot be written.
+    """
     wanted = image_format(path)
     with atomic_file(path) as temporary:
         image.save(temporary, format=wanted)
 
 
 def grid_size(size: tuple[int, int], columns: int, row_labels: Sequence[str], title: str, cell: int = 160) -> tuple[int, int]:
-    """Width and height of what `draw_grid` makes of images of one size, with a row for each label."""
+    """Return the width and height of a grid from `draw_grid`, in pixels.
+
+    Args:
+        size: width and height of the images.
+        columns: number of columns.
+        row_labels: label of each row.
+        title: title of the grid.
+        cell: approximate width of a cell, in pixels.
+    """
     width, height = _enlarged(size, cell)
     total = _left(row_labels) + columns * (width + _GAP), _TOP + _LABEL + len(row_labels) * (height + _GAP)
     return max(total[0], int(_fonts()[0].getlength(title)) + 2 * _GAP), total[1]
 
 
 def _fonts() -> tuple[Any, Any]:
-    """Of the title and of the labels."""
+    """Return the fonts of the title and the labels."""
     return ImageFont.load_default(15), ImageFont.load_default(13)
 
 
@@ -263,7 +288,7 @@ def _enlarged(size: tuple[int, int], cell: int) -> tuple[int, int]:
 
 
 def _left(row_labels: Sequence[str]) -> int:
-    """Where the first column begins."""
+    """Return the x coordinate of the first column."""
     small = _fonts()[1]
     return _GAP + max([0, *(int(small.getlength(text)) + _GAP for text in row_labels)])
 
@@ -275,7 +300,15 @@ def draw_grid(
     title: str,
     cell: int = 160,
 ) -> Image.Image:
-    """Lay images out in rows and columns with labels, each enlarged to about `cell` pixels without smoothing."""
+    """Draw images in rows and columns with labels.
+
+    Args:
+        images: rows of images, all of one size.
+        column_labels: label of each column.
+        row_labels: label of each row.
+        title: title of the grid.
+        cell: approximate width of a cell, in pixels; images are enlarged by a whole factor without smoothing.
+    """
     sheet = Image.new("RGB", grid_size(images[0][0].size, len(images[0]), row_labels, title, cell), _BACKGROUND)
     draw, font, small = ImageDraw.Draw(sheet), *_fonts()
     (width, height), left = _enlarged(images[0][0].size, cell), _left(row_labels)

@@ -1,4 +1,4 @@
-"""The masked low-rank update inside a diffusers transformer."""
+"""Modules that add the masked low-rank update to a diffusers transformer."""
 
 from __future__ import annotations
 
@@ -15,15 +15,18 @@ from slideredit_rt.sliders import combine_row_scale
 
 
 class RowScales:
-    """The row scales of the latest call, shared by every adapted linear of one backbone."""
+    """Row scales of the current call, shared by all adapted linears of a backbone."""
 
     def __init__(self) -> None:
         self._parts: dict[RowSet, Tensor] = {}
 
     def set(self, row_scale: Tensor | None, text_rows: int) -> None:
-        """Float32 `[B, S]`, for a bank `[B, S, G]`, text rows first, then image rows for a GST adapter. None turns it off.
+        """Set the row scales of a call. Text and image rows are split once here, not by every linear.
 
-        The parts are laid out once here and not by each of the linears that ask for them.
+        Args:
+            row_scale: float32 `[B, S]`, for a bank `[B, S, G]`: text rows, then image rows for a GST adapter. None turns the
+                adapter off.
+            text_rows: number of text rows.
         """
         self._parts = {}
         if row_scale is not None:
@@ -31,21 +34,21 @@ class RowScales:
             self._parts = {"joint": row_scale, "text": text.contiguous(), "image": image.contiguous()}
 
     def of(self, rows: RowSet) -> Tensor | None:
-        """The scales of text, image or joint rows; None while the adapter is off."""
+        """Return the scales of text, image or joint rows; None while the adapter is off."""
         return self._parts.get(rows)
 
 
 class MaskedLoRALinear(nn.Linear):
-    """A frozen linear plus a low-rank update scaled per row.
+    """A frozen linear plus a low-rank update scaled per row: `y = x Wᵀ + bias + row_scale · (x Aᵀ) Bᵀ`.
 
-    Shares the wrapped linear's parameters under their own names, so that state-dict keys of the base do not change.
+    It shares the wrapped linear's parameters under their own names, so the state-dict keys of the base do not change.
 
     Args:
-        linear: the projection, weight `[N, K]`.
-        rows: which rows of the backbone it projects.
-        scales: where the row scales of a call are found.
-        lora_a: `[R, K]`.
-        lora_b: `[N, R]`, LoRA's `lora_alpha / r` folded in.
+        linear: linear to wrap, weight `[N, K]`.
+        rows: rows of the backbone that it projects.
+        scales: row scales of the backbone.
+        lora_a: A, `[R, K]`.
+        lora_b: B, `[N, R]`, with `lora_alpha / r` folded in.
     """
 
     def __init__(self, linear: nn.Linear, rows: RowSet, scales: RowScales, lora_a: Tensor, lora_b: Tensor) -> None:
@@ -58,7 +61,7 @@ class MaskedLoRALinear(nn.Linear):
         self.lora_B = nn.Parameter(lora_b)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[B, S, K]` to `[B, S, N]`."""
+        """Project `[B, S, K]` to `[B, S, N]`."""
         row_scale = self.scales.of(self.rows)
         if row_scale is None:
             return F.linear(x, self.weight, self.bias)
@@ -66,12 +69,21 @@ class MaskedLoRALinear(nn.Linear):
 
 
 class SliderBackbone(nn.Module):
-    """A diffusers transformer with an adapter injected: named inputs, `alpha` and `token_mask` in, prediction out.
+    """A diffusers transformer with an adapter, which takes the family's inputs plus `alpha` and `token_mask`.
 
-    The eager reference of every engine and the module that is exported. With `adapter=None` it is the frozen backbone
-    and takes no slider inputs. With a bank of G adapters, `alpha` has one number per slider and member. The transformer passed
-    in is changed in place; `remove()` restores it. One thread at a time: the linears share the row scales of a call, until its
-    backward pass is over. Engines, `SliderEditor` and the compat pipeline take turns around it.
+    It is the eager reference of every engine, and the module that is exported. With `adapter=None`, it is the frozen backbone
+    without slider inputs. The transformer is changed in place; `remove()` restores it.
+
+    Not thread-safe: the linears share the row scales of a call until its backward pass is over. Engines, `SliderEditor` and
+    the compat pipeline serialise their calls.
+
+    Args:
+        family: family of the transformer.
+        transformer: diffusers transformer to change.
+        adapter: adapter or bank to add; None for the frozen backbone.
+
+    Raises:
+        SliderEditError: the adapter does not fit the transformer, or the transformer is quantised.
     """
 
     def __init__(self, family: Family, transformer: nn.Module, adapter: Adapter | None) -> None:
@@ -95,16 +107,16 @@ class SliderBackbone(nn.Module):
             assert rows is not None
             if adapter.kind == "st" and rows != "text":
                 raise SliderEditError(
-                    f"adapter {adapter.source!r} says it is ST but updates {name}, which has no text rows of its own; "
+                    f"adapter {adapter.source!r} is marked as ST but updates {name}, which does not project text rows; "
                     "use an ST adapter, or mark this one as gst in its metadata"
                 )
             if not linear.weight.is_floating_point():
                 raise SliderEditError(
-                    f"the transformer is quantised: {name} is stored as {linear.weight.dtype}; load it without a quantisation"
+                    f"the transformer is quantised: {name} is stored as {linear.weight.dtype}; load it without quantisation"
                 )
             device = linear.weight.device
             adapted[name] = MaskedLoRALinear(linear, rows, self.scales, lora_a.to(device), lora_b.to(device))
-        # Only now, so that a refused adapter leaves the transformer as it was.
+        # Replace after all checks, so that a refused adapter leaves the transformer unchanged.
         for name, module in adapted.items():
             self._replace(name, module)
 
@@ -115,7 +127,7 @@ class SliderBackbone(nn.Module):
             self.adapted[name] = module
 
     def remove(self) -> None:
-        """Put the original linears back."""
+        """Restore the original linears."""
         for name, module in self.adapted.items():
             linear = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
             linear.weight, linear.bias = module.weight, module.bias
@@ -123,7 +135,7 @@ class SliderBackbone(nn.Module):
         self.adapted.clear()
 
     def slider_specs(self) -> list[TensorSpec]:
-        """The slider inputs: none for a frozen backbone."""
+        """Return the specs of the slider inputs; empty for a frozen backbone."""
         if self.kind is None:
             return []
         rows = "text_rows" if self.kind == "st" else "rows"
@@ -134,18 +146,18 @@ class SliderBackbone(nn.Module):
         ]
 
     def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """One prediction.
+        """Predict one step.
 
         Args:
-            inputs: the family's inputs, and for an adapted backbone `alpha` (float32 `[B, K]`, for a bank `[B, K, G]`) and
-                `token_mask` (bool `[B, K, S]`). Without them the frozen backbone answers.
+            inputs: inputs of the family and, for an adapted backbone, `alpha` (float32 `[B, K]`, for a bank `[B, K, G]`) and
+                `token_mask` (bool `[B, K, S]`). Without these two, the adapter is off.
 
         Returns:
-            `[B, image_rows, C]`.
+            Prediction `[B, image_rows, C]`.
         """
         backbone_inputs = dict(inputs)
         alpha, token_mask = backbone_inputs.pop("alpha", None), backbone_inputs.pop("token_mask", None)
-        # Stays set after the call: with gradient checkpointing the linears run again during the backward pass.
+        # Keep the scales set after the call: with gradient checkpointing, the linears run again during the backward pass.
         row_scale = None if alpha is None or token_mask is None else combine_row_scale(alpha, token_mask)
         self.scales.set(row_scale, text_rows=inputs["encoder_hidden_states"].shape[1])
         return self.family.run(self.transformer, backbone_inputs)

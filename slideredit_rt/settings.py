@@ -1,4 +1,4 @@
-"""EditSettings: how an image is edited, the same value in the Python API, the command line and the HTTP API."""
+"""`EditSettings`, the settings of an edit that the Python API, the command line and the HTTP API share."""
 
 from __future__ import annotations
 
@@ -10,32 +10,36 @@ from typing import TypedDict
 from slideredit_rt.errors import SliderEditError
 
 SEEDS = range(-(2**63), 2**64)
-"""What torch's generator takes."""
+"""Seeds that torch's generator accepts."""
 
 
 def check_seed(seed: int) -> None:
-    """Refuse a seed that torch's generator does not take."""
+    """Check that torch's generator accepts a seed.
+
+    Raises:
+        SliderEditError: the seed is not a whole number from −2⁶³ to 2⁶⁴ − 1.
+    """
     if not isinstance(seed, Integral) or int(seed) not in SEEDS:
-        raise SliderEditError(f"the seed is {seed!r}; give a whole number from −2⁶³ to 2⁶⁴ − 1")
+        raise SliderEditError(f"the seed is {seed!r}; pass a whole number from −2⁶³ to 2⁶⁴ − 1")
 
 
 @dataclass(frozen=True)
 class EditSettings:
-    """How an image is edited, apart from the image and its sliders.
+    """Settings of an edit besides the image and the sliders.
 
     Attributes:
-        prompt: holds every instruction; composed from them with " and " when not given. A GST adapter scales the whole prompt
-            with one slider, which may name any part of it; in a bank, one slider per member. A slider of a GST bank that is
-            called like a member, and names none, need not stand in the prompt, which must then be given.
-        seed: of the initial noise.
+        prompt: text that contains every instruction; None joins the instructions with " and ". A GST adapter scales the whole
+            prompt with one slider, which can name any part of it, or one slider per member of a bank. A slider of a GST bank
+            that is named after a member and has no `adapter` need not be in the prompt, but then a prompt is required.
+        seed: seed of the initial noise.
         steps: denoising steps; None takes the family's default.
-        guidance_scale: of the guidance that the backbone has as an input; None takes the family's default.
-        true_cfg_scale: of classifier-free guidance with a negative pass, in which no slider acts; None takes the family's
-            default, 1 leaves the pass out.
-        negative_prompt: of that pass; None takes the family's default.
+        guidance_scale: scale of the embedded guidance, which is an input of the backbone; None takes the family's default.
+        true_cfg_scale: scale of classifier-free guidance with a negative pass, in which sliders are off; None takes the
+            family's default, 1 runs without the pass.
+        negative_prompt: prompt of the negative pass; None takes the family's default.
 
     Raises:
-        SliderEditError: a seed that torch's generator does not take, no step, or a scale that is not finite.
+        SliderEditError: the seed is out of range, there are no steps, or a scale is not finite.
     """
 
     prompt: str | None = None
@@ -48,14 +52,14 @@ class EditSettings:
     def __post_init__(self) -> None:
         check_seed(self.seed)
         if self.steps is not None and self.steps < 1:
-            raise SliderEditError(f"{self.steps} denoising steps were asked for; give at least 1")
+            raise SliderEditError(f"the number of denoising steps is {self.steps}; pass at least 1")
         for name, scale in (("guidance scale", self.guidance_scale), ("true-CFG scale", self.true_cfg_scale)):
             if scale is not None and not math.isfinite(scale):
-                raise SliderEditError(f"{name} is {scale}; give a finite number")
+                raise SliderEditError(f"the {name} is {scale}; pass a finite number")
 
 
 class EditOptions(TypedDict, total=False):
-    """The fields of `EditSettings` as keyword arguments."""
+    """Keyword arguments that replace fields of `EditSettings`."""
 
     prompt: str | None
     seed: int
@@ -66,10 +70,14 @@ class EditOptions(TypedDict, total=False):
 
 
 def merge(settings: EditSettings | None, given: EditOptions) -> EditSettings:
-    """The settings, or the defaults, with the fields that were given by name in place of theirs.
+    """Replace fields of settings.
+
+    Args:
+        settings: settings to change; None takes the defaults.
+        given: new values of fields, by name.
 
     Raises:
-        SliderEditError: as `EditSettings`.
-        TypeError: a name that is none of its fields.
+        SliderEditError: a value is invalid (see `EditSettings`).
+        TypeError: a name is not a field.
     """
     return replace(EditSettings() if settings is None else settings, **given)

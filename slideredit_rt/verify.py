@@ -1,4 +1,4 @@
-"""Compare an engine with the eager reference that it was built from."""
+"""Comparison of an engine with its eager reference."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from slideredit_rt.sliders import Slider
 
 ALPHAS = (-0.5, 0.0, 0.5, 1.0)
 MAX_ABS_TOLERANCE = 1e-4
-# A half-precision engine may err this much more than eager torch does in the same dtype.
+# Largest accepted error of a half-precision engine, relative to the error of eager torch in the same dtype.
 MAX_RMS_RATIO = 2.0
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A prediction beside the float32 eager one, measured in float64.
+    """Error of a prediction against float32 eager torch, measured in float64.
 
     Attributes:
-        case: what was compared.
+        case: name of the inputs that were compared.
         max_abs_error: largest absolute difference.
-        relative_rms: RMS difference over the RMS of the reference.
-        same_dtype_rms: the same for eager torch in the engine's dtype; None for a float32 engine.
+        relative_rms: RMS difference divided by the RMS of the reference.
+        same_dtype_rms: relative RMS of eager torch in the engine's dtype; None for a float32 engine.
     """
 
     case: str
@@ -52,7 +52,13 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Verification:
-    """`psnr` is in dB between the final images, per alpha; infinite where they are equal."""
+    """Result of `verify_engine`.
+
+    Attributes:
+        dtype: dtype of the engine.
+        comparisons: errors of the predictions.
+        psnr: PSNR between the final images in dB, by alpha; infinite for equal images.
+    """
 
     dtype: str
     comparisons: list[Comparison]
@@ -68,15 +74,15 @@ class Verification:
 
     @property
     def verdict(self) -> str:
-        """One line: the worst case and the limit that it is held against."""
+        """One line with the worst case and its limit."""
         word = "passed" if self.passed else "FAILED"
         if self.dtype == "float32":
             return f"{word}: max abs {self.max_abs_error:.2e}, tolerance {MAX_ABS_TOLERANCE:.0e}"
         ratio = _largest(c.relative_rms / c.same_dtype_rms if c.same_dtype_rms else math.inf for c in self.comparisons)
-        return f"{word}: errs {ratio:.2f} times as much as eager {self.dtype}, limit {MAX_RMS_RATIO:g}"
+        return f"{word}: the error is {ratio:.2f} times that of eager {self.dtype}, limit {MAX_RMS_RATIO:g}"
 
     def to_json(self) -> dict[str, Any]:
-        """Figures that are not finite become null: JSON has no word for them."""
+        """Return the result for JSON. Numbers that are not finite become null, because JSON cannot represent them."""
 
         def numbers(values: Mapping[str, Any]) -> dict[str, Any]:
             return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
@@ -87,12 +93,19 @@ class Verification:
 
 
 def _largest(errors: Iterable[float]) -> float:
-    """NaN if one is; `max` would pass over it."""
+    """Return the largest error, or NaN if one is NaN, which `max` could miss."""
     return max(errors, key=lambda error: (math.isnan(error), error))
 
 
 def compare(case: str, actual: Tensor, expected: Tensor, same_dtype: Tensor | None = None) -> Comparison:
-    """Measure `actual` against `expected` in float64, and `same_dtype` with it; tensors on any device."""
+    """Measure the errors of predictions in float64.
+
+    Args:
+        case: name of the inputs.
+        actual: prediction of the engine, on any device.
+        expected: prediction of eager torch in float32.
+        same_dtype: prediction of eager torch in the engine's dtype; None for a float32 engine.
+    """
     exact = expected.double().cpu()
 
     def relative_rms(tensor: Tensor) -> float:
@@ -106,14 +119,14 @@ def compare(case: str, actual: Tensor, expected: Tensor, same_dtype: Tensor | No
 def compare_backbones(
     editor: SliderEditor, eager: Engine, same_dtype: Engine | None, prepared: Prepared, max_batch: int
 ) -> list[Comparison]:
-    """Run an editor's engine and the eager backbones on a real edit and on random inputs, over `ALPHAS` and a mixed batch.
+    """Run an engine and eager backbones on a real edit and on random inputs, for each of `ALPHAS` and a mixed batch.
 
     Args:
-        editor: whose engine is verified.
-        eager: in float32.
-        same_dtype: eager in the engine's dtype; None for a float32 engine.
-        prepared: a real edit.
-        max_batch: the engine's.
+        editor: editor with the engine to verify.
+        eager: eager backbone in float32.
+        same_dtype: eager backbone in the engine's dtype; None for a float32 engine.
+        prepared: real edit.
+        max_batch: largest batch of the engine.
     """
     comparisons = []
     batches: dict[str, list[float]] = {f"alpha {a:+.2f}": [a] for a in ALPHAS}
@@ -121,13 +134,13 @@ def compare_backbones(
     for name, alphas in batches.items():
         one = torch.tensor(alphas)[:, None]
         if editor.members:
-            # Every member acts, each by a different share.
+            # Use all members, each with a different share.
             one = one[:, :, None] * torch.linspace(1, 0.5, len(editor.members))
         real = editor.backbone_inputs(prepared, _alphas(editor, prepared, alphas))
         real["timestep"].fill_(0.7)
         random = _random_inputs(editor, real, len(alphas)) | {"alpha": one}
         for kind, inputs in (("real", real), ("random", random)):
-            # An engine's output is a buffer that its next call writes.
+            # Clone, because the engine's next call overwrites its output.
             actual = editor.engine(inputs).clone()
             half = None if same_dtype is None else same_dtype(inputs)
             comparisons.append(compare(f"{kind} inputs, {name}", actual, eager(inputs), half))
@@ -135,7 +148,7 @@ def compare_backbones(
 
 
 def _alphas(editor: SliderEditor, prepared: Prepared, alphas: Sequence[float]) -> Tensor:
-    """The engine's alphas of settings in which all sliders have the same: `[N, K]`, for a bank `[N, K, G]`."""
+    """Return the engine's alphas for settings in which all sliders have the same alpha: `[N, K]`, for a bank `[N, K, G]`."""
     alpha = torch.tensor(alphas)[:, None].repeat(1, len(prepared.token_mask))
     if not editor.members:
         return alpha
@@ -144,7 +157,7 @@ def _alphas(editor: SliderEditor, prepared: Prepared, alphas: Sequence[float]) -
 
 
 def _final_images(editor: SliderEditor, prepared: Prepared, steps: int) -> Tensor:
-    """The images at each of `ALPHAS`, whatever strengths the adapter's own curve calls them; `[N, 3, H, W]`."""
+    """Denoise an image for each of `ALPHAS`, without the adapter's strength curve; return `[N, 3, H, W]`."""
     conditioning, chunks = prepared.conditioning, _alphas(editor, prepared, ALPHAS).split(editor.max_batch)
     return torch.cat(
         [
@@ -172,20 +185,22 @@ def verify_engine(
     options: RuntimeOptions | None = None,
     steps: int = 4,
 ) -> Verification:
-    """Run an engine and the eager backbone on the same inputs.
+    """Compare an engine with eager torch on the same inputs: a real edit and random inputs.
 
-    A float32 engine passes within `MAX_ABS_TOLERANCE`. A half-precision one is measured against float32 eager, too, and passes
-    where its error is at most `MAX_RMS_RATIO` times that of eager torch in the same dtype.
+    A float32 engine passes if its errors are within `MAX_ABS_TOLERANCE`. A half-precision engine is also compared with float32,
+    and passes if its error is at most `MAX_RMS_RATIO` times that of eager torch in the same dtype.
 
     Args:
         path: engine folder.
-        image, sliders: a real edit; random inputs are tried as well. In a bank, a slider that names no member gets one in turn.
-        base, adapter: where they are now, if not where the manifest says; several adapters for a bank.
-        options: of the TensorRT backends.
+        image: image of the real edit.
+        sliders: sliders of the real edit. For a bank, sliders that name no member are assigned to the members in turn.
+        base: location of the base; None takes the source recorded in the manifest.
+        adapter: location of the adapter, or several for a bank; None takes the source recorded in the manifest.
+        options: run options of the backend; None uses its defaults.
         steps: denoising steps of the final images.
 
     Raises:
-        SliderEditError: the base or the adapter is not the one that the engine was built from.
+        SliderEditError: the engine has no adapter, or it was built from another base or adapter.
     """
     manifest = read_manifest(path)
     if manifest.adapter is None:
@@ -196,7 +211,7 @@ def verify_engine(
     loaded = load_adapters(adapter, get_family(manifest.family)).without(manifest.adapter.get("dropped", ()))
     if loaded.fingerprint != manifest.adapter["fingerprint"]:
         raise SliderEditError(f"adapter {adapter!r} is not the one in engine {str(path)!r}; pass the original with --adapter")
-    # The whole base: what the engine was built from is what it is compared with.
+    # Check all components, because the eager reference uses them all.
     check_base(manifest, path, resolve_base(base))
     engine = SliderEditor.from_engine(path, base, options=options)
     eager = SliderEditor.from_pretrained(base, loaded)

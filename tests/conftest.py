@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+from collections import Counter
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -22,9 +24,11 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 from PIL import Image
+from trace_cache import TraceCache
 
 from slideredit_rt.assets import resolve_base
 from slideredit_rt.editor import SliderEditor
+from slideredit_rt.export import linked_weights, onnx_graph
 from slideredit_rt.export.build import build_engine
 from slideredit_rt.families import Family, get_family
 from slideredit_rt.shapes.world import held_out_examples, scene_image
@@ -34,11 +38,40 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.manual_seed(0)
 
 
+# Files of few tests that take long. They start first, so that the processes of a parallel run end together.
+LONGEST = (
+    "test_gpu_model.py",
+    "test_linked_export.py",
+    "test_bench.py",
+    "test_aot.py",
+    "test_marks.py",
+    "test_inductor.py",
+    "test_training.py",
+    "test_tensorrt.py",
+    "test_demo.py",
+)
+
+
+@pytest.hookimpl(trylast=True)  # after pytest's own reordering by the parameters of session fixtures
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {name: place for place, name in enumerate(LONGEST)}
+    sizes = Counter(item.path for item in items)
+    items.sort(key=lambda item: (places.get(item.path.name, len(places)), -sizes[item.path], item.path))
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="no CUDA device on this machine"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _shared_traces(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Builds in the tests' own processes take the trace of a structure from the first one that needed it."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "traces"
+    folder.mkdir(exist_ok=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(linked_weights, "trace", TraceCache(folder, onnx_graph.trace))
+        yield
 
 
 @pytest.fixture(scope="session")

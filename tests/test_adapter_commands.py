@@ -160,14 +160,14 @@ def test_refused_conversions_leave_nothing(capsys: Any, family: Family, tmp_path
     before = sorted(p.name for p in tmp_path.iterdir())
     out = tmp_path / "out"
     for source, options, message in (
-        ("big.safetensors", ("--dtype", "float16"), "beyond what float16 holds"),
+        ("big.safetensors", ("--dtype", "float16"), "that overflow float16"),
         ("empty.safetensors", (), "not a readable safetensors"),
         ("empty.pt", (), "not a file of plain tensors"),
         ("cut.safetensors", (), "not a readable safetensors"),
         ("cut.pt", (), "not a file of plain tensors"),
         ("nothing", (), "does not exist"),
-        (partial.name, ("--base", "shapes-kontext"), "fits 11 of its 13 modules"),
-        (partial.name, ("--allow-partial",), "name the base with --base"),
+        (partial.name, ("--base", "shapes-kontext"), "only 11 of the 13 modules"),
+        (partial.name, ("--allow-partial",), "name one with --base"),
         ("big.safetensors", ("--base", tmp_path / "nowhere"), "does not exist"),
     ):
         assert message in refused(capsys, "adapter", "convert", tmp_path / source, out, *options)
@@ -205,8 +205,8 @@ def test_a_partial_build_only_when_told_so(
     assert not exported
     assert main([str(a) for a in (*build, "--allow-partial")]) == 0
     notes = capsys.readouterr().err
-    assert "left out 2 modules of the adapter that the base lacks: transformer_blocks.7.attn.add_q_proj" in notes
-    assert "leaves 1 linears of the standard targets alone: transformer_blocks.0.attn.add_q_proj" in notes
+    assert "dropped 2 modules of the adapter that the base lacks: transformer_blocks.7.attn.add_q_proj" in notes
+    assert "does not update 1 linears of the standard targets: transformer_blocks.0.attn.add_q_proj" in notes
     adapter = read_manifest(engine).adapter
     assert adapter is not None
     assert (adapter["modules"], len(adapter["dropped"])) == (11, 2)
@@ -227,7 +227,7 @@ def test_text_encoders_are_reported_wherever_an_adapter_is_told(capsys: pytest.C
 
     build = ("build", "--base", "shapes-kontext", "--adapter", tmp_path / "both.safetensors", "--out", tmp_path / "engine")
     assert main([str(a) for a in build]) == 0
-    note = f"left out 5 linears of the text encoders that the adapter also updates: {', '.join(encoder[:4])}, …"
+    note = f"ignored 5 text-encoder linears that the adapter also updates: {', '.join(encoder[:4])}, …"
     assert note in capsys.readouterr().err
 
 

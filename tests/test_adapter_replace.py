@@ -145,7 +145,7 @@ def test_adapters_that_do_not_fit_leave_the_engine_as_it_was(
     }
     for source, message in cases.items():
         assert message in refused(capsys, "adapter", "replace", engine, source)
-    assert "not the same ones" in refused(capsys, "adapter", "replace", engine, saved(fewer, tmp_path))
+    assert "which are not the same" in refused(capsys, "adapter", "replace", engine, saved(fewer, tmp_path))
     assert contents(engine) == before
 
 
@@ -162,7 +162,7 @@ def test_engines_whose_adapter_lies_in_no_file_of_its_own(
     replace = ("adapter", "replace", engine, resolve_adapter("shapes-st"))
     (engine / PLAN_FILE).write_bytes(b"plan")
     change_manifest(engine, backend="tensorrt-rtx", files=describe_files(engine, [PLAN_FILE]), links={})
-    assert "its adapter is inside what tensorrt-rtx compiled; build it again" in refused(capsys, *replace)
+    assert "because tensorrt-rtx compiled its adapter into the engine; build it again" in refused(capsys, *replace)
     change_manifest(engine, adapter=None)
     assert "was built without an adapter" in refused(capsys, *replace)
     assert "not an engine folder" in refused(capsys, "adapter", "replace", tmp_path, "shapes-st")

@@ -106,16 +106,16 @@ def _random_adapter(family: Family, names: list[str], k: int = 128, n: int = 128
 @pytest.mark.parametrize(
     ("names", "k", "kind", "message"),
     [
-        (["unet.mid.to_q"], 128, "gst", "fits 0 of its 1 modules"),
-        (["transformer_blocks.0.attn.to_q", "transformer_blocks.7.attn.to_q"], 128, "gst", "fits 1 of its 2 modules"),
-        (["transformer_blocks.0.norm1.linear"], 128, "gst", "fits 0"),
+        (["unet.mid.to_q"], 128, "gst", "only 0 of the 1 modules"),
+        (["transformer_blocks.0.attn.to_q", "transformer_blocks.7.attn.to_q"], 128, "gst", "only 1 of the 2 modules"),
+        (["transformer_blocks.0.norm1.linear"], 128, "gst", "only 0 of"),
         (
             ["transformer_blocks.0.attn.to_q"],
             3072,
             "gst",
             re.escape("128×3072 update for transformer_blocks.0.attn.to_q, which is 128×128"),
         ),
-        (["transformer_blocks.0.attn.to_q"], 128, "st", "no text rows"),
+        (["transformer_blocks.0.attn.to_q"], 128, "st", "does not project text rows"),
     ],
 )
 def test_an_adapter_that_does_not_fit_is_refused_and_nothing_is_injected(

@@ -119,7 +119,7 @@ def test_a_banks_file_brings_members_and_curves_back(pair: list[Adapter], tmp_pa
     assert list(adapter_report(read)["members"]) == ["one", "zwölf"]
     assert bank_adapters(pair, ["zwölf", "one"]).fingerprint != bank.fingerprint
     for form in ("diffusers", "peft"):
-        with pytest.raises(SliderEditError, match="is a bank, which only the canonical format holds"):
+        with pytest.raises(SliderEditError, match="is a bank, which only the canonical format can hold"):
             save_adapter(bank, tmp_path / form, form)  # type: ignore[arg-type]
 
 
@@ -243,7 +243,7 @@ def test_a_gst_slider_called_like_its_adapter_needs_no_words_in_the_prompt(
     assert prepared.members == ("age", RED)
     assert prepared.token_mask.all()
     assert prepared.spans[0] == ()
-    with pytest.raises(SliderEditError, match="'age' is called like its adapter and says nothing about the edit"):
+    with pytest.raises(SliderEditError, match="'age' only names its adapter; pass a prompt as well"):
         eager.prepare(scene, ["age"])
     with pytest.raises(SliderEditError, match="two sliders scale the adapter 'age'"):
         eager.prepare(scene, ["age", Slider(RED, adapter="age")], prompt=PROMPT)
@@ -252,8 +252,8 @@ def test_a_gst_slider_called_like_its_adapter_needs_no_words_in_the_prompt(
 @pytest.mark.parametrize(
     ("slider", "message"),
     [
-        (Slider(RED), rf"slider '{RED}' says no adapter; this engine has 'shapes-(gst|st)', 'other'"),
-        (Slider(RED, adapter="x"), r"names the adapter 'x', unknown here; this engine has"),
+        (Slider(RED), rf"slider '{RED}' names no adapter; choose from 'shapes-(gst|st)', 'other'"),
+        (Slider(RED, adapter="x"), r"names the unknown adapter 'x'; choose from"),
     ],
 )
 def test_a_slider_without_a_member_lists_them(editor: SliderEditor, scene: Image.Image, slider: Slider, message: str) -> None:
@@ -262,20 +262,20 @@ def test_a_slider_without_a_member_lists_them(editor: SliderEditor, scene: Image
 
 
 def test_a_member_where_there_is_no_bank(st_editor: SliderEditor, scene: Image.Image) -> None:
-    with pytest.raises(SliderEditError, match="has a single one, without a name"):
+    with pytest.raises(SliderEditError, match="has a single one without a name"):
         st_editor.prepare(scene, [Slider(RED, adapter="x")])
 
 
 def test_adapters_that_make_no_bank_are_refused(pair: list[Adapter], files: list[str], family: Family, kind: str) -> None:
     foreign = f"shapes-{'st' if kind == 'gst' else 'gst'}"
     cases: list[tuple[Any, str]] = [
-        (lambda: load_adapters([files[0], foreign], family), "give adapters of one family and one kind"),
-        (lambda: load_adapters([files[0], files[0]], family), f"two adapters would be called '{files[0]}' in the bank"),
+        (lambda: load_adapters([files[0], foreign], family), "pass adapters of one family and one kind"),
+        (lambda: load_adapters([files[0], files[0]], family), f"two adapters would be named '{files[0]}' in the bank"),
         (lambda: bank_adapters(pair, ["a"]), "2 adapters and 1 names"),
-        (lambda: bank_adapters([bank_adapters(pair, ["a", "b"]), pair[0]], ["c", "d"]), "is a bank already"),
+        (lambda: bank_adapters([bank_adapters(pair, ["a", "b"]), pair[0]], ["c", "d"]), "is already a bank"),
         (
             lambda: choose("plugin", pair[0].kind, get_backend("tensorrt"), bank=True),
-            "one scale per row and a bank of adapters",
+            "one scale per row, but a bank of adapters",
         ),
     ]
     for make, message in cases:
@@ -292,7 +292,7 @@ def test_a_file_whose_ranks_its_members_cannot_share(pair: list[Adapter], tmp_pa
     bank = bank_adapters(pair, ["a", "b"])
     odd = {name: (torch.cat([a, a[:1]]), torch.cat([b, b[:, :1]], dim=1)) for name, (a, b) in bank.pairs.items()}
     save_adapter(dataclasses.replace(bank, pairs=odd), tmp_path / "odd.safetensors")
-    with pytest.raises(SliderEditError, match="a bank of 2 members and has ranks that these do not share evenly"):
+    with pytest.raises(SliderEditError, match="a bank of 2 members, but its ranks cannot be divided evenly"):
         load_adapter(tmp_path / "odd.safetensors", family)
 
 
@@ -312,9 +312,9 @@ def test_another_bank_takes_the_engines_place_and_other_numbers_of_members_do_no
     found = open_engine(tmp_path / "engine")[1](inputs)
     assert (found - expected).abs().max() <= 1e-5 * max(1, expected.abs().max())
     three = bank_adapters([like(pair[0], 1, seed=s) for s in range(3)], ["a", "b", "c"])
-    with pytest.raises(SliderEditError, match=r"has 3 members and the export in .* was made for a bank of 2"):
+    with pytest.raises(SliderEditError, match=r"has 3 members, but the export in .* is for a bank of 2"):
         replace_engine_adapter(tmp_path / "engine", three)
-    with pytest.raises(SliderEditError, match="has no members and the export"):
+    with pytest.raises(SliderEditError, match="has no members, but the export"):
         replace_engine_adapter(tmp_path / "engine", files[0])
 
 
@@ -377,7 +377,7 @@ def test_commands_build_show_edit_and_replace_a_bank(
     assert json.loads((tmp_path / "out.json").read_text())["sliders"][0]["member"] == "other"
     capsys.readouterr()
     assert main(["edit", str(engine), *image, *sliders, *members[:2], "--out", edited]) == 2
-    assert "1 --member for 2 --slider" in capsys.readouterr().err
+    assert "1 --member and 2 --slider were given" in capsys.readouterr().err
     copied = tmp_path / "engine"
     shutil.copytree(engine, copied, copy_function=os.link)
     assert main(["adapter", "replace", str(copied), *files]) == 0

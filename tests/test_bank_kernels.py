@@ -115,10 +115,10 @@ def test_rows_without_a_batch_axis() -> None:
 @pytest.mark.parametrize(
     ("scale", "message"),
     [
-        (torch.zeros(2, 5, 4), "4 members, which do not share a rank of 6 evenly"),
+        (torch.zeros(2, 5, 4), "4 members, which do not divide a rank of 6 evenly"),
         (torch.zeros(2, 5, 0), "0 members"),
-        (torch.zeros(2, 4, 3), "or for a bank of adapters one per row and member"),
-        (torch.zeros(2, 5, 3, 1), "or for a bank of adapters one per row and member"),
+        (torch.zeros(2, 4, 3), "or, for a bank of adapters, one per row and member"),
+        (torch.zeros(2, 5, 3, 1), "or, for a bank of adapters, one per row and member"),
         (torch.zeros(2, 5, 3, dtype=torch.bfloat16), "16 bits would round the strengths"),
     ],
 )

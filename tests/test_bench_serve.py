@@ -73,14 +73,14 @@ def test_failures_are_counted_and_make_no_throughput(url: str) -> None:
     assert (result["completed"], result["failed"], result["errors"]) == (0, 3, {"401": 3})
     assert result["request_throughput"] == 0
     assert "mean_e2el_ms" not in result
-    with pytest.raises(SliderEditError, match=r"does not make edits \(401: .*the API key is wrong"):
+    with pytest.raises(SliderEditError, match=r"failed a warm-up request \(401: .*the API key is wrong"):
         run(url, Load(num_prompts=3), key="wrong")
 
 
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"num_prompts": 0}, "--num-prompts is 0; give at least 1"),
+        ({"num_prompts": 0}, "--num-prompts is 0; pass at least 1"),
         ({"max_concurrency": 0}, "--max-concurrency is 0"),
         ({"request_rate": 0.0}, "--request-rate is 0"),
         ({"request_rate": math.nan}, "--request-rate is nan"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -19,12 +20,13 @@ from http_server import waited_for
 from PIL import Image
 from safetensors.torch import save_file
 
+from slideredit_rt import __version__
 from slideredit_rt.assets import resolve_adapter, resolve_base
 from slideredit_rt.cli import _parser, main
 from slideredit_rt.commands.edit import parse_slider, parse_swept_slider
 from slideredit_rt.commands.shared import own_image_options
 from slideredit_rt.editor import SliderEditor
-from slideredit_rt.engines import read_manifest
+from slideredit_rt.engines import BACKENDS, read_manifest
 from slideredit_rt.export.build import build_engine
 from slideredit_rt.files import user_path
 
@@ -60,6 +62,7 @@ EDIT = ["edit", "engine", "--image", "in.png", "--slider", RED, "--out", "out.pn
     ("arguments", "code", "shown"),
     [
         (["--help"], 0, "inference for SliderEdit"),
+        (["--version"], 0, f"slideredit-rt {__version__}"),
         (["serve", "--help"], 0, "--max-megapixels"),
         (["serve", "--port", "many"], 2, "argument --port: invalid int value: 'many'"),
         (["serve", "--port", "70000"], 2, "--port is 70000; give 0 to 65535"),
@@ -275,7 +278,7 @@ def test_bad_bases(tmp_path: Path, capsys: Any) -> None:
     cases = {
         "nowhere": "does not exist",
         "empty": "not a diffusers checkpoint",
-        "other": "no family",
+        "other": "is not supported; supported: FluxKontextPipeline",
         "broken": "not a diffusers model index",
     }
     for name, message in cases.items():
@@ -299,9 +302,9 @@ def test_an_adapter_that_matches_some_or_none_of_the_modules(tmp_path: Path, cap
     a, b = torch.zeros(4, 128), torch.zeros(128, 4)
     some = ["transformer_blocks.0.attn.to_q", "transformer_blocks.9.attn.to_q"]
     for name, modules, expected in (
-        ("none", ["unet.to_q"], "no linear that a slider may touch"),
-        ("absent", some[1:], "0 of its 1 modules"),
-        ("some", some, "1 of its 2 modules"),
+        ("none", ["unet.to_q"], "no linear that sliders can scale"),
+        ("absent", some[1:], "0 of the 1 modules"),
+        ("some", some, "1 of the 2 modules"),
     ):
         file = tmp_path / f"{name}.safetensors"
         save_file({f"{m}.lora_{p}.weight": (a if p == "A" else b).clone() for m in modules for p in "AB"}, file)
@@ -334,7 +337,7 @@ def test_damaged_engines(copied: Path, capsys: Any) -> None:
     adapter.write_bytes(original[:-1] + bytes([original[-1] ^ 1]))
     assert "was changed after the build" in refused(capsys, "inspect", copied)
     adapter.unlink()
-    assert "lacks its file" in refused(capsys, "inspect", copied)
+    assert "lacks the file" in refused(capsys, "inspect", copied)
     adapter.write_bytes(original)
     rewrite(manifest, schema_version=99)
     assert "schema 99" in refused(capsys, "inspect", copied)
@@ -356,7 +359,7 @@ def test_engine_whose_linked_weights_are_gone_or_changed(copied: Path, capsys: A
     ):
         damage()
         message = refused(capsys, "inspect", copied)
-        assert f"needs the checkpoint's file {file.name} as it was at the build" in message
+        assert f"links to the checkpoint's file {file.name}, which is missing or was changed" in message
         assert "--copy-weights" in message
 
 
@@ -496,6 +499,32 @@ def test_the_next_build_removes_what_a_killed_one_left(tmp_path: Path, capsys: A
     assert sorted(p.name for p in tmp_path.iterdir()) == [alive.name, "engine"]
 
 
+@pytest.mark.parametrize("arguments", [["inspect", "nowhere"], ["serve", "--port", "70000"]])
+def test_the_callers_handler_of_sigterm_is_restored(arguments: list[str], capsys: Any) -> None:
+    def own(signum: int, frame: Any) -> None:
+        raise AssertionError("never sent")
+
+    before = signal.signal(signal.SIGTERM, own)
+    try:
+        assert main(arguments) == 2
+        assert signal.getsignal(signal.SIGTERM) is own
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_the_help_of_build_names_every_backend_and_lowering(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "500")  # a narrower help text is wrapped at the hyphen of tensorrt-rtx
+    with pytest.raises(SystemExit):
+        main(["build", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    listed = re.search(r"execution backend: (.*?) \(default", text)
+    assert listed is not None
+    assert re.split(", | or ", listed[1]) == list(BACKENDS)
+    lowerings = re.search(r"--lowering \{(.*?)\}", text)
+    assert lowerings is not None
+    assert set(lowerings[1].split(",")) == {"auto", *(name for backend in BACKENDS.values() for name in backend.lowerings)}
+
+
 def test_debug_shows_the_traceback(tmp_path: Path, capsys: Any) -> None:
     code, _, err = run(capsys, "inspect", tmp_path / "x", "--debug")
     assert code == 2
@@ -545,7 +574,7 @@ def test_arguments_that_are_not_utf8(engines: dict[str, Path], image_file: Path,
     assert Path(json.loads(text)["out"]) == out
     assert Image.open(out).size == (64, 64)
     message = refused(capsys, *base[:-1], os.fsdecode(b"make it r\xe9d"), "--image", out, "--out", tmp_path / "o.png")
-    assert "is not a character; write it in UTF-8" in message
+    assert "is not a character; encode it in UTF-8" in message
 
 
 @pytest.mark.parametrize("seed", [2**64, -(2**63) - 1, 10**40])
@@ -579,7 +608,7 @@ def test_a_number_of_threads_that_makes_no_sense(
     message = refused(
         capsys, "edit", engines["st"], "--image", image_file, "--slider", RED, "--threads", threads, "--out", tmp_path / "o.png"
     )
-    assert f"{threads} CPU threads were asked for; give 1 to 1024" in message
+    assert f"{threads} CPU threads; pass 1 to 1024" in message
 
 
 @pytest.mark.parametrize(

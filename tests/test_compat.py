@@ -218,7 +218,7 @@ def test_any_sequence_length(pipe: Any, scene: Image.Image, rows: int) -> None:
     pipe.load_stlora("shapes-st")
     base = edit(pipe, scene, RED, subprompts_list=[RED], slider_alpha_list=[0], max_sequence_length=rows)
     assert not torch.equal(base, edit(pipe, scene, RED, subprompts_list=[RED], slider_alpha_list=[1], max_sequence_length=rows))
-    with pytest.raises(SliderEditError, match="falls off the end of the prompt"):
+    with pytest.raises(SliderEditError, match="is cut off at the end of the prompt"):
         edit(pipe, scene, PROMPT, subprompts_list=[DARK], slider_alpha_list=[1], max_sequence_length=8)
 
 
@@ -292,15 +292,15 @@ def test_a_bfloat16_pipeline(scene: Image.Image) -> None:
     [
         (None, {"slider_alpha": 0.5}, "no adapter is loaded"),
         (None, {"subprompts_list": [RED], "slider_alpha_list": [1]}, "no adapter is loaded"),
-        ("gst", {}, "give slider_alpha"),
-        ("gst", {"subprompts_list": [RED], "slider_alpha_list": [1]}, "give slider_alpha"),
+        ("gst", {}, "pass slider_alpha"),
+        ("gst", {"subprompts_list": [RED], "slider_alpha_list": [1]}, "pass slider_alpha"),
         ("gst", {"slider_alpha": 1, "slider_alpha_list": [1]}, "no sub-prompts"),
-        ("gst", {"slider_alpha": [1, 2]}, "2 alphas and 1 prompts"),
+        ("gst", {"slider_alpha": [1, 2]}, "2 alphas for 1 prompts"),
         ("gst", {"slider_alpha": float("nan")}, "not all finite"),
         ("gst", {"slider_alpha": "strong"}, "not numbers"),
-        ("st", {}, "give subprompts_list and slider_alpha_list"),
+        ("st", {}, "pass subprompts_list and slider_alpha_list"),
         ("st", {"slider_alpha": 1}, "no slider_alpha"),
-        ("st", {"subprompts_list": [RED]}, "give subprompts_list and slider_alpha_list"),
+        ("st", {"subprompts_list": [RED]}, "pass subprompts_list and slider_alpha_list"),
         ("st", {"subprompts_list": [RED], "slider_alpha_list": [1], "slider_alpha": 1}, "no slider_alpha"),
         ("st", {"subprompts_list": [RED, DARK], "slider_alpha_list": [1]}, "2 sub-prompts and 1 alphas"),
         ("st", {"subprompts_list": ["make the circle pink"], "slider_alpha_list": [1]}, "nowhere in the prompt"),
@@ -332,7 +332,7 @@ def test_adapters_that_do_not_belong_leave_the_loaded_one(
         (lambda: pipe.load_gstlora("shapes-st"), "load it with load_stlora"),
         (lambda: pipe.load_stlora("shapes-gst"), "load it with load_gstlora"),
         (lambda: pipe.load_stlora("shapes-st", 8, 0.0), "has rank 16, not 8"),
-        (lambda: pipe.load_stlora("shapes-st", 16, 2.0), "give a probability"),
+        (lambda: pipe.load_stlora("shapes-st", 16, 2.0), "expected a probability"),
         (lambda: pipe.load_stlora(tmp_path / "nothing.pt"), "does not exist"),
         (lambda: pipe.load_stlora(tmp_path / "small.safetensors"), "has a 64×64 update"),
         (lambda: pipe.load_stlora(tmp_path / "deep.safetensors"), "not found: transformer_blocks.7"),
@@ -346,7 +346,7 @@ def test_adapters_that_do_not_belong_leave_the_loaded_one(
 def test_an_image_that_is_not_finite_is_an_error(pipe: Any, scene: Image.Image, output_type: str) -> None:
     pipe.load_stlora("shapes-st")
     options = {"subprompts_list": [RED], "output_type": output_type}
-    with pytest.raises(SliderEditError, match=r"came out as NaN or infinity with the alphas \[-1e\+20\]; give"):
+    with pytest.raises(SliderEditError, match=r"with the alphas \[-1e\+20\] produced NaN or infinity; use"):
         edit(pipe, scene, slider_alpha_list=[-1e20], **options)
     edit(pipe, scene, slider_alpha_list=[-0.5], **options)
 
@@ -354,7 +354,7 @@ def test_an_image_that_is_not_finite_is_an_error(pipe: Any, scene: Image.Image, 
 def test_an_autoencoder_that_overflows_is_noticed(pipe: Any, scene: Image.Image) -> None:
     with torch.no_grad():
         pipe.vae.decoder.conv_out.bias[0] = torch.inf
-    with pytest.raises(SliderEditError, match="came out as NaN or infinity without sliders"):
+    with pytest.raises(SliderEditError, match="edit without sliders produced NaN or infinity"):
         edit(pipe, scene)
 
 

@@ -107,13 +107,13 @@ def test_zero_steps_are_refused(st_editor: SliderEditor, scene: Image.Image) -> 
 def test_an_image_that_is_not_finite_is_an_error(
     st_editor: SliderEditor, scene: Image.Image, draw: Callable[[SliderEditor, Image.Image], object]
 ) -> None:
-    with pytest.raises(SliderEditError, match=r"'make the circle red' at strength 1e\+20.* came out as NaN or infinity; give"):
+    with pytest.raises(SliderEditError, match=r"'make the circle red' at strength 1e\+20.* produced NaN or infinity; use"):
         draw(st_editor, scene)
 
 
 def test_a_strength_beyond_float32_is_refused(st_editor: SliderEditor, scene: Image.Image) -> None:
     prepared = st_editor.prepare(scene, PARTS)
-    with pytest.raises(SliderEditError, match=r"'make the background dark' has strength 1e\+39, too far out for float32"):
+    with pytest.raises(SliderEditError, match=r"'make the background dark' has strength 1e\+39, which exceeds float32"):
         st_editor.alphas(prepared, [[1.0, 1.0], [1.0, 1e39]])
 
 
@@ -124,7 +124,7 @@ def test_rows_of_one_batch_share_no_nan(st_editor: SliderEditor, scene: Image.Im
     images = st_editor._denoise(prepared.conditioning, inputs, 2, 1.0, None, 0)
     assert images[0].isnan().all()
     assert (images[1] - expected[0]).abs().max() <= 1e-5
-    with pytest.raises(SliderEditError, match=r"row 0 of a batch, with alpha \[-1.*e\+20, 0.0\], came out"):
+    with pytest.raises(SliderEditError, match=r"row 0 of a batch, with alpha \[-1.*e\+20, 0.0\], produced"):
         st_editor.denoise(prepared.conditioning, inputs, 2)
 
 
@@ -139,7 +139,7 @@ def test_an_autoencoder_that_overflows_is_noticed(st_editor: SliderEditor, scene
 
     editor = copy.copy(st_editor)
     editor.family = Overflows()
-    with pytest.raises(SliderEditError, match=r"at strength 0\.25 came out as NaN or infinity"):
+    with pytest.raises(SliderEditError, match=r"at strength 0\.25 produced NaN or infinity"):
         editor.render(editor.prepare(scene, PARTS[:1]), [[1.0], [0.25]], steps=1)
 
 

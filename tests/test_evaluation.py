@@ -183,7 +183,7 @@ def test_distances_that_cannot_be_told_are_counted() -> None:
     (entry,) = summarise_run([*base, *swept])
     assert entry["distances"]["elsewhere"]["distance"]["mean"] == pytest.approx(0.3)
     assert entry["distances"]["elsewhere"]["untold"] == 1
-    assert "(1 untold)" in markdown_table([entry])
+    assert "(1 n/a)" in markdown_table([entry])
 
 
 @pytest.mark.parametrize(
@@ -296,7 +296,7 @@ def test_a_new_system_takes_one_class(
 
 
 def test_the_name_of_a_system_is_its_own(crossfade: type[System]) -> None:
-    with pytest.raises(SliderEditError, match="a system 'crossfade' already"):
+    with pytest.raises(SliderEditError, match="a system named 'crossfade' is registered already"):
         register(crossfade)
 
 
@@ -322,7 +322,7 @@ def test_an_adapter_may_not_go_by_the_name_of_another_system(tmp_path: Path, cap
     adapters = [str(tmp_path / "gst.safetensors"), "shapes-st", "shapes-gst"]
     given = [word for adapter in adapters for word in ("--adapter", adapter)]
     assert main(["evaluate", *given, "--out", str(tmp_path / "run"), *SMALL]) == 2
-    assert "two systems would be called 'gst'" in capsys.readouterr().err
+    assert "two systems would be named 'gst'" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
@@ -330,11 +330,11 @@ def test_an_adapter_may_not_go_by_the_name_of_another_system(tmp_path: Path, cap
     ("arguments", "message"),
     [
         (["--adapter", "shapes-st", "--systems", "gst"], "needs an adapter or an engine of its kind"),
-        (["--adapter", "shapes-st", "--systems", "prompt-weights"], "is no system of this benchmark"),
-        (["--adapter", "shapes-st", "--adapter", "shapes-st"], "are called 'shapes-st'"),
-        ([], "nothing to evaluate was given"),
+        (["--adapter", "shapes-st", "--systems", "prompt-weights"], "is not a system of this benchmark"),
+        (["--adapter", "shapes-st", "--adapter", "shapes-st"], "are named 'shapes-st'"),
+        ([], "there is nothing to evaluate"),
         (["--adapter", "shapes-st", "--images", "images"], "need both --images and --prompts"),
-        (["--adapter", "shapes-st", "--scorer", "clip"], "names no model"),
+        (["--adapter", "shapes-st", "--scorer", "clip"], "has no source"),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_written(

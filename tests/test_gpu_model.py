@@ -19,14 +19,10 @@ from slideredit_rt.families import get_family
 from slideredit_rt.modules import SliderBackbone
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    line = [sys.executable, "-m", "slideredit_rt.bench.gpu_model", *arguments]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(line, capture_output=True, text=True, env=environment, check=False)
-
-
 def test_rehearsal_runs_every_column_and_writes_only_where_it_is_told(tmp_path: Path) -> None:
-    done = run("--rehearse", "--out", str(tmp_path))
+    line = [sys.executable, "-m", "slideredit_rt.bench.gpu_model", "--rehearse", "--out", str(tmp_path)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(line, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     assert sorted(p.name for p in (tmp_path / "none").iterdir()) == ["model_flux_kontext.json", "model_flux_kontext.md"]
     report = json.loads((tmp_path / "none" / "model_flux_kontext.json").read_text())
@@ -47,12 +43,14 @@ def test_rehearsal_runs_every_column_and_writes_only_where_it_is_told(tmp_path: 
     assert set(verdicts.values()) == {None}, "times of a rehearsal say nothing"
 
 
-def test_without_a_gpu_it_says_so_and_writes_nothing(tmp_path: Path) -> None:
+def test_without_a_gpu_it_says_so_and_writes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU here")
-    done = run("--out", str(tmp_path))
-    assert done.returncode == 2
-    assert "no CUDA device here; pass --rehearse" in done.stderr
+    monkeypatch.setattr(sys, "argv", ["gpu_model", "--out", str(tmp_path)])
+    assert gpu_model.main() == 2
+    assert "no CUDA device found; pass --rehearse" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 

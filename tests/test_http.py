@@ -255,8 +255,8 @@ def test_limits_of_several_images(qwen: str) -> None:
             fields = {"prompt": RED, "image": [data_url(image) for image in images]}
             return client.post("/v1/images/edits", json=fields)
 
-        refused(send(), 400, "number_of_images", "0 images were sent; send 1 to 16 as image")
-        refused(send(*[file] * 17), 400, "number_of_images", "17 images were sent; send 1 to 16 as image")
+        refused(send(), 400, "number_of_images", "0 images were sent; send 1 to 16, in the field image")
+        refused(send(*[file] * 17), 400, "number_of_images", "17 images were sent; send 1 to 16, in the field image")
         many = [("image[]", file)] * 17
         refused(client.post("/v1/images/edits", files=many, data={"prompt": RED}), 400, None, "Maximum number of files is 16")
         refused(send(file, as_file(qwen_image(128, 100))), 413, "image_too_large", "image 2 .*megapixels allowed")
@@ -314,8 +314,8 @@ def test_a_strip_that_its_format_cannot_hold_is_refused_before_the_work(
     if output_format == "webp":
         assert error["param"] == "output_format"
         assert re.fullmatch(
-            r"the strip would have \d{5}×\d+ pixels and output_format 'webp' cannot hold them \(.*16383 pixels\); "
-            "ask for png, or for fewer strengths",
+            r"the strip has \d{5}×\d+ pixels, too large for output_format 'webp' \(.*16383 pixels\); "
+            "use png, or fewer strengths",
             error["message"],
         )
 
@@ -355,7 +355,7 @@ def test_the_size_is_the_engines_for_the_image(client: httpx.Client, scene: Imag
     answers = [edit(client, wide, prompt=RED, size=size) for size in ("auto", "88x48", "1024x1024")]
     assert [a.status_code for a in answers] == [200, 200, 400]
     assert answers[0].json()["size"] == "88x48"
-    assert "this engine edits this image at 88x48" in answers[2].json()["error"]["message"]
+    assert "this image is edited at 88x48" in answers[2].json()["error"]["message"]
 
 
 # Streams.
@@ -425,7 +425,7 @@ def test_openais_client_sends_a_sweep_taken_apart(ai: Any, png: bytes) -> None:
 def test_sliders_whose_fields_cannot_be_told_apart_are_refused(ai: Any, png: bytes) -> None:
     # The client sends two instructions and one strength, without saying whose.
     extra = {"sliders": [{"instruction": RED}, {"instruction": DARK, "strength": 0.5}]}
-    with pytest.raises(openai.BadRequestError, match=r"2 × instruction, 1 × strength.*one field that holds JSON"):
+    with pytest.raises(openai.BadRequestError, match=r"2 × instruction, 1 × strength.*as JSON in one field"):
         ai.images.edit(image=png, prompt=BOTH, extra_body=extra)
 
 
@@ -589,7 +589,7 @@ def refused(answer: httpx.Response, status: int, code: str | None, sentence: str
 @pytest.mark.parametrize(
     ("fields", "status", "code", "sentence"),
     [
-        ({}, 400, "missing", "neither a prompt nor sliders"),
+        ({}, 400, "missing", "neither prompt nor sliders"),
         ({"prompt": RED, "strength": 1}, 400, "extra_forbidden", r"strength: extra inputs are not permitted"),
         ({"prompt": RED, "n": 11}, 400, "less_than_equal", r"^n: input should be less than or equal to 10 \(got '11'\)"),
         ({"prompt": RED, "seed": -1}, 400, "greater_than_equal", "^seed: "),
@@ -603,8 +603,8 @@ def refused(answer: httpx.Response, status: int, code: str | None, sentence: str
         ({"prompt": RED, "output_format": "gif"}, 400, "literal_error", "^output_format: "),
         ({"prompt": RED, "background": "transparent"}, 400, "literal_error", "^background: "),
         ({"prompt": RED, "partial_images": 4}, 400, "less_than_equal", "^partial_images: "),
-        ({"prompt": RED, "model": "dall-e-2"}, 404, "model_not_found", "'dall-e-2' is not served here; this is 'shapes'"),
-        ({"prompt": RED, "sliders": "[{"}, 400, "json_invalid", "^sliders is no JSON"),
+        ({"prompt": RED, "model": "dall-e-2"}, 404, "model_not_found", "'dall-e-2' is not served here; use 'shapes'"),
+        ({"prompt": RED, "sliders": "[{"}, 400, "json_invalid", "^sliders is not valid JSON"),
         ({"prompt": RED, "sliders": "[]"}, 400, "too_short", "^sliders: "),
         (
             {"sliders": '[{"instruction": "a", "strength": NaN}]'},
@@ -618,8 +618,8 @@ def refused(answer: httpx.Response, status: int, code: str | None, sentence: str
         ({"prompt": DARK, "sliders": json.dumps(SLIDERS)}, 422, "unprocessable_edit", "nowhere in the prompt"),
         ({"sliders": json.dumps([{"instruction": RED, "adapter": "x"}])}, 422, "unprocessable_edit", "names the adapter 'x'"),
         ({"prompt": RED, "sweep": '{"from": 0, "to": 1, "count": 1000}'}, 400, "less_than_equal", r"^sweep\.count: "),
-        ({"prompt": RED, "sweep": '{"slider": 1, "from": 0, "to": 1}'}, 400, "no_such_slider", "there are 1 slider"),
-        ({"prompt": RED, "n": 2, "sweep": '{"from": 0, "to": 1}'}, 400, "sweep_alone", "n is 2"),
+        ({"prompt": RED, "sweep": '{"slider": 1, "from": 0, "to": 1}'}, 400, "no_such_slider", "the last slider has index 0"),
+        ({"prompt": RED, "n": 2, "sweep": '{"from": 0, "to": 1}'}, 400, "sweep_alone", "a sweep cannot be combined with n > 1"),
         ({"prompt": RED, "negative_prompt": "blur"}, 422, "unprocessable_edit", "true-CFG scale above 1"),
     ],
 )
@@ -643,12 +643,12 @@ def test_fields_that_cannot_be(
         (b'{"prompt": "a", "n": "1", "image": "AA=="}', 400, "int_type", "^n: "),
         (b'{"prompt": "a"}', 400, "one_image", "0 images were sent"),
         (b'{"prompt": "a", "image": ["AA==", "AA=="]}', 400, "one_image", "2 images were sent"),
-        (b'{"prompt": "a", "image": "https://example.com/a.png"}', 400, "url_not_allowed", "this server fetches none"),
-        (b'{"prompt": "a", "images": [{"image_url": "file:///etc/passwd"}]}', 400, "url_not_allowed", "fetches none"),
+        (b'{"prompt": "a", "image": "https://example.com/a.png"}', 400, "url_not_allowed", "this server does not fetch URLs"),
+        (b'{"prompt": "a", "images": [{"image_url": "file:///etc/passwd"}]}', 400, "url_not_allowed", "does not fetch URLs"),
         (b'{"prompt": "a", "image": "/etc/passwd"}', 422, "unprocessable_edit", "the image cannot be read"),
-        (b'{"prompt": "a", "image": "data:image/png,AAAA"}', 400, "invalid_base64", "image is no base64"),
-        (b'{"prompt": "a", "image": "AAAAA"}', 400, "invalid_base64", "image is no base64"),
-        (b'{"prompt": "a", "image": "AA=A"}', 400, "invalid_base64", "image is no base64"),
+        (b'{"prompt": "a", "image": "data:image/png,AAAA"}', 400, "invalid_base64", "image is not base64"),
+        (b'{"prompt": "a", "image": "AAAAA"}', 400, "invalid_base64", "image is not base64"),
+        (b'{"prompt": "a", "image": "AA=A"}', 400, "invalid_base64", "image is not base64"),
         (
             b'{"prompt": "a", "image": "AA==", "seed": 18446744073709551616}',
             400,
@@ -656,7 +656,7 @@ def test_fields_that_cannot_be(
             "^seed: .*18446744073709551615",
         ),
         (b'{"prompt": "a", "image": "AA==", "seed": 18446744073709551615, "n": 2}', 400, "seed_too_large", "^seed is .*n is 2"),
-        (b'{"prompt": "a", "image": "not base64!"}', 400, "invalid_base64", "image is no base64"),
+        (b'{"prompt": "a", "image": "not base64!"}', 400, "invalid_base64", "image is not base64"),
         (b'{"prompt": "a", "image": ""}', 422, "unprocessable_edit", "the image cannot be read"),
     ],
 )
@@ -688,7 +688,7 @@ def test_forms_that_cannot_be_read(client: httpx.Client, png: bytes) -> None:
     two = [("image[]", png), ("image[]", png)]
     refused(client.post("/v1/images/edits", files=two, data={"prompt": RED}), 400, "one_image", "2 images were sent")
     latin = form_body([(b"image", b'; filename="a.png"', png), (b"prompt", b"", "make the café red".encode("latin-1"))])
-    message = r"^prompt is not UTF-8 \(.* at byte 12\); send the form's text in UTF-8"
+    message = r"^prompt is not UTF-8 \(.* at byte 12\); encode the form's text as UTF-8"
     refused(client.post("/v1/images/edits", content=latin, headers=FORM), 400, "invalid_utf8", message)
     mask = {"image": png, "mask": png}
     refused(client.post("/v1/images/edits", files=mask, data={"prompt": RED}), 400, "unknown_file", "mask is a file")
@@ -720,8 +720,8 @@ def test_bodies_over_the_limit_or_too_slow(service: EditService, png: bytes) -> 
         assert edit(client, png, prompt=RED).status_code == 200
         for body in (bytes(10**6), (bytes(1000) for _ in range(1000))):  # with a length, and in chunks without one
             answer = client.post("/v1/images/edits", content=body, headers={"content-type": "application/json"})
-            refused(answer, 413, "body_too_large", r"larger than the 0\.09\d+ MiB allowed")
-        refused(edit(client, bytes(10**6), prompt=RED), 413, "body_too_large", "allowed")
+            refused(answer, 413, "body_too_large", r"larger than the limit of 0\.09\d+ MiB")
+        refused(edit(client, bytes(10**6), prompt=RED), 413, "body_too_large", "larger than the limit")
 
         def slow() -> Iterator[bytes]:
             yield b"{"
@@ -813,7 +813,7 @@ def test_a_full_queue_says_when_to_come_back_and_a_signal_finishes_what_was_acce
         assert waited_for(lambda: service.stats().running == 1)
         waiting = service.submit(EditRequest(scene, (Slider(RED),), ((1.0,), (0.5,)), EditSettings(steps=100)))
         ask("too many")
-        refused(answers["too many"], 429, "queue_full", "2 images wait and the queue takes 2")
+        refused(answers["too many"], 429, "queue_full", "no room for 1 more: 2 of at most 2 images wait")
         assert int(answers["too many"].headers["retry-after"]) >= 1
         waiting.cancel()
 
@@ -836,7 +836,7 @@ def test_a_closed_service_answers_503(engines: dict[str, Path], png: bytes) -> N
     service = EditService(SliderEditor.from_engine(engines["st"], threads=1))
     with listening(create_app(service, model="shapes"), service) as (address, _), httpx.Client(base_url=address) as client:
         service.close()
-        refused(edit(client, png, prompt=RED), 503, "closed", "takes no more requests")
+        refused(edit(client, png, prompt=RED), 503, "closed", "accepts no requests")
         assert client.get("/health").status_code == client.get("/v2/health/ready").status_code == 503
         assert client.get("/v2/health/live").status_code == 200
 
@@ -857,7 +857,7 @@ def test_local_names_and_addresses_are_answered(client: httpx.Client, host: str)
 )
 @pytest.mark.parametrize("path", ["/", "/v1/models", "/metrics"])
 def test_a_name_that_was_made_to_resolve_here_is_refused(client: httpx.Client, host: str, path: str) -> None:
-    sentence = "is not a name of this server; use its IP address, or start it with --allowed-host"
+    sentence = "is not a known name of this server; use its IP address, or start it with --allowed-host"
     refused(client.get(path, headers={"host": host}), 403, "host_not_allowed", sentence)
 
 
@@ -881,10 +881,10 @@ def test_pages_of_other_sites_are_refused(
 ) -> None:
     before = service.stats().outcomes
     form: dict[str, Any] = {"files": {"image": png}, "data": {"prompt": RED, "num_inference_steps": 1}, "headers": headers}
-    refused(client.post("/v1/images/edits", **form), 403, "origin_not_allowed", "start the server with --allow-origin")
+    refused(client.post("/v1/images/edits", **form), 403, "origin_not_allowed", "start it with --allow-origin to allow them")
     assert service.stats().outcomes == before
     preflight = client.options("/v1/images/edits", headers=headers | {"access-control-request-method": "POST"})
-    refused(preflight, 403, "origin_not_allowed", "are refused")
+    refused(preflight, 403, "origin_not_allowed", "may not use this server")
     assert not [name for name in preflight.headers if name.startswith("access-control")]
 
 
@@ -924,7 +924,12 @@ def test_what_is_allowed_is_answered_with_what_browsers_ask_for(service: EditSer
                 assert answer.headers["access-control-allow-origin"] == origin
                 assert "Origin" in answer.headers["vary"]
         headers = {"origin": "https://evil.example", "authorization": "Bearer s3cret"}
-        refused(client.get("/v1/models", headers=headers), 403, "origin_not_allowed", "'https://evil.example' are refused")
+        refused(
+            client.get("/v1/models", headers=headers),
+            403,
+            "origin_not_allowed",
+            "'https://evil.example' may not use this server",
+        )
     app = create_app(service, model="shapes", allowed_hosts=hosts, allowed_origins=["*"])
     with listening(app, service) as (address, _), httpx.Client(base_url=address, timeout=30) as client:
         for host, status in (("gpu-box:80", 200), ("a.example.com", 200), ("example.com", 403)):
@@ -974,14 +979,14 @@ def test_serve_refuses_an_address_that_is_taken(capsys: pytest.CaptureFixture[st
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         assert main(["serve", "--port", str(port)]) == 2
-    assert f"cannot listen at 127.0.0.1 port {port} (Address already in use); choose another --port" in capsys.readouterr().err
+    assert f"cannot listen on 127.0.0.1:{port}: Address already in use; choose another --port" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--port", "70000"], "--port is 70000; give 0 to 65535"),
-        (["--host", "no.such.host.invalid"], "no address to listen at"),
+        (["--host", "no.such.host.invalid"], "cannot listen on no.such.host.invalid:8000: "),
         (["--api-key", "two words"], "choose another one"),
         (["--api-key-file", "nowhere"], "cannot be read"),
         (["--port", "0", "--allowed-host", "http://gpu-box"], "--allowed-host 'http://gpu-box' is not a host name"),

@@ -157,7 +157,7 @@ def test_backends_that_triton_lacks_are_refused(backend: str, engines: dict[str,
     folder = tmp_path / "engine"
     folder.mkdir()
     write_manifest(dataclasses.replace(read_manifest(engines["st"]), backend=backend, files={}, links={}), folder)
-    with pytest.raises(SliderEditError, match=f"runs in {backend}, which Triton Inference Server has no backend for"):
+    with pytest.raises(SliderEditError, match=f"was built for {backend}, which Triton Inference Server cannot run"):
         export_triton(folder, tmp_path / "repository")
     assert not (tmp_path / "repository").exists()
 
@@ -170,7 +170,7 @@ def test_a_graph_that_mixes_positions_otherwise_is_refused() -> None:
     product = onnx_ir.node("Gemm", [x, ids], {"transB": 1})
     product.outputs[0].name, product.outputs[0].shape = "y", onnx_ir.Shape(["batch", "rows"])
     graph = onnx_ir.Graph([ids, x], product.outputs, nodes=[product], opset_imports={"": 20}, name="main")
-    with pytest.raises(SliderEditError, match="uses ids in Gemm, which cannot take one per request"):
+    with pytest.raises(SliderEditError, match="uses ids in Gemm, which cannot take one value per request"):
         give_batch_axis(onnx_ir.Model(graph, ir_version=10), ["ids"])
 
 
@@ -182,7 +182,7 @@ def test_command(engines: dict[str, Path], tmp_path: Path, capsys: pytest.Captur
     assert sorted(os.listdir(out)) == ["second", "slider_backbone"]
     for options, sentence in (
         ([], "exists already"),
-        (["--name", "a/b"], "cannot name a model"),
+        (["--name", "a/b"], "is not a valid Triton model name"),
         (["--name", "other", "--max-queue-delay-us", "-1"], "give 0 or more"),
     ):
         assert main(["export-triton", str(engines["st"]), "--out", out, *options]) == 2

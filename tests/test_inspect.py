@@ -110,7 +110,7 @@ def test_a_compiled_engine_without_a_gpu(compiled: Path, inspect: Inspect) -> No
         "layers     before fusion: 57 MATRIX_MULTIPLY, 3 SHUFFLE",
     ):
         assert line in lines.splitlines()
-    assert lines.count("memory and fused layers need the GPU: ") == 1
+    assert lines.count("memory and fused layers are known only where the engine can run: ") == 1
     assert list(report["device"]) == ["unavailable"]
 
 
@@ -161,7 +161,7 @@ def test_the_report_of_a_plan(trt: Any, layers: list[Any], types: dict[str, int]
     ("layers", "line"),
     [
         ([{"LayerType": "gemm"}] * 2 + [{"LayerType": "kgen"}], "layers     after fusion, 3: 2 gemm, 1 kgen"),
-        (["a"], "layers     after fusion, 1: of types that the plan does not tell"),
+        (["a"], "layers     after fusion, 1: types not recorded in the plan"),
     ],
 )
 def test_a_compiled_engine_with_a_gpu(
@@ -172,6 +172,6 @@ def test_a_compiled_engine_with_a_gpu(
     monkeypatch.setattr(TensorRTRTX, "open", lambda *_: nullcontext(opened))
     lines, report = inspect(compiled)
     assert "device     8.0 MiB of weights, 6.0 MiB of them streamable" in lines
-    assert "device     0.5 MiB for the profile's largest sizes" in lines
+    assert "device     0.5 MiB of working memory at the profile's largest sizes" in lines
     assert line in lines.splitlines()
     assert report["device"] == get_backend("tensorrt-rtx").report(compiled, read_manifest(compiled))

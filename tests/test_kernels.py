@@ -141,11 +141,11 @@ def test_qkv_is_three_projections() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"weight": torch.zeros(10, 11)}, r"weight has shape \(10, 11\); give \[N, 12\]"),
-        ({"weight": torch.zeros(10, 12, dtype=torch.float16)}, "give both the same dtype"),
-        ({"bias": torch.zeros(9)}, r"bias has shape \(9,\); give \[10\]"),
+        ({"weight": torch.zeros(10, 11)}, r"weight has shape \(10, 11\); pass \[N, 12\]"),
+        ({"weight": torch.zeros(10, 12, dtype=torch.float16)}, "pass both in the same dtype"),
+        ({"bias": torch.zeros(9)}, r"bias has shape \(9,\); pass \[10\]"),
         ({"lora_a": torch.zeros(3, 11)}, "do not fit a projection from 12 to 10"),
-        ({"row_scale": torch.zeros(2, 4)}, "give one scale per row of x"),
+        ({"row_scale": torch.zeros(2, 4)}, "pass one scale per row of x"),
         ({"row_scale": torch.zeros(2, 5, dtype=torch.bfloat16)}, "16 bits would round the strengths"),
         ({"row_scale": torch.zeros(2, 5, device="meta")}, "row_scale is on meta and x on cpu"),
     ],
@@ -160,7 +160,7 @@ def test_update_refuses_an_output_that_it_could_not_write_in_place() -> None:
     rest = (p["x"], p["lora_a"], p["lora_b"], p["row_scale"])
     with pytest.raises(SliderEditError, match="y is not contiguous"):
         masked_lora_update_(torch.zeros(2, 5, 20)[..., ::2], *rest)
-    with pytest.raises(SliderEditError, match="give them the same rows and dtype"):
+    with pytest.raises(SliderEditError, match="pass tensors with the same rows and dtype"):
         masked_lora_update_(torch.zeros(2, 4, 10), *rest)
 
 

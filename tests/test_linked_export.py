@@ -291,7 +291,7 @@ def test_replacing_the_adapter_gives_the_other_adapters_results(
     [
         (lambda a: _adapter_like(a, 0.1, rank=17), "a higher rank or another base"),
         (lambda a: dataclasses.replace(a, kind="gst" if a.kind == "st" else "st"), "export again for it"),
-        (lambda a: dataclasses.replace(a, pairs=dict(list(a.pairs.items())[1:])), "not the same ones"),
+        (lambda a: dataclasses.replace(a, pairs=dict(list(a.pairs.items())[1:])), "which are not the same"),
     ],
 )
 def test_a_higher_rank_another_kind_or_set_of_modules_is_refused_and_the_file_stays(
@@ -337,7 +337,9 @@ def test_a_folder_that_takes_neither_links_nor_copies_says_so(
 
     monkeypatch.setattr(os, "link", _no_hard_links)
     monkeypatch.setattr(shutil, "copyfile", full)
-    with pytest.raises(SliderEditError, match=r"cannot put the weights .*No space left on device.*choose another folder"):
+    with pytest.raises(
+        SliderEditError, match=r"cannot link or copy the weights .*No space left on device.*choose another folder"
+    ):
         export_linked(family, two_blocks, None, tmp_path, WeightOptions(symbolic_links=False))
 
 
@@ -387,15 +389,15 @@ def _edit_config(folder: Path, **values: Any) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (_truncate, "is not whole"),
-        (lambda f: sorted(f.glob("*.safetensors"))[0].write_bytes(b"pickle"), "do not hold the header"),
+        (_truncate, "is incomplete"),
+        (lambda f: sorted(f.glob("*.safetensors"))[0].write_bytes(b"pickle"), "header does not fit"),
         (lambda f: sorted(f.glob("*.safetensors"))[0].unlink(), "No such file"),
         (lambda f: (f / INDEX).unlink(), "stored as safetensors"),
         (lambda f: (f / INDEX).write_text("[]"), "not an index of shards"),
-        (lambda f: _edit_index(f, lambda m: m.update(extra="../elsewhere.safetensors")), "no plain file name"),
-        (lambda f: _rename_shard(f, ADAPTER_FILE), "as the engine calls a file of its own"),
+        (lambda f: _edit_index(f, lambda m: m.update(extra="../elsewhere.safetensors")), "not a plain file name"),
+        (lambda f: _rename_shard(f, ADAPTER_FILE), "like one of the engine's own files"),
         (lambda f: _edit_config(f, num_layers=9), "lacks the tensor transformer_blocks"),
-        (lambda f: _edit_config(f, in_channels=48), "its configuration says"),
+        (lambda f: _edit_config(f, in_channels=48), "its configuration expects"),
         (lambda f: _edit_config(f, _class_name="DiffusionPipeline"), "is not a model"),
         (lambda f: (f / "config.json").unlink(), "No such file"),
     ],

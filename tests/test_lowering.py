@@ -218,13 +218,13 @@ def test_a_lowering_that_does_not_exist() -> None:
 @pytest.mark.parametrize(
     ("asked", "backend", "instead"),
     [
-        ("plugin", "onnxruntime", "native or folded with it, or --backend tensorrt"),
-        ("plugin", "tensorrt-rtx", "native or folded with it, or --backend tensorrt"),
-        ("operator", "tensorrt", "native or folded or plugin with it, or --backend inductor"),
-        ("folded", "inductor", "operator with it, or --backend onnxruntime or tensorrt or tensorrt-rtx"),
+        ("plugin", "onnxruntime", "native or folded, or --backend tensorrt"),
+        ("plugin", "tensorrt-rtx", "native or folded, or --backend tensorrt"),
+        ("operator", "tensorrt", "native or folded or plugin, or --backend inductor"),
+        ("folded", "inductor", "operator, or --backend onnxruntime or tensorrt or tensorrt-rtx"),
     ],
 )
 def test_a_lowering_that_the_backend_lacks(asked: str, backend: str, instead: str) -> None:
     with pytest.raises(SliderEditError) as error:
         choose(asked, "st", get_backend(backend))
-    assert str(error.value) == f"the backend {backend} has no lowering {asked!r}; use --lowering {instead}"
+    assert str(error.value) == f"the backend {backend} does not support the lowering {asked!r}; use --lowering {instead}"

@@ -132,7 +132,7 @@ def test_a_file_outside_of_the_folder_is_neither_opened_nor_measured(
         ({"max_batch": True}, "max_batch is True"),
         ({"targets": "sm90"}, "targets is 'sm90', expected a list"),
         ({"dtype": "cuda"}, "dtype is 'cuda', expected one of"),
-        ({"ranges": {"batch": [4, 1, 2]}}, "three numbers that do not fall"),
+        ({"ranges": {"batch": [4, 1, 2]}}, "three numbers in ascending order"),
         ({"ranges": {"width": [1, 1, 2]}}, "a name in the manifest.ranges is 'width'"),
         ({"ranges": {"batch": [1, 2]}}, "a list of 3 to 3"),
         ({"config": {}}, "config lacks what a flux_kontext needs"),
@@ -152,7 +152,7 @@ def test_a_value_out_of_bounds_is_named(engine: Path, manifest: dict[str, Any], 
 def test_a_config_of_another_size_does_not_fit_the_inputs(engine: Path, manifest: dict[str, Any]) -> None:
     manifest["config"]["in_channels"] += 1
     (engine / NAME).write_text(json.dumps(manifest))
-    with pytest.raises(SliderEditError, match="inputs and outputs are not those of a flux_kontext of this config"):
+    with pytest.raises(SliderEditError, match="inputs and outputs are not those of a flux_kontext with this config"):
         read_manifest(engine)
 
 
@@ -187,7 +187,7 @@ def test_a_pipe_is_not_waited_for(engine: Path, manifest: dict[str, Any]) -> Non
     (engine / NAME).write_text(json.dumps(manifest))
     (engine / "model.onnx").unlink()
     os.mkfifo(engine / "model.onnx")
-    with pytest.raises(SliderEditError, match=r"lacks its file model\.onnx"):
+    with pytest.raises(SliderEditError, match=r"lacks the file model\.onnx"):
         read_manifest(engine)
 
 

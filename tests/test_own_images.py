@@ -123,9 +123,7 @@ def test_search_and_bench_share_no_case_and_the_order_is_the_same_in_every_run(
 def test_too_few_pairs_for_both_phases_are_refused(images: OwnImages) -> None:
     images.cases("bench", 4, 1)
     images.cases("search", 2, 1)
-    with pytest.raises(
-        SliderEditError, match=r"make 6 cases of 1 instructions, .* benchmark asks for 4 and the search .* for 3 "
-    ):
+    with pytest.raises(SliderEditError, match=r"make 6 cases of 1 instructions, .* benchmark needs 4 and the range search 3 "):
         images.cases("search", 3, 1)
     with pytest.raises(SliderEditError, match=r"make 0 cases of 3 instructions"):
         images.cases("bench", 1, 3)
@@ -175,9 +173,9 @@ def test_a_learned_scorer_reads_the_same_image_as_it_would_alone(folder: Path, p
 
 def test_a_folder_without_images_is_refused(tmp_path: Path, prompts: Path) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises(SliderEditError, match=r"'.*empty' holds no image; put PNG"):
+    with pytest.raises(SliderEditError, match=r"'.*empty' contains no images; put PNG"):
         OwnImages(tmp_path / "empty", prompts, {}, {}, _half)
-    with pytest.raises(SliderEditError, match=r"'.*nowhere' cannot be read \(No such file or directory\); give a folder"):
+    with pytest.raises(SliderEditError, match=r"'.*nowhere' cannot be read \(No such file or directory\); pass a folder"):
         OwnImages(tmp_path / "nowhere", prompts, {}, {}, _half)
 
 
@@ -188,7 +186,7 @@ def test_a_damaged_image_is_named_before_anything_is_rendered(folder: Path, prom
 
 
 def test_a_prompts_file_that_is_missing_or_empty_is_refused(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(SliderEditError, match=r"'.*none\.jsonl' cannot be read .*; give a UTF-8 file with lines such as \{"):
+    with pytest.raises(SliderEditError, match=r"'.*none\.jsonl' cannot be read .*; pass a UTF-8 file with lines such as \{"):
         OwnImages(folder, tmp_path / "none.jsonl", {}, {}, _half)
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(SliderEditError, match=r"'.*binary' cannot be read"):
@@ -204,18 +202,18 @@ def test_a_prompts_file_that_is_missing_or_empty_is_refused(folder: Path, tmp_pa
         ("make it red", r"is not JSON \(.*\); write it as \{"),
         ('["make it red"]', "has no instructions"),
         ('{"prompt": "make it red"}', "has no instructions"),
-        ('{"instructions": []}', r"has instructions \[\]; give a list of texts"),
-        ('{"instructions": "make it red"}', "has instructions 'make it red'; give a list of texts"),
-        ('{"instructions": ["make it red"], "attributes": [" "]}', r"has attributes \[' '\]; give a list of texts"),
-        ('{"instructions": ["make it red"], "attributes": ["red", "blue"]}', "has 1 instructions and 2 attributes; give one"),
+        ('{"instructions": []}', r"has instructions \[\], which is not a list of non-empty strings"),
+        ('{"instructions": "make it red"}', "has instructions 'make it red', which is not a list"),
+        ('{"instructions": ["make it red"], "attributes": [" "]}', r"has attributes \[' '\], which is not a list"),
+        ('{"instructions": ["make it red"], "attributes": ["red", "blue"]}', "has 1 instructions and 2 attributes; write one"),
         ('{"instructions": ["make it red"], "attribute": ["red"]}', "has the unknown field 'attribute'; use prompt"),
-        ('{"instructions": ["make it red"], "prompt": 3}', "has the prompt 3; give a text"),
+        ('{"instructions": ["make it red"], "prompt": 3}', "has the prompt 3, which is not a string"),
         (
             '{"instructions": ["make it red"], "prompt": "make it reddish"}',
-            "has the prompt 'make it reddish', in which .* 'make it",
+            "has the prompt 'make it reddish', which does not contain .* 'make it",
         ),
-        ('{"instructions": ["make it red", "it red"], "prompt": "make it red"}', ".*do not all stand word for word and apart"),
-        ('{"instructions": ["red", "red"], "prompt": "make it red"}', ".*the instructions 'red', 'red' do not all stand"),
+        ('{"instructions": ["make it red", "it red"], "prompt": "make it red"}', ".*word for word and without overlap"),
+        ('{"instructions": ["red", "red"], "prompt": "make it red"}', ".*the instructions 'red', 'red' word for word"),
     ],
 )
 def test_a_line_that_is_no_edit_is_named_with_its_number(tmp_path: Path, line: str, message: str) -> None:

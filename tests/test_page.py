@@ -473,7 +473,7 @@ def test_an_image_can_be_dropped_or_pasted(page: Page, image: bytes) -> None:
 def test_what_is_no_image_is_refused_and_the_old_one_stays(page: Page) -> None:
     before = shown(page), shown(page, "source")
     choose(page, b"no image", "notes.txt", "text/plain")
-    expect(page.get_by_role("alert")).to_contain_text("“notes.txt” is no image")
+    expect(page.get_by_role("alert")).to_contain_text("“notes.txt” is not an image")
     settled(page)
     assert same(shown(page), before[0])
     assert same(shown(page, "source"), before[1])
@@ -533,7 +533,7 @@ def test_the_strip_holds_the_source_and_the_whole_way_of_the_slider_in_focus(
     edited: Page, server: str, example: Example, image: bytes
 ) -> None:
     strength(edited, 2).focus()
-    expect(edited.get_by_text(f"The strip moves slider 2, “{example.instructions[1].text}”, from 0 to 1.5.")).to_be_visible()
+    expect(edited.get_by_text(f"The strip shows slider 2, “{example.instructions[1].text}”, from 0 to 1.5.")).to_be_visible()
     with edited.expect_download() as download:
         edited.get_by_role("button", name="Save the strip").click()
     assert download.value.suggested_filename == "strip.png"

@@ -226,7 +226,7 @@ def test_offsets_come_back_from_their_file(tmp_path: Path, family: Family) -> No
     save_file({"vectors": torch.zeros(2, 2)}, tmp_path / "bare.safetensors")
     (tmp_path / "torch.pt").write_bytes(b"not a safetensors file")
     for name in ("nan.safetensors", "bare.safetensors", "torch.pt", "missing"):
-        with pytest.raises(SliderEditError, match="holds no attribute offsets"):
+        with pytest.raises(SliderEditError, match="does not contain attribute offsets"):
             load_offsets(tmp_path / name, family)
 
 
@@ -316,7 +316,7 @@ def test_offsets_run_on_a_compiled_engine_of_another_adapter(
 
 
 def test_attributes_without_training_are_named(system: Any, case: Case) -> None:
-    with pytest.raises(SliderEditError, match=r"have none for 'make it old'; train one with slideredit-rt train"):
+    with pytest.raises(SliderEditError, match=r"do not include 'make it old'; train it with slideredit-rt train"):
         system.prepare(replace(case, instructions=("make it old",)))
 
 
@@ -356,7 +356,11 @@ def test_a_base_without_trained_rivals_says_how_to_train_them(name: str, what: s
 
 @pytest.mark.parametrize(
     ("config", "message"),
-    [({"attributes": ()}, "no attribute was given"), ({"attributes": ("a", "a")}, "given twice"), ({"rank": 0}, "rank is 0")],
+    [
+        ({"attributes": ()}, "list of attributes is empty"),
+        ({"attributes": ("a", "a")}, "given twice"),
+        ({"rank": 0}, "rank is 0"),
+    ],
 )
 def test_settings_that_make_no_sense_are_refused(config: dict[str, Any], message: str) -> None:
     with pytest.raises(SliderEditError, match=message):
@@ -364,7 +368,7 @@ def test_settings_that_make_no_sense_are_refused(config: dict[str, Any], message
 
 
 def test_data_with_another_instruction_is_refused(make: Any) -> None:
-    with pytest.raises(SliderEditError, match="none of the 3 attributes"):
+    with pytest.raises(SliderEditError, match="not one of the 3 attributes"):
         make(BalancedShapes([find_instruction("make the circle blue")])).loss(0)
 
 

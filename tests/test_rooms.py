@@ -113,11 +113,11 @@ def test_a_new_backend_is_one_file_and_one_line(
     assert cli.main([*build, "--backend", "openvino", "--out", str(tmp_path / "none")]) == 2
     assert "known: inductor, onnxruntime, tensorrt, tensorrt-rtx, toy" in capsys.readouterr().err
     assert cli.main([*build, "--backend", "toy", "--lowering", "folded", "--out", str(tmp_path / "none")]) == 2
-    assert "the backend toy has no lowering 'folded'; use --lowering operator with it" in capsys.readouterr().err
+    assert "the backend toy does not support the lowering 'folded'; use --lowering operator" in capsys.readouterr().err
     assert cli.main([*build, "--backend", "toy", "--resolution", "64", "--out", str(tmp_path / "none")]) == 2
     assert "--resolution is for --backend tensorrt or tensorrt-rtx" in capsys.readouterr().err
     assert cli.main(["edit", str(engine), *given, "--cuda-graphs", "off", "--out", str(tmp_path / "o.png")]) == 2
-    assert "runs in toy, which takes neither a weight budget nor" in capsys.readouterr().err
+    assert "engines take no run options" in capsys.readouterr().err
     assert cli.main(["export-triton", str(engine), "--out", str(tmp_path / "models")]) == 2
     assert "build it with --backend onnxruntime or tensorrt" in capsys.readouterr().err
 
@@ -136,7 +136,8 @@ def test_functions_are_short_and_take_few_arguments() -> None:
                 continue
             name = f"{module}.{node.name}"
             given = [a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
-            if (node.end_lineno or node.lineno) - node.lineno >= 60:
+            documented = ast.get_docstring(node, clean=False)
+            if (node.end_lineno or node.lineno) - node.lineno - (documented or "").count("\n") >= 60:
                 long.append(name)
             if len(given) - (given[:1] in (["self"], ["cls"])) > 7 and not module.startswith("slideredit_rt.kernels.triton_"):
                 wide.append(name)

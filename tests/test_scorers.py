@@ -165,7 +165,7 @@ def test_images_of_another_size_are_resized_by_pillow(checkpoints: Path) -> None
 
 
 def test_a_phrase_that_would_be_cut_off_is_refused(attribute_scorer: AttributeScorer, images: Tensor) -> None:
-    with pytest.raises(SliderEditError, match=r"'hair hair.* tokens and the scorer '.*' reads (24|48); shorten it"):
+    with pytest.raises(SliderEditError, match=r"'hair hair.* tokens, but the scorer '.*' accepts at most (24|48); shorten it"):
         attribute_scorer.score(images[:1], ["smile", "hair " * 60])
 
 
@@ -398,13 +398,15 @@ def test_a_folder_without_face_models_is_refused(face_models: Path, tmp_path: Pa
     for copied, lacks in ((), "detection"), (("det.onnx",), "recognition"):
         for name in copied:
             (tmp_path / name).write_bytes((face_models / name).read_bytes())
-        with pytest.raises(SliderEditError, match=f"'arcface' cannot be loaded from .*it holds no face {lacks} model"):
+        with pytest.raises(
+            SliderEditError, match=f"'arcface' cannot be loaded from .*it does not contain a face {lacks} model"
+        ):
             load_scorer("arcface", str(tmp_path))
 
 
 def test_an_unknown_scorer_is_answered_with_the_known_ones() -> None:
     with pytest.raises(
-        SliderEditError, match=r"'clap' is no scorer; choose among clip, siglip, blip-itm, lpips-alex, .*arcface"
+        SliderEditError, match=r"'clap' is not a scorer; choose from clip, siglip, blip-itm, lpips-alex, .*arcface"
     ):
         load_scorer("clap")
 
@@ -425,7 +427,7 @@ def test_a_missing_package_is_answered_with_the_extra_that_installs_it(
 def test_weights_that_are_not_there_are_named(name: str, tmp_path: Path) -> None:
     if name == "arcface":
         pytest.importorskip("insightface", exc_type=ImportError)
-    with pytest.raises(SliderEditError, match=rf"scorer '{name}' cannot be loaded from '.*nowhere' .*give the path"):
+    with pytest.raises(SliderEditError, match=rf"scorer '{name}' cannot be loaded from '.*nowhere' .*pass the path"):
         load_scorer(name, str(tmp_path / "nowhere"))
 
 
@@ -435,7 +437,7 @@ def test_a_checkpoint_that_lacks_weights_is_refused_and_not_filled_with_random_o
     weights = load_file(tmp_path / "model.safetensors")
     del weights["visual_projection.weight"]
     save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(SliderEditError, match=r"no CLIPModel: 1 weights are missing, such as visual_projection\.weight"):
+    with pytest.raises(SliderEditError, match=r"not a CLIPModel: 1 weights are missing, such as visual_projection\.weight"):
         load_scorer("clip", str(tmp_path))
     with pytest.raises(SliderEditError, match="scorer 'siglip' cannot be loaded"):
         load_scorer("siglip", str(checkpoints / "clip"))

@@ -41,12 +41,12 @@ def test_they_do_not_change() -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"seed": 2**64}, "the seed is 18446744073709551616; give a whole number from −2⁶³ to 2⁶⁴ − 1"),
+        ({"seed": 2**64}, "the seed is 18446744073709551616; pass a whole number from −2⁶³ to 2⁶⁴ − 1"),
         ({"seed": -(2**63) - 1}, "the seed is -9223372036854775809"),
         ({"seed": 0.5}, r"the seed is 0\.5"),
-        ({"steps": 0}, "0 denoising steps were asked for; give at least 1"),
-        ({"guidance_scale": float("nan")}, "guidance scale is nan; give a finite number"),
-        ({"true_cfg_scale": float("inf")}, "true-CFG scale is inf; give a finite number"),
+        ({"steps": 0}, "the number of denoising steps is 0; pass at least 1"),
+        ({"guidance_scale": float("nan")}, "the guidance scale is nan; pass a finite number"),
+        ({"true_cfg_scale": float("inf")}, "the true-CFG scale is inf; pass a finite number"),
     ],
 )
 def test_values_that_make_no_edit_are_refused(given: dict[str, Any], message: str) -> None:
@@ -111,11 +111,11 @@ class TestServing:
     @pytest.mark.parametrize(
         ("given", "message"),
         [
-            ({"max_quue": "1"}, "'max_quue' is no option of a server; there are engine, host"),
+            ({"max_quue": "1"}, "'max_quue' is not an option of the server; known: engine, host"),
             ({"max_queue": "many"}, "max_queue is 'many': input should be a valid integer"),
             ({"max_queue": "0"}, "--max-queue is 0; give at least 1"),
             ({"drain_seconds": "nan"}, "--drain-seconds is nan; give at least 0"),
-            ({"min_replicas": "3", "max_replicas": "2"}, "3 to 2 replicas were asked for"),
+            ({"min_replicas": "3", "max_replicas": "2"}, "--min-replicas is 3 and --max-replicas 2"),
         ],
     )
     def test_what_serves_nobody_is_refused(self, given: dict[str, str], message: str) -> None:

@@ -67,7 +67,7 @@ def test_a_curve_is_straight_between_its_points_and_beyond_them() -> None:
     ],
 )
 def test_what_is_no_curve_is_refused(strengths: tuple[float, ...], alphas: tuple[float, ...]) -> None:
-    with pytest.raises(SliderEditError, match="no strength curve"):
+    with pytest.raises(SliderEditError, match="not a strength curve"):
         StrengthCurve(strengths, alphas)
 
 
@@ -94,7 +94,7 @@ def test_a_slider_ends_where_the_word_and_the_character_end(prompt: str, instruc
 
 def test_text_that_is_not_utf8_is_refused() -> None:
     for text in (os.fsdecode(b"make it r\xe9d"), "make it \ud83d"):
-        with pytest.raises(SliderEditError, match="is not a character; write it in UTF-8"):
+        with pytest.raises(SliderEditError, match="is not a character; encode it in UTF-8"):
             Slider(text)
         with pytest.raises(SliderEditError, match="is not a character"):
             compose_prompt([text])
@@ -185,7 +185,7 @@ def test_overlapping_spans_are_an_error(family: Family, encoders: Any) -> None:
 
 def test_truncation_names_the_slider_that_fell_off(family: Family, encoders: Any) -> None:
     prompt = "make the circle red and make the square blue"
-    with pytest.raises(SliderEditError, match=r"make the square blue.*falls off"):
+    with pytest.raises(SliderEditError, match=r"make the square blue.*is cut off"):
         owned(family, encoders, prompt, "make the circle red", "make the square blue", max_rows=9)
     assert len(owned(family, encoders, prompt, "make the circle red", "make the square blue", max_rows=10)) == 2
 

@@ -71,7 +71,7 @@ def test_inspect_shows_targets_and_profile(engine: Path, capsys: pytest.CaptureF
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_without_a_gpu_the_engine_says_so_in_one_sentence(engine: Path) -> None:
-    with pytest.raises(SliderEditError, match=r"runs on NVIDIA GPUs \(sm86, sm120\) and none is visible here"):
+    with pytest.raises(SliderEditError, match=r"needs an NVIDIA GPU \(sm86, sm120\), but none is visible"):
         open_engine(engine)
 
 
@@ -93,9 +93,9 @@ def manifest(engine: Path) -> Manifest:
     ("package", "capability", "message"),
     [
         (None, "sm86", r"pip install 'slideredit-rt\[tensorrt-rtx\]'"),
-        ("1.0.0", "sm86", r"was built by TensorRT-RTX .* and 1\.0\.0 is installed; build it again"),
-        ("same", None, "none is visible here; build one with --backend onnxruntime"),
-        ("same", "sm90", "was built for sm86, sm120 and this GPU is sm90; build it again with --targets sm90"),
+        ("1.0.0", "sm86", r"was built by TensorRT-RTX .*, but 1\.0\.0 is installed; build it again"),
+        ("same", None, "none is visible; build one with --backend onnxruntime"),
+        ("same", "sm90", "was built for sm86, sm120, but this GPU is sm90; build it again with --targets sm90"),
     ],
 )
 def test_machine_that_cannot_run_the_engine(
@@ -166,7 +166,7 @@ def test_image_rows_follow_the_autoencoder(tmp_path: Path) -> None:
 def test_build_that_would_not_fit_into_memory_is_refused_with_the_figures() -> None:
     assert check_memory(2 * 2**30, 8 * 2**30) == "about 5.4 GiB of host memory for 2,048 MiB of weights"
     with pytest.raises(
-        SliderEditError, match=r"about 53\.8 GiB of host memory for 24,576 MiB of weights, and 16\.0 GiB are free"
+        SliderEditError, match=r"about 53\.8 GiB of host memory for 24,576 MiB of weights, but 16\.0 GiB are free"
     ):
         check_memory(24 * 2**30, 16 * 2**30)
 
@@ -188,13 +188,13 @@ def test_memory_is_checked_before_the_build_starts(
         ([*BUILD, "--targets", "sm90"], "does not build for 'sm90'; choose from sm120"),
         ([*BUILD, "--resolution", "63"], "resolution 63 is not a multiple of 8"),
         (["build", "--base", "shapes-kontext", "--targets", "sm86"], "--targets is for --backend tensorrt or tensorrt-rtx"),
-        ([*BUILD, "--targets", ""], "an engine is built for one target or more; choose from"),
+        ([*BUILD, "--targets", ""], "an engine needs at least one target; choose from"),
         ([*BUILD, "--timing-cache", "t"], "--timing-cache is for --backend tensorrt; TensorRT-RTX takes --targets"),
-        ([*BUILD, "--lowering", "plugin"], "the backend tensorrt-rtx has no lowering 'plugin'"),
-        ([*BUILD, "--batch", "4,2,8"], "the batch sizes 4,2,8 do not rise"),
-        ([*BUILD, "--batch", "1,2"], "--batch takes the largest batch or MIN,OPT,MAX, got 2 numbers"),
-        ([*BUILD, "--max-sliders", "0"], "room for 1 to 256 sliders, got 0"),
-        (["build", "--base", "shapes-kontext", "--dtype", "bfloat16"], "multiplies no bfloat16 matrices on the CPU"),
+        ([*BUILD, "--lowering", "plugin"], "the backend tensorrt-rtx does not support the lowering 'plugin'"),
+        ([*BUILD, "--batch", "4,2,8"], "the batch sizes 4,2,8 are not ascending"),
+        ([*BUILD, "--batch", "1,2"], "--batch has 2 numbers; give the largest batch, or MIN,OPT,MAX"),
+        ([*BUILD, "--max-sliders", "0"], "can have 1 to 256 sliders, got 0"),
+        (["build", "--base", "shapes-kontext", "--dtype", "bfloat16"], "cannot multiply bfloat16 matrices on the CPU"),
         (["build", "--base", "shapes-kontext", "--dtype", "float16"], "cannot run in float16: its activations exceed"),
         (
             ["build", "--base", "shapes-kontext", "--backend", "openvino"],
@@ -271,9 +271,9 @@ def test_plugins_of_an_engine_for_every_card_since_ampere_are_compiled_for_amper
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_tensorrt_builds_for_the_card_at_hand_and_says_so_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TensorRT, "import_name", "tensorrt_rtx")  # stands for the package that is not here
-    with pytest.raises(SliderEditError, match="no CUDA device is visible, and TensorRT builds for the device at hand"):
+    with pytest.raises(SliderEditError, match="no CUDA device is visible, but TensorRT builds for this machine"):
         TensorRT().targets(TensorRTOptions())
-    with pytest.raises(SliderEditError, match="--targets is for --backend tensorrt-rtx; TensorRT builds for the card"):
+    with pytest.raises(SliderEditError, match="--targets is for --backend tensorrt-rtx; TensorRT builds for this machine"):
         TensorRT().targets(TensorRTOptions(targets=("sm89",)))
 
 
@@ -289,7 +289,7 @@ def test_interrupted_build_stops_the_builder_and_leaves_nothing(tmp_path: Path) 
             break
         time.sleep(0.02)
     _, err = process.communicate(timeout=60)
-    assert (process.returncode, err) == (130, "slideredit-rt: interrupted; nothing was left half-written\n")
+    assert (process.returncode, err) == (130, "slideredit-rt: interrupted; no partial files were left\n")
     assert not list(tmp_path.iterdir())
 
 

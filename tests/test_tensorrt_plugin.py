@@ -157,7 +157,7 @@ def test_nvidias_bindings_register_the_plugin_and_create_its_ahead_of_time_objec
 
 def test_registering_again_is_free_and_another_target_is_refused(report: dict[str, Any]) -> None:
     assert report["registered_again"]
-    assert "is registered for sm90 with PTX 8.7 in this process; build for sm80" in report["another_target"]
+    assert "is already registered for sm90 with PTX 8.7 in this process; build for sm80" in report["another_target"]
 
 
 def test_output_has_the_rows_of_x_the_columns_of_the_weight_and_the_dtype_of_x(report: dict[str, Any]) -> None:
@@ -248,11 +248,11 @@ def test_every_tactic_computes_the_formula(dtype: str, rank: int) -> None:
         (96, 48, 48, "bfloat16", "sm80", None),
         (3072, 12288, 16, "float32", "sm90", "the plugin computes in bfloat16 or float16, not in float32"),
         (3072, 12288, 16, "bfloat16", "sm75", "no kernel is compiled for sm75, only for sm80, "),
-        (3072, 12288, 10, "bfloat16", "sm90", "rank 10 is not a multiple of 16; fill lora_a and lora_b up with zeros to 16"),
+        (3072, 12288, 10, "bfloat16", "sm90", "rank 10 is not a multiple of 16; pad lora_a and lora_b with zeros to 16"),
         (3072, 12288, 144, "bfloat16", "sm90", "rank 144 is outside the kernels' range 1 to 128"),
         (3072, 12288, 0, "bfloat16", "sm90", "rank 0 is outside"),
         (3072, 100, 16, "bfloat16", "sm90", "N = 100 is not a multiple of 16"),
-        (80, 128, 16, "bfloat16", "sm90", "K = 80 is not a multiple of 32 or 64, the blocks that the kernels load"),
+        (80, 128, 16, "bfloat16", "sm90", "K = 80 is not a multiple of 32 or 64, the block sizes of the kernels"),
     ],
 )
 def test_a_projection_that_does_not_fit_is_told_apart_with_the_reason(
@@ -273,7 +273,7 @@ def test_ranks_are_filled_up_to_a_multiple_of_sixteen() -> None:
 
 
 def test_a_tactic_that_does_not_exist_says_which_do() -> None:
-    with pytest.raises(SliderEditError, match="has tactics 1 to 3 for this projection, not 4; delete a timing cache"):
+    with pytest.raises(SliderEditError, match="has tactics 1 to 3 for this projection, got 4; delete the timing cache"):
         tensorrt_plugin.job_of(4, 3072, 3072, 16, "bfloat16", "sm90")
     with pytest.raises(SliderEditError, match="cannot compute a projection from 3072 to 100 columns: N = 100"):
         tensorrt_plugin.job_of(1, 3072, 100, 16, "bfloat16", "sm90")

@@ -83,18 +83,18 @@ def manifest_of(backend: str, **changes: Any) -> Manifest:
             {},
             "11.4.0.107",
             "sm90",
-            r"TensorRT 11\.4\.0\.106 and 11\.4\.0\.107 is installed; build it again",
+            r"TensorRT 11\.4\.0\.106, but 11\.4\.0\.107 is installed; build it again",
         ),
-        ("tensorrt-rtx", {}, "1.8.0.1", "sm86", r"built by TensorRT-RTX 1\.7\.1\.116 and 1\.8\.0\.1 is installed"),
+        ("tensorrt-rtx", {}, "1.8.0.1", "sm86", r"built by TensorRT-RTX 1\.7\.1\.116, but 1\.8\.0\.1 is installed"),
         ("tensorrt", {"versions": True}, "11.3.9.9", "sm90", "install that version or a later one of the same major$"),
         ("tensorrt", {"versions": True}, "12.0.0.1", "sm90", "install that version or a later one of the same major$"),
-        ("tensorrt", {}, "same", None, r"NVIDIA GPUs \(sm90\) and none is visible here; build one with --backend onnxruntime"),
-        ("tensorrt-rtx", {}, "same", None, r"NVIDIA GPUs \(sm86, sm120\) and none is visible here"),
-        ("tensorrt", {"hardware": "none"}, "same", "sm89", "built for sm90 and this GPU is sm89; build it again on this GPU"),
-        ("tensorrt", {}, "same", "sm120", "built for sm90 and this GPU is sm120"),
-        ("tensorrt", {"hardware": "same_compute_capability"}, "same", "sm100", "built for sm90 and this GPU is sm100"),
-        ("tensorrt", {"hardware": "ampere_plus"}, "same", "sm75", "runs on GPUs of sm80 and later and this GPU is sm75"),
-        ("tensorrt-rtx", {}, "same", "sm90", "built for sm86, sm120 and this GPU is sm90; build it again with --targets sm90"),
+        ("tensorrt", {}, "same", None, r"an NVIDIA GPU \(sm90\), but none is visible; build one with --backend onnxruntime"),
+        ("tensorrt-rtx", {}, "same", None, r"an NVIDIA GPU \(sm86, sm120\), but none is visible"),
+        ("tensorrt", {"hardware": "none"}, "same", "sm89", "built for sm90, but this GPU is sm89; build it again on this GPU"),
+        ("tensorrt", {}, "same", "sm120", "built for sm90, but this GPU is sm120"),
+        ("tensorrt", {"hardware": "same_compute_capability"}, "same", "sm100", "built for sm90, but this GPU is sm100"),
+        ("tensorrt", {"hardware": "ampere_plus"}, "same", "sm75", "needs a GPU of sm80 or later, but this one is sm75"),
+        ("tensorrt-rtx", {}, "same", "sm90", "built for sm86, sm120, but this GPU is sm90; build it again with --targets sm90"),
     ],
 )
 def test_machine_that_cannot_run_the_engine(
@@ -160,7 +160,7 @@ def test_without_a_gpu_the_command_says_so_in_one_sentence(
 ) -> None:
     assert edit(plan_folder, tmp_path, "--weight-budget-mib", "auto", "--cuda-graphs", "off") == 2
     error = capsys.readouterr().err
-    assert "the engine runs on NVIDIA GPUs (sm86, sm89, sm120) and none is visible here" in error
+    assert "the engine needs an NVIDIA GPU (sm86, sm89, sm120), but none is visible" in error
     assert error.count("\n") == 1
     assert not (tmp_path / "out.png").exists()
 
@@ -182,11 +182,15 @@ def test_options_of_tensorrt_are_refused_for_another_backend(
     engines: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], option: list[str]
 ) -> None:
     assert edit(engines["st"], tmp_path, *option) == 2
-    assert (
-        "runs in onnxruntime, which takes neither a weight budget nor a choice of CUDA graphs; leave" in capsys.readouterr().err
-    )
-    with pytest.raises(SliderEditError, match="runs in onnxruntime"):
+    assert "ONNX Runtime engines take no run options, got RuntimeOptions(weight_budget=" in capsys.readouterr().err
+    with pytest.raises(SliderEditError, match="ONNX Runtime engines take no run options"):
         open_engine(engines["st"], options=RuntimeOptions(cuda_graphs=False))
+
+
+def test_a_backend_says_which_run_options_it_takes() -> None:
+    TensorRT().check_run_options(RuntimeOptions())
+    with pytest.raises(SliderEditError, match=r"TensorRT engines do not take str; pass RuntimeOptions \(weight_budget, "):
+        TensorRT().check_run_options("fast")
 
 
 @pytest.mark.parametrize(
@@ -578,7 +582,7 @@ class TestCalls:
         assert log[captured] == ("wait",)
         engine.close()
         assert log.count(("released", "Runtime")) == 1
-        with pytest.raises(SliderEditError, match="the engine was closed; open it again"):
+        with pytest.raises(SliderEditError, match="the engine is closed; open it again"):
             engine(request())
 
     def test_without_close_collection_releases(self, load: Callable[..., TensorRTEngine], log: list[Any]) -> None:
@@ -612,7 +616,10 @@ class TestCalls:
         load()
         assert [value for name, *value in log if name == "weight_streaming_budget_v2"] == [[12345], [77]]
         trt.streamable = 0
-        with pytest.raises(SliderEditError, match="keeps all its weights on the GPU; build it again with --weight-streaming"):
+        with pytest.raises(
+            SliderEditError,
+            match="without weight streaming, so it has no weight budget; build it again with",
+        ):
             load(weight_budget=77)
 
     def test_threads_and_the_runtime_inside_a_version_compatible_plan(
@@ -653,7 +660,7 @@ class TestCalls:
     ) -> None:
         engine = load()
         message = (
-            r"no memory left for the sizes \{'batch': 2, 'image_rows': 6, 'sliders': 2\}; use a smaller batch or resolution"
+            r"out of memory for the sizes \{'batch': 2, 'image_rows': 6, 'sliders': 2\}; use a smaller batch or resolution"
         )
         trt.room = False
         with pytest.raises(SliderEditError, match=message):
@@ -675,7 +682,7 @@ class TestCalls:
     ) -> None:
         engine = load()
         trt.accepts = False
-        with pytest.raises(SliderEditError, match=r"refuses the sizes .* \(it gives no reason\); build the engine again$"):
+        with pytest.raises(SliderEditError, match=r"refuses the sizes .* \(no reason given\); build the engine again$"):
             engine(request())
         trt.accepts, trt.runs = True, False
         says(trt, "Error Code 1: Cuda Runtime (out of memory)")

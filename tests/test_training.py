@@ -124,7 +124,7 @@ def test_resuming_with_other_settings_is_refused(trainer: Any) -> None:
         trainer(replace(TINY, learning_rate=1.0)).train(progress=False)
 
 
-@pytest.mark.parametrize(("instruction", "message"), [("make the circle red " * 9, "falls off"), ("  ", "empty instruction")])
+@pytest.mark.parametrize(("instruction", "message"), [("make the circle red " * 9, "is cut off"), ("  ", "empty instruction")])
 def test_training_does_not_start_when_an_instruction_has_no_rows(trainer: Any, instruction: str, message: str) -> None:
     class Data:
         def draw(self, rng: random.Random, batch: int) -> tuple[torch.Tensor, list[list[str]]]:
@@ -175,7 +175,7 @@ def test_shapes_data_draws_only_what_it_is_told() -> None:
     drawn = {text for instructions in prompts for text in instructions}
     assert drawn == {i.text for i in known}
     assert {len(p) for p in prompts} == {1, 2}
-    with pytest.raises(SliderEditError, match="no instruction of the shapes world"):
+    with pytest.raises(SliderEditError, match="not an instruction of the shapes world"):
         find_instruction("make the triangle red")
 
 

@@ -43,7 +43,7 @@ def test_half_precision_passes_when_it_errs_as_eager_does(eager: SliderEditor, b
     assert len(report.comparisons) == 2 * (len(ALPHAS) + 1)
     assert all(1e-3 < c.relative_rms == c.same_dtype_rms for c in report.comparisons)
     assert report.max_abs_error > 1e-3, "a float32 limit would refuse it"
-    assert report.verdict == "passed: errs 1.00 times as much as eager bfloat16, limit 2"
+    assert report.verdict == "passed: the error is 1.00 times that of eager bfloat16, limit 2"
 
 
 def test_half_precision_fails_when_it_errs_more_than_twice_as_much(
@@ -90,7 +90,7 @@ def test_one_not_a_number_among_figures_is_the_worst_of_them_and_null_in_json() 
     for order in (slice(None), slice(None, None, -1)):
         cases = [Comparison("a", 1.0, 2e-3, 1e-3), Comparison("b", nan, nan, 1e-3)][order]
         report = Verification("bfloat16", cases, {"alpha +0.00": nan})
-        assert report.verdict == "FAILED: errs nan times as much as eager bfloat16, limit 2"
+        assert report.verdict == "FAILED: the error is nan times that of eager bfloat16, limit 2"
         data = report.to_json()
         json.dumps(data, allow_nan=False)
         assert (data["max_abs_error"], data["passed"], data["psnr"]) == (None, False, {"alpha +0.00": None})

@@ -1,4 +1,4 @@
-"""Adapters: the trained A/B pairs, read from the formats they come in, compared with a base, and written in each format."""
+"""Adapters: trained A/B pairs, read from many file formats, matched with a base, and written in each format."""
 
 from slideredit_rt.adapters.adapter import Adapter, Member, adapter_report, bank_adapters, describe_members, fill_ranks
 from slideredit_rt.adapters.matching import AdapterMatch, fit_adapter, match_adapter

@@ -1,4 +1,4 @@
-"""The value: the trained A/B pairs of one adapter or of a bank, and what they are in words."""
+"""`Adapter`, which holds the trained A/B pairs of one adapter or a bank, and its JSON description."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from slideredit_rt.sliders import StrengthCurve
 
 @dataclass(frozen=True)
 class Member:
-    """One adapter of a bank: where it came from, and its map from strength to alpha."""
+    """One adapter of a bank: its source, and its curve from strength to alpha."""
 
     source: str
     curve: StrengthCurve = field(default_factory=StrengthCurve)
@@ -29,20 +29,21 @@ class Member:
 
 @dataclass(frozen=True)
 class Adapter:
-    """A low-rank update per linear, or a bank of several whose strengths are set one by one.
+    """One low-rank update per linear, or a bank of several adapters with separate strengths.
 
     Attributes:
-        family: base-model family it was trained for.
+        family: base-model family that it was trained for.
         kind: `st` or `gst`.
-        rank: the largest R, of all members of a bank together.
-        pairs: module name to (A `[R, K]`, B `[N, R]`), float32, `lora_alpha / r` folded into B. In a bank of G members every
-            R is a multiple of G and each member has R/G rows of A and columns of B, in the members' order.
-        source: where it came from, for messages.
-        training: how it was trained, as far as the file says.
-        curve: from strength to alpha; found by `slideredit-rt adapter calibrate`, else `alpha = 1 − strength`.
-        dtype: of the tensors as they were stored; several, joined by "+", where they were mixed.
-        members: of a bank, by name (`bank_adapters`); empty for a single adapter. A bank's own `curve` maps nothing.
-        ignored: linears of the text encoders that its file updates, too. They have no effect here.
+        rank: largest R; for a bank, the sum over its members.
+        pairs: module name to (A `[R, K]`, B `[N, R]`), float32, with `lora_alpha / r` folded into B. In a bank of G members,
+            every R is a multiple of G, and each member has R/G rows of A and columns of B, in the members' order.
+        source: path or name that it was loaded from, for messages.
+        training: training settings stored in the file.
+        curve: curve from strength to alpha. The default, `alpha = 1 − strength`, is replaced by
+            `slideredit-rt adapter calibrate`.
+        dtype: dtype of the stored tensors; mixed dtypes are joined by "+".
+        members: members of a bank by name (see `bank_adapters`); empty for a single adapter. A bank's own `curve` is unused.
+        ignored: text-encoder linears that the file also updates. They have no effect here.
     """
 
     family: str
@@ -74,16 +75,17 @@ class Adapter:
         return sorted({_target(name) for name in self.pairs})
 
     def without(self, modules: Collection[str]) -> Adapter:
-        """The adapter less some of its modules."""
+        """Return the adapter without some of its modules."""
         pairs = {name: pair for name, pair in self.pairs.items() if name not in modules}
         return dataclasses.replace(self, pairs=pairs, rank=max((len(a) for a, _ in pairs.values()), default=0))
 
 
 def fill_ranks(adapter: Adapter, ranks: Mapping[str, int]) -> Adapter:
-    """The same update with higher ranks: rows of zeros below each A and columns of zeros beside each B, in every member.
+    """Raise ranks without changing the update: append zero rows to each A and zero columns to each B, in every member.
 
     Args:
-        ranks: by module; a multiple of the number of members. Lower ones than a module has change nothing.
+        adapter: single adapter or bank.
+        ranks: rank per module, a multiple of the number of members. Ranks below a module's own have no effect.
     """
     count = len(adapter.members) or 1
     pairs = {}
@@ -98,32 +100,32 @@ def fill_ranks(adapter: Adapter, ranks: Mapping[str, int]) -> Adapter:
 
 
 def bank_adapters(adapters: Sequence[Adapter], names: Sequence[str]) -> Adapter:
-    """One adapter whose members keep strengths of their own: A's stacked, B's side by side.
+    """Combine adapters into a bank whose members keep separate strengths: A's stacked, B's side by side.
 
-    In every module each member is filled with zeros to the largest rank that one of them has there; a member that leaves a
-    module alone has zeros.
+    In every module, each member is padded with zeros to the largest rank that any member has there. A member that does not
+    update a module gets zeros only.
 
     Args:
-        adapters: single ones, of one family and kind.
-        names: of the members, all different.
+        adapters: single adapters of one family and kind.
+        names: names of the members, all different.
 
     Raises:
-        SliderEditError: no adapter, a bank among them, two families or kinds, an empty name or one that comes twice, or sizes
-            that belong to different bases.
+        SliderEditError: no adapter is given, one of them is a bank, families or kinds differ, a name is empty or occurs twice,
+            or the adapters were trained on bases of different sizes.
     """
     if not adapters or len(adapters) != len(names):
         raise SliderEditError(f"a bank needs one name per adapter, got {len(adapters)} adapters and {len(names)} names")
     first = adapters[0]
     for adapter in adapters:
         if adapter.members:
-            raise SliderEditError(f"adapter {adapter.source!r} is a bank already; give its members' own files")
+            raise SliderEditError(f"adapter {adapter.source!r} is already a bank; pass the files of its members")
         if (adapter.family, adapter.kind) != (first.family, first.kind):
             raise SliderEditError(
                 f"adapters {first.source!r} ({first.family}, {first.kind}) and {adapter.source!r} ({adapter.family}, "
-                f"{adapter.kind}) cannot share an engine; give adapters of one family and one kind"
+                f"{adapter.kind}) cannot share an engine; pass adapters of one family and one kind"
             )
     if twice := next((name for name, count in Counter(names).items() if count > 1 or not name.strip()), None):
-        raise SliderEditError(f"two adapters would be called {twice!r} in the bank; rename one of the files")
+        raise SliderEditError(f"two adapters would be named {twice!r} in the bank; rename one of the files")
     modules = dict.fromkeys(name for adapter in adapters for name in adapter.pairs)
     pairs = {}
     for module in modules:
@@ -131,8 +133,8 @@ def bank_adapters(adapters: Sequence[Adapter], names: Sequence[str]) -> Adapter:
         shapes = {(a.shape[1], b.shape[0]) for a, b in filter(None, found)}
         if len(shapes) > 1:
             raise SliderEditError(
-                f"the adapters update {module} as if it were {' and '.join(f'{n}×{k}' for k, n in sorted(shapes))}; "
-                "give adapters that were trained on one base"
+                f"the adapters disagree on the size of {module}: {' and '.join(f'{n}×{k}' for k, n in sorted(shapes))}; "
+                "pass adapters that were trained on the same base"
             )
         ((k, n),) = shapes
         rank = max(len(a) for a, _ in filter(None, found))
@@ -155,9 +157,9 @@ def bank_adapters(adapters: Sequence[Adapter], names: Sequence[str]) -> Adapter:
 
 
 def adapter_report(adapter: Adapter) -> dict[str, Any]:
-    """What an adapter is, for JSON: ranks, targets with their rows, sizes and norms, metadata.
+    """Describe an adapter for JSON: ranks, targets with their rows, sizes and norms, metadata.
 
-    A norm is the Frobenius norm of B·A, over all modules of a target or of the adapter.
+    Norms are Frobenius norms of B·A over all modules of a target or of the adapter.
     """
     family = get_family(adapter.family)
     targets: dict[str, dict[str, Any]] = {}
@@ -192,7 +194,7 @@ def adapter_report(adapter: Adapter) -> dict[str, Any]:
 
 
 def describe_members(adapter: Adapter) -> dict[str, dict[str, Any]]:
-    """A bank's members by name: `source` and `strength_curve`; empty for a single adapter."""
+    """Return `source` and `strength_curve` of a bank's members, by name; empty for a single adapter."""
     return {name: {"source": m.source, "strength_curve": m.curve.to_json()} for name, m in adapter.members.items()}
 
 

@@ -1,4 +1,4 @@
-"""How trainers name a LoRA's tensors: every layout that diffusers reads, brought to diffusers' names of the linears."""
+"""LoRA state-dict layouts of different trainers, converted to diffusers' module names."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ _ALPHA = re.compile(rf"^(?P<module>.+?)(\.lora_(A|B|down|up){_ADAPTER}(\.weight)
 _PARTS = {"A": "A", "down": "A", "B": "B", "up": "B"}
 _TEXT_ENCODER = re.compile(r"^(base_model\.model\.)?(lora_te\d?_|te\d?\.|text_encoders?(_\d)?\.|text_model\.)")
 _FLAT = re.compile(r"^(lora_unet|lora_transformer|lycoris)_")
-# Names of kohya's and Black Forest Labs' making, with and without dots.
+# Module names of kohya's scripts and Black Forest Labs, with and without dots.
 _FOREIGN = re.compile(rf"{_FLAT.pattern}|^(double|single)_blocks\.")
 
 
 @dataclass(frozen=True)
 class Layout:
-    """A state dictionary's LoRA, module by module, under the file's own names or diffusers', where these are the same.
+    """LoRA tensors of a state dictionary by module, under the file's own module names without prefixes.
 
     Attributes:
         halves: `A` and `B` of each module.
-        alphas: stored beside them.
-        ignored: linears of the text encoders, which no engine changes.
+        alphas: alphas stored beside them, by module.
+        ignored: text-encoder linears, which engines do not change.
     """
 
     halves: dict[str, dict[str, Tensor]]
@@ -45,10 +45,14 @@ class Layout:
 
 
 def read_layout(state: Mapping[str, Tensor], source: str | Path) -> Layout:
-    """Sort a state dictionary's tensors.
+    """Sort the tensors of a state dictionary by module.
+
+    Args:
+        state: tensors by their names in the file.
+        source: path or name of the adapter, for messages.
 
     Raises:
-        SliderEditError: tensors that are not plain LoRA, an alpha that belongs to no module, or several adapters.
+        SliderEditError: a tensor is not plain LoRA, an alpha belongs to no module, or there are several adapters.
     """
     halves: dict[str, dict[str, Tensor]] = {}
     alphas: dict[str, float] = {}
@@ -70,47 +74,49 @@ def read_layout(state: Mapping[str, Tensor], source: str | Path) -> Layout:
                     f"adapter {str(source)!r} stores the alphas {alphas[module]:g} and {value:g} for {module}; "
                     "save it again with the right one"
                 )
-        # Some trainers write differences of norms and biases that are zero.
+        # Some trainers store all-zero differences of norms and biases.
         elif not (key.endswith((".diff", ".diff_b")) and not tensor.any()):
             other.append(key)
     if not halves and ignored:
         raise SliderEditError(
-            f"adapter {str(source)!r} updates no linear that a slider may touch, only a text encoder's "
-            f"(its first is {min(ignored)}); give an adapter of the transformer"
+            f"adapter {str(source)!r} updates no linear that sliders can scale, only a text encoder "
+            f"(first module: {min(ignored)}); use an adapter for the transformer"
         )
     if not halves:
-        raise SliderEditError(f"adapter {str(source)!r} holds no lora_A/lora_B weights; give a LoRA file")
+        raise SliderEditError(f"adapter {str(source)!r} has no lora_A/lora_B weights; use a LoRA file")
     if other:
         raise SliderEditError(
-            f"adapter {str(source)!r} holds {min(other)}, which is no lora_A, lora_B or alpha; "
-            "only plain LoRA can be scaled by a slider, not DoRA, biases or whole weights"
+            f"adapter {str(source)!r} contains {min(other)}, which is not a lora_A, lora_B or alpha; "
+            "sliders can scale plain LoRA only, not DoRA, biases or full weights"
         )
     if len(adapters) > 1:
-        raise SliderEditError(f"adapter {str(source)!r} holds {len(adapters)} adapters; save the one to use by itself")
+        raise SliderEditError(f"adapter {str(source)!r} contains {len(adapters)} adapters; save the one to use by itself")
     if twice:
-        raise SliderEditError(f"adapter {str(source)!r} holds {twice[0]} under another name, too; save it again without one")
+        raise SliderEditError(
+            f"adapter {str(source)!r} contains {twice[0]} a second time under another name; save it again without one of them"
+        )
     if lost := sorted(alphas.keys() - halves.keys()):
         raise SliderEditError(
-            f"adapter {str(source)!r} stores an alpha for {lost[0]} and no lora_A and lora_B under that name, so the scale of "
-            "some linear would be lost; save or download it again"
+            f"adapter {str(source)!r} stores an alpha for {lost[0]}, but no lora_A and lora_B of that name, so the scale of "
+            "some linear is unknown; save or download it again"
         )
     return Layout(halves, alphas, tuple(sorted(ignored)))
 
 
 def _modern(key: str) -> str:
-    """The key as PEFT writes it, of diffusers' attention processors and its `lora.down`; others as they are."""
+    """Convert a key of diffusers' attention processors or its `lora.down` to PEFT's form; return others unchanged."""
     (name,) = convert_unet_state_dict_to_peft({key: None})
     return name if re.search(r"\.lora_[AB]\b", name) else key
 
 
 def _module(name: str) -> str:
-    """A module's name without prefixes; with dots, where it is a linear that sliders may touch and was written without."""
+    """Return a module's name without prefixes. Restore the dots in flat names of linears that sliders can scale."""
     name = _PREFIX.sub("", name)
     flat = _FLAT.sub("", name)
     if flat == name:
         return name
     for family in FAMILIES.values():
-        # Each dot becomes a group, whose place in the flat name is then known.
+        # Each dot becomes a group, so that the match gives its position in the flat name.
         pattern = family.targets("gst", all_projections=True).pattern.replace(r"\.", "(_)")
         if match := re.fullmatch(pattern, flat):
             dots = {match.start(group) for group, text in enumerate(match.groups(), 1) if text == "_"}
@@ -119,12 +125,17 @@ def _module(name: str) -> str:
 
 
 def with_diffusers_names(pairs: Mapping[str, Pair], source: str | Path) -> tuple[dict[str, Pair], Family | None]:
-    """Pairs under diffusers' names, and the family that the file's own names belong to; None if they are diffusers'.
+    """Rename modules to diffusers' names with diffusers' own converters, which also split fused projections.
 
-    Fused projections become several, as diffusers splits them.
+    Args:
+        pairs: A and B by module, under the file's own names.
+        source: path or name of the adapter, for messages.
+
+    Returns:
+        The renamed pairs, and the family whose converter was used; None if the names were already diffusers'.
 
     Raises:
-        SliderEditError: names that no family's converter knows, or two for one linear.
+        SliderEditError: no family's converter knows the names, or two of them stand for one linear.
     """
     foreign = {name: pair for name, pair in pairs.items() if _FOREIGN.match(name)}
     if not foreign:
@@ -134,12 +145,12 @@ def with_diffusers_names(pairs: Mapping[str, Pair], source: str | Path) -> tuple
     for family in FAMILIES.values():
         try:
             attempts.append((family, [item for name, pair in foreign.items() for item in _convert(family, name, pair)]))
-        except Exception as error:  # diffusers says by any exception that it does not know a name or a size
+        except Exception as error:  # diffusers raises various exceptions for names and sizes that it does not know
             reason = error
     if not attempts:
         raise SliderEditError(
-            f"adapter {str(source)!r} names linears in a way that diffusers cannot read, or has other sizes than these have "
-            f"(its first is {min(foreign)}: {type(reason).__name__}); give a LoRA for {' or '.join(FAMILIES)}"
+            f"adapter {str(source)!r} has module names or sizes that diffusers cannot convert "
+            f"(first module: {min(foreign)}: {type(reason).__name__}); use a LoRA for {' or '.join(FAMILIES)}"
         )
     family, converted = max(attempts, key=lambda attempt: sum(attempt[0].rows_of(name) is not None for name, _ in attempt[1]))
     named = {name: pair for name, pair in pairs.items() if name not in foreign}
@@ -151,13 +162,13 @@ def with_diffusers_names(pairs: Mapping[str, Pair], source: str | Path) -> tuple
 
 
 def _convert(family: Family, name: str, pair: Pair) -> list[tuple[str, Pair]]:
-    """One module by diffusers' converter for `family`: alone, so that nothing can be left out without a word."""
+    """Convert a single module with diffusers' converter for `family`. One at a time, so that none is dropped silently."""
     loader = getattr(diffusers, family.pipeline_classes[0])
     if ".processor." in name:
         state = {f"{name}.down.weight": pair[0], f"{name}.up.weight": pair[1]}
     else:
         name = name if _FLAT.match(name) else f"diffusion_model.{name}"
-        # The scale is in B already; some layouts must have an alpha.
+        # The scale is already in B, but some layouts require an alpha.
         alpha = torch.tensor(float(len(pair[0])))
         state = {f"{name}.lora_down.weight": pair[0], f"{name}.lora_up.weight": pair[1], f"{name}.alpha": alpha}
     halves: dict[str, dict[str, Tensor]] = {}

@@ -13,15 +13,15 @@ from slideredit_rt.families import Family
 
 @dataclass(frozen=True)
 class AdapterMatch:
-    """An adapter's modules beside a base's, by name.
+    """Comparison of an adapter's modules with a base's, by name.
 
     Attributes:
         matched: linears of the base that the adapter updates.
-        missing: linears of the family's standard targets that the adapter leaves alone. Adapters on fewer targets are
-            legitimate: this is for information.
-        unexpected: modules of the adapter that the base lacks or that no slider may touch: without them it would not do what
-            it was trained to do.
-        mismatched: modules of the adapter whose linear is of another size in the base: it belongs to another base.
+        missing: linears of the family's standard targets that the adapter does not update. This is informational: adapters
+            may have fewer targets.
+        unexpected: modules of the adapter that the base lacks or that sliders cannot scale. Without them the adapter would not
+            act as it was trained to.
+        mismatched: modules of the adapter whose linear has another size in the base, so it was trained on another base.
     """
 
     matched: tuple[str, ...]
@@ -48,13 +48,19 @@ def match_adapter(adapter: Adapter, family: Family, transformer: nn.Module) -> A
 
 
 def fit_adapter(adapter: Adapter, family: Family, transformer: nn.Module, *, allow_partial: bool = False) -> Adapter:
-    """The adapter as it can be put into `transformer`.
+    """Check that an adapter fits a transformer.
 
     Args:
+        adapter: single adapter or bank.
+        family: family of the transformer.
+        transformer: diffusers transformer, may be on the `meta` device.
         allow_partial: drop modules that the transformer lacks instead of refusing the adapter.
 
+    Returns:
+        The adapter, without the modules that were dropped.
+
     Raises:
-        SliderEditError: modules that the transformer lacks, none that it has, or a linear of another size.
+        SliderEditError: the transformer lacks some of the modules (all of them with `allow_partial`), or a size differs.
     """
     match = match_adapter(adapter, family, transformer)
     if match.mismatched:
@@ -67,8 +73,8 @@ def fit_adapter(adapter: Adapter, family: Family, transformer: nn.Module, *, all
     if match.unexpected and not (allow_partial and match.matched):
         names = f"{', '.join(match.unexpected[:4])}{', …' if len(match.unexpected) > 4 else ''}"
         raise SliderEditError(
-            f"adapter {adapter.source!r} fits {len(match.matched)} of its {len(adapter.pairs)} modules onto this {family.name} "
-            f"transformer; not found: {names}; use an adapter that was trained on this base"
+            f"only {len(match.matched)} of the {len(adapter.pairs)} modules of adapter {adapter.source!r} fit this "
+            f"{family.name} transformer; not found: {names}; use an adapter that was trained on this base"
             + (", or drop these with --allow-partial" if match.matched else "")
         )
     return adapter.without(match.unexpected)

@@ -1,4 +1,4 @@
-"""Read an adapter from the formats that it comes in."""
+"""Readers for all adapter formats."""
 
 from __future__ import annotations
 
@@ -22,16 +22,20 @@ from slideredit_rt.sliders import StrengthCurve
 _FOLDER_FILES = (DIFFUSERS_FILE, PEFT_FILE, "adapter_model.bin")
 
 AdapterSource = str | Path | Adapter | Sequence[str | Path]
-"""An adapter: an embedded name, a file, a folder, or what was loaded from one. Several files make a bank."""
+"""An adapter: an embedded name, a file, a folder, or a loaded `Adapter`. Several files make a bank."""
 
 
 def load_adapters(source: AdapterSource, family: Family | None = None) -> Adapter:
-    """Whatever names an adapter, loaded: as `load_adapter` for one, a bank for several files.
+    """Load one adapter with `load_adapter`, or several files as a bank.
 
-    A bank's members are called as their files or folders without the suffix, or as the embedded names.
+    A bank's members are named after their files or folders without the suffix, or by their embedded names.
+
+    Args:
+        source: adapter or adapters; a loaded `Adapter` is returned as it is.
+        family: family of the base; None recognises it.
 
     Raises:
-        SliderEditError: as `load_adapter` and `bank_adapters`.
+        SliderEditError: see `load_adapter` and `bank_adapters`.
     """
     if isinstance(source, Adapter):
         return source
@@ -43,7 +47,7 @@ def load_adapters(source: AdapterSource, family: Family | None = None) -> Adapte
 
 
 def _is_safetensors(path: Path) -> bool:
-    """By its name or, whatever its name, by its content: the length of a JSON header, then the header."""
+    """Return whether a file is safetensors by its suffix, or by its content: a JSON header after its 8-byte length."""
     try:
         with path.open("rb") as file:
             return path.suffix == ".safetensors" or file.read(9)[8:] == b"{"
@@ -64,24 +68,24 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError):
         raise SliderEditError(
-            f"adapter {str(path)!r} is not a file of plain tensors and was not unpickled; "
+            f"adapter {str(path)!r} is not a file of plain tensors, so it was not unpickled; "
             "convert it to safetensors on a machine where you trust it"
         ) from None
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise SliderEditError(
-            f"adapter {str(path)!r} holds no dictionary of tensors; give the dictionary that the trainer saved"
+            f"adapter {str(path)!r} does not contain a dictionary of tensors; use the dictionary that the trainer saved"
         )
     return state
 
 
 def _members(metadata: Mapping[str, str], ranks: Mapping[str, int], source: str | Path, path: Path) -> dict[str, Member]:
-    """Those of a bank, as its file names them."""
+    """Return the members of a bank as its metadata lists them; empty for a single adapter."""
     if "members" not in metadata:
         return {}
     stored = read_settings(metadata["members"], "list of members", path)
     if not stored or any(rank % len(stored) for rank in ranks.values()):
         raise SliderEditError(
-            f"adapter {str(source)!r} is a bank of {len(stored)} members and has ranks that these do not share evenly; "
+            f"adapter {str(source)!r} is a bank of {len(stored)} members, but its ranks cannot be divided evenly among them; "
             "save or download it again"
         )
     return {name: Member(str(source), StrengthCurve.from_json(curve)) for name, curve in stored.items()}
@@ -94,23 +98,23 @@ def _curve(metadata: Mapping[str, str], path: Path) -> StrengthCurve:
 
 
 def _recognise(modules: Collection[str], family: Family | None, source: str | Path) -> Family:
-    """The family whose linears these are; refuses an adapter for another one than `family`."""
+    """Return the family that these linears belong to. Refuse an adapter whose family is not `family`."""
     known = {name: sum(f.rows_of(module) is not None for module in modules) for name, f in FAMILIES.items()}
     best = [name for name, count in known.items() if count == max(known.values())]
     if not any(known.values()):
         raise SliderEditError(
-            f"adapter {str(source)!r} updates no linear that a slider may touch (its first is {min(modules)}); "
-            f"give an adapter for {family.name if family else ' or '.join(FAMILIES)}"
+            f"adapter {str(source)!r} updates no linear that sliders can scale (first module: {min(modules)}); "
+            f"use an adapter for {family.name if family else ' or '.join(FAMILIES)}"
         )
     if family is None:
         if len(best) > 1:
-            raise SliderEditError(f"adapter {str(source)!r} fits {' and '.join(best)} by its names; say which with --base")
+            raise SliderEditError(f"adapter {str(source)!r} fits both {' and '.join(best)}; choose one with --base")
         return FAMILIES[best[0]]
     if known.get(family.name, 0) < known[best[0]]:
         odd = next(m for m in sorted(modules) if family.rows_of(m) is None and FAMILIES[best[0]].rows_of(m) is not None)
         raise SliderEditError(
             f"adapter {str(source)!r} is for {best[0]}, not for {family.name}: it updates {odd}; "
-            f"use it with a {best[0]} base, or give an adapter that was trained on this one"
+            f"use it with a {best[0]} base, or use an adapter that was trained on this one"
         )
     return family
 
@@ -118,19 +122,25 @@ def _recognise(modules: Collection[str], family: Family | None, source: str | Pa
 def load_adapter(source: str | Path, family: Family | None = None, *, mixed_dtypes: bool = False) -> Adapter:
     """Read an adapter.
 
-    Formats: safetensors as diffusers writes them (`transformer.` prefix or not, stored alphas, `lora_adapter_metadata` or
-    neither), as kohya's scripts, OneTrainer, ComfyUI, XLabs and Black Forest Labs name them, a PEFT folder or the file in it
-    (`rank_pattern`, `alpha_pattern`, `use_rslora` included), a `torch.save`d dictionary of tensors (read with `weights_only`),
-    and the embedded names. Ranks may differ between modules. A scale counts wherever it is stated: beside the tensors, in
-    PEFT's configuration or in the metadata.
+    Supported formats:
+
+    - safetensors with the names of diffusers (with or without the `transformer.` prefix, alphas and `lora_adapter_metadata`),
+      kohya's scripts, OneTrainer, ComfyUI, XLabs and Black Forest Labs;
+    - a PEFT folder or its file, including `rank_pattern`, `alpha_pattern` and `use_rslora`;
+    - a `torch.save`d dictionary of tensors, read with `weights_only`;
+    - the embedded names, such as `shapes-st`.
+
+    Ranks may differ between modules. The scale is read from alphas beside the tensors, PEFT's configuration and the metadata,
+    which must agree.
 
     Args:
-        family: of the base. None recognises it by the metadata or by the names of the linears.
-        mixed_dtypes: accept a file whose tensors are not all of one dtype.
+        source: file, folder or embedded name.
+        family: family of the base. None recognises it by the metadata or the names of the linears.
+        mixed_dtypes: accept a file whose tensors have several dtypes.
 
     Raises:
-        SliderEditError: no such file, not a plain LoRA on the base's own weights, an A that does not fit its B, a scale that is
-            unknown or stated in two ways, another family's, of mixed dtypes, or with values that are not finite.
+        SliderEditError: the file does not exist, is not a plain LoRA on the base's own weights, belongs to another family,
+            mixes dtypes or has values that are not finite; an A does not fit its B; a scale is unknown or contradictory.
     """
     path = _file_of(source)
     state, metadata, statements = _read(path, source)
@@ -146,7 +156,8 @@ def load_adapter(source: str | Path, family: Family | None = None, *, mixed_dtyp
     pairs, named_for = with_diffusers_names(_scaled(layout, ranks, statements, source), source)
     if family and named_for and family.name != named_for.name:
         raise SliderEditError(
-            f"adapter {str(source)!r} is for {named_for.name}, not for {family.name}: so are its linears named"
+            f"adapter {str(source)!r} is for {named_for.name}, not for {family.name}, by the names of its linears; "
+            f"use it with a {named_for.name} base"
         )
     family = _recognise(pairs, family or named_for, source)
     ranks = {module: len(a) for module, (a, _) in pairs.items()}
@@ -165,22 +176,22 @@ def load_adapter(source: str | Path, family: Family | None = None, *, mixed_dtyp
 
 
 def _file_of(source: str | Path) -> Path:
-    """The file that holds the tensors of what names an adapter."""
+    """Return the file that holds the tensors of an adapter, which may be a file, a folder or an embedded name."""
     path = resolve_adapter(source)
     if path.is_dir():
         found = next((path / name for name in _FOLDER_FILES if (path / name).exists()), None)
         if found is None:
             raise SliderEditError(
-                f"folder {str(path)!r} holds none of {', '.join(_FOLDER_FILES)}; give the adapter's file or folder"
+                f"folder {str(path)!r} contains none of {', '.join(_FOLDER_FILES)}; pass the adapter's file or folder"
             )
         return found
     if not path.exists():
-        raise SliderEditError(f"adapter {str(source)!r} does not exist; give a file, a PEFT folder, shapes-st or shapes-gst")
+        raise SliderEditError(f"adapter {str(source)!r} does not exist; pass a file, a PEFT folder, shapes-st or shapes-gst")
     return path
 
 
 def _read(path: Path, source: str | Path) -> tuple[dict[str, Tensor], dict[str, str], list[Statement]]:
-    """A file's tensors and metadata, and what these and a configuration beside the file state about scales."""
+    """Read a file's tensors and metadata, and the scales stated in the metadata and in a configuration beside the file."""
     statements = []
     config = path.with_name(PEFT_CONFIG)
     if path.name in _FOLDER_FILES and config.is_file():
@@ -193,13 +204,13 @@ def _read(path: Path, source: str | Path) -> tuple[dict[str, Tensor], dict[str, 
 
 
 def _scaled(layout: Layout, ranks: Mapping[str, int], statements: Sequence[Statement], source: str | Path) -> dict[str, Pair]:
-    """A and B of each module under the file's own names, in float32, its scale folded into B."""
+    """Return A and B of each module, under the file's own names, in float32, with the scale folded into B."""
     scaled = {}
     for module, parts in layout.halves.items():
         alpha = layout.alphas.get(module)
         if layout.alphas and alpha is None and not statements:
             raise SliderEditError(
-                f"adapter {str(source)!r} stores alphas, but none for {module}, so its scale is unknown; "
+                f"adapter {str(source)!r} stores alphas for other modules but none for {module}, so its scale is unknown; "
                 "save or download it again"
             )
         scale = module_scale(module, ranks[module], alpha, statements, source)
@@ -213,11 +224,11 @@ def _scaled(layout: Layout, ranks: Mapping[str, int], statements: Sequence[State
 
 
 def _kind(modules: Collection[str], metadata: Mapping[str, str], family: Family, source: str | Path) -> Kind:
-    """The kind that the file states, or that follows from the rows of its linears."""
+    """Return the kind that the file states or, if it states none, the kind that follows from the rows of its linears."""
     rows = {family.rows_of(module) for module in modules} - {None}
     kind = metadata.get("kind", "st" if rows == {"text"} else "gst")
     if kind not in KINDS:
-        raise SliderEditError(f"adapter {str(source)!r} is of the unknown kind {kind!r}; known: {', '.join(KINDS)}")
+        raise SliderEditError(f"adapter {str(source)!r} has the unknown kind {kind!r}; known kinds: {', '.join(KINDS)}")
     return kind
 
 
@@ -226,7 +237,9 @@ def _stated_family(metadata: Mapping[str, str], family: Family | None, source: s
     if stated is None:
         return family
     if family is not None and stated != family.name:
-        raise SliderEditError(f"adapter {str(source)!r} was trained for {stated}, not for {family.name}")
+        raise SliderEditError(
+            f"adapter {str(source)!r} was trained for {stated}, not for {family.name}; use it with a {stated} base"
+        )
     return get_family(stated)
 
 
@@ -239,12 +252,12 @@ def _rank(module: str, parts: Mapping[str, Tensor], source: str | Path) -> int:
     a, b = parts["A"], parts["B"]
     if a.ndim != 2 or b.ndim != 2 or not (a.is_floating_point() and b.is_floating_point()):
         raise SliderEditError(
-            f"adapter {str(source)!r} has no matrices of floating-point numbers at {module} "
-            f"({a.dtype} {list(a.shape)}, {b.dtype} {list(b.shape)}); give an adapter for linears that is not quantised"
+            f"adapter {str(source)!r} does not have two floating-point matrices at {module} "
+            f"({a.dtype} {list(a.shape)}, {b.dtype} {list(b.shape)}); use an adapter for linears that is not quantised"
         )
     if len(a) != b.shape[1] or not len(a):
         raise SliderEditError(
             f"adapter {str(source)!r} has a lora_A of rank {len(a)} and a lora_B of rank {b.shape[1]} at {module}; "
-            "they must agree and be 1 or more: save or download it again"
+            "both must be the same and at least 1; save or download it again"
         )
     return len(a)

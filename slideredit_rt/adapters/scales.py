@@ -1,4 +1,4 @@
-"""Where a scale is stated: beside the tensors, in PEFT's configuration, in a trainer's metadata. Statements must agree."""
+"""LoRA scales, read from alphas beside the tensors, PEFT's configuration and a trainer's metadata, which must agree."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ DIFFUSERS_METADATA = "lora_adapter_metadata"
 _ALPHA = re.compile(r"(ss_)?((network|lora)_)?alpha")
 _RANK = re.compile(r"(ss_)?((network|lora)_)?(dim|rank|r)")
 _RSLORA = re.compile(r"\b(ss_)?(use_rslora|rs_lora)\W+true", re.IGNORECASE)
-# What kohya's scripts write where the tensors' own alphas and ranks count.
+# Kohya's scripts write these when the alphas and ranks of the tensors themselves apply.
 _NO_NUMBERS = ("dynamic", "none")
 
-# Initialisations that leave the base's weights as they are. PEFT's others move a part of them into the adapter.
+# Initialisations that keep the base's weights. PEFT's other ones move a part of the weights into the adapter.
 _PLAIN_INITIALISATIONS = ("true", "false", "gaussian", "eva", "orthogonal", "mica")
 _CONVERTIBLE_INITIALISATIONS = ("pissa", "olora", "corda", "lora_ga")
-# Options of PEFT that make an adapter more than a low-rank update of linears. The configurations that are excepted act at
+# PEFT options that make an adapter more than a low-rank update of linears. The excluded configurations only act at
 # initialisation, in training or at run time.
 _MORE_THAN_LORA = re.compile(
     r"use_(?!rslora$).+|(?!runtime_|eva_|corda_|loftq_|lora_ga_|velora_).+_config|lora_bias|alora_invocation_tokens|"
@@ -31,15 +31,20 @@ _MORE_THAN_LORA = re.compile(
 
 
 def read_settings(text: str | bytes, what: str, path: Path) -> dict[str, Any]:
-    """The JSON object in `text`.
+    """Parse the JSON object in `text`.
+
+    Args:
+        text: the JSON text.
+        what: name of the text, for messages.
+        path: file of the adapter, for messages.
 
     Raises:
-        SliderEditError: it is none.
+        SliderEditError: the text is not a JSON object.
     """
     try:
         settings = json.loads(text)
         if not isinstance(settings, dict):
-            raise ValueError("no JSON object")
+            raise ValueError("it is not a JSON object")
     except (ValueError, RecursionError) as error:
         raise SliderEditError(
             f"the {what} of adapter {str(path)!r} cannot be read ({error}); save or download it again"
@@ -49,18 +54,30 @@ def read_settings(text: str | bytes, what: str, path: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Statement:
-    """A place that states a scale for every module of an adapter.
+    """Scale settings from one place, such as PEFT's configuration, for every module of an adapter.
 
     Attributes:
         where: name of the place, for messages.
-        settings: `lora_alpha`, `r`, `rank_pattern`, `alpha_pattern` and `use_rslora`, as PEFT means them.
+        settings: `lora_alpha`, `r`, `rank_pattern`, `alpha_pattern` and `use_rslora`, as PEFT defines them.
     """
 
     where: str
     settings: Mapping[str, Any]
 
     def scales(self, module: str, rank: int, source: str | Path) -> dict[float, float]:
-        """`lora_alpha / r` by the ranks that it may mean, the stated one and the tensors'; empty if it states no number."""
+        """Return the scales of a module by the rank that is assumed, the stated one or that of the tensors.
+
+        Args:
+            module: name of the module.
+            rank: rank of its tensors.
+            source: path or name of the adapter, for messages.
+
+        Returns:
+            `lora_alpha / r`, or `lora_alpha / √r` with `use_rslora`, by r; empty if the settings state no number.
+
+        Raises:
+            SliderEditError: the stated rank or alpha is not a number.
+        """
         stated = self.settings.get("r") or rank
         if str(self.settings["lora_alpha"]).lower() in _NO_NUMBERS:
             return {}
@@ -77,34 +94,39 @@ class Statement:
 
 
 def peft_statement(settings: Mapping[str, Any], where: str, source: str | Path) -> Statement:
-    """What PEFT's configuration states.
+    """Read the scale settings of a PEFT configuration.
+
+    Args:
+        settings: the configuration.
+        where: name of the place it was found in, for messages.
+        source: path or name of the adapter, for messages.
 
     Raises:
-        SliderEditError: it states no alpha, or an adapter that is not plain LoRA on the base's own weights.
+        SliderEditError: the configuration has no alpha, or the adapter is not plain LoRA on the base's own weights.
     """
     name = f"adapter {str(source)!r}"
     kind = str(settings.get("peft_type") or "LORA")
     if kind.upper().rpartition(".")[2] != "LORA":
-        raise SliderEditError(f"{name} is of PEFT's type {kind}, not LORA; give a plain LoRA")
+        raise SliderEditError(f"{name} has PEFT type {kind}, not LORA; use a plain LoRA")
     if settings.get("use_dora"):
-        raise SliderEditError(f"{name} is a DoRA, which no slider can scale; give a plain LoRA")
+        raise SliderEditError(f"{name} is a DoRA, which sliders cannot scale; use a plain LoRA")
     more = next((key for key, value in settings.items() if value and _MORE_THAN_LORA.fullmatch(key)), None)
     if more or (settings.get("bias") or "none") != "none":
         raise SliderEditError(
-            f"{name} was trained with PEFT's option {more or 'bias'}, so it is more than low-rank updates of linears, which "
-            "are all that a slider can scale; give a plain LoRA"
+            f"{name} was trained with PEFT's option {more or 'bias'}, so it is more than low-rank updates of linears, and "
+            "sliders can scale only those; use a plain LoRA"
         )
     start = settings.get("init_lora_weights")
     if isinstance(start, str) and start.lower() not in _PLAIN_INITIALISATIONS:
         if start.lower().startswith(_CONVERTIBLE_INITIALISATIONS):
             remedy = (
-                "convert it with PEFT where it was trained: "
+                "convert it with PEFT on the machine where it was trained: "
                 "save_pretrained(folder, path_initial_model_for_weight_conversion=the folder of the untrained adapter)"
             )
         else:
             remedy = "train it with another init_lora_weights, such as gaussian"
         raise SliderEditError(
-            f"{name} was trained with init_lora_weights {start!r}, which changes the base's own weights, so it does not fit "
+            f"{name} was trained with init_lora_weights={start!r}, which changes the base's own weights, so it does not fit "
             f"the unchanged base; {remedy}"
         )
     if "lora_alpha" not in settings:
@@ -113,9 +135,15 @@ def peft_statement(settings: Mapping[str, Any], where: str, source: str | Path) 
 
 
 def metadata_statements(metadata: Mapping[str, str], source: str | Path, path: Path) -> list[Statement]:
-    """What the metadata of a safetensors file states: PEFT's configuration, diffusers' copy of it, kohya's numbers."""
+    """Read all scale settings in a safetensors file's metadata: PEFT's configuration, diffusers' copy, kohya's numbers.
+
+    Args:
+        metadata: metadata of the file.
+        source: path or name of the adapter, for messages.
+        path: file of the adapter, for messages.
+    """
     statements = []
-    metadata = dict(sorted(metadata.items()))  # safetensors gives it in any order
+    metadata = dict(sorted(metadata.items()))  # safetensors returns it in arbitrary order
     for key, text in metadata.items():
         if key == DIFFUSERS_METADATA or (key != "training" and "lora_alpha" in text and text.lstrip().startswith("{")):
             stored = read_settings(text, key, path)
@@ -134,16 +162,19 @@ def metadata_statements(metadata: Mapping[str, str], source: str | Path, path: P
 
 
 def module_scale(module: str, rank: int, alpha: float | None, statements: Sequence[Statement], source: str | Path) -> float:
-    """The scale of one module, by all that states it; 1 where nothing does.
+    """Return the scale of one module; 1 if it is stated nowhere.
 
     Args:
-        rank: of the module's tensors.
-        alpha: stored beside them, None where none is.
+        module: name of the module.
+        rank: rank of its tensors.
+        alpha: alpha stored beside them, or None.
+        statements: scale settings from other places.
+        source: path or name of the adapter, for messages.
 
     Raises:
-        SliderEditError: statements contradict each other, or leave the scale open.
+        SliderEditError: the places contradict each other, or do not determine the scale.
     """
-    # The first place is the one that other programs follow.
+    # Other programs follow the first place.
     readings = [] if alpha is None else [("stored alpha", {float(rank): alpha / rank})]
     readings += [(statement.where, statement.scales(module, rank, source)) for statement in statements]
     readings = [(where, scales) for where, scales in readings if scales]
@@ -151,29 +182,29 @@ def module_scale(module: str, rank: int, alpha: float | None, statements: Sequen
         return 1.0
     if not readings:
         raise SliderEditError(
-            f"adapter {str(source)!r} has no number in its {statements[0].where} and no alpha beside {module}, so its scale is "
-            "unknown; save or download it again"
+            f"adapter {str(source)!r} has neither a number in its {statements[0].where} nor an alpha beside {module}, so its "
+            "scale is unknown; save or download it again"
         )
     (where, first), *others = readings
-    # An alpha may be stored in bfloat16, which has two to three digits.
+    # An alpha may be stored in bfloat16, which has only two to three significant digits.
     agreed = {
         r: scale
         for r, scale in first.items()
         if all(any(math.isclose(scale, other, rel_tol=0.01) for other in scales.values()) for _, scales in others)
     }
     if not agreed:
-        said = ", ".join(f"{next(iter(scales.values())):.4g} by its {where}" for where, scales in readings)
+        said = ", ".join(f"{next(iter(scales.values())):.4g} in its {where}" for where, scales in readings)
         raise SliderEditError(
             f"adapter {str(source)!r} states different scales for {module}: {said}; save it again with the right one"
         )
     if len(set(agreed.values())) > 1:
         raise SliderEditError(
-            f"adapter {str(source)!r} has rank {rank} at {module} and its {where} says {next(iter(agreed)):g}, so its scale is "
-            "unknown; save or download it again"
+            f"adapter {str(source)!r} has rank {rank} at {module}, but its {where} says {next(iter(agreed)):g}, so its scale "
+            "is unknown; save or download it again"
         )
     return next(iter(agreed.values()))
 
 
 def _by_pattern(patterns: Any, module: str, default: Any) -> Any:
-    """PEFT's rule for `rank_pattern` and `alpha_pattern`: the first pattern that matches the end of the module's name."""
+    """Look up a module in a `rank_pattern` or `alpha_pattern` as PEFT does: the first pattern that matches its name's end."""
     return next((value for pattern, value in (patterns or {}).items() if re.match(rf"(.*\.)?({pattern})$", module)), default)

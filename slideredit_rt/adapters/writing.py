@@ -1,4 +1,4 @@
-"""Write an adapter in each format."""
+"""Writers for all adapter formats."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from slideredit_rt.errors import SliderEditError
 from slideredit_rt.files import atomic_file, atomic_folder
 
 Format = Literal["canonical", "diffusers", "peft", "slideredit-st"]
-"""`canonical`: one safetensors file with metadata, which diffusers loads, too. `diffusers`: a folder with that file under the
-name that `load_lora_weights` looks for. `peft`: a folder for `PeftModel.from_pretrained`. `slideredit-st`: the `torch.save`d
+"""`canonical`: one safetensors file with metadata, which diffusers can load as well. `diffusers`: a folder with that file under
+the name that `load_lora_weights` expects. `peft`: a folder for `PeftModel.from_pretrained`. `slideredit-st`: the `torch.save`d
 dictionary of the authors' ST trainer."""
 FORMATS: tuple[Format, ...] = ("canonical", "diffusers", "peft", "slideredit-st")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -28,26 +28,28 @@ PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
 def save_adapter(adapter: Adapter, path: Path, form: Format = "canonical", *, dtype: torch.dtype | None = None) -> None:
-    """Write an adapter; the file or folder appears whole or not at all.
+    """Write an adapter atomically.
 
-    Every format states a scale of 1 for every module, since `lora_alpha / r` is in B already, and reading it gives the same
-    float32 numbers back. Family, kind, training and strength curve are kept by all but `slideredit-st`.
+    All formats store a scale of 1, because `lora_alpha / r` is already in B; reading the file returns the same float32 values.
+    All formats except `slideredit-st` keep family, kind, training and strength curve.
 
     Args:
-        path: a file; for `diffusers` and `peft` a folder, which must not exist.
-        dtype: of the tensors in the file. None keeps the dtype that they were stored in if it holds them exactly, else float32.
+        adapter: single adapter, or a bank for `canonical`.
+        path: file to write; for `diffusers` and `peft` a folder, which must not exist.
+        form: file format.
+        dtype: dtype of the stored tensors. None keeps their original dtype if that is exact, else float32.
 
     Raises:
-        SliderEditError: `path` cannot be written, a value exceeds the dtype, or the format cannot express the adapter.
+        SliderEditError: `path` cannot be written, a value exceeds the dtype, or the format cannot hold the adapter.
     """
     if form == "slideredit-st" and (adapter.kind != "st" or len({len(a) for a, _ in adapter.pairs.values()}) > 1):
         raise SliderEditError(
-            f"adapter {adapter.source!r} is not an ST adapter of one rank, which is all that slideredit-st holds; "
-            "use canonical, diffusers or peft"
+            f"adapter {adapter.source!r} is not an ST adapter with the same rank everywhere, and slideredit-st holds only "
+            "those; use canonical, diffusers or peft"
         )
     if form != "canonical" and adapter.members:
         raise SliderEditError(
-            f"adapter {adapter.source!r} is a bank, which only the canonical format holds; use --to canonical"
+            f"adapter {adapter.source!r} is a bank, which only the canonical format can hold; use --to canonical"
         )
     tensors, config = _stored_tensors(adapter, form, dtype), _lora_config(adapter)
     metadata = _metadata(adapter)
@@ -55,7 +57,7 @@ def save_adapter(adapter: Adapter, path: Path, form: Format = "canonical", *, dt
         metadata[DIFFUSERS_METADATA] = json.dumps({f"transformer.{key}": value for key, value in config.items()})
     if form in ("diffusers", "peft"):
         with atomic_folder(path) as folder:
-            # The library's save_file lets nobody but the owner read the file.
+            # Not save_file, which makes the file readable only by its owner.
             (folder / (PEFT_FILE if form == "peft" else DIFFUSERS_FILE)).write_bytes(save(tensors, metadata))
             if form == "peft":
                 (folder / PEFT_CONFIG).write_text(json.dumps({"peft_type": "LORA", **config}, indent=2) + "\n")
@@ -68,17 +70,17 @@ def save_adapter(adapter: Adapter, path: Path, form: Format = "canonical", *, dt
 
 
 def _stored_tensors(adapter: Adapter, form: Format, dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """The tensors as the file of a format holds them, by their names there."""
+    """Return the tensors as a format stores them, by their names in the file."""
     prefix = {"slideredit-st": "", "peft": "base_model.model."}.get(form, "transformer.")
     dtype = _exact_dtype(adapter) if dtype is None else dtype
     tensors = {}
     for module, pair in adapter.pairs.items():
         for part, tensor in zip("AB", pair, strict=True):
-            # A copy of its own: safetensors refuses tensors that share memory.
+            # Copy, because safetensors refuses tensors that share memory.
             stored = tensor.detach().to("cpu", dtype, copy=True).contiguous()
             if not torch.isfinite(stored).all():
                 raise SliderEditError(
-                    f"adapter {adapter.source!r} has values at {module} beyond what {str(dtype).removeprefix('torch.')} holds; "
+                    f"adapter {adapter.source!r} has values at {module} that overflow {str(dtype).removeprefix('torch.')}; "
                     "use bfloat16 or float32"
                 )
             tensors[f"{prefix}{module}.lora_{part}.weight"] = stored
@@ -86,7 +88,7 @@ def _stored_tensors(adapter: Adapter, form: Format, dtype: torch.dtype | None) -
 
 
 def _metadata(adapter: Adapter) -> dict[str, str]:
-    """What a safetensors file says about the adapter beside its tensors."""
+    """Return the metadata of a safetensors file."""
     metadata = {
         "format": "pt",
         "family": adapter.family,
@@ -108,7 +110,7 @@ def _exact_dtype(adapter: Adapter) -> torch.dtype:
 
 
 def _lora_config(adapter: Adapter) -> dict[str, Any]:
-    """PEFT's configuration of the adapter, with alpha equal to the rank in every module."""
+    """Return the adapter's PEFT configuration, with alpha equal to the rank in every module."""
     ranks = {name: len(a) for name, (a, _) in adapter.pairs.items()}
     rank = Counter(ranks.values()).most_common(1)[0][0]
     pattern = {name: r for name, r in ranks.items() if r != rank}

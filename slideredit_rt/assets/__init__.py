@@ -41,7 +41,7 @@ def resolve_base(source: str | Path) -> Path:
 
 
 def from_anywhere(source: str | Path) -> str:
-    """The same source, found from any working folder: a path that exists becomes absolute, a name stays as it is."""
+    """Return a source that can be found from any working folder: existing paths become absolute, names stay."""
     text, path = str(source), user_path(source)
     return str(path.resolve()) if text not in _BASES | _ADAPTERS and path.exists() else text
 

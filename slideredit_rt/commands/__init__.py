@@ -1,1 +1,1 @@
-"""The commands of `slideredit-rt`, one module per group; `slideredit_rt.cli` puts them together."""
+"""Commands of `slideredit-rt`, one module per group. `slideredit_rt.cli` assembles them."""

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def _base_of_adapter(args: argparse.Namespace) -> tuple[Family, Any] | None:
-    """The family and the transformer, without its weights, of `--base`."""
+    """Return the family of `--base` and its transformer without weights; None if no base was given."""
     from slideredit_rt.assets import resolve_base
     from slideredit_rt.checkpoint import meta_transformer
     from slideredit_rt.families import family_of
@@ -42,7 +42,7 @@ def _adapter_show(args: argparse.Namespace) -> int:
         *([f"members      {', '.join(adapter.members)}"] if adapter.members else []),
         f"dtype        {adapter.dtype}",
         f"size         {report['parameters']:,} parameters",
-        f"norm         {report['norm']:.4g} of B·A, all linears together",
+        f"norm         {report['norm']:.4g} of B·A, over all linears",
         f"fingerprint  {report['fingerprint']}",
         f"training     {', '.join(f'{key} {value}' for key, value in adapter.training.items()) or 'not recorded'}",
         f"{'linears':<52} {'rows':<6} {'count':>5}  {'rank':<8} norm",
@@ -51,7 +51,7 @@ def _adapter_show(args: argparse.Namespace) -> int:
         target_ranks = ",".join(map(str, target["ranks"]))
         lines.append(f"{name:<52} {target['rows'] or '-':<6} {target['modules']:>5}  {target_ranks:<8} {target['norm']:.4g}")
     if adapter.ignored:
-        lines.append(f"ignored      {len(adapter.ignored)} linears of the text encoders, the first is {adapter.ignored[0]}")
+        lines.append(f"ignored      {len(adapter.ignored)} linears of the text encoders, such as {adapter.ignored[0]}")
     if base is not None:
         match = dataclasses.asdict(match_adapter(adapter, *base))
         report["base"] = {"source": str(args.base), **match}
@@ -65,7 +65,7 @@ def _adapter_convert(args: argparse.Namespace) -> int:
     from slideredit_rt.adapters import DTYPES, fit_adapter, load_adapter, save_adapter
 
     if args.allow_partial and args.base is None:
-        raise SliderEditError("--allow-partial drops modules that a base lacks; name the base with --base")
+        raise SliderEditError("--allow-partial drops modules that the base lacks, so it needs a base; name one with --base")
     if args.destination.exists():
         raise SliderEditError(f"{str(args.destination)!r} exists already; choose another name")
     base = _base_of_adapter(args)
@@ -114,7 +114,7 @@ def _adapter_calibrate(args: argparse.Namespace) -> int:
     if own is None:
         dataset: Dataset = ShapesScenes(seeds=CALIBRATION_SEEDS)
     else:
-        # Only a response is read.
+        # Calibration measures the response only.
         dataset = open_own_images(dataclasses.replace(own, distance_scorers=()), family, folder)
     adapter, found = calibrate_adapter(
         args.base,
@@ -131,52 +131,58 @@ def _adapter_calibrate(args: argparse.Namespace) -> int:
     curve = found.curve.to_json()
     result = {"out": str(args.destination), "strength_curve": curve, "cases": found.cases, "left_out": found.left_out}
     lines = [f"{'strength':>9} {'alpha':>8}", *(f"{s:>9.3f} {a:>8.3f}" for s, a in zip(*curve.values(), strict=True))]
-    counted = f"{found.cases} edits" + (f", {found.left_out} too small to count" if found.left_out else "")
-    emit(args, result, [*lines, f"wrote {args.destination}, from {counted}"])
+    counted = f"{found.cases} edits" + (f"; {found.left_out} with too small a response left out" if found.left_out else "")
+    emit(args, result, [*lines, f"wrote {args.destination} ({counted})"])
     return 0
 
 
 def add_commands(commands: Commands) -> None:
     """Add the commands of this module."""
-    adapter_commands = commands.group("adapter", "show, convert or calibrate an adapter, or change that of an engine")
-    shown = adapter_commands.add("show", _adapter_show, "print what an adapter is, and how it fits a base")
-    shown.add_argument("adapter", metavar="ADAPTER", help="shapes-st, shapes-gst, a file or a PEFT folder")
-    shown.add_argument("--base", help="report which linears match, are missing or unexpected; its weights are not read")
+    adapter_commands = commands.group("adapter", "show, convert or calibrate an adapter, or replace the adapter of an engine")
+    shown = adapter_commands.add("show", _adapter_show, "describe an adapter and check whether it fits a base")
+    shown.add_argument("adapter", metavar="ADAPTER", help="adapter: shapes-st, shapes-gst, a file or a PEFT folder")
+    shown.add_argument("--base", help="base to compare with; lists matched, missing and unexpected linears, reads no weights")
     converted = adapter_commands.add("convert", _adapter_convert, "write an adapter in another format")
-    converted.add_argument("source", metavar="SRC", help="shapes-st, shapes-gst, a file or a PEFT folder")
-    converted.add_argument("destination", type=user_path, metavar="DST", help="file to write; a folder for diffusers and peft")
+    converted.add_argument("source", metavar="SRC", help="adapter: shapes-st, shapes-gst, a file or a PEFT folder")
+    converted.add_argument(
+        "destination", type=user_path, metavar="DST", help="file to write, or a folder for diffusers and peft"
+    )
     converted.add_argument(
         "--to",
         choices=("canonical", "diffusers", "peft", "slideredit-st"),
         default="canonical",
-        help="canonical: one safetensors file with metadata (default)",
+        help="format to write (default: %(default)s, one safetensors file with metadata)",
     )
     converted.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
-        help="of the tensors (default: as they are stored, if that holds them exactly, else float32)",
+        help="dtype of the tensors (default: the stored one if it holds all values exactly, else float32)",
     )
-    converted.add_argument("--base", help="refuse an adapter with modules that this base lacks")
-    converted.add_argument("--allow-partial", action="store_true", help="with --base: leave these modules out instead")
-    replacement = adapter_commands.add("replace", _adapter_replace, "give an engine another adapter without a build")
-    replacement.add_argument("engine", type=user_path, metavar="ENGINE")
+    converted.add_argument("--base", help="base to check against; modules that it lacks are an error")
+    converted.add_argument(
+        "--allow-partial", action="store_true", help="leave out modules that --base lacks instead of failing"
+    )
+    replacement = adapter_commands.add("replace", _adapter_replace, "replace the adapter of an engine without rebuilding it")
+    replacement.add_argument("engine", type=user_path, metavar="ENGINE", help="engine folder to change")
     replacement.add_argument(
         "adapter",
         metavar="ADAPTER",
         nargs="+",
-        help="of the same kind and modules, of the same rank or a lower one; several for a bank",
+        help="new adapter, with the same kind and modules and at most the same rank; several for a bank",
     )
 
     calibrated = adapter_commands.add(
-        "calibrate", _adapter_calibrate, "learn the map from strength to alpha that makes a response even"
+        "calibrate", _adapter_calibrate, "fit the map from strength to alpha that evens out the response"
     )
-    calibrated.add_argument("source", metavar="SRC", help="shapes-st, shapes-gst, a file or a PEFT folder")
-    calibrated.add_argument("destination", type=user_path, metavar="DST", help="adapter file to write, with the map in it")
-    calibrated.add_argument("--base", default="shapes-kontext", help="(default: shapes-kontext)")
-    calibrated.add_argument("--engine", type=user_path, help="built with this adapter (default: one is built for ONNX Runtime)")
-    calibrated.add_argument("--cases", type=int, help="edits to measure (default: 32)")
-    calibrated.add_argument("--samples", type=int, help="strengths per edit, odd (default: 17)")
+    calibrated.add_argument("source", metavar="SRC", help="adapter: shapes-st, shapes-gst, a file or a PEFT folder")
+    calibrated.add_argument("destination", type=user_path, metavar="DST", help="adapter file to write, including the map")
+    calibrated.add_argument("--base", default="shapes-kontext", help="base to measure on (default: %(default)s)")
+    calibrated.add_argument("--engine", type=user_path, help="engine with this adapter (default: build one for ONNX Runtime)")
+    calibrated.add_argument("--cases", type=int, help="number of edits to measure (default: 32)")
+    calibrated.add_argument("--samples", type=int, help="strengths per edit, an odd number (default: 17)")
     calibrated.add_argument("--steps", type=int, help="denoising steps (default: 12)")
-    calibrated.add_argument("--threads", type=int, help="CPU threads of the engine")
-    calibrated.add_argument("--plot", type=user_path, metavar="PNG", help="draw the response before and after, and the map")
+    calibrated.add_argument("--threads", type=int, help="CPU threads of the engine (default: the backend's choice)")
+    calibrated.add_argument(
+        "--plot", type=user_path, metavar="PNG", help="plot to write: the map, and the response before and after"
+    )
     add_own_image_options(calibrated, distances=False)

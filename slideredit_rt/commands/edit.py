@@ -23,23 +23,32 @@ _MAX_SWEEP = 64
 
 
 def _is_instruction(text: str, prompt: str | None) -> bool:
-    """Whether a slider's text is an instruction to its last character, `=` included: the prompt that was given says so."""
+    """Return whether all of a slider's text, `=` included, is an instruction: the given prompt contains it."""
     return prompt is not None and stands_in(normalise(prompt), normalise(text).strip())
 
 
 def parse_slider(text: str, prompt: str | None = None) -> Slider:
-    """`INSTRUCTION=STRENGTH` or `INSTRUCTION` (strength 1); the latter where `prompt` holds all of the text."""
+    """Parse `INSTRUCTION=STRENGTH`, or `INSTRUCTION` with strength 1.
+
+    A text that `prompt` contains as a whole is an instruction, even with `=` in it.
+    """
     instruction, separator, value = text.rpartition("=")
     if not separator or _is_instruction(text, prompt):
         return Slider(text)
     try:
         return Slider(instruction, float(value))
     except ValueError:
-        raise SliderEditError(f"slider {text!r} has the strength {value!r}; write it as 'make the circle red=0.5'") from None
+        raise SliderEditError(
+            f"slider {text!r} has strength {value!r}, not a number; write it as 'make the circle red=0.5'"
+        ) from None
 
 
 def parse_swept_slider(text: str, prompt: str | None = None) -> tuple[Slider, list[float] | None]:
-    """`INSTRUCTION=START:STOP:COUNT` for a swept slider, else a fixed one as `parse_slider` reads it."""
+    """Parse `INSTRUCTION=START:STOP:COUNT` as a swept slider, anything else as `parse_slider` does.
+
+    Returns:
+        The slider, and its strengths if it is swept.
+    """
     instruction, _, value = text.rpartition("=")
     if ":" not in value or not instruction or _is_instruction(text, prompt):
         return parse_slider(text, prompt), None
@@ -47,11 +56,9 @@ def parse_swept_slider(text: str, prompt: str | None = None) -> tuple[Slider, li
         first, last, number = value.split(":")
         start, stop, count = float(first), float(last), int(number)
     except ValueError:
-        raise SliderEditError(
-            f"slider {text!r} has the range {value!r}; write it as start:stop:count, such as 0:1.5:7"
-        ) from None
+        raise SliderEditError(f"slider {text!r} has range {value!r}; write it as start:stop:count, such as 0:1.5:7") from None
     if not 2 <= count <= _MAX_SWEEP:
-        raise SliderEditError(f"slider {text!r} asks for {count} strengths; give 2 to {_MAX_SWEEP}")
+        raise SliderEditError(f"slider {text!r} is swept over {count} strengths; give 2 to {_MAX_SWEEP}")
     strengths = linear_sweep(start, stop, count)
     slider = Slider(instruction, strengths[0])
     for strength in strengths:
@@ -64,7 +71,7 @@ def member_of(slider: Slider) -> dict[str, str]:
 
 
 def edit_settings(args: argparse.Namespace) -> EditSettings:
-    """The settings that the options of `edit` and `sweep` say."""
+    """Return the settings from the options of `edit` and `sweep`."""
     return EditSettings(**{field.name: getattr(args, field.name) for field in fields(EditSettings)})
 
 
@@ -98,7 +105,7 @@ def _sweep(args: argparse.Namespace) -> int:
     sliders = with_members(args, [s for s, _ in parsed])
     swept = [(i, v) for i, (_, v) in enumerate(parsed) if v is not None]
     if len(swept) not in (1, 2):
-        raise SliderEditError(f"{len(swept)} sliders are swept; give one (a strip) or two (a grid) as 'instruction=0:1.5:7'")
+        raise SliderEditError(f"{len(swept)} sliders are swept; sweep one (a strip) or two (a grid), as 'instruction=0:1.5:7'")
 
     from slideredit_rt.editor import SliderEditor
     from slideredit_rt.images import check_output, draw_grid, grid_size, open_image, save_image
@@ -178,38 +185,50 @@ def _demo(args: argparse.Namespace) -> int:
     return 0
 
 
-def _add_image_options(sub: argparse.ArgumentParser, example: str) -> None:
-    """The options of `edit` and `sweep`."""
-    sub.add_argument("engine", type=user_path, metavar="ENGINE", help="folder written by slideredit-rt build")
+def _add_image_options(sub: argparse.ArgumentParser, example: str, text: str) -> None:
+    """Add the options that `edit` and `sweep` share."""
+    sub.add_argument("engine", type=user_path, metavar="ENGINE", help="engine folder, written by slideredit-rt build")
     sub.add_argument(
-        "--image", type=user_path, action="append", required=True, help="image to edit; repeat for a base that takes several"
+        "--image", type=user_path, action="append", required=True, help="image to edit; repeatable if the base takes several"
     )
-    sub.add_argument("--slider", action="append", required=True, metavar=example, help="repeat for several sliders")
+    sub.add_argument("--slider", action="append", required=True, metavar=example, help=text)
     add_member_option(sub)
-    sub.add_argument("--prompt", help="holds every instruction; default: the instructions joined by ' and '")
+    sub.add_argument(
+        "--prompt", help="whole prompt, with every instruction in it (default: the instructions joined by ' and ')"
+    )
     sub.add_argument("--seed", type=int, default=EditSettings.seed, help="seed of the initial noise (default: %(default)s)")
     sub.add_argument("--steps", type=int, help="denoising steps (default: the family's)")
-    sub.add_argument("--guidance-scale", type=float, help="embedded guidance (default: the family's)")
-    sub.add_argument("--true-cfg-scale", type=float, help="guidance with a negative pass (default: the family's; 1: none)")
-    sub.add_argument("--negative-prompt", help="of the negative pass (default: the family's)")
-    sub.add_argument("--base", help="where the base checkpoint is, if not where the manifest says")
-    sub.add_argument("--threads", type=int, help="CPU threads of the backend")
+    sub.add_argument("--guidance-scale", type=float, help="scale of the embedded guidance (default: the family's)")
+    sub.add_argument(
+        "--true-cfg-scale", type=float, help="scale of guidance with a negative pass (default: the family's; 1: no pass)"
+    )
+    sub.add_argument("--negative-prompt", help="prompt of the negative pass (default: the family's)")
+    sub.add_argument("--base", help="base checkpoint (default: the location in the manifest)")
+    sub.add_argument("--threads", type=int, help="CPU threads of the backend (default: its own choice)")
     add_runtime_options(sub)
-    sub.add_argument("--out", type=user_path, required=True, help="image to write")
+    sub.add_argument("--out", type=user_path, required=True, help="image file to write")
 
 
 def add_commands(commands: Commands) -> None:
     """Add the commands of this module."""
-    _add_image_options(commands.add("edit", _edit, "edit an image at given strengths"), "INSTRUCTION=STRENGTH")
     _add_image_options(
-        commands.add("sweep", _sweep, "move one or two sliders and draw a strip or a grid"), "INSTRUCTION=START:STOP:COUNT"
+        commands.add("edit", _edit, "edit an image at given strengths"),
+        "INSTRUCTION=STRENGTH",
+        "instruction and its strength, 1 if left out; repeatable",
+    )
+    _add_image_options(
+        commands.add("sweep", _sweep, "sweep one or two sliders and draw a strip or a grid"),
+        "INSTRUCTION=START:STOP:COUNT",
+        "instruction and the range to sweep, or INSTRUCTION=STRENGTH for a fixed slider; repeatable",
     )
 
-    spans = commands.add("spans", _spans, "print the tokens of a prompt, their rows and which slider owns them")
-    spans.add_argument("--base", default="shapes-kontext", help="whose tokenizer (default: shapes-kontext)")
-    spans.add_argument("--slider", action="append", required=True, metavar="INSTRUCTION")
-    spans.add_argument("--prompt", help="default: the instructions joined by ' and '")
+    spans = commands.add("spans", _spans, "print the tokens of a prompt, their rows and the slider that owns each")
+    spans.add_argument("--base", default="shapes-kontext", help="base whose tokenizer is used (default: %(default)s)")
+    spans.add_argument(
+        "--slider", action="append", required=True, metavar="INSTRUCTION", help="instruction to find; repeatable"
+    )
+    spans.add_argument("--prompt", help="whole prompt (default: the instructions joined by ' and ')")
 
-    commands.add("demo", _demo, "build the embedded engines, move sliders, measure what moved").add_argument(
+    commands.add("demo", _demo, "build the embedded engines, sweep sliders and measure the response").add_argument(
         "--out", type=user_path, required=True, help="folder for engines, images and the report"
     )

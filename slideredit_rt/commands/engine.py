@@ -33,7 +33,7 @@ def _build(args: argparse.Namespace) -> int:
     if args.batch is not None:
         given["batch"] = (1, 1, *args.batch) if len(args.batch) == 1 else tuple(args.batch)
         if len(given["batch"]) != 3:
-            raise SliderEditError(f"--batch takes the largest batch or MIN,OPT,MAX, got {len(args.batch)} numbers")
+            raise SliderEditError(f"--batch has {len(args.batch)} numbers; give the largest batch, or MIN,OPT,MAX")
     settings = BuildSettings(
         backend=args.backend,
         lowering=args.lowering,
@@ -49,7 +49,7 @@ def _build(args: argparse.Namespace) -> int:
 
 
 def _build_options(args: argparse.Namespace, backend: Backend) -> Any:
-    """What the backend alone can be told, from the options of the command; None if it was told nothing."""
+    """Return the build options of this backend alone, as given on the command line; None if there are none."""
     import dataclasses
 
     from slideredit_rt.engines import BACKENDS
@@ -58,9 +58,7 @@ def _build_options(args: argparse.Namespace, backend: Backend) -> Any:
     given = options_given(args, *(name for name in sorted(set().union(*kinds.values())) if hasattr(args, name)))
     if foreign := sorted(given.keys() - kinds.get(backend.name, set())):
         others = " or ".join(name for name, fields in kinds.items() if foreign[0] in fields)
-        raise SliderEditError(
-            f"--{foreign[0].replace('_', '-')} is for --backend {others}; the backend {backend.name} takes any size"
-        )
+        raise SliderEditError(f"--{foreign[0].replace('_', '-')} is for --backend {others}; leave it out with {backend.name}")
     if backend.build_options is None or not given:
         return None
     return backend.build_options(**{name: tuple(v) if isinstance(v, list) else v for name, v in given.items()})
@@ -72,7 +70,7 @@ def _inspect(args: argparse.Namespace) -> int:
 
     manifest = read_manifest(args.engine)
     adapter, compatibility = manifest.adapter, manifest.compatibility
-    later = ", or a later one of the same major" if compatibility.get("versions") else ""
+    later = " or a later version of the same major" if compatibility.get("versions") else ""
     hardware = compatibility.get("hardware", "none")
     lines = [
         f"engine     {args.engine}",
@@ -104,17 +102,17 @@ def _inspect(args: argparse.Namespace) -> int:
                 lines += _device_lines(device)
         except SliderEditError as error:
             result["device"] = {"unavailable": str(error)}
-            lines.append(f"device     memory and fused layers need the GPU: {error}")
+            lines.append(f"device     memory and fused layers are known only where the engine can run: {error}")
     emit(args, result, lines)
     return 0
 
 
 def _device_lines(report: dict[str, Any]) -> list[str]:
-    """What only the GPU tells about a compiled engine."""
-    types = counts(report["layer_types"]) or "of types that the plan does not tell"
+    """Format what only the device can report about a compiled engine."""
+    types = counts(report["layer_types"]) or "types not recorded in the plan"
     return [
         f"device     {mib(report['weight_bytes'])} of weights, {mib(report['streamable_weight_bytes'])} of them streamable",
-        f"device     {mib(report['context_bytes'])} for the profile's largest sizes",
+        f"device     {mib(report['context_bytes'])} of working memory at the profile's largest sizes",
         f"layers     after fusion, {report['layers']}: {types}",
     ]
 
@@ -140,75 +138,96 @@ def _verify(args: argparse.Namespace) -> int:
 
 def _add_build(commands: Commands) -> None:
     build = commands.add("build", _build, "build an engine from a checkpoint and an adapter")
-    build.add_argument("--base", required=True, help="shapes-kontext, a diffusers folder or a hub repository")
+    build.add_argument("--base", required=True, help="base: shapes-kontext, a diffusers folder or a hub repository")
     build.add_argument(
         "--adapter",
         action="append",
-        help="shapes-st, shapes-gst, a file or a PEFT folder; repeat for a bank, whose adapters have strengths of their own; "
-        "without it the frozen backbone is exported",
+        help="adapter: shapes-st, shapes-gst, a file or a PEFT folder; repeatable, for a bank with a strength per adapter "
+        "(default: none, the frozen backbone)",
     )
     build.add_argument("--out", type=user_path, required=True, help="engine folder to create")
-    build.add_argument("--backend", default="onnxruntime", help="onnxruntime (default), inductor, tensorrt-rtx or tensorrt")
+    build.add_argument(
+        "--backend",
+        default="onnxruntime",
+        help="execution backend: inductor, onnxruntime, tensorrt or tensorrt-rtx (default: %(default)s)",
+    )
     build.add_argument(
         "--lowering",
         default="auto",
         metavar="{auto,native,folded,plugin,operator}",
-        help="how the masked update is expressed (default: folded for GST, native for ST; operator for inductor)",
+        help="form of the masked update in the graph (default: folded for GST, native for ST; operator for inductor)",
     )
     build.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
-        help="of weights and arithmetic (default: the checkpoint's; float32 for onnxruntime)",
+        help="dtype of weights and arithmetic (default: the checkpoint's; float32 for onnxruntime)",
     )
-    build.add_argument("--batch", type=listed(int), metavar="MAX or MIN,OPT,MAX", help="batch sizes (default: 1,1,16)")
+    build.add_argument("--batch", type=listed(int), metavar="MAX or MIN,OPT,MAX", help="accepted batch sizes (default: 1,1,16)")
     build.add_argument("--max-sliders", type=int, help="most sliders in one prompt (default: 8)")
     build.add_argument(
         "--allow-partial",
         action="store_true",
-        help="leave out modules of the adapter that the base lacks instead of refusing it",
+        help="leave out modules of the adapter that the base lacks instead of failing",
     )
     build.add_argument(
         "--copy-weights",
         action="store_true",
-        help="copy the base's weights instead of linking them, so that the base may change or go",
+        help="copy the base's weights instead of linking them, so that the base can be changed or deleted",
     )
     build.add_argument("--overwrite", action="store_true", help="replace an existing folder")
     _add_compiler_options(build)
 
 
 def _add_compiler_options(build: argparse.ArgumentParser) -> None:
-    compiled = build.add_argument_group("for --backend tensorrt-rtx and tensorrt")
-    compiled.add_argument("--resolution", type=int, help="usual width and height in pixels (default: 1024)")
-    compiled.add_argument("--max-text-rows", type=int, help="most text rows of a prompt (default: 512, Qwen 1536)")
-    compiled.add_argument("--optimization-level", type=int, choices=range(6), help="the builder's (default: its own)")
-    compiled.add_argument("--workspace-mib", type=int, help="limit of the builder's scratch memory on the device")
-    compiled.add_argument("--weight-streaming", action="store_const", const=True, help="let the runtime stream weights")
+    compiled = build.add_argument_group("options of --backend tensorrt and tensorrt-rtx")
+    compiled.add_argument("--resolution", type=int, help="usual width and height, in pixels (default: 1024)")
+    compiled.add_argument("--max-text-rows", type=int, help="most text rows of a prompt (default: 512; 1536 for Qwen)")
     compiled.add_argument(
-        "--targets", type=listed(str), help="compute capabilities, tensorrt-rtx only (default: sm86,sm89,sm120)"
+        "--optimization-level",
+        type=int,
+        choices=range(6),
+        help="optimization level of the builder (default: the builder's own)",
     )
     compiled.add_argument(
-        "--version-compatible", action="store_const", const=True, help="later versions run the engine, tensorrt only"
+        "--workspace-mib",
+        type=int,
+        help="limit of the builder's scratch memory on the device, in MiB (default: the builder's own)",
+    )
+    compiled.add_argument(
+        "--weight-streaming", action="store_const", const=True, help="allow streaming weights from host memory"
+    )
+    compiled.add_argument(
+        "--targets", type=listed(str), help="compute capabilities; tensorrt-rtx only (default: sm86,sm89,sm120)"
+    )
+    compiled.add_argument(
+        "--version-compatible",
+        action="store_const",
+        const=True,
+        help="let later versions of the same major run the engine; tensorrt only",
     )
     compiled.add_argument(
         "--hardware-compatibility",
         choices=("ampere_plus", "same_compute_capability"),
-        help="other cards run the engine, tensorrt only (default: none)",
+        help="other GPUs that may run the engine; tensorrt only (default: none)",
     )
-    compiled.add_argument("--timing-cache", type=user_path, help="file to read and write the builder's timings, tensorrt only")
+    compiled.add_argument("--timing-cache", type=user_path, help="file in which the builder keeps its timings; tensorrt only")
 
 
 def add_commands(commands: Commands) -> None:
     """Add the commands of this module."""
     _add_build(commands)
-    commands.add("inspect", _inspect, "print what an engine is").add_argument("engine", type=user_path, metavar="ENGINE")
+    inspect = commands.add("inspect", _inspect, "describe an engine")
+    inspect.add_argument("engine", type=user_path, metavar="ENGINE", help="engine folder, written by slideredit-rt build")
 
     verify = commands.add("verify", _verify, "compare an engine with the eager reference")
-    verify.add_argument("engine", type=user_path, metavar="ENGINE")
-    verify.add_argument("--image", type=user_path, help="a real image (default: a generated scene)")
-    verify.add_argument("--slider", action="append", metavar="INSTRUCTION", help="(default: 'make the circle red')")
-    add_member_option(verify)
-    verify.add_argument("--base", help="where the base checkpoint is, if not where the manifest says")
+    verify.add_argument("engine", type=user_path, metavar="ENGINE", help="engine folder, written by slideredit-rt build")
+    verify.add_argument("--image", type=user_path, help="image to edit (default: a generated scene)")
     verify.add_argument(
-        "--adapter", action="append", help="where the adapter is, if not where the manifest says; repeat for a bank"
+        "--slider", action="append", metavar="INSTRUCTION", help="instruction; repeatable (default: 'make the circle red')"
+    )
+    add_member_option(verify)
+    verify.add_argument("--base", help="base checkpoint (default: the location in the manifest)")
+    verify.add_argument(
+        "--adapter", action="append", help="adapter (default: the location in the manifest); repeatable, for a bank"
     )
     add_runtime_options(verify)

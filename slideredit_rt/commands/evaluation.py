@@ -53,28 +53,32 @@ def _evaluate(args: argparse.Namespace) -> int:
 def add_commands(commands: Commands) -> None:
     """Add the commands of this module."""
     evaluate = commands.add("evaluate", _evaluate, "compare sliders with other ways to scale an edit")
-    evaluate.add_argument("--base", help="(default: that of the first engine, else shapes-kontext)")
-    evaluate.add_argument("--adapter", action="append", default=[], help="shapes-st, shapes-gst, a file or a folder; repeat")
-    evaluate.add_argument("--engine", type=user_path, action="append", default=[], help="folder written by build; repeat")
+    evaluate.add_argument("--base", help="base to evaluate (default: that of the first engine, else shapes-kontext)")
+    evaluate.add_argument(
+        "--adapter", action="append", default=[], help="adapter: shapes-st, shapes-gst, a file or a folder; repeatable"
+    )
+    evaluate.add_argument("--engine", type=user_path, action="append", default=[], help="engine folder; repeatable")
     evaluate.add_argument(
         "--systems",
         type=listed(str),
         default=[],
-        help="systems to compare, such as st,explicit-cfg (default: all that can be; an unknown name lists them)",
+        help="systems to compare, such as st,explicit-cfg (default: all that can run; an unknown name lists them)",
     )
     evaluate.add_argument("--concepts", help="bank of concept sliders (default: shapes-concepts, on its own base and scenes)")
     evaluate.add_argument("--offsets", help="attribute offsets (default: shapes-offsets, on their own base and scenes)")
-    evaluate.add_argument("--sliders", type=listed(int), default="1", help="moved jointly: 1, 2, 3 (default: 1)")
     evaluate.add_argument(
-        "--scenes", type=listed(int), default="64", help="cases for each number of sliders, or for all (default: 64)"
+        "--sliders", type=listed(int), default="1", help="numbers of sliders to move jointly, out of 1, 2 and 3 (default: 1)"
     )
-    evaluate.add_argument("--samples", type=int, help="settings of one slider (default: 15)")
-    evaluate.add_argument("--joint-samples", type=int, help="settings per slider of several (default: 7)")
-    evaluate.add_argument("--search-scenes", type=int, help="for choosing each system's range (default: 12)")
-    evaluate.add_argument("--steps", type=int, help="denoising steps (default: 12)")
-    evaluate.add_argument("--threads", type=int, help="CPU threads of the engines")
     evaluate.add_argument(
-        "--instructions", type=user_path, help="instructions of the shapes scenes, one per line (default: all)"
+        "--scenes", type=listed(int), default="64", help="cases for each number of sliders, or one number for all (default: 64)"
+    )
+    evaluate.add_argument("--samples", type=int, help="settings of a slider moved alone (default: 15)")
+    evaluate.add_argument("--joint-samples", type=int, help="settings per slider when several are moved (default: 7)")
+    evaluate.add_argument("--search-scenes", type=int, help="scenes for finding each system's range (default: 12)")
+    evaluate.add_argument("--steps", type=int, help="denoising steps (default: 12)")
+    evaluate.add_argument("--threads", type=int, help="CPU threads of the engines (default: the backend's choice)")
+    evaluate.add_argument(
+        "--instructions", type=user_path, help="text file with the edits of the shapes scenes, one per line (default: all)"
     )
     add_own_image_options(evaluate, distances=True)
-    evaluate.add_argument("--out", type=user_path, required=True, help="folder of the run; a killed run continues in it")
+    evaluate.add_argument("--out", type=user_path, required=True, help="folder to write; an interrupted run continues in it")

@@ -33,17 +33,21 @@ def _kernels_list(args: argparse.Namespace) -> int:
 def add_commands(commands: Commands) -> None:
     """Add the commands of this module."""
     kernel_commands = commands.group("kernels", "compile the Triton kernels ahead of time")
-    kernels = kernel_commands.add("build", _kernels_build, "write PTX and launch descriptions; needs no GPU")
+    kernels = kernel_commands.add("build", _kernels_build, "compile kernels to PTX with launch descriptions; needs no GPU")
     kernels.add_argument(
         "--targets",
         type=listed(str),
         default="sm80,sm86,sm89,sm90,sm100,sm120",
         help="compute capabilities, comma-separated (default: %(default)s)",
     )
-    kernels.add_argument("--dtypes", type=listed(str), default="bfloat16,float16", help="(default: %(default)s)")
-    kernels.add_argument("--ranks", type=listed(int), default="16", help="1 to 128, padded (default: %(default)s)")
+    kernels.add_argument(
+        "--dtypes", type=listed(str), default="bfloat16,float16", help="dtypes, comma-separated (default: %(default)s)"
+    )
+    kernels.add_argument(
+        "--ranks", type=listed(int), default="16", help="adapter ranks from 1 to 128, comma-separated (default: %(default)s)"
+    )
     kernels.add_argument("--ptx-isa", default="8.7", help="PTX version; newer ones need newer drivers (default: %(default)s)")
-    kernels.add_argument("--processes", type=int, help="(default: one per core)")
-    kernels.add_argument("--out", type=user_path, required=True, help="folder to write; what is up to date stays")
-    listing = kernel_commands.add("list", _kernels_list, "show the kernels of a folder and what they use")
-    listing.add_argument("folder", type=user_path, metavar="DIR")
+    kernels.add_argument("--processes", type=int, help="compiler processes (default: one per core)")
+    kernels.add_argument("--out", type=user_path, required=True, help="folder to write; kernels that are up to date are kept")
+    listing = kernel_commands.add("list", _kernels_list, "list compiled kernels and the registers and memory that they use")
+    listing.add_argument("folder", type=user_path, metavar="DIR", help="folder written by slideredit-rt kernels build")

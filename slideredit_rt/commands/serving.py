@@ -16,49 +16,51 @@ from slideredit_rt.serving.settings import KEY_VARIABLE, ServeSettings
 
 
 def add_serve_options(parser: argparse.ArgumentParser) -> None:
-    """The options that `serve_settings` reads."""
+    """Add the options that `serve_settings` reads."""
     defaults = ServeSettings()
     parser.add_argument(
         "engine",
         type=user_path,
         nargs="?",
         metavar="ENGINE",
-        help="folder written by slideredit-rt build (default: the embedded one)",
+        help="engine folder, written by slideredit-rt build (default: the embedded engine)",
     )
-    parser.add_argument("--host", default=defaults.host, help="address to listen at (default: %(default)s, this machine only)")
-    parser.add_argument("--port", type=int, default=defaults.port, help="(default: %(default)s; 0 takes a free one)")
-    parser.add_argument("--model", help="what clients call it (default: the name of the engine's folder)")
+    parser.add_argument("--host", default=defaults.host, help="address to listen on (default: %(default)s, this machine only)")
+    parser.add_argument(
+        "--port", type=int, default=defaults.port, help="port to listen on; 0 picks a free one (default: %(default)s)"
+    )
+    parser.add_argument("--model", help="model name for clients (default: the name of the engine folder)")
     key = parser.add_mutually_exclusive_group()
-    key.add_argument("--api-key-file", type=user_path, metavar="FILE", help=f"holds the key (default: ${KEY_VARIABLE})")
-    key.add_argument("--api-key", metavar="KEY", help="other users of this machine can read it in the list of processes")
+    key.add_argument("--api-key-file", type=user_path, metavar="FILE", help=f"file with the API key (default: ${KEY_VARIABLE})")
+    key.add_argument("--api-key", metavar="KEY", help="API key; visible to other users of this machine in the process list")
     parser.add_argument(
         "--allowed-host",
         action="append",
         default=[],
         metavar="NAME",
-        help="host name that clients call the server by, besides IP addresses, localhost, --host and this machine's name; "
-        "repeatable; * takes any, which an API key does as well",
+        help="host name of the server to accept, besides IP addresses, localhost, --host and this machine's name; * accepts "
+        "any, as an API key does; repeatable",
     )
     parser.add_argument(
         "--allow-origin",
         action="append",
         default=[],
         metavar="ORIGIN",
-        help="web pages that may use the server besides its own, as https://example.com; repeatable; * takes all",
+        help="origin whose web pages may use the server, such as https://example.com; * allows all; repeatable",
     )
-    parser.add_argument("--base", help="where the base checkpoint is, if not where the manifest says")
-    parser.add_argument("--threads", type=int, help="CPU threads of the backend")
+    parser.add_argument("--base", help="base checkpoint (default: the location in the manifest)")
+    parser.add_argument("--threads", type=int, help="CPU threads of the backend (default: its own choice)")
     _add_limits(parser, defaults)
     _add_ray_options(parser, defaults)
 
 
 def _add_limits(parser: argparse.ArgumentParser, defaults: ServeSettings) -> None:
     parser.add_argument(
-        "--max-queue", type=int, default=defaults.max_queue, help="images that may wait, before 429 (default: %(default)s)"
+        "--max-queue", type=int, default=defaults.max_queue, help="images that may wait; 429 beyond it (default: %(default)s)"
     )
     parser.add_argument("--max-batch", type=int, help="most images in an engine step (default: the engine's)")
     parser.add_argument(
-        "--no-step-batching", dest="step_batching", action="store_false", help="one edit after the other, for comparisons"
+        "--no-step-batching", dest="step_batching", action="store_false", help="run one edit after the other, for comparisons"
     )
     parser.add_argument(
         "--cache-mib",
@@ -79,7 +81,7 @@ def _add_limits(parser: argparse.ArgumentParser, defaults: ServeSettings) -> Non
         "--request-seconds",
         type=float,
         default=defaults.request_seconds,
-        help="time limit of an edit, before it gets 504, in seconds (default: %(default)g)",
+        help="time limit of an edit, in seconds; 504 beyond it (default: %(default)g)",
     )
     parser.add_argument(
         "--preview-steps",
@@ -91,17 +93,17 @@ def _add_limits(parser: argparse.ArgumentParser, defaults: ServeSettings) -> Non
         "--drain-seconds",
         type=float,
         default=defaults.drain_seconds,
-        help="time for accepted edits to finish after a signal, in seconds (default: %(default)g)",
+        help="time for accepted edits to finish on shutdown, in seconds (default: %(default)g)",
     )
 
 
 def _add_ray_options(parser: argparse.ArgumentParser, defaults: ServeSettings) -> None:
-    ray = parser.add_argument_group("on several processes or machines (pip install 'slideredit-rt[ray]')")
-    ray.add_argument("--ray", action="store_true", help="with Ray Serve, on the cluster that $RAY_ADDRESS names or a local one")
+    ray = parser.add_argument_group("several processes or machines (pip install 'slideredit-rt[ray]')")
+    ray.add_argument("--ray", action="store_true", help="serve with Ray Serve, on the cluster at $RAY_ADDRESS or a local one")
     ray.add_argument(
-        "--min-replicas", type=int, default=defaults.min_replicas, help="engines at all times (default: %(default)s)"
+        "--min-replicas", type=int, default=defaults.min_replicas, help="engines that always run (default: %(default)s)"
     )
-    ray.add_argument("--max-replicas", type=int, help="engines while the queue is long (default: as many as at all times)")
+    ray.add_argument("--max-replicas", type=int, help="most engines while the queue is long (default: as --min-replicas)")
     ray.add_argument(
         "--replica-cpus",
         type=float,
@@ -117,7 +119,7 @@ def _add_ray_options(parser: argparse.ArgumentParser, defaults: ServeSettings) -
 
 
 def serve_settings(args: argparse.Namespace) -> ServeSettings:
-    """The settings that the options say."""
+    """Return the settings from the options of `serve`."""
     return ServeSettings(**{field.name: getattr(args, field.name) for field in fields(ServeSettings)})
 
 
@@ -172,37 +174,56 @@ def _bench_serve(args: argparse.Namespace) -> int:
 
 def _add_bench_options(sub: argparse.ArgumentParser) -> None:
     place = sub.add_mutually_exclusive_group()
-    place.add_argument("--base-url", help="of a running server, whose key is in $SLIDEREDIT_API_KEY (default: one is started)")
-    place.add_argument("--engine", type=user_path, help="engine of the server that is started (default: the embedded one)")
+    place.add_argument(
+        "--base-url", help=f"URL of a running server; its key is read from ${KEY_VARIABLE} (default: start a server)"
+    )
+    place.add_argument("--engine", type=user_path, help="engine folder of the server to start (default: the embedded engine)")
     sub.add_argument("--num-prompts", type=int, metavar="N", help="requests to measure (default: 64)")
-    sub.add_argument("--request-rate", type=float, metavar="RATE", help="per second, at random times (default: inf, at once)")
-    sub.add_argument("--max-concurrency", type=int, metavar="N", help="most requests under way at a time (default: no limit)")
-    sub.add_argument("--num-warmups", type=int, metavar="N", help="requests before, not measured (default: 4)")
-    sub.add_argument("--sliders", choices=("mixed", "equal"), help="drawn for each request, or the same (default: mixed)")
-    sub.add_argument("--preview-share", type=float, metavar="SHARE", help="of requests that are previews (default: 0)")
+    sub.add_argument(
+        "--request-rate", type=float, metavar="RATE", help="requests per second, at random times (default: inf, all at once)"
+    )
+    sub.add_argument("--max-concurrency", type=int, metavar="N", help="most requests in flight at a time (default: no limit)")
+    sub.add_argument("--num-warmups", type=int, metavar="N", help="requests sent before the measurement (default: 4)")
+    sub.add_argument(
+        "--sliders", choices=("mixed", "equal"), help="sliders drawn per request, or the same for all (default: mixed)"
+    )
+    sub.add_argument(
+        "--preview-share", type=float, metavar="SHARE", help="share of previews among the requests, 0 to 1 (default: 0)"
+    )
     sub.add_argument("--steps", type=int, help="denoising steps (default: the server's)")
     sub.add_argument("--image", "--picture", type=user_path, help="image to edit (default: scenes of the shapes world)")
-    sub.add_argument("--instruction", action="append", help="of the prompt; repeat (default: two of the shapes world)")
-    sub.add_argument("--seed", type=int, help="of strengths, noise and times (default: 0)")
+    sub.add_argument(
+        "--instruction", action="append", help="instruction of the prompt; repeatable (default: two of the shapes world)"
+    )
+    sub.add_argument("--seed", type=int, help="seed of strengths, noise and sending times (default: 0)")
     sub.add_argument("--save-result", action="store_true", help="write the result as JSON")
-    sub.add_argument("--result-dir", type=user_path, default=Path(), help="(default: here)")
-    sub.add_argument("--result-filename", metavar="NAME", help="(default: from rate, concurrency and time)")
+    sub.add_argument(
+        "--result-dir", type=user_path, default=Path(), help="folder for the result (default: the working directory)"
+    )
+    sub.add_argument(
+        "--result-filename", metavar="NAME", help="file name of the result (default: made from rate, concurrency and time)"
+    )
 
 
 def add_commands(commands: Commands) -> None:
     """Add the commands of this module."""
-    serve = commands.add("serve", _serve, "serve edits over HTTP, with a page")
+    serve = commands.add("serve", _serve, "serve edits over HTTP, with a web page to try them")
     add_serve_options(serve)
     add_runtime_options(serve)
 
     bench = commands.group("bench", "measure a server")
     _add_bench_options(bench.add("serve", _bench_serve, "send edits to a server and measure latency and throughput"))
 
-    triton = commands.add("export-triton", _export_triton, "write an engine as a model of NVIDIA Triton Inference Server")
-    triton.add_argument("engine", type=user_path, metavar="ENGINE", help="built for onnxruntime or tensorrt")
-    triton.add_argument("--out", type=user_path, required=True, help="model repository; other models in it stay")
-    triton.add_argument("--name", help="of the model (default: slider_backbone)")
+    triton = commands.add("export-triton", _export_triton, "export an engine as a model for NVIDIA Triton Inference Server")
+    triton.add_argument("engine", type=user_path, metavar="ENGINE", help="engine folder, built for onnxruntime or tensorrt")
     triton.add_argument(
-        "--max-queue-delay-us", type=int, metavar="N", help="how long a request may wait for others to join it (default: 0)"
+        "--out", type=user_path, required=True, help="model repository to write to; other models in it are kept"
     )
-    triton.add_argument("--overwrite", action="store_true", help="replace a model of that name")
+    triton.add_argument("--name", help="model name (default: slider_backbone)")
+    triton.add_argument(
+        "--max-queue-delay-us",
+        type=int,
+        metavar="N",
+        help="longest wait for other requests to batch with, in microseconds (default: 0)",
+    )
+    triton.add_argument("--overwrite", action="store_true", help="replace an existing model of that name")

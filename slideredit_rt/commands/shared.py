@@ -1,4 +1,4 @@
-"""What several commands share: output, values of options, options that come in groups."""
+"""Shared by several commands: output, parsing of option values, groups of options."""
 
 from __future__ import annotations
 
@@ -21,63 +21,63 @@ if TYPE_CHECKING:
 
 
 class Commands:
-    """Sub-commands of one level, each with the options that all commands have."""
+    """Sub-commands of one level. Each gets the options that all commands have."""
 
     def __init__(self, parser: argparse.ArgumentParser, dest: str, metavar: str) -> None:
         self._level = parser.add_subparsers(dest=dest, required=True, metavar=metavar)
 
     def add(self, name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
-        """A command that `run` carries out; returns its parser, for its own options."""
+        """Add a command that calls `run`; return its parser, for the command's own options."""
         sub: argparse.ArgumentParser = self._level.add_parser(name, help=text, description=text)
         sub.add_argument("--json", action="store_true", help="print one JSON object on standard output")
-        sub.add_argument("--quiet", action="store_true", help="no progress bars")
-        sub.add_argument("--debug", action="store_true", help="show a traceback when something fails")
+        sub.add_argument("--quiet", action="store_true", help="hide progress bars")
+        sub.add_argument("--debug", action="store_true", help="print the traceback of an error")
         sub.set_defaults(run=run)
         return sub
 
     def group(self, name: str, text: str) -> Commands:
-        """Commands of two words that begin with `name`."""
+        """Add a group of two-word commands that begin with `name`."""
         return Commands(self._level.add_parser(name, help=text), "what", "WHAT")
 
 
 def write(text: str = "") -> None:
-    """A line on standard output, delivered before this returns. Once the reader has gone, nothing more is written.
+    """Write a line to standard output and flush it; do nothing once the reader has closed the pipe.
 
     Raises:
-        SliderEditError: it cannot be written.
+        SliderEditError: standard output cannot be written.
     """
     try:
         sys.stdout.write(f"{text}\n")
         sys.stdout.flush()
     except OSError as error:
-        # The interpreter flushes what is left once more on exit, and would fail again.
+        # The interpreter flushes standard output on exit, which would fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if not isinstance(error, BrokenPipeError):
             raise SliderEditError(
-                f"cannot write to standard output: {error.strerror}; files that the command names were written before"
+                f"cannot write to standard output: {error.strerror}; the command's own files were written before"
             ) from error
 
 
 def emit(args: argparse.Namespace, result: dict[str, Any], lines: Sequence[str]) -> None:
-    """One JSON object with `--json`, else lines for a person."""
+    """Print one JSON object with `--json`, else readable lines."""
     write(json.dumps(result) if args.json else "\n".join(lines))
 
 
 def options_given(args: argparse.Namespace, *names: str) -> dict[str, Any]:
-    """The options that were given, by name; the others keep the defaults of what takes them."""
+    """Return the options that were given, by name; callees have the defaults of the others."""
     return {name: value for name in names if (value := getattr(args, name)) is not None}
 
 
 def read_lines(path: Path) -> list[str]:
-    """The lines of a text file, without empty ones."""
+    """Return the non-empty lines of a text file, stripped."""
     try:
         return [line.strip() for line in path.read_text().splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        raise SliderEditError(f"{str(path)!r} cannot be read ({error}); give a text file, one edit per line") from None
+        raise SliderEditError(f"cannot read {str(path)!r} ({error}); give a text file with one edit per line") from None
 
 
 def listed(convert: Callable[[str], Any]) -> Callable[[str], list[Any]]:
-    """Comma-separated values."""
+    """Return a parser of comma-separated values."""
 
     def parse(text: str) -> list[Any]:
         return [convert(part.strip()) for part in text.split(",") if part.strip()]
@@ -94,14 +94,14 @@ def mib(size: int) -> str:
 
 
 def budget(text: str) -> int | str:
-    """A number of MiB, or `auto`."""
+    """Parse a number of MiB, or `auto`."""
     if text == "auto" or text.isdecimal():
         return text if text == "auto" else int(text)
     raise argparse.ArgumentTypeError(f"{text!r} is neither a number of MiB nor 'auto'")
 
 
 def runtime_options(args: argparse.Namespace) -> RuntimeOptions | None:
-    """How a TensorRT engine is to be run; None if nothing was asked."""
+    """Return the run options of a TensorRT engine; None if none were given."""
     given: dict[str, Any] = {}
     if args.weight_budget_mib is not None:
         given["weight_budget"] = "auto" if args.weight_budget_mib == "auto" else args.weight_budget_mib * 2**20
@@ -115,40 +115,40 @@ def runtime_options(args: argparse.Namespace) -> RuntimeOptions | None:
 
 
 def add_runtime_options(sub: argparse.ArgumentParser) -> None:
-    """Options of `runtime_options`."""
-    tensorrt = sub.add_argument_group("for engines of --backend tensorrt-rtx and tensorrt")
+    """Add the options that `runtime_options` reads."""
+    tensorrt = sub.add_argument_group("options of tensorrt and tensorrt-rtx engines")
     tensorrt.add_argument(
         "--weight-budget-mib",
         type=budget,
         metavar="N|auto",
-        help="weights to keep on the GPU, the rest is streamed (default: all)",
+        help="weights to keep on the GPU, in MiB; the rest is streamed (default: all)",
     )
-    tensorrt.add_argument("--cuda-graphs", choices=("on", "off"), help="replay captured graphs (default: on)")
+    tensorrt.add_argument("--cuda-graphs", choices=("on", "off"), help="replay captured CUDA graphs (default: on)")
 
 
 def with_members(args: argparse.Namespace, sliders: Sequence[Slider]) -> list[Slider]:
-    """The sliders, each with the member of a bank that the `--member` beside it names."""
+    """Return the sliders, each with the bank member from the `--member` in the same position."""
     if not args.member:
         return list(sliders)
     if len(args.member) != len(sliders):
         raise SliderEditError(
-            f"{len(args.member)} --member for {len(sliders)} --slider; name one member for each slider, in the same order"
+            f"{len(args.member)} --member and {len(sliders)} --slider were given; give one member per slider, in the same order"
         )
     return [replace(s, adapter=member) for s, member in zip(sliders, args.member, strict=True)]
 
 
 def add_member_option(sub: argparse.ArgumentParser) -> None:
-    """The option of `with_members`."""
+    """Add the option that `with_members` reads."""
     sub.add_argument(
         "--member",
         action="append",
         metavar="NAME",
-        help="adapter that a slider scales, in an engine of several; one per --slider, in the same order",
+        help="bank member that a slider scales; one per --slider, in the same order",
     )
 
 
 def own_image_options(args: argparse.Namespace) -> OwnImageOptions | None:
-    """Images of one's own, if they were named."""
+    """Return the user's own images and scorers; None if none were given."""
     from slideredit_rt.evaluation.own_images import OwnImageOptions
 
     own = options_given(args, "images", "prompts", "attribute_scorers", "distance_scorers")
@@ -156,27 +156,40 @@ def own_image_options(args: argparse.Namespace) -> OwnImageOptions | None:
         own["device"] = args.scorer_device
     if args.scorer:
         if odd := [text for text in args.scorer if "=" not in text]:
-            raise SliderEditError(f"--scorer {odd[0]!r} names no model; write it as clip=FOLDER")
+            raise SliderEditError(f"--scorer {odd[0]!r} has no source; write it as clip=FOLDER")
         named = dict(text.split("=", 1) for text in args.scorer)
         own["sources"] = {name: os.path.expanduser(source) for name, source in named.items()}
     if own and not {"images", "prompts"} <= set(own):
-        raise SliderEditError("images of your own need both --images and --prompts; the scorers are for them")
+        raise SliderEditError("your own images and their scorers need both --images and --prompts; give both")
     return OwnImageOptions(**own) if own else None
 
 
 def add_own_image_options(sub: argparse.ArgumentParser, *, distances: bool) -> None:
-    """Options of `own_image_options`; `distances`: with those that choose distance scorers."""
-    own = sub.add_argument_group("on images of your own instead of shapes scenes")
-    own.add_argument("--images", type=user_path, metavar="DIR", help="images to edit")
-    own.add_argument("--prompts", type=user_path, metavar="FILE", help='JSON lines: {"instructions": […], "attributes": […]}')
-    own.add_argument("--attribute-scorers", type=listed(str), help="of clip, siglip, blip-itm (default: clip,siglip)")
+    """Add the options that `own_image_options` reads.
+
+    Args:
+        sub: the command's parser.
+        distances: include the choice of distance scorers.
+    """
+    own = sub.add_argument_group("your own images instead of shapes scenes")
+    own.add_argument("--images", type=user_path, metavar="DIR", help="folder of images to edit")
+    own.add_argument(
+        "--prompts", type=user_path, metavar="FILE", help='edits as JSON lines: {"instructions": […], "attributes": […]}'
+    )
+    own.add_argument("--attribute-scorers", type=listed(str), help="any of clip, siglip, blip-itm (default: clip,siglip)")
     if distances:
         own.add_argument(
             "--distance-scorers",
             type=listed(str),
-            help="of lpips-alex, lpips-vgg, dinov2, arcface (default: lpips-alex,dinov2)",
+            help="any of lpips-alex, lpips-vgg, dinov2, arcface (default: lpips-alex,dinov2)",
         )
     else:
         sub.set_defaults(distance_scorers=None)
-    own.add_argument("--scorer", action="append", default=[], metavar="NAME=SOURCE", help="where a scorer's model is; repeat")
-    own.add_argument("--scorer-device", help="of the scorers' models (default: cpu)")
+    own.add_argument(
+        "--scorer",
+        action="append",
+        default=[],
+        metavar="NAME=SOURCE",
+        help="folder or repository of a scorer's model; repeatable",
+    )
+    own.add_argument("--scorer-device", help="device of the scorers' models (default: cpu)")

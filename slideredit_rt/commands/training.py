@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from slideredit_rt.training.data import Data
     from slideredit_rt.training.trainer import Trainer
 
+_RECIPE = "(default: the recipe's)"
+
 
 def _train_editor(args: argparse.Namespace) -> int:
     from slideredit_rt.shapes.editor_recipe import train_shapes_editor
@@ -29,7 +31,7 @@ def _train_editor(args: argparse.Namespace) -> int:
 
 
 def _frozen_base(args: argparse.Namespace) -> tuple[Family, Any]:
-    """The family and the pipeline that a trainer works on."""
+    """Return the family and the pipeline of `--base`."""
     import torch
 
     from slideredit_rt.assets import resolve_base
@@ -41,7 +43,7 @@ def _frozen_base(args: argparse.Namespace) -> tuple[Family, Any]:
 
 
 def _training_data(args: argparse.Namespace, side: int, shapes: type[Data]) -> Data:
-    """Images of `--images` with the edits of `--instructions`, else shapes scenes."""
+    """Return the images of `--images` with the edits of `--instructions`, or else shapes scenes."""
     from slideredit_rt.shapes.world import find_instruction
     from slideredit_rt.training.data import FolderData
 
@@ -49,13 +51,13 @@ def _training_data(args: argparse.Namespace, side: int, shapes: type[Data]) -> D
     if args.images is None:
         return shapes() if edits is None else shapes([find_instruction(edit) for edit in edits])  # type: ignore[call-arg]
     if edits is None:
-        raise SliderEditError("training on a folder of images needs --instructions, a text file with one edit per line")
+        raise SliderEditError("--images needs --instructions as well; give a text file with one edit per line")
     images = sorted(p for p in args.images.iterdir() if p.is_file()) if args.images.is_dir() else []
     return FolderData(images, edits, side)
 
 
 def _train(args: argparse.Namespace, trainer: Trainer[Any]) -> Any:
-    """Run to the end; returns what was trained."""
+    """Run the trainer to the end; return what it trained."""
     sample_every = max(1, trainer.settings.steps // 4) if args.sample_every is None else args.sample_every
     return trainer.train(progress=not args.quiet, sample_every=sample_every, snapshots=args.snapshots)
 
@@ -91,7 +93,7 @@ def _train_offsets(args: argparse.Namespace) -> int:
 
 
 def _train_contrast(args: argparse.Namespace, trainer: Any, settings: Any, recipe: Any) -> int:
-    """A trainer of one slider per instruction, by its own settings, or on shapes scenes by the shipped recipe."""
+    """Train one slider per instruction: with the shipped recipe on shapes scenes, else with the trainer's defaults."""
     import dataclasses
 
     from slideredit_rt.shapes.adapter_recipes import BalancedShapes
@@ -108,54 +110,83 @@ def _train_contrast(args: argparse.Namespace, trainer: Any, settings: Any, recip
 
 
 def _add_training_options(sub: argparse.ArgumentParser) -> None:
-    """Options of every trainer of sliders."""
-    sub.add_argument("--base", default="shapes-kontext", help="shapes-kontext, a diffusers folder or a hub repository")
-    sub.add_argument("--images", type=user_path, help="folder of source images (default: shapes scenes and the shipped recipe)")
-    sub.add_argument("--instructions", type=user_path, help="text file, one edit per line (default: all of the shapes world)")
-    sub.add_argument("--timestep-sampling", choices=("uniform", "logit-normal"))
-    sub.add_argument("--steps", type=int)
-    sub.add_argument("--batch", type=int)
-    sub.add_argument("--learning-rate", type=float)
-    sub.add_argument("--schedule", choices=("constant", "cosine"))
-    sub.add_argument("--seed", type=int)
-    sub.add_argument("--gradient-checkpointing", action="store_const", const=True, help="less memory, more time")
-    sub.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the frozen base")
+    """Add the options that every slider trainer has."""
+    sub.add_argument(
+        "--base",
+        default="shapes-kontext",
+        help="base: shapes-kontext, a diffusers folder or a hub repository (default: %(default)s)",
+    )
+    sub.add_argument(
+        "--images", type=user_path, help="folder of source images (default: shapes scenes, with the shipped recipe)"
+    )
+    sub.add_argument(
+        "--instructions", type=user_path, help="text file, one edit per line (default: all edits of the shapes world)"
+    )
+    sub.add_argument("--timestep-sampling", choices=("uniform", "logit-normal"), help=f"distribution of timesteps {_RECIPE}")
+    sub.add_argument("--steps", type=int, help=f"optimizer steps {_RECIPE}")
+    sub.add_argument("--batch", type=int, help=f"examples per step {_RECIPE}")
+    sub.add_argument("--learning-rate", type=float, help=f"learning rate {_RECIPE}")
+    sub.add_argument("--schedule", choices=("constant", "cosine"), help=f"learning rate schedule {_RECIPE}")
+    sub.add_argument("--seed", type=int, help=f"seed of data, noise and initial weights {_RECIPE}")
+    sub.add_argument("--gradient-checkpointing", action="store_const", const=True, help="save memory at the cost of time")
+    sub.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32", help="dtype of the frozen base (default: %(default)s)"
+    )
     sub.add_argument("--sample-every", type=int, help="steps between sample images (default: a quarter of the run; 0: none)")
     sub.add_argument(
-        "--snapshots", type=listed(int), default=[], metavar="STEP,…", help="keep what is trained after these steps, too"
+        "--snapshots",
+        type=listed(int),
+        default=[],
+        metavar="STEP,…",
+        help="steps after which to save an intermediate result (default: none)",
     )
     sub.add_argument("--out", type=user_path, required=True, help="file to write (.safetensors)")
 
 
 def add_commands(commands: Commands) -> None:
     """Add the commands of this module."""
-    kinds = commands.group("train", "train an editor, an adapter, or a rival's sliders")
-    editor = kinds.add("shapes-editor", _train_editor, "reproduce the embedded editor, shapes-kontext")
+    kinds = commands.group("train", "train the embedded editor, an adapter, or another method's sliders")
+    editor = kinds.add("shapes-editor", _train_editor, "train the embedded editor, shapes-kontext, from scratch")
     editor.add_argument("--out", type=user_path, required=True, help="pipeline folder to write")
-    editor.add_argument("--vae-steps", type=int, default=1600)
-    editor.add_argument("--decoder-steps", type=int, default=800)
-    editor.add_argument("--editor-steps", type=int, default=2800)
+    editor.add_argument("--vae-steps", type=int, default=1600, help="steps of the autoencoder (default: %(default)s)")
+    editor.add_argument(
+        "--decoder-steps", type=int, default=800, help="further steps of its decoder alone (default: %(default)s)"
+    )
+    editor.add_argument("--editor-steps", type=int, default=2800, help="steps of the transformer (default: %(default)s)")
 
     adapter = kinds.add("adapter", _train_adapter, "train an ST or GST adapter by partial prompt suppression")
     _add_training_options(adapter)
-    adapter.add_argument("--kind", choices=("st", "gst"), required=True)
-    adapter.add_argument("--target", choices=("remaining", "empty", "neutral"), help="prompt of the frozen model")
     adapter.add_argument(
-        "--alpha-sampling", choices=("uniform", "fixed"), help="fixed is the paper's loss; uniform makes a ramp"
+        "--kind",
+        choices=("st", "gst"),
+        required=True,
+        help="st: a slider scales its own words; gst: one slider scales everything",
     )
-    adapter.add_argument("--rank", type=int)
+    adapter.add_argument(
+        "--target",
+        choices=("remaining", "empty", "neutral"),
+        help="prompt of the frozen model (default: remaining for st, neutral for gst)",
+    )
+    adapter.add_argument(
+        "--alpha-sampling",
+        choices=("uniform", "fixed"),
+        help="alpha in training: fixed at 1 as in the paper, or uniform for a gradual slider (default: uniform)",
+    )
+    adapter.add_argument("--rank", type=int, help=f"LoRA rank {_RECIPE}")
     adapter.add_argument(
         "--all-projections",
         action="store_const",
         const=True,
-        help="adapt every linear whose rows the kind may scale (default: those of the released adapters)",
+        help="adapt every linear whose rows the kind can scale (default: only those of the released adapters)",
     )
 
     concepts = kinds.add("concepts", _train_concepts, "train Concept Sliders, a bank with one LoRA per instruction")
     _add_training_options(concepts)
-    concepts.add_argument("--rank", type=int, help="of each member")
-    concepts.add_argument("--eta", type=float, help="steps from the neutral prompt to the instruction that a target goes")
+    concepts.add_argument("--rank", type=int, help=f"LoRA rank of each member {_RECIPE}")
+    concepts.add_argument(
+        "--eta", type=float, help="distance of the target, in steps from the neutral prompt to the instruction (default: 2)"
+    )
 
     offsets = kinds.add("offsets", _train_offsets, "train an embedding offset per instruction")
     _add_training_options(offsets)
-    offsets.add_argument("--noun", help="words of the base's neutral prompt that get the offset (default: image)")
+    offsets.add_argument("--noun", help="words of the neutral prompt that get the offset (default: image)")

@@ -1,4 +1,4 @@
-"""Engines: a backbone with slider inputs, behind one protocol, executed by a backend."""
+"""Engines: backbones with slider inputs, executed by a backend behind one protocol."""
 
 from __future__ import annotations
 
@@ -33,11 +33,15 @@ _ALL: tuple[Backend, ...] = (
 BACKENDS: dict[str, Backend] = {backend.name: backend for backend in _ALL}
 
 MAX_THREADS = 1024
-"""More than a machine has cores. A backend starts all of them at once, and the system may refuse."""
+"""Largest accepted number of CPU threads, more than the cores of any machine. Backends start all threads at once."""
 
 
 def get_backend(name: str) -> Backend:
-    """Return the backend called `name`."""
+    """Return the backend named `name`.
+
+    Raises:
+        SliderEditError: there is no such backend.
+    """
     if name not in BACKENDS:
         raise SliderEditError(f"unknown backend {name!r}; known: {', '.join(BACKENDS)}")
     return BACKENDS[name]
@@ -53,25 +57,22 @@ def open_engine(
     """Check an engine folder and load it into its backend.
 
     Args:
-        folder: written by `slideredit-rt build`.
-        threads: CPU threads of the backend; None leaves the choice to it.
-        options: of the TensorRT backends; None takes their defaults.
-        placement: the device; None takes the one that the backend prefers.
+        folder: folder written by `slideredit-rt build`.
+        threads: CPU threads of the backend; None lets the backend choose.
+        options: run options, an instance of the backend's `run_options`; None uses its defaults.
+        placement: device to run on; None lets the backend choose.
 
     Raises:
-        SliderEditError: a damaged engine, one that cannot run here, or options that its backend does not have.
+        SliderEditError: the engine is damaged or cannot run here, or its backend does not take these options.
     """
     if threads is not None and not 1 <= threads <= MAX_THREADS:
         raise SliderEditError(
-            f"{threads} CPU threads were asked for; give 1 to {MAX_THREADS}, or leave the choice to the backend"
+            f"cannot use {threads} CPU threads; pass 1 to {MAX_THREADS}, or omit it to let the backend choose"
         )
     manifest = read_manifest(folder)
     backend = BACKENDS.get(manifest.backend)
     if backend is None:
         raise SliderEditError(f"engine {str(folder)!r} needs the backend {manifest.backend!r}; known: {', '.join(BACKENDS)}")
-    if options is not None and (backend.run_options is None or not isinstance(options, backend.run_options)):
-        raise SliderEditError(
-            f"engine {str(folder)!r} runs in {manifest.backend}, which takes neither a weight budget nor a choice of "
-            "CUDA graphs; leave these options out"
-        )
+    if options is not None:
+        backend.check_run_options(options)
     return manifest, backend.open(folder, manifest, threads=threads, options=options, placement=placement)

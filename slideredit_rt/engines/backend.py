@@ -1,10 +1,10 @@
-"""Backend: what executes an engine and how it is built for that, one object for each."""
+"""`Backend`, the interface through which engines are built and executed, and the values that it exchanges."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
@@ -38,34 +38,34 @@ class Engine(Protocol):
     def device(self) -> torch.device: ...
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """One prediction.
+        """Predict the velocity of one denoising step.
 
         Args:
-            inputs: the tensors that the manifest lists, `alpha` and `token_mask` among them.
+            inputs: the tensors listed in the manifest, including `alpha` and `token_mask`.
 
         Returns:
-            `[B, image_rows, C]`, valid until the same thread's next call with the same shapes.
+            Float32 `[B, image_rows, C]`, valid until the same thread's next call with the same shapes.
         """
         ...
 
 
 @dataclass(frozen=True)
 class BuildSettings:
-    """How an engine is built.
+    """Settings of a build.
 
     Attributes:
-        backend: name of what will execute it.
-        lowering: how the masked update is expressed: `auto` or one of the backend's (`slideredit_rt.export.lowering`).
-        dtype: of the weights and the arithmetic. None keeps the checkpoint's, and is float32 for ONNX Runtime.
-        batch: smallest, usual and largest B. Backends that compile for no range only take the largest.
-        max_sliders: the largest K.
-        allow_partial: leave out modules of the adapter that the base lacks instead of refusing it.
-        copy_weights: copy the base's weights instead of linking them, so that the base may change or go. A compiled plan holds
-            them anyway.
-        options: what the backend alone can be told, an instance of its `build_options`; None takes its defaults.
+        backend: name of the backend.
+        lowering: form of the masked update, `auto` or one of the backend's lowerings (see `slideredit_rt.export.lowering`).
+        dtype: dtype of weights and arithmetic. None keeps the checkpoint's; for ONNX Runtime it means float32.
+        batch: smallest, usual and largest B. Backends that do not compile for a range only use the largest.
+        max_sliders: largest K.
+        allow_partial: drop modules of the adapter that the base lacks instead of refusing the adapter.
+        copy_weights: copy the base's weights instead of linking them, so that the base may be changed or deleted. Compiled
+            plans always contain the weights.
+        options: options specific to the backend, an instance of its `build_options`; None uses its defaults.
 
     Raises:
-        SliderEditError: batch sizes that do not rise, or a limit that no engine may have.
+        SliderEditError: the batch sizes are not in ascending order, or a limit is out of range.
     """
 
     backend: str = "onnxruntime"
@@ -80,21 +80,21 @@ class BuildSettings:
     def __post_init__(self) -> None:
         if not 1 <= self.batch[0] <= self.batch[1] <= self.batch[2]:
             sizes = ",".join(map(str, self.batch))
-            raise SliderEditError(f"the batch sizes {sizes} do not rise from 1 or more; give MIN,OPT,MAX")
+            raise SliderEditError(f"the batch sizes {sizes} are not ascending from at least 1; pass MIN,OPT,MAX")
         if not 1 <= self.max_sliders <= MAX_SLIDERS:
-            raise SliderEditError(f"an engine has room for 1 to {MAX_SLIDERS} sliders, got {self.max_sliders}")
+            raise SliderEditError(f"an engine can have 1 to {MAX_SLIDERS} sliders, got {self.max_sliders}")
         if self.batch[2] > MAX_BATCH:
-            raise SliderEditError(f"an engine takes batches of at most {MAX_BATCH}, got {self.batch[2]}")
+            raise SliderEditError(f"an engine can have a batch size of at most {MAX_BATCH}, got {self.batch[2]}")
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Sizes and machines that an engine is compiled for; empty for a backend that takes any.
+    """Sizes and GPUs that an engine is compiled for; empty for a backend that accepts any.
 
     Attributes:
         ranges: smallest, usual and largest size of each axis, by the axis names of `TensorSpec`.
         targets: CUDA compute capabilities such as `sm89`.
-        compatibility: the manifest's section about later versions and other hardware.
+        compatibility: section of the manifest on later versions and other hardware.
     """
 
     ranges: Mapping[str, Range] = field(default_factory=dict)
@@ -102,22 +102,23 @@ class Limits:
     compatibility: Mapping[str, Any] = field(default_factory=dict)
 
     def shapes(self, spec: TensorSpec) -> list[tuple[int, ...]]:
-        """Smallest, usual and largest shape of an input."""
+        """Return the smallest, usual and largest shape of an input."""
         return [spec.resolve({axis: sizes[i] for axis, sizes in self.ranges.items()}) for i in range(3)]
 
 
 @dataclass(frozen=True)
 class BuildJob:
-    """What a backend compiles.
+    """Inputs of `Backend.compile`.
 
     Attributes:
-        family, base: base-model family, and the folder of the checkpoint.
-        adapter: as it fits the base; None for the frozen backbone.
-        lowering: as it was chosen.
-        settings: with the dtype that the backend chose.
-        limits: from the backend's `precheck`.
-        stage: told the name of each further stage, for the progress bar.
-        progress: whether bars and notes may be written to standard error.
+        family: base-model family.
+        base: folder of the checkpoint.
+        adapter: adapter, already fitted to the base; None for the frozen backbone.
+        lowering: chosen lowering.
+        settings: build settings, with the dtype that the backend chose.
+        limits: result of the backend's `precheck`.
+        stage: function that is called with the name of each further stage, for the progress bar.
+        progress: allow progress bars and notes on standard error.
     """
 
     family: Family
@@ -138,13 +139,13 @@ class BuildJob:
 
 @dataclass(frozen=True)
 class Compiled:
-    """What a backend put into an engine folder.
+    """Result of `Backend.compile`.
 
     Attributes:
-        export: inputs, outputs, dtype and updates of what it was compiled from.
-        files: names of the files that belong to the engine.
-        links: checkpoint files that lie in the folder as links, and how each was linked.
-        layers: number of layers by type in the network that was compiled, before the backend fused them.
+        export: inputs, outputs, dtype and updates of the export that was compiled.
+        files: names of the engine's files in the folder.
+        links: checkpoint files linked into the folder, and how each was linked.
+        layers: number of layers by type in the compiled network, before the backend fused them.
     """
 
     export: LinkedExport
@@ -155,13 +156,13 @@ class Compiled:
 
 @dataclass(frozen=True)
 class ServedModel:
-    """What Triton Inference Server calls a backend's model.
+    """Form in which Triton Inference Server runs a backend's model.
 
     Attributes:
-        platform: in `config.pbtxt`.
-        source: the model's file in an engine folder.
-        file: the name that the server looks for.
-        is_graph: whether the file is an ONNX graph, which can be given a batch axis and reads the folder's other files.
+        platform: `platform` in `config.pbtxt`.
+        source: name of the model's file in an engine folder.
+        file: file name that the server expects.
+        is_graph: true for an ONNX graph, which can be given a batch axis and reads other files of the folder.
     """
 
     platform: str
@@ -171,15 +172,16 @@ class ServedModel:
 
 
 class Backend(ABC):
-    """One way to execute engines. A subclass with one object in `slideredit_rt.engines.BACKENDS` is all that a new one takes.
+    """One way to build and execute engines. To add one, register an instance of a subclass in `slideredit_rt.engines.BACKENDS`.
 
     Attributes:
-        name: in commands and manifests.
-        title: the name as its makers write it.
-        package: distribution whose version counts.
-        lowerings: those that it offers, the usual one first.
-        build_options, run_options: dataclass of what it alone can be told for a build and for a run; None takes nothing.
-        served: how Triton Inference Server runs its engines; None if it cannot.
+        name: name in commands and manifests.
+        title: name as its makers write it.
+        package: distribution whose version is recorded in manifests.
+        lowerings: supported lowerings, the default first.
+        build_options: dataclass of its own build options; None if it has none.
+        run_options: dataclass of its own run options; None if it has none.
+        served: form in which Triton Inference Server runs its engines; None if it cannot.
     """
 
     name: ClassVar[str]
@@ -191,43 +193,68 @@ class Backend(ABC):
     served: ClassVar[ServedModel | None] = None
 
     def version(self) -> str:
-        """Return the version of what is installed, for the manifest."""
+        """Return the version of the installed package, for the manifest."""
         return metadata.version(self.package)
 
-    def default_lowering(self, kind: Kind | None) -> Lowering:
-        """Return the lowering that `auto` means for an adapter of this kind; None stands for a frozen backbone.
+    def check_run_options(self, options: Any) -> None:
+        """Check that run options are an instance of `run_options`.
 
-        The first that it offers, and where it can the folded form for GST: a GST update touches every row, its cost is the
-        bytes of a second pass over y, and the folded form makes none. That is arithmetic; on ONNX Runtime the two are equal
-        within 2% (bench/NOTES.md). An ST update touches so few rows that its cost is its launches, which a compiler of
-        standard operators fuses. The plugin is never chosen unasked: it may break the fusions around it.
+        Raises:
+            SliderEditError: the backend takes other run options, or none.
+        """
+        if self.run_options is None:
+            raise SliderEditError(f"{self.title} engines take no run options, got {options}; remove them")
+        if not isinstance(options, self.run_options):
+            names = ", ".join(one.name for one in fields(self.run_options))
+            raise SliderEditError(
+                f"{self.title} engines do not take {type(options).__name__}; pass {self.run_options.__name__} ({names})"
+            )
+
+    def default_lowering(self, kind: Kind | None) -> Lowering:
+        """Return the lowering that `auto` selects.
+
+        This is `folded` for GST if the backend supports it, else the backend's first lowering. A GST update touches every row,
+        so its cost is the memory traffic of a second pass over y, which the folded form avoids. (This is a calculation; on
+        ONNX Runtime the two are equal within 2%, see bench/NOTES.md.) An ST update touches few rows, so its cost is kernel
+        launches, which compilers fuse when the update consists of standard operators. `auto` never selects `plugin`, because a
+        plugin can prevent fusions around it.
+
+        Args:
+            kind: kind of the adapter; None for a frozen backbone.
         """
         return "folded" if kind == "gst" and "folded" in self.lowerings else self.lowerings[0]
 
     def choose_dtype(self, asked: DType | None) -> DType | None:
         """Return the dtype of weights and arithmetic; None keeps the checkpoint's.
 
+        Args:
+            asked: requested dtype; None leaves the choice to the backend.
+
         Raises:
-            SliderEditError: the backend cannot compute in it.
+            SliderEditError: the backend cannot compute in the requested dtype.
         """
         return asked
 
     def precheck(self, family: Family, base: Path, settings: BuildSettings) -> Limits:
-        """Refuse what cannot be built before minutes of tracing, and settle what the engine is compiled for.
+        """Validate a build before minutes of tracing, and determine the sizes and GPUs that it is compiled for.
 
         Args:
-            family: of the base.
+            family: family of the base.
             base: folder of the checkpoint.
-            settings: with the options of this backend or None.
+            settings: build settings, whose `options` belong to this backend or are None.
 
         Raises:
-            SliderEditError: a package is missing, or an option or a size cannot be had.
+            SliderEditError: a package is missing, or an option or a size is not supported.
         """
         return Limits()
 
     @abstractmethod
     def compile(self, job: BuildJob, folder: Path) -> Compiled:
-        """Write everything but the manifest into an empty engine folder.
+        """Write everything except the manifest into an empty engine folder.
+
+        Args:
+            job: model, adapter and settings.
+            folder: folder to write to.
 
         Raises:
             SliderEditError: the base or the adapter cannot be exported, or the build failed.
@@ -243,23 +270,27 @@ class Backend(ABC):
         options: Any = None,
         placement: Placement | None = None,
     ) -> Engine:
-        """Load an engine folder, whose files have been checked.
+        """Load an engine folder whose files have been checked.
 
         Args:
-            folder: written by `slideredit-rt build`.
-            manifest: of that folder.
-            threads: CPU threads; None leaves the choice to the backend.
-            options: an instance of `run_options`; None takes the defaults.
-            placement: the device; None takes the one that the backend prefers.
+            folder: folder written by `slideredit-rt build`.
+            manifest: manifest of the folder.
+            threads: CPU threads; None lets the backend choose.
+            options: an instance of `run_options`; None uses the defaults.
+            placement: device to run on; None lets the backend choose.
 
         Raises:
-            SliderEditError: it cannot run here.
+            SliderEditError: the engine cannot run here.
         """
 
     def report(self, folder: Path, manifest: Manifest) -> dict[str, Any] | None:
-        """Describe what an engine takes and holds on its device; None where the manifest says everything.
+        """Describe an engine's memory and layers on its device; None if there is nothing to add to the manifest.
+
+        Args:
+            folder: folder written by `slideredit-rt build`.
+            manifest: manifest of the folder.
 
         Raises:
-            SliderEditError: it cannot run here.
+            SliderEditError: the engine cannot run here.
         """
         return None

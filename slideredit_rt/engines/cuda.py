@@ -1,4 +1,4 @@
-"""What engines ask of CUDA."""
+"""CUDA streams and graphs for engines."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 
 class CudaDevice:
-    """What an engine asks of CUDA: where buffers lie, a stream that can be captured, and graphs.
+    """A CUDA device: a stream that can be captured, and graph capture.
 
     Args:
         device: with its number; None takes the current one.
@@ -22,9 +22,9 @@ class CudaDevice:
 
     @contextmanager
     def stream(self) -> Iterator[int]:
-        """The handle of the caller's stream, behind whatever ran before: contexts share their scratch memory.
+        """Yield the handle of the caller's stream, ordered after all earlier calls, because contexts share scratch memory.
 
-        In place of the default stream, which cannot be captured, stands one of our own that the default one then waits for.
+        The default stream cannot be captured. A stream of the engine's own replaces it, and the default stream waits for it.
         """
         caller = torch.cuda.current_stream(self.device)
         stream = self.own if caller == torch.cuda.default_stream(self.device) else caller
@@ -45,7 +45,7 @@ class CudaDevice:
         caller.wait_stream(self.own)
 
     def capture(self, enqueue: Callable[[int], object]) -> Callable[[], None]:
-        """Record what `enqueue(stream)` launches, without running it; the result replays it on the current stream."""
+        """Capture the work that `enqueue(stream)` launches; return a function that replays it on the current stream."""
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
         with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             enqueue(stream.cuda_stream)

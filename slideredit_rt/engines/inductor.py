@@ -1,4 +1,4 @@
-"""Inductor: the diffusers transformer with our operators, compiled by `torch.compile` on the machine that runs it."""
+"""The Inductor backend: the diffusers transformer with this package's operators, compiled by `torch.compile` at run time."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ from slideredit_rt.modules import SliderBackbone
 from slideredit_rt.placement import Placement
 
 COMPILER = "inductor"
-# Dynamo counts the compiled forms of a block's source code over every engine of the process; at its default of 8 it gives up.
+# Dynamo counts the compiled variants of a block over all engines of the process and fails at its default limit of 8.
 RECOMPILE_LIMIT = 256
 _MAX_BINDINGS = 8
-# Tracing and compiling go by state of the whole process.
+# Tracing and compiling use process-wide state.
 _COMPILING = threading.Lock()
 
 
 @dataclass
 class _Binding:
-    """One set of shapes: buffers whose addresses a captured graph holds, and on a GPU the graph itself."""
+    """Buffers and compiled step for one set of shapes; on a GPU, the step replays a graph captured on these buffers."""
 
     inputs: dict[str, Tensor]
     output: Tensor
@@ -45,22 +45,23 @@ class _Binding:
 
 
 def compile_blocks(backbone: SliderBackbone) -> None:
-    """Compile the repeated blocks of a backbone's transformer, in place, on their first call with each set of shapes.
+    """Set up the repeated blocks of a backbone's transformer, in place, to compile on their first call with each set of shapes.
 
-    Blocks of the same class share their compiled code: the 57 of FLUX take as long as three. Sizes are constants in it.
-    What is compiled depends on no alpha and no mask, so that changing strengths compiles nothing.
+    Blocks of the same class share compiled code, so the 57 blocks of FLUX take as long as three. Sizes are constants in the
+    code. Alphas and masks are not, so changing strengths never recompiles.
     """
     transformer: Any = backbone.transformer
     transformer.compile_repeated_blocks(fullgraph=True, dynamic=False, backend=COMPILER)
 
 
 def load_weights(transformer: Any, files: Iterable[Path], device: torch.device) -> None:
-    """Give a transformer on `meta` its weights, read straight onto the device; the first file that holds a tensor wins.
+    """Load the weights of a transformer on the `meta` device, reading files directly to the target device.
 
     Args:
-        transformer: changed in place.
-        files: safetensors under the transformer's own names; tensors that it does not have are left out.
-        device: where it shall run.
+        transformer: transformer on `meta`, changed in place.
+        files: safetensors files with the transformer's own tensor names. The first file that holds a tensor is used;
+            unknown tensors are ignored.
+        device: device to run on.
 
     Raises:
         SliderEditError: a file cannot be read, or a tensor is in none of them.
@@ -77,22 +78,23 @@ def load_weights(transformer: Any, files: Iterable[Path], device: torch.device) 
     if missing := wanted - state.keys():
         raise SliderEditError(f"the engine's files lack the weight {min(missing)}; build the engine again")
     transformer.load_state_dict(state, assign=True)
-    transformer.to(device)  # buffers, which the configuration made
+    transformer.to(device)  # moves the buffers, which are not in the state dict
 
 
 class InductorEngine:
-    """Runs a compiled backbone on the device of its weights.
+    """Engine that runs a compiled backbone on the device of its weights. A context manager.
 
     The first call with a set of shapes compiles; on a GPU it also captures a CUDA graph, which later calls replay. Inputs may
-    lie on any device and are copied into buffers of fixed addresses. Sliders are filled up to the engine's largest number with
-    alpha 0 and empty masks, which changes no bit, so that their number is no shape. Hence only another batch, text or image
-    size compiles; the buffers and graphs of the last eight sets of shapes are kept. Torch caches compiled code on disk
-    (`TORCHINDUCTOR_CACHE_DIR`). Safe between threads: their calls run one after the other, and each thread has outputs of its
-    own, which its next call with the same shapes writes again. A context manager.
+    be on any device and are copied into fixed buffers. Sliders are padded to the engine's maximum with alpha 0 and empty
+    masks, which does not change a single bit, so only a new batch, text or image size compiles. Buffers and graphs are kept
+    for the last eight sets of shapes. Torch caches compiled code on disk (`TORCHINDUCTOR_CACHE_DIR`).
+
+    Thread-safe: concurrent calls run one after the other. Each thread has its own outputs, which its next call with the same
+    shapes overwrites.
 
     Args:
-        backbone: its transformer's blocks are compiled in place.
-        manifest: what the engine takes.
+        backbone: backbone whose transformer blocks are compiled in place.
+        manifest: manifest of the engine.
     """
 
     def __init__(self, backbone: SliderBackbone, manifest: Manifest) -> None:
@@ -100,7 +102,7 @@ class InductorEngine:
         self._lock = threading.RLock()
         self.device = next(backbone.parameters()).device
         self._cuda = cuda = CudaDevice(self.device) if self.device.type == "cuda" else None
-        # Outputs lie outside of it and graphs replay one at a time, so that all of them can use the same memory.
+        # Graphs replay one at a time and outputs are allocated outside the pool, so all graphs can share its memory.
         self._pool = torch.cuda.graph_pool_handle() if self._cuda else None
         self._bindings: ShapeCache[_Binding] = ShapeCache(_MAX_BINDINGS, lambda _: cuda.wait() if cuda else None)
         self._outputs = Outputs(_MAX_BINDINGS)
@@ -108,13 +110,13 @@ class InductorEngine:
         compile_blocks(backbone)
 
     def close(self) -> None:
-        """Let go of graphs, buffers and weights. Idempotent."""
+        """Release graphs, buffers and weights. Idempotent."""
         with self._lock:
             self.forget_shapes()
             self._backbone = None
 
     def forget_shapes(self) -> None:
-        """Let go of buffers and graphs; the next call captures again. For a transformer that was changed since."""
+        """Release buffers and graphs, so that the next call captures again. Use it after changing the transformer."""
         with self._lock:
             self._bindings.clear()
 
@@ -126,10 +128,10 @@ class InductorEngine:
 
     @torch.no_grad()
     def __call__(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """One prediction (see `slideredit_rt.engines.Engine`), on the device of the inputs.
+        """Predict one step (see `slideredit_rt.engines.Engine`). The output is on the device of the inputs.
 
         Raises:
-            SliderEditError: the engine is closed, a tensor is not what it takes, the device's memory is used up, or torch
+            SliderEditError: the engine is closed, an input does not match the manifest, the device is out of memory, or torch
                 cannot compile here.
         """
         sizes = check_request(self.manifest, inputs)
@@ -139,7 +141,7 @@ class InductorEngine:
         with self._lock:
             backbone = self._backbone
             if backbone is None:
-                raise SliderEditError("the engine was closed; open it again")
+                raise SliderEditError("the engine is closed; open it again")
             result = self._outputs.of(self.manifest, sizes, inputs)
             with self._stream():
                 binding = self._bindings.get(key, lambda: self._bind(backbone, sizes, inputs))
@@ -152,7 +154,7 @@ class InductorEngine:
         return self._cuda.stream() if self._cuda else nullcontext()
 
     def _bind(self, backbone: SliderBackbone, sizes: Mapping[str, int], inputs: Mapping[str, Tensor]) -> _Binding:
-        """Allocate the buffers of one set of shapes, compile, and capture."""
+        """Allocate buffers for one set of shapes, compile, and capture."""
         spec = self.manifest.outputs[0]
         try:
             buffers = {s.name: self._empty(s.resolve(sizes), s.dtype) for s in self.manifest.inputs}
@@ -161,7 +163,7 @@ class InductorEngine:
             def step() -> None:
                 output.copy_(backbone(buffers))
 
-            # Valid values: a kernel may index by them.
+            # Use the call's values, because a kernel may index by them.
             _fill(buffers, inputs)
             limits = {"recompile_limit": RECOMPILE_LIMIT, "accumulated_recompile_limit": RECOMPILE_LIMIT}
             with _COMPILING, torch._dynamo.config.patch(limits):  # type: ignore[attr-defined]
@@ -169,12 +171,13 @@ class InductorEngine:
             return _Binding(buffers, output, self._capture(step) if self._cuda else step)
         except torch.OutOfMemoryError:
             raise SliderEditError(
-                f"the GPU has no memory left for the sizes {dict(sizes)}; use a smaller batch or resolution"
+                f"the GPU is out of memory for the sizes {dict(sizes)}; use a smaller batch or resolution"
             ) from None
         except torch._dynamo.exc.TorchDynamoException as error:
             reason = str(error).strip().splitlines()[0]
             raise SliderEditError(
-                f"torch cannot compile the engine here ({reason}); install a C++ compiler, or use --backend onnxruntime"
+                f"torch cannot compile the engine on this machine ({reason}); install a C++ compiler, or use "
+                "--backend onnxruntime"
             ) from error
 
     def _capture(self, step: Callable[[], None]) -> Callable[[], None]:
@@ -189,7 +192,7 @@ class InductorEngine:
 
 
 def _fill(buffers: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> None:
-    """Copy a call's tensors into the buffers; sliders that it does not have get alpha 0 and an empty mask."""
+    """Copy a call's inputs into the buffers. Pad the sliders with alpha 0 and empty masks."""
     for name, buffer in buffers.items():
         if name in ("alpha", "token_mask"):
             sliders = inputs[name].shape[1]
@@ -200,7 +203,7 @@ def _fill(buffers: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> None:
 
 
 class Inductor(Backend):
-    """Inductor: the diffusers transformer with our operators, which choose a kernel for the card when they run."""
+    """Inductor: the diffusers transformer with this package's operators, which choose a kernel for the GPU at run time."""
 
     name = "inductor"
     title = "Inductor"
@@ -208,7 +211,7 @@ class Inductor(Backend):
     lowerings = ("operator",)
 
     def compile(self, job: BuildJob, folder: Path) -> Compiled:
-        """Link the weights beside the transformer's configuration (see `Backend.compile`)."""
+        """Write the transformer's configuration and link the weights beside it (see `Backend.compile`)."""
         from slideredit_rt.export.linked_weights import WeightOptions, export_weights
 
         weights = WeightOptions(job.dtype, copy=job.settings.copy_weights)
@@ -224,15 +227,15 @@ class Inductor(Backend):
         options: Any = None,
         placement: Placement | None = None,
     ) -> InductorEngine:
-        """Load an engine folder onto a CUDA device, or onto the CPU where there is none (see `Backend.open`).
+        """Load an engine folder onto a CUDA device, or the CPU if there is none (see `Backend.open`).
 
-        `threads` are those of torch, in the whole process; None leaves them as they are.
+        `threads` sets torch's threads for the whole process; None does not change them.
         """
         if threads is not None:
             torch.set_num_threads(threads)
         device = (placement or Placement()).choose_device(torch.device("cuda") if torch.cuda.is_available() else None)
         family, transformer = get_family(manifest.family), meta_transformer(folder)
-        # Weights that were converted at the build come before the shards that hold them as they were.
+        # Converted weights take precedence over the checkpoint's shards, which hold the original ones.
         own = [name for name in manifest.files if name not in (CONFIG_FILE, ADAPTER_FILE)]
         adapter = load_adapter(folder / ADAPTER_FILE, family) if manifest.adapter else None
         if adapter is not None:
@@ -245,6 +248,6 @@ class Inductor(Backend):
             backbone = SliderBackbone(family, transformer, adapter)
         except torch.OutOfMemoryError:
             raise SliderEditError(
-                f"the GPU has no memory left for the weights of {str(folder)!r}; free some, or build it with --dtype bfloat16"
+                f"the GPU is out of memory for the weights of {str(folder)!r}; free some, or build with --dtype bfloat16"
             ) from None
         return InductorEngine(backbone.eval().requires_grad_(False), manifest)

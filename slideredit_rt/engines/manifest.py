@@ -1,4 +1,4 @@
-"""`manifest.json`: what an engine folder holds, what it was built from, and what it takes."""
+"""`manifest.json`, which describes an engine folder: its files, its origin and its inputs."""
 
 from __future__ import annotations
 
@@ -21,37 +21,41 @@ NAME = "manifest.json"
 MODEL_FILE = "model.onnx"
 ADAPTER_FILE = "adapter.safetensors"
 DIGESTS = ".digests.json"
-"""What is remembered in an engine folder about files that were read whole: not a part of the engine, and made again."""
+"""Cached digests of an engine folder's large files. Not a part of the engine; written again when it is missing."""
 MAX_BATCH, MAX_SLIDERS = 1024, 256
 """The largest limits that an engine may have."""
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """An engine's description.
+    """Description of an engine.
 
     Attributes:
         family: base-model family.
         base: `source` (embedded name, hub repository or absolute folder) and `fingerprint`, SHA-256 per pipeline component.
         adapter: `source`, `fingerprint`, `kind`, `rank`, `modules`, `strength_curve`, and for a bank `members`, by name, each
             with its `source` and `strength_curve`; None for an engine of the frozen backbone.
-        backend, backend_version: what executes it.
-        lowering: how the masked update was asked to be expressed: `native`, `folded`, `plugin`, or `operator`: ours, run by
-            torch.
-        targets: CUDA compute capabilities it was built for; empty for a CPU engine.
-        max_batch, max_sliders: the largest B and K that it accepts.
-        config: the transformer's configuration.
-        inputs, outputs: names, dtypes and shapes.
-        files: name to SHA-256 and size in bytes.
-        created: UTC, ISO 8601.
-        versions: packages that it was built with.
-        ranges: smallest, usual and largest size of each axis, where the backend compiles for a range.
-        dtype: of the weights and the arithmetic, torch's name; floating-point inputs and outputs stay float32.
-        updates: number of adapted linears by the lowering that each ended in.
-        layers: number of layers by type in the network that the builder was given, before it fused them.
-        compatibility: what beside the build machine's own TensorRT version and GPU a plan takes: `versions` (bool, later ones
-            of the same major) and `hardware` (`none`, `ampere_plus` or `same_compute_capability`).
-        links: checkpoint files that lie in the folder as links: name to SHA-256, size and `kind`, `hard` or `symbolic`.
+        backend: name of the backend.
+        backend_version: version of its package.
+        lowering: requested form of the masked update: `native`, `folded`, `plugin`, or `operator` (this package's operators,
+            run by torch).
+        targets: CUDA compute capabilities that it was built for; empty for a CPU engine.
+        max_batch: largest accepted B.
+        max_sliders: largest accepted K.
+        config: configuration of the transformer.
+        inputs: names, dtypes and shapes of the inputs.
+        outputs: names, dtypes and shapes of the outputs.
+        files: SHA-256 and size in bytes of each file, by name.
+        created: time of the build, UTC, ISO 8601.
+        versions: versions of the packages that it was built with.
+        ranges: smallest, usual and largest size of each axis, if the backend compiles for a range.
+        dtype: dtype of weights and arithmetic, as torch names it; floating-point inputs and outputs are float32.
+        updates: number of adapted linears by their final lowering.
+        layers: number of layers by type in the compiled network, before the builder fused them.
+        compatibility: environments besides the build's own TensorRT version and GPU that can run a plan: `versions` (bool,
+            later ones of the same major) and `hardware` (`none`, `ampere_plus` or `same_compute_capability`).
+        links: SHA-256, size and `kind` (`hard` or `symbolic`) of each checkpoint file linked into the folder, by name.
+        schema_version: version of the manifest's format.
     """
 
     family: str
@@ -83,12 +87,12 @@ class Manifest:
 
     @property
     def curve(self) -> StrengthCurve:
-        """From strength to alpha, as the adapter brought it."""
+        """The adapter's curve from strength to alpha."""
         return StrengthCurve.from_json(self.adapter and self.adapter.get("strength_curve"))
 
     @property
     def members(self) -> dict[str, StrengthCurve]:
-        """A bank's members in the order of the last axis of `alpha`, each with its strength curve; empty without a bank."""
+        """Strength curves of a bank's members, in the order of the last axis of `alpha`; empty without a bank."""
         described = (self.adapter or {}).get("members", {})
         return {name: StrengthCurve.from_json(member["strength_curve"]) for name, member in described.items()}
 
@@ -97,15 +101,16 @@ class Manifest:
 
 
 def check_base(manifest: Manifest, engine: Path, base: Path, *, skip: Collection[str] = ()) -> None:
-    """Compare a base with the one that an engine was built from.
+    """Check that a base is the one that an engine was built from.
 
     Args:
-        engine: folder of the manifest; what was read of large files is remembered in it.
+        manifest: manifest of the engine.
+        engine: folder of the engine, where digests of large files are cached.
         base: folder of a diffusers checkpoint.
         skip: components that are not compared.
 
     Raises:
-        SliderEditError: another base, or one that was changed after the build.
+        SliderEditError: it is another base, or it was changed after the build.
     """
     digests = Digests(engine / DIGESTS)
     actual = fingerprint_base(base, skip=skip, digest=digests)
@@ -113,35 +118,35 @@ def check_base(manifest: Manifest, engine: Path, base: Path, *, skip: Collection
     expected = {name: value for name, value in manifest.base["fingerprint"].items() if name not in skip}
     if changed := sorted(name for name in expected if actual.get(name) != expected[name]):
         raise SliderEditError(
-            f"base {str(base)!r} is not what engine {str(engine)!r} was built from: {', '.join(changed)} differ; "
+            f"base {str(base)!r} is not the one that engine {str(engine)!r} was built from: {', '.join(changed)} differ; "
             "pass the original base or rebuild the engine"
         )
 
 
 def describe_files(folder: Path, names: list[str], digest: Callable[[Path], str] = sha256) -> dict[str, dict[str, Any]]:
-    """SHA-256 and size of files in an engine folder."""
+    """Return the SHA-256 and size in bytes of files in an engine folder, by name."""
     return {name: {"sha256": digest(folder / name), "bytes": (folder / name).stat().st_size} for name in names}
 
 
 def write_manifest(manifest: Manifest, folder: Path) -> None:
-    """Write the manifest whole, in the place of an older one; last, when the files that it describes are there."""
+    """Write the manifest atomically. Call it last, after all files that it describes have been written."""
     with atomic_file(folder / NAME) as temporary:
         temporary.write_text(json.dumps(manifest.to_json(), indent=2) + "\n")
 
 
 def read_manifest(folder: Path, *, unchecked: str | None = None) -> Manifest:
-    """Read a manifest and check that the files it lists are there, whole and unchanged.
+    """Read a manifest and check that all files that it lists exist and are unchanged.
 
-    A large file is read once, and again only after something happened to it: what it was is remembered in the folder
-    (`slideredit_rt.files.Digests`). Links are followed, as what they lead to must have the recorded content.
+    Digests of large files are cached in the folder, so a file is hashed again only after it was changed
+    (see `slideredit_rt.files.Digests`). Links are followed, and their targets must have the recorded content.
 
     Args:
-        folder: of an engine.
-        unchecked: name of a file that the caller is about to write anew.
+        folder: engine folder.
+        unchecked: name of a file that is not checked, because the caller will overwrite it.
 
     Raises:
-        SliderEditError: not an engine folder, another schema version, a manifest that does not describe an engine, or a
-            missing, truncated or changed file.
+        SliderEditError: the folder is not an engine, its schema version is not supported, the manifest is invalid, or a file
+            is missing, truncated or changed.
     """
     path = folder / NAME
     try:
@@ -156,7 +161,7 @@ def read_manifest(folder: Path, *, unchecked: str | None = None) -> Manifest:
         raise SliderEditError(f"{str(path)!r} is damaged ({error}); build the engine again") from None
     if version != SCHEMA_VERSION:
         raise SliderEditError(
-            f"engine {str(folder)!r} has manifest schema {version!r:.40}, this version reads {SCHEMA_VERSION}; "
+            f"engine {str(folder)!r} has manifest schema {version!r:.40}, but this version reads {SCHEMA_VERSION}; "
             "build the engine again"
         )
     digests = Digests(folder / DIGESTS)
@@ -170,7 +175,7 @@ def read_manifest(folder: Path, *, unchecked: str | None = None) -> Manifest:
 def _check_file(folder: Path, name: str, expected: Mapping[str, Any], digests: Digests, *, linked: bool, source: str) -> None:
     file = folder / name
     try:
-        # What is no regular file, a pipe for example, might never end.
+        # Only regular files are read: a pipe, for example, might never end.
         size = file.stat().st_size if file.is_file() else None
         whole = size == expected["bytes"] and digests(file) == expected["sha256"]
     except OSError as error:
@@ -179,11 +184,11 @@ def _check_file(folder: Path, name: str, expected: Mapping[str, Any], digests: D
         return
     if linked:
         raise SliderEditError(
-            f"engine {str(folder)!r} needs the checkpoint's file {name} as it was at the build, and it is gone or changed; put "
-            f"the original back into {source!r} and build the engine again, with --copy-weights if the checkpoint may change"
+            f"engine {str(folder)!r} links to the checkpoint's file {name}, which is missing or was changed after the build; "
+            f"restore it in {source!r} and build the engine again, with --copy-weights if the checkpoint may change"
         )
     if size is None:
-        raise SliderEditError(f"engine {str(folder)!r} lacks its file {name}; build the engine again")
+        raise SliderEditError(f"engine {str(folder)!r} lacks the file {name}; build the engine again")
     if size != expected["bytes"]:
         raise SliderEditError(
             f"engine file {str(file)!r} has {size} bytes instead of {expected['bytes']}; build the engine again"
@@ -191,12 +196,12 @@ def _check_file(folder: Path, name: str, expected: Mapping[str, Any], digests: D
     raise SliderEditError(f"engine file {str(file)!r} was changed after the build; build the engine again")
 
 
-# --- Reading a manifest that anybody may have written ------------------------------------------------------------------
+# --- Validation of manifests, which may come from an untrusted source ---------------------------------------------------
 
-# Takes a value and where it stands, and raises ValueError if it is not what belongs there.
+# Takes a value and its location, and raises a ValueError if the value is not valid there.
 _Check = Callable[[Any, str], None]
-_MOST = 4096  # entries of any list or mapping
-_LARGEST = 2**31  # of sizes, counts and the configuration's numbers
+_MOST = 4096  # most entries of any list or mapping
+_LARGEST = 2**31  # largest size, count or number in the configuration
 
 
 def _refuse(where: str, value: Any, expected: str) -> ValueError:
@@ -204,8 +209,8 @@ def _refuse(where: str, value: Any, expected: str) -> ValueError:
 
 
 def _text(value: Any, where: str) -> None:
-    # Escape sequences would reach the terminal of whoever inspects the engine. Half a surrogate pair can be written nowhere;
-    # those that stand for undecodable bytes of a path can.
+    # Control characters could send escape sequences to the terminal of a user who inspects the engine. Lone surrogates cannot
+    # be encoded, except those that stand for undecodable bytes of a path (U+DC80 to U+DCFF).
     if not isinstance(value, str) or len(value) > _MOST or re.search(r"[\x00-\x1f\x7f-\x9f\ud800-\udc7f\udd00-\udfff]", value):
         raise _refuse(where, value, "a line of text")
 
@@ -238,7 +243,7 @@ def _one_of(*known: Any) -> _Check:
 
 
 def _either(one: _Check, other: _Check) -> _Check:
-    """The second where the first refuses."""
+    """Combine two checks, of which one must pass."""
 
     def check(value: Any, where: str) -> None:
         try:
@@ -287,10 +292,10 @@ def _record(needed: Mapping[str, _Check], optional: Mapping[str, _Check] | None 
 
 
 def _plain(value: Any, where: str, depth: int = 8) -> None:
-    """Any JSON of reasonable size: what a model's configuration or an adapter's training record consists of."""
+    """Check that a model's configuration or an adapter's training record is JSON of reasonable size."""
     if isinstance(value, dict | list):
         if depth == 0:
-            raise ValueError(f"{where} is nested too deep")
+            raise ValueError(f"{where} is nested too deeply")
         entries = value.values() if isinstance(value, dict) else value
         if len(entries) > _MOST:
             raise _refuse(where, value, f"at most {_MOST} entries")
@@ -311,7 +316,7 @@ def _curve(value: Any, where: str) -> None:
 def _rising(value: Any, where: str) -> None:
     _list(_whole(1, _LARGEST), 3, 3)(value, where)
     if value != sorted(value):
-        raise _refuse(where, value, "three numbers that do not fall")
+        raise _refuse(where, value, "three numbers in ascending order")
 
 
 _COUNTS = _mapping(_whole(0, _LARGEST))
@@ -376,20 +381,20 @@ _MANIFEST = _record(
 
 
 def _parse(data: dict[str, Any]) -> Manifest:
-    """A manifest from its JSON.
+    """Make a manifest from its JSON.
 
     Raises:
-        ValueError: it does not describe an engine.
+        ValueError: the JSON does not describe an engine.
     """
     _MANIFEST(data, "the manifest")
     specs = {key: [TensorSpec(s["name"], s["dtype"], tuple(s["shape"])) for s in data[key]] for key in ("inputs", "outputs")}
     manifest = Manifest(**(data | specs))
-    # An unknown family has an error of its own, which names the known ones.
+    # An unknown family is reported later, with a list of the known ones.
     if family := FAMILIES.get(manifest.family):
         try:
             inputs, output = family.input_specs(manifest.config), family.output_spec(manifest.config)
         except (KeyError, TypeError, ValueError, ArithmeticError) as error:
             raise ValueError(f"config lacks what a {family.name} needs: {error}") from None
         if manifest.inputs[: len(inputs)] != inputs or manifest.outputs != [output]:
-            raise ValueError(f"inputs and outputs are not those of a {family.name} of this config")
+            raise ValueError(f"inputs and outputs are not those of a {family.name} with this config")
     return manifest

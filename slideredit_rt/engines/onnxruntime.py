@@ -1,4 +1,4 @@
-"""ONNX Runtime: the default engine, and the one that needs no GPU."""
+"""The ONNX Runtime backend, which is the default and runs on the CPU."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ _TORCH = {"float32": torch.float32, "bool": torch.bool}
 _CUDA_PROVIDER = "CUDAExecutionProvider"
 _MAX_BINDINGS = 16
 _SPIN_MICROSECONDS = 50
-"""That a thread without work looks for some before it sleeps: as long as from one operator to the next. ONNX Runtime's own
-choice is longer, and other threads on the same cores (decoding, HTTP) wait meanwhile."""
+"""Time that an idle thread spins before it sleeps, about the gap between two operators. ONNX Runtime's default is longer and
+takes the cores away from other threads (decoding, HTTP)."""
 
 
 class _Binding:
-    """One I/O binding per set of shapes: its output is allocated once, inputs are bound to the caller's own memory."""
+    """I/O binding for one set of shapes. Its output is allocated once; inputs are bound to the caller's own memory."""
 
     def __init__(
         self, session: onnxruntime.InferenceSession, output: str, shape: tuple[int, ...], device: torch.device
@@ -43,27 +43,27 @@ class _Binding:
 
 
 class _Bindings(threading.local):
-    """One thread's bindings, by shapes: a thread never writes an output that another one has yet to read."""
+    """Bindings of one thread by shapes. They are per thread because another thread may still be reading its output."""
 
     def __init__(self) -> None:
         self.by_shapes: ShapeCache[_Binding] = ShapeCache(_MAX_BINDINGS)
 
 
 class OnnxRuntimeEngine:
-    """Runs `model.onnx` of an engine folder on the CPU, or on a GPU where the installed package has a CUDA provider.
+    """Engine that runs `model.onnx` on the CPU, or on a GPU if the installed package has a CUDA provider.
 
-    A step copies nothing and allocates no arrays on the Python side: inputs are bound where they lie, and the output
-    tensor of a set of shapes is reused by the same thread's next call with the same shapes. Safe between threads, which
-    run side by side; on a GPU one after the other, on a stream of the engine that the caller's stream waits for.
+    A step does not copy or allocate arrays on the Python side: inputs are bound in place, and the output tensor is reused by
+    the same thread's next call with the same shapes. Thread-safe: concurrent calls run in parallel on the CPU. On a GPU they
+    run one after the other, on a stream of the engine that the caller's stream waits for.
 
     Args:
         folder: engine folder.
-        manifest: the folder's.
-        threads: CPU threads; None leaves the choice to ONNX Runtime.
-        device: where to run; None takes the CPU.
+        manifest: manifest of the folder.
+        threads: threads of ONNX Runtime; None uses its default.
+        device: device to run on; None uses the CPU.
 
     Raises:
-        SliderEditError: a graph that cannot be loaded, or a GPU without the package that runs on it.
+        SliderEditError: ONNX Runtime cannot load the graph, or has no CUDA provider for a GPU.
     """
 
     def __init__(
@@ -100,7 +100,11 @@ class OnnxRuntimeEngine:
         return [(_CUDA_PROVIDER, stream), "CPUExecutionProvider"]
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """One prediction (see `slideredit_rt.engines.Engine`)."""
+        """Predict one step (see `slideredit_rt.engines.Engine`).
+
+        Raises:
+            SliderEditError: an input does not match the manifest.
+        """
         with self._lock:
             return self._run(inputs)
 
@@ -110,10 +114,12 @@ class OnnxRuntimeEngine:
         binding = self._bindings.by_shapes.get(key, lambda: self._bind(inputs))
         for spec in specs:
             tensor = inputs[spec.name]
-            # On every call: a tensor of another dtype or layout may lie where one that was bound has been.
+            # Check every call: the address of a bound tensor may have been reused for another dtype or layout.
             if tensor.dtype != _TORCH[spec.dtype] or not tensor.is_contiguous() or tensor.device != self.device:
                 check_request(self.manifest, inputs)
-                raise SliderEditError(f"engine input {spec.name!r} lies on {tensor.device}; this engine runs on {self.device}")
+                raise SliderEditError(
+                    f"engine input {spec.name!r} is on {tensor.device}, but this engine runs on {self.device}"
+                )
             pointer = tensor.data_ptr()
             if binding.bound.get(spec.name) != pointer:
                 place = (self.device.type, self.device.index or 0)
@@ -132,7 +138,7 @@ class OnnxRuntimeEngine:
 
 
 class OnnxRuntime(Backend):
-    """ONNX Runtime on the CPU: runs the graph as it was exported, beside the linked weights."""
+    """ONNX Runtime on the CPU: runs the exported graph with weights linked from the checkpoint."""
 
     name = "onnxruntime"
     title = "ONNX Runtime"
@@ -141,16 +147,16 @@ class OnnxRuntime(Backend):
     served = ServedModel("onnxruntime_onnx", MODEL_FILE, MODEL_FILE, is_graph=True)
 
     def choose_dtype(self, asked: DType | None) -> DType:
-        """Return float32 where nothing was asked (see `Backend.choose_dtype`)."""
+        """Return the requested dtype, float32 by default (see `Backend.choose_dtype`)."""
         if asked == "bfloat16":
-            raise SliderEditError("ONNX Runtime multiplies no bfloat16 matrices on the CPU; use --dtype float32")
+            raise SliderEditError("ONNX Runtime cannot multiply bfloat16 matrices on the CPU; use --dtype float32")
         return asked or "float32"
 
     def compile(self, job: BuildJob, folder: Path) -> Compiled:
         """Write the graph and link the weights beside it (see `Backend.compile`)."""
         from slideredit_rt.export.linked_weights import WeightOptions, export_linked
 
-        # ONNX Runtime reads nothing through a symbolic link.
+        # ONNX Runtime does not follow symbolic links.
         weights = WeightOptions(job.dtype, symbolic_links=False, copy=job.settings.copy_weights)
         exported = export_linked(job.family, job.base, job.adapter, folder, weights, lowering=job.lowering)
         return Compiled(exported, exported.files, exported.links)

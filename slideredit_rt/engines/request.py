@@ -1,4 +1,4 @@
-"""The tensors of a call: whether they are what an engine takes, the same sentences for every backend, and its output."""
+"""Validation of an engine call's inputs, with the same messages for every backend, and its output buffers."""
 
 from __future__ import annotations
 
@@ -14,23 +14,24 @@ from slideredit_rt.errors import SliderEditError
 
 
 def check_request(manifest: Manifest, inputs: Mapping[str, Tensor]) -> dict[str, int]:
-    """Compare a call's tensors with the manifest.
+    """Check a call's inputs against the manifest.
 
     Args:
-        manifest: its `inputs` give names, dtypes and shapes; its `ranges`, or `max_batch` and `max_sliders`, the limits.
-        inputs: on any device.
+        manifest: manifest of the engine; `inputs` gives names, dtypes and shapes, `ranges` or else `max_batch` and
+            `max_sliders` give the limits.
+        inputs: tensors by name, on any device.
 
     Returns:
         The size of each named axis.
 
     Raises:
-        SliderEditError: a tensor is missing, has another dtype or layout, contradicts another one, or is outside the limits.
+        SliderEditError: a tensor is missing, has the wrong dtype or layout, contradicts another one, or exceeds the limits.
     """
     sizes: dict[str, int] = {}
     for spec in manifest.inputs:
         tensor = inputs.get(spec.name)
         if tensor is None:
-            raise SliderEditError(f"engine input {spec.name!r} is missing; it takes {[s.name for s in manifest.inputs]}")
+            raise SliderEditError(f"engine input {spec.name!r} is missing; expected {[s.name for s in manifest.inputs]}")
         if tensor.dtype != getattr(torch, spec.dtype) or tensor.ndim != len(spec.shape) or not tensor.is_contiguous():
             raise SliderEditError(
                 f"engine input {spec.name!r} must be contiguous {spec.dtype} {list(spec.shape)}, "
@@ -51,34 +52,34 @@ def check_request(manifest: Manifest, inputs: Mapping[str, Tensor]) -> dict[str,
         low, _, high = limits.get(axis, [size] * 3)
         if not low <= size <= high:
             raise SliderEditError(
-                f"the engine was built for {low} to {high} in the axis {axis!r}, got {size}; build it with more room"
+                f"the engine was built for {low} to {high} in the axis {axis!r}, got {size}; rebuild it with a wider range"
             )
     return sizes
 
 
 class Outputs(threading.local):
-    """One thread's output tensors, one for each set of shapes: no other thread writes them, and they stay where they are.
+    """Output tensors of one thread, one for each set of shapes. Their addresses are fixed and no other thread writes them.
 
     Args:
-        most: sets of shapes; the least recently used goes first.
+        most: number of sets of shapes to keep; the least recently used is dropped first.
     """
 
     def __init__(self, most: int) -> None:
         self._tensors: ShapeCache[Tensor] = ShapeCache(most)
 
     def of(self, manifest: Manifest, sizes: Mapping[str, int], inputs: Mapping[str, Tensor]) -> Tensor:
-        """Return the output for a call, on the device of its inputs, to be filled before another thread's turn comes.
+        """Return the output tensor for a call, on the device of its inputs. The caller fills it before releasing its lock.
 
-        Called on the caller's CUDA stream, to which its memory then belongs: the engine's stream waits for that one and the
-        other way round.
+        Call it on the caller's CUDA stream, so that the memory belongs to that stream; the engine's stream waits for it and
+        vice versa.
 
         Args:
-            manifest: the engine's.
-            sizes: from `check_request`.
-            inputs: of the call.
+            manifest: manifest of the engine.
+            sizes: result of `check_request`.
+            inputs: inputs of the call.
 
         Raises:
-            SliderEditError: the device's memory is used up.
+            SliderEditError: the device is out of memory.
         """
         spec, device = manifest.outputs[0], inputs[manifest.inputs[0].name].device
         shape = spec.resolve(sizes)
@@ -88,5 +89,5 @@ class Outputs(threading.local):
             )
         except torch.OutOfMemoryError:
             raise SliderEditError(
-                f"the GPU has no memory left for the sizes {dict(sizes)}; use a smaller batch or resolution"
+                f"the GPU is out of memory for the sizes {dict(sizes)}; use a smaller batch or resolution"
             ) from None

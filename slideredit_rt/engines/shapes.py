@@ -1,4 +1,4 @@
-"""What engines keep for each set of shapes."""
+"""A cache for values that engines keep per set of shapes."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ T = TypeVar("T")
 
 
 class ShapeCache(Generic[T]):
-    """Values by sets of shapes; the least recently used goes first. One thread at a time.
+    """LRU cache of values by set of shapes. Not thread-safe.
 
     Args:
-        most: values that are kept, 1 or more.
-        release: called with each value before it is dropped.
+        most: number of values to keep, at least 1.
+        release: function that is called with each value before it is dropped.
     """
 
     def __init__(self, most: int, release: Callable[[T], object] | None = None) -> None:
@@ -26,7 +26,7 @@ class ShapeCache(Generic[T]):
         return len(self._values)
 
     def get(self, key: Hashable, make: Callable[[], T]) -> T:
-        """Return the value of `key`; `make` it if there is none, after room was made for it."""
+        """Return the value of `key`. If there is none, drop old values to make room and call `make`."""
         if key not in self._values:
             while len(self._values) >= self._most:
                 self._drop(last=False)

@@ -1,4 +1,4 @@
-"""Learn an adapter's strength curve: the one along which its measured response is even."""
+"""Calibration: learn the strength curve that makes an adapter's measured response proportional to the strength."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from slideredit_rt.export.build import build_engine
 from slideredit_rt.sliders import StrengthCurve, linear_sweep
 
 FARTHEST = 2.0
-"""Largest uncalibrated strength that is tried, α = −1: the far end of the range that the paper works in."""
+"""Largest uncalibrated strength that is measured (α = −1), the end of the paper's range."""
 _SMALL_EDIT = 0.25
-"""An edit that changes the score by less than this share of the median edit says nothing about the curve."""
+"""Edits that change the score by less than this share of the median edit are left out."""
 
 
 @dataclass(frozen=True)
@@ -33,12 +33,12 @@ class CalibrationConfig:
     """Settings of a calibration.
 
     Attributes:
-        cases: edits to measure.
-        samples: strengths per edit, odd, evenly spaced from 0 to `FARTHEST`.
-        steps: denoising steps.
+        cases: Number of edits to measure.
+        samples: Strengths per edit, an odd number, evenly spaced from 0 to `FARTHEST`.
+        steps: Denoising steps.
 
     Raises:
-        SliderEditError: too few samples, or an even number of them.
+        SliderEditError: `samples` is below 5 or even.
     """
 
     cases: int = 32
@@ -48,20 +48,20 @@ class CalibrationConfig:
     def __post_init__(self) -> None:
         if self.samples < 5 or self.samples % 2 == 0:
             raise SliderEditError(
-                f"{self.samples} samples were asked for; give an odd number, 5 or more, so that strength 1 is one"
+                f"samples is {self.samples}; pass an odd number of at least 5, so that strength 1 is among them"
             )
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """A curve and what it was learnt from.
+    """A strength curve and the measurement that it was learnt from.
 
     Attributes:
-        curve: from strength to alpha.
-        strengths: uncalibrated ones that were tried, 0 to `FARTHEST`.
-        responses: the typical response at each, 0 as at strength 0 and 1 as at strength 1, made monotone.
-        cases: how many edits it is the median of.
-        left_out: edits too small to say anything.
+        curve: Curve from strength to alpha.
+        strengths: Uncalibrated strengths that were measured, from 0 to `FARTHEST`.
+        responses: Median response at each strength, made monotone and scaled to 0 at strength 0 and 1 at strength 1.
+        cases: Number of edits that were used.
+        left_out: Number of edits that were too small to use.
     """
 
     curve: StrengthCurve
@@ -74,37 +74,43 @@ class Calibration:
 def curve_of_responses(
     strengths: Sequence[float] | NDArray[np.float64], responses: Sequence[float] | NDArray[np.float64], points: int = 9
 ) -> StrengthCurve:
-    """The curve that makes a response proportional to the strength.
+    """Return the curve that makes a response proportional to the strength.
 
     Args:
-        strengths: uncalibrated ones, rising from 0, 1 among them.
-        responses: at each, never falling; 0 at strength 0 and 1 at strength 1.
-        points: of the curve from strength 0 to 1. Above 1 they go on at the same distance as far as the response does, and from
-            there alpha follows the strength one to one.
+        strengths: Uncalibrated strengths, rising from 0, with 1 among them.
+        responses: Response at each strength, never falling, 0 at strength 0 and 1 at strength 1.
+        points: Number of curve points from strength 0 to 1. Above 1 they continue at the same spacing up to the largest
+            response; beyond it, alpha falls by 1 per unit of strength.
     """
     steps = points - 1
     reach = int(responses[-1] * steps + 1e-9)
     wanted = np.arange(reach + 1) / steps
-    # Where the response stands still, the strengths that reach it are an interval; its start is taken.
+    # Where the response is flat, an interval of strengths has the same response. Use its start.
     rising = np.concatenate([[True], np.diff(responses) > 0])
     found = np.interp(wanted, np.asarray(responses)[rising], np.asarray(strengths)[rising])
-    # Suppressed is suppressed and plain is plain, whatever was measured between.
+    # Strength 0 must be alpha 1 (suppressed) and strength 1 must be alpha 0 (the plain edit).
     found[0], found[steps] = 0.0, 1.0
     alphas = [*(1 - found), -found[-1]]
     return StrengthCurve((*map(float, wanted), float(wanted[-1]) + 1), tuple(map(float, alphas)))
 
 
 def monotone_response(responses: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Median over the first axis, made monotone by isotonic regression, then 0 at its first sample and 1 at strength 1.
+    """Return the median response over cases, made monotone and scaled to 0 at strength 0 and 1 at strength 1.
 
     Args:
-        responses: `[cases, samples]`, of evenly spaced strengths from 0 to `FARTHEST`.
+        responses: `[cases, samples]` at evenly spaced strengths from 0 to `FARTHEST`.
+
+    Raises:
+        SliderEditError: The response does not rise from strength 0 to strength 1.
     """
     typical = isotonic_regression(np.median(responses, axis=0)).x
     one = round((len(typical) - 1) / FARTHEST)
     rise = typical[one] - typical[0]
     if rise <= 0:
-        raise SliderEditError("the response does not rise with the strength, so that no curve makes it even; train the adapter")
+        raise SliderEditError(
+            f"the median response changes by {rise:g} from strength 0 to 1 and does not rise, so it cannot be calibrated; "
+            "train the adapter first"
+        )
     scaled: NDArray[np.float64] = (typical - typical[0]) / rise
     return scaled
 
@@ -112,16 +118,16 @@ def monotone_response(responses: NDArray[np.float64]) -> NDArray[np.float64]:
 def calibrate(
     editor: SliderEditor, dataset: Dataset, config: CalibrationConfig | None = None, *, progress: bool = True
 ) -> Calibration:
-    """Sweep one-instruction edits and turn the response around.
+    """Sweep edits with one instruction and invert the measured response.
 
     Args:
-        editor: with the adapter; its present curve is set aside.
-        dataset: images and scorers; the first attribute scorer is what is made even.
-        config: settings; None takes the defaults.
-        progress: show a bar on standard error.
+        editor: Editor with the adapter. Its current curve is replaced by the uncalibrated one.
+        dataset: Images and scorers. The response of the first attribute scorer is made even.
+        config: Settings; None uses the defaults.
+        progress: Show a progress bar on standard error.
 
     Raises:
-        SliderEditError: a response that says nothing.
+        SliderEditError: The response does not rise with the strength.
     """
     config = config or CalibrationConfig()
     strengths = linear_sweep(0.0, FARTHEST, config.samples)
@@ -136,7 +142,7 @@ def calibrate(
     usable = [(s, r) for s, r in zip(swept, rises, strict=True) if r > max(0.0, _SMALL_EDIT * statistics.median(rises))]
     if not usable:
         raise SliderEditError(
-            f"none of {len(swept)} edits shows more of its instruction at strength 1 than at 0; "
+            f"none of {len(swept)} edits scores higher at strength 1 than at strength 0; "
             "use images and instructions that the base can edit"
         )
     responses = monotone_response(np.array([[(v - s[0]) / r for v in s] for s, r in usable]))
@@ -154,21 +160,28 @@ def calibrate_adapter(
     threads: int | None = None,
     progress: bool = True,
 ) -> tuple[Adapter, Calibration]:
-    """The adapter with a curve learnt from `dataset`, which costs nothing at run time.
+    """Return the adapter with a curve learnt from `dataset`, and the calibration. The curve costs nothing at run time.
 
     Args:
-        base: checkpoint that the adapter is for.
-        adapter: a single one; members of a bank are calibrated before they are put into it.
-        engine: built with this adapter; None builds an ONNX Runtime engine for the purpose.
-        threads: CPU threads of the engine; None leaves the choice to the backend.
-        config, progress: as for `calibrate`.
+        base: Base checkpoint of the adapter.
+        adapter: Single adapter. Members of a bank are calibrated before the bank is built.
+        dataset: Images and scorers. The response of the first attribute scorer is made even.
+        config: Settings; None uses the defaults.
+        engine: Engine built with this adapter; None builds a temporary ONNX Runtime engine.
+        threads: CPU threads of the engine; None uses the backend's default.
+        progress: Show a progress bar on standard error.
+
+    Raises:
+        SliderEditError: The engine holds another adapter, the adapter is a bank, or its response does not rise.
     """
     if engine is not None:
         built = read_manifest(engine).adapter
         if built is None or built["fingerprint"] != adapter.fingerprint:
-            raise SliderEditError(f"engine {str(engine)!r} was not built with {adapter.source!r}; give the one that was")
+            raise SliderEditError(
+                f"engine {str(engine)!r} was not built with {adapter.source!r}; pass an engine that was, or leave it out"
+            )
     if adapter.members:
-        raise SliderEditError(f"adapter {adapter.source!r} is a bank; calibrate its members' own files and build it again")
+        raise SliderEditError(f"adapter {adapter.source!r} is a bank; calibrate each member's file and build the bank again")
     with tempfile.TemporaryDirectory() as folder:
         if engine is None:
             engine = Path(folder) / "engine"
@@ -179,7 +192,7 @@ def calibrate_adapter(
 
 
 def draw_calibration(found: Calibration, path: Path) -> None:
-    """Response over strength before and after, and the curve itself."""
+    """Plot the response over the strength before and after calibration, and the curve."""
     from slideredit_rt.evaluation.report import new_figure, save_figure
 
     figure, (before, curve) = new_figure(2)
@@ -188,7 +201,7 @@ def draw_calibration(found: Calibration, path: Path) -> None:
     before.plot(found.strengths, after, marker=".", label="calibrated")
     before.axline((0, 0), slope=1, color="gray", linewidth=0.6)
     before.set_xlabel("strength")
-    before.set_ylabel("typical response (0 at strength 0, 1 at strength 1)")
+    before.set_ylabel("median response (0 at strength 0, 1 at strength 1)")
     before.legend()
     curve.plot(found.curve.strengths, found.curve.alphas, marker=".")
     curve.set_xlabel("strength")

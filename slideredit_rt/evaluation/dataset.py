@@ -1,4 +1,4 @@
-"""What the benchmark runs on: images with instructions, and scorers that say what an edit of them shows."""
+"""Datasets of the benchmark: images with instructions, and scores of their edits."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 Phase = Literal["search", "bench"]
-"""`search`: cases on which each system's range is chosen. `bench`: the others, which the report is about."""
+"""`search`: cases on which each system's range is chosen. `bench`: separate cases, on which the report is based."""
 
 
 @dataclass(frozen=True)
@@ -18,11 +18,11 @@ class Case:
     """One edit of the benchmark.
 
     Attributes:
-        name: tells it from the others; file-name safe.
-        image: source image, RGB.
-        prompt: holds every instruction.
-        instructions: the swept ones, one knob each.
-        seed: of the initial noise, the same for every system.
+        name: Unique name that can be part of a file name.
+        image: Source image, RGB.
+        prompt: Prompt that contains every instruction.
+        instructions: Swept instructions, one knob each.
+        seed: Seed of the initial noise, the same for every system.
     """
 
     name: str
@@ -34,11 +34,12 @@ class Case:
 
 @dataclass(frozen=True)
 class Scores:
-    """What one image shows.
+    """Scores of one image.
 
     Attributes:
-        attributes: by scorer, how much of each swept instruction the image shows, in the case's order.
-        distances: by scorer, distance to the source; lower is better. None where it cannot be told, as without a face.
+        attributes: Score of each swept instruction by each scorer, in the case's order; higher means more of the edit.
+        distances: Distance to the source by each scorer; lower is better. None where it is undefined, such as ArcFace's
+            without a face.
     """
 
     attributes: Mapping[str, tuple[float, ...]]
@@ -46,20 +47,20 @@ class Scores:
 
 
 class Dataset(Protocol):
-    """Images to edit, and their scorers; the same scorers for every case."""
+    """Images to edit and their scorers. Every case has the same scorers."""
 
     def cases(self, phase: Phase, count: int, sliders: int) -> Sequence[Case]:
-        """`count` cases whose prompts have `sliders` instructions, all of them swept; the same ones in every call.
+        """Return `count` cases whose prompts have `sliders` instructions, all of them swept. Every call returns the same.
 
         Raises:
-            SliderEditError: there are not so many.
+            SliderEditError: The dataset has fewer cases.
         """
         ...
 
     def source_scores(self, case: Case) -> Scores:
-        """Scores of the image as it is before the edit."""
+        """Return the scores of the source image."""
         ...
 
     def score(self, case: Case, images: Tensor) -> Sequence[Scores]:
-        """Scores of edits of a case, float32 `[N, 3, H, W]` in [0, 1]."""
+        """Return the scores of edits of a case. `images` is float32 `[N, 3, H, W]` in [0, 1]."""
         ...

@@ -1,4 +1,4 @@
-"""Evaluate: which systems a setup allows, on which images, and one run of them."""
+"""The evaluation: select the systems and images of a setup, run the benchmark and write the report."""
 
 from __future__ import annotations
 
@@ -33,22 +33,24 @@ def run_evaluation(
     instructions: Sequence[str] | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Build an ONNX Runtime engine per adapter, run the benchmark, write the report.
+    """Build an ONNX Runtime engine per adapter, run the benchmark and write the report.
 
     Args:
-        setup: what the systems are made from, and the folder of the run; a killed run continues in it.
-        systems: names from `SYSTEMS`; empty for all that the setup allows.
-        own_images: images and scorers; None takes shapes scenes, which a base like `shapes-kontext` edits.
-        instructions: instructions of the shapes scenes; None takes all of that world.
+        setup: Base, adapters and engines, and the folder of the run. A killed run continues in that folder.
+        config: Settings of the benchmark.
+        systems: Names from `SYSTEMS`; empty for all that the setup allows.
+        own_images: Images and scorers; None uses scenes of the shapes world, for a base such as `shapes-kontext`.
+        instructions: Instructions of the shapes scenes; None uses all of them.
+        progress: Show a progress bar on standard error.
 
     Returns:
         The contents of `report.json`.
 
     Raises:
-        SliderEditError: an unknown system or scorer, a system whose adapter is missing, images that cannot be used.
+        SliderEditError: A system or scorer is unknown, a system lacks its adapter, or the images are not valid.
     """
     if unknown := [name for name in systems if name not in SYSTEMS]:
-        raise SliderEditError(f"{unknown[0]!r} is no system of this benchmark; choose among {', '.join(SYSTEMS)}")
+        raise SliderEditError(f"{unknown[0]!r} is not a system of this benchmark; choose from {', '.join(SYSTEMS)}")
     if own_images is None and setup.folder == resolve_base(EMBEDDED_BASE):
         setup = replace(setup, concepts=setup.concepts or "shapes-concepts", offsets=setup.offsets or "shapes-offsets")
     allowed = _allowed(setup)
@@ -56,13 +58,13 @@ def run_evaluation(
     compared = {system.name: system for system in chosen.values()}
     if missing := [name for name in systems if name not in compared]:
         needs = SYSTEMS[missing[0]].needs
-        raise SliderEditError(f"system {missing[0]!r} needs {needs}; what was given allows {', '.join(allowed)}")
+        raise SliderEditError(f"system {missing[0]!r} needs {needs}; the given options allow {', '.join(allowed)}")
     trained = {name: found for name, system in allowed.items() if (found := system.trained(setup)) and name in chosen}
     dataset, data = _open_dataset(setup, own_images, instructions)
     fingerprints = {f"base {name}": digest for name, digest in fingerprint_base(setup.folder).items()}
     fingerprints |= {e.stem: e.fingerprint for e in setup.slider_engines} | data
     fingerprints |= {name: fingerprint for name, (_, fingerprint) in trained.items()}
-    # The plain edit has to be there even if the reference is not compared.
+    # The plain edit is needed even if the reference system is not compared.
     reference, system = next((name, system) for name, system in allowed.items() if system.reference)
     benchmark = Benchmark(setup, chosen, partial(system.make, setup, reference), dataset, config, fingerprints)
     rows = benchmark.run(progress=progress)
@@ -81,12 +83,12 @@ def run_evaluation(
 
 
 def _allowed(setup: Setup) -> dict[str, type[System]]:
-    """Every system that the setup allows, by the name of its variant, in the order of the registry."""
+    """Return every system that the setup allows, by the name of its variant, in the order of the registry."""
     allowed: dict[str, type[System]] = {}
     for system in SYSTEMS.values():
         for variant in system.variants(setup):
             if variant in allowed:
-                raise SliderEditError(f"two systems would be called {variant!r}; rename the adapter or engine of that name")
+                raise SliderEditError(f"two systems would be named {variant!r}; rename the adapter or engine of that name")
             allowed[variant] = system
     return allowed
 
@@ -94,7 +96,7 @@ def _allowed(setup: Setup) -> dict[str, type[System]]:
 def _open_dataset(
     setup: Setup, own_images: OwnImageOptions | None, instructions: Sequence[str] | None
 ) -> tuple[Dataset, dict[str, str]]:
-    """The dataset and the fingerprints of its parts."""
+    """Open the dataset and return it with the fingerprints of its parts."""
     if own_images is not None:
         dataset = open_own_images(own_images, setup.family, setup.folder)
         return dataset, {"images": folder_fingerprint(own_images.images), "prompts": sha256(own_images.prompts)}

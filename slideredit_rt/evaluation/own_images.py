@@ -1,4 +1,4 @@
-"""The benchmark on a user's own images, read by learned scorers."""
+"""Dataset of a user's own images, scored by learned scorers."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ class Edit:
     """One line of a prompts file.
 
     Attributes:
-        prompt: holds every instruction, each word for word.
-        instructions: the swept ones.
-        attributes: for each instruction the phrase that the edited image is compared with.
+        prompt: Prompt that contains every instruction word for word.
+        instructions: Swept instructions.
+        attributes: Phrase per instruction that the edited image is compared with.
     """
 
     prompt: str
@@ -42,18 +42,18 @@ class Edit:
 
 
 def read_edits(path: Path) -> list[Edit]:
-    """The edits of a JSON-lines file: `{"prompt": "…", "instructions": ["…"], "attributes": ["…"]}`, one a line.
+    """Read edits from a JSON-lines file with one `{"prompt": "…", "instructions": ["…"], "attributes": ["…"]}` per line.
 
     `prompt` defaults to the instructions joined by " and ", `attributes` to the instructions. Empty lines are skipped.
 
     Raises:
-        SliderEditError: no such file, no edit in it, or a line that is not as above; the message names it.
+        SliderEditError: The file cannot be read or holds no edit, or a line is not as above; the message names the line.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise SliderEditError(
-            f"prompts file {str(path)!r} cannot be read ({error}); give a UTF-8 file with lines such as {_EXAMPLE}"
+            f"prompts file {str(path)!r} cannot be read ({error}); pass a UTF-8 file with lines such as {_EXAMPLE}"
         ) from None
     edits = []
     for number, line in enumerate(lines, start=1):
@@ -80,46 +80,48 @@ def _edit(line: str) -> Edit:
     attributes = _texts(fields, "attributes") if "attributes" in fields else instructions
     if len(attributes) != len(instructions):
         raise SliderEditError(
-            f"has {len(instructions)} instructions and {len(attributes)} attributes; give one attribute per instruction"
+            f"has {len(instructions)} instructions and {len(attributes)} attributes; write one attribute per instruction"
         )
     prompt = fields.get("prompt", compose_prompt(instructions))
     if not isinstance(prompt, str):
-        raise SliderEditError(f"has the prompt {prompt!r}; give a text")
+        raise SliderEditError(f"has the prompt {prompt!r}, which is not a string; write it in quotes")
     prompt = normalise(prompt)
-    # Each character a token: the rule of the sliders themselves, ahead of any tokenizer.
+    # Treat each character as a token, to apply the sliders' matching rule without a tokenizer.
     letters = [PromptToken(letter, index, index + 1, index) for index, letter in enumerate(prompt)]
     try:
         find_spans(prompt, [Slider(text) for text in instructions], letters, len(letters) + 1)
     except SliderEditError:
         raise SliderEditError(
-            f"has the prompt {prompt!r}, in which the instructions {', '.join(map(repr, instructions))} do not all stand word "
-            "for word and apart from each other; write them as they stand in the prompt"
+            f"has the prompt {prompt!r}, which does not contain all of the instructions "
+            f"{', '.join(map(repr, instructions))} word for word and without overlap; write them as in the prompt"
         ) from None
     return Edit(prompt, instructions, attributes)
 
 
 def _texts(fields: Mapping[str, Any], name: str) -> tuple[str, ...]:
-    """A field of one or more texts."""
+    """Return a field that must be a list of one or more strings."""
     values = fields[name]
     if not isinstance(values, list) or not values or not all(isinstance(v, str) and v.strip() for v in values):
-        raise SliderEditError(f"has {name} {values!r}; give a list of texts")
+        raise SliderEditError(f"has {name} {values!r}, which is not a list of non-empty strings; write it as {_EXAMPLE}")
     return tuple(normalise(v).strip() for v in values)
 
 
 class OwnImages:
     """Every image of a folder with every edit of a prompts file, in a shuffled order that is the same in every run.
 
-    Scores are those of the image as the base model is shown it: `preprocess` brings the source to the size of the edit, so
-    that nothing but the edit lies between the two.
+    The source is scored as the base model sees it: `preprocess` resizes it to the size of the edit, so the edit is the only
+    difference between the two.
 
     Args:
-        images: folder; its images are the files that end in .png, .jpg, .webp, .bmp or .tif.
+        images: Folder of images: files that end in .png, .jpg, .jpeg, .webp, .bmp, .tif or .tiff.
         prompts: JSON-lines file, see `read_edits`.
-        attribute_scorers, distance_scorers: by name, see `load_scorer`.
-        preprocess: resizes an image as the base model's family does, to `[1, 3, H, W]` in [−1, 1] (`Family.preprocess`).
+        attribute_scorers: Attribute scorers by name, see `load_scorer`.
+        distance_scorers: Distance scorers by name, see `load_scorer`.
+        preprocess: Function that resizes an image as the base model's family does, to `[1, 3, H, W]` in [−1, 1]
+            (`Family.preprocess`).
 
     Raises:
-        SliderEditError: a folder without images, or a prompts file that cannot be used.
+        SliderEditError: The folder contains no images, or the prompts file is not valid.
     """
 
     def __init__(
@@ -136,12 +138,12 @@ class OwnImages:
             found = sorted(p for p in images.iterdir() if p.is_file() and p.suffix.lower() in _SUFFIXES)
         except OSError as error:
             raise SliderEditError(
-                f"image folder {str(images)!r} cannot be read ({error.strerror}); give a folder of images"
+                f"image folder {str(images)!r} cannot be read ({error.strerror}); pass a folder of images"
             ) from None
         if not found:
-            raise SliderEditError(f"image folder {str(images)!r} holds no image; put PNG, JPEG or WebP files into it")
+            raise SliderEditError(f"image folder {str(images)!r} contains no images; put PNG, JPEG or WebP files into it")
         edits = read_edits(prompts)
-        # The number tells "a.png" from "a.jpg" and names apart that are equal once they are safe.
+        # The number separates "a.png" from "a.jpg", and names that become equal when made safe for file names.
         names = {p: f"{i:04d}-{re.sub(r'[^A-Za-z0-9_-]+', '-', p.stem)[:40]}" for i, p in enumerate(found)}
         entries = [(f"{names[p]}-{line:03d}", p, edit) for p in found for line, edit in enumerate(edits)]
         random.Random(_ORDER_SEED).shuffle(entries)
@@ -150,22 +152,22 @@ class OwnImages:
         self._source_scores: dict[str, Scores] = {}
 
     def cases(self, phase: Phase, count: int, sliders: int) -> list[Case]:
-        """`count` cases whose edits have `sliders` instructions: for the benchmark from the front of the order, for the search
-        for ranges from its end.
+        """Return `count` cases whose edits have `sliders` instructions.
 
-        A case's noise has its place in the order as seed.
+        The benchmark takes cases from the start of the shuffled order, the range search from its end. The position of a case
+        in that order is the seed of its noise.
 
         Raises:
-            SliderEditError: fewer cases than both phases have asked for together, or an image that cannot be read.
+            SliderEditError: There are fewer cases than both phases need together, or an image cannot be read.
         """
         names = [name for name, (_, edit) in self._entries.items() if len(edit.instructions) == sliders]
         self._asked[phase, sliders] = count
         wanted = {p: self._asked.get((p, sliders), 0) for p in ("bench", "search")}
         if sum(wanted.values()) > len(names):
             raise SliderEditError(
-                f"{str(self.images)!r} and {str(self.prompts)!r} make {len(names)} cases of {sliders} instructions, and the "
-                f"benchmark asks for {wanted['bench']} and the search for ranges for {wanted['search']} others; "
-                "add images or prompts, or ask for fewer"
+                f"{str(self.images)!r} and {str(self.prompts)!r} make {len(names)} cases of {sliders} instructions, but the "
+                f"benchmark needs {wanted['bench']} and the range search {wanted['search']} others; "
+                "add images or prompts, or use fewer cases"
             )
         places = range(count) if phase == "bench" else range(len(names) - count, len(names))
         opened: dict[Path, Image.Image] = {}
@@ -178,16 +180,16 @@ class OwnImages:
         return cases
 
     def source_scores(self, case: Case) -> Scores:
-        """The scores of the source itself: what its attributes start from, and distances of 0, or None where it has no face."""
+        """Return the scores of the source image. Its distances are 0, or None where a scorer is undefined for it."""
         if case.name not in self._source_scores:
             (self._source_scores[case.name],) = self.score(case, self._source(case))
         return self._source_scores[case.name]
 
     def score(self, case: Case, images: Tensor) -> list[Scores]:
-        """Scores of edited images, float32 `[N, 3, H, W]` in [0, 1].
+        """Return the scores of edited images. `images` is float32 `[N, 3, H, W]` in [0, 1].
 
         Raises:
-            SliderEditError: a scorer that compares pixels is given images of another size than `preprocess` makes.
+            SliderEditError: A scorer that compares pixels got images that differ in size from the preprocessed source.
         """
         _, edit = self._entries[case.name]
         source = self._source(case)
@@ -199,19 +201,21 @@ class OwnImages:
         ]
 
     def _source(self, case: Case) -> Tensor:
-        """`[1, 3, H, W]` in [0, 1]."""
+        """Return the preprocessed source, `[1, 3, H, W]` in [0, 1]."""
         return (self.preprocess(case.image).float() + 1) / 2
 
 
 @dataclass(frozen=True)
 class OwnImageOptions:
-    """Which images, edits and scorers.
+    """Options for an evaluation on own images.
 
     Attributes:
-        images, prompts: as for `OwnImages`.
-        attribute_scorers, distance_scorers: names from `slideredit_rt.evaluation.scorers.SCORERS`.
-        sources: by scorer, where its model is instead of its usual repository.
-        device: of the scorers.
+        images: Folder of images.
+        prompts: JSON-lines file, see `read_edits`.
+        attribute_scorers: Names of attribute scorers, from `slideredit_rt.evaluation.scorers.SCORERS`.
+        distance_scorers: Names of distance scorers, from the same list.
+        sources: Location of a scorer's weights, by the scorer's name; other scorers use their default.
+        device: Torch device of the scorers.
     """
 
     images: Path
@@ -223,19 +227,20 @@ class OwnImageOptions:
 
 
 def open_own_images(options: OwnImageOptions, family: Family, base: Path) -> OwnImages:
-    """The dataset that options name, for a base checkpoint; images and prompts are checked before any model is loaded.
+    """Open the dataset for a base checkpoint. Images and prompts are checked before the scorers are loaded.
 
     Raises:
-        SliderEditError: images that cannot be used, a scorer that is unknown, of the other sort, or cannot be loaded.
+        SliderEditError: The images or prompts are not valid, or a scorer is unknown, of the wrong type or cannot be loaded.
     """
     names = (*options.attribute_scorers, *options.distance_scorers)
     if unknown := [name for name in names if name not in SCORERS]:
-        raise SliderEditError(f"{unknown[0]!r} is no scorer; choose among {', '.join(SCORERS)}")
+        raise SliderEditError(f"{unknown[0]!r} is not a scorer; choose from {', '.join(SCORERS)}")
     sorts = ((options.attribute_scorers, AttributeScorer), (options.distance_scorers, DistanceScorer))
     if odd := [name for wanted, sort in sorts for name in wanted if not issubclass(SCORERS[name], sort)]:
-        raise SliderEditError(f"scorer {odd[0]!r} is of the other sort: some read attributes, others distances; swap it")
+        right = "attribute" if issubclass(SCORERS[odd[0]], AttributeScorer) else "distance"
+        raise SliderEditError(f"scorer {odd[0]!r} is in the wrong list; move it to the {right} scorers")
     if not options.attribute_scorers:
-        raise SliderEditError("no attribute scorer was named, so no response can be read; name one, such as clip")
+        raise SliderEditError("the list of attribute scorers is empty; name at least one, such as clip")
     preprocess = partial(family.preprocess, family.load_pipeline(base, transformer=False))
     images = OwnImages(options.images, options.prompts, {}, {}, preprocess)
     loaded = {name: load_scorer(name, options.sources.get(name), options.device) for name in names}

@@ -1,4 +1,4 @@
-"""From a run's rows to `report.json`, a Markdown table, and the images that a person looks at."""
+"""Report of a run: `report.json`, a Markdown table, plots and images."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from slideredit_rt.images import draw_grid, save_image
 
 _MEASURES = ("continuity", "monotonicity", "coverage", "extrapolation")
 _SMALL_EDIT = 0.25
-"""A plain edit that changes a score by less than this share of the median plain edit is no base to measure extrapolation on."""
+"""Extrapolation leaves out plain edits that change the score by less than this share of the median plain edit."""
 _SHOWN = 8
-"""Frames of a strip, at most."""
+"""Largest number of frames in a strip."""
 
 
 def _attribute_measures(rows: Sequence[Row], base: Mapping[str, Sequence[Row]], scorer: str) -> dict[str, Any]:
-    """Continuity, monotonicity, coverage and extrapolation of one system by one scorer, as JSON."""
+    """Return continuity, monotonicity, coverage and extrapolation of one system by one scorer, as JSON values."""
     cases: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
         cases[row.case].append(row)
@@ -56,7 +56,7 @@ def _attribute_measures(rows: Sequence[Row], base: Mapping[str, Sequence[Row]], 
 
 
 def _distance_measures(rows: Sequence[Row], scorer: str) -> dict[str, Any]:
-    """Mean distance to the source over a case's sweep, over cases; and how many images had none."""
+    """Return the mean distance to the source, over each sweep and then over cases, and the number of images without one."""
     cases: dict[str, list[float]] = defaultdict(list)
     untold = 0
     for row in rows:
@@ -68,11 +68,11 @@ def _distance_measures(rows: Sequence[Row], scorer: str) -> dict[str, Any]:
 
 
 def summarise_system(rows: Sequence[Row], base: Mapping[str, Sequence[Row]]) -> dict[str, Any]:
-    """Measures of one system at one number of sliders.
+    """Return the measures of one system at one number of sliders.
 
     Args:
-        rows: of the phase `bench`.
-        base: by case, the rows of the source image and of the plain edit.
+        rows: Rows of the system in the phase `bench`.
+        base: Rows of the source image and of the plain edit, by case.
     """
     return {
         "system": rows[0].system,
@@ -86,7 +86,7 @@ def summarise_system(rows: Sequence[Row], base: Mapping[str, Sequence[Row]]) -> 
 
 
 def summarise_run(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """One entry per number of sliders and system, in the order of the rows; the plain edit first."""
+    """Return one entry per number of sliders and system: fewest sliders first, systems in the order of the rows."""
     base: dict[str, list[Row]] = defaultdict(list)
     groups: dict[tuple[int, str], list[Row]] = defaultdict(list)
     for row in rows:
@@ -100,7 +100,7 @@ def summarise_run(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def markdown_table(summary: Sequence[Mapping[str, Any]]) -> str:
-    """The summary for people; means with 95% confidence intervals."""
+    """Return the summary as a Markdown table of means with 95% confidence intervals."""
 
     def cell(value: Mapping[str, Any] | None) -> str:
         return "–" if value is None else str(Estimate(**value))
@@ -122,14 +122,14 @@ def markdown_table(summary: Sequence[Mapping[str, Any]]) -> str:
             entry["system"],
             "{:g} to {:g}".format(*entry["range"]),
             *(cell(entry["attributes"][name][measure]) for name, measure in measures),
-            *(cell(d["distance"]) + (f" ({d['untold']} untold)" if d["untold"] else "") for d in told),
+            *(cell(d["distance"]) + (f" ({d['untold']} n/a)" if d["untold"] else "") for d in told),
         ]
         out.append("| " + " | ".join(cells) + " |")
     return "\n".join(out) + "\n"
 
 
 def new_figure(panels: int, **options: Any) -> tuple[Any, list[Any]]:
-    """A matplotlib figure with at least so many panels, three in a row."""
+    """Return a matplotlib figure and its panels, three in a row. `options` go to `Figure.subplots`."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -157,7 +157,7 @@ def _by_system(rows: Sequence[Row], sliders: int) -> dict[str, list[Row]]:
 
 
 def draw_curves(rows: Sequence[Row], path: Path) -> None:
-    """Response over the swept range by the first scorer: median over the cases with the middle half and the middle 90%."""
+    """Plot the response over the swept range by the first scorer: the median over cases, the middle 50% and 90%."""
     groups = _by_system(rows, 1)
     scorer = next(iter(rows[0].scores.attributes))
     figure, panels = new_figure(len(groups), sharey=True)
@@ -184,11 +184,11 @@ def draw_curves(rows: Sequence[Row], path: Path) -> None:
 
 
 def draw_trajectories(rows: Sequence[Row], path: Path) -> None:
-    """How far a system moves the rest of the image while it moves the attribute: means over the cases, off to far."""
+    """Plot the mean distance to the source against the mean attribute score, from the off end of the range to the far end."""
     groups = _by_system(rows, 1)
     scorer, distances = next(iter(rows[0].scores.attributes)), list(rows[0].scores.distances)
     figure, panels = new_figure(len(distances))
-    # Room for the legend beside the panels.
+    # Make room for the legend beside the panels.
     figure.set_figwidth(figure.get_figwidth() + 2.2)
     for panel, distance in zip(panels, distances, strict=True):
         for number, (name, group) in enumerate(groups.items()):
@@ -199,7 +199,7 @@ def draw_trajectories(rows: Sequence[Row], path: Path) -> None:
                 if told:
                     points.append((statistics.fmean(r.scores.attributes[scorer][0] for r in of), statistics.fmean(told)))
             if points:
-                # Ten colours, then the same ones dotted: a study of variants has many.
+                # There are ten colours. Further systems, as in the ablations, reuse them with dotted lines.
                 style = {"color": f"C{number % 10}", "linestyle": ("-", ":")[number // 10 % 2]}
                 panel.plot(*zip(*points, strict=True), marker=".", linewidth=1, label=name, **style)
                 panel.plot(*points[-1], marker="o", color=style["color"])
@@ -210,7 +210,7 @@ def draw_trajectories(rows: Sequence[Row], path: Path) -> None:
 
 
 def draw_lattices(rows: Sequence[Row], path: Path) -> None:
-    """Two sliders: the mean scores of both instructions at every pair of settings; a square lattice is two free sliders."""
+    """Plot the mean scores of both instructions at every pair of settings. Independent sliders give a square lattice."""
     groups = _by_system(rows, 2)
     scorer = next(iter(rows[0].scores.attributes))
     figure, panels = new_figure(len(groups), sharex=True, sharey=True)
@@ -229,7 +229,7 @@ def draw_lattices(rows: Sequence[Row], path: Path) -> None:
 
 
 def _cells(sheet: Image.Image, rows: int, columns: int) -> list[list[Image.Image]]:
-    """The images of a contact sheet."""
+    """Cut a contact sheet into its images."""
     width, height = sheet.width // columns, sheet.height // rows
     return [
         [sheet.crop((x * width, y * height, (x + 1) * width, (y + 1) * height)) for x in range(columns)] for y in range(rows)
@@ -237,7 +237,7 @@ def _cells(sheet: Image.Image, rows: int, columns: int) -> list[list[Image.Image
 
 
 def draw_strips(rows: Sequence[Row], images: Path, path: Path) -> None:
-    """The first shown case of one slider swept by every system, one row each."""
+    """Draw the first kept case of one slider, swept by every system, one row each."""
     groups = _by_system(rows, 1)
     first = next(iter(groups.values()))[0].case
     strips = []
@@ -250,23 +250,28 @@ def draw_strips(rows: Sequence[Row], images: Path, path: Path) -> None:
 
 
 def draw_joint_images(rows: Sequence[Row], images: Path, folder: Path) -> list[str]:
-    """The first shown case of two sliders, one grid `grid.SYSTEM.png` per system; returns the names."""
+    """Draw the first kept case of two sliders as one grid `grid.SYSTEM.png` per system, and return the file names."""
     names = []
     for name, group in _by_system(rows, 2).items():
         side = round(len({row.sample for row in group}) ** 0.5)
         cells = _cells(Image.open(images / f"{name}.{group[0].case}.png"), side, side)
         settings = [f"{k:g}" for k in sorted({round(row.knobs[0], 3) for row in group})]
-        title = f"{name}: down the first instruction, across the second"
+        title = f"{name}: first instruction down, second instruction across"
         names.append(f"grid.{name}.png")
         save_image(draw_grid(cells, settings, settings, title, 70), folder / names[-1])
     return names
 
 
 def write_report(rows: Sequence[Row], out: Path, about: Mapping[str, Any]) -> dict[str, Any]:
-    """Write `report.json`, `table.md` and the images into `out`; returns the report, which lists their names.
+    """Write `report.json`, `table.md` and the images.
 
     Args:
-        about: settings, versions and fingerprints, put into the report as they are.
+        rows: All rows of the run.
+        out: Folder of the run.
+        about: Settings, versions and fingerprints to include in the report.
+
+    Returns:
+        The contents of `report.json`, with the names of the images.
     """
     summary = summarise_run(rows)
     counts, drawn = {entry["sliders"] for entry in summary}, []

@@ -1,4 +1,4 @@
-"""Run the benchmark: the same images, noise and steps for every system, one row per image, resumable."""
+"""A resumable run of the benchmark: the same images, noise and steps for every system, one row per image."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from slideredit_rt.images import save_image
 from slideredit_rt.sliders import linear_sweep
 
 if TYPE_CHECKING:
-    # A report is read without engines and models, whose packages take seconds to import.
+    # Reading a report does not need engines and models, whose packages take seconds to import.
     from slideredit_rt.evaluation.setup import Setup
     from slideredit_rt.evaluation.systems import System
 
 SHOWN_CASES = 3
-"""Cases whose images are kept, for each number of sliders."""
+"""Number of cases whose images are kept, for each number of sliders."""
 _COLUMNS = ("phase", "system", "case", "sliders", "low", "high", "sample", "knobs", "seconds")
 _ATTRIBUTE, _DISTANCE = "attribute ", "distance "
 
@@ -40,12 +40,17 @@ class BenchmarkConfig:
     """Settings of a run.
 
     Attributes:
-        sliders: how many are moved jointly, in turn (the paper's γ).
-        scenes: cases for each number of sliders; one number for all of them. A case with K > 1 sliders takes `joint_samples`
+        sliders: Numbers of sliders that move jointly (the paper's γ), each a part of the run.
+        scenes: Cases for each number of sliders, or one number for all. A case with K > 1 sliders takes `joint_samples`
             to the power of K images.
-        samples, joint_samples: settings per slider (the paper's δ: 15 for one, 7 for several).
-        search_scenes, search_samples: for finding each system's range.
-        steps: denoising steps.
+        samples: Settings of a single slider (the paper's δ, 15).
+        joint_samples: Settings per slider when several move (the paper's δ, 7).
+        search_scenes: Cases of the search for each system's range.
+        search_samples: Settings per case of that search.
+        steps: Denoising steps.
+
+    Raises:
+        SliderEditError: A number is out of range.
     """
 
     sliders: tuple[int, ...] = (1,)
@@ -60,19 +65,19 @@ class BenchmarkConfig:
         counts = {"search_scenes": self.search_scenes, "steps": self.steps, "scenes": min(self.scenes, default=0)}
         for name, count in counts.items():
             if count < 1:
-                raise SliderEditError(f"{name} is {count}; give at least 1")
+                raise SliderEditError(f"{name} is {count}; pass at least 1")
         for name in ("samples", "joint_samples", "search_samples"):
             if getattr(self, name) < 3:
-                raise SliderEditError(f"{name} is {getattr(self, name)}; continuity needs at least 3 settings")
+                raise SliderEditError(f"{name} is {getattr(self, name)}; pass at least 3, which continuity needs")
         if not self.sliders or not set(self.sliders) <= {1, 2, 3} or len(set(self.sliders)) < len(self.sliders):
-            raise SliderEditError(f"sliders is {list(self.sliders)}; give some of 1, 2 and 3, each once")
+            raise SliderEditError(f"sliders is {list(self.sliders)}; pass one or more of 1, 2 and 3, each once")
         if len(self.scenes) not in (1, len(self.sliders)):
             raise SliderEditError(
-                f"scenes is {list(self.scenes)} for {list(self.sliders)} sliders; give one for each, or one for all"
+                f"scenes is {list(self.scenes)} for {list(self.sliders)} sliders; pass one for each, or one for all"
             )
 
     def cases(self) -> dict[int, int]:
-        """How many cases there are with each number of sliders."""
+        """Return the number of cases for each number of sliders."""
         return dict(zip(self.sliders, self.scenes * (len(self.sliders) // len(self.scenes)), strict=True))
 
 
@@ -82,10 +87,15 @@ class Row:
 
     Attributes:
         phase: `base` (the source image as sample 0, the plain edit as 1), `search` or `bench`.
-        low, high: ends of the swept range.
-        knobs: settings, one per swept instruction.
-        scores: of the image.
-        seconds: per image, of the batch that it was rendered in.
+        system: Name of the system.
+        case: Name of the case.
+        sliders: Number of swept instructions.
+        low: Off end of the swept range.
+        high: Far end of the swept range.
+        sample: Index of the image in its sweep.
+        knobs: Settings, one per swept instruction.
+        scores: Scores of the image.
+        seconds: Rendering time of the sweep divided by its number of images.
     """
 
     phase: str
@@ -101,10 +111,10 @@ class Row:
 
 
 def write_rows(path: Path, rows: Sequence[Row]) -> None:
-    """CSV, one row per image and a column per scorer.
+    """Write a CSV file with one row per image and one column per scorer.
 
-    The knobs of a joint sweep and their attributes stand in one cell, separated by spaces. A distance that could not be told is
-    an empty cell.
+    The knobs of a joint sweep share one cell, separated by spaces, and so do their attribute scores. An undefined distance
+    is an empty cell.
     """
     attributes, distances = list(rows[0].scores.attributes), list(rows[0].scores.distances)
     with atomic_file(path) as temporary, temporary.open("w", newline="") as file:
@@ -119,7 +129,11 @@ def write_rows(path: Path, rows: Sequence[Row]) -> None:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows of a CSV file that `write_rows` wrote."""
+    """Read a CSV file written by `write_rows`.
+
+    Raises:
+        SliderEditError: The file cannot be read.
+    """
 
     def numbers(text: str) -> tuple[float, ...]:
         return tuple(map(float, text.split()))
@@ -158,7 +172,7 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def lines(rows: Sequence[Row], index: int, scorer: str) -> list[list[float]]:
-    """Sweeps of instruction `index`: a scorer's readings in the knob's order, one list per setting of the other knobs."""
+    """Return the sweeps of instruction `index`: scores in the order of its knob, one list per setting of the other knobs."""
     sweeps: dict[tuple[float, ...], list[tuple[float, float]]] = {}
     for row in rows:
         others = row.knobs[:index] + row.knobs[index + 1 :]
@@ -167,15 +181,15 @@ def lines(rows: Sequence[Row], index: int, scorer: str) -> list[list[float]]:
 
 
 def case_continuity(rows: Sequence[Row], scorer: str) -> float:
-    """Mean continuity of one case over its sliders, and for several over every setting of the others."""
+    """Return the mean continuity of one case over its sliders and over every setting of the other sliders."""
     return statistics.fmean(continuity(line) for index in range(len(rows[0].knobs)) for line in lines(rows, index, scorer))
 
 
 def usefulness(rows: Sequence[Row], source: Scores, edited: Scores) -> float:
-    """What a range is chosen by: continuity × rank correlation × share of the way from source to plain edit that it covers.
+    """Return the criterion by which ranges are chosen: continuity × monotonicity × coverage, averaged over scorers.
 
-    Without the correlation, which counts as 0 below 0, ranges would win in which the response turns back: folded, it fills its
-    bins evenly. The mean over the attribute scorers.
+    A negative monotonicity counts as 0. Without that factor, the search would prefer ranges in which the response turns
+    back, because continuity ignores order and such a response still fills its bins evenly.
     """
     values = []
     for scorer in source.attributes:
@@ -187,17 +201,20 @@ def usefulness(rows: Sequence[Row], source: Scores, edited: Scores) -> float:
 
 
 class Benchmark:
-    """One run in the folder `setup.out`; a killed run continues where it stopped.
+    """One run in the folder `setup.out`. A killed run continues where it stopped.
 
-    The folder gets `rows/` (one file per case, written whole), `rows.csv`, and images.
+    The folder receives `rows/` (one file per sweep, written atomically), `rows.csv` and images.
 
     Args:
-        setup: what the systems are made from.
-        systems: those to compare, by the variant of the setup that rows and images name.
-        reference: makes the system whose `plain` setting is the plain edit.
-        dataset: images and scorers.
-        config: settings; those of an unfinished run in the folder must be the same.
-        fingerprints: of base, adapters and data, so that a continued run does not mix two.
+        setup: Base, adapters and engines.
+        systems: Systems to compare, by the name of their variant.
+        reference: Function that makes the system whose `plain` setting renders the plain edit.
+        dataset: Images and scorers.
+        config: Settings. They must equal those of an unfinished run in the folder.
+        fingerprints: Fingerprints of base, adapters and data, which must also be equal to continue a run.
+
+    Raises:
+        SliderEditError: The folder contains a run with other settings.
     """
 
     def __init__(
@@ -217,20 +234,20 @@ class Benchmark:
         if path.exists():
             if json.loads(path.read_text()) != self.settings:
                 raise SliderEditError(
-                    f"{str(self.out)!r} holds an evaluation with other settings; continue with those or choose another --out"
+                    f"{str(self.out)!r} contains an evaluation with other settings; use the same settings or another --out"
                 )
         else:
             with atomic_file(path) as temporary:
                 temporary.write_text(json.dumps(self.settings, indent=2) + "\n")
 
     def _system(self, name: str) -> System:
-        """Only the latest is kept: systems are swept one after the other, and a base may be large."""
+        """Return a system, and keep only the latest: systems run one after the other, and a base may be large."""
         if name not in self._made:
             self._made = {name: self.systems[name].make(self.setup, name)}
         return self._made[name]
 
     def run(self, *, progress: bool = True) -> list[Row]:
-        """Render and score everything that is not there yet; returns all rows and writes them to `rows.csv`."""
+        """Render and score everything that is missing, write `rows.csv` and return all rows."""
         config = self.config
         search = self.dataset.cases("search", config.search_scenes, 1)
         bench = {sliders: self.dataset.cases("bench", count, sliders) for sliders, count in config.cases().items()}
@@ -246,7 +263,7 @@ class Benchmark:
                         swept = self._sweep("search", name, case, ends, config.search_samples, bar)
                         values.append(usefulness(swept, source[case.name], plain[case.name]))
                         rows += swept
-                    # The first, narrowest range wins a tie.
+                    # In a tie the first range wins, which is the narrowest.
                     if statistics.fmean(values) > best_value:
                         best, best_value = ends, statistics.fmean(values)
                 assert best is not None
@@ -270,7 +287,7 @@ class Benchmark:
         return total
 
     def _base(self, case: Case, bar: Any) -> list[Row]:
-        """The source image and the plain edit."""
+        """Render and score the plain edit, score the source image, and return both rows."""
         path = self.out / "rows" / f"base.{case.name}.csv"
         if not path.exists():
             system = self.reference()
@@ -299,7 +316,7 @@ class Benchmark:
         bar: Any,
         show: bool = False,
     ) -> list[Row]:
-        """Every combination of `samples` settings of each slider of one case."""
+        """Render and score every combination of `samples` settings of each slider of one case."""
         sliders = len(case.instructions)
         path = self.out / "rows" / f"{phase}.{name}.{case.name}.{ends[0]:g}.{ends[1]:g}.csv"
         if not path.exists():
@@ -322,7 +339,7 @@ class Benchmark:
 
 
 def _contact_sheet(images: Tensor, columns: int) -> Image.Image:
-    """Images `[N, 3, H, W]` in rows of `columns`, without gaps."""
+    """Arrange images `[N, 3, H, W]` in rows of `columns`, without gaps."""
     rows = [torch.cat(list(images[i : i + columns]), dim=2) for i in range(0, len(images), columns)]
     pixels = (torch.cat(rows, dim=1).clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0)
     return Image.fromarray(pixels.contiguous().numpy())

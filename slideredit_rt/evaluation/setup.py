@@ -1,4 +1,4 @@
-"""What an evaluation compares systems on: a base, adapters and engines for it, and sliders that were trained for it."""
+"""Setup of an evaluation: a base, its adapters and engines, and sliders trained for it by rival methods."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from slideredit_rt.families import Family, family_of
 
 @dataclass(frozen=True)
 class SliderEngine:
-    """An engine with one adapter: one that is there, or one that is built when it is first opened.
+    """An engine with one adapter. It exists already, or is built when it is first opened.
 
     Attributes:
-        kind: kind of its adapter, `st` or `gst`.
-        stem: name of the adapter or engine; file-name safe.
-        origin: the adapter or engine as it was given.
-        fingerprint: adapter and strength curve.
-        open: returns the editor, the same one every time.
+        kind: Kind of its adapter, `st` or `gst`.
+        stem: Name of the adapter or engine, which can be part of a file name.
+        origin: Adapter or engine as the user named it.
+        fingerprint: Fingerprint of the adapter and its strength curve.
+        open: Function that returns the editor, the same one every time.
     """
 
     kind: str
@@ -40,17 +40,17 @@ class SliderEngine:
 
 @dataclass(frozen=True)
 class Setup:
-    """What `slideredit-rt evaluate` was given, read when a system first asks for it.
+    """Inputs of `slideredit-rt evaluate`, loaded on first use.
 
     Attributes:
-        base: checkpoint that every adapter is for.
-        out: folder of the run; engines are built in its subfolder `engines`.
-        adapters: an engine is built for each.
-        engines: folders written by `slideredit-rt build`, of the same base.
-        threads: CPU threads of the engines; None leaves the choice to the backend.
-        concepts: a bank of concept sliders, from `slideredit-rt train concepts`. None takes the embedded one for the embedded
-            base on scenes of its own world, and none elsewhere.
-        offsets: a file of attribute offsets, from `slideredit-rt train offsets`; None as for `concepts`.
+        base: Base checkpoint of every adapter.
+        out: Folder of the run. Engines are built in its subfolder `engines`.
+        adapters: Adapters; an engine is built for each.
+        engines: Engine folders written by `slideredit-rt build`, with the same base.
+        threads: CPU threads of the engines; None uses the backend's default.
+        concepts: Bank of concept sliders, from `slideredit-rt train concepts`. With None, `run_evaluation` uses the embedded
+            bank for the embedded base on shapes scenes, and leaves the system out otherwise.
+        offsets: File of attribute offsets, from `slideredit-rt train offsets`. None is treated as for `concepts`.
     """
 
     base: str
@@ -73,38 +73,39 @@ class Setup:
 
     @cached_property
     def loaded(self) -> list[Adapter]:
-        """The adapters, in the order given."""
+        """Loaded adapters, in the order given."""
         return [load_adapter(source, self.family) for source in self.adapters]
 
     def adapters_of(self, kind: str) -> list[Adapter]:
-        """The adapters of a kind, in the order given; not those that stand in engines."""
+        """Return the adapters of a kind, in the order given. Adapters inside `engines` are not included."""
         return [adapter for adapter in self.loaded if adapter.kind == kind]
 
     @cached_property
     def slider_engines(self) -> list[SliderEngine]:
-        """An engine per adapter, then the engines that are there; one or more.
+        """Engines of the adapters, then the existing engines; at least one.
 
         Raises:
-            SliderEditError: none was given, two have one name, or one has no sliders or a bank's.
+            SliderEditError: Neither an adapter nor an engine was given, two have the same name, or one has no sliders or
+                holds a bank.
         """
         found = [self._of_adapter(source, adapter) for source, adapter in zip(self.adapters, self.loaded, strict=True)]
         found += [self._of_folder(folder) for folder in self.engines]
         if not found:
-            raise SliderEditError("nothing to evaluate was given; pass --adapter, such as shapes-st, or --engine")
+            raise SliderEditError("there is nothing to evaluate; pass --adapter, such as shapes-st, or --engine")
         if twice := [stem for stem, count in Counter(engine.stem for engine in found).items() if count > 1]:
             raise SliderEditError(
-                f"two adapters or engines are called {twice[0]!r}; rename one, since systems go by these names"
+                f"two adapters or engines are named {twice[0]!r}; rename one, because systems are named after them"
             )
         return found
 
     def open_any(self) -> SliderEditor:
-        """An engine for systems that leave its sliders at 1 and move another input."""
+        """Open an engine for systems that leave its sliders at 1 and change another input."""
         return self.slider_engines[0].open()
 
     def build(self, adapter: Adapter, name: str) -> SliderEditor:
-        """Build an ONNX Runtime engine called `name` and open it.
+        """Build an ONNX Runtime engine named `name` and open it.
 
-        The engine of a killed run is built anew: it takes seconds, and its adapter may have changed since.
+        An engine left by a killed run is built again. That takes seconds, and its adapter may have changed since.
         """
         path = self.out / "engines" / name
         build_engine(self.base, adapter, path, overwrite=True, progress=False)
@@ -113,10 +114,10 @@ class Setup:
     def _of_adapter(self, source: str, adapter: Adapter) -> SliderEngine:
         if adapter.members:
             raise SliderEditError(
-                f"adapter {source!r} is a bank; give its members' own files, or concept sliders as --concepts"
+                f"adapter {source!r} is a bank; pass each member's file, or pass concept sliders as --concepts"
             )
         stem = _safe(Path(source).stem)
-        # The curve is no part of the weights, and moves the images all the same.
+        # The adapter's fingerprint covers the weights only, but the curve changes the images as well.
         fingerprint = f"{adapter.fingerprint} {json.dumps(adapter.curve.to_json())}"
         return SliderEngine(adapter.kind, stem, source, fingerprint, cache(partial(self.build, adapter, stem)))
 
@@ -125,12 +126,12 @@ class Setup:
         if manifest.adapter is None or manifest.kind is None:
             raise SliderEditError(f"engine {str(folder)!r} was built without an adapter and has no sliders; leave it out")
         if manifest.members:
-            raise SliderEditError(f"engine {str(folder)!r} has a bank of adapters; evaluate its members' own files")
+            raise SliderEditError(f"engine {str(folder)!r} has a bank of adapters; evaluate each member's file instead")
         fingerprint = f"{manifest.adapter['fingerprint']} {json.dumps(manifest.curve.to_json())}"
         open_it = cache(partial(SliderEditor.from_engine, folder, self.base, threads=self.threads))
         return SliderEngine(manifest.kind, _safe(folder.resolve().name), str(folder), fingerprint, open_it)
 
 
 def _safe(name: str) -> str:
-    """A name that can be part of a file name."""
+    """Replace characters that cannot be part of a file name."""
     return re.sub(r"[^\w.-]+", "_", name)

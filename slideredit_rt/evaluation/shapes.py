@@ -1,4 +1,4 @@
-"""The shapes world as the benchmark's dataset: held-out scenes whose edits are measured exactly."""
+"""Dataset of held-out scenes of the shapes world, whose edits are measured exactly."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from slideredit_rt.shapes.measurer import measure, response, untouched
 from slideredit_rt.shapes.world import ALL_INSTRUCTIONS, Example, Instruction, held_out_examples, render, scene_image
 
 SEEDS: dict[Phase, int] = {"bench": 1, "search": 2}
-"""Of the benchmark's scenes. `make marks` reports on those of seed 0."""
+"""Seeds of the benchmark's scenes. `make marks` uses seed 0."""
 CALIBRATION_SEEDS: dict[Phase, int] = {"bench": 3, "search": 4}
-"""Of scenes that `slideredit-rt adapter calibrate` learns from, so that the benchmark has not been seen."""
+"""Seeds of the scenes for `slideredit-rt adapter calibrate`, which must differ from those of the benchmark."""
 
 
 class ShapesScenes:
     """Held-out scenes and the exact scorers `response` and `elsewhere` (see `score_shapes`).
 
     Args:
-        known: instructions that the prompts are made of.
-        seeds: of the scenes of each phase.
+        known: Instructions that the prompts are made of.
+        seeds: Seed of the scenes of each phase.
     """
 
     def __init__(self, known: Sequence[Instruction] = ALL_INSTRUCTIONS, seeds: dict[Phase, int] = SEEDS) -> None:
@@ -46,10 +46,10 @@ class ShapesScenes:
 
 
 def score_shapes(example: Example, images: Tensor) -> list[Scores]:
-    """Measure images `[N, 3, SIZE, SIZE]` in [0, 1].
+    """Score images `[N, 3, SIZE, SIZE]` in [0, 1].
 
-    `response` is the exact measurer's: 0 as in the source, 1 exactly as asked. `elsewhere` is the root mean squared difference
-    to the source, in [0, 1] pixel units, over the pixels that no instruction may change; None where there is no such pixel.
+    `response` is 0 for the source and 1 for the exact edit. `elsewhere` is the root mean squared difference to the source, in
+    units of [0, 1] pixel values, over the pixels that no instruction may change; None if there are no such pixels.
     """
     free = untouched(example)
     source = render([example.scene])[0][:, free]

@@ -1,4 +1,4 @@
-"""Base-model families, by name and by the diffusers pipeline they belong to."""
+"""Base-model families, by name and by diffusers pipeline class."""
 
 from __future__ import annotations
 
@@ -28,17 +28,25 @@ __all__ = [
 
 
 def get_family(name: str) -> Family:
-    """The family called `name`."""
+    """Return the family named `name`.
+
+    Raises:
+        SliderEditError: there is no such family.
+    """
     if name not in FAMILIES:
         raise SliderEditError(f"unknown family {name!r}; known: {', '.join(FAMILIES)}")
     return FAMILIES[name]
 
 
 def family_of(base: Path) -> Family:
-    """The family of a diffusers checkpoint folder, from the pipeline class in its `model_index.json`."""
+    """Return the family of a diffusers checkpoint folder, from the pipeline class in its `model_index.json`.
+
+    Raises:
+        SliderEditError: the folder is not a checkpoint, or belongs to no known family.
+    """
     pipeline_class = read_index(base)["_class_name"]
     for family in FAMILIES.values():
         if pipeline_class in family.pipeline_classes:
             return family
     known = ", ".join(name for family in FAMILIES.values() for name in family.pipeline_classes)
-    raise SliderEditError(f"base {str(base)!r} is a {pipeline_class}, which no family here knows; known: {known}")
+    raise SliderEditError(f"base {str(base)!r} is a {pipeline_class}, which is not supported; supported: {known}")

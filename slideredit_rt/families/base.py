@@ -1,4 +1,4 @@
-"""What a base-model family tells the rest of the package: its backbone's inputs, its linears, its prompt rows."""
+"""`Family`, the interface of base-model families: backbone inputs, adaptable linears, encoding and decoding."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ Kind = Literal["st", "gst"]
 RowSet = Literal["text", "image", "joint"]
 
 KINDS: tuple[Kind, ...] = ("st", "gst")
-"""`st`: selective token, text rows of the slider's own instruction. `gst`: every text and image row."""
+"""`st` (selective token) scales the text rows of the slider's own instruction; `gst` scales every text and image row."""
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """Name, dtype (torch's name of it) and shape of an engine input or output.
+    """Name, dtype (as torch names it) and shape of an engine input or output.
 
-    Axes are numbers or one of the symbols `batch`, `text_rows`, `image_rows`, `sliders`, `rows` (text then image rows).
+    Axes are numbers or the symbols `batch`, `text_rows`, `image_rows`, `sliders`, `rows` (text rows, then image rows).
     """
 
     name: str
@@ -41,22 +41,24 @@ class TensorSpec:
     shape: tuple[int | str, ...]
 
     def resolve(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
-        """The shape with its symbols replaced."""
+        """Return the shape with its symbols replaced by sizes."""
         return tuple(sizes[axis] if isinstance(axis, str) else axis for axis in self.shape)
 
 
 @dataclass(frozen=True)
 class Conditioning:
-    """Everything of an edit that no slider changes: encoded once per images, prompt and seed.
+    """The parts of an edit that do not depend on sliders, encoded once per images, prompt and seed.
 
     Attributes:
-        inputs: the backbone's inputs other than latents and timestep; axis 0 is 1 where the spec says `batch`.
-        latents: initial noise, `[1, latent_rows, C]`.
-        reference: latents of the source images, `[1, reference_rows, C]`.
-        sizes: height and width of each source image in latents, which decide the inputs that have no batch axis.
-        height, width: size of the decoded image in pixels.
-        negative: `inputs` for the negative pass of true classifier-free guidance; None where there is none.
-        true_cfg_scale: how far the guidance extrapolates from the negative pass.
+        inputs: backbone inputs other than latents and timestep; `batch` axes have size 1.
+        latents: initial noise, float32 `[1, latent_rows, C]`.
+        reference: latents of the source images, float32 `[1, reference_rows, C]`.
+        text_rows: number of text rows.
+        sizes: height and width of each source image in latents, which determine the inputs without a batch axis.
+        height: height of the decoded image, in pixels.
+        width: width of the decoded image, in pixels.
+        negative: `inputs` for the negative pass of true classifier-free guidance (CFG); None without one.
+        true_cfg_scale: scale of the guidance away from the negative pass.
     """
 
     inputs: dict[str, Tensor]
@@ -96,13 +98,14 @@ class Schedule:
 
 @dataclass(frozen=True)
 class EncodedImages:
-    """The source images of an edit, encoded: what of a `Conditioning` depends on them alone.
+    """The parts of a `Conditioning` that only depend on the source images.
 
     Attributes:
-        reference: their latents, `[1, reference_rows, C]`.
-        inputs: the backbone's inputs that follow from the images' sizes.
-        sizes: height and width of each source image in latents; `inputs` follow from them.
-        height, width: size of the edited image in pixels.
+        reference: latents of the images, float32 `[1, reference_rows, C]`.
+        inputs: backbone inputs that follow from the sizes of the images.
+        sizes: height and width of each source image in latents.
+        height: height of the edited image, in pixels.
+        width: width of the edited image, in pixels.
     """
 
     reference: Tensor
@@ -113,21 +116,24 @@ class EncodedImages:
 
 
 Backbone = Callable[[Mapping[str, Tensor]], Tensor]
-"""Runs the backbone once: named inputs (with `alpha` and `token_mask`) to its prediction `[batch, image_rows, C]`."""
+"""A function that runs the backbone once: named inputs (with `alpha` and `token_mask`) to `[batch, image_rows, C]`."""
 
 
 class Family(ABC):
-    """One base-model architecture. A family holds no weights; it works on a loaded diffusers pipeline.
+    """One base-model architecture. A family does not hold weights; it works on a loaded diffusers pipeline.
 
     Attributes:
+        name: name in commands and manifests.
         pipeline_classes: names of the diffusers pipelines whose checkpoints belong to it.
-        guidance_scale: default of the guidance that the backbone has as an input; None for a family without it.
-        true_cfg_scale: default of true classifier-free guidance; 1 makes no negative pass.
+        guidance_scale: default of the embedded guidance, which is an input of the backbone; None for a family without it.
+        true_cfg_scale: default scale of true classifier-free guidance; 1 runs without a negative pass.
+        num_inference_steps: default number of denoising steps.
+        neutral_prompt: prompt that does not ask for an edit, for training.
         negative_prompt: default prompt of the negative pass.
-        usual_text_rows: most text rows of an engine that is compiled for a range, unless it is told.
-        text_reads_images: whether the text encoder sees the images, so that its output depends on them.
-        component_classes: classes that stand in for those in `model_index.json`, by component.
-        no_float16: why the family cannot compute in float16; None where it can.
+        usual_text_rows: default largest number of text rows of an engine that is compiled for a range.
+        text_reads_images: true if the text encoder also sees the images.
+        component_classes: replacements for classes in `model_index.json`, by component.
+        no_float16: reason why the family cannot compute in float16; None if it can.
     """
 
     name: ClassVar[str]
@@ -143,11 +149,21 @@ class Family(ABC):
     no_float16: ClassVar[str | None] = None
 
     def check_base(self, folder: Path, *, transformer: bool = True) -> dict[str, Any]:
-        """Check that the pipeline in `folder` is whole, as `slideredit_rt.checkpoint.check_pipeline` does."""
+        """Check that the pipeline in `folder` is complete (see `slideredit_rt.checkpoint.check_pipeline`).
+
+        Args:
+            folder: folder of the checkpoint.
+            transformer: check the transformer as well.
+        """
         return check_pipeline(folder, skip=() if transformer else ("transformer",), classes=self.component_classes)
 
     def load_pipeline(self, folder: Path, *, transformer: bool = True, dtype: torch.dtype = torch.float32) -> Any:
-        """The diffusers pipeline in `folder`; without its transformer when an engine will stand in for it.
+        """Load the diffusers pipeline in `folder`.
+
+        Args:
+            folder: folder of the checkpoint.
+            transformer: load the transformer; false if an engine replaces it.
+            dtype: dtype of the weights.
 
         Raises:
             SliderEditError: a component is missing or damaged.
@@ -158,89 +174,115 @@ class Family(ABC):
             return load_components(folder, lambda: diffusers.DiffusionPipeline.from_pretrained(folder, **options))
 
     def prepare_transformer(self, transformer: Any) -> None:  # noqa: B027
-        """Let a transformer take tensors where diffusers passes Python objects; diffusers' own calls work as before."""
+        """Make a transformer accept tensors where diffusers passes Python objects. Diffusers' own calls work as before."""
 
     @abstractmethod
     def rows_of(self, module_name: str) -> RowSet | None:
-        """Which rows the linear `module_name` projects; None where no slider may touch it."""
+        """Return which rows the linear `module_name` projects; None if sliders cannot scale it."""
 
     @abstractmethod
     def targets(self, kind: Kind, *, all_projections: bool = False) -> re.Pattern[str]:
-        """Names of the linears that an adapter of this kind is trained on (full match).
+        """Return a pattern for the names (full match) of the linears that an adapter of this kind is trained on.
 
-        By default those of the released adapters; with `all_projections` every one whose rows the kind may scale.
+        Args:
+            kind: `st` or `gst`.
+            all_projections: match every linear whose rows the kind can scale, instead of those of the released adapters.
         """
 
     @abstractmethod
     def input_specs(self, config: Mapping[str, Any]) -> list[TensorSpec]:
-        """The backbone's own tensor inputs, given the transformer's configuration."""
+        """Return the backbone's own inputs, without slider inputs, for a transformer's configuration."""
 
     @abstractmethod
     def output_spec(self, config: Mapping[str, Any]) -> TensorSpec:
-        """The backbone's own output."""
+        """Return the backbone's output for a transformer's configuration."""
 
     @abstractmethod
     def random_inputs(
         self, config: Mapping[str, Any], batch: int, text_rows: int, image_rows: int, generator: torch.Generator
     ) -> dict[str, Tensor]:
-        """Valid random inputs of the backbone, for export and verification; float32 on the CPU."""
+        """Make valid random inputs of the backbone on the CPU, for export and verification."""
 
     @abstractmethod
     def run(self, transformer: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Call the diffusers transformer with the inputs that `input_specs` names."""
+        """Call the diffusers transformer with the inputs listed by `input_specs`; return `[B, image_rows, C]`."""
 
     def side(self, pipeline: Any) -> int:
-        """Edge in pixels of the square that the base edits; 1024 where vae/config.json has no `sample_size`."""
+        """Return the edge of the square that the base edits, in pixels: the autoencoder's `sample_size`, else 1024."""
         return int(pipeline.vae.config.get("sample_size", 1024))
 
     def takes_several_images(self, pipeline: Any) -> bool:
-        """Whether an edit may have more than one source image."""
+        """Return whether an edit can have more than one source image."""
         return False
 
     @abstractmethod
     def max_text_rows(self, pipeline: Any) -> int:
-        """The most text rows that the backbone reads."""
+        """Return the largest number of text rows that the backbone reads."""
 
     @abstractmethod
     def tokenize(self, pipeline: Any, prompt: str, images: Sequence[Image.Image] = ()) -> list[PromptToken]:
-        """The untruncated tokens of a prompt with their characters and text rows.
+        """Return the untruncated tokens of a prompt with their characters and text rows.
 
         Args:
-            images: the edit's images, where the text encoder reads them ahead of the prompt; one square if none is given.
+            pipeline: diffusers pipeline.
+            prompt: text to tokenize.
+            images: images of the edit, if the text encoder reads them ahead of the prompt; one square if none is given.
         """
 
     @abstractmethod
     def encode_prompt(
         self, pipeline: Any, prompts: list[str], text_rows: int, images: Sequence[Sequence[Image.Image]] = ()
     ) -> dict[str, Tensor]:
-        """The text inputs of the backbone, one batch row per prompt.
+        """Encode prompts to the text inputs of the backbone, one batch row per prompt.
 
         Args:
-            text_rows: what prompts are padded or cut to; no more than `max_text_rows`.
-            images: the images of each prompt, where the text encoder reads them.
+            pipeline: diffusers pipeline.
+            prompts: texts to encode.
+            text_rows: number of rows that prompts are padded or truncated to, at most `max_text_rows`.
+            images: images of each prompt, if the text encoder reads them.
         """
 
     @abstractmethod
     def encode_image(self, pipeline: Any, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Packed latents `[B, rows, C]` of images `[B, 3, H, W]` in [−1, 1], and their position ids as the noisy image."""
+        """Encode images to latents.
+
+        Args:
+            pipeline: diffusers pipeline.
+            images: `[B, 3, H, W]` in [−1, 1].
+
+        Returns:
+            Packed latents `[B, rows, C]`, and position ids for their rows as rows of the noisy image.
+        """
 
     @abstractmethod
     def training_inputs(
         self, pipeline: Any, noisy: Tensor, reference: Tensor, ids: Tensor, text: Mapping[str, Tensor], sigma: Tensor
     ) -> dict[str, Tensor]:
-        """Backbone inputs of a training step; `noisy`, `reference`: `[B, rows, C]`, `sigma`: `[B]` in [0, 1]."""
+        """Return the backbone inputs of a training step.
+
+        Args:
+            pipeline: diffusers pipeline.
+            noisy: latents of the noisy image, `[B, rows, C]`.
+            reference: latents of the reference image, `[B, rows, C]`.
+            ids: position ids from `encode_image`.
+            text: text inputs from `encode_prompt`.
+            sigma: noise levels, `[B]` in [0, 1].
+        """
 
     @abstractmethod
     def encode_sources(self, pipeline: Any, images: Sequence[Image.Image]) -> EncodedImages:
-        """Encode the source images of an edit: one, or several where `takes_several_images`."""
+        """Encode the source images of an edit: one, or several if `takes_several_images`."""
 
     def draw_noise(self, pipeline: Any, height: int, width: int, seed: int) -> Tensor:
-        """Initial noise for an image of `height` × `width` pixels, float32 `[1, latent_rows, C]`, as diffusers draws it.
+        """Draw the initial noise as diffusers does; return float32 `[1, latent_rows, C]`.
 
         On the CPU, so that a seed gives the same noise whatever device an edit runs on.
 
         Args:
-            seed: one that `slideredit_rt.settings.check_seed` lets pass.
+            pipeline: diffusers pipeline.
+            height: height of the image, in pixels.
+            width: width of the image, in pixels.
+            seed: seed that passes `slideredit_rt.settings.check_seed`.
         """
         generator = torch.Generator().manual_seed(int(seed))
         shape = (1, pipeline.latent_channels, height, width)
@@ -256,13 +298,15 @@ class Family(ABC):
         guidance_scale: float | None,
         true_cfg_scale: float,
     ) -> Conditioning:
-        """Put the encoded parts of an edit together.
+        """Combine the encoded parts of an edit.
 
         Args:
-            text, negative: from `encode_prompt` with one prompt; no negative makes no negative pass.
-            latents: from `draw_noise`.
-            guidance_scale: None for a family without embedded guidance.
-            true_cfg_scale: of the guidance against `negative`.
+            sources: source images from `encode_sources`.
+            text: text inputs of one prompt from `encode_prompt`.
+            negative: text inputs of the negative prompt; None runs without a negative pass.
+            latents: noise from `draw_noise`.
+            guidance_scale: scale of the embedded guidance; None for a family without it.
+            true_cfg_scale: scale of the guidance away from `negative`.
         """
         shared = dict(sources.inputs)
         if guidance_scale is not None:
@@ -281,15 +325,20 @@ class Family(ABC):
 
     @abstractmethod
     def preprocess(self, pipeline: Any, image: Image.Image) -> Tensor:
-        """Resize to the size that the base model edits at: `[1, 3, H, W]` in [−1, 1]."""
+        """Resize an image to the size that the base edits; return `[1, 3, H, W]` in [−1, 1]."""
 
     def schedule(self, pipeline: Any, latent_rows: int, steps: int) -> Schedule:
         """Return the noise levels of a run, on the CPU.
 
-        By default as diffusers does for flow matching: the noise levels shift with the number of latent rows.
+        The default follows diffusers' flow matching, where noise levels shift with the number of latent rows.
+
+        Args:
+            pipeline: diffusers pipeline, for its scheduler.
+            latent_rows: rows of the edited image.
+            steps: denoising steps.
 
         Raises:
-            SliderEditError: a scheduler other than the Euler method for flow matching, or too few steps for it.
+            SliderEditError: the scheduler is not the Euler method for flow matching, or cannot make a schedule of this length.
         """
         scheduler = copy.deepcopy(pipeline.scheduler)
         config = scheduler.config
@@ -307,21 +356,21 @@ class Family(ABC):
         )
         sigmas = np.linspace(1.0, 1 / steps, steps)
         timesteps: Tensor = retrieve_timesteps(scheduler, steps, "cpu", sigmas=sigmas, mu=mu)[0]
-        # Stretching a schedule to a last noise level (`shift_terminal`) divides by zero where it has one step only.
+        # `shift_terminal` stretches a schedule to a last noise level, which divides by zero for a single step.
         if not torch.isfinite(timesteps).all():
-            raise SliderEditError(f"this base's scheduler cannot make a schedule of {steps} step; use at least 2")
+            raise SliderEditError(f"this base's scheduler cannot make a schedule of {steps} step; use at least 2 steps")
         return Schedule(timesteps / 1000, scheduler.sigmas.diff())
 
     @abstractmethod
     def decode_pixels(self, pipeline: Any, latents: Tensor, height: int, width: int) -> Tensor:
-        """Latents `[B, latent_rows, C]` to images `[B, 3, height, width]`, as the autoencoder gives them: about [−1, 1]."""
+        """Decode latents `[B, latent_rows, C]` to images `[B, 3, height, width]` in about [−1, 1], without clamping."""
 
     @torch.no_grad()
     def decode(self, pipeline: Any, latents: Tensor, height: int, width: int) -> Tensor:
-        """Latents `[B, latent_rows, C]` to images `[B, 3, height, width]` in [0, 1].
+        """Decode latents `[B, latent_rows, C]` to images `[B, 3, height, width]` in [0, 1].
 
-        A row that is not finite before or after the autoencoder is NaN throughout: clamping would make infinities look like
-        colours, and normalisation may bring them back into bounds.
+        An image that is not finite before or after the autoencoder is filled with NaN. Otherwise, clamping would turn
+        infinities into colours, and normalisation in the autoencoder could hide them.
         """
         pixels = self.decode_pixels(pipeline, latents, height, width)
         finite = latents.isfinite().flatten(1).all(1) & pixels.isfinite().flatten(1).all(1)
@@ -331,10 +380,12 @@ class Family(ABC):
     def batch_inputs(
         self, config: Mapping[str, Any], conditioning: Conditioning, alpha: Tensor, token_mask: Tensor
     ) -> dict[str, Tensor]:
-        """Backbone inputs for one batch of slider settings, allocated once and then updated in place by `predict`.
+        """Allocate the backbone inputs for one batch of slider settings, which `predict` then updates in place.
 
         Args:
-            alpha: float32 `[B, K]`.
+            config: configuration of the transformer.
+            conditioning: encoded edit.
+            alpha: float32 `[B, K]`, for a bank `[B, K, G]`.
             token_mask: bool `[B, K, S]`.
         """
         batch = len(alpha)
@@ -352,9 +403,9 @@ class Family(ABC):
     def negative_inputs(
         self, config: Mapping[str, Any], conditioning: Conditioning, inputs: Mapping[str, Tensor]
     ) -> dict[str, Tensor] | None:
-        """Backbone inputs of the negative pass that belongs to `inputs`, from `batch_inputs`; None where there is none.
+        """Return the backbone inputs of the negative pass for `inputs` from `batch_inputs`; None without a negative pass.
 
-        No slider acts in them: every alpha is 0 and every mask empty. Latents and timestep are those of `inputs`, shared.
+        Sliders are off: every alpha is 0 and every mask is empty. Latents and timestep are shared with `inputs`.
         """
         if conditioning.negative is None:
             return None
@@ -374,13 +425,15 @@ class Family(ABC):
         negative: Mapping[str, Tensor] | None = None,
         true_cfg_scale: float | Tensor = 1.0,
     ) -> Tensor:
-        """The velocity for `latents` `[B, latent_rows, C]` at a timestep in [0, 1].
+        """Predict the velocity for latents at one timestep; return `[B, latent_rows, C]`.
 
         Args:
-            timestep: from a `Schedule`, on the device of the inputs: one for all rows, or `[B]`.
-            inputs: from `batch_inputs`.
-            negative: from `negative_inputs`; None makes one pass without guidance.
-            true_cfg_scale: of the guidance between the two passes.
+            backbone: function that runs the backbone, such as an engine.
+            inputs: backbone inputs from `batch_inputs`, updated in place.
+            latents: `[B, latent_rows, C]`.
+            timestep: noise level in [0, 1] from a `Schedule`, one for all rows or `[B]`.
+            negative: inputs of the negative pass from `negative_inputs`; None runs a single pass without guidance.
+            true_cfg_scale: scale of the guidance between the two passes; `[B, 1, 1]` gives each row its own.
         """
         rows = latents.shape[1]
         inputs["hidden_states"][:, :rows].copy_(latents)
@@ -388,9 +441,15 @@ class Family(ABC):
         prediction = backbone(inputs)[:, :rows]
         if negative is None:
             return prediction
-        # An engine's output is a buffer that its next call may write.
+        # Clone, because an engine's next call may overwrite its output.
         return self.guide(prediction.clone(), backbone(negative)[:, :rows], true_cfg_scale)
 
     def guide(self, prediction: Tensor, negative: Tensor, scale: float | Tensor) -> Tensor:
-        """Classifier-free guidance between two passes' predictions, `[B, latent_rows, C]`; a scale may be `[B, 1, 1]`."""
+        """Apply classifier-free guidance to the predictions of two passes, `[B, latent_rows, C]`.
+
+        Args:
+            prediction: prediction of the pass with the prompt.
+            negative: prediction of the negative pass.
+            scale: scale of the guidance; `[B, 1, 1]` gives each row its own.
+        """
         return negative + scale * (prediction - negative)

@@ -22,17 +22,19 @@ _SINGLE_LINEARS = rf"({_SINGLE_ATTENTION}|single_transformer_blocks\.\d+\.proj_(
 
 
 class FluxKontext(Family):
+    """The FLUX.1-Kontext family."""
+
     name = "flux_kontext"
     pipeline_classes = ("FluxKontextPipeline",)
     # The paper's inference settings for FLUX.1-Kontext.
     guidance_scale = 3.5
     num_inference_steps = 28
     neutral_prompt = "keep the image the same"
-    no_float16 = "its activations exceed 65504, the largest float16, and turn into infinities"
+    no_float16 = "its activations exceed 65504, the largest float16 value, and become infinite"
 
     def load_pipeline(self, folder: Path, *, transformer: bool = True, dtype: torch.dtype = torch.float32) -> Any:
         pipeline = super().load_pipeline(folder, transformer=transformer, dtype=dtype)
-        # Convolutions prefer it: a batch is decoded in two thirds of the time on a CPU.
+        # On a CPU, convolutions are faster in this layout: decoding a batch takes two thirds of the time.
         pipeline.vae.to(memory_format=torch.channels_last)
         return pipeline
 
@@ -47,8 +49,8 @@ class FluxKontext(Family):
     def targets(self, kind: Kind, *, all_projections: bool = False) -> re.Pattern[str]:
         if kind == "st":
             return re.compile(_TEXT_LINEARS)
-        # The released GST adapters' q/k/v suffixes also match the single-stream blocks: 342 modules on the full model.
-        # All projections are 418.
+        # The q/k/v suffixes of the released GST adapters also match the single-stream blocks, so they have 342 modules on the
+        # full model. All projections would be 418.
         single = _SINGLE_LINEARS if all_projections else _SINGLE_ATTENTION
         return re.compile(rf"{_TEXT_LINEARS}|{_IMAGE_LINEARS}|{single}")
 
@@ -88,7 +90,7 @@ class FluxKontext(Family):
         return output
 
     def max_text_rows(self, pipeline: Any) -> int:
-        # FLUX reads at most 512 T5 tokens; a smaller base says so in its tokenizer.
+        # FLUX reads at most 512 T5 tokens. The tokenizer of a smaller base has a smaller limit.
         return min(512, int(pipeline.tokenizer_2.model_max_length))
 
     def tokenize(self, pipeline: Any, prompt: str, images: Sequence[Image.Image] = ()) -> list[PromptToken]:
@@ -102,7 +104,7 @@ class FluxKontext(Family):
         self, pipeline: Any, prompts: list[str], text_rows: int, images: Sequence[Sequence[Image.Image]] = ()
     ) -> dict[str, Tensor]:
         embeds, pooled, txt_ids = pipeline.encode_prompt(prompt=prompts, prompt_2=None, max_sequence_length=text_rows)
-        # Constants of the ids are float32 whatever the pipeline's dtype: bfloat16 cannot count past 256.
+        # Position ids are float32 for any pipeline dtype, because bfloat16 cannot represent all integers above 256.
         return {
             "encoder_hidden_states": embeds.float(),
             "pooled_projections": pooled.float(),
@@ -114,7 +116,7 @@ class FluxKontext(Family):
         multiple = pipeline.vae_scale_factor * 2
         aspect = image.width / image.height
         if side == 1024:
-            # The resolutions that Kontext was trained on.
+            # Kontext was trained on these resolutions.
             _, width, height = min((abs(aspect - w / h), w, h) for w, h in PREFERRED_KONTEXT_RESOLUTIONS)
         else:
             width = max(1, round(side * aspect**0.5 / multiple)) * multiple
@@ -130,7 +132,7 @@ class FluxKontext(Family):
         return pipeline._pack_latents(latents, batch, channels, height, width), ids
 
     def _reference_ids(self, ids: Tensor) -> Tensor:
-        # Kontext tells the reference image from the noisy one by the first coordinate.
+        # Kontext distinguishes the reference image from the noisy one by the first coordinate.
         ids = ids.clone()
         ids[:, 0] = 1
         return ids

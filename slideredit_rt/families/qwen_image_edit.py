@@ -1,5 +1,7 @@
-"""Qwen-Image-Edit: 60 dual-stream blocks; text rows from a vision-language model that reads the chat template, the images
-and the prompt; true classifier-free guidance. With `QwenImageEditPlusPipeline` (2509, 2511) an edit takes several images.
+"""Qwen-Image-Edit: 60 dual-stream blocks and true classifier-free guidance.
+
+Its text rows come from a vision-language model that reads the chat template, the images and the prompt. With
+`QwenImageEditPlusPipeline` (2509, 2511), an edit takes several images.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from slideredit_rt.sliders import PromptToken
 
 _TEXT_LINEARS = r"transformer_blocks\.\d+\.(attn\.(add_[qkv]_proj|to_add_out)|txt_mlp\.net\.(0\.proj|2))"
 _IMAGE_LINEARS = r"transformer_blocks\.\d+\.(attn\.(to_[qkv]|to_out\.0)|img_mlp\.net\.(0\.proj|2))"
-# How the Plus pipeline introduces each image to the text encoder, ahead of the prompt.
+# The Plus pipeline puts this line ahead of the prompt for each image.
 _IMAGE = "Picture {}: <|vision_start|><|image_pad|><|vision_end|>"
 _IMAGE_TOKEN = "<|image_pad|>"
 _ROTARY_ROWS = 4096  # positions that diffusers has rotary frequencies for
@@ -36,21 +38,22 @@ _ROTARY_THETA = 10000.0
 
 
 class SourceImageProcessor(Qwen2VLProcessor):
-    """Transformers' processor without its video half, which cannot be created without torchvision."""
+    """Transformers' processor without its video part, which needs torchvision."""
 
     def __init__(self, image_processor: Any = None, tokenizer: Any = None, chat_template: Any = None) -> None:
-        # Transformers takes the parts of a processor from the names of these parameters.
+        # Transformers derives the components of a processor from the names of these parameters.
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _JointRows:
-    """What the blocks need to know about the rows of a call, text rows first; stands in for diffusers' `img_shapes`.
+    """Tensors that describe the rows of a call, text rows first. They replace diffusers' `img_shapes`.
 
     Attributes:
-        cos, sin: float32 `[text_rows + image_rows, attention_head_dim / 2]`.
-        mask: bool `[batch, 1, 1, text_rows + image_rows]`, the rows that are attended to.
-        reference: bool `[image_rows]`, rows that are modulated with timestep 0; None where the base has no such.
+        cos: rotary cosines, float32 `[text_rows + image_rows, attention_head_dim / 2]`.
+        sin: rotary sines, float32 `[text_rows + image_rows, attention_head_dim / 2]`.
+        mask: rows that are attended to, bool `[batch, 1, 1, text_rows + image_rows]`.
+        reference: rows that are modulated with timestep 0, bool `[image_rows]`; None for a base without them.
     """
 
     cos: Tensor
@@ -59,12 +62,13 @@ class _JointRows:
     reference: Tensor | None
 
     def __iter__(self) -> Iterator[Any]:
-        # A transformer with `zero_cond_t` makes an index from the images' shapes, which `_give_reference_rows` replaces.
+        # A transformer with `zero_cond_t` iterates over the image shapes to make an index, which `_give_reference_rows`
+        # replaces.
         return iter(())
 
 
 class _RotaryInputs(nn.Module):
-    """Position embedding that hands on tables which are inputs of the call."""
+    """Position embedding that passes on tables that are inputs of the call."""
 
     def __init__(self, original: nn.Module) -> None:
         super().__init__()
@@ -75,7 +79,7 @@ class _RotaryInputs(nn.Module):
 
 
 class _RealRotaryProcessor(QwenDoubleStreamAttnProcessor2_0):
-    """Joint attention with real-valued rotary tables: TensorRT has no complex numbers."""
+    """Joint attention with real-valued rotary tables, because TensorRT does not support complex numbers."""
 
     def __call__(
         self,
@@ -122,7 +126,7 @@ class _RealRotaryProcessor(QwenDoubleStreamAttnProcessor2_0):
 
 
 def _rotate(x: Tensor, rows: _JointRows) -> Tensor:
-    """Rotate neighbouring pairs of channels; x `[B, rows, heads, channels]`, computed in float32."""
+    """Rotate neighbouring pairs of channels of x `[B, rows, heads, channels]`, in float32."""
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = rows.cos[:, None], rows.sin[:, None]
     return torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2).type_as(x)
@@ -131,8 +135,8 @@ def _rotate(x: Tensor, rows: _JointRows) -> Tensor:
 def _give_reference_rows(
     block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Forward hook of a block: the index of rows modulated with timestep 0 is an input of the call, too."""
-    # Gradient checkpointing passes everything by position, the index last.
+    """Pass the index of rows that are modulated with timestep 0 to a block (a forward pre-hook)."""
+    # Gradient checkpointing passes all arguments by position, the index last.
     rows = kwargs.get("image_rotary_emb", args[4] if args else None)
     if not isinstance(rows, _JointRows):
         return args, kwargs
@@ -140,7 +144,7 @@ def _give_reference_rows(
 
 
 class _HalveBatch(TorchFunctionMode):
-    """Cuts in two along the batch by slicing: tracing cannot prove that `chunk` of a dynamic size 2 B gives two parts."""
+    """Replacement of `chunk` by slicing: tracing cannot prove that `chunk` of a dynamic batch 2 B gives two parts."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -151,13 +155,13 @@ class _HalveBatch(TorchFunctionMode):
 
 
 def _positions(height: int, width: int, image: int) -> Tensor:
-    """Rotary positions of an image's rows, float32 `[height · width, 3]`: the image's number, y and x from its centre."""
+    """Return rotary positions of an image's rows, float32 `[height · width, 3]`: image number, y and x from the centre."""
     y, x = (torch.arange(size, dtype=torch.float32) - (size - size // 2) for size in (height, width))
     return torch.cartesian_prod(torch.tensor([float(image)]), y, x)
 
 
 def _tables(config: Mapping[str, Any], positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of float32 positions `[rows, 3]`, each float32 `[rows, attention_head_dim / 2]`."""
+    """Return cosines and sines of float32 positions `[rows, 3]`, each float32 `[rows, attention_head_dim / 2]`."""
     angles = []
     for axis, channels in enumerate(config["axes_dims_rope"]):
         exponents = torch.arange(0, channels, 2, dtype=torch.float32, device=positions.device) / channels
@@ -167,9 +171,9 @@ def _tables(config: Mapping[str, Any], positions: Tensor) -> tuple[Tensor, Tenso
 
 
 def _row_inputs(config: Mapping[str, Any], positions: Tensor, text_rows: int) -> dict[str, Tensor]:
-    """The backbone's inputs that describe rows, from the positions of the image rows.
+    """Return the backbone inputs that describe rows, from the positions of the image rows.
 
-    Text rows go on from the largest coordinate of any image, the same on all three axes.
+    The positions of text rows continue from the largest coordinate of any image, equal on all three axes.
     """
     first = positions[:, 1:].max() + 1
     text = (first + torch.arange(text_rows, dtype=torch.float32, device=positions.device))[:, None].expand(-1, 3)
@@ -188,6 +192,8 @@ def _channels(values: tuple[float, ...], device: torch.device, dtype: torch.dtyp
 
 
 class QwenImageEdit(Family):
+    """The Qwen-Image-Edit family."""
+
     name = "qwen_image_edit"
     pipeline_classes = ("QwenImageEditPipeline", "QwenImageEditPlusPipeline")
     # The paper's inference settings for Qwen-Image-Edit.
@@ -196,7 +202,7 @@ class QwenImageEdit(Family):
     num_inference_steps = 40
     neutral_prompt = "keep the image the same"
     negative_prompt = " "
-    # An image of 1024² takes about 1,370 of them.
+    # An image of 1024² pixels takes about 1,370 text rows.
     usual_text_rows = 1536
     text_reads_images = True
     component_classes: ClassVar[Mapping[str, Any]] = {"processor": SourceImageProcessor}
@@ -216,7 +222,7 @@ class QwenImageEdit(Family):
         return "image" if re.fullmatch(_IMAGE_LINEARS, module_name) else None
 
     def targets(self, kind: Kind, *, all_projections: bool = False) -> re.Pattern[str]:
-        # There are no others: 360 and 720 linears on the full model.
+        # 360 and 720 linears on the full model; there are no further projections.
         return re.compile(_TEXT_LINEARS if kind == "st" else f"{_TEXT_LINEARS}|{_IMAGE_LINEARS}")
 
     def input_specs(self, config: Mapping[str, Any]) -> list[TensorSpec]:
@@ -280,17 +286,17 @@ class QwenImageEdit(Family):
         return min(_ROTARY_ROWS, int(pipeline.tokenizer.model_max_length)) - int(pipeline.prompt_template_encode_start_idx)
 
     def _size(self, pipeline: Any, image: Image.Image, *, vision: bool = False) -> tuple[int, int]:
-        """Height and width that diffusers resizes an image to, for the autoencoder or for the text encoder (`vision`)."""
+        """Return the height and width to which diffusers resizes an image for the autoencoder or (`vision`) text encoder."""
         side = self.side(pipeline)
         if vision and self.takes_several_images(pipeline):
             side = side * 3 // 8  # 384 of 1024
         width, height = calculate_dimensions(side * side, image.width / image.height)
         if not width or not height:
-            raise SliderEditError(f"the image is {image.width}×{image.height} pixels, too narrow to edit; crop it")
+            raise SliderEditError(f"the image of {image.width}×{image.height} pixels is too narrow to edit; crop it")
         return height, width
 
     def _vision_images(self, pipeline: Any, images: Sequence[Image.Image]) -> list[Image.Image]:
-        """The images as the text encoder is shown them; a black square stands in where there are none."""
+        """Return the images as the text encoder sees them; a black square if there are none."""
         images = images or [Image.new("RGB", (8, 8))]
         return [pipeline.image_processor.resize(image, *self._size(pipeline, image, vision=True)) for image in images]
 
@@ -300,7 +306,7 @@ class QwenImageEdit(Family):
         before = "".join(_IMAGE.format(i + 1) for i in range(len(shown))) if _IMAGE_TOKEN not in template else ""
         tokenizer, image_processor = pipeline.processor.tokenizer, pipeline.processor.image_processor
         encoded = tokenizer(template.format(before + prompt), return_offsets_mapping=True, verbose=False)
-        # Each image's one token grows to as many as its merged patches, all ahead of the prompt.
+        # The single token of each image is expanded to one per merged patch, all ahead of the prompt.
         patches = image_processor(images=shown, return_tensors="pt")["image_grid_thw"].prod(dim=1)
         grown = int((patches // image_processor.merge_size**2 - 1).sum())
         first = template.index("{}") + len(before)
@@ -311,8 +317,7 @@ class QwenImageEdit(Family):
                 start, end = start - first, end - first
                 if number in special:
                     raise SliderEditError(
-                        f"the prompt holds {prompt[start:end]!r}, which has a meaning of its own to this base's text encoder; "
-                        "leave it out"
+                        f"the prompt contains {prompt[start:end]!r}, a special token of this base's text encoder; remove it"
                     )
                 row = index + grown - pipeline.prompt_template_encode_start_idx
                 tokens.append(PromptToken(prompt[start:end], start, end, row))
@@ -321,10 +326,12 @@ class QwenImageEdit(Family):
     def encode_prompt(
         self, pipeline: Any, prompts: list[str], text_rows: int, images: Sequence[Sequence[Image.Image]] = ()
     ) -> dict[str, Tensor]:
-        """As the base class says; fewer rows than `text_rows` where no prompt needs them, and a mask of those that each has.
+        """Encode prompts with their images (see `Family.encode_prompt`).
+
+        The result has only as many rows as the longest prompt needs, and a mask of each prompt's rows.
 
         Raises:
-            SliderEditError: a prompt with its images takes more than `text_rows` rows.
+            SliderEditError: a prompt and its images need more than `text_rows` rows.
         """
         embeds = []
         for index, prompt in enumerate(prompts):
@@ -333,7 +340,7 @@ class QwenImageEdit(Family):
         longest = max(map(len, embeds))
         if longest > text_rows:
             raise SliderEditError(
-                f"the prompt and its images take {longest} text rows and this base reads {text_rows}; shorten the prompt"
+                f"the prompt and its images need {longest} text rows, but this base reads {text_rows}; shorten the prompt"
             )
         mask = torch.tensor([[row < len(e) for row in range(longest)] for e in embeds], device=embeds[0].device)
         return {"encoder_hidden_states": pad_sequence(embeds, batch_first=True), "encoder_hidden_states_mask": mask}
@@ -352,7 +359,7 @@ class QwenImageEdit(Family):
     def training_inputs(
         self, pipeline: Any, noisy: Tensor, reference: Tensor, ids: Tensor, text: Mapping[str, Tensor], sigma: Tensor
     ) -> dict[str, Tensor]:
-        # The reference is image 1, the noisy one image 0.
+        # The noisy image is number 0 and the reference is number 1.
         positions = torch.cat([ids, ids + ids.new_tensor([1, 0, 0])])
         return {
             **text,
@@ -366,7 +373,7 @@ class QwenImageEdit(Family):
         pixels = [self.preprocess(pipeline, image).to(pipeline.vae.device) for image in images]
         reference = torch.cat([self.encode_image(pipeline, p)[0] for p in pixels], dim=1)
         sizes = [tuple(p.shape[-2:]) for p in pixels]
-        # The edited image takes the shape of the last one.
+        # The edited image has the shape of the last source image.
         height, width = sizes[-1]
         patch = pipeline.vae_scale_factor * 2
         grids = [(h // patch, w // patch) for h, w in [(height, width), *sizes]]
@@ -382,7 +389,7 @@ class QwenImageEdit(Family):
         return super().batch_inputs(config, with_rows, alpha, token_mask)
 
     def guide(self, prediction: Tensor, negative: Tensor, scale: float | Tensor) -> Tensor:
-        """As diffusers does: extrapolated, and each row scaled back to the norm that it has without guidance."""
+        """Apply guidance as diffusers does: extrapolate, then rescale each row to its norm without guidance."""
         guided = super().guide(prediction, negative, scale)
         before, after = (torch.linalg.vector_norm(v, dim=-1, keepdim=True) for v in (prediction, guided))
         rescaled: Tensor = guided * (before / after)

@@ -1,4 +1,4 @@
-"""Serving: many edits share one engine, step by step."""
+"""Serving: concurrent edits share one engine, batched per denoising step."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # The command's parser reads one of these modules; it should not wait for diffusers.
+    # The command line reads `serving.settings`; importing the service as well would load diffusers, which takes seconds.
     if name in __all__:
         module = {"EditService": "service", "Ticket": "job"}.get(name, "requests")
         return getattr(import_module(f"slideredit_rt.serving.{module}"), name)

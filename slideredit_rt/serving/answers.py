@@ -1,4 +1,4 @@
-"""A submitted edit, and the answers that are made of it: one JSON object, or server-sent events as it goes."""
+"""Responses to a submitted edit: one JSON object, or a stream of server-sent events."""
 
 from __future__ import annotations
 
@@ -26,17 +26,19 @@ from slideredit_rt.serving.schemas import EditedImage, EditResponse, InputTokens
 from slideredit_rt.serving.service import EditService
 
 Work = Callable[[Callable[[], str]], Awaitable[str]]
-"""Runs a function on another thread."""
+"""Runner of a function on another thread."""
 
 
 class Running:
-    """An edit that was submitted, until it is done or its client goes away.
+    """A submitted edit, followed until it is done or its client disconnects.
 
     Args:
-        receive: of the request, whose body has been read: what comes next is the end of the connection.
+        service: the service to submit to.
+        request: the edit.
+        receive: ASGI channel of the HTTP request. Its body has been read, so the next message is the disconnect.
 
     Raises:
-        SliderEditError: the service takes no request now.
+        SliderEditError: the service rejects the request.
     """
 
     def __init__(self, service: EditService, request: EditRequest, receive: Receive) -> None:
@@ -45,7 +47,7 @@ class Running:
         self._events = events
 
         def tell(event: Any) -> None:
-            # The loop is closed when the server was stopped at once: nobody waits then.
+            # The loop is closed if the server was stopped without draining; nothing waits for the event then.
             with suppress(RuntimeError):
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
@@ -59,11 +61,11 @@ class Running:
         self._events.put_nowait(None)
 
     async def next(self) -> Partial | list[Image.Image]:
-        """The next partial image, or all images.
+        """Wait for the next partial image, or for all images.
 
         Raises:
             SliderEditError: the edit failed.
-            ClientDisconnect: nobody waits for it any more.
+            ClientDisconnect: the client closed the connection.
         """
         event = await self._events.get()
         if event is None:
@@ -71,27 +73,29 @@ class Running:
         return event.result() if isinstance(event, Future) else event
 
     async def images(self) -> list[Image.Image]:
-        """All images; raises as `next`."""
+        """Wait for all images; raises as `next` does."""
         while isinstance(event := await self.next(), Partial):
             pass
         return event
 
     def close(self) -> None:
-        """Let go: an edit that is not done frees its slot."""
+        """Stop watching the connection and cancel the edit if it is not done, which frees its slot."""
         self._watch.cancel()
         self._ticket.cancel()
 
 
 @dataclass(frozen=True)
 class Form:
-    """How the answer to an edit is written.
+    """Format of the response to an edit.
 
     Attributes:
-        seeds, strengths: of each image.
-        strip: slider's instruction, if the images are to be laid side by side.
-        text_tokens: of the prompt.
-        pixels_per_row: of an image row of the backbone.
-        other_rows: image rows of the source images before the last one, whose size the edit has.
+        output_format: image format.
+        compression: `output_compression` of the request, 0 to 100.
+        seeds, strengths: seed and slider strengths of each image.
+        strip: the swept slider's instruction and index if the images are laid side by side in one, else None.
+        text_tokens: number of tokens in the prompt.
+        pixels_per_row: pixels that one image row of the backbone stands for.
+        other_rows: image rows of all source images but the last, which has the size of the edit.
     """
 
     output_format: OutputFormat
@@ -104,7 +108,7 @@ class Form:
     other_rows: int = 0
 
     def usage(self, size: tuple[int, int], images: int) -> Usage:
-        # The last source is encoded at the size that it is edited at.
+        # The last source image is encoded at the size of the edit.
         rows = size[0] * size[1] // self.pixels_per_row
         inputs = InputTokens(text_tokens=self.text_tokens, image_tokens=self.other_rows + rows)
         total = inputs.text_tokens + inputs.image_tokens
@@ -119,7 +123,7 @@ class Form:
         return encode_image_file(image, self.output_format, self.compression)
 
     def response(self, images: Sequence[Image.Image]) -> EditResponse:
-        """The whole answer."""
+        """Return the response with all images."""
         usage = self.usage(images[0].size, len(images))
         if self.strip is not None:
             title, index = self.strip
@@ -144,7 +148,7 @@ def _event(kind: str, data: dict[str, Any]) -> bytes:
 
 
 class EventStream(Response):
-    """Server-sent events: partial images as they come, then one event per finished image, or one for an error."""
+    """Server-sent events: partial images as they become ready, then one event per finished image, or one for an error."""
 
     media_type = "text/event-stream"
 
@@ -194,5 +198,5 @@ class EventStream(Response):
 
 
 def error_event(fault: Fault) -> bytes:
-    """What a stream ends with when its edit failed after it began."""
+    """Return the event that ends a stream whose edit failed."""
     return _event("error", fault.body)

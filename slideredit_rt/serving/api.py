@@ -1,4 +1,4 @@
-"""What the routes of the HTTP API do: fields to a request of the service, and its images to an answer."""
+"""Logic of the HTTP routes: turn request fields into a service request, and its images into a response."""
 
 from __future__ import annotations
 
@@ -43,7 +43,10 @@ T = TypeVar("T")
 
 
 class Tokens:
-    """Tokens of prompts; safe between threads. Its tokenizers are its own, so that none waits for the editor's encodings."""
+    """Thread-safe tokenizer of prompts.
+
+    It has copies of the editor's tokenizers, so that it never waits for an encoding.
+    """
 
     def __init__(self, editor: SliderEditor) -> None:
         self.editor = editor
@@ -60,13 +63,13 @@ class Tokens:
 
 
 class Api:
-    """What the routes do.
+    """Logic of the HTTP routes.
 
     Args:
         service: runs the edits.
-        model: its name to clients.
-        limits: of one request.
-        preview_steps: of a preview that names none.
+        model: model name for clients.
+        limits: limits of one request.
+        preview_steps: denoising steps of previews that do not set num_inference_steps.
     """
 
     def __init__(self, service: EditService, model: str, limits: Limits, preview_steps: int) -> None:
@@ -96,11 +99,17 @@ class Api:
         )
 
     async def work(self, function: Callable[[], T]) -> T:
-        """Run a function on one of a few threads, so that no more images are unpacked at once."""
+        """Run a function on one of a few threads, which bounds how many images are decoded at once."""
         return await to_thread.run_sync(function, limiter=self._workers)
 
     async def edit(self, request: Request) -> Response:
-        """The answer to an edit; raises `Fault`, `SliderEditError` and `ClientDisconnect`."""
+        """Handle a request for an edit.
+
+        Raises:
+            Fault: the body is malformed or over a limit.
+            SliderEditError: the edit failed or is impossible.
+            ClientDisconnect: the client closed the connection.
+        """
         fields, files = await read_edit(request, EditFields, self.limits)
         edit, form = await self.work(lambda: self._submission(fields, files))
         with ExitStack() as stack:
@@ -110,13 +119,13 @@ class Api:
                 images = await running.images()
                 body = await self.work(lambda: form.response(images).model_dump_json())
                 return Response(body, media_type="application/json")
-            # The first event decides about the status: what fails before it is an error like any other.
+            # Wait for the first event before sending the status, so that earlier failures get an error status.
             first = await running.next()
             stack.pop_all()
             return EventStream(running, first, form, self.work)
 
     def _submission(self, fields: EditFields, files: Sequence[bytes]) -> tuple[EditRequest, Form]:
-        """What to submit for these fields, and how to write its answer."""
+        """Return the request to submit for these fields, and the format of its response."""
         self.check_model(fields.model)
         sliders = self._sliders(fields)
         strengths = self._strengths(fields, sliders)
@@ -155,45 +164,45 @@ class Api:
         return request, form
 
     def _strengths(self, fields: EditFields, sliders: Sequence[Slider]) -> tuple[tuple[float, ...], ...]:
-        """The strengths of each image: n times the sliders' own, or those of a sweep."""
+        """Return the slider strengths of each image: the sliders' own n times, or those of a sweep."""
         own = tuple(slider.strength for slider in sliders)
         n = fields.n or 1
         if (sweep := fields.sweep) is not None:
             self._check_sweep(sweep, fields, len(sliders))
             return tuple((*own[: sweep.slider], s, *own[sweep.slider + 1 :]) for s in sweep.strengths)
         if (last := fields.seed + n - 1) not in SEEDS:
-            message = f"seed is {fields.seed} and n is {n}, so that the last seed would be {last}; give at most {SEEDS[-1]}"
+            message = f"seed is {fields.seed} and n is {n}, so the last seed would be {last}; the largest is {SEEDS[-1]}"
             raise Fault(400, message, param="seed", code="seed_too_large")
         return (own,) * n
 
     def _check_sweep(self, sweep: SweepField, fields: EditFields, sliders: int) -> None:
         if sweep.slider >= sliders:
-            message = f"sweep.slider is {sweep.slider} and there are {sliders} slider(s), counted from 0"
+            message = f"sweep.slider is {sweep.slider}, but the last slider has index {sliders - 1}"
             raise Fault(400, message, param="sweep.slider", code="no_such_slider")
         n = fields.n or 1
         if n > 1 or (sweep.strip and fields.stream):
-            other = f"n is {n}" if n > 1 else "its strip is one image that is made last"
-            raise Fault(400, f"a sweep goes with neither: {other}; leave one out", param="sweep", code="sweep_alone")
+            what, other = ("a sweep", "n > 1") if n > 1 else ("a strip", "stream")
+            raise Fault(400, f"{what} cannot be combined with {other}; remove one of them", param="sweep", code="sweep_alone")
 
     def _check_strip(self, size: tuple[int, int], output_format: OutputFormat) -> None:
         if output_format != "png" and (reason := cannot_hold(output_format.upper(), size)) is not None:
             raise Fault(
                 400,
-                f"the strip would have {size[0]}×{size[1]} pixels and output_format {output_format!r} cannot hold them "
-                f"({reason}); ask for png, or for fewer strengths",
+                f"the strip has {size[0]}×{size[1]} pixels, too large for output_format {output_format!r} ({reason}); "
+                "use png, or fewer strengths",
                 param="output_format",
                 code="strip_too_large",
             )
 
     def _sources(self, fields: EditFields, files: Sequence[bytes]) -> tuple[Image.Image, ...]:
-        """The images to edit: those of the form, then those in the fields, as they stand there."""
+        """Decode the images to edit: first the files of the form, then `image` and `images` in the fields."""
         texts = [("image", text) for text in ([fields.image] if isinstance(fields.image, str) else fields.image or [])]
         texts += [("images", image.image_url) for image in fields.images or []]
         count = len(files) + len(texts)
         if not 1 <= count <= self.max_images:
             wanted = "one" if self.max_images == 1 else f"1 to {self.max_images}"
             code = "one_image" if self.max_images == 1 else "number_of_images"
-            raise Fault(400, f"{count} images were sent; send {wanted} as image", param="image", code=code)
+            raise Fault(400, f"{count} images were sent; send {wanted}, in the field image", param="image", code=code)
         sources = [*files, *(image_bytes(text, param) for param, text in texts)]
         names = ["the image"] if count == 1 else [f"image {number}" for number in range(1, count + 1)]
         return tuple(
@@ -202,11 +211,11 @@ class Api:
         )
 
     def _sliders(self, fields: EditFields) -> tuple[Slider, ...]:
-        """The sliders, or one for the whole prompt."""
+        """Return the sliders, or one for the whole prompt if there are none."""
         if fields.sliders is not None:
             return tuple(Slider(s.instruction, s.strength, s.adapter) for s in fields.sliders)
         if fields.prompt is None:
-            raise Fault(400, "neither a prompt nor sliders were given; say what to edit", param="prompt", code="missing")
+            raise Fault(400, "the request has neither prompt nor sliders; give one of them", param="prompt", code="missing")
         return (Slider(fields.prompt, adapter=next(iter(self.editor.members), None)),)
 
     def _check_size(self, size: str | None, images: Sequence[Image.Image]) -> None:
@@ -214,16 +223,16 @@ class Api:
             return
         width, height = self.editor.edited_size(images)
         if size != f"{width}x{height}":
-            message = f"size is {size[:40]!r} and this engine edits this image at {width}x{height}; give that, or auto"
+            message = f"size is {size[:40]!r}, but this image is edited at {width}x{height}; give that size, or auto"
             raise Fault(400, message, param="size", code="invalid_size")
 
     def check_model(self, name: str | None) -> None:
         if name is not None and name != self.model.id:
-            message = f"the model {name[:80]!r} is not served here; this is {self.model.id!r}"
+            message = f"the model {name[:80]!r} is not served here; use {self.model.id!r}"
             raise Fault(404, message, param="model", code="model_not_found")
 
     def spans(self, fields: SpansFields) -> SpansResponse:
-        """The tokens of a prompt and whose they are."""
+        """Return the tokens of a prompt, each with the slider that owns it."""
         sliders = [Slider(s.instruction, adapter=s.adapter) for s in fields.sliders]
         prompt = normalise(fields.prompt) if fields.prompt else compose_prompt([s.instruction for s in sliders])
         tokens = self.tokens.of(prompt)

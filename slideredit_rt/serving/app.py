@@ -1,4 +1,4 @@
-"""The HTTP API: OpenAI's image edits with sliders, health, metrics, and the page."""
+"""HTTP application: OpenAI's image edits API with sliders, health checks, metrics, and the web page."""
 
 from __future__ import annotations
 
@@ -39,16 +39,16 @@ from slideredit_rt.serving.settings import ServeSettings
 from slideredit_rt.serving.static import serve_page
 
 PREVIEW_STEPS = ServeSettings.preview_steps
-"""Denoising steps of a preview that names none."""
+"""Denoising steps of previews that do not set num_inference_steps."""
 
-_CLIENT_GONE = 499  # nobody reads it; the metrics count it
+_CLIENT_GONE = 499  # for the metrics; no client is left to read it
 _PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGP4//8/AAX+Av4N70a4AAAAAElFTkSuQmCC"
 
 _Responses = dict[int | str, dict[str, Any]]
 
 
 class _App(FastAPI):
-    """FastAPI whose description holds the models of bodies that are read by hand."""
+    """FastAPI with the models of hand-read bodies in its OpenAPI description."""
 
     def openapi(self) -> dict[str, Any]:
         if self.openapi_schema is None:
@@ -61,7 +61,7 @@ class _App(FastAPI):
 
 
 class _Outermost:
-    """Counts answers by route, answers HEAD as GET without a body, and forbids browsers to guess at media types."""
+    """Outermost middleware: counts responses by route, answers HEAD as GET without a body, and sends `nosniff`."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self.app = app
@@ -94,15 +94,15 @@ class _Outermost:
 
 
 class _Key(HTTPBearer):
-    """Lets requests pass that bring the key."""
+    """Dependency that rejects requests without the API key."""
 
     def __init__(self, key: str) -> None:
-        super().__init__(auto_error=False, scheme_name="key", description="the key that the server was started with")
+        super().__init__(auto_error=False, scheme_name="key", description="API key that the server was started with")
         self._key = key.encode()
 
     async def __call__(self, request: HTTPConnection) -> None:
         credentials = await super().__call__(request)
-        # Headers come decoded as Latin-1.
+        # Starlette decodes headers as Latin-1.
         given = b"" if credentials is None else credentials.credentials.encode("latin-1", "replace")
         if not hmac.compare_digest(given, self._key):
             message = "no API key was sent" if credentials is None else "the API key is wrong"
@@ -111,7 +111,7 @@ class _Key(HTTPBearer):
 
 
 def _route(scope: Scope) -> str:
-    """The path as it is declared: what a client wrote there has no bound."""
+    """Return the declared path of the route; paths as sent would give the metrics unbounded labels."""
     return getattr(scope.get("route"), "path", "unknown")
 
 
@@ -121,7 +121,7 @@ def _body(schema: dict[str, Any], example: dict[str, Any], form: dict[str, Any] 
 
 
 def _edit_body(max_images: int) -> dict[str, Any]:
-    """How the description of the API shows the body of an edit."""
+    """Return the OpenAPI description of the body of an edit."""
     file = {"type": "string", "format": "binary"}
     files = file if max_images == 1 else {"type": "array", "items": file, "minItems": 1, "maxItems": max_images}
     sliders = [{"instruction": "make the circle red", "strength": 0.5}, {"instruction": "make the background dark"}]
@@ -152,26 +152,26 @@ def create_app(
     allowed_hosts: Collection[str] = (),
     allowed_origins: Collection[str] = (),
 ) -> FastAPI:
-    """The API over a service, as an ASGI application. It keeps nothing outside itself, and leaves the service open.
+    """Create the ASGI application for a service. It has no global state and does not close the service.
 
     Args:
-        service: runs the edits. Where its observer is no `Metrics`, the metrics count requests only, not what the engine does.
-        model: what clients call it.
-        api_key: what every request below /v1 must bring as a bearer token; None asks for nothing.
-        limits: of one request.
-        preview_steps: denoising steps of a preview that names none.
-        allowed_hosts: names in `Host` that are answered besides IP addresses and localhost; `*` for any. With a key, all are.
+        service: runs the edits. Unless its observer is a `Metrics`, the metrics lack the engine's figures.
+        model: model name for clients.
+        api_key: bearer token required for every request below /v1; None requires none.
+        limits: limits of one request; None takes the defaults.
+        preview_steps: denoising steps of previews that do not set num_inference_steps.
+        allowed_hosts: values of `Host` to accept besides IP addresses and localhost; `*` for any. With a key, any is.
         allowed_origins: origins whose web pages may send requests; `*` for any.
 
     Raises:
-        SliderEditError: a malformed host name or origin.
+        SliderEditError: a host name or an origin is malformed.
     """
     api = Api(service, model, Limits() if limits is None else limits, preview_steps)
     metrics = service.observer if isinstance(service.observer, Metrics) else Metrics()
     metrics.watch(service)
     app = _App(
         title="slideredit-rt",
-        description="Image edits in OpenAI's shape, with a slider for each instruction.",
+        description="OpenAI's image edits API, with a slider for each instruction.",
         version="1",
         docs_url=None,
         redoc_url=None,
@@ -190,7 +190,7 @@ def create_app(
 
 
 def _edit_routes(api: Api, api_key: str | None) -> APIRouter:
-    """What is below /v1."""
+    """Return the routes below /v1."""
     v1 = APIRouter(
         prefix="/v1",
         dependencies=[] if api_key is None else [Depends(_Key(api_key))],
@@ -207,8 +207,10 @@ def _edit_routes(api: Api, api_key: str | None) -> APIRouter:
         openapi_extra=_edit_body(api.max_images),
     )
     async def edit(request: Request) -> Response:
-        """One image per strength of a sweep, or `n` images, as base64; or, with `stream`, server-sent events:
-        `image_edit.partial_image`, then one `image_edit.completed` per image, or `error`.
+        """Edit an image at given slider strengths.
+
+        The response has `n` images, or one per strength of a sweep, as base64. With `stream`, it is a stream of server-sent
+        events instead: `image_edit.partial_image`, then one `image_edit.completed` per image, or `error`.
 
         In a form, `sliders` and `sweep` are JSON. OpenAI's Python client sends them as
         `extra_body={"sliders": json.dumps([…])}`, or as a plain list whose sliders all have the same fields.
@@ -226,7 +228,7 @@ def _edit_routes(api: Api, api_key: str | None) -> APIRouter:
         ),
     )
     async def spans(request: Request) -> SpansResponse:
-        """Every token of the prompt, its characters, and the slider that owns it."""
+        """Return every token of the prompt with its characters and the slider that owns it."""
         fields = await read_json(request, SpansFields, api.limits)
         return await api.work(lambda: api.spans(fields))
 
@@ -243,31 +245,31 @@ def _edit_routes(api: Api, api_key: str | None) -> APIRouter:
 
 
 def _add_health(app: FastAPI, service: EditService, metrics: Metrics) -> None:
-    """The routes that ask nothing of the engine and no key of the client."""
+    """Add health checks and metrics, which need neither the engine nor the API key."""
 
-    @app.get("/health", tags=["health"], summary="Whether edits are taken", responses={503: {"model": Health}})
+    @app.get("/health", tags=["health"], summary="Check whether the server accepts edits", responses={503: {"model": Health}})
     async def health(response: Response) -> Health:
         response.status_code = 503 if service.closed else 200
         return Health(status="closed" if service.closed else "ok")
 
-    @app.get("/v2/health/live", tags=["health"], summary="KServe's liveness")
+    @app.get("/v2/health/live", tags=["health"], summary="Check liveness (KServe)")
     async def live() -> Live:
         return Live(live=True)
 
-    @app.get("/v2/health/ready", tags=["health"], summary="KServe's readiness", responses={503: {"model": Ready}})
+    @app.get("/v2/health/ready", tags=["health"], summary="Check readiness (KServe)", responses={503: {"model": Ready}})
     async def ready(response: Response) -> Ready:
         response.status_code = 503 if service.closed else 200
         return Ready(ready=not service.closed)
 
     text: _Responses = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
 
-    @app.get("/metrics", tags=["health"], summary="Prometheus' metrics", response_class=Response, responses=text)
+    @app.get("/metrics", tags=["health"], summary="Get metrics for Prometheus", response_class=Response, responses=text)
     async def exposition() -> Response:
         return Response(metrics.exposition(), media_type="text/plain; version=0.0.4")
 
 
 def _answer_faults(app: FastAPI) -> None:
-    """Every error in OpenAI's shape."""
+    """Answer every error in OpenAI's format."""
 
     def answer(fault: Fault) -> Response:
         return JSONResponse(fault.body, fault.status, fault.headers)
@@ -291,4 +293,4 @@ def _answer_faults(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def broken(request: Request, error: Exception) -> Response:
-        return answer(Fault(500, "the server failed; its log says how", code="internal_error"))
+        return answer(Fault(500, "internal error; see the server log", code="internal_error"))

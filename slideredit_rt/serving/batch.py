@@ -1,4 +1,4 @@
-"""Rows: edits of one image each, at a step of their own, and the batches in which they make it."""
+"""Rows (edits of one image each, at their own step) and the batches in which they are denoised."""
 
 from __future__ import annotations
 
@@ -13,22 +13,26 @@ from torch.nn.functional import pad
 from slideredit_rt.editor import Prepared, SliderEditor
 from slideredit_rt.families import Schedule
 
-_SLIDERS = ("alpha", "token_mask")  # as wide as the engine allows
-_OF_THE_STEP = ("hidden_states", "timestep")  # written by every step, the same in the negative pass
+_SLIDERS = ("alpha", "token_mask")  # padded to the engine's max_sliders
+_OF_THE_STEP = ("hidden_states", "timestep")  # written in every step and shared with the negative pass
 
 
 @dataclass(eq=False)
 class Row:
-    """One image on its way.
+    """One image while it is denoised.
 
     Attributes:
-        owner: whose image it is.
-        index: of the image among the owner's.
-        key: equal in rows that can share an engine call.
-        inputs, negative: of the backbone, each with a batch of 1; shared by the rows of an owner, but for `alpha`.
+        owner: the job that the image belongs to.
+        index: position of the image among the owner's.
+        key: equal for rows that can share an engine call.
+        inputs, negative: backbone inputs of the pass and of the negative pass, each with batch size 1. The rows of an owner
+            share them, except for `alpha`.
         latents: `[1, latent_rows, C]`, after `step` steps.
-        schedule: of the whole run, on the device of the latents.
-        true_cfg_scale: of the guidance against `negative`, `[1, 1, 1]`.
+        schedule: noise levels of the run, on the device of the latents.
+        true_cfg_scale: scale of the guidance against `negative`, `[1, 1, 1]`.
+        height, width: size of the image, in pixels.
+        interactive: true for a preview.
+        step: denoising steps done.
     """
 
     owner: Any
@@ -63,14 +67,19 @@ def make_rows(
     owner: Any = None,
     interactive: bool = False,
 ) -> list[Row]:
-    """One row per image.
+    """Make one row per image.
 
     Args:
-        strengths: of the sliders, for each image.
-        seeds: of the noise, for each image.
+        editor: the editor that runs the rows.
+        prepared: the encoded request.
+        strengths: slider strengths of each image.
+        seeds: noise seed of each image.
+        steps: denoising steps.
+        owner: the job that the images belong to.
+        interactive: true for a preview.
 
     Raises:
-        SliderEditError: strengths that `SliderEditor.alphas` refuses, or steps that the base's scheduler cannot make.
+        SliderEditError: `SliderEditor.alphas` rejects the strengths, or the base's scheduler the number of steps.
     """
     family, conditioning = editor.family, prepared.conditioning
     alphas = editor.alphas(prepared, strengths)
@@ -102,7 +111,7 @@ def make_rows(
 
 
 def _batched(editor: SliderEditor) -> set[str]:
-    """Names of the backbone's own inputs that have a row per image."""
+    """Return the names of the backbone inputs with a batch axis."""
     return {spec.name for spec in editor.family.input_specs(editor.config) if spec.shape[0] == "batch"}
 
 
@@ -115,10 +124,11 @@ def _shapes(inputs: dict[str, Tensor]) -> tuple[Hashable, ...]:
 
 
 class Batch:
-    """Rows with one key that make their steps together; their inputs are laid side by side once.
+    """Rows with the same key that are stepped together. Their inputs are concatenated once.
 
     Args:
-        rows: one or more, up to the engine's limit.
+        editor: the editor that runs the rows.
+        rows: at least one, at most the engine's maximum batch.
     """
 
     def __init__(self, editor: SliderEditor, rows: Sequence[Row]) -> None:
@@ -144,8 +154,8 @@ class Batch:
         gathered = {}
         for name, first in inputs[0].items():
             if name in _SLIDERS:
-                # An unused slot has alpha 0 and an empty mask. All are filled up: an engine plans anew for each set of shapes.
-                # Both have the sliders on axis 1.
+                # Pad axis 1, the sliders, to a fixed size, because engines re-plan for every new shape. An unused slot has
+                # alpha 0 and an empty mask.
                 values = [pad(i[name], (0, 0) * (first.ndim - 2) + (0, sliders - i[name].shape[1])) for i in inputs]
                 gathered[name] = torch.cat(values)
             else:
@@ -154,7 +164,14 @@ class Batch:
 
     @torch.no_grad()
     def advance(self, *, estimate: bool = False) -> Tensor | None:
-        """Every row makes one step. With `estimate`, returns the clean latents that it points to, `[B, latent_rows, C]`."""
+        """Advance every row by one step.
+
+        Args:
+            estimate: also return an estimate of the clean latents.
+
+        Returns:
+            The estimate, `[B, latent_rows, C]`, or None.
+        """
         latents = torch.cat([row.latents for row in self.rows])
         timesteps, deltas = self._timesteps[:, self._made], self._deltas[:, self._made, None, None]
         velocity = self.editor.family.predict(

@@ -1,4 +1,4 @@
-"""The body of a request: read within its limits, as JSON or as a form, and checked against a model of its fields."""
+"""Request bodies: read within limits, as JSON or as a form, and validated against a model of the fields."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ Fields = TypeVar("Fields", bound=BaseModel)
 
 @dataclass(frozen=True)
 class Limits:
-    """What one request may take up.
+    """Limits of one request.
 
     Attributes:
-        body_bytes: of the whole body, counted while it is read.
-        body_seconds: for the whole body to arrive.
-        request_seconds: from the end of the body to the last image that is made.
-        pixels: of each image, from its header.
-        aspect: longest side of an image as a multiple of its shortest.
+        body_bytes: largest body, counted while it is read.
+        body_seconds: longest time for the body to arrive.
+        request_seconds: longest time from the end of the body to the last image.
+        pixels: largest size of an image, read from its header.
+        aspect: largest ratio of an image's longer to its shorter side.
     """
 
     body_bytes: int = 32 * 2**20
@@ -47,12 +47,12 @@ class Limits:
 
 
 def _too_large(limits: Limits) -> Fault:
-    message = f"the body is larger than the {limits.body_bytes / 2**20:g} MiB allowed; send a smaller image"
+    message = f"the body is larger than the limit of {limits.body_bytes / 2**20:g} MiB; send a smaller image"
     return Fault(413, message, code="body_too_large")
 
 
 def _counted(receive: Receive, limits: Limits) -> Receive:
-    """`receive`, refusing to go on past the limit."""
+    """Wrap `receive` so that it raises once the body exceeds the limit."""
     taken = 0
 
     async def counted() -> Message:
@@ -68,7 +68,7 @@ def _counted(receive: Receive, limits: Limits) -> Receive:
 
 @asynccontextmanager
 async def _reading(request: Request, limits: Limits) -> AsyncIterator[Request]:
-    """The request with a body that ends at the limits."""
+    """Yield the request with its body bounded in size and time."""
     length = request.headers.get("content-length", "")
     if length.isdecimal() and int(length[:20]) > limits.body_bytes:
         raise _too_large(limits)
@@ -76,12 +76,14 @@ async def _reading(request: Request, limits: Limits) -> AsyncIterator[Request]:
         async with asyncio.timeout(limits.body_seconds):
             yield Request(request.scope, _counted(request.receive, limits))
     except TimeoutError:
-        message = f"the body did not arrive within {limits.body_seconds:g} seconds; send it faster, or a smaller image"
+        message = (
+            f"the body did not arrive within {limits.body_seconds:g} seconds; send a smaller image, or over a faster connection"
+        )
         raise Fault(408, message, code="body_timeout", headers={"Connection": "close"}) from None
 
 
 def _sentence(error: ValidationError) -> Fault:
-    """The first thing that is wrong, as `sliders[0].strength: input should be a finite number (got nan)`."""
+    """Describe the first error, as in `sliders[0].strength: input should be a finite number (got nan)`."""
     first = error.errors(include_url=False, include_context=False)[0]
     place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]).lstrip(".")[:80]
     message: str = first["msg"][:1].lower() + first["msg"][1:]
@@ -92,11 +94,14 @@ def _sentence(error: ValidationError) -> Fault:
 
 
 def _form_fields(texts: Mapping[str, Sequence[str]]) -> dict[str, Any]:
-    """A form's fields as JSON would have them.
+    """Return a form's fields in the structure that they have in JSON.
 
-    `sliders` and `sweep` are JSON, or taken apart as OpenAI's clients write nested values: `sweep[from]`, and for a list
-    `sliders[][instruction]` of every slider, then `sliders[][strength]` of those that have one. When not all have one, it
-    cannot be told which.
+    `sliders` and `sweep` are JSON, or split up as OpenAI's clients write nested values: `sweep[from]`, and for a list
+    `sliders[][instruction]` of every slider, then `sliders[][strength]` of those that have one. Unless all sliders have the
+    same fields, that is ambiguous.
+
+    Raises:
+        Fault: a field is duplicate, ambiguous or not JSON.
     """
     fields: dict[str, Any] = {}
     apart: dict[str, dict[str, Sequence[str]]] = {}
@@ -112,8 +117,8 @@ def _form_fields(texts: Mapping[str, Sequence[str]]) -> dict[str, Any]:
             counts = ", ".join(f"{len(values)} × {name[:80]}" for name, values in parts.items())
             raise Fault(
                 400,
-                f"{root} came as {counts}, and it cannot be told which belong together; give each of them the same fields, or "
-                f"send {root} as one field that holds JSON",
+                f"{root} is ambiguous: the form has {counts}; give every entry the same fields, or send {root} as JSON in one "
+                "field",
                 param=root,
                 code="ambiguous_fields",
             )
@@ -124,16 +129,16 @@ def _form_fields(texts: Mapping[str, Sequence[str]]) -> dict[str, Any]:
             try:
                 fields[root] = from_json(text)
             except ValueError as error:
-                raise Fault(400, f"{root} is no JSON ({error})", param=root, code="json_invalid") from None
+                raise Fault(400, f"{root} is not valid JSON ({error})", param=root, code="json_invalid") from None
     return fields
 
 
 async def read_json(request: Request, model: type[Fields], limits: Limits) -> Fields:
-    """A JSON body.
+    """Read a JSON body.
 
     Raises:
-        Fault: over a limit, not JSON, or not of the model.
-        starlette.requests.ClientDisconnect: the client went away.
+        Fault: the body is over a limit, not JSON, or does not fit the model.
+        starlette.requests.ClientDisconnect: the client closed the connection.
     """
     _media_type(request, "application/json")
     async with _reading(request, limits) as bounded:
@@ -145,9 +150,9 @@ async def read_json(request: Request, model: type[Fields], limits: Limits) -> Fi
 
 
 class _FormParser(MultiPartParser):
-    """Starlette's parser, except that text must be UTF-8 and that more parts are files.
+    """Starlette's parser with two changes: text must be UTF-8, and image parts need no `filename`.
 
-    Starlette reads text that is not UTF-8 as Latin-1, and takes every part without a plain `filename` for text.
+    Starlette decodes other text as Latin-1, and treats every part without a plain `filename` as text.
     """
 
     def on_headers_finished(self) -> None:
@@ -168,13 +173,13 @@ class _FormParser(MultiPartParser):
             self.items.append((part.field_name, part.data.decode()))
         except UnicodeDecodeError as error:
             name = part.field_name[:80]
-            message = f"{name} is not UTF-8 ({error.reason} at byte {error.start}); send the form's text in UTF-8"
+            message = f"{name} is not UTF-8 ({error.reason} at byte {error.start}); encode the form's text as UTF-8"
             raise Fault(400, message, param=name, code="invalid_utf8") from None
 
 
 @asynccontextmanager
 async def _form(request: Request, limits: Limits) -> AsyncIterator[FormData]:
-    """The parts of a multipart body; their files are closed afterwards."""
+    """Yield the parts of a multipart body; close their files afterwards."""
     sizes = {"max_files": MAX_SOURCES, "max_fields": _MAX_FIELDS, "max_part_size": limits.body_bytes}
     try:
         async with aclosing(request.stream()) as stream:
@@ -188,10 +193,10 @@ async def _form(request: Request, limits: Limits) -> AsyncIterator[FormData]:
 
 
 async def read_edit(request: Request, model: type[Fields], limits: Limits) -> tuple[Fields, list[bytes]]:
-    """A JSON or multipart body, and the files in it that are called `image` or `image[]`.
+    """Read a JSON or multipart body; return its fields, and its files named `image` or `image[]`.
 
     Raises:
-        Fault, starlette.requests.ClientDisconnect: as `read_json`.
+        Fault, starlette.requests.ClientDisconnect: see `read_json`.
     """
     if _media_type(request, "application/json", "multipart/form-data") == "application/json":
         return await read_json(request, model, limits), []
@@ -204,7 +209,7 @@ async def read_edit(request: Request, model: type[Fields], limits: Limits) -> tu
             elif name in ("image", "image[]"):
                 files.append(await value.read())
             else:
-                raise Fault(400, f"{name} is a file and only image may be one; leave it out", param=name, code="unknown_file")
+                raise Fault(400, f"{name} is a file, but only image can be one; remove it", param=name, code="unknown_file")
     try:
         return model.model_validate(_form_fields(texts)), files
     except ValidationError as error:
@@ -215,6 +220,6 @@ def _media_type(request: Request, *known: str) -> str:
     media_type = request.headers.get("content-type", "").split(";")[0].strip().lower()
     if media_type not in known:
         raise Fault(
-            415, f"the content type {media_type!r} is not read here; send {' or '.join(known)}", code="unsupported_media_type"
+            415, f"the content type {media_type!r} is not supported; send {' or '.join(known)}", code="unsupported_media_type"
         )
     return media_type

@@ -1,4 +1,4 @@
-"""Encodings by the content that they were made from, within a bound of memory."""
+"""Cache of encodings, keyed by content and bounded in memory."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 def size_of(value: Any) -> int:
-    """Bytes that a value keeps alive: the whole storage of every tensor in it, once, and what Python says of the rest."""
+    """Return the bytes that a value keeps alive: the storage of every tensor in it, once, and `sys.getsizeof` of the rest."""
     storages: dict[int, int] = {}
 
     def count(item: Any) -> int:
@@ -34,11 +34,11 @@ def size_of(value: Any) -> int:
 
 
 class EncodingCache:
-    """Least recently used values go first when the bound is reached. A `slideredit_rt.editor.Remember`; safe between threads.
+    """Thread-safe least-recently-used cache; implements `slideredit_rt.editor.Remember`.
 
     Args:
-        max_bytes: of all values and keys together; a value larger than that is not kept, and 0 keeps nothing.
-        observe: called with a key's first part (its kind) and whether it was found.
+        max_bytes: limit of all values and keys together. A larger value is not kept, and 0 keeps nothing.
+        observe: called on every lookup with the key's first part (its kind) and whether the key was found.
     """
 
     def __init__(self, max_bytes: int, observe: Callable[[str, bool], None] | None = None) -> None:
@@ -54,7 +54,7 @@ class EncodingCache:
         return len(self._values)
 
     def __call__(self, key: tuple[Hashable, ...], encode: Callable[[], T]) -> T:
-        """The value kept under `key`, or what `encode` makes. Two threads that miss at once both encode."""
+        """Return the value cached under `key`, or make it with `encode`. Threads that miss at the same time all encode."""
         kind = str(key[0])
         with self._lock:
             found = self._values.get(key)

@@ -1,4 +1,4 @@
-"""What a request is refused with: a status, and a body in the shape of OpenAI's errors."""
+"""Error responses: a status, and a body in the format of OpenAI's errors."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from slideredit_rt.serving.requests import Cancelled, Closed, DeadlineExceeded, 
 
 
 class Fault(Exception):
-    """A refused request.
+    """A request that is answered with an error.
 
-    Statuses: 400 for a malformed body or a field of the wrong type or range, 401 for a wrong key, 403 for a host name or web
-    page that is not allowed, 404 for an unknown model, 408 for a body that comes too slowly, 413 for one that is too large or
-    whose image is, 415 for a body of another kind, 422 for a request that reads well and cannot be carried out (an
-    instruction that is not in the prompt, a file that is no image), 429 for a full queue, 500 for a fault of the server's
-    own, 503 for a server that stops, 504 for a request that was not done in time.
+    Statuses: 400 for a malformed body or a field of the wrong type or range, 401 for a missing or wrong key, 403 for a host
+    name or web page that is not allowed, 404 for an unknown model or path, 408 for a body that arrives too slowly, 413 for a
+    body or an image that is too large, 415 for an unsupported content type, 422 for a well-formed request that cannot be
+    carried out (an instruction that is not in the prompt, a file that is not an image), 429 for a full queue, 500 for an
+    internal error, 503 for a server that is shutting down, 504 for an edit that missed its deadline.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class Fault(Exception):
 
 
 def fault_of(error: SliderEditError) -> Fault:
-    """The fault that tells a client about an error of the package."""
+    """Return the response to an error of the package."""
     message = str(error)
     match error:
         case QueueFull():
@@ -54,7 +54,7 @@ def fault_of(error: SliderEditError) -> Fault:
         case Closed() | Cancelled():
             return Fault(503, message, code="closed", headers={"Retry-After": "1"})
         case EngineFailure():
-            return Fault(500, "the engine failed; the server's log says how", code="engine_failure")
+            return Fault(500, "the engine failed; see the server log", code="engine_failure")
         case ImageTooLarge():
             return Fault(413, message, param="image", code="image_too_large")
         case _:

@@ -1,4 +1,4 @@
-"""Images as requests carry them and as answers carry them."""
+"""Image files in requests and responses: base64, data URLs, decoding and encoding."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from slideredit_rt.serving.faults import Fault
 
 OutputFormat = Literal["png", "jpeg", "webp"]
 
-# Pillow knows formats that call other programs; a stranger's file is not tried as one of those.
+# Only these formats are tried: for some others Pillow starts external programs, which untrusted files must not reach.
 _FORMATS = ("PNG", "JPEG", "WEBP")
 _ELSEWHERE = re.compile(r"(?!data:)[a-z][a-z0-9+.-]*:", re.IGNORECASE)
-# The media type is not trusted anyway, so any is taken, with any parameters.
+# The media type is ignored, since the file is recognised by its content.
 _DATA_URL = re.compile(r"data:[^,]*;base64,", re.IGNORECASE)
 _URL_SAFE = str.maketrans("-_", "+/")
 
 
 def image_bytes(text: str, param: str) -> bytes:
-    """The file in base64 (standard or URL-safe, padded or not), or in a data URL of base64.
+    """Decode a file from base64 (standard or URL-safe, padded or not), or from a base64 data URL.
 
     Raises:
-        Fault: another kind of URL, which is never fetched, or no base64.
+        Fault: the text is another kind of URL, which is never fetched, or not base64.
     """
     text = text.strip()
     if _ELSEWHERE.match(text[:32]):
         raise Fault(
             400,
-            f"{param} is the URL {text[:40]!r} and this server fetches none; send the image itself, in base64 or as "
+            f"{param} is the URL {text[:40]!r}, and this server does not fetch URLs; send the image as base64 or as "
             "data:image/png;base64,…",
             param=param,
             code="url_not_allowed",
@@ -47,33 +47,40 @@ def image_bytes(text: str, param: str) -> bytes:
     except (binascii.Error, ValueError):
         raise Fault(
             400,
-            f"{param} is no base64; send the image in base64 or as data:image/png;base64,…",
+            f"{param} is not base64; send the image as base64 or as data:image/png;base64,…",
             param=param,
             code="invalid_base64",
         ) from None
 
 
 def decode_image_file(data: bytes, name: str, *, max_pixels: int, max_aspect: float) -> Image.Image:
-    """A PNG, JPEG or WebP file as an upright RGB image.
+    """Decode a PNG, JPEG or WebP file into an upright RGB image.
 
     Args:
-        name: what errors call it.
-        max_pixels: checked in the file's header, before anything is decoded.
-        max_aspect: the longer side as a multiple of the shorter one. The rows of an edit grow with it.
+        data: contents of the file.
+        name: name of the image in error messages.
+        max_pixels: largest size, checked in the file's header before anything is decoded.
+        max_aspect: largest ratio of the longer to the shorter side. The rows of an edit grow with it.
 
     Raises:
-        SliderEditError: not such an image.
+        SliderEditError: the file is not such an image.
     """
     image = open_image(io.BytesIO(data), name=name, max_pixels=max_pixels, formats=_FORMATS)
     if max(image.size) > max_aspect * min(image.size):
         raise SliderEditError(
-            f"{name} has {image.width}×{image.height} pixels, one side more than {max_aspect:g} times the other; crop it"
+            f"{name} has {image.width}×{image.height} pixels, an aspect ratio above {max_aspect:g}:1; crop it"
         )
     return image
 
 
 def encode_image_file(image: Image.Image, output_format: OutputFormat, compression: int) -> str:
-    """Base64 of a file; `compression` is OpenAI's, the quality of JPEG and WebP in percent (WebP at 100 has no loss)."""
+    """Encode an image as a file in base64.
+
+    Args:
+        image: the image.
+        output_format: format of the file.
+        compression: OpenAI's `output_compression`: quality of JPEG and WebP, in percent. WebP at 100 is lossless.
+    """
     options: dict[str, Any] = {"png": {}, "jpeg": {"quality": compression}}.get(
         output_format, {"quality": compression, "lossless": compression == 100}
     )

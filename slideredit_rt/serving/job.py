@@ -1,4 +1,4 @@
-"""A request on its way through an edit service, and the ticket of the one who waits for it."""
+"""Job (a request while a service runs it) and Ticket (the handle that its submitter holds)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 @dataclass(eq=False)
 class Job(Generic[T]):
-    """A request on its way: waiting for its encoding, then rows, then decoded images."""
+    """A request while a service runs it: first waiting to be encoded, then rows, then decoded images."""
 
     request: EditRequest
     seeds: tuple[int, ...]
@@ -39,21 +39,21 @@ class Job(Generic[T]):
 
     @property
     def waiting(self) -> int:
-        """Images without a step."""
+        """Number of images that have not made a step."""
         return sum(row.step == 0 for row in self.rows) if self.rows else len(self.seeds)
 
     @property
     def remaining(self) -> int:
-        """Steps that all its images have still to make."""
+        """Number of steps left, over all images."""
         return sum(row.steps - row.step for row in self.rows) if self.rows else self.steps * len(self.seeds)
 
     def complete(self) -> None:
-        """All images are there. Of several attempts to end a job the first one counts."""
+        """Resolve the future with all images. The first of several attempts to end a job counts."""
         with suppress(InvalidStateError):
             self.future.set_result(self.collect([self.images[index] for index in range(len(self.seeds))]))
 
     def fail(self, error: Exception) -> None:
-        # Tracebacks keep frames, and those keep this job, in a cycle until the collector comes by.
+        # A traceback references frames that reference this job, a cycle that would live until the next garbage collection.
         for part in (error, error.__cause__):
             if part is not None:
                 part.__traceback__ = None
@@ -62,7 +62,7 @@ class Job(Generic[T]):
 
 
 def outcome_of(future: Future[Any]) -> Outcome:
-    """How the request of a settled future ended."""
+    """Return how the request of a resolved future ended."""
     if future.cancelled():
         return "cancelled"
     error = future.exception()
@@ -71,11 +71,11 @@ def outcome_of(future: Future[Any]) -> Outcome:
 
 
 class Ticket(Generic[T]):
-    """A submitted request.
+    """Handle of a submitted request.
 
     Attributes:
-        future: its images; or a `SliderEditError`: bad input, `DeadlineExceeded`, `Cancelled`, `EngineFailure`. Cancelling the
-            future is as good as `cancel`.
+        future: resolves to the images, or raises a `SliderEditError`: bad input, `DeadlineExceeded`, `Cancelled` or
+            `EngineFailure`. Cancelling the future has the same effect as `cancel`.
     """
 
     def __init__(self, job: Job[T]) -> None:
@@ -83,5 +83,5 @@ class Ticket(Generic[T]):
         self.future: Future[T] = job.future
 
     def cancel(self) -> None:
-        """Give up: the future raises `Cancelled` at once, and the request's rows leave at the next step boundary."""
+        """Cancel the request: the future raises `Cancelled` at once, and its rows are dropped at the next step boundary."""
         self._job.fail(Cancelled("the request was cancelled"))

@@ -1,4 +1,4 @@
-"""What a service does, for Prometheus. No label tells a request's words."""
+"""Prometheus metrics of a service. Labels never contain text from requests."""
 
 from __future__ import annotations
 
@@ -20,34 +20,40 @@ def _mode(interactive: bool) -> str:
 
 
 class Metrics(Observer):
-    """An observer of one service, with a registry of its own."""
+    """Observer of one service, with its own registry."""
 
     def __init__(self) -> None:
         self.registry = own = CollectorRegistry()
         self._watched: EditService | None = None
         how, seconds = ("outcome", "mode"), _SECONDS
-        self._requests = Counter("slideredit_requests", "Edits that ended, by how.", how, registry=own)
-        self._request_seconds = Histogram("slideredit_request_seconds", "Whole edit.", how, buckets=seconds, registry=own)
-        self._images = Counter("slideredit_images", "Images of edits that were completed.", ("mode",), registry=own)
-        self._batch = Histogram("slideredit_step_batch_size", "Images in a step.", ("mode",), buckets=_ROWS, registry=own)
-        self._step_seconds = Histogram("slideredit_step_seconds", "Engine step.", ("mode",), buckets=seconds, registry=own)
-        self._encode_seconds = Histogram("slideredit_encode_seconds", "Encoding of an edit.", buckets=seconds, registry=own)
-        self._decode_seconds = Histogram("slideredit_decode_seconds", "Decoding of images.", buckets=seconds, registry=own)
-        self._cache = Counter("slideredit_cache_lookups", "Encodings looked for.", ("kind", "result"), registry=own)
+        self._requests = Counter("slideredit_requests", "Edits that ended, by outcome.", how, registry=own)
+        self._request_seconds = Histogram(
+            "slideredit_request_seconds", "Time from submission to end of an edit.", how, buckets=seconds, registry=own
+        )
+        self._images = Counter("slideredit_images", "Images of completed edits.", ("mode",), registry=own)
+        self._batch = Histogram("slideredit_step_batch_size", "Images per engine step.", ("mode",), buckets=_ROWS, registry=own)
+        self._step_seconds = Histogram(
+            "slideredit_step_seconds", "Time of an engine step.", ("mode",), buckets=seconds, registry=own
+        )
+        self._encode_seconds = Histogram("slideredit_encode_seconds", "Time to encode an edit.", buckets=seconds, registry=own)
+        self._decode_seconds = Histogram("slideredit_decode_seconds", "Time to decode images.", buckets=seconds, registry=own)
+        self._cache = Counter(
+            "slideredit_cache_lookups", "Lookups in the cache of encodings.", ("kind", "result"), registry=own
+        )
         self._http = Counter("slideredit_http_responses", "HTTP responses.", ("route", "status"), registry=own)
 
     def watch(self, service: EditService) -> None:
-        """Read the service's queue at every scrape; once, however many applications are over it."""
+        """Read the service's queue at every scrape. Idempotent, so that several applications can share a service."""
         if self._watched is not service:
             self._watched = service
             self.registry.register(_Levels(service))
 
     def answered(self, route: str, status: int) -> None:
-        """An HTTP response was begun."""
+        """Count an HTTP response."""
         self._http.labels(route, str(status)).inc()
 
     def exposition(self) -> bytes:
-        """All of it in Prometheus' text format."""
+        """Return all metrics in the Prometheus text format."""
         return generate_latest(self.registry)
 
     def step(self, rows: int, seconds: float, interactive: bool) -> None:
@@ -72,17 +78,17 @@ class Metrics(Observer):
 
 
 class _Levels(Collector):
-    """What can be read at any time and need not be counted."""
+    """Gauges, read from the service at every scrape."""
 
     def __init__(self, service: EditService) -> None:
         self._service = service
 
     def collect(self) -> Iterator[Metric]:
         stats = self._service.stats()
-        yield GaugeMetricFamily("slideredit_queued_images", "Images that have not made a step yet.", stats.queued)
+        yield GaugeMetricFamily("slideredit_queued_images", "Images waiting for their first step.", stats.queued)
         yield GaugeMetricFamily(
             "slideredit_running_images", "Images between their first step and their decoding.", stats.running
         )
-        yield GaugeMetricFamily("slideredit_cache_bytes", "Memory of the encodings that are kept.", stats.cache_bytes)
-        yield GaugeMetricFamily("slideredit_cache_entries", "Encodings that are kept.", stats.cache_entries)
-        yield GaugeMetricFamily("slideredit_queue_limit_images", "Images that the queue takes.", self._service.max_queue)
+        yield GaugeMetricFamily("slideredit_cache_bytes", "Memory of the cached encodings.", stats.cache_bytes)
+        yield GaugeMetricFamily("slideredit_cache_entries", "Cached encodings.", stats.cache_entries)
+        yield GaugeMetricFamily("slideredit_queue_limit_images", "Images that may wait in the queue.", self._service.max_queue)

@@ -1,13 +1,13 @@
-"""Which web pages may use a server: the check of `Host`, `Origin` and `Sec-Fetch-Site`, and the CORS headers.
+"""Restrictions on the web pages that may use a server: checks of `Host`, `Origin` and `Sec-Fetch-Site`, and CORS headers.
 
-A browser lets any page send requests to a server on the reader's own machine. Two headers tell such requests apart:
+A browser lets any page send requests to a server on the user's own machine. Two headers identify such requests:
 
-- `Host` is the name in the URL. A page whose own name was made to resolve to this machine (DNS rebinding) sends that name, so
-  only known names are answered. IP addresses and localhost cannot be rebound and are always answered, as are requests without
-  `Host` (HTTP/1.0 health checks). A server with an API key answers any name, because such a page does not have the key.
-- `Origin` and `Sec-Fetch-Site` tell where the page comes from, and scripts cannot change them. Requests from pages of another
-  origin are refused unless that origin is allowed, with or without a key. A link to this server may be followed. Clients other
-  than browsers send neither header.
+- `Host` is the host name in the URL. A page whose own name was made to resolve to this machine (DNS rebinding) sends that name,
+  so only known names are accepted. IP addresses and localhost cannot be rebound and are always accepted, as are requests
+  without `Host` (HTTP/1.0 health checks). A server with an API key accepts any name, because such a page lacks the key.
+- `Origin` and `Sec-Fetch-Site` identify the origin of the page, and scripts cannot change them. Requests from pages of another
+  origin are rejected unless that origin is allowed, with or without a key. Following a link to this server is allowed. Clients
+  other than browsers send neither header.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ _HOST_HEADER = re.compile(r"(\[[^]]*\]|[^:]*)(?::\d*)?")
 
 
 class Guard:
-    """Answers 403 to requests for a foreign name, and to those from pages of a foreign origin.
+    """Middleware that answers 403 to requests for an unknown host name or from pages of a foreign origin.
 
     Args:
         app: the application behind it.
-        hosts: as `host_pattern` gives them; `*` for any name.
-        origins: as `web_origin` gives them.
+        hosts: accepted host names, as `host_pattern` returns them; `*` for any.
+        origins: allowed origins, as `web_origin` returns them.
     """
 
     def __init__(self, app: ASGIApp, hosts: Collection[str], origins: Collection[str]) -> None:
@@ -51,11 +51,11 @@ class Guard:
     def _fault(self, method: str, headers: Headers) -> Fault | None:
         host, origin = headers.get("host", "").strip().lower(), headers.get("origin")
         if not self._knows(host):
-            message = f"{host[:80]!r} is not a name of this server; use its IP address, or start it with --allowed-host"
+            message = f"{host[:80]!r} is not a known name of this server; use its IP address, or start it with --allowed-host"
             return Fault(403, message, code="host_not_allowed")
         if self._is_foreign(method, headers, host, origin):
             page = "another site" if origin is None else repr(origin[:80])
-            message = f"requests from web pages of {page} are refused; to take them, start the server with --allow-origin"
+            message = f"web pages of {page} may not use this server; start it with --allow-origin to allow them"
             return Fault(403, message, code="origin_not_allowed")
         return None
 
@@ -70,22 +70,22 @@ class Guard:
             return False
         site = headers.get("sec-fetch-site")
         if site is None:
-            # Older browsers, and pages without HTTPS that are not on this machine.
+            # Older browsers leave this header out, and so do all for pages loaded without HTTPS from another machine.
             return origin is not None and origin.partition("://")[2].lower() != host
-        # The browser compared the origins by the URL that it sees, which a proxy may not pass on in Host.
+        # The browser compared origins by its own URL, which is more reliable than Host behind a proxy.
         followed_link = method == "GET" and headers.get("sec-fetch-mode") == "navigate"
         return site not in ("same-origin", "none") and not followed_link
 
 
 def guards(hosts: Collection[str], origins: Collection[str]) -> list[Middleware]:
-    """Return the middlewares for these hosts and origins, the outermost first.
+    """Return the middlewares for these hosts and origins, outermost first.
 
     Args:
-        hosts: names that the server is called by, besides IP addresses and localhost; see `host_pattern`.
-        origins: whose pages may send requests and read the answers; see `web_origin`.
+        hosts: names of the server besides IP addresses and localhost; see `host_pattern`.
+        origins: origins whose pages may send requests and read the responses; see `web_origin`.
 
     Raises:
-        SliderEditError: one of them is malformed.
+        SliderEditError: a host name or an origin is malformed.
     """
     origins = tuple(map(web_origin, origins))
     guard = Middleware(Guard, hosts=tuple(map(host_pattern, hosts)), origins=origins)

@@ -1,8 +1,8 @@
-"""Ray Serve: several engines behind one address, each in a replica of its own.
+"""Ray Serve application: several engines behind one address, each in its own replica.
 
-`slideredit-rt serve --ray`, or `serve run slideredit_rt.serving.ray_app:app engine=FOLDER min_replicas=2` with the options of
-`slideredit-rt serve` as arguments. Sliders are part of a request's body and play no part in its routing: a model id per adapter
-or strength (`serve.multiplexed`) would keep requests apart that share an engine step.
+Start it with `slideredit-rt serve --ray`, or with `serve run slideredit_rt.serving.ray_app:app engine=FOLDER min_replicas=2`,
+where the arguments are the options of `slideredit-rt serve`. Sliders are part of the request body and do not affect routing: a
+model id per adapter or strength (`serve.multiplexed`) would separate requests that can share an engine step.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ CLUSTER_ENVIRONMENT = {
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "slideredit_rt.serving.ray_proxy:middlewares",
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
 }
-"""Environment of a cluster's nodes: 503 for requests whose replica died, and time for a proxy to start on a busy machine."""
+"""Environment of a cluster's nodes: a 503 response if a replica dies, and more time for a proxy to start."""
 
-_OBJECT_STORE = 100 * 2**20  # bytes of a local cluster; requests and answers do not pass through it
+_OBJECT_STORE = 100 * 2**20  # in bytes; small, because requests and responses do not pass through it
 
 
 class EditReplica:
-    """One engine, its service and the HTTP API over it.
+    """Replica with one engine, its service and its HTTP API.
 
     Args:
-        settings: with an engine.
-        options: of a TensorRT engine.
+        settings: server settings with an engine.
+        options: run options of a TensorRT engine.
     """
 
     def __init__(self, settings: ServeSettings, options: RuntimeOptions | None) -> None:
@@ -50,12 +50,12 @@ class EditReplica:
         return self._app
 
     def check_health(self) -> None:
-        """Raises when the service has stopped; Ray then starts another replica."""
+        """Raise if the service has stopped, so that Ray replaces the replica."""
         if self._service.closed:
             raise RuntimeError("the edit service has stopped")
 
     def __del__(self) -> None:
-        # Ray has waited for the requests under way.
+        # Ray has already waited for the requests in flight.
         if hasattr(self, "_service"):
             self._service.close(drain=False)
 
@@ -63,13 +63,18 @@ class EditReplica:
 def application(
     settings: ServeSettings, options: RuntimeOptions | None = None, *, progress: bool = False
 ) -> ray_serve.Application:
-    """The application that the settings describe; `progress` of building the embedded engine.
+    """Create the Ray Serve application for these settings.
 
-    A replica takes as many requests as its queue holds and answers 429 by itself; where all are full, Ray's proxy holds as many
-    again and answers 429, too. More replicas come when there is more than one engine step's worth of requests for each.
+    A replica accepts as many requests as its queue holds and answers 429 beyond that. When all replicas are full, Ray's proxy
+    queues as many again before it answers 429 itself. Replicas are added when each has more requests than fit in a step.
+
+    Args:
+        settings: server settings.
+        options: run options of a TensorRT engine.
+        progress: show progress bars on standard error while the embedded engine is built.
 
     Raises:
-        SliderEditError: an engine that is not one.
+        SliderEditError: the engine folder is damaged or not an engine.
     """
     low, high = settings.min_replicas, settings.most_replicas
     folder = with_engine(settings, progress=progress).engine
@@ -95,21 +100,24 @@ def application(
 
 
 def app(arguments: dict[str, str | list[str]]) -> ray_serve.Application:
-    """For `serve run` and Ray's configuration files: the options of `slideredit-rt serve`, such as `engine` and `max_replicas`.
+    """Build the application for `serve run` and Ray's configuration files.
 
-    An option that may be repeated, such as `allowed_host`, also takes a list. Address and port are Ray's own (`http_options`).
-    The cluster's nodes want `CLUSTER_ENVIRONMENT` when they are started.
+    Host and port are set in Ray's `http_options`. Start the cluster's nodes with `CLUSTER_ENVIRONMENT`.
+
+    Args:
+        arguments: options of `slideredit-rt serve` by name, such as `engine` and `max_replicas`. A repeatable one, such as
+            `allowed_host`, also takes a list.
     """
     return application(ServeSettings.from_arguments(arguments))
 
 
 def start_cluster(**local: Any) -> None:
-    """Join the cluster that `$RAY_ADDRESS` names, or start one on this machine.
+    """Join the cluster at `$RAY_ADDRESS`, or start one on this machine.
 
     Args:
-        local: arguments of `ray.init` for a cluster on this machine.
+        **local: arguments of `ray.init` for a cluster on this machine.
     """
-    # Processes of a local cluster inherit it.
+    # The processes of a local cluster inherit this environment.
     for name, value in CLUSTER_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     if os.environ.get("RAY_ADDRESS"):
@@ -119,16 +127,19 @@ def start_cluster(**local: Any) -> None:
 
 
 def serve(settings: ServeSettings, options: RuntimeOptions | None, *, progress: bool, announce: Announce) -> None:
-    """Serve until a signal comes, then finish what was accepted.
+    """Serve on Ray until SIGINT or SIGTERM, then finish accepted requests.
 
     Args:
-        options, progress, announce: as for `slideredit_rt.serving.run.serve`.
+        settings: server settings.
+        options: run options of a TensorRT engine.
+        progress: show progress bars on standard error while the embedded engine is built.
+        announce: called with the address when the server accepts requests.
 
     Raises:
-        SliderEditError: a port that Ray does not take, or arguments that make no sense.
+        SliderEditError: the port is 0, the API key cannot be read, or the engine is not usable.
     """
     if settings.port == 0:
-        raise SliderEditError("Ray Serve needs a port of its own; give --port")
+        raise SliderEditError("--port is 0, but Ray Serve cannot pick a free port; give one")
     settings.read_key()
     edits = application(settings, options, progress=progress)
     start_cluster()

@@ -1,4 +1,4 @@
-"""What runs in Ray's proxies. It imports little: Ray gives a proxy seconds to start."""
+"""Middleware for Ray's proxies. It imports little, because Ray gives a proxy only seconds to start."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ REPLICA_LOST = "replica_lost"
 
 
 class ReplicaLost:
-    """A request whose replica died before it answered gets 503, in the API's shape, instead of a bare 500.
+    """Middleware that answers 503 in the API's format, instead of a bare 500, when a replica dies before it responds.
 
-    An edit changes nothing on a server: the client may send it again.
+    Edits have no side effects, so the client can safely send the request again.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -31,11 +31,11 @@ class ReplicaLost:
 
         await self.app(scope, receive, watched)
         if not started:
-            message = "the replica that had this request is gone; send it again"
+            message = "the replica that handled this request died; send it again"
             body = {"error": {"message": message, "type": "server_error", "param": None, "code": REPLICA_LOST}}
             await JSONResponse(body, 503, {"Retry-After": "1"})(scope, receive, send)
 
 
 def middlewares() -> list[Middleware]:
-    """For Ray's `RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH`."""
+    """Return the middlewares for `RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH`."""
     return [Middleware(ReplicaLost)]

@@ -1,4 +1,4 @@
-"""What goes into an edit service and what comes out: requests, partial images, errors, figures."""
+"""Types at the interface of an edit service: requests, partial images, errors, observers and statistics."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from slideredit_rt.settings import EditSettings
 from slideredit_rt.sliders import Slider
 
 Outcome = Literal["completed", "refused", "failed", "cancelled", "deadline"]
-"""How a request ended: `refused` for bad input or a full queue, `failed` where the engine or a decoder did."""
+"""Result of a request: `refused` means bad input or a full queue, `failed` an error in the engine or in decoding."""
 
 
 class QueueFull(SliderEditError):
-    """The queue has no room for a request; `retry_after` seconds from now it is expected to have it."""
+    """The queue has no room for a request. It is expected to have room in `retry_after` seconds."""
 
     def __init__(self, message: str, retry_after: float) -> None:
         super().__init__(message)
@@ -25,7 +25,7 @@ class QueueFull(SliderEditError):
 
 
 class DeadlineExceeded(SliderEditError):
-    """A request's time was up before its images were ready."""
+    """A request's images were not ready before its deadline."""
 
 
 class Cancelled(SliderEditError):
@@ -33,26 +33,26 @@ class Cancelled(SliderEditError):
 
 
 class Closed(SliderEditError):
-    """The service takes no more requests."""
+    """The service is closed and accepts no requests."""
 
 
 class EngineFailure(SliderEditError):
-    """Something other than bad input kept a request from its images."""
+    """A request failed for a reason other than bad input."""
 
 
 @dataclass(frozen=True, eq=False)
 class EditRequest:
-    """One source image or several, one prompt, and one image per setting of its sliders.
+    """Edit of one source image (or several) with one prompt; makes one image per setting of the sliders.
 
     Attributes:
-        image: the image to edit, RGB; several for a base that takes them. Not to be changed while the request runs.
-        sliders: instructions; their own strengths do not count.
-        strengths: one per slider, for each image: n images, or a sweep.
-        settings: of the edit.
-        consecutive_seeds: the noise of the images has the seeds seed, seed + 1, …; without it, all have the settings' seed.
-        interactive: a preview, which goes before full edits.
-        timeout: seconds from the submission to the deadline; None waits for ever.
-        partial_every: steps from one partial image to the next; 0 makes none.
+        image: RGB image to edit, or several if the base takes them. Must not change while the request runs.
+        sliders: instructions. Their own strengths are ignored.
+        strengths: one strength per slider, for each image to make.
+        settings: settings of the edit.
+        consecutive_seeds: use the seeds seed, seed + 1, … for the images instead of the same one for all.
+        interactive: true for a preview. Previews run before full edits.
+        timeout: seconds from submission to deadline; None sets no deadline.
+        partial_every: steps between partial images; 0 makes none.
     """
 
     image: Image.Image | Sequence[Image.Image]
@@ -66,13 +66,13 @@ class EditRequest:
 
     @property
     def seeds(self) -> tuple[int, ...]:
-        """Of the noise of each image."""
+        """Noise seed of each image."""
         return tuple(self.settings.seed + index * self.consecutive_seeds for index in range(len(self.strengths)))
 
 
 @dataclass(frozen=True)
 class Partial:
-    """What image `index` of a request is expected to become, after `step` of `steps` steps."""
+    """Estimate of image `index` of a request after `step` of `steps` steps."""
 
     index: int
     step: int
@@ -81,40 +81,40 @@ class Partial:
 
 
 class Observer:
-    """Told what happens in a service; override what is of interest. Called from several threads; must return at once, and
-    raise nothing.
+    """Base class of observers, whose methods a service calls as things happen. By default they do nothing.
 
-    Nothing here tells a request's words or images.
+    The methods are called from several threads. They must return quickly and must not raise. They never receive text or images
+    of requests.
     """
 
     def step(self, rows: int, seconds: float, interactive: bool) -> None:
-        """An engine call was made for `rows` images; a step with a negative pass counts as one."""
+        """Record an engine step of `rows` images. A step with a negative pass counts once."""
 
     def encoded(self, seconds: float) -> None:
-        """A request was encoded, from the cache or afresh."""
+        """Record that a request was encoded, with or without the cache."""
 
     def decoded(self, images: int, seconds: float) -> None:
-        """Images were decoded together, final or partial."""
+        """Record that images, final or partial, were decoded together."""
 
     def cache(self, kind: str, hit: bool) -> None:
-        """An encoding (`images`, `tokens` or `text`) was looked for."""
+        """Record a cache lookup of an encoding (`images`, `tokens` or `text`)."""
 
     def finished(self, outcome: Outcome, images: int, interactive: bool, seconds: float) -> None:
-        """A request ended, `seconds` after its submission."""
+        """Record that a request ended, `seconds` after its submission."""
 
 
 @dataclass(frozen=True)
 class Stats:
-    """A service at one moment. Counts are since it began.
+    """Snapshot of a service. Counts start with the service.
 
     Attributes:
-        queued: images that have not made a step yet.
-        running: images that have, and are not decoded yet.
+        queued: images waiting for their first step.
+        running: images between their first step and their decoding.
         outcomes: number of requests by `Outcome`.
-        batch_sizes: number of engine steps by their rows.
-        step_seconds: time in engine steps.
-        cache_hits, cache_misses: by kind of encoding.
-        cache_bytes, cache_entries: kept now.
+        batch_sizes: number of engine steps by batch size.
+        step_seconds: total time in engine steps.
+        cache_hits, cache_misses: lookups by kind of encoding.
+        cache_bytes, cache_entries: current size of the cache.
     """
 
     queued: int

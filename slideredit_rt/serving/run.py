@@ -1,4 +1,4 @@
-"""A server of this process: from its settings to an application, and its run."""
+"""Server in this process: builds the application from settings and runs it."""
 
 from __future__ import annotations
 
@@ -27,30 +27,33 @@ if TYPE_CHECKING:
 
 _PACKAGES = ("fastapi", "uvicorn", "python_multipart", "prometheus_client", "fastapi_swagger")
 Announce = Callable[[dict[str, str]], None]
-"""Tells where requests are taken: `url` and, where it is known, `model`."""
+"""Callback that receives the server's `url` and, if known, its `model`."""
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 _SWITCH_INTERVAL = 0.0005
-"""Seconds that a thread may keep Python's lock while another one waits for it. The thread that makes the engine's steps gives
-the lock up in every step, and with Python's usual 5 ms would wait for the threads of HTTP as long as a small step takes."""
+"""Seconds that a thread may hold the interpreter lock while another one waits for it.
+
+The stepping thread releases the lock in every step. With Python's default of 5 ms, it would wait for the HTTP threads as long
+as a small step takes."""
 
 
 def check_packages() -> None:
-    """Refuse to serve without what the extra `serve` brings."""
+    """Raise if packages of the extra `serve` are missing."""
     missing = [name for name in _PACKAGES if find_spec(name) is None]
     if missing:
         raise SliderEditError(f"serving needs {', '.join(missing)}; install them with pip install 'slideredit-rt[serve]'")
 
 
 def serve(settings: ServeSettings, options: RuntimeOptions | None, *, progress: bool, announce: Announce) -> None:
-    """Serve until a signal comes.
+    """Serve until SIGINT or SIGTERM.
 
     Args:
-        options: of a TensorRT engine.
+        settings: server settings.
+        options: run options of a TensorRT engine.
         progress: show progress bars on standard error while the embedded engine is built.
-        announce: called when requests are taken.
+        announce: called with the address when the server accepts requests.
 
     Raises:
-        SliderEditError: an address that cannot be had, or an engine that cannot be run.
+        SliderEditError: the address is not available, or the engine cannot run here.
     """
     key = settings.read_key()
     with _bind(settings.host, settings.port) as listener:
@@ -64,26 +67,31 @@ def serve(settings: ServeSettings, options: RuntimeOptions | None, *, progress: 
         def ready() -> None:
             announce({"url": url, "model": model})
             if key is None and settings.host not in _LOOPBACK:
-                sys.stderr.write(f"slideredit-rt: whoever reaches {settings.host} may use it; --api-key-file asks for a key\n")
+                sys.stderr.write(
+                    f"slideredit-rt: anyone who can reach {settings.host} can use this server; set a key with --api-key-file\n"
+                )
 
         server = Server(app, service, drain_seconds=settings.drain_seconds, on_ready=ready)
         try:
             server.run([listener])
         finally:
             service.close(drain=False)
-            # Triton complains at the end of what it finds uncollected.
+            # Undo the freeze: on exit, Triton warns about objects that were not collected.
             gc.unfreeze()
 
 
 def make_app(settings: ServeSettings, options: RuntimeOptions | None) -> tuple[FastAPI, EditService, str]:
-    """The application and the service that it is over, and what clients call the engine; settles this process for serving.
+    """Create the application and tune this process for serving.
 
     Args:
-        settings: with an engine, see `with_engine`.
-        options: of a TensorRT engine.
+        settings: server settings with an engine (see `with_engine`).
+        options: run options of a TensorRT engine.
+
+    Returns:
+        The application, its service, and the model name for clients.
 
     Raises:
-        SliderEditError: an engine that cannot be run here.
+        SliderEditError: the engine cannot run here.
     """
     import torch
 
@@ -94,7 +102,7 @@ def make_app(settings: ServeSettings, options: RuntimeOptions | None) -> tuple[F
     from slideredit_rt.serving.service import EditService
 
     sys.setswitchinterval(_SWITCH_INTERVAL)
-    # Images are encoded and decoded beside the engine, whose threads stand still as long as one of them has no core.
+    # Images are encoded and decoded beside the engine, whose threads all stall while one of them has no core.
     torch.set_num_threads(max(1, torch.get_num_threads() // 2))
     assert settings.engine is not None
     editor = SliderEditor.from_engine(settings.engine, settings.base, threads=settings.threads, options=options)
@@ -121,35 +129,40 @@ def make_app(settings: ServeSettings, options: RuntimeOptions | None) -> tuple[F
         allowed_hosts=[name for name in (settings.host, socket.gethostname(), *settings.allowed_host) if name],
         allowed_origins=settings.allow_origin,
     )
-    # What lives as long as the process is put out of the garbage collector's sight: it would walk through all modules for some
-    # tenths of a second now and then, while every request waits, and for that reason come by too seldom.
+    # Freeze long-lived objects: a full collection over all modules takes about 0.3 s and stalls every request.
     gc.collect()
     gc.freeze()
     return app, service, model
 
 
 def _bind(host: str, port: int) -> socket.socket:
-    """A socket at the address, before the engine is loaded: whether it can be had is known at once."""
+    """Return a listening socket. Called before the engine is loaded, so that a bad address fails at once."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         listener = socket.socket(family, kind, protocol)
     except (OSError, OverflowError, UnicodeError) as error:
-        raise SliderEditError(f"{host!r} port {port} is no address to listen at ({error})") from None
+        raise SliderEditError(f"cannot listen on {host}:{port}: {error}; give another --host") from None
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
-        # From now on nobody else gets it.
+        # Listen now, so that no other process can take the port while the engine loads.
         listener.listen()
         return listener
     except (OSError, OverflowError) as error:
         listener.close()
         reason = getattr(error, "strerror", None) or error
-        raise SliderEditError(f"cannot listen at {host} port {port} ({reason}); choose another --port") from None
+        raise SliderEditError(f"cannot listen on {host}:{port}: {reason}; choose another --port") from None
 
 
 def with_engine(settings: ServeSettings, *, progress: bool) -> ServeSettings:
-    """The settings with an engine: the embedded one where none was named, built where it is not yet, or from files that have
-    moved since."""
+    """Return the settings with an engine: the embedded one by default.
+
+    The embedded engine is built if it is missing, or if the files that it links have moved.
+
+    Args:
+        settings: server settings.
+        progress: show progress bars on standard error during the build.
+    """
     if settings.engine is not None:
         return settings
     from slideredit_rt.engines.manifest import read_manifest
@@ -164,7 +177,7 @@ def with_engine(settings: ServeSettings, *, progress: bool) -> ServeSettings:
 
 
 def _default_engine() -> Path:
-    """Where the engine of the embedded editor is kept: one for each content that it may be built from."""
+    """Return the folder of the embedded engine, which depends on the contents of its base and adapter."""
     from slideredit_rt.assets import resolve_adapter, resolve_base
     from slideredit_rt.files import cache_directory, folder_fingerprint, sha256
 

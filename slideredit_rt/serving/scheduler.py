@@ -1,4 +1,4 @@
-"""Which rows make the next step."""
+"""Scheduler: selects the rows of the next step."""
 
 from __future__ import annotations
 
@@ -8,32 +8,32 @@ from collections.abc import Callable, Hashable, Sequence
 from slideredit_rt.serving.batch import Row
 
 BACKGROUND_EVERY = 16
-"""A step of full edits follows after so many steps of previews alone."""
+"""Number of consecutive preview steps after which full edits get one step."""
 SHARE_BESIDE_PREVIEWS = 4
-"""While previews come, a step of full edits has the largest batch divided by this: the next preview waits for it to end."""
+"""Divisor of the largest batch for full edits while previews arrive: the next preview has to wait for their step."""
 
 
 class Scheduler:
-    """Rows wait in lanes, one per key and priority; the first rows of a lane make its steps together.
+    """Queue of rows in lanes, one lane per key and priority. A step takes the first rows of one lane.
 
-    Within a lane first come, first served; lanes take turns. Previews (`interactive`) go first and full edits pause meanwhile,
-    keeping their state, but for one step after every `BACKGROUND_EVERY` steps of previews. Not safe between threads.
+    A lane is first come, first served, and lanes take turns. Previews (`interactive`) go first. Full edits pause meanwhile and
+    keep their state, except for one step after every `BACKGROUND_EVERY` preview steps. Not thread-safe.
 
     Args:
         max_batch: most rows in a step.
-        step_batching: without it, the rows of an owner are not mixed with others', and are done before the next owner's begin.
+        step_batching: mix rows of several owners in a step; otherwise finish one owner before the next.
     """
 
     def __init__(self, max_batch: int, *, step_batching: bool = True) -> None:
         self.max_batch = max_batch
         self.step_batching = step_batching
-        # By priority; the lane whose turn it is comes first.
+        # Lanes by priority; the first is next in turn.
         self._lanes: dict[bool, OrderedDict[Hashable, list[Row]]] = {True: OrderedDict(), False: OrderedDict()}
         self._previews_in_a_row = 0
         self._begun: tuple[bool, Hashable] | None = None
 
     def __len__(self) -> int:
-        """Rows in all lanes."""
+        """Return the number of rows in all lanes."""
         return sum(len(lane) for lanes in self._lanes.values() for lane in lanes.values())
 
     def add(self, rows: Sequence[Row]) -> None:
@@ -42,7 +42,7 @@ class Scheduler:
             self._lanes[row.interactive].setdefault(key, []).append(row)
 
     def discard(self, gone: Callable[[Row], bool]) -> None:
-        """Drop the rows of which `gone` is true."""
+        """Drop the rows for which `gone` returns true."""
         for lanes in self._lanes.values():
             for key in list(lanes):
                 lanes[key] = [row for row in lanes[key] if not gone(row)]
@@ -50,18 +50,19 @@ class Scheduler:
                     del lanes[key]
 
     def limit(self, *, interactive: bool, beside_previews: bool) -> int:
-        """Most rows that are worked on together, in a step or in decoding.
+        """Return the most rows to process together, in a step or in decoding.
 
         Args:
-            beside_previews: previews have come lately.
+            interactive: true for previews.
+            beside_previews: true if previews arrived recently.
         """
         return max(1, self.max_batch // SHARE_BESIDE_PREVIEWS) if beside_previews and not interactive else self.max_batch
 
     def next_rows(self, *, beside_previews: bool = False) -> list[Row]:
-        """The rows of the next step, none if no row waits. They stay in their lane until they are discarded.
+        """Return the rows of the next step; none if no row waits. They stay in their lane until they are discarded.
 
         Args:
-            beside_previews: previews have come lately.
+            beside_previews: true if previews arrived recently.
         """
         interactive, key = self._next_lane()
         lane = self._lanes[interactive].get(key, [])

@@ -1,4 +1,4 @@
-"""What requests hold and what answers hold, as pydantic models: OpenAI's image edits, with sliders."""
+"""Pydantic models of requests and responses: OpenAI's image edits API, with sliders."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from slideredit_rt.sliders import linear_sweep
 
 MAX_IMAGES = 10
 MAX_SOURCES = 16
-"""Most source images of an edit."""
+"""Maximum number of source images of an edit."""
 MAX_SWEEP = 32
 MAX_STEPS = 100
 MAX_SLIDERS = 64
@@ -30,9 +30,9 @@ class _Strict(BaseModel):
 class SliderField(_Strict):
     """One instruction of the prompt and its strength."""
 
-    instruction: _Text = Field(description="words of the prompt, exactly as they stand there")
-    strength: _Strength = Field(1.0, description="0 suppressed, 1 the model's own edit, above 1 exaggerated")
-    adapter: str | None = Field(None, description="which adapter it scales, where the engine has several")
+    instruction: _Text = Field(description="part of the prompt, word for word")
+    strength: _Strength = Field(1.0, description="0 suppresses the edit, 1 is the model's own edit, more exaggerates it")
+    adapter: str | None = Field(None, description="adapter that the slider scales, if the engine has several")
 
 
 class SweepField(_Strict):
@@ -40,11 +40,11 @@ class SweepField(_Strict):
 
     model_config = ConfigDict(extra="forbid", validate_by_name=True, serialize_by_alias=True)
 
-    slider: int = Field(0, ge=0, description="index in `sliders`")
-    first: _Strength = Field(alias="from")
-    last: _Strength = Field(alias="to")
-    count: int = Field(7, ge=2, le=MAX_SWEEP)
-    strip: bool = Field(False, description="answer with one image in which they lie side by side under their strengths")
+    slider: int = Field(0, ge=0, description="index of the slider in `sliders`")
+    first: _Strength = Field(alias="from", description="first strength")
+    last: _Strength = Field(alias="to", description="last strength")
+    count: int = Field(7, ge=2, le=MAX_SWEEP, description="number of strengths")
+    strip: bool = Field(False, description="return the images side by side in one, labelled with their strengths")
 
     @property
     def strengths(self) -> list[float]:
@@ -54,43 +54,49 @@ class SweepField(_Strict):
 class ImageReference(_Strict):
     """An image in the request."""
 
-    image_url: str = Field(description="data:image/png;base64,… (other URLs are not fetched)")
+    image_url: str = Field(description="base64 data URL, such as data:image/png;base64,…; other URLs are not fetched")
 
 
 class EditFields(_Strict):
-    """An edit. Of OpenAI's fields those that could change nothing here are ignored; a field that is not listed is refused."""
+    """An edit. OpenAI's fields that do not apply here are ignored; fields that are not listed are rejected."""
 
-    prompt: _Text | None = Field(None, description="default: the instructions joined by ' and '")
-    model: str | None = Field(None, description="as GET /v1/models names it; default: the one there is")
+    prompt: _Text | None = Field(None, description="whole prompt; default: the instructions joined by ' and '")
+    model: str | None = Field(None, description="model id from GET /v1/models; default: the model served")
     image: str | list[str] | None = Field(
-        None, description="base64 or data URL; a list where the engine takes several (max_images of GET /v1/models)"
+        None, description="image as base64 or data URL, or a list if the engine takes several (max_images in GET /v1/models)"
     )
-    images: list[ImageReference] | None = None
+    images: list[ImageReference] | None = Field(None, description="images in the form of OpenAI's JSON API")
     sliders: list[SliderField] | None = Field(
-        None, min_length=1, max_length=MAX_SLIDERS, description="default: the whole prompt at strength 1"
+        None, min_length=1, max_length=MAX_SLIDERS, description="sliders; default: one for the whole prompt, at strength 1"
     )
     sweep: SweepField | None = None
-    preview: bool = Field(
-        False, description="ahead of full edits, and with fewer steps unless num_inference_steps says how many"
+    preview: bool = Field(False, description="run before full edits, and with fewer steps unless num_inference_steps is given")
+    n: int | None = Field(
+        None, ge=1, le=MAX_IMAGES, description="number of images, with the seeds seed, seed + 1, …; default: 1"
     )
-    n: int | None = Field(None, ge=1, le=MAX_IMAGES, description="images, with the seeds seed, seed + 1, …")
-    size: str | None = Field(None, description="auto, or the size that the engine edits the image at")
+    size: str | None = Field(None, description="auto, or the size at which the image is edited")
     seed: int = Field(
         EditSettings.seed,
         ge=0,
         le=SEEDS[-1],
-        description="of the initial noise; with n images, the last one's is seed + n − 1 and within the same range. JavaScript "
-        "keeps no number above 2⁵³ exactly",
+        description="seed of the initial noise; with n images, the last seed, seed + n − 1, must be within the same range. "
+        "JavaScript cannot represent all integers above 2⁵³ exactly",
     )
-    num_inference_steps: int | None = Field(None, ge=1, le=MAX_STEPS)
-    guidance_scale: _Scale | None = None
-    true_cfg_scale: _Scale | None = None
-    negative_prompt: Annotated[str, Field(max_length=MAX_CHARACTERS)] | None = None
+    num_inference_steps: int | None = Field(None, ge=1, le=MAX_STEPS, description="denoising steps; default: the engine's")
+    guidance_scale: _Scale | None = Field(None, description="scale of the embedded guidance; default: the family's")
+    true_cfg_scale: _Scale | None = Field(
+        None, description="scale of guidance with a negative pass, 1 for no such pass; default: the family's"
+    )
+    negative_prompt: Annotated[str, Field(max_length=MAX_CHARACTERS)] | None = Field(
+        None, description="prompt of the negative pass; default: the family's"
+    )
     response_format: Literal["b64_json"] | None = None
-    output_format: OutputFormat | None = Field(None, description="default: png")
+    output_format: OutputFormat | None = Field(None, description="format of the images; default: png")
     output_compression: int | None = Field(None, ge=0, le=100, description="quality of JPEG and WebP in percent; default: 100")
-    stream: bool | None = Field(None, description="answer with server-sent events")
-    partial_images: int | None = Field(None, ge=0, le=3, description="of each image, in a stream; default: 0")
+    stream: bool | None = Field(None, description="respond with server-sent events")
+    partial_images: int | None = Field(
+        None, ge=0, le=3, description="number of partial images of each image in a stream; default: 0"
+    )
     background: Literal["auto", "opaque"] | None = None
     quality: str | None = Field(None, description="ignored")
     input_fidelity: str | None = Field(None, description="ignored")
@@ -99,7 +105,11 @@ class EditFields(_Strict):
     safety_identifier: str | None = Field(None, description="ignored")
 
     def settings(self, preview_steps: int) -> EditSettings:
-        """The settings that these fields say; `preview_steps` of a preview that names none."""
+        """Return the edit settings.
+
+        Args:
+            preview_steps: denoising steps of a preview without num_inference_steps.
+        """
         return EditSettings(
             prompt=self.prompt,
             seed=self.seed,
@@ -111,9 +121,9 @@ class EditFields(_Strict):
 
 
 class SpansFields(_Strict):
-    """A prompt and the sliders to find in it; their strengths do not matter."""
+    """A prompt and the sliders to find in it. Their strengths are ignored."""
 
-    prompt: _Text | None = Field(None, description="default: the instructions joined by ' and '")
+    prompt: _Text | None = Field(None, description="whole prompt; default: the instructions joined by ' and '")
     sliders: list[SliderField] = Field(default_factory=list, max_length=MAX_SLIDERS)
 
 
@@ -125,7 +135,7 @@ class ErrorBody(BaseModel):
 
 
 class ErrorResponse(BaseModel):
-    """OpenAI's shape of an error."""
+    """An error in OpenAI's format."""
 
     error: ErrorBody
 
@@ -136,7 +146,7 @@ class InputTokens(BaseModel):
 
 
 class Usage(BaseModel):
-    """Rows that the backbone worked on: the prompt's tokens, the source images' rows, the edits' rows."""
+    """Rows that the backbone processed: tokens of the prompt, image rows of the sources and of the edits."""
 
     input_tokens: int
     input_tokens_details: InputTokens
@@ -146,8 +156,8 @@ class Usage(BaseModel):
 
 class EditedImage(BaseModel):
     b64_json: str
-    seed: int = Field(description="of its initial noise")
-    strengths: list[float] | None = Field(description="one per slider; null for a strip")
+    seed: int = Field(description="seed of the image's initial noise")
+    strengths: list[float] | None = Field(description="strength of each slider; null for a strip")
 
 
 class EditResponse(BaseModel):
@@ -163,13 +173,13 @@ class EngineInfo(BaseModel):
     kind: str = Field(description="st: a slider scales its own words; gst: one slider scales everything")
     family: str
     backend: str
-    adapters: list[str] = Field(description="of a bank, by name; empty where there is one, without a name")
+    adapters: list[str] = Field(description="names of the adapters in a bank; empty if the engine has a single adapter")
     max_sliders: int
-    num_inference_steps: int = Field(description="default of a full edit")
-    preview_steps: int = Field(description="default of a preview")
-    max_images: int = Field(description="source images that an edit may have")
-    side: int = Field(description="edge in pixels of the square that the engine edits")
-    embedded: bool = Field(description="whether it is the small editor of shapes that the package brings")
+    num_inference_steps: int = Field(description="denoising steps of a full edit by default")
+    preview_steps: int = Field(description="denoising steps of a preview by default")
+    max_images: int = Field(description="maximum number of source images of an edit")
+    side: int = Field(description="width and height of the square images that the engine edits, in pixels")
+    embedded: bool = Field(description="true for the small shapes editor that is part of the package")
 
 
 class Model(BaseModel):
@@ -187,15 +197,15 @@ class ModelList(BaseModel):
 
 class Token(BaseModel):
     text: str
-    start: int = Field(description="first character in the prompt")
-    end: int
-    slider: int | None = Field(description="index of the slider that owns it")
+    start: int = Field(description="index of the token's first character in the prompt")
+    end: int = Field(description="index after its last character")
+    slider: int | None = Field(description="index of the slider that owns the token; null if there is none")
 
 
 class SpansResponse(BaseModel):
     prompt: str
     tokens: list[Token]
-    text_rows: int = Field(description="that the backbone reads")
+    text_rows: int = Field(description="number of text rows that the backbone reads")
 
 
 class Health(BaseModel):

@@ -1,4 +1,4 @@
-"""uvicorn, with errors in the API's shape, a limit of time for headers, and an end that finishes what was accepted."""
+"""uvicorn server with errors in the API's format, a time limit for headers, and a shutdown that finishes accepted edits."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from slideredit_rt.serving.service import EditService
 
 HEADER_BYTES = 32 * 2**10
 HEADER_SECONDS = 15.0
-_GRACE = 5  # seconds for answers to leave after the last edit
+_GRACE = 5  # seconds to send responses after the last edit
 
 
 class Connection(H11Protocol):
-    """One connection, which has to bring the headers of a request in time."""
+    """Connection that is closed if the headers of a request do not arrive in time."""
 
     _headers_due: asyncio.TimerHandle | None = None
 
@@ -53,14 +53,14 @@ class Connection(H11Protocol):
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        # uvicorn's own timer waits for the next request.
+        # uvicorn's keep-alive timer covers the wait for the next request.
         self._forget_headers()
 
     def send_400_response(self, msg: str) -> None:
-        # h11 knows the status (431 for headers that are too large), uvicorn does not pass it on.
+        # h11 has the status (431 for headers that are too large), but uvicorn does not pass it on.
         status = getattr(sys.exc_info()[1], "error_status_hint", 400)
         if status == 431:
-            msg = f"the request's headers are larger than the {HEADER_BYTES // 2**10} KiB allowed"
+            msg = f"the headers are larger than the limit of {HEADER_BYTES // 2**10} KiB; send fewer or shorter ones"
         body = json.dumps(Fault(status, msg).body).encode()
         headers = [("content-type", "application/json"), ("content-length", str(len(body))), ("connection", "close")]
         for event in (
@@ -73,16 +73,16 @@ class Connection(H11Protocol):
 
 
 class Server(uvicorn.Server):
-    """Serves an application over a service until it is told to stop.
+    """Server of an application over a service.
 
-    The first signal (or `stop`) closes the door: what was accepted is finished, for at most `drain_seconds`, and requests that
-    were not yet get 503. The second one cancels what is left.
+    On the first signal (or call of `stop`), accepted edits are finished, for at most `drain_seconds`, and new requests get 503.
+    The second one cancels the remaining edits.
 
     Args:
         app: the application.
-        service: closed when the server stops.
-        drain_seconds: for accepted edits to finish.
-        on_ready: called when requests are taken.
+        service: the service, closed when the server stops.
+        drain_seconds: longest time for accepted edits to finish.
+        on_ready: called when the server accepts requests.
     """
 
     def __init__(
@@ -113,13 +113,13 @@ class Server(uvicorn.Server):
             self._on_ready()
 
     def stop(self) -> None:
-        """Finish what was accepted; the second time, cancel it."""
+        """Stop after finishing accepted edits; on the second call, cancel them."""
         if self.should_exit:
             self.force_exit = True
             threading.Thread(target=self._service.close, kwargs={"drain": False}, daemon=True).start()
             return
         self.should_exit = True
-        # The service waits for its edits on a thread of its own: this one has to carry their answers out.
+        # Closing waits for the edits, so it runs on another thread; the event loop still has to send their responses.
         self._closer = threading.Thread(target=self._service.close, kwargs={"timeout": self._drain_seconds}, daemon=True)
         self._closer.start()
 

@@ -1,4 +1,4 @@
-"""EditService: a queue in front of an editor, whose requests share every engine call."""
+"""EditService: a queue in front of an editor, whose requests share engine calls."""
 
 from __future__ import annotations
 
@@ -39,26 +39,30 @@ from slideredit_rt.sliders import check_strength
 T = TypeVar("T")
 
 PREVIEWS_COME = 10.0
-"""Seconds after a preview's submission in which another one is expected."""
+"""Seconds after a preview in which another one is expected."""
 
 _log = logging.getLogger(__name__)
 
 
 class EditService:
-    """Runs edits with step-level continuous batching; safe between threads, and a context manager that closes itself.
+    """Thread-safe service that runs edits with continuous batching per denoising step; a context manager.
 
-    Two threads: one makes the engine's steps, the other encodes and decodes meanwhile. Each image is a row with its own
-    latents, scheduler and step; rows that agree in shape share an engine call, whatever their sliders, strengths and steps (see
-    `Scheduler` for their order). An image is what `SliderEditor.render` makes of the same request alone. Deadlines and
-    cancellations act at the next step boundary.
+    One thread steps the engine while another encodes and decodes. Each image is a row with its own latents, scheduler and step.
+    Rows of the same shape share engine calls, whatever their sliders, strengths and step counts; `Scheduler` has their order.
+    The result equals that of `SliderEditor.render` for the same request alone. Deadlines and cancellations take effect at the
+    next step boundary.
 
     Args:
-        editor: used by this service alone until it is closed.
-        max_queue: most images that wait for their first step, previews and full edits each; also most images of a request.
-        cache_bytes: bound of the encodings that are kept; 0 keeps none.
+        editor: the editor, which nothing else may use until the service is closed.
+        max_queue: most images that wait for their first step, counted separately for previews and full edits; also the most
+            images of a request.
+        cache_bytes: memory for cached encodings; 0 caches none.
         max_batch: most rows in a step; None takes the engine's.
-        step_batching: without it, one request runs after the other.
-        observer: is told what happens.
+        step_batching: share steps between requests; otherwise they run one after the other.
+        observer: receives the service's events.
+
+    Raises:
+        SliderEditError: `max_queue` or `max_batch` is out of range.
     """
 
     def __init__(
@@ -72,17 +76,17 @@ class EditService:
         observer: Observer | None = None,
     ) -> None:
         if max_queue < 1:
-            raise SliderEditError(f"a queue of {max_queue} images takes no request; give at least 1")
+            raise SliderEditError(f"max_queue is {max_queue}; give at least 1")
         max_batch = editor.max_batch if max_batch is None else max_batch
         if not 1 <= max_batch <= editor.max_batch:
-            raise SliderEditError(f"a batch of {max_batch} rows was asked for and this engine takes 1 to {editor.max_batch}")
+            raise SliderEditError(f"max_batch is {max_batch}; give 1 to {editor.max_batch}, the engine's largest batch")
         self.editor = editor
         self.max_queue = max_queue
         self.max_batch = max_batch
         self.observer = observer or Observer()
         self._cache = EncodingCache(cache_bytes, self.observer.cache)
         self._scheduler = Scheduler(max_batch, step_batching=step_batching)
-        # Everything below is read and written under this lock.
+        # Guards all attributes from here to `_step_seconds`.
         self._changed = threading.Condition()
         self._jobs: dict[Future[Any], Job[Any]] = {}
         self._to_encode: dict[bool, deque[Job[Any]]] = {True: deque(), False: deque()}
@@ -93,7 +97,7 @@ class EditService:
         self._outcomes: Counter[str] = Counter()
         self._batch_sizes: Counter[int] = Counter()
         self._step_seconds = 0.0
-        # Read and written by the stepping thread alone.
+        # Used by the stepping thread only.
         self._batches: dict[tuple[Row, ...], Batch] = {}
         self._threads = [
             threading.Thread(target=self._guard, args=(loop,), name=f"slideredit-{name}", daemon=True)
@@ -112,18 +116,18 @@ class EditService:
         """Queue a request.
 
         Args:
-            request: what to edit.
-            on_partial: called from the service's own thread with each partial image; must return at once.
+            request: the edit.
+            on_partial: called from a thread of the service with each partial image; must return quickly.
 
         Raises:
             QueueFull: too many images wait.
             Closed: the service was closed.
-            SliderEditError: bad input that can be told without encoding; other bad input comes through the future.
+            SliderEditError: the input is bad. Errors that only encoding reveals are raised by the future instead.
         """
         return self._submit(request, self.editor.to_images, list, on_partial)
 
     def submit_tensor(self, request: EditRequest) -> Ticket[Tensor]:
-        """As `submit`, but the result is float32 `[N, 3, H, W]` in [0, 1], as `SliderEditor.render_tensor` gives it."""
+        """Queue a request like `submit`, but with a float32 `[N, 3, H, W]` result in [0, 1], as from `render_tensor`."""
         return self._submit(request, torch.unbind, torch.stack, None)
 
     def _submit(
@@ -139,7 +143,7 @@ class EditService:
             job = Job(request, request.seeds, steps, convert, collect, on_partial)
             with self._changed:
                 if self._closing:
-                    raise Closed("the service is closing and takes no more requests; try another one")
+                    raise Closed("the service is shutting down and accepts no requests; try another server")
                 self._check_room(job)
                 job.future.add_done_callback(self._retire)
                 self._jobs[job.future] = job
@@ -155,23 +159,23 @@ class EditService:
         return Ticket(job)
 
     def _check(self, request: EditRequest) -> None:
-        """Refuse what can be told without encoding."""
+        """Raise on errors that show without encoding."""
         count = len(request.strengths)
         if not 1 <= count <= self.max_queue:
-            raise SliderEditError(f"{count} images were asked for; give the strengths of 1 to {self.max_queue}")
+            raise SliderEditError(f"{count} images were requested; request 1 to {self.max_queue}")
         for strengths in request.strengths:
             if len(strengths) != len(request.sliders):
                 raise SliderEditError(
-                    f"{list(strengths)} has {len(strengths)} strength(s) and there are {len(request.sliders)} slider(s); "
-                    "give one for each"
+                    f"{list(strengths)} has {len(strengths)} strength(s), but there are {len(request.sliders)} slider(s); "
+                    "give one per slider"
                 )
             for slider, strength in zip(request.sliders, strengths, strict=True):
                 check_strength(slider.instruction, strength)
         check_seed(request.seeds[-1])
         if request.timeout is not None and not (math.isfinite(request.timeout) and request.timeout > 0):
-            raise SliderEditError(f"a timeout of {request.timeout} seconds was given; give a positive number")
+            raise SliderEditError(f"timeout is {request.timeout} seconds; give a positive number, or None")
         if request.partial_every < 0:
-            raise SliderEditError(f"partial images every {request.partial_every} steps were asked for; give 0 or more")
+            raise SliderEditError(f"partial_every is {request.partial_every}; give 0 or more steps")
 
     def _check_room(self, job: Job[Any]) -> None:
         interactive, count = job.request.interactive, len(job.seeds)
@@ -180,19 +184,22 @@ class EditService:
         excess = waiting + count - self.max_queue
         if excess <= 0:
             return
-        # As long as the images in front take, per image that has to leave the queue.
+        # Estimate the time until enough of the images ahead have finished.
         rows_stepped = sum(rows * steps for rows, steps in self._batch_sizes.items())
         seconds = self._step_seconds / rows_stepped if rows_stepped else 0.0
         images = sum(len(other.seeds) for other in ahead)
         retry_after = max(1.0, seconds * sum(other.remaining for other in ahead) * excess / images)
-        raise QueueFull(f"{waiting} images wait and the queue takes {self.max_queue}; try again later", retry_after)
+        raise QueueFull(
+            f"the queue has no room for {count} more: {waiting} of at most {self.max_queue} images wait; try again later",
+            retry_after,
+        )
 
     def close(self, *, drain: bool = True, timeout: float | None = None) -> None:
-        """Take no more requests and stop both threads. Idempotent.
+        """Reject new requests and stop both threads. Idempotent.
 
         Args:
-            drain: finish the requests that were accepted; without it, they are cancelled.
-            timeout: seconds after which those that are left are cancelled all the same; None waits for all.
+            drain: finish accepted requests first instead of cancelling them.
+            timeout: seconds after which the remaining requests are cancelled; None waits for all.
         """
         with self._changed:
             self._closing = True
@@ -200,7 +207,7 @@ class EditService:
                 self._changed.wait_for(lambda: not self._jobs, timeout)
             left = list(self._jobs.values())
         for job in left:
-            job.fail(Cancelled("the service was closed before the request was done"))
+            job.fail(Cancelled("the service was closed before the request finished"))
         with self._changed:
             self._stopped = True
             self._changed.notify_all()
@@ -211,11 +218,11 @@ class EditService:
 
     @property
     def closed(self) -> bool:
-        """Whether it takes no more requests."""
+        """True once the service rejects new requests."""
         return self._closing
 
     def stats(self) -> Stats:
-        """What it does now and has done."""
+        """Return a snapshot of the service."""
         with self._changed:
             queued = sum(job.waiting for job in self._jobs.values())
             running = sum(len(job.seeds) - job.waiting - len(job.images) for job in self._jobs.values())
@@ -225,18 +232,18 @@ class EditService:
         return Stats(queued, running, outcomes, batch_sizes, step_seconds, *kept)
 
     def _retire(self, future: Future[Any]) -> None:
-        """The future of a job was settled, by whomever: exactly once per job."""
+        """Remove a job whose future is resolved. Called exactly once per job."""
         outcome = outcome_of(future)
         with self._changed:
             job = self._jobs.pop(future)
-            job.rows = []  # they know the job: another such cycle
+            job.rows = []  # rows reference their job, which would make a reference cycle
             self._outcomes[outcome] += 1
             self._changed.notify_all()
         seconds = time.monotonic() - job.submitted
         self.observer.finished(outcome, len(job.seeds), job.request.interactive, seconds)
 
     def _guard(self, loop: Callable[[], None]) -> None:
-        """Run a thread's loop; should it ever end by an error, no request is left waiting."""
+        """Run a thread's loop; if it raises, close the service and fail all requests."""
         try:
             loop()
         except BaseException as error:
@@ -246,7 +253,7 @@ class EditService:
                 left = list(self._jobs.values())
                 self._changed.notify_all()
             for job in left:
-                job.fail(EngineFailure(f"the edit service stopped ({type(error).__name__}: {error}); start it again"))
+                job.fail(EngineFailure(f"the edit service stopped ({type(error).__name__}: {error}); restart it"))
 
     def _beside_previews(self) -> bool:
         return time.monotonic() - self._last_preview < PREVIEWS_COME
@@ -258,7 +265,7 @@ class EditService:
             pass
 
     def _make_step(self) -> bool:
-        """Wait for rows, and make one step with some; False when the service has stopped."""
+        """Wait for rows and step some of them once. Return False if the service has stopped."""
         with self._changed:
             expired: list[Job[Any]] = []
             while not expired and not self._stopped:
@@ -301,10 +308,10 @@ class EditService:
         self.observer.step(len(rows), seconds, rows[0].interactive)
 
     def _batch_of(self, rows: list[Row]) -> Batch:
-        """The batch of these rows, as it was laid out the last time they made a step together."""
+        """Return the batch of these rows; reuse the one from their last step together."""
         key = tuple(rows)
         if key not in self._batches:
-            # Rows that left, or that now step in another company.
+            # Drop the batches of rows that are done or now step in another batch.
             gone = {*rows, *(row for old in self._batches for row in old if row.done or row.owner.future.done())}
             self._batches = {old: batch for old, batch in self._batches.items() if gone.isdisjoint(old)}
             self._batches[key] = Batch(self.editor, rows)
@@ -318,7 +325,7 @@ class EditService:
     def _fail(self, rows: Sequence[Row], what: str, error: Exception) -> None:
         _log.error("%s", what, exc_info=error)
         for job in {row.owner for row in rows}:
-            failure = EngineFailure(f"{what} ({type(error).__name__}: {error}); other requests go on")
+            failure = EngineFailure(f"{what} ({type(error).__name__}: {error}); other requests are not affected")
             failure.__cause__ = error
             job.fail(failure)
 
@@ -328,11 +335,11 @@ class EditService:
     def _run_pipeline(self) -> None:
         while (task := self._wait_for_task()) is not None:
             task()
-            # Not while waiting for the next one: it holds images.
+            # Release its images before waiting for the next task.
             del task
 
     def _wait_for_task(self) -> Callable[[], None] | None:
-        """None when the service has stopped."""
+        """Wait for the next task; return None if the service has stopped."""
         with self._changed:
             while not self._stopped:
                 if (task := self._next_task()) is not None:
@@ -341,7 +348,7 @@ class EditService:
         return None
 
     def _next_task(self) -> Callable[[], None] | None:
-        """Previews that are finished, then those to encode; finished full edits, partial images, full edits to encode."""
+        """Return the next task: decode previews, encode previews, decode full edits, show partial images, encode full edits."""
         self._to_decode = [row for row in self._to_decode if not row.owner.future.done()]
         self._partials = {row: part for row, part in self._partials.items() if not row.owner.future.done()}
         for interactive in (True, False):
@@ -364,7 +371,7 @@ class EditService:
         return queue.popleft() if queue else None
 
     def _together(self, first: Row, rows: Sequence[Row]) -> list[Row]:
-        """`first` and others that can be decoded with it."""
+        """Return `first` and other rows that can be decoded with it."""
         others = (row for row in rows if row is not first and row.key == first.key and row.interactive == first.interactive)
         return [first, *others][: self._scheduler.limit(interactive=first.interactive, beside_previews=self._beside_previews())]
 
@@ -391,7 +398,7 @@ class EditService:
             self._changed.notify_all()
 
     def _decode(self, rows: Sequence[Row], latents: Sequence[Tensor]) -> Tensor | None:
-        """Pixels of several rows, `[B, 3, H, W]`; None where that failed, and with it the rows' jobs."""
+        """Decode several rows into `[B, 3, H, W]`; on an error, fail their jobs and return None."""
         started = time.perf_counter()
         try:
             pixels = self.editor.decode(torch.cat(list(latents)), rows[0].height, rows[0].width).cpu()
@@ -421,7 +428,7 @@ class EditService:
         pixels = self._decode([row for row, *_ in parts], [clean for *_, clean in parts])
         if pixels is None:
             return
-        # Whether a request fails is decided by its last step.
+        # Skip broken previews of the result; only the last step decides whether a request fails.
         broken = broken_rows(pixels)
         whole = [place for place in range(len(parts)) if place not in broken]
         for place, image in zip(whole, self.editor.to_images(pixels[whole]), strict=True):
@@ -432,4 +439,4 @@ class EditService:
             try:
                 job.on_partial(Partial(row.index, step, row.steps, image))
             except Exception:
-                _log.exception("a request's function for partial images failed")
+                _log.exception("the on_partial callback of a request failed")

@@ -1,4 +1,4 @@
-"""ServeSettings: how a server is run, the same value for one process and for the replicas of Ray Serve."""
+"""ServeSettings: options of a server, shared by the single-process server and Ray Serve replicas."""
 
 from __future__ import annotations
 
@@ -30,31 +30,31 @@ _ABOVE_ZERO = ("max_megapixels", "max_body_mib", "request_seconds")
 
 @dataclass(frozen=True)
 class ServeSettings:
-    """How a server is run. The fields are the options of `slideredit-rt serve`, by name.
+    """Options of a server. Each field is an option of `slideredit-rt serve` with the same name.
 
     Attributes:
-        engine: folder written by `slideredit-rt build`; None takes the embedded one.
-        host, port: where to listen; port 0 takes a free one.
-        model: what clients call the engine; None takes the name of its folder.
-        api_key_file: holds the key that clients have to bring, read by the process that serves.
-        api_key: the key itself; without both, `$SLIDEREDIT_API_KEY` is read, and without that none is asked for.
-        allowed_host: names that clients call the server by, as `host_pattern` gives them.
-        allow_origin: whose web pages may use the server besides its own, as `web_origin` gives them.
-        base: where the base checkpoint is; None takes what the manifest says.
+        engine: folder written by `slideredit-rt build`; None takes the embedded engine.
+        host, port: address to listen on; port 0 picks a free one.
+        model: model name for clients; None takes the name of the engine folder.
+        api_key_file: file with the API key, read by the process that serves.
+        api_key: the API key itself. Without either, it is read from `$SLIDEREDIT_API_KEY`; if that is unset, none is required.
+        allowed_host: host names of the server, as `host_pattern` returns them.
+        allow_origin: origins whose web pages may use the server, as `web_origin` returns them.
+        base: base checkpoint; None takes the location in the manifest.
         threads: CPU threads of the backend; None leaves the choice to it.
-        max_queue: images that may wait.
+        max_queue: most images that may wait.
         max_batch: most images in an engine step; None takes the engine's.
-        step_batching: without it, one edit runs after the other.
-        cache_mib: for encoded images and prompts.
-        max_megapixels, max_body_mib: of an image that is sent, and of a request.
-        request_seconds: for an edit.
-        preview_steps: of previews that say nothing.
-        drain_seconds: for accepted edits to finish after a signal.
-        min_replicas, max_replicas: engines of Ray Serve at all times, and while the queue is long; None takes the former.
-        replica_cpus, replica_gpus: that Ray counts for each.
+        step_batching: share steps between edits; otherwise they run one after the other.
+        cache_mib: memory for encoded images and prompts, in MiB.
+        max_megapixels, max_body_mib: largest image, in megapixels, and largest request body, in MiB.
+        request_seconds: time limit of an edit.
+        preview_steps: denoising steps of previews that do not set num_inference_steps.
+        drain_seconds: time for accepted edits to finish on shutdown.
+        min_replicas, max_replicas: Ray Serve replicas at all times, and at most while the queue is long; None takes the former.
+        replica_cpus, replica_gpus: CPUs and GPUs that Ray reserves per replica.
 
     Raises:
-        SliderEditError: a value that serves nobody.
+        SliderEditError: a value is out of range.
     """
 
     engine: Path | None = None
@@ -93,7 +93,7 @@ class ServeSettings:
         low, high = self.min_replicas, self.most_replicas
         if not 1 <= low <= high:
             raise SliderEditError(
-                f"{low} to {high} replicas were asked for; --min-replicas is at least 1, --max-replicas not less"
+                f"--min-replicas is {low} and --max-replicas {high}; give at least 1, and a maximum not below the minimum"
             )
         object.__setattr__(self, "allowed_host", tuple(map(host_pattern, self.allowed_host)))
         object.__setattr__(self, "allow_origin", tuple(map(web_origin, self.allow_origin)))
@@ -103,40 +103,43 @@ class ServeSettings:
         return self.min_replicas if self.max_replicas is None else self.max_replicas
 
     def read_key(self) -> str | None:
-        """The key that clients have to bring; None asks for none.
+        """Return the API key; None if none is required.
 
         Raises:
-            SliderEditError: a file that cannot be read, or a key that no header could carry.
+            SliderEditError: the file cannot be read, or the key cannot be sent in a header.
         """
         if self.api_key_file is not None:
             try:
                 key = self.api_key_file.read_text().strip()
             except (OSError, UnicodeDecodeError) as error:
-                raise SliderEditError(f"the key file {str(self.api_key_file)!r} cannot be read ({error})") from None
+                raise SliderEditError(
+                    f"the key file {str(self.api_key_file)!r} cannot be read ({error}); give a text file with the key"
+                ) from None
         else:
             given = self.api_key if self.api_key is not None else os.environ.get(KEY_VARIABLE)
             if given is None:
                 return None
             key = given
         if not key or not key.isascii() or not key.isprintable() or " " in key:
-            raise SliderEditError("the API key is empty, or holds spaces or characters beyond ASCII; choose another one")
+            raise SliderEditError("the API key is empty or has spaces or non-ASCII characters; choose another one")
         return key
 
     @classmethod
     def from_arguments(cls, arguments: Mapping[str, Any]) -> ServeSettings:
-        """The settings that `serve run` and Ray's configuration files say: fields by name, whose values may be text.
+        """Parse the arguments of `serve run` and of Ray's configuration files.
 
-        A field that holds several values takes a list, or one value.
+        Args:
+            arguments: fields by name. Values may be text; fields with several values take a list or a single value.
 
         Raises:
-            SliderEditError: a name that is no field, or a value that is none of its type.
+            SliderEditError: a name is not a field, or a value does not have its type.
         """
-        # It comes with FastAPI; who builds settings in Python needs neither.
+        # Imported here because pydantic comes with FastAPI, which building settings in Python does not need.
         from pydantic import TypeAdapter, ValidationError
 
         given, known = dict(arguments), [each.name for each in fields(cls)]
         if unknown := [name for name in given if name not in known]:
-            raise SliderEditError(f"{unknown[0]!r} is no option of a server; there are {', '.join(known)}")
+            raise SliderEditError(f"{unknown[0]!r} is not an option of the server; known: {', '.join(known)}")
         for name in ("allowed_host", "allow_origin"):
             if isinstance(given.get(name), str):
                 given[name] = [given[name]]
@@ -156,7 +159,7 @@ def _option(name: str) -> str:
 
 
 def is_address(name: str) -> bool:
-    """Whether a host name is an IP address."""
+    """Return whether a host name is an IP address."""
     try:
         ip_address(name)
     except ValueError:
@@ -165,13 +168,13 @@ def is_address(name: str) -> bool:
 
 
 def host_pattern(text: str) -> str:
-    """Return the value of `--allowed-host` as `Host` headers are compared with it.
+    """Normalise a value of `--allowed-host` for comparison with `Host` headers.
 
     Args:
         text: a host name without a port; `*` stands for any characters.
 
     Raises:
-        SliderEditError: a URL, a name with a port, or not a host name.
+        SliderEditError: the text is a URL, has a port, or is not a host name.
     """
     name = text.strip().lower().removesuffix(".")
     if not (is_address(name) or _NAME.fullmatch(name)):
@@ -182,13 +185,13 @@ def host_pattern(text: str) -> str:
 
 
 def web_origin(text: str) -> str:
-    """Return the value of `--allow-origin` as browsers write it.
+    """Normalise a value of `--allow-origin` to the form that browsers send.
 
     Args:
         text: `scheme://host[:port]`; `*` for any page, `null` for pages without an origin (files, sandboxed frames).
 
     Raises:
-        SliderEditError: anything else, such as an address with a path.
+        SliderEditError: the text is anything else, such as an address with a path.
     """
     text = text.strip().lower()
     if text in ("*", "null"):

@@ -1,4 +1,4 @@
-"""The page of a server, its image to try, and the description of its API for people."""
+"""Static content of a server: the web page, its sample image, and the API reference (Swagger UI)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _PAGE_HEADERS = {
         "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; connect-src 'self'; "
         "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     ),
-    # Without any referrer, browsers also leave out Origin, which tells the page's own requests from a stranger's.
+    # With no-referrer, browsers also withhold Origin, which identifies the page's own requests.
     "Referrer-Policy": "same-origin",
 }
 _MEDIA_TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
@@ -26,7 +26,7 @@ _SWAGGER_UI = ("swagger-ui-bundle.js", "swagger-ui.css")
 
 @lru_cache
 def sample_image() -> bytes:
-    """A scene of the shapes world, as a PNG file: something to edit."""
+    """Return a scene of the shapes world as a PNG file."""
     from slideredit_rt.shapes.world import held_out_examples, scene_image
 
     file = io.BytesIO()
@@ -35,7 +35,7 @@ def sample_image() -> bytes:
 
 
 def serve_page(app: FastAPI) -> None:
-    """`GET /`, `/docs` with Swagger UI, and the files beside them."""
+    """Add `GET /`, `/docs` with Swagger UI, and their files."""
 
     def serve(path: str, content: bytes | Callable[[], bytes], media_type: str) -> None:
         async def get() -> Response:

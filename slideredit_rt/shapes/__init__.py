@@ -1,4 +1,4 @@
-"""The shapes world, one module for each job: drawing, exact reading, measuring sliders, and the recipes trained on it.
+"""The shapes world: synthetic scenes, exact measurement of their edits, and training recipes.
 
-`world` and `measurer` need torch and Pillow alone. `sweeps` needs an editor, the recipes need `slideredit_rt.training`.
+`world` and `measurer` need only torch and Pillow. `sweeps` needs an editor, and the recipes need `slideredit_rt.training`.
 """

@@ -1,4 +1,4 @@
-"""The recipes of what the package ships for its embedded editor: two adapters, and the rivals' concepts and offsets."""
+"""Training recipes of the shipped adapters, concept sliders and attribute offsets for the embedded editor."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from slideredit_rt.training.suppression import SuppressionConfig
 
 
 class ShapesData:
-    """Scenes drawn on the fly with one to three instructions each.
+    """Random scenes with one to three instructions each.
 
     Args:
-        known: instructions to draw from.
+        known: Instructions to draw from.
     """
 
     def __init__(self, known: Sequence[Instruction] = ALL_INSTRUCTIONS) -> None:
@@ -30,7 +30,11 @@ class ShapesData:
 
 
 class BalancedShapes:
-    """Scenes drawn on the fly with one instruction each, each as often as the others (arguments as `ShapesData`)."""
+    """Random scenes with one instruction each, in which all instructions are equally frequent.
+
+    Args:
+        known: Instructions to draw from.
+    """
 
     def __init__(self, known: Sequence[Instruction] = ALL_INSTRUCTIONS) -> None:
         self.known = known
@@ -43,7 +47,7 @@ class BalancedShapes:
 
 
 def adapter_recipe(kind: Kind) -> SuppressionConfig:
-    """The settings that the shipped adapter of this kind was trained with."""
+    """Return the settings of the shipped adapter of this kind, `shapes-st` or `shapes-gst`."""
     return SuppressionConfig(
         kind=kind,
         target="remaining" if kind == "st" else "neutral",
@@ -58,7 +62,7 @@ def adapter_recipe(kind: Kind) -> SuppressionConfig:
 
 
 def concepts_recipe() -> ConceptConfig:
-    """The settings that `shapes-concepts` was trained with: one member per instruction of the world."""
+    """Return the settings of `shapes-concepts`, with one member per instruction of the world."""
     return ConceptConfig(
         attributes=tuple(i.text for i in ALL_INSTRUCTIONS),
         rank=4,
@@ -70,9 +74,9 @@ def concepts_recipe() -> ConceptConfig:
 
 
 def offsets_recipe() -> OffsetConfig:
-    """The settings that `shapes-offsets` was trained with: one vector per instruction of the world.
+    """Return the settings of `shapes-offsets`, with one vector per instruction of the world.
 
-    Forty examples per vector and step, as published.
+    Each vector gets 40 examples per step, as published.
     """
     return OffsetConfig(
         attributes=tuple(i.text for i in ALL_INSTRUCTIONS), steps=100, batch=880, learning_rate=0.1, schedule="cosine"

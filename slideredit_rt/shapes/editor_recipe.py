@@ -1,19 +1,19 @@
-"""The recipe of `shapes-kontext`: a FLUX-Kontext pipeline small enough to train on two CPU cores.
+"""Training recipe of `shapes-kontext`, a FLUX-Kontext pipeline small enough to train on two CPU cores.
 
-Every part is the class that the real pipeline uses (`FluxTransformer2DModel`, `AutoencoderKL`, `T5EncoderModel`,
-`CLIPTextModel`, their tokenizers, the scheduler), so whatever works on the result meets the same code paths
-and key names as on FLUX.1-Kontext. Three choices keep the text side honest at this size:
+Every part is of the class that the real pipeline uses (`FluxTransformer2DModel`, `AutoencoderKL`, `T5EncoderModel`,
+`CLIPTextModel`, their tokenizers, the scheduler), so the result has the same code paths and key names as FLUX.1-Kontext.
+Three choices make the text side behave like the large model's:
 
-- FLUX gives text rows no positions, so binding "red" to "circle" is the T5 encoder's job. Its relative attention
-  is limited to the next two tokens: rows of one instruction then carry nothing of another one's.
-- The pooled CLIP vector of another prompt is shown during training. Nothing can mask a pooled vector, so the
-  instruction has to live in the text rows, as SliderEdit assumes (paper, section on selective tokens).
+- FLUX gives text rows no positions, so the T5 encoder must bind "red" to "circle". Its attention is limited to the next two
+  tokens, so rows of one instruction contain no information about another instruction.
+- Training uses the pooled CLIP vector of a different prompt. A pooled vector cannot be masked, so the instruction has to be
+  encoded in the text rows, as SliderEdit assumes (paper, section on selective tokens).
 - Prompt padding varies between steps, so any `max_sequence_length` from 17 to 31 works.
 
-The autoencoder's latents are tied to known features: the low frequencies of each 4×4 patch, and how much of it the circle
-and the square cover. Semantic latents let a diffusion model learn far faster (VA-VAE, arXiv 2501.01423); telling a circle from
-a square is easy for the encoder's convolutions and takes a transformer of five blocks longer than the whole recipe. Since
-the features are known exactly, the editor trains on them without waiting for the autoencoder.
+The autoencoder's latents are tied to known features: the low frequencies of each 4×4 patch, and the share of it that the
+circle and the square cover. A diffusion model learns far faster on semantic latents (VA-VAE, arXiv 2501.01423). Telling a
+circle from a square is easy for the encoder's convolutions, but a transformer of five blocks needs more steps for it than
+this recipe has. The features are known exactly, so the editor trains on them independently of the autoencoder.
 """
 
 from __future__ import annotations
@@ -58,16 +58,16 @@ _TEXT_WIDTH = 128
 _POOLED_WIDTH = 32
 _HEADS, _HEAD_WIDTH, _ROPE_AXES = 4, 32, (4, 14, 14)
 _AXIS_STARTS = (0, 4, 18)
-# Share of training prompts with 0, 1, 2 and 3 instructions; half of the empty ones become the neutral sentence.
+# Share of training prompts with 0, 1, 2 and 3 instructions. Half of the empty prompts become the neutral sentence.
 _COUNT_WEIGHTS = (0.08, 0.42, 0.34, 0.16)
 
-# The world's words, some of them in two pieces as most words of a real prompt are.
+# Words of the shapes world. Some are split into two pieces, like most words of a real prompt.
 _PIECES = (
     *("▁" + word for word in ("make", "the", "and", *SHAPES, *COLOURS, *BACKGROUNDS)),
     *("▁back", "ground", "▁large", "▁small", "r", "er", "▁keep", "▁image", "▁same"),
 )
 
-# Gives the tokenizers letters and word pieces beyond the world's own few words.
+# Text that gives the tokenizers letters and word pieces beyond the few words of the shapes world.
 _CORPUS = """
 Turn the man's hair curly, then give him a beard and a warm smile. Make her look younger and remove the glasses.
 Add freckles, change the eye colour to green, and put a small silver ring on the left hand.
@@ -86,7 +86,7 @@ def _corpus() -> list[str]:
 
 
 def build_t5_tokenizer() -> T5TokenizerFast:
-    """A Unigram tokenizer that behaves as T5's: word-start marks, NFKC, `</s>` appended, no byte fallback."""
+    """Train a Unigram tokenizer that behaves like T5's: word-start marks, NFKC, `</s>` appended, no byte fallback."""
     trained = Tokenizer(models.Unigram())
     trained.normalizer = normalizers.NFKC()
     trained.pre_tokenizer = pre_tokenizers.Sequence(
@@ -96,7 +96,7 @@ def build_t5_tokenizer() -> T5TokenizerFast:
     trainer = trainers.UnigramTrainer(vocab_size=400, special_tokens=special, unk_token="<unk>", show_progress=False)
     trained.train_from_iterator(_corpus(), trainer)
     scored = [(token, round(score, 6)) for token, score in json.loads(trained.to_str())["model"]["vocab"]]
-    # The trainer orders equal scores at random; ids must not depend on the run.
+    # The trainer orders equal scores at random, but token ids must not depend on the run.
     pieces = {token: score for token, score in sorted(scored, key=lambda p: (-p[1], p[0])) if token not in special}
     pieces |= dict.fromkeys(_PIECES, -3.0)
     tokenizer = T5TokenizerFast(
@@ -107,7 +107,7 @@ def build_t5_tokenizer() -> T5TokenizerFast:
 
 
 def build_clip_tokenizer() -> CLIPTokenizer:
-    """A byte-level BPE tokenizer with CLIP's rules: lower case, `</w>` at word ends, 77 positions."""
+    """Train a byte-level BPE tokenizer with CLIP's rules: lower case, `</w>` at word ends, 77 positions."""
     trained = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token="<|endoftext|>"))
     trained.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
     words = Regex(r"[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+")
@@ -126,14 +126,14 @@ def build_clip_tokenizer() -> CLIPTokenizer:
     special = ["<|startoftext|>", "<|endoftext|>"]
     tokens = set(model["vocab"]) - set(special)
     tokens |= {f"{token}</w>" for token in tokens if len(token) == 1}
-    # Sorted, since the trainer's order differs between runs; the special tokens come last, as in CLIP's own vocabulary.
+    # Sorted, because the trainer's order differs between runs. Special tokens come last, as in CLIP's own vocabulary.
     ordered = sorted(tokens, key=lambda t: (len(t), t)) + special
     merges = sorted((tuple(m) for m in model["merges"]), key=lambda m: (len(m[0] + m[1]), m))
     return CLIPTokenizer(vocab={t: i for i, t in enumerate(ordered)}, merges=merges, model_max_length=77)
 
 
 def build_text_encoders(t5: T5TokenizerFast, clip: CLIPTokenizer) -> tuple[T5EncoderModel, CLIPTextModel]:
-    """A one-layer T5 encoder that looks two tokens ahead, and a small random CLIP text model."""
+    """Build a one-layer T5 encoder that attends to the next two tokens, and a small random CLIP text model."""
     text_encoder_2 = T5EncoderModel(
         T5Config(
             vocab_size=len(t5),
@@ -155,7 +155,7 @@ def build_text_encoders(t5: T5TokenizerFast, clip: CLIPTokenizer) -> tuple[T5Enc
     visible = attention._relative_position_bucket(offsets, bidirectional=True, num_buckets=32)
     hidden = torch.ones(len(bias), dtype=torch.bool)
     hidden[visible] = False
-    # Finite, so that the weights survive a cast to float16; the softmax still gives exactly 0.
+    # The value is finite so that the weights can be cast to float16. The softmax still gives exactly 0.
     bias[hidden] = -1e4
     text_encoder = CLIPTextModel(
         CLIPTextConfig(
@@ -175,7 +175,7 @@ def build_text_encoders(t5: T5TokenizerFast, clip: CLIPTokenizer) -> tuple[T5Enc
 
 
 def _open_up(transformer: FluxTransformer2DModel) -> None:
-    """Start with working residual branches and sharp attention: a short run cannot afford to grow them from nothing."""
+    """Initialise open residual branches and sharp attention, which a short run has no time to learn."""
     for name, module in transformer.named_modules():
         if re.search(r"norm_(added_)?[qk]$", name):
             with torch.no_grad():
@@ -184,7 +184,7 @@ def _open_up(transformer: FluxTransformer2DModel) -> None:
         elif re.search(r"attn\.to_[qk]$", name):
             _look_at_own_position(module, is_query=name.endswith("q"))
         elif isinstance(module, AdaLayerNormZero | AdaLayerNormZeroSingle):
-            # Chunks of the modulation: shift, scale, gate (twice in a dual-stream block).
+            # The modulation consists of shift, scale and gate (twice in a dual-stream block). Open the gates.
             width = module.linear.in_features
             with torch.no_grad():
                 for chunk in range(2, module.linear.out_features // width, 3):
@@ -193,10 +193,10 @@ def _open_up(transformer: FluxTransformer2DModel) -> None:
 
 @torch.no_grad()
 def _look_at_own_position(projection: torch.nn.Linear, *, is_query: bool) -> None:
-    """Bias every other head towards the reference token at its own place, which rotary positions alone are slow to find.
+    """Bias every other head towards the reference token at its own position, which is slow to learn.
 
-    Each axis has its fastest rotation in its first pair of dimensions. Equal directions there favour equal coordinates; the
-    first axis tells the images apart, and a query turned by one radian favours the reference (id 1) over the noise (id 0).
+    Each axis has its fastest rotation in its first pair of dimensions, where equal directions favour equal coordinates. The
+    first axis is the image id: a query turned by one radian favours the reference (id 1) over the noise (id 0).
     """
     for head in range(0, _HEADS, 2):
         bias = projection.bias[head * _HEAD_WIDTH : (head + 1) * _HEAD_WIDTH]
@@ -206,7 +206,7 @@ def _look_at_own_position(projection: torch.nn.Linear, *, is_query: bool) -> Non
 
 
 def build_pipeline(seed: int = 0) -> FluxKontextPipeline:
-    """The untrained pipeline (2.1M-parameter transformer: 2 dual-stream and 3 single-stream blocks of width 128)."""
+    """Build the untrained pipeline (2.1M-parameter transformer: 2 dual-stream and 3 single-stream blocks of width 128)."""
     torch.manual_seed(seed)
     t5, clip = build_t5_tokenizer(), build_clip_tokenizer()
     text_encoder_2, text_encoder = build_text_encoders(t5, clip)
@@ -252,7 +252,7 @@ def build_pipeline(seed: int = 0) -> FluxKontextPipeline:
 
 
 def _cosine_basis(size: int = 4) -> Tensor:
-    """The orthonormal DCT-II, `[frequency, position]`."""
+    """Return the orthonormal DCT-II, `[frequency, position]`."""
     k, n = torch.arange(size)[:, None], torch.arange(size)[None, :]
     basis: Tensor = torch.cos(math.pi * (n + 0.5) * k / size) * (2 / size) ** 0.5
     basis[0] /= 2**0.5
@@ -260,14 +260,14 @@ def _cosine_basis(size: int = 4) -> Tensor:
 
 
 def _patch_filters() -> Tensor:
-    """Fourteen 4×4 filters, `[14, 3, 4, 4]`: six luminance frequencies, four of each of two colour differences."""
+    """Return 14 filters, `[14, 3, 4, 4]`: six luminance frequencies, and four of each of two colour differences."""
     basis = _cosine_basis()
     colours = torch.tensor([[1.0, 1, 1], [1, 0, -1], [1, -2, 1]])
     colours = colours / colours.norm(dim=1, keepdim=True)
     low = [(0, 0), (0, 1), (1, 0), (1, 1)]
     frequencies = [[*low, (0, 2), (2, 0)], low, low]
     filters = [
-        # Flat colour varies far more than detail; the gains bring both nearer to unit variance.
+        # Flat colour varies far more than detail. The gains bring both closer to unit variance.
         (0.7 if u == v == 0 else 1.2) * colours[c][:, None, None] * torch.outer(basis[u], basis[v])
         for c, pairs in enumerate(frequencies)
         for u, v in pairs
@@ -276,14 +276,14 @@ def _patch_filters() -> Tensor:
 
 
 def ideal_latents(images: Tensor, shapes: Tensor) -> Tensor:
-    """What the autoencoder learns to encode to.
+    """Return the latents that the autoencoder learns.
 
     Args:
-        images: `[N, 3, H, W]` in [−1, 1].
-        shapes: their `coverage`, `[N, 2, H, W]`.
+        images: Images, `[N, 3, H, W]` in [−1, 1].
+        shapes: Their `coverage`, `[N, 2, H, W]`.
 
     Returns:
-        `[N, 16, H/4, W/4]`: fourteen low frequencies of each 4×4 patch, and how much of it the circle and the square cover.
+        `[N, 16, H/4, W/4]`: 14 low frequencies of each 4×4 patch, and the share of it that circle and square cover.
     """
     return torch.cat([F.conv2d(images, _patch_filters(), stride=4), 1.5 * F.avg_pool2d(shapes, 4)], dim=1)
 
@@ -295,7 +295,7 @@ def _learning_rate(step: int, steps: int, peak: float, warm_up: int = 100) -> fl
 
 
 def _varied_scene(rng: random.Random) -> Scene:
-    """A scene with colours and greys that no palette lists, as intermediate strengths will show them."""
+    """Draw a scene with colours and greys outside the palettes, as they occur at intermediate strengths."""
 
     def recolour(shape: Shape) -> Shape:
         colour = (rng.random(), rng.random(), rng.random())
@@ -306,12 +306,12 @@ def _varied_scene(rng: random.Random) -> Scene:
 
 
 def _vae_batch(step: int, batch: int) -> tuple[Tensor, Tensor]:
-    """Images in [−1, 1] and their coverage."""
+    """Return images in [−1, 1] and their coverage."""
     rng = random.Random(f"vae/{step}")
     half = batch // 2
     varied = [_varied_scene(rng) for _ in range(half)]
     examples = [draw_example(rng, rng.choice((1, 2, 3))) for _ in range(batch - half)]
-    # Blends are what a half-way strength looks like.
+    # Blends look like intermediate strengths.
     blend = torch.tensor([rng.choice((0.0, 1.0, rng.random())) for _ in examples])[:, None, None, None]
     before, after = [e.scene for e in examples], [e.target for e in examples]
     images = torch.cat([render(varied), torch.lerp(render(before), render(after), blend)])
@@ -320,7 +320,7 @@ def _vae_batch(step: int, batch: int) -> tuple[Tensor, Tensor]:
 
 
 class _Loop:
-    """Step counter, cosine schedule, gradient clipping, checkpoint every few hundred steps, progress bar, log."""
+    """Training loop with a cosine schedule, gradient clipping, a checkpoint every 200 steps and a progress bar."""
 
     def __init__(self, name: str, modules: dict[str, torch.nn.Module], steps: int, peak: float, work: Path) -> None:
         self.name, self.modules, self.steps, self.peak = name, modules, steps, peak
@@ -354,7 +354,7 @@ class _Loop:
 
 
 def train_vae(vae: AutoencoderKL, steps: int, work: Path, batch: int = 32) -> None:
-    """Fit the autoencoder: the encoder to `ideal_latents`, the decoder to the image."""
+    """Train the encoder to predict `ideal_latents` and the decoder to reconstruct the image."""
     vae.train()
     for step in (loop := _Loop("vae", {"vae": vae}, steps, 2e-3, work)):
         images, shapes = _vae_batch(step, batch)
@@ -363,7 +363,7 @@ def train_vae(vae: AutoencoderKL, steps: int, work: Path, batch: int = 32) -> No
             posterior = vae.encode(images).latent_dist
             mean = posterior.mean.float()
             noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(step))
-            # What the editor will hand to the decoder is the map with errors of about this size.
+            # Latents predicted by the editor have errors of about this size.
             decoded = vae.decode(mean + 0.03 * noise).sample
         error = decoded.float() - images
         squared = error.square().mean()
@@ -372,7 +372,7 @@ def train_vae(vae: AutoencoderKL, steps: int, work: Path, batch: int = 32) -> No
 
 
 def polish_decoder(vae: AutoencoderKL, steps: int, work: Path, batch: int = 32) -> None:
-    """Go on with the decoder alone: what it blurs is the floor of how close a suppressed edit comes to its source."""
+    """Train the decoder further. Its blur limits how close a suppressed edit can come to its source."""
     vae.requires_grad_(False).eval()
     vae.decoder.requires_grad_(True).train()
     for step in (loop := _Loop("decoder", {"decoder": vae.decoder}, steps, 1.5e-3, work)):
@@ -396,7 +396,7 @@ def _editor_batch(step: int, batch: int) -> tuple[list[Example], list[str], int]
 
 
 def train_editor(pipeline: FluxKontextPipeline, steps: int, work: Path, batch: int = 32) -> None:
-    """Flow matching on exact pairs: from `[noisy target, source]` and the prompt, predict `noise − target`."""
+    """Train by flow matching on exact pairs: predict `noise − target` from `[noisy target, source]` and the prompt."""
     transformer, t5 = pipeline.transformer, pipeline.text_encoder_2
     transformer.train()
     t5.train()
@@ -411,12 +411,12 @@ def train_editor(pipeline: FluxKontextPipeline, steps: int, work: Path, batch: i
         scenes = [e.scene for e in examples] + [e.target for e in examples]
         latents = ideal_latents(render(scenes) * 2 - 1, coverage(scenes))
         source, target = pipeline._pack_latents(latents, *latents.shape).chunk(2)
-        # The encoder will be off by about this much.
+        # The encoder has errors of about this size.
         source = source + 0.03 * torch.randn(source.shape, generator=g)
         with torch.no_grad():
             pooled = pipeline._get_clip_prompt_embeds(prompts)[torch.randperm(batch, generator=g)]
         tokens = pipeline.tokenizer_2(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-        # Uniform timesteps shifted by 3: what an edit becomes is decided where the noise is high.
+        # Timesteps are shifted by 3, because an edit is decided at high noise levels.
         uniform = torch.rand(batch, generator=g)
         sigma = 3 * uniform / (1 + 2 * uniform)
         noise = torch.randn(target.shape, generator=g)
@@ -438,7 +438,7 @@ def train_editor(pipeline: FluxKontextPipeline, steps: int, work: Path, batch: i
 
 
 def edit_examples(pipeline: FluxKontextPipeline, examples: list[Example], steps: int = 12, seed: int = 0) -> Tensor:
-    """Edit the examples' scenes with their prompts through diffusers' own pipeline; float32 `[N, 3, SIZE, SIZE]` in [0, 1]."""
+    """Edit the examples' scenes with diffusers' own pipeline, and return float32 `[N, 3, SIZE, SIZE]` in [0, 1]."""
     pipeline.set_progress_bar_config(disable=True)
     images = []
     for start in range(0, len(examples), 64):
@@ -461,7 +461,7 @@ def edit_examples(pipeline: FluxKontextPipeline, examples: list[Example], steps:
 
 
 def evaluate_editor(pipeline: FluxKontextPipeline, number: int = 256, counts: tuple[int, ...] = (1, 2, 3)) -> dict[str, Any]:
-    """Mean squared error to the exact target, beside that of returning the source, in [0, 1] pixel units."""
+    """Return mean squared errors to the correct edit, of the editor and of the unedited source, in units of [0, 1] pixels."""
     report: dict[str, Any] = {"scenes": number}
     for count in counts:
         examples = held_out_examples(number, count)
@@ -475,9 +475,17 @@ def evaluate_editor(pipeline: FluxKontextPipeline, number: int = 256, counts: tu
 def train_shapes_editor(
     out: Path, vae_steps: int = 1600, decoder_steps: int = 800, editor_steps: int = 2800, number: int = 256
 ) -> dict[str, Any]:
-    """Run the whole recipe into the pipeline folder `out`; an interrupted run continues from `out`.work.
+    """Run the whole recipe and write the pipeline to the folder `out`. An interrupted run continues from `out`.work.
 
-    Returns the evaluation on `number` held-out scenes, also written to `evaluation.json` in the folder.
+    Args:
+        out: Output folder.
+        vae_steps: Training steps of the autoencoder.
+        decoder_steps: Further training steps of its decoder.
+        editor_steps: Training steps of the transformer and the T5 encoder.
+        number: Number of held-out scenes for the evaluation.
+
+    Returns:
+        The evaluation, which is also written to `evaluation.json` in the folder.
     """
     work = out.with_name(f"{out.name}.work")
     pipeline = build_pipeline()

@@ -1,4 +1,4 @@
-"""The exact measurer: reads an edited scene back into numbers, and says what an edit had to leave alone."""
+"""Exact measurement of edited scenes, and the pixels that an edit must leave unchanged."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from slideredit_rt.shapes.world import SHAPES, SIZE, SIZES, Example, Instruction
 
 
 def area(name: str, shape: Shape) -> float:
-    """Exact area of a shape in square pixels."""
+    """Return the exact area of a shape in square pixels."""
     return math.pi * shape.radius**2 if name == "circle" else 4 * shape.radius**2
 
 
 _WINDOW = 1.65
-"""How far from a shape's centre, in radii, an edit may reach: a shape made larger, and larger again."""
+"""Largest distance from a shape's centre, in radii, that an edit may reach, even when "larger" is exaggerated."""
 
 
 def _radii_away(scene: Scene, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Distance of each pixel's centre from the centre of each shape, `[SIZE, SIZE]`; at its outline 1."""
+    """Return each pixel's distance from the centre of each shape, `[SIZE, SIZE]`, in radii: 1 is the outline."""
     centre = torch.arange(SIZE, dtype=dtype) + 0.5
     y, x = centre[:, None], centre[None, :]
     distance = {}
@@ -35,10 +35,14 @@ def _radii_away(scene: Scene, dtype: torch.dtype) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class Measurement:
-    """What a rendered image shows where `Scene` says its shapes are.
+    """Measurements of a rendered image, at the positions of the shapes in its source scene.
 
-    `colour` is the mean RGB of each shape's core, `area` the soft area in square pixels (each pixel counts by
-    how far it has gone from the background to the core's colour), `position` the soft centroid (x, y).
+    Attributes:
+        background: Grey level of the background.
+        colour: Mean RGB of each shape's core.
+        area: Soft area of each shape in square pixels. A pixel counts in proportion to how far its colour is from the
+            background towards the core's colour.
+        position: Soft centroid (x, y) of each shape.
     """
 
     background: float
@@ -48,11 +52,14 @@ class Measurement:
 
 
 def measure(images: Tensor, scenes: Sequence[Scene]) -> list[Measurement]:
-    """Read edited images back into numbers.
+    """Measure edited images.
 
     Args:
-        images: float `[N, 3, SIZE, SIZE]` in [0, 1].
-        scenes: the N source scenes; edits never move a shape, so they say where to look.
+        images: Images, float `[N, 3, SIZE, SIZE]` in [0, 1].
+        scenes: N source scenes, which give the positions of the shapes, because edits never move a shape.
+
+    Raises:
+        ValueError: The shape of `images` is wrong.
     """
     if images.shape[1:] != (3, SIZE, SIZE) or len(images) != len(scenes):
         raise ValueError(f"expected {len(scenes)} images of [3, {SIZE}, {SIZE}], got {tuple(images.shape)}")
@@ -82,7 +89,7 @@ def measure(images: Tensor, scenes: Sequence[Scene]) -> list[Measurement]:
 
 
 def response(measured: Measurement, instruction: Instruction, scene: Scene) -> float:
-    """How far an instruction was carried out on `scene`: 0 as in the source, 1 exactly as asked, above 1 beyond it."""
+    """Return how far an instruction was carried out on `scene`: 0 for the source, 1 for the exact edit, above 1 beyond it."""
     target = instruction.apply(scene)
     if instruction.subject == "background":
         return (measured.background - scene.background) / (target.background - scene.background)
@@ -96,12 +103,12 @@ def response(measured: Measurement, instruction: Instruction, scene: Scene) -> f
 
 
 def untouched(example: Example) -> Tensor:
-    """Bool `[SIZE, SIZE]`: the pixels that no instruction of the example may change."""
+    """Return the pixels that no instruction of the example may change, bool `[SIZE, SIZE]`."""
     distance = _radii_away(example.scene, torch.float32)
     free = torch.ones(SIZE, SIZE, dtype=torch.bool)
     for subject in {i.subject for i in example.instructions}:
         if subject == "background":
-            # A shape's outermost pixels are mixed with the background.
+            # The outermost pixels of a shape are blended with the background.
             free &= (distance["circle"] < 0.8) | (distance["square"] < 0.8)
         else:
             free &= distance[subject] > _WINDOW

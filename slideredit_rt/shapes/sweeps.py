@@ -1,4 +1,4 @@
-"""How good a slider is, measured on held-out shapes scenes whose answer is known."""
+"""Slider quality on held-out shapes scenes, whose correct edits are known."""
 
 from __future__ import annotations
 
@@ -20,16 +20,18 @@ STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5)
 
 @dataclass(frozen=True)
 class SliderSweep:
-    """One slider moved through `strengths` on one scene.
+    """Measures of one slider moved through `strengths` on one scene.
 
     Attributes:
-        response: measured attribute, 0 as in the source and 1 exactly as asked.
-        spearman: rank correlation of strength and response, over strengths up to 1.
-        linearity: mean |response − strength| with the response scaled to 0…1 between strengths 0 and 1; lower is better.
-        erased: distance to the source at strength 0, as a share of the distance at strength 1.
-        leak: largest change of the other instruction's attribute over strengths up to 1, as a share of its own full range;
-            None where the prompt has one instruction.
-        beyond: whether the largest strength above 1 moves the attribute further than strength 1; None without such a strength.
+        instruction: Text of the swept instruction.
+        strengths: Strengths of the sweep.
+        response: Measured attribute at each strength, 0 for the source and 1 for the exact edit.
+        spearman: Rank correlation of strength and response, over strengths up to 1.
+        linearity: Mean |response − strength| with the response scaled to 0 at strength 0 and 1 at strength 1; lower is better.
+        erased: Distance to the source at strength 0, as a share of the distance at strength 1.
+        leak: Largest change of the other instruction's attribute over strengths up to 1, as a share of its own full range;
+            None if the prompt has one instruction.
+        beyond: True if the largest strength above 1 moves the attribute further than strength 1; None without such a strength.
     """
 
     instruction: str
@@ -43,7 +45,14 @@ class SliderSweep:
 
 
 def summarise(example: Example, index: int, strengths: Sequence[float], images: Tensor) -> SliderSweep:
-    """Measure the images `[len(strengths), 3, SIZE, SIZE]` of a sweep of instruction `index`; `strengths` holds 0 and 1."""
+    """Measure the images of a sweep.
+
+    Args:
+        example: Example that was edited.
+        index: Index of the swept instruction.
+        strengths: Strengths of the sweep, with 0 and 1 among them.
+        images: Images, `[len(strengths), 3, SIZE, SIZE]` in [0, 1].
+    """
     measured = measure(images, [example.scene] * len(images))
     curve = [response(m, example.instructions[index], example.scene) for m in measured]
     zero, one = strengths.index(0.0), strengths.index(1.0)
@@ -55,7 +64,7 @@ def summarise(example: Example, index: int, strengths: Sequence[float], images: 
     leak = None
     if len(example.instructions) == 2:
         other = [response(measured[i], example.instructions[1 - index], example.scene) for i in inner]
-        # The other instruction stays at strength 1 throughout, so its own full range is its response at our strength 1.
+        # The other instruction stays at strength 1, so its full range is its response where the swept one is at 1, too.
         full = other[inner.index(one)]
         leak = max(abs(value - full) for value in other) / max(abs(full), 1e-6)
     above = [i for i, s in enumerate(strengths) if s > 1]
@@ -74,7 +83,7 @@ def summarise(example: Example, index: int, strengths: Sequence[float], images: 
 def sweep_example(
     editor: SliderEditor, example: Example, index: int, strengths: Sequence[float], steps: int, seed: int = 0
 ) -> tuple[SliderSweep, Tensor]:
-    """Sweep instruction `index` of an example, the others at strength 1; returns the measures and the images."""
+    """Sweep instruction `index` of an example with the others at strength 1, and return the measures and the images."""
     texts = [i.text for i in example.instructions]
     wanted = texts if editor.kind == "st" else [texts[index]]
     prepared = editor.prepare(scene_image(example), [Slider(t) for t in wanted], prompt=example.prompt, seed=seed)
@@ -93,7 +102,7 @@ def evaluate_sliders(
 
 
 def table(sweeps: Sequence[SliderSweep]) -> dict[str, float | None]:
-    """The shares and means that the marks are stated in."""
+    """Summarise sweeps as the shares and means that the quality marks use."""
 
     def share(values: Sequence[bool]) -> float:
         return sum(values) / len(values)

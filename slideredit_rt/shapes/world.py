@@ -1,8 +1,8 @@
-"""The shapes world: scenes whose every edit has an exact answer.
+"""The shapes world: scenes in which the correct result of every edit is known.
 
-A scene is a plain grey background with one circle and one square. An instruction changes one attribute
-of it, and because scenes are drawn from numbers, the edited image is known exactly and a rendered image
-can be measured back into numbers. That makes every claim about a slider checkable without a human eye.
+A scene is a plain grey background with one circle and one square, and an instruction changes one attribute of it. Scenes are
+drawn from numbers, so the correct edit is known exactly and images can be measured. Slider quality can be checked without
+human judgement.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ SIZE = 64
 SHAPES = ("circle", "square")
 
 ATTRIBUTES = (*(f"{shape} {kind}" for shape in SHAPES for kind in ("colour", "area")), "background")
-"""What instructions change. Two instructions on one attribute contradict each other."""
+"""Attributes that instructions change. Two instructions on the same attribute contradict each other."""
 
-# Channels stay inside [0.15, 0.92] so that a strength above 1 has room to show.
+# Channels stay within [0.15, 0.92] so that strengths above 1 remain visible.
 COLOURS: dict[str, tuple[float, float, float]] = {
     "red": (0.85, 0.20, 0.20),
     "green": (0.20, 0.70, 0.25),
@@ -40,13 +40,13 @@ BACKGROUNDS = {"dark": 0.20, "bright": 0.75}
 SIZES = {"larger": 1.35, "smaller": 0.70}
 _SOURCE_BACKGROUND = (0.40, 0.58)
 _RADIUS = (7.0, 10.0)
-# Shapes keep apart even when both are exaggerated beyond "larger".
+# Shapes do not touch even when both are exaggerated beyond "larger".
 _CLEARANCE = 1.5
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A circle of `radius` pixels, or a square whose half side is `radius` pixels, centred at `x`, `y` (pixels)."""
+    """A circle of radius `radius`, or a square of side 2 · `radius`, centred at `x`, `y`. All lengths are in pixels."""
 
     x: float
     y: float
@@ -56,7 +56,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Scene:
-    """One image as numbers: grey level in [0, 1] and the two shapes."""
+    """A scene: the grey level of the background in [0, 1] and the two shapes."""
 
     background: float
     circle: Shape
@@ -68,7 +68,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class Instruction:
-    """`make the {subject} {change}`; `subject` is circle, square or background."""
+    """The instruction `make the {subject} {change}`, where `subject` is circle, square or background."""
 
     subject: str
     change: str
@@ -79,13 +79,13 @@ class Instruction:
 
     @property
     def attribute(self) -> str:
-        """What it changes: `"circle colour"`, `"square area"`, `"background"`, … (two of the same attribute conflict)."""
+        """Attribute that it changes, one of `ATTRIBUTES`."""
         if self.subject == "background":
             return "background"
         return f"{self.subject} {'area' if self.change in SIZES else 'colour'}"
 
     def apply(self, scene: Scene) -> Scene:
-        """The exact edit of `scene`."""
+        """Return the correct edit of `scene`."""
         if self.subject == "background":
             return replace(scene, background=BACKGROUNDS[self.change])
         shape = scene.shape(self.subject)
@@ -104,7 +104,7 @@ ALL_INSTRUCTIONS: tuple[Instruction, ...] = tuple(
 
 @dataclass(frozen=True)
 class Example:
-    """A source scene, the instructions to apply to it, and the exact result."""
+    """A source scene, the instructions to apply to it and the correct result."""
 
     scene: Scene
     instructions: tuple[Instruction, ...]
@@ -122,7 +122,7 @@ class Example:
 
 
 def draw_scene(rng: random.Random) -> Scene:
-    """A random scene; shapes never overlap, not even after both were made larger."""
+    """Draw a random scene, in which the shapes do not overlap even after both are made larger."""
     while True:
         radii = [rng.uniform(*_RADIUS) for _ in SHAPES]
         reach = [r * _CLEARANCE for r in radii]
@@ -138,10 +138,12 @@ def draw_scene(rng: random.Random) -> Scene:
 
 
 def draw_example(rng: random.Random, count: int, known: Sequence[Instruction] = ALL_INSTRUCTIONS) -> Example:
-    """A random scene with `count` instructions on different attributes, each of which changes something.
+    """Draw a random scene with instructions on different attributes, each of which changes the scene.
 
     Args:
-        known: what to draw from; fewer than `count` instructions come out where they change fewer attributes.
+        rng: Random number generator.
+        count: Number of instructions. The result has fewer if `known` changes fewer attributes of the scene.
+        known: Instructions to draw from.
     """
     while True:
         scene = draw_scene(rng)
@@ -151,31 +153,33 @@ def draw_example(rng: random.Random, count: int, known: Sequence[Instruction] = 
                 usable.setdefault(instruction.attribute, []).append(instruction)
         if usable:
             break
-    # In the order of the attributes, whatever the order of `known`: a seed stands for the same examples.
+    # Use the order of ATTRIBUTES, so that a seed gives the same examples for any order of `known`.
     attributes = rng.sample([a for a in ATTRIBUTES if a in usable], min(count, len(usable)))
     return Example(scene, tuple(rng.choice(usable[a]) for a in attributes))
 
 
 def held_out_examples(number: int, count: int, seed: int = 0, known: Sequence[Instruction] = ALL_INSTRUCTIONS) -> list[Example]:
-    """`number` examples of `count` instructions each that no recipe trains on; same `seed`, same examples."""
+    """Return `number` examples of `count` instructions each. They are reproducible by `seed` and no recipe trains on them."""
     rng = random.Random(f"held-out/{seed}/{count}")
     return [draw_example(rng, count, known) for _ in range(number)]
 
 
 def find_instruction(text: str) -> Instruction:
-    """The instruction of the world that reads `text`.
+    """Return the instruction of the world with the text `text`.
 
     Raises:
-        SliderEditError: there is none.
+        SliderEditError: The text is not an instruction of the world.
     """
     found = next((i for i in ALL_INSTRUCTIONS if i.text == text), None)
     if found is None:
-        raise SliderEditError(f"{text!r} is no instruction of the shapes world, such as {ALL_INSTRUCTIONS[0].text!r}")
+        raise SliderEditError(
+            f"{text!r} is not an instruction of the shapes world; write one such as {ALL_INSTRUCTIONS[0].text!r}"
+        )
     return found
 
 
 def coverage(scenes: Sequence[Scene]) -> Tensor:
-    """How much of each pixel the circle and the square cover: float32 `[N, 2, SIZE, SIZE]` in [0, 1], one-pixel soft edges."""
+    """Return the share of each pixel covered by circle and square, float32 `[N, 2, SIZE, SIZE]`, with one-pixel soft edges."""
     centre = torch.arange(SIZE, dtype=torch.float32) + 0.5
     y, x = centre[:, None], centre[None, :]
     covers = []
@@ -191,7 +195,7 @@ def coverage(scenes: Sequence[Scene]) -> Tensor:
 
 
 def render(scenes: Iterable[Scene]) -> Tensor:
-    """Draw scenes; float32 `[N, 3, SIZE, SIZE]` in [0, 1]."""
+    """Render scenes as float32 `[N, 3, SIZE, SIZE]` in [0, 1]."""
     scenes = list(scenes)
     image = torch.tensor([s.background for s in scenes])[:, None, None, None].expand(-1, 3, SIZE, SIZE)
     for name, cover in zip(SHAPES, coverage(scenes).unbind(1), strict=True):
@@ -201,6 +205,6 @@ def render(scenes: Iterable[Scene]) -> Tensor:
 
 
 def scene_image(example: Example) -> Image.Image:
-    """The source image of an example, as a user would have it: 8 bits per channel."""
+    """Render the source scene of an example as an image with 8 bits per channel."""
     pixels = (render([example.scene])[0].permute(1, 2, 0) * 255).round().to(torch.uint8)
     return Image.fromarray(pixels.numpy())

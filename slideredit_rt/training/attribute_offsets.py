@@ -1,7 +1,8 @@
-"""Continuous Attribute Control (Baumann et al., arXiv 2403.17064), a rival of SliderEdit: one embedding offset per attribute.
+"""Attribute offsets (Continuous Attribute Control, Baumann et al., arXiv 2403.17064), a rival method of SliderEdit.
 
-A vector that is added to the text rows of a noun, times the slider's number, moves what the model makes of that noun. It was
-published for a text-to-image model and nouns like "person"; an editor's neutral prompt speaks of the "image".
+Each attribute has a trained vector. Added to the text rows of a noun and multiplied by the slider's setting, it changes how
+the model renders that noun. The method was published for a text-to-image model and nouns such as "person". Here it is applied
+to the noun "image" of the editor's neutral prompt.
 """
 
 from __future__ import annotations
@@ -36,13 +37,13 @@ _LEAST, _MOST = 0.1, 5.0
 
 
 def add_offsets(embeddings: Tensor, rows: Sequence[int], scales: Tensor, vectors: Tensor) -> Tensor:
-    """`e' = e + α m δ`: every attribute's vector, times its scale, on the rows of the noun.
+    """Return `e + α m δ`: the embeddings with each attribute's scaled vector added to the rows of the noun.
 
     Args:
-        embeddings: `encoder_hidden_states`, `[B, text_rows, D]`.
-        rows: of the noun.
-        scales: `[B, G]`.
-        vectors: `[G, D]`.
+        embeddings: Text embeddings e, `[B, text_rows, D]`.
+        rows: Text rows of the noun, the mask m.
+        scales: Scale α of each attribute, `[B, G]`.
+        vectors: Vector δ of each attribute, `[G, D]`.
     """
     mask = torch.zeros(embeddings.shape[1], 1, dtype=embeddings.dtype, device=embeddings.device)
     mask[list(rows)] = 1
@@ -51,14 +52,14 @@ def add_offsets(embeddings: Tensor, rows: Sequence[int], scales: Tensor, vectors
 
 @dataclass(frozen=True)
 class AttributeOffsets:
-    """Learned offsets, for any engine of their base: text embeddings are an input per row.
+    """Trained offsets. They work with any engine of their base, because text embeddings are an input per row.
 
     Attributes:
-        family: base-model family that they were trained on.
-        noun: words of the neutral prompt on whose rows they are added.
-        attributes: names, G of them.
-        vectors: `[G, D]`, float32.
-        training: how they were trained.
+        family: Base-model family that they were trained on.
+        noun: Words of the neutral prompt to whose rows they are added.
+        attributes: Names of the G attributes.
+        vectors: Vectors, `[G, D]`, float32.
+        training: Settings of the training run.
     """
 
     family: str
@@ -68,12 +69,22 @@ class AttributeOffsets:
     training: dict[str, Any] = field(default_factory=dict)
 
     def prepare(self, editor: SliderEditor, image: Image.Image, seed: int) -> Prepared:
-        """Encode an image with the neutral prompt; the only span is the noun's."""
+        """Encode an image with the neutral prompt. The only span is that of the noun."""
         member = next(iter(editor.members), None)
         return editor.prepare(image, [Slider(self.noun, adapter=member)], prompt=editor.family.neutral_prompt, seed=seed)
 
     def render(self, editor: SliderEditor, prepared: Prepared, scales: Tensor, steps: int | None = None) -> Tensor:
-        """One image per row of `scales` `[N, G]`, all from the same noise, no slider acting; float32 `[N, 3, H, W]`."""
+        """Render one image per row of `scales`, all from the same noise and without sliders.
+
+        Args:
+            editor: Editor of the base.
+            prepared: Result of `prepare`.
+            scales: Scale of each attribute, `[N, G]`.
+            steps: Denoising steps; None uses the family's default.
+
+        Returns:
+            Float32 `[N, 3, H, W]` in [0, 1].
+        """
         images, steps = [], editor.family.num_inference_steps if steps is None else steps
         for chunk in scales.split(editor.max_batch):
             inputs = editor.frozen_inputs(prepared, len(chunk))
@@ -85,7 +96,7 @@ class AttributeOffsets:
 
 
 def save_offsets(offsets: AttributeOffsets, path: Path) -> None:
-    """Write a safetensors file; it appears whole or not at all."""
+    """Write a safetensors file atomically."""
     metadata = {
         "format": "pt",
         "family": offsets.family,
@@ -98,10 +109,10 @@ def save_offsets(offsets: AttributeOffsets, path: Path) -> None:
 
 
 def load_offsets(path: Path, family: Family) -> AttributeOffsets:
-    """Read what `save_offsets` wrote.
+    """Read a file written by `save_offsets`.
 
     Raises:
-        SliderEditError: no such file, not one of attribute offsets, or for another family.
+        SliderEditError: The file does not exist, does not contain attribute offsets, or is for another family.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -117,19 +128,22 @@ def load_offsets(path: Path, family: Family) -> AttributeOffsets:
             raise ValueError(f"vectors {list(vectors.shape)} for {len(offsets.attributes)} attributes, or not finite")
     except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
         raise SliderEditError(
-            f"{str(path)!r} holds no attribute offsets ({error}); train them with slideredit-rt train offsets"
+            f"{str(path)!r} does not contain attribute offsets ({error}); train them with slideredit-rt train offsets"
         ) from None
     if offsets.family != family.name:
-        raise SliderEditError(f"attribute offsets {str(path)!r} were trained for {offsets.family}, not for {family.name}")
+        raise SliderEditError(
+            f"attribute offsets {str(path)!r} were trained for {offsets.family}, not for {family.name}; train new ones"
+        )
     return offsets
 
 
 @dataclass(frozen=True)
 class OffsetConfig(ContrastConfig):
-    """Settings of a run (others in `ContrastConfig`).
+    """Settings for training attribute offsets, in addition to those of `ContrastConfig`.
 
     Attributes:
-        noun: words of the family's neutral prompt that get the offset.
+        learning_rate: Peak learning rate.
+        noun: Words of the family's neutral prompt that get the offset.
     """
 
     learning_rate: float = 0.1
@@ -137,7 +151,7 @@ class OffsetConfig(ContrastConfig):
 
 
 class _Vectors(nn.Module):
-    """The trained vectors, `[G, D]`; zeros at first, so that training starts at the frozen model."""
+    """The trained vectors, `[G, D]`. They start at zero, so training starts at the frozen model."""
 
     def __init__(self, count: int, width: int) -> None:
         super().__init__()
@@ -148,7 +162,7 @@ class _Vectors(nn.Module):
 
 
 class OffsetTrainer(ContrastTrainer[AttributeOffsets]):
-    """Trains one vector per attribute (arguments as `ContrastTrainer`), with the published optimiser."""
+    """Trainer of one vector per attribute, with the published optimiser settings. Arguments are those of `Trainer`."""
 
     what = "offsets"
     betas = (0.5, 0.8)
@@ -164,7 +178,7 @@ class OffsetTrainer(ContrastTrainer[AttributeOffsets]):
         return _Vectors(len(self.attributes), int(text.shape[2]))
 
     def _rows(self, image: Image.Image) -> list[int]:
-        """Of the noun in the neutral prompt."""
+        """Return the text rows of the noun in the neutral prompt."""
         prompt, most = self.family.neutral_prompt, self.family.max_text_rows(self.pipeline)
         return find_spans(prompt, [Slider(self.config.noun)], self.family.tokenize(self.pipeline, prompt, [image]), most)[0]
 
@@ -177,7 +191,10 @@ class OffsetTrainer(ContrastTrainer[AttributeOffsets]):
         save_offsets(trained, path)
 
     def loss(self, step: int) -> Tensor:
-        """Mean squared error in float32: `v(c, e + s m δ)` learns `v(c) + s (v(c⁺) − v(c⁻))` at scales s from ±[0.1, 5]."""
+        """Return the mean squared error, in float32, between `v(c, e + s m δ)` and `v(c) + s (v(c⁺) − v(c⁻))`.
+
+        c and c⁻ are the neutral prompt, c⁺ is the instruction, and the scales s are drawn from ±[0.1, 5].
+        """
         batch = self.contrast(step)
         generator, shape = batch.noised.generator, (len(batch.images), 1)
         size = _LEAST + (_MOST - _LEAST) * torch.rand(shape, generator=generator)

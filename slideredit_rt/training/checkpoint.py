@@ -1,4 +1,4 @@
-"""Training state on disk: written whole or not at all, and read back without unpickling objects."""
+"""Training state on disk, written atomically and read without unpickling arbitrary objects."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from slideredit_rt.files import atomic_file
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Write `state` (tensors, numbers, strings, containers of them) to `path` through a temporary name."""
+    """Write `state` (tensors, numbers, strings and containers of them) to `path`, through a temporary file."""
     with atomic_file(path) as temporary:
         torch.save(state, temporary)
 
 
 def load_checkpoint(path: Path) -> dict[str, Any] | None:
-    """The state saved at `path`, or None when there is none yet."""
+    """Return the state saved at `path`, or None if the file does not exist."""
     if not path.exists():
         return None
     state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)

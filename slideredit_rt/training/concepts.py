@@ -1,7 +1,8 @@
-"""Concept Sliders (Gandikota et al., arXiv 2311.12092, in its FLUX variant), a rival of SliderEdit: one LoRA per attribute.
+"""Concept Sliders (Gandikota et al., arXiv 2311.12092, the FLUX variant), a rival method of SliderEdit: a LoRA per attribute.
 
-A LoRA learns to move the prediction at a neutral prompt towards what an instruction does and further, keeping its norm. All
-attributes train at once as a bank: an example moves its own member only, so each is the LoRA that it would be alone.
+Each LoRA learns to move the prediction at a neutral prompt towards and beyond the effect of an instruction, at the same norm.
+All attributes train at once as a bank. An example affects its own member only, so the members are the same as if they were
+trained one by one.
 """
 
 from __future__ import annotations
@@ -30,11 +31,14 @@ _SAMPLE_SCALES = (0.0, 0.25, 0.5, 1.0, 1.5, 2.0)
 
 @dataclass(frozen=True)
 class ConceptConfig(ContrastConfig):
-    """Settings of a run (others in `ContrastConfig`); learning rate, steps, rank and η are the published ones.
+    """Settings for training concept sliders, in addition to those of `ContrastConfig`.
+
+    The defaults of learning rate, steps, rank and η are the published ones.
 
     Attributes:
-        rank: of each member.
-        eta: how far the target goes, in steps from the neutral prompt to the instruction.
+        learning_rate: Peak learning rate.
+        rank: LoRA rank of each member.
+        eta: Distance of the target from the neutral prediction; 1 is the prediction at the instruction.
     """
 
     learning_rate: float = 2e-3
@@ -47,7 +51,13 @@ class ConceptConfig(ContrastConfig):
 
 
 def concept_target(neutral: Tensor, positive: Tensor, eta: float) -> Tensor:
-    """`v(c) + η (v(c⁺) − v(c⁻))` with the neutral prompt as c and c⁻, at the norm of `v(c⁺)`; `[B, S, C]`, sample by sample."""
+    """Return `v(c) + η (v(c⁺) − v(c⁻))`, `[B, S, C]`, scaled per sample to the norm of `v(c⁺)`.
+
+    Args:
+        neutral: Prediction at the neutral prompt, which is both c and c⁻, `[B, S, C]`.
+        positive: Prediction at the instruction c⁺, `[B, S, C]`.
+        eta: Factor η.
+    """
     far = neutral + eta * (positive - neutral)
     norm, wanted = (v.flatten(1).norm(dim=1)[:, None, None] for v in (far, positive))
     target: Tensor = far * (wanted / norm)
@@ -55,9 +65,10 @@ def concept_target(neutral: Tensor, positive: Tensor, eta: float) -> Tensor:
 
 
 class ConceptTrainer(ContrastTrainer[Adapter]):
-    """Trains the A's of a bank over random orthogonal B's that stay as they are (arguments as `ContrastTrainer`).
+    """Trainer of the A matrices of a bank; the B matrices are random, orthogonal and fixed. Arguments as for `Trainer`.
 
-    The variant that leaves everything but attention alone. Its members' alpha is their strength: 0 leaves the neutral edit.
+    It adapts attention projections only. A member's alpha equals its strength, so strength 0 is the edit at the neutral
+    prompt.
     """
 
     what = "concepts"
@@ -80,7 +91,7 @@ class ConceptTrainer(ContrastTrainer[Adapter]):
             if isinstance(module, nn.Linear) and pattern.fullmatch(name) and ".attn." in name:
                 bases = [torch.randn(module.out_features, rank, generator=generator) for _ in range(count)]
                 lora_b = torch.cat([torch.linalg.qr(basis).Q for basis in bases], dim=1)
-                # A starts at zero, so that training starts at the frozen model.
+                # A starts at zero, so training starts at the frozen model.
                 pairs[name] = (torch.zeros(count * rank, module.in_features), lora_b)
         return self._bank(pairs)
 
@@ -103,7 +114,7 @@ class ConceptTrainer(ContrastTrainer[Adapter]):
         save_adapter(trained, path)
 
     def loss(self, step: int) -> Tensor:
-        """Mean squared error in float32 between the moved prediction at the neutral prompt and the target, at scale 1."""
+        """Return the mean squared error, in float32, between the adapted prediction at the neutral prompt and the target."""
         batch = self.contrast(step)
         target = concept_target(batch.neutral, batch.positive, self.config.eta)
         inputs = self.inputs(batch.noised, batch.text)

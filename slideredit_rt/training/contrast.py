@@ -1,4 +1,4 @@
-"""What both rivals learn from: the frozen model's step from a neutral prompt to an instruction, one attribute per example."""
+"""Base of the rival trainers, which learn from the frozen model's change from a neutral prompt to an instruction."""
 
 from __future__ import annotations
 
@@ -21,10 +21,13 @@ from slideredit_rt.training.trainer import Noised, Trained, Trainer, TrainingCon
 
 @dataclass(frozen=True)
 class ContrastConfig(TrainingConfig):
-    """Settings of a run (others in `TrainingConfig`).
+    """Settings for training one slider per attribute, in addition to those of `TrainingConfig`.
 
     Attributes:
-        attributes: instructions, each of which gets a slider of its own.
+        attributes: Instructions, each of which gets its own slider.
+
+    Raises:
+        SliderEditError: `attributes` is empty or names one twice, or another setting is out of range.
     """
 
     attributes: tuple[str, ...] = ()
@@ -32,21 +35,22 @@ class ContrastConfig(TrainingConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.attributes:
-            raise SliderEditError("no attribute was given; name the instructions that shall get a slider")
+            raise SliderEditError("the list of attributes is empty; name the instructions that shall get a slider")
         if twice := next((name for name, count in Counter(self.attributes).items() if count > 1), None):
-            raise SliderEditError(f"attribute {twice!r} is given twice; each gets one slider")
+            raise SliderEditError(f"attribute {twice!r} is given twice; name each once")
 
 
 @dataclass(frozen=True)
 class Contrast:
-    """A batch of B examples that move one attribute each.
+    """A batch of B examples, each with one attribute.
 
     Attributes:
-        noised: latents of the source images, with noise.
-        images: the source images, `[B, 3, H, W]` in [0, 1].
-        text: the neutral prompt's text inputs.
-        neutral, positive: the frozen model's velocities at the neutral prompt and at the instruction, float32 `[B, S, C]`.
-        chosen: float32 `[B, G]`, 1 at each example's attribute.
+        noised: Latents of the source images with noise.
+        images: Source images, `[B, 3, H, W]` in [0, 1].
+        text: Text inputs of the neutral prompt.
+        neutral: Velocity of the frozen model at the neutral prompt, float32 `[B, S, C]`.
+        positive: Velocity of the frozen model at the instruction, float32 `[B, S, C]`.
+        chosen: One-hot attribute of each example, float32 `[B, G]`.
     """
 
     noised: Noised
@@ -58,10 +62,12 @@ class Contrast:
 
 
 class ContrastTrainer(Trainer[Trained]):
-    """Trains something per attribute (arguments as `Trainer`; of each example's instructions, the first counts).
+    """Base class of trainers of one slider per attribute. It uses the first instruction of each example.
+
+    Arguments are those of `Trainer`.
 
     Attributes:
-        backbone: answers as the frozen model when it gets no slider inputs.
+        backbone: Backbone. Without slider inputs it predicts as the frozen model.
     """
 
     backbone: SliderBackbone
@@ -72,11 +78,17 @@ class ContrastTrainer(Trainer[Trained]):
 
     @torch.no_grad()
     def contrast(self, step: int) -> Contrast:
-        """The batch of a step."""
+        """Return the batch of a step.
+
+        Raises:
+            SliderEditError: The data contain an instruction that is not among the attributes.
+        """
         images, instructions = self.data.draw(random.Random(f"{self.settings.seed}/{step}"), self.settings.batch)
         first = [parts[0] for parts in instructions]
         if unknown := next((text for text in first if text not in self.attributes), None):
-            raise SliderEditError(f"the data draw {unknown!r}, which is none of the {len(self.attributes)} attributes")
+            raise SliderEditError(
+                f"the data contain {unknown!r}, which is not one of the {len(self.attributes)} attributes; add it to them"
+            )
         noised = self.noised(step, *self.encode_images(images))
         neutral_text = self.encode_prompts([self.family.neutral_prompt] * len(first), images)
         neutral, positive = (

@@ -1,4 +1,4 @@
-"""Where the source images and instructions of a training run come from."""
+"""Sources of images and instructions for training."""
 
 from __future__ import annotations
 
@@ -16,24 +16,31 @@ from slideredit_rt.images import open_image
 
 
 class Data(Protocol):
-    """Where source images and instructions come from."""
+    """Source of images and instructions."""
 
     def draw(self, rng: random.Random, batch: int) -> tuple[Tensor, list[list[str]]]:
-        """`batch` images, float32 `[B, 3, H, W]` in [0, 1], and for each the instructions of its prompt (one to three)."""
+        """Draw `batch` images, float32 `[B, 3, H, W]` in [0, 1], and one to three instructions for each."""
         ...
 
 
 class FolderData:
-    """Images of a folder, each with a random selection of one to three instructions, in random order.
+    """Own images, each with a random selection of one to three instructions, in random order.
 
     Args:
-        images: files that Pillow reads, cropped to a square of `side` pixels.
-        instructions: the edits that an adapter shall learn to suppress.
+        images: Image files in a format that Pillow reads.
+        instructions: Edits that the adapter learns to suppress.
+        side: Side of the training images, in pixels. Each image is cropped to its central square and resized.
+
+    Raises:
+        SliderEditError: `images` or `instructions` is empty.
     """
 
     def __init__(self, images: Sequence[Path], instructions: Sequence[str], side: int) -> None:
         if not images or not instructions:
-            raise SliderEditError(f"training needs images and instructions, got {len(images)} and {len(instructions)}")
+            raise SliderEditError(
+                f"training needs images and instructions, but there are {len(images)} images and {len(instructions)} "
+                "instructions; add at least one of each"
+            )
         self.images, self.instructions, self.side = list(images), list(instructions), side
 
     def draw(self, rng: random.Random, batch: int) -> tuple[Tensor, list[list[str]]]:

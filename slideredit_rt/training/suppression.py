@@ -1,7 +1,8 @@
-"""Train an adapter by partial prompt suppression (SliderEdit, arXiv 2511.09715, section on training).
+"""Training of an adapter by prompt suppression (SliderEdit, arXiv 2511.09715, section on training).
 
-The adapted backbone, fed the full prompt, learns to predict what the frozen backbone predicts once an instruction is
-removed. Only source images are needed. Suppressing a part of the prompt is PPS, the whole of it SPPS.
+Given the full prompt, the adapted backbone learns to predict what the frozen backbone predicts with an instruction removed.
+It needs source images only, without edited ones. Suppressing part of the prompt is called PPS (partial prompt suppression),
+suppressing all of it SPPS.
 """
 
 from __future__ import annotations
@@ -35,18 +36,20 @@ AlphaSampling = Literal["uniform", "fixed"]
 
 @dataclass(frozen=True, kw_only=True)
 class SuppressionConfig(TrainingConfig):
-    """Settings of a run (others in `TrainingConfig`); the defaults are the paper's, but for `alpha_sampling`.
+    """Settings for training an adapter, in addition to those of `TrainingConfig`.
+
+    The defaults are the paper's, except for `alpha_sampling`.
 
     Attributes:
-        kind: `st` or `gst`.
-        target: what the frozen model is shown. `remaining`: the prompt without a random non-empty subset of its
-            instructions (PPS; the empty string when none is left). `empty` and `neutral`: nothing, or the family's neutral
-            sentence, in place of the whole prompt (SPPS). A GST adapter is not told which instructions to suppress, so PPS
-            teaches it the mean over subsets.
+        kind: Kind of adapter, `st` or `gst`.
+        target: Prompt of the frozen model. `remaining` is the prompt without a random non-empty subset of its instructions
+            (PPS), or the empty string if none is left. `empty` is the empty string and `neutral` the family's neutral
+            sentence, for the whole prompt (SPPS). A GST adapter cannot know which instructions to suppress, so PPS teaches it
+            the mean over subsets.
         rank: LoRA rank; `lora_alpha` equals it.
-        all_projections: adapt every linear whose rows the kind may scale, not only those of the released adapters.
-        alpha_sampling: `fixed` is the paper's loss at α = 1. `uniform` draws α from [0, 1] per example and moves the
-            target along: `v_full + α (v_target − v_full)`, which makes the slider a ramp instead of a step.
+        all_projections: Adapt every linear layer whose rows the kind may scale, not only those of the released adapters.
+        alpha_sampling: `fixed` is the paper's loss, at α = 1. `uniform` draws α from [0, 1] per example with the target
+            `v_full + α (v_target − v_full)`, which makes the response of the slider gradual instead of a switch.
     """
 
     kind: Kind = "st"
@@ -61,7 +64,7 @@ class SuppressionConfig(TrainingConfig):
 
 
 def initial_pair(linear: nn.Linear, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """PEFT's initialisation: A uniform as nn.Linear's own, B zero, so that training starts at the frozen model."""
+    """Return A and B initialised as in PEFT: A uniform like `nn.Linear`, B zero, so training starts at the frozen model."""
     bound = 1 / math.sqrt(linear.in_features)
     lora_a = (torch.rand(rank, linear.in_features, generator=generator) * 2 - 1) * bound
     return lora_a, torch.zeros(linear.out_features, rank)
@@ -77,7 +80,7 @@ class _Batch:
 
 
 class SuppressionTrainer(Trainer[Adapter]):
-    """Trains the A and B of one adapter (arguments as `Trainer`)."""
+    """Trainer of the A and B matrices of one adapter. Arguments are those of `Trainer`."""
 
     def __init__(self, family: Family, pipeline: Any, data: Data, config: SuppressionConfig, out: Path) -> None:
         self.config = config
@@ -100,14 +103,14 @@ class SuppressionTrainer(Trainer[Adapter]):
         return Adapter(self.family.name, self.config.kind, self.config.rank, pairs, "training")
 
     def _check_masks(self) -> None:
-        """Refuse to start when an instruction owns no row: the loss would teach nothing and nobody would notice."""
+        """Raise an error if an instruction has no text row. Training would run, but learn nothing from it."""
         if self.config.kind == "st":
             _, prompts = self.data.draw(random.Random(f"{self.config.seed}/check"), 4 * self.config.batch)
             for instructions in prompts:
                 self._rows(instructions, set(range(len(instructions))))
 
     def _rows(self, instructions: Sequence[str], suppressed: set[int], images: Sequence[Image.Image] = ()) -> list[int]:
-        """Text rows of the suppressed instructions."""
+        """Return the text rows of the suppressed instructions."""
         prompt, most = compose_prompt(instructions), self.family.max_text_rows(self.pipeline)
         tokens = self.family.tokenize(self.pipeline, prompt, images)
         spans = find_spans(prompt, [Slider(i) for i in instructions], tokens, most)
@@ -147,7 +150,7 @@ class SuppressionTrainer(Trainer[Adapter]):
         return _Batch(source, ids, full_text, target_text, token_mask)
 
     def loss(self, step: int) -> Tensor:
-        """Mean squared error in float32 between the adapted and the frozen prediction, on noised source images."""
+        """Return the mean squared error, in float32, between adapted and frozen predictions on noised source images."""
         batch = self._batch(step)
         noised = self.noised(step, batch.source, batch.ids)
         uniform, shape = self.config.alpha_sampling == "uniform", (len(batch.source), 1)

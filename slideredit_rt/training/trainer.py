@@ -1,4 +1,4 @@
-"""What all trainers over a frozen pipeline share: settings, noised source images, the loop, and its state on disk."""
+"""Base class of the trainers over a frozen pipeline: settings, noised source images, the loop and its state on disk."""
 
 from __future__ import annotations
 
@@ -30,14 +30,19 @@ _SEEDS = 2**32
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    """Settings of every run.
+    """Settings shared by all trainers.
 
     Attributes:
-        timestep_sampling: of the noise level σ in [0, 1].
-        steps, batch: length and batch size.
-        learning_rate, schedule: AdamW's, with the trainer's own betas and weight decay, and gradient norm clipped to 1.
-        seed: of data, noise and initial weights.
-        gradient_checkpointing: recompute activations in the backward pass; a full-size base needs it.
+        timestep_sampling: Distribution of the noise level σ in [0, 1], `uniform` or `logit-normal`.
+        steps: Number of optimiser steps.
+        batch: Batch size.
+        learning_rate: Peak learning rate of AdamW. The gradient norm is clipped to 1.
+        schedule: Learning-rate schedule, by diffusers' names, with a warm-up of `steps` / 20.
+        seed: Seed of data, noise and initial weights.
+        gradient_checkpointing: Recompute activations in the backward pass. A full-size base needs it.
+
+    Raises:
+        SliderEditError: A setting is out of range.
     """
 
     timestep_sampling: TimestepSampling = "uniform"
@@ -54,18 +59,26 @@ class TrainingConfig:
     def _check(self, choices: Mapping[str, Any], counts: Sequence[str]) -> None:
         for name, literal in choices.items():
             if getattr(self, name) not in get_args(literal):
-                raise SliderEditError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(get_args(literal))}")
+                raise SliderEditError(f"{name} is {getattr(self, name)!r}; choose from {', '.join(get_args(literal))}")
         for name in counts:
             if getattr(self, name) < 1:
-                raise SliderEditError(f"{name} is {getattr(self, name)}; give at least 1")
-        # Every step has a seed of its own, a multiple of this one, within what torch's generator takes.
+                raise SliderEditError(f"{name} is {getattr(self, name)}; pass at least 1")
+        # Each step's seed is derived from a multiple of this one and must stay within the range of torch's generator.
         if abs(self.seed) >= _SEEDS:
-            raise SliderEditError(f"seed is {self.seed}; give a number between −{_SEEDS} and {_SEEDS}")
+            raise SliderEditError(f"seed is {self.seed}; pass a number between −{_SEEDS} and {_SEEDS}")
 
 
 @dataclass(frozen=True)
 class Noised:
-    """Source latents `[B, S, C]`, their ids, the noised latents and their noise levels `[B]`; `generator` draws the rest."""
+    """Noised latents of a batch.
+
+    Attributes:
+        source: Source latents, `[B, S, C]`.
+        ids: Position ids of the source latents.
+        noisy: Noised latents, `[B, S, C]`.
+        sigma: Noise levels, `[B]`.
+        generator: Generator for further random numbers of the step.
+    """
 
     source: Tensor
     ids: Tensor
@@ -75,22 +88,24 @@ class Noised:
 
 
 def to_pil(image: Tensor) -> Image.Image:
-    """`[3, H, W]` in [0, 1] to 8 bits per channel."""
+    """Convert `[3, H, W]` in [0, 1] to an image with 8 bits per channel."""
     return Image.fromarray((image.permute(1, 2, 0) * 255).round().to(torch.uint8).cpu().numpy())
 
 
 class Trainer(ABC, Generic[Trained]):
-    """Optimises what `build` returns, over a frozen pipeline.
+    """Base class of the trainers, which optimise the module returned by `build` over a frozen pipeline.
 
     Args:
-        family, pipeline: the base; its weights are not changed.
-        data: source images and instructions.
-        config: settings.
-        out: the file to write; state for resuming lies beside it until the run is done.
+        family: Family of the base.
+        pipeline: Pipeline of the base, whose weights are not changed.
+        data: Source images and instructions.
+        config: Settings.
+        out: Output file. The state for resuming is written next to it and deleted at the end of the run.
 
     Attributes:
-        what: is trained, for the progress bar.
-        betas, weight_decay: AdamW's.
+        what: Name of what is trained, for the progress bar.
+        betas: Betas of AdamW.
+        weight_decay: Weight decay of AdamW.
     """
 
     what: str
@@ -118,40 +133,40 @@ class Trainer(ABC, Generic[Trained]):
 
     @abstractmethod
     def build(self) -> nn.Module:
-        """The module whose parameters that require gradients are trained."""
+        """Return the module to train. Parameters that require gradients are optimised."""
 
     @abstractmethod
     def loss(self, step: int) -> Tensor:
-        """Of one batch, the same for the same step."""
+        """Return the loss of one batch, which depends on the step number and the settings only."""
 
     @abstractmethod
     def result(self) -> Trained:
-        """What was trained so far."""
+        """Return the current result."""
 
     @abstractmethod
     def write(self, trained: Trained, path: Path) -> None:
-        """Save a result; whole or not at all."""
+        """Save a result atomically."""
 
     @abstractmethod
     def strip(self, image: Image.Image, instructions: Sequence[str]) -> tuple[str, Sequence[float], list[Image.Image]]:
-        """A title, settings, and an image for each, made with the result as it is."""
+        """Return a title, slider settings and an image for each setting, made with the current result."""
 
     @property
     def own(self) -> Any:
-        """The module without what `accelerate` wraps around it."""
+        """The module without the wrapper of `accelerate`."""
         return self.accelerator.unwrap_model(self.module)
 
     def encode_images(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Latents `[B, S, C]` and their ids, of images `[B, 3, H, W]` in [0, 1]."""
+        """Encode images `[B, 3, H, W]` in [0, 1] to latents `[B, S, C]` and their position ids."""
         return self.family.encode_image(self.pipeline, (images * 2 - 1).to(self.accelerator.device))
 
     def encode_prompts(self, prompts: list[str], images: Tensor) -> dict[str, Tensor]:
-        """Text inputs of the backbone; the images count for families whose encoder sees them."""
+        """Return the text inputs of the backbone. `images` matter for families whose text encoder sees them."""
         most = self.family.max_text_rows(self.pipeline)
         return self.family.encode_prompt(self.pipeline, prompts, most, [[image] for image in map(to_pil, images)])
 
     def noised(self, step: int, source: Tensor, ids: Tensor) -> Noised:
-        """Noise levels and noise of a step on source latents."""
+        """Add the noise of a step to source latents."""
         count, device = len(source), source.device
         generator = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + step)
         if self.settings.timestep_sampling == "uniform":
@@ -162,11 +177,11 @@ class Trainer(ABC, Generic[Trained]):
         return Noised(source, ids, torch.lerp(source, noise, sigma[:, None, None]), sigma, generator)
 
     def inputs(self, noised: Noised, text: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Backbone inputs: noised latents beside their source, with these text inputs."""
+        """Return the backbone inputs: noised latents, source latents and the text inputs."""
         return self.family.training_inputs(self.pipeline, noised.noisy, noised.source, noised.ids, text, noised.sigma)
 
     def sample(self, step: int) -> Path:
-        """Draw one data example with the result as it is; returns the image's path in `OUT.samples`."""
+        """Render one example of the data with the current result, and return the path of the image in `OUT.samples`."""
         images, instructions = self.data.draw(random.Random(f"{self.settings.seed}/sample"), 1)
         title, values, cells = self.strip(to_pil(images[0]), instructions[0])
         path = self.out.with_name(f"{self.out.name}.samples") / f"step-{step:06d}.png"
@@ -181,17 +196,20 @@ class Trainer(ABC, Generic[Trained]):
         sample_every: int = 0,
         snapshots: Collection[int] = (),
     ) -> Trained:
-        """Run to the end, continuing from an interrupted run's state; writes and returns the result.
+        """Train to the end, starting from the state of an interrupted run if there is one. Write and return the result.
 
         Args:
-            progress: show a bar with the loss on standard error.
-            checkpoint_every: steps between saved states.
-            sample_every: steps between sample images; 0 draws none.
-            snapshots: steps after which the result as it is then is kept, as `OUT-step-N.safetensors`.
+            progress: Show a progress bar with the loss on standard error.
+            checkpoint_every: Steps between saved states.
+            sample_every: Steps between sample images; 0 draws none.
+            snapshots: Steps after which the current result is saved as `OUT-step-N.safetensors`.
+
+        Raises:
+            SliderEditError: A snapshot lies outside the run, or the saved state is of a run with other settings.
         """
         config = self.settings
         if outside := [step for step in snapshots if not 0 < step < config.steps]:
-            raise SliderEditError(f"snapshot after step {outside[0]} of {config.steps}: name steps inside the run")
+            raise SliderEditError(f"snapshot step {outside[0]} is not inside the run; name steps from 1 to {config.steps - 1}")
         start = self._resume()
         average = None
         with tqdm(
@@ -237,7 +255,7 @@ class Trainer(ABC, Generic[Trained]):
             return 0
         if state.get("config") != dataclasses.asdict(self.settings) or "parameters" not in state:
             raise SliderEditError(
-                f"{str(self.state_path)!r} holds an unfinished run with other settings; "
+                f"{str(self.state_path)!r} contains an unfinished run with other settings; "
                 "delete it, or continue with the same settings"
             )
         for name, parameter in self._trained_parameters().items():

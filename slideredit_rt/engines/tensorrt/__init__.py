@@ -1,4 +1,4 @@
-"""TensorRT and TensorRT-RTX: the two backends, and how they differ. `build` makes their engines, `engine` runs them."""
+"""The TensorRT and TensorRT-RTX backends and their differences. `build` compiles their engines, `engine` runs them."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ __all__ = ["PLAN_FILE", "Environment", "RuntimeOptions", "TensorRT", "TensorRTOp
 
 @dataclass(frozen=True)
 class Environment:
-    """What of this machine decides whether an engine can run.
+    """Properties of this machine that decide whether an engine can run.
 
     Attributes:
-        package_version: of the backend's Python package; None if it cannot be imported.
-        capability: of the GPU, such as `sm89`; None without one.
+        package_version: version of the backend's Python package; None if it cannot be imported.
+        capability: compute capability of the GPU, such as `sm89`; None without a GPU.
     """
 
     package_version: str | None
@@ -38,14 +38,14 @@ class Environment:
 
 
 class TensorRT(Backend):
-    """TensorRT, which builds for the GPU at hand.
+    """TensorRT, which builds for the GPU of the build machine.
 
     Attributes:
-        import_name: of its Python package.
-        engine: what runs a plan.
+        import_name: name of its Python package.
+        engine: class that runs a plan.
         foreign_options: fields of `TensorRTOptions` that only the other package has.
-        foreign: the sentence that refuses such an `{option}`.
-        another_card: how an engine for another GPU is built; `{card}` stands for that.
+        foreign: error message for such an `{option}`.
+        another_card: advice for building an engine for another GPU, `{card}`.
     """
 
     name = "tensorrt"
@@ -59,7 +59,7 @@ class TensorRT(Backend):
     served: ClassVar[ServedModel | None] = ServedModel("tensorrt_plan", PLAN_FILE, "model.plan", is_graph=False)
     foreign_options: ClassVar[tuple[str, ...]] = ("targets",)
     foreign: ClassVar[str] = (
-        "--{option} is for --backend tensorrt-rtx; TensorRT builds for the card at hand, and for others of its kind with "
+        "--{option} is for --backend tensorrt-rtx; TensorRT builds for this machine's GPU, and for similar ones with "
         "--hardware-compatibility"
     )
     another_card: ClassVar[str] = "on this GPU, or with --hardware-compatibility ampere_plus"
@@ -68,7 +68,7 @@ class TensorRT(Backend):
         """Import the Python package.
 
         Raises:
-            SliderEditError: it is not installed.
+            SliderEditError: the package is not installed.
         """
         try:
             return import_module(self.import_name)
@@ -78,7 +78,7 @@ class TensorRT(Backend):
             ) from None
 
     def version(self) -> str:
-        """Return what the package says: its metadata may belong to a package of another name."""
+        """Return the version from the module itself, because the distribution may have another name."""
         return str(self.module().__version__)
 
     @staticmethod
@@ -87,11 +87,14 @@ class TensorRT(Backend):
         return settings.options or TensorRTOptions()
 
     def targets(self, options: TensorRTOptions) -> tuple[str, ...]:
-        """Return the compute capabilities that an engine will be built for, checked before anything slow starts.
+        """Return the compute capabilities that an engine will be built for. Fast, so that errors are reported early.
+
+        Args:
+            options: build options.
 
         Raises:
-            SliderEditError: the package is missing, it does not build for a target, an option belongs to the other package, or
-                TensorRT finds no card.
+            SliderEditError: the package is missing, it does not support a target, an option belongs to the other package, or
+                TensorRT finds no GPU.
         """
         trt = self.module()
         for name in self.foreign_options:
@@ -105,17 +108,17 @@ class TensorRT(Backend):
         return (this_card(),)
 
     def compatibility(self, options: TensorRTOptions) -> dict[str, Any]:
-        """Return the manifest's section about later versions and other hardware."""
+        """Return the manifest's section on later versions and other hardware."""
         return {"versions": options.version_compatible, "hardware": options.hardware_compatibility}
 
     def configure(self, trt: Any, config: Any, options: TensorRTOptions, targets: tuple[str, ...]) -> None:
-        """Give a builder configuration what this package alone has."""
+        """Set the builder options that only this package has."""
         from slideredit_rt.engines.tensorrt.build import configure_card
 
         configure_card(trt, config, options)
 
     def precheck(self, family: Family, base: Path, settings: BuildSettings) -> Limits:
-        """Settle targets and the optimization profile (see `Backend.precheck`)."""
+        """Determine the targets and the optimization profile (see `Backend.precheck`)."""
         from slideredit_rt.engines.tensorrt.build import image_rows_of, profile_ranges
 
         options = self.options_of(settings)
@@ -130,7 +133,7 @@ class TensorRT(Backend):
         return Limits(ranges, targets, self.compatibility(options))
 
     def compile(self, job: BuildJob, folder: Path) -> Compiled:
-        """Compile an ONNX graph, which goes away again: the plan holds the weights (see `Backend.compile`)."""
+        """Compile a temporary ONNX graph into a plan, which contains the weights (see `Backend.compile`)."""
         from slideredit_rt.engines.tensorrt.build import LOG_FILE, build_plan, plugin_target
         from slideredit_rt.export.linked_weights import WeightOptions, export_linked
 
@@ -151,10 +154,14 @@ class TensorRT(Backend):
         return Compiled(exported, [PLAN_FILE, LOG_FILE], layers=layers)
 
     def environment(self, device: torch.device | None = None) -> Environment:
-        """Return what of this process and a CUDA device (None: the current one) decides whether an engine can run."""
+        """Inspect the properties of this process and a CUDA device that decide whether an engine can run.
+
+        Args:
+            device: GPU to look at; None takes the current one.
+        """
         try:
             package: str | None = import_module(self.import_name).__version__
-        except (ImportError, OSError):  # OSError: the package is there and a library that it loads is not
+        except (ImportError, OSError):  # OSError: the package is installed, but a library that it loads is missing
             package = None
         if not torch.cuda.is_available():
             return Environment(package, None)
@@ -162,11 +169,15 @@ class TensorRT(Backend):
         return Environment(package, f"sm{major}{minor}")
 
     def check_environment(self, manifest: Manifest, environment: Environment) -> None:
-        """Refuse an engine that cannot run here, before anything is allocated.
+        """Check that an engine can run here, before anything is allocated.
+
+        Args:
+            manifest: manifest of the engine.
+            environment: result of `environment`.
 
         Raises:
-            SliderEditError: package missing or of a version that cannot read the plan, no GPU, or one that it was not built
-                for.
+            SliderEditError: the package is missing or its version cannot read the plan, there is no GPU, or the engine was not
+                built for this one.
         """
         installed, card, targets = environment.package_version, environment.capability, ", ".join(manifest.targets)
         if installed is None:
@@ -177,22 +188,22 @@ class TensorRT(Backend):
         if not _reads(manifest, installed):
             later = " or a later one of the same major" if manifest.compatibility.get("versions") else ""
             raise SliderEditError(
-                f"the engine was built by {self.title} {manifest.backend_version} and {installed} is installed; "
+                f"the engine was built by {self.title} {manifest.backend_version}, but {installed} is installed; "
                 f"build it again or install that version{later}"
             )
         if card is None:
             raise SliderEditError(
-                f"the engine runs on NVIDIA GPUs ({targets}) and none is visible here; "
+                f"the engine needs an NVIDIA GPU ({targets}), but none is visible; "
                 "build one with --backend onnxruntime for the CPU"
             )
         if manifest.compatibility.get("hardware", "none") == "ampere_plus":
             if int(card.removeprefix("sm")) < 80:
                 raise SliderEditError(
-                    f"the engine runs on GPUs of sm80 and later and this GPU is {card}; build it again on this GPU"
+                    f"the engine needs a GPU of sm80 or later, but this one is {card}; build it again on this GPU"
                 )
         elif card not in manifest.targets:
             how = self.another_card.format(card=card)
-            raise SliderEditError(f"the engine was built for {targets} and this GPU is {card}; build it again {how}")
+            raise SliderEditError(f"the engine was built for {targets}, but this GPU is {card}; build it again {how}")
 
     def open(
         self,
@@ -224,7 +235,7 @@ class TensorRT(Backend):
 
 
 class TensorRTRTX(TensorRT):
-    """TensorRT-RTX, which builds for the GPUs that it is told, on any machine, and has no plugins."""
+    """TensorRT-RTX, which builds for any list of GPUs on any machine, and does not support plugins."""
 
     name = "tensorrt-rtx"
     package = "tensorrt-rtx"
@@ -246,18 +257,18 @@ class TensorRTRTX(TensorRT):
         return targets
 
     def compatibility(self, options: TensorRTOptions) -> dict[str, Any]:
-        """Return nothing: its engines run in the version that built them, on the targets."""
+        """Return an empty section: engines only run on their targets, in the version that built them."""
         return {}
 
     def configure(self, trt: Any, config: Any, options: TensorRTOptions, targets: tuple[str, ...]) -> None:
-        """Give a builder configuration its targets."""
+        """Set the targets of a builder configuration."""
         from slideredit_rt.engines.tensorrt.build import configure_targets
 
         configure_targets(trt, config, targets)
 
 
 def _reads(manifest: Manifest, installed: str) -> bool:
-    """Whether the installed version can read the plan."""
+    """Return whether the installed version can read the plan."""
     if not manifest.compatibility.get("versions"):
         return installed == manifest.backend_version
     here, there = ([int(n) for n in re.findall(r"\d+", v)] for v in (installed, manifest.backend_version))

@@ -1,6 +1,6 @@
-"""ONNX to a serialized engine: with TensorRT-RTX on any machine, with TensorRT for the card at hand.
+"""Compilation of ONNX graphs to plans, with TensorRT-RTX for any GPU or with TensorRT for this machine's GPU.
 
-The two packages share their Python interface.
+The two packages have the same Python interface.
 """
 
 from __future__ import annotations
@@ -33,69 +33,78 @@ if TYPE_CHECKING:
     from slideredit_rt.engines.tensorrt import TensorRT
 
 LOG_FILE = "build.log"
-# The plan and the builder's working copy: 4.3 GB at the peak for 2.05 GB of weights, measured on a FLUX of full width.
+# The plan and the builder's working copy: a peak of 4.3 GB was measured for 2.05 GB of weights, on a FLUX of full width.
 MEMORY_FACTOR = 2.2
 MEMORY_BASE = 2**30
 
 
 def profile_ranges(batch: Range, text_rows: Range, image_rows: Range, sliders: Range) -> dict[str, Range]:
-    """Smallest, usual and largest size of each dynamic axis; the sliders' `rows` are text rows plus image rows."""
+    """Return the smallest, usual and largest size of each dynamic axis; `rows` of masks are text rows plus image rows."""
     low, usual, high = (a + b for a, b in zip(text_rows, image_rows, strict=True))
     sizes = {"batch": batch, "text_rows": text_rows, "image_rows": image_rows, "sliders": sliders}
     return sizes | {"rows": (low, usual, high)}
 
 
 def image_rows_of(base: Path, resolution: int) -> Range:
-    """Image rows of an edit at about `resolution`² pixels: noise and one reference, with room for other aspect ratios.
+    """Return the range of image rows for edits at about `resolution`² pixels: noise and one reference.
 
-    Pixel areas may exceed the square's by 2%, for Qwen's autoencoder by 5%: Kontext's preferred sizes are all within 1.5% of
-    1024² (diffusers, `PREFERRED_KONTEXT_RESOLUTIONS`), Qwen's multiples of 32 pixels within 4.3% up to an aspect ratio of 8.
+    The range leaves room for other aspect ratios, whose area may exceed the square's by 2%, or by 5% for Qwen's autoencoder:
+    Kontext's preferred sizes are all within 1.5% of 1024² (diffusers, `PREFERRED_KONTEXT_RESOLUTIONS`), Qwen's multiples of
+    32 pixels within 4.3% up to an aspect ratio of 8.
+
+    Args:
+        base: folder of the checkpoint.
+        resolution: width and height of a square image, in pixels.
 
     Raises:
-        SliderEditError: the checkpoint has no autoencoder configuration, or the resolution is no multiple of its patch.
+        SliderEditError: the checkpoint has no autoencoder configuration, or the resolution is not a multiple of its patch.
     """
     path = base / "vae" / "config.json"
     try:
         config = json.loads(path.read_text())
         blocks, margin = (config["dim_mult"], 1.05) if "dim_mult" in config else (config["block_out_channels"], 1.02)
     except (OSError, ValueError, KeyError) as error:
-        raise SliderEditError(f"cannot read {str(path)!r} ({error}); give a whole checkpoint folder") from None
+        raise SliderEditError(f"cannot read {str(path)!r} ({error}); pass a complete checkpoint folder") from None
     patch = 2 ** (len(blocks) - 1) * 2
     if resolution < patch or resolution % patch:
-        raise SliderEditError(f"resolution {resolution} is not a multiple of {patch}, this base's patch; choose another")
+        raise SliderEditError(f"resolution {resolution} is not a multiple of {patch}, this base's patch size; choose another")
     rows = 2 * (resolution // patch) ** 2
     return max(2, rows // 4), rows, math.ceil(rows * margin)
 
 
 def memory_needed(weight_bytes: int) -> int:
-    """Host memory in bytes that a build takes at its peak."""
+    """Estimate the peak host memory of a build, in bytes."""
     return int(MEMORY_BASE + MEMORY_FACTOR * weight_bytes)
 
 
 def check_memory(weight_bytes: int, available: int) -> str:
-    """One sentence about the memory that a build will take.
+    """Check that there is enough memory for a build, and describe its need.
+
+    Args:
+        weight_bytes: size of the weights, in bytes.
+        available: free host memory, in bytes.
 
     Raises:
-        SliderEditError: the machine does not have it.
+        SliderEditError: there is not enough memory.
     """
     needed = memory_needed(weight_bytes)
     sentence = f"about {needed / 2**30:.1f} GiB of host memory for {weight_bytes / 2**20:,.0f} MiB of weights"
     if needed > available:
         raise SliderEditError(
-            f"the build needs {sentence}, and {available / 2**30:.1f} GiB are free; build on a larger machine or free memory"
+            f"the build needs {sentence}, but {available / 2**30:.1f} GiB are free; build on a larger machine or free memory"
         )
     return sentence
 
 
 def compute_capabilities(trt: Any, targets: Sequence[str]) -> list[Any]:
-    """TensorRT-RTX's names of `sm86` and the like.
+    """Convert targets such as `sm86` to TensorRT-RTX's `ComputeCapability` values.
 
     Raises:
-        SliderEditError: no target, or one that it does not build for; the sentence lists those that it does.
+        SliderEditError: there is no target, or one is not supported. The message lists the supported ones.
     """
     known = {name.lower(): value for name, value in trt.ComputeCapability.__members__.items() if name.startswith("SM")}
     if not targets:
-        raise SliderEditError(f"an engine is built for one target or more; choose from {', '.join(sorted(known))}")
+        raise SliderEditError(f"an engine needs at least one target; choose from {', '.join(sorted(known))}")
     for target in targets:
         if target not in known:
             raise SliderEditError(
@@ -105,21 +114,21 @@ def compute_capabilities(trt: Any, targets: Sequence[str]) -> list[Any]:
 
 
 def plugin_target(targets: Sequence[str], options: TensorRTOptions) -> str:
-    """Compute capability that plugins of an engine are compiled for: PTX runs on later ones, not on earlier ones."""
+    """Return the compute capability to compile plugins for, the oldest target: PTX runs on later GPUs, not on earlier ones."""
     return "sm80" if options.hardware_compatibility == "ampere_plus" else targets[0]
 
 
 class _Interruption:
-    """Whether the user asked the build to stop. A signal's exception cannot pass through the builder, which is no Python."""
+    """Flag that is set when the user interrupts a build. An exception cannot propagate through the builder's native code."""
 
     def __init__(self) -> None:
         self.asked = False
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """Note SIGINT and SIGTERM instead of raising; raise `KeyboardInterrupt` at the end if one came.
+        """Record SIGINT and SIGTERM during the block, and raise `KeyboardInterrupt` at its end if one arrived.
 
-        Other threads than the main one cannot set handlers and are not interrupted by signals anyway.
+        Only the main thread can set signal handlers, and only it is interrupted by signals.
         """
         if threading.current_thread() is not threading.main_thread():
             yield
@@ -141,7 +150,7 @@ class _Interruption:
 
 def _monitor(trt: Any, progress: bool, interruption: _Interruption) -> Any:
     class Bar(trt.IProgressMonitor):
-        """The outermost phase of the builder as a progress bar, with the name of what it is doing inside."""
+        """Progress bar of the builder's outermost phase, labelled with the current inner phase."""
 
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
@@ -171,28 +180,28 @@ def _monitor(trt: Any, progress: bool, interruption: _Interruption) -> Any:
 def build_plan(backend: TensorRT, job: BuildJob, model: Path, specs: Sequence[TensorSpec], folder: Path) -> dict[str, int]:
     """Build `model.engine` from an ONNX model whose slider nodes have been lowered, and log the build to `build.log`.
 
-    Strongly typed: tensors keep the dtypes of the graph. TensorRT-RTX needs no GPU.
+    The network is strongly typed, so tensors keep the dtypes of the graph. TensorRT-RTX does not need a GPU.
 
     Args:
         backend: TensorRT or TensorRT-RTX.
-        job: its settings give the lowering and the builder's options, its limits the profile and the targets.
-        model: with its external data beside it.
-        specs: the engine's inputs.
-        folder: an existing folder for the two files.
+        job: build job; its settings hold the lowering and the builder's options, its limits the profile and the targets.
+        model: ONNX file, with its external data beside it.
+        specs: inputs of the engine.
+        folder: existing folder for the two files.
 
     Returns:
         Number of layers by type in the parsed network, before TensorRT fused them.
 
     Raises:
-        SliderEditError: package missing, target unknown, too little memory, a node that the parser refuses (with its name),
-            or a failed build.
-        KeyboardInterrupt: SIGINT or SIGTERM came during the build.
+        SliderEditError: the package is missing, a target is unknown, there is not enough memory, the parser refuses a node
+            (which the message names), or the build failed.
+        KeyboardInterrupt: SIGINT or SIGTERM arrived during the build.
     """
     trt = backend.module()
     weight_bytes = sum(file.stat().st_size for file in model.parent.iterdir() if file.is_file())
     sentence = check_memory(weight_bytes, psutil.virtual_memory().available)
     if job.progress:
-        tqdm.write(f"{backend.title} takes {sentence}", file=sys.stderr)
+        tqdm.write(f"{backend.title} needs {sentence}", file=sys.stderr)
     options, interruption = backend.options_of(job.settings), _Interruption()
     with (folder / LOG_FILE).open("w") as file, interruption.watched():
         logger = make_logger(trt, file)
@@ -231,8 +240,8 @@ def _network_flags(trt: Any, job: BuildJob, options: TensorRTOptions) -> int:
 
 
 def configure(trt: Any, config: Any, options: TensorRTOptions) -> None:
-    """Give a builder configuration the options that TensorRT and TensorRT-RTX share."""
-    # So that `inspect` can tell what fused layers are.
+    """Set the builder options that TensorRT and TensorRT-RTX share."""
+    # `inspect` needs this to report the types of fused layers.
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     if options.optimization_level is not None:
         config.builder_optimization_level = options.optimization_level
@@ -243,7 +252,7 @@ def configure(trt: Any, config: Any, options: TensorRTOptions) -> None:
 
 
 def configure_targets(trt: Any, config: Any, targets: Sequence[str]) -> None:
-    """Tell a builder of TensorRT-RTX what it builds for."""
+    """Set the targets of a TensorRT-RTX builder."""
     capabilities = compute_capabilities(trt, targets)
     config.num_compute_capabilities = len(capabilities)
     for index, capability in enumerate(capabilities):
@@ -251,8 +260,8 @@ def configure_targets(trt: Any, config: Any, targets: Sequence[str]) -> None:
 
 
 def configure_card(trt: Any, config: Any, options: TensorRTOptions) -> None:
-    """Give a builder configuration what TensorRT alone has."""
-    # Scratch memory then follows the sizes of a request instead of the profile's largest.
+    """Set the builder options that only TensorRT has."""
+    # With this feature, scratch memory depends on the sizes of a call instead of the profile's largest sizes.
     config.set_preview_feature(trt.PreviewFeature.RUNTIME_ACTIVATION_RESIZE_10_10, True)
     if options.version_compatible:
         config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
@@ -264,12 +273,12 @@ def configure_card(trt: Any, config: Any, options: TensorRTOptions) -> None:
         cache = config.create_timing_cache(file.read_bytes() if file.exists() else b"")
         if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):
             raise SliderEditError(
-                f"the timing cache {str(file)!r} is damaged or was written for another card or version; name another file"
+                f"the timing cache {str(file)!r} is damaged or was written for another GPU or version; use another file"
             )
 
 
 def _refused(parser: Any, onnx_path: Path, name: str) -> str:
-    """The parser's first complaint, with the node that it is about and where that came from."""
+    """Describe the parser's first error, with the node that it refused and the module that the node came from."""
     error = parser.get_error(0)
     where = f"node {error.node_name()!r} ({error.node_operator()})" if error.node_name() else "the model"
     graph = onnx_ir.load(onnx_path).graph

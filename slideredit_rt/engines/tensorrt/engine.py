@@ -1,4 +1,4 @@
-"""Run `model.engine` of an engine folder on an NVIDIA GPU, in TensorRT or TensorRT-RTX."""
+"""Execution of plans (`model.engine`) on an NVIDIA GPU with TensorRT or TensorRT-RTX."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PLAN_FILE = "model.engine"
 
 @dataclass
 class _Binding:
-    """One set of shapes: its context, and the buffers whose addresses the context and its captured graph hold."""
+    """Context for one set of shapes, with the buffers whose addresses the context and its captured graph hold."""
 
     context: Any
     config: Any
@@ -47,10 +47,10 @@ class _Binding:
 
 @dataclass
 class _Loaded:
-    """A plan in device memory. Released from the graphs down to the runtime: each refers to what comes after it."""
+    """A plan in device memory. It is released in order from the graphs to the runtime, because each refers to the next."""
 
     device: CudaDevice
-    logger: Any  # TensorRT keeps a bare pointer to it
+    logger: Any  # must stay alive, because TensorRT keeps a raw pointer to it
     runtime: Any
     engine: Any
     bindings: ShapeCache[_Binding]
@@ -69,27 +69,29 @@ class _Loaded:
 
 
 class TensorRTEngine:
-    """Runs a plan; several execution contexts, one per set of shapes, share its weights and their scratch memory.
+    """Engine that runs a plan. A context manager.
 
-    Inputs may lie on the CPU or on the GPU: they are copied into buffers whose addresses stay the same, so that a captured
-    CUDA graph replays with new alphas and masks. Safe between threads: calls run one after the other, each on its caller's
-    CUDA stream, and each thread has outputs of its own, which its next call with the same shapes writes again. A context
-    manager; without `close()` it is released when it is collected, or when the interpreter exits.
+    There is one execution context per set of shapes; all contexts share the weights and scratch memory. Inputs may be on the
+    CPU or the GPU. They are copied into fixed buffers, so a captured CUDA graph can be replayed with new alphas and masks.
+
+    Thread-safe: concurrent calls run one after the other, each on its caller's CUDA stream. Each thread has its own outputs,
+    which its next call with the same shapes overwrites. Without `close()`, the plan is released when the engine is garbage
+    collected or the interpreter exits.
 
     Args:
-        plan: the serialized engine.
-        manifest: what it takes.
+        plan: file of the serialized engine.
+        manifest: manifest of the engine.
         trt: the module `tensorrt` or `tensorrt_rtx`.
-        device: where it runs.
-        options: see `RuntimeOptions`.
-        threads: most CPU threads of TensorRT; None leaves the choice to it.
+        device: device to run on.
+        options: run options, see `RuntimeOptions`.
+        threads: largest number of CPU threads of TensorRT; None lets TensorRT choose.
 
     Attributes:
-        title: the backend's name as its makers write it.
-        captures_graphs: whether CUDA graphs are captured here; TensorRT-RTX captures by itself.
+        title: name of the backend as its makers write it.
+        captures_graphs: capture CUDA graphs in this class; TensorRT-RTX captures them itself.
 
     Raises:
-        SliderEditError: the plan is damaged, does not fit into the device's memory, or cannot stream weights.
+        SliderEditError: the plan is damaged, does not fit into device memory, or does not support weight streaming.
     """
 
     title: ClassVar[str] = "TensorRT"
@@ -105,13 +107,13 @@ class TensorRTEngine:
         self._logger = make_logger(trt)
         try:
             runtime = trt.Runtime(self._logger)
-        except (TypeError, RuntimeError):  # pybind11's words for a constructor that gave nothing
+        except (TypeError, RuntimeError):  # raised by pybind11 when the constructor returns nothing
             raise SliderEditError(f"{self.title} cannot start here ({self._logger.why()}); update the NVIDIA driver") from None
         if threads is not None:
             runtime.max_threads = threads
         if manifest.compatibility.get("versions"):
-            runtime.engine_host_code_allowed = True  # such a plan carries its own runtime
-        # Mapped: the file's pages are the only host copy.
+            runtime.engine_host_code_allowed = True  # such a plan contains its own runtime
+        # Map the file to avoid another host copy of the weights.
         with plan.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             engine = runtime.deserialize_cuda_engine(content)
         if engine is None:
@@ -130,10 +132,10 @@ class TensorRTEngine:
         self._load_cache()
 
     def _load_cache(self) -> None:
-        """Take what earlier processes compiled for this card; TensorRT compiles nothing after a build."""
+        """Load kernels that earlier processes compiled. Empty here, because TensorRT compiles everything at build time."""
 
     def close(self) -> None:
-        """Release graphs, contexts, weights and the runtime, and keep what TensorRT-RTX compiled. Idempotent."""
+        """Release graphs, contexts, weights and the runtime, and save the kernels that TensorRT-RTX compiled. Idempotent."""
         with self._lock:
             self._release()
 
@@ -155,15 +157,15 @@ class TensorRTEngine:
 
     @torch.no_grad()
     def __call__(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """One prediction (see `slideredit_rt.engines.Engine`), on the device of the inputs.
+        """Predict one step (see `slideredit_rt.engines.Engine`). The output is on the device of the inputs.
 
         Raises:
-            SliderEditError: the engine is closed, a tensor is not what it takes, or the device's memory is used up.
+            SliderEditError: the engine is closed, an input does not match the manifest, or the device is out of memory.
         """
         sizes = check_request(self.manifest, inputs)
         with self._lock:
             if not self._release.alive:
-                raise SliderEditError("the engine was closed; open it again")
+                raise SliderEditError("the engine is closed; open it again")
             result = self._outputs.of(self.manifest, sizes, inputs)
             with self._device.stream() as stream:
                 binding = self._loaded.bindings.get(tuple(sizes.values()), lambda: self._bind(sizes))
@@ -174,9 +176,9 @@ class TensorRTEngine:
         return result
 
     def _bind(self, sizes: dict[str, int]) -> _Binding:
-        """A context for one set of shapes, with its buffers."""
+        """Create a context and its buffers for one set of shapes."""
         full = SliderEditError(
-            f"the GPU has no memory left for the sizes {sizes}; use a smaller batch or resolution, or --weight-budget-mib"
+            f"the GPU is out of memory for the sizes {sizes}; use a smaller batch or resolution, or --weight-budget-mib"
         )
         config = self._runtime_config()
         context = self._loaded.engine.create_execution_context(config)
@@ -203,7 +205,7 @@ class TensorRTEngine:
         return torch.empty(shape, dtype=getattr(torch, dtype), device=self._device.device)
 
     def _scratch(self, size: int) -> Tensor:
-        """Memory for activations, which contexts share. When it grows, older contexts keep what their graphs refer to."""
+        """Return the scratch memory that contexts share. When it grows, older contexts keep the memory their graphs use."""
         scratch = self._loaded.scratch
         if scratch is None or scratch.numel() < size:
             scratch = self._loaded.scratch = self._empty((max(size, 1),), "uint8")
@@ -215,8 +217,8 @@ class TensorRTEngine:
         return config
 
     def _run(self, binding: _Binding, stream: int) -> None:
-        # TensorRT-RTX captures by itself, once its kernels for the shapes are compiled. TensorRT's first enqueue of a context
-        # initialises what may not be initialised during a capture.
+        # TensorRT-RTX captures graphs itself once its kernels for the shapes are compiled. With TensorRT, the first enqueue of
+        # a context does initialisation that is not allowed during a capture.
         if self._options.cuda_graphs and self.captures_graphs and binding.warm:
             if binding.replay is None:
                 binding.replay = self._capture(binding)
@@ -242,7 +244,7 @@ class TensorRTEngine:
 
 
 class TensorRTRTXEngine(TensorRTEngine):
-    """As `TensorRTEngine`; kernels are compiled on the card at hand, and kept from one process to the next."""
+    """`TensorRTEngine` for TensorRT-RTX, which compiles kernels at run time. They are cached on disk for later processes."""
 
     title = "TensorRT-RTX"
     captures_graphs = False
@@ -263,11 +265,11 @@ class TensorRTRTXEngine(TensorRTEngine):
 
 
 def runtime_cache_file(manifest: Manifest, card: str) -> Path:
-    """Where the kernels that TensorRT-RTX compiles for an engine on a card are kept: in the user's cache, not in the engine.
+    """Return the file in the user's cache for kernels that TensorRT-RTX compiles for an engine and a GPU.
 
     Args:
-        manifest: its plan's hash and its backend's version are part of the name.
-        card: the GPU's name.
+        manifest: manifest of the engine; the plan's hash and the backend's version become part of the file name.
+        card: name of the GPU.
     """
     plan = manifest.files[PLAN_FILE]["sha256"][:16]
     slug = re.sub(r"[^a-z0-9]+", "-", card.lower()).strip("-")
@@ -275,13 +277,13 @@ def runtime_cache_file(manifest: Manifest, card: str) -> Path:
 
 
 def load_runtime_cache(cache: Any, file: Path) -> None:
-    """Fill an `IRuntimeCache`; a file that is missing, damaged or from another driver leaves it empty."""
+    """Load an `IRuntimeCache` from a file. If the file is missing, damaged or from another driver, the cache stays empty."""
     with suppress(OSError):
         cache.deserialize(file.read_bytes())
 
 
 def save_runtime_cache(cache: Any, file: Path) -> None:
-    """Write an `IRuntimeCache` as a whole file; nothing is lost but time where it cannot be written."""
+    """Write an `IRuntimeCache` to a file atomically. Errors are ignored, because the kernels can be compiled again."""
     content = cache.serialize()
     if content is not None and content.nbytes:
         with suppress(SliderEditError), atomic_file(file) as temporary:
@@ -291,11 +293,11 @@ def save_runtime_cache(cache: Any, file: Path) -> None:
 def _set_weight_budget(engine: Any, budget: int | Literal["auto"]) -> None:
     if not engine.streamable_weights_size:
         raise SliderEditError(
-            "the engine keeps all its weights on the GPU; build it again with --weight-streaming to give it a budget"
+            "the engine was built without weight streaming, so it has no weight budget; build it again with --weight-streaming"
         )
     engine.weight_streaming_budget_v2 = engine.get_weight_streaming_automatic_budget() if budget == "auto" else budget
 
 
 def _is_memory(reason: str) -> bool:
-    """Whether TensorRT or CUDA complains about device memory."""
+    """Return whether an error of TensorRT or CUDA is about device memory."""
     return "outofmemory" in reason.lower().replace(" ", "")

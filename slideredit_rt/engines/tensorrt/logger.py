@@ -1,4 +1,4 @@
-"""What TensorRT says while it builds and runs."""
+"""Logger for TensorRT's messages."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from typing import Any, TextIO
 
 
 def make_logger(trt: Any, file: TextIO | None = None) -> Any:
-    """Return a TensorRT logger that keeps what TensorRT calls an error, for the sentence that a person sees.
+    """Return a TensorRT logger that keeps errors for use in our error messages.
 
     Args:
         trt: the module `tensorrt` or `tensorrt_rtx`.
-        file: gets every message, a line each; None drops all but errors.
+        file: text file for all messages, one per line; None keeps errors only.
     """
 
     class Logger(trt.ILogger):
-        """`errors` are the messages since the last question."""
+        """Logger whose `errors` are the messages since the last call of `why`."""
 
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
@@ -27,8 +27,8 @@ def make_logger(trt: Any, file: TextIO | None = None) -> Any:
                 self.errors.append(message)
 
         def why(self) -> str:
-            """The first error since the last question: those after it are mostly its consequences."""
+            """Return the first error since the last call, because later errors are mostly its consequences."""
             errors, self.errors = self.errors, []
-            return errors[0].strip() if errors else "it gives no reason"
+            return errors[0].strip() if errors else "no reason given"
 
     return Logger()

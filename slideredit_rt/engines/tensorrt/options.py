@@ -1,4 +1,4 @@
-"""What a build and a run of TensorRT and TensorRT-RTX can be told."""
+"""Build and run options of TensorRT and TensorRT-RTX."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ HardwareCompatibility = Literal["none", "ampere_plus", "same_compute_capability"
 
 @dataclass(frozen=True)
 class TensorRTOptions:
-    """What a build can be told.
+    """Build options.
 
     Attributes:
-        targets: compute capabilities such as `sm89` that the engine will run on. TensorRT-RTX only, (`sm86`, `sm89`, `sm120`)
-            if None; TensorRT builds for the card at hand.
-        resolution: usual width and height of the image, in pixels, for a square one.
-        max_text_rows: most text rows of a prompt; None takes the family's usual ones.
-        optimization_level: the builder's, 0 to 5; None leaves its default.
-        workspace_mib: limit of the builder's scratch memory on the device; None leaves its default.
-        weight_streaming: allow the runtime to keep part of the weights in host memory.
-        version_compatible: later TensorRT versions of the same major run the engine. TensorRT only.
-        hardware_compatibility: other cards run the engine, too: `ampere_plus` or `same_compute_capability`. TensorRT only.
-        timing_cache: file of earlier builds' measurements, read if it exists and written after the build. TensorRT only.
+        targets: compute capabilities that the engine will run on, such as `sm89`. TensorRT-RTX only; None means `sm86`, `sm89`
+            and `sm120`. TensorRT builds for this machine's GPU.
+        resolution: usual width and height of a square image, in pixels.
+        max_text_rows: most text rows of a prompt; None takes the family's usual number.
+        optimization_level: optimization level of the builder, 0 to 5; None keeps its default.
+        workspace_mib: limit of the builder's scratch memory on the device, in MiB; None keeps its default.
+        weight_streaming: allow the runtime to keep a part of the weights in host memory.
+        version_compatible: let later TensorRT versions of the same major run the engine. TensorRT only.
+        hardware_compatibility: let other GPUs run the engine: `ampere_plus` or `same_compute_capability`. TensorRT only.
+        timing_cache: file with timings of earlier builds, read if it exists and written after the build. TensorRT only.
     """
 
     targets: tuple[str, ...] | None = None
@@ -39,15 +39,15 @@ class TensorRTOptions:
 
 @dataclass(frozen=True)
 class RuntimeOptions:
-    """How a TensorRT engine is run.
+    """Run options.
 
     Attributes:
-        weight_budget: bytes of weights that stay on the GPU while the rest is streamed from host memory in every step; `auto`
-            fits them to the free memory, None keeps them all. The plan must have been built with weight streaming.
+        weight_budget: bytes of weights to keep on the GPU; the rest is streamed from host memory in every step. `auto` fits
+            them to the free memory, None keeps all. The plan must have been built with weight streaming.
         cuda_graphs: replay one captured CUDA graph per set of shapes.
-        specialization: when TensorRT-RTX compiles kernels for a new set of shapes: `lazy` in the background while general ones
-            run, `eager` before the first step, or `none`.
-        max_contexts: sets of shapes that stay ready; the least recently used goes first.
+        specialization: time at which TensorRT-RTX compiles kernels for a new set of shapes: `lazy` in the background while
+            general kernels run, `eager` before the first step, or `none`.
+        max_contexts: number of sets of shapes to keep ready; the least recently used is dropped first.
     """
 
     weight_budget: int | Literal["auto"] | None = None

@@ -1,4 +1,4 @@
-"""What a TensorRT plan takes and holds once it is on a GPU."""
+"""Memory and layers of a TensorRT plan on a GPU."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import Any
 
 
 def describe_plan(trt: Any, plan: Any) -> dict[str, Any]:
-    """Memory and layers of a deserialized plan.
+    """Describe the memory and layers of a deserialized plan.
 
     Args:
         trt: the module `tensorrt` or `tensorrt_rtx`.
-        plan: its `ICudaEngine`.
+        plan: the plan's `ICudaEngine`.
 
     Returns:
-        `weight_bytes`, and `streamable_weight_bytes` of them that need not stay in device memory; `context_bytes`, the device
-        memory of an execution context at the profile's largest sizes; `layers`, how many after fusion; `layer_types`, how many
-        of each, empty for a plan that was built without detailed profiling verbosity and tells nothing but names.
+        `weight_bytes`, all weights; `streamable_weight_bytes`, the part that need not stay in device memory; `context_bytes`,
+        the device memory of an execution context at the profile's largest sizes; `layers`, their number after fusion;
+        `layer_types`, the number by type, empty for a plan that was built without detailed profiling verbosity.
     """
     information = json.loads(plan.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON))
     types = [layer["LayerType"] for layer in information.get("Layers", []) if isinstance(layer, dict)]

@@ -1,4 +1,4 @@
-"""Learned scorers for images whose truth is not known, by the names that commands and tables use."""
+"""Learned scorers for images whose correct edit is not known. `SCORERS` maps the names used in commands and tables."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ def load_scorer(name: str, source: str | None = None, device: str = "cpu") -> Sc
     """Load a scorer: an `AttributeScorer` or a `DistanceScorer`.
 
     Args:
-        name: one of `SCORERS`.
-        source: folder or file of the weights, or a hub repository; by default the one that the paper uses.
-        device: torch's name of it.
+        name: One of `SCORERS`.
+        source: Folder or file of the weights, or a hub repository; None uses the weights that the paper uses.
+        device: Torch device.
 
     Raises:
-        SliderEditError: an unknown name, a package that is not installed, or weights that cannot be loaded.
+        SliderEditError: The name is unknown, a package is not installed, or the weights cannot be loaded.
     """
     if name not in SCORERS:
-        raise SliderEditError(f"{name!r} is no scorer; choose among {', '.join(SCORERS)}")
+        raise SliderEditError(f"{name!r} is not a scorer; choose from {', '.join(SCORERS)}")
     kind = SCORERS[name]
     source = source or kind.source
     try:
@@ -35,11 +35,11 @@ def load_scorer(name: str, source: str | None = None, device: str = "cpu") -> Sc
         raise SliderEditError(
             f"scorer {name!r} needs a package that is missing ({_first_line(error)}); pip install 'slideredit-rt[{kind.extra}]'"
         ) from error
-    # The packages document no exceptions of their loaders, and to a user each means the same.
+    # The packages do not document which exceptions their loaders raise, and all of them mean the same to a user.
     except Exception as error:
         raise SliderEditError(
             f"scorer {name!r} cannot be loaded from {source!r} ({type(error).__name__}: {_first_line(error)}); "
-            "give the path of its downloaded weights, or connect to the network that they come from"
+            "pass the path of downloaded weights, or connect to the network to download them"
         ) from error
 
 

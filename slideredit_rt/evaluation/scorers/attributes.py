@@ -1,4 +1,4 @@
-"""Scorers of image and attribute phrase: CLIP, SigLIP and BLIP, as the paper uses them."""
+"""Scorers that compare an image with an attribute phrase, as in the paper: CLIP, SigLIP and BLIP."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from slideredit_rt.evaluation.scorers.base import BATCH, AttributeScorer, Pretra
 
 
 class _VisionLanguage(AttributeScorer):
-    """A checkpoint with a text side.
+    """A scorer with an image and a text encoder.
 
     Attributes:
-        architecture: its class in transformers.
-        padding: how the phrases are made equally long; as in the model's training.
+        architecture: Name of the model's class in transformers.
+        padding: Padding of the phrases, as in the model's training.
     """
 
     extra = "scorers"
@@ -32,12 +32,12 @@ class _VisionLanguage(AttributeScorer):
         self.most_tokens: int = self.model.config.text_config.max_position_embeddings
 
     def tokenise(self, phrases: Sequence[str]) -> dict[str, Tensor]:
-        """`input_ids` and `attention_mask`, `[phrases, tokens]`, on the model's device."""
+        """Return `input_ids` and `attention_mask`, `[phrases, tokens]`, on the model's device."""
         encoded = self.tokenizer(list(phrases), verbose=False)
         for phrase, ids in zip(phrases, encoded["input_ids"], strict=True):
             if len(ids) > self.most_tokens:
                 raise SliderEditError(
-                    f"the attribute phrase {phrase!r} has {len(ids)} tokens and the scorer {self.name!r} reads "
+                    f"the attribute phrase {phrase!r} has {len(ids)} tokens, but the scorer {self.name!r} accepts at most "
                     f"{self.most_tokens}; shorten it"
                 )
         padded = self.tokenizer.pad(
@@ -56,7 +56,7 @@ class Clip(_VisionLanguage):
         tokens, rows = self.tokenise(phrases), []
         for batch in images.split(BATCH):
             output = self.model(**tokens, pixel_values=self.vision.pixels(batch))
-            # Both are unit vectors.
+            # Both embeddings are unit vectors.
             rows += (output.image_embeds @ output.text_embeds.T).tolist()
         return [tuple(row) for row in rows]
 
@@ -68,12 +68,12 @@ class Siglip(Clip):
     padding = "max_length"
 
     def tokenise(self, phrases: Sequence[str]) -> dict[str, Tensor]:
-        # The model was trained on phrases padded to its full length, with the padding in sight.
+        # The model was trained on phrases padded to its full length, without masking the padding.
         return {"input_ids": super().tokenise(phrases)["input_ids"]}
 
 
 class BlipMatching(_VisionLanguage):
-    """Probability, by BLIP's image-text matching head, that the phrase fits (Li et al. 2022, arXiv 2201.12086)."""
+    """Probability of a match, by BLIP's image-text matching head (Li et al. 2022, arXiv 2201.12086)."""
 
     name, source, architecture = "blip-itm", "Salesforce/blip-itm-base-coco", "BlipForImageTextRetrieval"
 
@@ -81,7 +81,7 @@ class BlipMatching(_VisionLanguage):
     def score(self, images: Tensor, phrases: Sequence[str]) -> list[tuple[float, ...]]:
         rows: list[tuple[float, ...]] = []
         for batch in images.split(BATCH):
-            # The model's own forward sees an image again for every phrase, and makes a mask on the CPU wherever it runs.
+            # The model's own forward encodes the image again for every phrase and always creates a mask on the CPU.
             patches = self.model.vision_model(pixel_values=self.vision.pixels(batch)).last_hidden_state
             columns = []
             for phrase in phrases:

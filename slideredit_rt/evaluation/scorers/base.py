@@ -1,4 +1,4 @@
-"""What the benchmark asks of a scorer, and what scorers built on transformers share."""
+"""Interfaces of the learned scorers, and the parts shared by those built on transformers."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from torch import Tensor
 from slideredit_rt.checkpoint import quiet_libraries
 
 BATCH = 16
-"""Images that a model is shown at once."""
+"""Number of images per forward pass."""
 
 
 class Scorer(ABC):
-    """A model that reads images.
+    """A model that scores images.
 
     Attributes:
-        name: on the command line and in tables.
-        source: of its weights unless another is given; a hub repository, or what its own package calls them.
-        extra: of this package, installs what it needs.
+        name: Name on the command line and in tables.
+        source: Default weights: a hub repository, or a name defined by the scorer's own package.
+        extra: Extra of this package that installs the scorer's requirements.
     """
 
     name: ClassVar[str]
@@ -32,43 +32,43 @@ class Scorer(ABC):
 
     @abstractmethod
     def __init__(self, source: str, device: str) -> None:
-        """Load the weights; whatever goes wrong is raised as it comes, and `load_scorer` puts it into words."""
+        """Load the weights. Errors of the loaders pass through; `load_scorer` turns them into `SliderEditError`."""
 
 
 class AttributeScorer(Scorer):
-    """How much of a phrase an image shows."""
+    """Scorer of how well an image shows a phrase."""
 
     @abstractmethod
     def score(self, images: Tensor, phrases: Sequence[str]) -> list[tuple[float, ...]]:
-        """Similarity of each image to each phrase; higher is more.
+        """Return the similarity of each image to each phrase; higher is more similar.
 
         Args:
-            images: float32 `[N, 3, H, W]` in [0, 1].
-            phrases: such as "curly hair"; one or more.
+            images: Images, float32 `[N, 3, H, W]` in [0, 1].
+            phrases: One or more phrases, such as "curly hair".
 
         Returns:
-            N tuples of one number per phrase. They depend on nothing else in the batch.
+            N tuples of one number per phrase. An image's numbers do not depend on the other images of the batch.
 
         Raises:
-            SliderEditError: a phrase has more tokens than the model reads.
+            SliderEditError: A phrase has more tokens than the model accepts.
         """
 
 
 class DistanceScorer(Scorer):
-    """How far an image is from its source."""
+    """Scorer of the distance between an edited image and its source."""
 
     @abstractmethod
     def distance(self, images: Tensor, source: Tensor) -> list[float | None]:
-        """Distance of each image to the source; 0 for the source itself, None where the scorer cannot tell.
+        """Return the distance of each image to the source: 0 for the source itself, None where it is undefined.
 
         Args:
-            images: float32 `[N, 3, H, W]` in [0, 1].
-            source: `[1, 3, H, W]`.
+            images: Images, float32 `[N, 3, H, W]` in [0, 1].
+            source: Source image, `[1, 3, H, W]`.
         """
 
 
 def to_images(images: Tensor) -> list[Image.Image]:
-    """`[N, 3, H, W]` in [0, 1] as 8-bit images: what a model would read from saved files."""
+    """Convert `[N, 3, H, W]` in [0, 1] to 8-bit images, as a model would read them from saved files."""
     pixels = (images.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
     return [Image.fromarray(image.contiguous().numpy()) for image in pixels]
 
@@ -76,23 +76,23 @@ def to_images(images: Tensor) -> list[Image.Image]:
 class PretrainedVision:
     """A transformers checkpoint with its image processor, in float32.
 
-    The processor is the one that works on PIL images: the other one needs torchvision and resizes differently, so that scores
-    would depend on what is installed.
+    It uses the image processor that works on PIL images. The other one needs torchvision and resizes differently, so scores
+    would depend on the installed packages.
     """
 
     def __init__(self, architecture: str, source: str, device: str) -> None:
         with quiet_libraries():
-            # Without safetensors in a repository this reads a pickle, as tensors only.
+            # A repository without safetensors is read from a pickle, and weights_only restricts it to tensors.
             self.model, report = getattr(transformers, architecture).from_pretrained(
                 source, dtype=torch.float32, weights_only=True, output_loading_info=True
             )
             self.processor = transformers.AutoImageProcessor.from_pretrained(source, backend="pil")
-        # Transformers would go on with random weights in their place.
+        # Transformers would continue with random weights in their place.
         if missing := sorted(report["missing_keys"]):
-            raise ValueError(f"it is no {architecture}: {len(missing)} weights are missing, such as {missing[0]}")
+            raise ValueError(f"it is not a {architecture}: {len(missing)} weights are missing, such as {missing[0]}")
         self.model.to(device).eval()
 
     def pixels(self, images: Tensor) -> Tensor:
-        """`[N, 3, H, W]` in [0, 1] as the model's `pixel_values`, on its device."""
+        """Convert `[N, 3, H, W]` in [0, 1] to the model's `pixel_values`, on its device."""
         values: Tensor = self.processor(images=to_images(images), return_tensors="pt")["pixel_values"]
         return values.to(self.model.device)

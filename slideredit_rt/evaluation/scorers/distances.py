@@ -1,4 +1,4 @@
-"""Scorers of image and source: LPIPS, DINOv2 and ArcFace, as the paper uses them."""
+"""Scorers that compare an image with its source, as in the paper: LPIPS, DINOv2 and ArcFace."""
 
 from __future__ import annotations
 
@@ -21,11 +21,12 @@ from slideredit_rt.evaluation.scorers.base import BATCH, DistanceScorer, Pretrai
 
 
 class _Lpips(DistanceScorer):
-    """LPIPS 0.1 (Zhang et al. 2018, arXiv 1801.03924), with the weights that the package `lpips` carries.
+    """LPIPS 0.1 (Zhang et al. 2018, arXiv 1801.03924), with the linear weights of the package `lpips`.
 
     Args:
-        source: `torchvision`, which downloads the backbone's ImageNet weights on first use, or a file with those weights as
-            torchvision names them (`features.0.weight`, …), `.pth` or `.safetensors`.
+        source: `torchvision`, which downloads the backbone's ImageNet weights on first use, or a `.pth` or `.safetensors`
+            file of those weights under torchvision's names (`features.0.weight`, …).
+        device: Torch device.
     """
 
     source, extra = "torchvision", "lpips"
@@ -36,27 +37,31 @@ class _Lpips(DistanceScorer):
 
         own = source == self.source
         with warnings.catch_warnings():
-            # The package calls torchvision by arguments that have newer names.
+            # The package passes deprecated arguments to torchvision.
             warnings.filterwarnings("ignore", module="torchvision")
             model = lpips.LPIPS(net=self.backbone, pnet_rand=not own, verbose=False)
         if not own:
             path = Path(source)
             weights = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-            # The package cuts the backbone into slices whose layers keep their numbers.
+            # The package splits the backbone into slices, and layers keep their numbers.
             model.net.load_state_dict({k: weights[f"features.{k.split('.', 1)[1]}"] for k in model.net.state_dict()})
         self.model, self.device = model.to(device).eval(), device
 
     @torch.inference_mode()
     def distance(self, images: Tensor, source: Tensor) -> list[float | None]:
-        """As the base class says.
+        """Return the LPIPS distance of each image to the source.
+
+        Args:
+            images: Images, float32 `[N, 3, H, W]` in [0, 1].
+            source: Source image, `[1, 3, H, W]`.
 
         Raises:
-            SliderEditError: the images and the source differ in size.
+            SliderEditError: The images and the source differ in size.
         """
         if images.shape[2:] != source.shape[2:]:
             sizes = [f"{image.shape[3]}×{image.shape[2]}" for image in (images, source)]
             raise SliderEditError(
-                f"{self.name} compares images of one size, but the edit has {sizes[0]} pixels and its source {sizes[1]}; "
+                f"{self.name} compares images of equal size, but the edit has {sizes[0]} pixels and its source {sizes[1]}; "
                 "resize one of them"
             )
         out: list[float | None] = []
@@ -74,22 +79,22 @@ class LpipsVgg(_Lpips):
 
 
 class _EmbeddingDistance(DistanceScorer):
-    """1 − cosine of two embeddings. A source is embedded once, however often images are compared with it."""
+    """1 − cosine of two embeddings. Each source is embedded once and cached."""
 
     def __init__(self) -> None:
         self._known: dict[bytes, Tensor | None] = {}
 
     @abstractmethod
     def embed(self, images: Tensor) -> list[Tensor | None]:
-        """A unit vector per image; None where there is nothing to embed."""
+        """Return a unit vector per image, or None where there is nothing to embed."""
 
     def distance(self, images: Tensor, source: Tensor) -> list[float | None]:
-        # By its pixels: the same source comes as another tensor for every system that is compared.
+        # The key is the content, because every system passes the same source as another tensor.
         key = hashlib.sha256(source.cpu().numpy().tobytes()).digest()
         if key not in self._known:
             (self._known[key],) = self.embed(source)
         reference = self._known[key]
-        # A cosine of 1 may come out one rounding above it.
+        # Rounding may put a cosine slightly above 1.
         return [
             None if reference is None or vector is None else max(0.0, 1 - float(vector @ reference))
             for vector in self.embed(images)
@@ -112,12 +117,14 @@ class Dinov2(_EmbeddingDistance):
 
 
 class ArcFace(_EmbeddingDistance):
-    """1 − cosine of ArcFace's embedding of the face (Deng et al. 2019, arXiv 1801.07698): is it still the same person?
+    """1 − cosine of ArcFace's face embeddings (Deng et al. 2019, arXiv 1801.07698), a measure of identity preservation.
 
-    None unless both images hold exactly one face, as in the paper. InsightFace's models may be used for research only.
+    The distance is None unless both images contain exactly one face, as in the paper. InsightFace's models may be used for
+    research only.
 
     Args:
-        source: a model pack of InsightFace, which it downloads on first use, or the folder of one.
+        source: Name of an InsightFace model pack, which is downloaded on first use, or a folder that contains one.
+        device: Torch device.
     """
 
     name, source, extra = "arcface", "buffalo_l", "arcface"
@@ -131,7 +138,7 @@ class ArcFace(_EmbeddingDistance):
 
         number = -1 if torch.device(device).type == "cpu" else torch.device(device).index or 0
         providers = ["CPUExecutionProvider"] if number < 0 else [("CUDAExecutionProvider", {"device_id": number})]
-        # The package prints as it downloads; standard output is the command's own.
+        # The package prints while it downloads, and standard output must contain the command's result only.
         try:
             with contextlib.redirect_stdout(sys.stderr):
                 self.faces = FaceAnalysis(
@@ -139,10 +146,10 @@ class ArcFace(_EmbeddingDistance):
                     allowed_modules=["detection", "recognition"],
                     providers=providers,
                 )
-        except AssertionError:  # how the package says it
-            raise ValueError("it holds no face detection model") from None
+        except AssertionError:  # the package asserts that there is one
+            raise ValueError("it does not contain a face detection model") from None
         if "recognition" not in self.faces.models:
-            raise ValueError("it holds no face recognition model")
+            raise ValueError("it does not contain a face recognition model")
         self.faces.prepare(number, det_size=(640, 640))
 
     def embed(self, images: Tensor) -> list[Tensor | None]:

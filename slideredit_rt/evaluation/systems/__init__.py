@@ -1,11 +1,11 @@
-"""The ways to scale an edit that the benchmark compares, one module each behind `System`.
+"""Systems that the benchmark compares, each a module with a subclass of `System`.
 
-A new one is a module with a class that `register` decorates, and a line in the list below.
+To add one, decorate its class with `register` and import its module in the list below.
 """
 
 from slideredit_rt.evaluation.systems.base import SYSTEMS, System, register
 
-# In the order of tables: a module registers its systems when it is imported.
+# Importing a module registers its systems, so the order of these lines is the order of the tables.
 # isort: off
 from slideredit_rt.evaluation.systems import slideredit as slideredit
 from slideredit_rt.evaluation.systems import pad_interpolation as pad_interpolation

@@ -1,4 +1,4 @@
-"""Continuous Attribute Control: an offset per attribute on the noun's embeddings (`training.attribute_offsets`)."""
+"""Attribute offsets (Continuous Attribute Control): a trained vector per attribute, added to the noun's text embeddings."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class _Encoded:
-    """An image with the neutral prompt, and which attributes its knobs move."""
+    """An encoded image with the neutral prompt, and the attribute indices that its knobs move."""
 
     prepared: Prepared
     attributes: list[int]
@@ -31,7 +31,7 @@ class _Encoded:
 
 @register
 class OffsetControl(System):
-    """Runs on any engine of ours: text embeddings are an input per row. Setting 0 is the edit at the neutral prompt."""
+    """Attribute offsets on any engine: text embeddings are an input per row. Setting 0 is the edit at the neutral prompt."""
 
     name, knob, plain, joint = "attribute-offsets", "offset scale", 0.0, True
     ranges = ((0.0, 1.0), (0.0, 1.5), (0.0, 2.0), (0.0, 3.0), (0.0, 5.0))
@@ -59,7 +59,7 @@ class OffsetControl(System):
 
     @staticmethod
     def _load(offsets: str, setup: Setup) -> AttributeOffsets:
-        # The trainer's packages come with it; no other system needs them.
+        # Imported here, because it imports the trainer, which no other system needs.
         from slideredit_rt.training.attribute_offsets import load_offsets
 
         return load_offsets(resolve_offsets(offsets), setup.family)
@@ -68,7 +68,7 @@ class OffsetControl(System):
         names = self.offsets.attributes
         if missing := next((text for text in case.instructions if text not in names), None):
             raise SliderEditError(
-                f"the attribute offsets have none for {missing!r}; train one with slideredit-rt train offsets --instructions"
+                f"the attribute offsets do not include {missing!r}; train it with slideredit-rt train offsets --instructions"
             )
         prepared = self.offsets.prepare(self.editor, case.image, case.seed)
         return _Encoded(prepared, [names.index(text) for text in case.instructions])

@@ -1,4 +1,4 @@
-"""What the benchmark asks of a system, and how a system joins it."""
+"""Interface of the systems that the benchmark compares, and their registry."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from slideredit_rt.evaluation.setup import Setup
 
 
 class System:
-    """A way to scale an edit continuously: renders an image and prompt at the settings of its knob.
+    """A method that scales an edit continuously. It renders an image and prompt at given settings of its knob.
 
     Attributes:
-        name: in commands, files and tables.
-        knob: what its number is.
-        needs: what a setup must have for it, as the end of "system … needs".
-        plain: setting at which the base model edits as it would without the system.
-        ranges: candidates for the swept range, `(off, far)`; the benchmark searches among them on scenes of its own.
-        joint: whether each instruction of a prompt has a knob of its own.
-        how: one sentence for the report.
-        reference: whether its `plain` setting is the run's plain edit; the first system that is one makes it.
+        name: Name in commands, files and tables.
+        knob: Name of the quantity that is swept.
+        needs: Requirements on a setup, worded to complete the message "system … needs …".
+        plain: Setting at which the result is the base model's own edit.
+        ranges: Candidate sweep ranges `(off, far)`. The benchmark chooses one on separate scenes.
+        joint: True if each instruction of a prompt has its own knob.
+        how: Short description for the report.
+        reference: True if its `plain` setting can render the run's plain edit. The first such system does.
     """
 
     name: ClassVar[str]
@@ -37,40 +37,40 @@ class System:
 
     @classmethod
     def variants(cls, setup: Setup) -> Sequence[str]:
-        """Names under which it is compared, one per adapter where it has several; none where the setup lacks what it needs."""
+        """Return the names under which the system is compared, one per adapter. Empty if the setup lacks what it needs."""
         return [cls.name]
 
     @classmethod
     def make(cls, setup: Setup, variant: str) -> System:
-        """Make one of `variants(setup)`. Called when it is first needed, so engines and models are opened here."""
+        """Create one of `variants(setup)`. It is called on first use, so engines and models are opened here."""
         raise NotImplementedError
 
     @classmethod
     def trained(cls, setup: Setup) -> tuple[str, str] | None:
-        """Origin and fingerprint of what was trained for it beforehand, where that is neither an adapter nor an engine."""
+        """Return the origin and fingerprint of a trained file that is neither an adapter nor an engine, or None."""
         return None
 
     def prepare(self, case: Case) -> Any:
-        """Encode a case once."""
+        """Encode a case, once for all settings."""
         raise NotImplementedError
 
     def render(self, prepared: Any, settings: Sequence[Sequence[float]], steps: int) -> Tensor:
-        """One image per setting of the knobs, all from the case's noise; float32 `[N, 3, H, W]` in [0, 1]."""
+        """Render one image per setting of the knobs, all from the case's noise, as float32 `[N, 3, H, W]` in [0, 1]."""
         raise NotImplementedError
 
 
 SYSTEMS: dict[str, type[System]] = {}
-"""Every registered system by its name, in the order of tables."""
+"""Registered systems by name, in the order of the tables."""
 _S = TypeVar("_S", bound=type[System])
 
 
 def register(system: _S) -> _S:
-    """Add a system to `SYSTEMS`; a class decorator.
+    """Add a system class to `SYSTEMS`. For use as a class decorator.
 
     Raises:
-        SliderEditError: another one has its name.
+        SliderEditError: A system of that name is registered already.
     """
     if system.name in SYSTEMS:
-        raise SliderEditError(f"there is a system {system.name!r} already; give the new one another name")
+        raise SliderEditError(f"a system named {system.name!r} is registered already; choose another name")
     SYSTEMS[system.name] = system
     return system

@@ -1,4 +1,4 @@
-"""Concept Sliders: one LoRA per attribute at a neutral prompt (`training.concepts`)."""
+"""Concept Sliders: one LoRA per attribute, trained and used at a neutral prompt (`training.concepts`)."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from slideredit_rt.evaluation.systems.base import System, register
 from slideredit_rt.sliders import Slider
 
 _FROZEN = 2 / 28
-"""Share of the steps that the base model makes alone: the first two of the usual 28."""
+"""Share of the denoising steps that run without the sliders: the first 2 of 28."""
 
 
 @register
 class ConceptSliders(System):
-    """Every attribute is a member of one bank, so that several move at once; setting 0 is the edit at the neutral prompt."""
+    """Concept Sliders as members of one bank, so several can move at once. Setting 0 is the edit at the neutral prompt."""
 
     name, knob, plain, joint = "concept-sliders", "LoRA scale", 0.0, True
     ranges = ((0.0, 0.5), (0.0, 0.75), (0.0, 1.0), (0.0, 1.5), (0.0, 2.0))
@@ -30,7 +30,8 @@ class ConceptSliders(System):
     def __init__(self, editor: SliderEditor) -> None:
         if editor.kind != "gst" or not editor.members:
             raise SliderEditError(
-                "concept sliders are a bank of adapters, one per attribute; make one with slideredit-rt train concepts"
+                "the adapter is not a bank with one adapter per attribute, as concept sliders are; "
+                "make one with slideredit-rt train concepts"
             )
         self.editor = editor
 
@@ -50,7 +51,7 @@ class ConceptSliders(System):
     def prepare(self, case: Case) -> Prepared:
         if missing := next((text for text in case.instructions if text not in self.editor.members), None):
             raise SliderEditError(
-                f"the concept sliders have none for {missing!r}; train one with slideredit-rt train concepts --instructions"
+                f"the concept sliders do not include {missing!r}; train it with slideredit-rt train concepts --instructions"
             )
         sliders = [Slider(text) for text in case.instructions]
         return self.editor.prepare(case.image, sliders, prompt=self.editor.family.neutral_prompt, seed=case.seed)

@@ -1,4 +1,4 @@
-"""Guidance as a slider. Both ways run on any engine of ours with its sliders at 1: guidance is an input per row."""
+"""Classifier-free guidance as a slider. Both variants run on any engine, with its sliders at 1 and guidance set per row."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class _Guidance(System):
 
 @register
 class ImplicitGuidance(_Guidance):
-    """Implicit CFG: the guidance scalar that the backbone embeds."""
+    """Implicit CFG: the guidance scale that the backbone embeds."""
 
     name, knob, plain = "implicit-cfg", "guidance", 3.5
     ranges = ((1.0, 3.5), (1.0, 5.0), (1.0, 7.0), (0.0, 10.5), (0.0, 30.0))
@@ -47,7 +47,7 @@ class ImplicitGuidance(_Guidance):
 
     def __init__(self, editor: SliderEditor) -> None:
         if editor.family.guidance_scale is None:
-            raise SliderEditError(f"{editor.family.name} embeds no guidance; leave implicit-cfg out of --systems")
+            raise SliderEditError(f"{editor.family.name} does not embed a guidance scale; remove implicit-cfg from --systems")
         super().__init__(editor)
 
     @classmethod
@@ -63,7 +63,7 @@ class ImplicitGuidance(_Guidance):
 
 @register
 class ExplicitGuidance(_Guidance):
-    """Explicit CFG: `v(∅) + w (v(P) − v(∅))`, two passes per step; a family may rescale the result, as Qwen-Image-Edit does."""
+    """Explicit CFG: `v(∅) + w (v(P) − v(∅))`, two passes per step. A family may rescale it, as Qwen-Image-Edit does."""
 
     name, knob = "explicit-cfg", "guidance weight"
     ranges = ((0.0, 1.0), (0.0, 1.5), (0.0, 2.0), (0.0, 3.0), (0.0, 5.0))
@@ -71,7 +71,7 @@ class ExplicitGuidance(_Guidance):
     how = "two passes per step on the same engine"
 
     def prepare(self, case: Case) -> Prepared:
-        # Any scale above 1 makes the negative pass; each row then brings its own.
+        # Any scale above 1 turns the negative pass on. The weight of each row is set when rendering.
         return self.editor.prepare(
             case.image, case.instructions[:1], prompt=case.prompt, seed=case.seed, true_cfg_scale=2.0, negative_prompt=""
         )

@@ -1,4 +1,4 @@
-"""Merged LoRA: the adapter is added into the weights for one strength and taken out again, as deployments do today."""
+"""Merged LoRA: the adapter is fused into the weights for one strength and unfused again, as deployments do today."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from slideredit_rt.sliders import Controls
 
 @register
 class MergedLoRA(System):
-    """diffusers' `fuse_lora` and `unfuse_lora` per strength; every row is touched, and a batch has one strength."""
+    """diffusers' `fuse_lora` and `unfuse_lora` for each strength. It affects every row, and a batch has one strength."""
 
     name, knob = "merged-lora", "strength"
     ranges = ((0.0, 1.0), (0.0, 1.5), (0.0, 2.0), (0.0, 3.0), (-0.5, 2.0))
@@ -29,7 +29,7 @@ class MergedLoRA(System):
     how = "diffusers fuse_lora and unfuse_lora per strength, unmasked, eager torch"
 
     def __init__(self, family: Family, pipeline: Any, adapter: Adapter) -> None:
-        """`pipeline`: of its own, since its weights are rewritten."""
+        """Load the adapter into `pipeline`, which must not be shared, because its weights are rewritten."""
         with tempfile.TemporaryDirectory() as folder:
             save_adapter(adapter, Path(folder) / "diffusers", "diffusers")
             pipeline.load_lora_weights(str(Path(folder) / "diffusers"), adapter_name="slider")
@@ -57,7 +57,7 @@ class MergedLoRA(System):
     def render(self, prepared: Prepared, settings: Sequence[Sequence[float]], steps: int) -> Tensor:
         images, pipeline = [], self.editor.pipeline
         for (strength,) in settings:
-            # Not `fuse_lora(lora_scale=…)`: it multiplies the scale that earlier strengths left behind.
+            # `fuse_lora(lora_scale=…)` would multiply the scale left by earlier strengths.
             pipeline.set_adapters("slider", self.editor.curve(strength))
             pipeline.fuse_lora()
             try:

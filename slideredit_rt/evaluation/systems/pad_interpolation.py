@@ -1,7 +1,7 @@
-"""Pad interpolation: at every attention layer the instruction's rows move towards a padding row.
+"""Pad interpolation: at every attention layer, the instruction's rows are blended with a padding row.
 
-The paper's interpretability probe, `y_j ← (1 − β) y_j + β y_pad`. It changes activations inside the backbone and therefore
-runs in eager torch; an engine would need one built for it.
+It is the paper's interpretability probe, `y_j ← (1 − β) y_j + β y_pad`. It changes activations inside the backbone, so it
+runs in eager PyTorch; existing engines cannot run it.
 """
 
 from __future__ import annotations
@@ -23,16 +23,17 @@ from slideredit_rt.evaluation.systems.base import System, register
 
 @contextmanager
 def interpolated_rows(transformer: nn.Module, weight: Tensor, pad_row: int) -> Iterator[None]:
-    """While open, the text rows that enter each attention layer are blended with a padding row.
+    """Blend the text rows that enter each attention layer with a padding row, while the context is open.
 
     Args:
+        transformer: Backbone.
         weight: β of each row, float `[B, text_rows]`.
-        pad_row: text row of a padding token.
+        pad_row: Index of a padding token's text row.
     """
     rows = weight.shape[1]
 
     def blend(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        # Dual-stream blocks hand the text over by itself, single-stream blocks in front of the image.
+        # Dual-stream blocks pass text rows separately, single-stream blocks pass them in front of the image rows.
         name = "encoder_hidden_states" if kwargs.get("encoder_hidden_states") is not None else "hidden_states"
         value: Tensor = kwargs[name]
         beta = weight[:, :, None].to(value)
@@ -50,7 +51,7 @@ def interpolated_rows(transformer: nn.Module, weight: Tensor, pad_row: int) -> I
 
 @register
 class PadInterpolation(System):
-    """Strength is 1 − β."""
+    """Pad interpolation with strength 1 − β."""
 
     name, knob, joint = "pad-interpolation", "1 − β", True
     ranges = ((0.0, 1.0), (0.0, 1.25), (0.0, 1.5), (0.0, 2.0))
@@ -59,7 +60,9 @@ class PadInterpolation(System):
 
     def __init__(self, editor: SliderEditor) -> None:
         if editor.kind != "st" or getattr(editor.pipeline, "transformer", None) is None:
-            raise SliderEditError("pad interpolation changes activations inside the backbone; give --base and an ST adapter")
+            raise SliderEditError(
+                "pad interpolation needs an ST adapter and the base's transformer in PyTorch; pass --base and an ST --adapter"
+            )
         self.editor = editor
 
     @classmethod
@@ -74,7 +77,7 @@ class PadInterpolation(System):
         prepared = self.editor.prepare(case.image, case.instructions, prompt=case.prompt, seed=case.seed)
         tokens = self.editor.family.tokenize(self.editor.pipeline, prepared.prompt)
         if len(tokens) >= prepared.conditioning.text_rows:
-            raise SliderEditError(f"prompt {case.prompt!r} leaves no padding row to interpolate towards; shorten it")
+            raise SliderEditError(f"prompt {case.prompt!r} fills all text rows and leaves none for padding; shorten it")
         return prepared
 
     def render(self, prepared: Prepared, settings: Sequence[Sequence[float]], steps: int) -> Tensor:

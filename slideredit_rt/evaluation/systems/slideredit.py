@@ -1,4 +1,4 @@
-"""SliderEdit's own adapters on our runtime: every setting is an input of one engine."""
+"""SliderEdit adapters on this runtime: every setting is an input of one engine."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from slideredit_rt.evaluation.systems.base import System, register
 
 @register
 class SelectiveToken(System):
-    """ST: the text rows of the slider's own instruction are scaled (paper, section on selective tokens)."""
+    """ST (selective token): the update is scaled on the text rows of the slider's own instruction."""
 
     name, knob, joint = "st", "strength", True
     ranges = ((0.0, 1.0), (0.0, 1.5), (0.0, 2.0), (0.0, 3.0), (-0.5, 2.0))
@@ -34,7 +34,7 @@ class SelectiveToken(System):
 
     @classmethod
     def _engines(cls, setup: Setup) -> dict[str, SliderEngine]:
-        """Those of its kind: a single one goes by the system's name, several by their own."""
+        """Return the engines of this kind. A single one is named after the system, several keep their own names."""
         own = [engine for engine in setup.slider_engines if engine.kind == cls.name]
         return {cls.name if len(own) == 1 else engine.stem: engine for engine in own}
 
@@ -47,7 +47,7 @@ class SelectiveToken(System):
 
 @register
 class GloballySelective(SelectiveToken):
-    """GST: every row is scaled, so that one slider moves the whole prompt."""
+    """GST (globally selective token): the update is scaled on every row, so one slider controls the whole prompt."""
 
     name, joint = "gst", False
     how = "GST adapter, strength is an input of one engine"

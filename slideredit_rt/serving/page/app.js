@@ -1,20 +1,20 @@
-// The page of a slider server: images, sliders, and an edit that follows the drag.
-// Plain modules and no build step; it talks to the same HTTP API as every other client.
+// The web page of the server: an image, sliders, and an edit that updates while a slider is dragged.
+// A plain module without a build step. It uses the same HTTP API as every other client.
 
-const NEUTRAL = 1; // the strength at which the base model edits
+const NEUTRAL = 1; // strength of the base model's own edit
 const STRIP_FRAMES = 7;
-const TYPING_PAUSE = 300; // milliseconds without a key before a half-typed instruction is sent
-const SMALL = 128; // images up to this edge are enlarged without smoothing
+const TYPING_PAUSE = 300; // milliseconds without a keystroke before an instruction is sent
+const SMALL = 128; // largest side in pixels of images that are enlarged without smoothing
 const KEY = "slideredit-key";
 
 const $ = (id) => document.getElementById(id);
 
-let engine = null; // what /v1/models says of the engine
+let engine = null; // description of the engine from /v1/models
 let model = "";
-let chosen = 0, read = 0; // images: how many were chosen, and up to which they are read
-let image = null; // {blob, bitmap}: a PNG as it is sent, and as it is drawn
+let chosen = 0, read = 0; // number of images chosen so far, and number of the last one read
+let image = null; // {blob, bitmap}: the PNG to send, and its pixels to draw
 let result = null; // Blob of the edit shown
-let prompt = null; // composed by the server from the instructions; null while they are unread
+let prompt = null; // composed by the server from the instructions; null until it has answered
 let focused = 0; // the slider whose strip is exported
 
 // ---------------------------------------------------------------- server
@@ -29,20 +29,20 @@ async function call(path, init = {}) {
     text = await answer.text();
   } catch (error) {
     if (error.name === "AbortError") throw error;
-    throw new Error("The server cannot be reached; check that it still runs, then try again.");
+    throw new Error("The server cannot be reached. Check that it is running, then try again.");
   }
   let body = null;
   try {
     body = JSON.parse(text);
   } catch {
-    // A proxy's page: the status has to do.
+    // Not JSON, as from a proxy: the status is reported instead.
   }
   if (answer.ok && body) return body;
   if (answer.status === 401) {
     $("key-form").hidden = false;
     $("key").focus();
   }
-  throw new Error(body?.error?.message ?? `The server answered ${answer.status} without a reason.`);
+  throw new Error(body?.error?.message ?? `The server answered with status ${answer.status} and gave no reason.`);
 }
 
 const png = (base64) => new Blob([Uint8Array.from(atob(base64), (c) => c.charCodeAt(0))], { type: "image/png" });
@@ -54,7 +54,7 @@ const textOf = (row) => row.querySelector(".text").value.trim();
 const rangeOf = (row) => row.querySelector("input[type=range]");
 const filled = () => rows().filter(textOf);
 
-// The sliders of a request. Where several adapters share the engine, each says whose it is.
+// The sliders of a request. If the engine has several adapters, each slider names its own.
 function sliders() {
   return filled().map((row) => ({
     instruction: textOf(row),
@@ -88,7 +88,7 @@ function addRow(text = "") {
     showStrength(row);
     moved();
   });
-  // A drag that ends where it began fires no change: the pointer's end counts, too.
+  // A drag that ends where it began fires no change event, so listen for the end of the pointer as well.
   for (const type of ["change", "pointerup", "pointercancel"]) range.addEventListener(type, settle);
   const reset = () => {
     range.value = NEUTRAL;
@@ -126,7 +126,7 @@ function showStrength(row) {
   row.style.setProperty("--share", range.valueAsNumber / range.max);
 }
 
-// Numbers, colours, names and limits follow the rows' order.
+// Updates numbers, colours, labels and limits after rows were added, removed or edited.
 function renumber() {
   const all = rows();
   focused = Math.min(focused, all.length - 1);
@@ -143,7 +143,7 @@ function renumber() {
   const limit = sliderLimit();
   $("add").hidden = limit === 1;
   $("add").disabled = all.length >= limit;
-  $("add").textContent = all.length >= limit ? `This engine takes ${limit} sliders` : "Add an instruction";
+  $("add").textContent = all.length >= limit ? `This engine takes at most ${limit} sliders` : "Add an instruction";
   all.forEach((row) => (row.querySelector(".remove").hidden = limit === 1));
   showExports();
 }
@@ -153,14 +153,14 @@ function showExports() {
   const text = textOf(row);
   $("prompt").classList.toggle("unread", prompt === null);
   $("strip").disabled = !text || prompt === null || stripping;
-  $("strip-hint").textContent = text ? `The strip moves slider ${focused + 1}, “${text}”, from 0 to ${rangeOf(row).max}.` : "";
+  $("strip-hint").textContent = text ? `The strip shows slider ${focused + 1}, “${text}”, from 0 to ${rangeOf(row).max}.` : "";
   $("copy").disabled = prompt === null;
   $("curl").textContent = prompt === null ? "" : curlCommand();
 }
 
-// The prompt with every token in its slider's colour, number and underline.
+// Shows the prompt, with every token in the colour, number and underline of its slider.
 function showPrompt(answer) {
-  // Offsets count code points, JavaScript's strings UTF-16 units.
+  // Offsets count code points, while JavaScript strings are indexed in UTF-16 units.
   const letters = Array.from(answer.prompt);
   const owners = filled().map((row) => rows().indexOf(row));
   const tokens = answer.tokens.filter((token) => token.end > token.start);
@@ -199,28 +199,28 @@ function showPrompt(answer) {
   $("prompt").replaceChildren(...parts);
 }
 
-// ---------------------------------------------------------------- the edit that follows
+// ---------------------------------------------------------------- live edit
 //
-// One request at a time. `wanted` counts what the person has set; whatever is asked for next is the newest of it, so a
-// drag skips what the server cannot keep up with. A setting gets its preview first and, once the hand is off, the full
-// edit. A full edit in flight is dropped when something moves; a preview is not, or a quick drag would show nothing.
+// One request at a time. `wanted` is the version of the settings, and every request is for the newest one, so a drag
+// skips versions that the server cannot keep up with. Each version gets a preview first and, once the slider is released,
+// the full edit. A change aborts a full edit in flight, but not a preview, or a quick drag would show nothing.
 
-let wanted = 0, since = 0; // version of the setting, and when it was made
+let wanted = 0, since = 0; // version of the settings, and the time of the last change
 let settled = true;
-let previewed = -1, finished = -1, failed = -1; // newest versions shown or refused
-let flight = null; // {abort, full} of the request under way
+let previewed = -1, finished = -1, failed = -1; // newest versions shown as preview, shown in full, and rejected
+let flight = null; // {abort, full} of the request in flight
 let typing = 0;
 let lastPreview = "";
 
 function want() {
-  // Instructions that the server refused stay refused until their text changes.
+  // Instructions that the server rejected are not sent again until their text changes.
   if (failed === wanted && prompt === null) failed++;
   wanted++;
   since = performance.now();
   setBusy(true);
 }
 
-// Busy is for as long as the image is not what was asked for.
+// Busy while the image shown does not match the settings.
 function setBusy(busy) {
   $("edited").setAttribute("aria-busy", busy);
 }
@@ -239,7 +239,7 @@ function settle() {
   pump();
 }
 
-// Another image, seed or instruction: what is in flight answers an old question.
+// After a new image, seed or instruction the request in flight is out of date.
 function restart() {
   want();
   settled = true;
@@ -299,7 +299,7 @@ async function pump() {
       showError(error.message, true);
     }
   }
-  if (flight !== mine) return; // whoever dropped it has started the next
+  if (flight !== mine) return; // the code that dropped it has started the next one
   flight = null;
   pump();
 }
@@ -314,7 +314,7 @@ async function readPrompt(version, signal) {
   showExports();
 }
 
-// The fields of a request as the form and the curl command send them.
+// Fields of a request, for the form and for the curl command.
 function fields(extra = {}) {
   return { model, prompt, sliders: JSON.stringify(sliders()), seed: $("seed").value || "0", ...extra };
 }
@@ -390,14 +390,14 @@ function draw(canvas, bitmap) {
 
 const toBlob = (canvas) => new Promise((done) => canvas.toBlob(done, "image/png"));
 
-// Every image is sent as a PNG that looks as it does here: turned upright, on white where it is transparent, and with no
-// more pixels than the engine edits, because every preview sends it.
+// Converts an image to the PNG that is sent and shown: upright, transparency on white, and at most as many pixels as the
+// engine edits, because every preview sends it again.
 async function readImage(file) {
   let bitmap;
   try {
     bitmap = await createImageBitmap(file);
   } catch {
-    throw new Error(`“${file.name ?? "This"}” is no image that this browser can read; choose a PNG, JPEG or WebP.`);
+    throw new Error(`“${file.name ?? "This"}” is not an image that this browser can read. Choose a PNG, JPEG or WebP file.`);
   }
   const most = Math.max(engine?.side ?? 0, 512) ** 2;
   const scale = Math.min(1, Math.sqrt(most / (bitmap.width * bitmap.height)));
@@ -413,7 +413,7 @@ async function readImage(file) {
   return { blob, bitmap: await createImageBitmap(blob) };
 }
 
-// Takes a file or the promise of one. Of several the last one chosen counts, not the last one read.
+// Takes a file or a promise of one. If several are in progress, the one chosen last wins.
 async function useImage(file) {
   const mine = ++chosen;
   setBusy(true);
@@ -433,13 +433,13 @@ async function useImage(file) {
   draw($("source"), image.bitmap);
   draw($("under"), image.bitmap);
   if (!result) draw($("result"), image.bitmap);
-  if (engine) showError(""); // else it says why there is none
+  if (engine) showError(""); // without an engine, the message explains why
   restart();
 }
 
 function useSample() {
   const gone = () => {
-    throw new Error("The sample image cannot be loaded; check that the server still runs.");
+    throw new Error("The sample image cannot be loaded. Check that the server is running.");
   };
   return useImage(fetch("sample.png").then((answer) => answer.blob(), gone));
 }
@@ -449,7 +449,7 @@ function save(blob, name) {
   link.href = URL.createObjectURL(blob);
   link.download = name;
   link.click();
-  // The download has its own hold on the data by then.
+  // By then the download has started and no longer needs the URL.
   setTimeout(() => URL.revokeObjectURL(link.href), 10_000);
 }
 
@@ -480,7 +480,7 @@ async function saveStrip() {
 
 function drawStrip(frames, labels, title) {
   const { width: w, height: h } = frames.at(-1);
-  // Small images grow by a whole factor, so that their pixels stay squares.
+  // Small images are enlarged by an integer factor, so that their pixels stay square.
   const scale = w <= SMALL ? Math.max(1, Math.round(160 / w)) : Math.min(1, 320 / w);
   const [width, height] = [Math.round(w * scale), Math.round(h * scale)];
   const [gap, top, label] = [8, 36, 26];
@@ -509,10 +509,10 @@ function drawStrip(frames, labels, title) {
 
 const quoted = (text) => `'${text.replaceAll("'", `'\\''`)}'`;
 
-// --form-string takes a value literally, where -F reads @, < and ; in it. sed and base64 are on every machine that has curl.
+// --form-string sends a value literally, while -F interprets @, < and ; in it. sed and base64 are as common as curl.
 function curlCommand() {
   const url = (path) => quoted(new URL(path, document.baseURI).href);
-  // The key stays out of the clipboard.
+  // Refer to the key by a variable to keep it out of the clipboard.
   const key = sessionStorage.getItem(KEY) ? [`-H "Authorization: Bearer $SLIDEREDIT_API_KEY"`] : [];
   const parts = [
     `curl --silent --show-error --fail ${url("v1/images/edits")}`,
@@ -530,11 +530,11 @@ async function copyCurl() {
   try {
     await navigator.clipboard.writeText($("curl").textContent);
   } catch {
-    // Pages from another machine have no clipboard without HTTPS; the browser's own copying still works on a selection.
+    // Without HTTPS, pages from another machine have no clipboard API, but copying a selection still works.
     getSelection().selectAllChildren($("curl"));
     copied = document.execCommand("copy");
   }
-  const said = copied ? "Copied" : "Selected: copy it";
+  const said = copied ? "Copied" : "Selected, ready to copy";
   $("copy").textContent = $("announce").textContent = said;
   setTimeout(() => ($("copy").textContent = "Copy curl"), 2000);
 }
@@ -567,15 +567,15 @@ function wire() {
   for (const type of ["pointerup", "pointerleave", "pointercancel", "keyup", "blur"]) {
     hold.addEventListener(type, () => holdSource(false));
   }
-  hold.addEventListener("contextmenu", (event) => event.preventDefault()); // a long press is a hold
+  hold.addEventListener("contextmenu", (event) => event.preventDefault()); // a long press must not open the menu
 
   $("file").addEventListener("change", () => {
     if ($("file").files.length) useImage($("file").files[0]);
-    $("file").value = ""; // so that the same file can be chosen again
+    $("file").value = ""; // allows choosing the same file again
   });
   $("sample").addEventListener("click", useSample);
   addEventListener("dragover", (event) => {
-    event.preventDefault(); // else a missed drop leaves the page
+    event.preventDefault(); // otherwise a missed drop navigates away from the page
     document.body.classList.add("dropping");
   });
   addEventListener("dragleave", (event) => {

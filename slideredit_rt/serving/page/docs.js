@@ -1,7 +1,7 @@
-// A file of its own, because the content security policy allows no inline scripts.
+// A separate file, because the content security policy forbids inline scripts.
 SwaggerUIBundle({
   dom_id: "#swagger-ui",
   url: "openapi.json",
-  validatorUrl: null, // else the description is sent to a validator on the internet
+  validatorUrl: null, // otherwise the description is sent to an online validator
   deepLinking: true,
 });
