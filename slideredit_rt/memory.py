@@ -217,18 +217,14 @@ class _FusedAttention(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.scaled_dot_product_attention:
-            given = inspect.signature(_attention).bind(*args, **(kwargs or {})).arguments
+            given = dict(zip(("query", "key", "value"), args, strict=False)) | (kwargs or {})
             query, value = given["query"], given["value"]
             return query.new_empty(*query.shape[:-1], value.shape[-1])
         return func(*args, **(kwargs or {}))
 
 
-def _attention(query: Tensor, key: Tensor, value: Tensor, *others: Any, **options: Any) -> None:
-    """The leading arguments of `scaled_dot_product_attention`."""
-
-
 def _decoding_pipeline(base: Path) -> Any:
-    """A base's pipeline on `meta` with nothing but its scheduler and its autoencoder: enough to decode."""
+    """Make a base's pipeline with nothing but its autoencoder, on `meta`: enough to decode."""
     pipeline_class = getattr(diffusers, read_index(base)["_class_name"])
     names = list(inspect.signature(pipeline_class.__init__).parameters)[1:]
     vae = meta_transformer(base / "vae").to(DEPLOYED)
@@ -236,7 +232,7 @@ def _decoding_pipeline(base: Path) -> Any:
 
 
 def _encoders(base: Path) -> list[tuple[str, str]]:
-    """Names of a base's components of transformers that have weights, each with its library."""
+    """Return the text encoders of a base: name and library of each component of transformers that has weights."""
     found = [(name, library) for name, (library, _) in components(base).items() if library == "transformers"]
     return [(name, library) for name, library in found if weight_files(base / name, library)]
 

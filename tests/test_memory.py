@@ -14,7 +14,7 @@ from slideredit_rt.engines.manifest import read_manifest
 from slideredit_rt.memory import RESERVED, Footprint, engine_footprint, live_peak, plan_memory
 
 GIB = 2**30
-# FLUX.1-Kontext in bfloat16, 1024 × 1024: transformer, T5 and CLIP, autoencoder; activations of a step, a decoding, a tiled one.
+# FLUX.1-Kontext in bfloat16 at 1024 × 1024.
 FLUX = Footprint(
     weights=int(22.2 * GIB),
     encoders=int(9.1 * GIB),

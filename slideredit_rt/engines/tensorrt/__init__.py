@@ -221,7 +221,7 @@ class TensorRT(Backend):
         return self.engine(plan, manifest, self.module(), CudaDevice(device), options, threads)
 
     def _device_of(self, placement: Placement) -> torch.device | None:
-        """The GPU that was asked for; None for the current one, if there is any."""
+        """Return the requested GPU; None stands for the current one, if there is one."""
         if placement.device == "cpu":
             raise SliderEditError(
                 f"{self.title} engines run on NVIDIA GPUs; leave out --device cpu, or build one with --backend onnxruntime"
