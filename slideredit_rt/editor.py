@@ -16,11 +16,11 @@ from tqdm import tqdm
 
 from slideredit_rt.adapters import AdapterSource, load_adapters
 from slideredit_rt.assets import resolve_base
-from slideredit_rt.engines import Engine, RuntimeOptions, open_engine
+from slideredit_rt.engines import RuntimeOptions, open_engine
 from slideredit_rt.engines.eager import EagerEngine
 from slideredit_rt.engines.manifest import check_base
 from slideredit_rt.errors import SliderEditError
-from slideredit_rt.families import Conditioning, EncodedImages, Family, family_of, get_family
+from slideredit_rt.families import Backbone, Conditioning, EncodedImages, Family, family_of, get_family
 from slideredit_rt.images import ImageSource, read_images
 from slideredit_rt.modules import SliderBackbone
 from slideredit_rt.placement import Placement
@@ -121,14 +121,13 @@ class SliderEditor:
         controls: kind of the sliders, their strength curves and the members of a bank.
         max_batch: largest batch of the engine.
         max_sliders: largest number of sliders of the engine.
-        device: device that encodes, denoises and decodes.
     """
 
     def __init__(
         self,
         family: Family,
         pipeline: Any,
-        engine: Engine,
+        engine: Backbone,
         config: dict[str, Any],
         controls: Controls,
         *,
@@ -142,9 +141,14 @@ class SliderEditor:
         self.controls = controls
         self.max_batch = max_batch
         self.max_sliders = max_sliders
-        self.device = engine.device
         # Tokenizers, text encoders and autoencoders have state during a call.
         self._pipeline_lock = threading.RLock()
+
+    @property
+    def device(self) -> torch.device:
+        """Device that encodes, denoises and decodes: the pipeline's."""
+        device: torch.device = self.pipeline.vae.device
+        return device
 
     @property
     def kind(self) -> str:
@@ -237,7 +241,8 @@ class SliderEditor:
         backbone = SliderBackbone(family, pipeline.transformer.eval(), loaded).to(place, dtype)
         config = dict(pipeline.transformer.config)
         controls = Controls(loaded.kind, loaded.curve, {name: member.curve for name, member in loaded.members.items()})
-        return cls(family, pipeline, EagerEngine(backbone), config, controls, max_batch=max_batch, max_sliders=max_sliders)
+        limits = {"max_batch": max_batch, "max_sliders": max_sliders}
+        return cls(family, pipeline, EagerEngine(backbone, place), config, controls, **limits)
 
     @torch.no_grad()
     def prepare(
@@ -479,7 +484,7 @@ class SliderEditor:
         Raises:
             SliderEditError: an image contains NaN or infinity.
         """
-        images = self._denoise(conditioning, inputs, steps, true_cfg_scale, bar, first_step)
+        images = self._denoise(conditioning, inputs, steps, true_cfg_scale, bar, first_step).cpu()
         for row in broken_rows(images):
             alpha = inputs["alpha"][row].tolist()
             raise SliderEditError(f"row {row} of a batch, with alpha {alpha}, produced NaN or infinity; use smaller alphas")

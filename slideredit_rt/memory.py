@@ -122,8 +122,21 @@ def plan_memory(footprint: Footprint, vram: int) -> MemoryPlan:
 
 def _plan(footprint: Footprint, vram: int, weights: int, offload: Offload, tiles: bool, batch: int) -> MemoryPlan:
     decode = footprint.tiled_decode if tiles else footprint.decode
-    sizes = (vram, weights, footprint.encoders, footprint.decoder, max(footprint.step, decode))
-    return MemoryPlan(*(round(size / 2**30, 2) for size in sizes), offload, tiles, batch, batch >= 1)
+    return MemoryPlan(
+        vram_gib=_gib(vram),
+        weights_gib=_gib(weights),
+        encoders_gib=_gib(footprint.encoders),
+        decoder_gib=_gib(footprint.decoder),
+        activations_gib=_gib(max(footprint.step, decode)),
+        offload=offload,
+        tiles=tiles,
+        max_batch=batch,
+        fits=batch >= 1,
+    )
+
+
+def _gib(size: int) -> float:
+    return round(size / 2**30, 2)
 
 
 def engine_footprint(folder: Path, manifest: Manifest, base: Path) -> Footprint:
@@ -190,7 +203,8 @@ def live_peak(call: Callable[[], object], module: nn.Module) -> int:
     own = {tensor.untyped_storage()._cdata for tensor in (*module.parameters(), *module.buffers())}
     with torch.no_grad(), _FusedAttention(), _LiveBytes(own) as live:
         call()
-    return live.peak
+    peak: int = live.peak
+    return peak
 
 
 class _LiveBytes(TorchDispatchMode):
@@ -198,7 +212,7 @@ class _LiveBytes(TorchDispatchMode):
 
     def __init__(self, known: set[int]) -> None:
         super().__init__()
-        self.peak = 0
+        self.peak: int = 0
         self._known = known
         self._live: dict[int, tuple[StorageWeakRef, int]] = {}
 

@@ -15,10 +15,11 @@ from torch import Tensor
 from slideredit_rt.adapters import load_adapters
 from slideredit_rt.assets import resolve_base
 from slideredit_rt.editor import Prepared, SliderEditor
-from slideredit_rt.engines import Engine, RuntimeOptions
+from slideredit_rt.engines import RuntimeOptions
 from slideredit_rt.engines.manifest import check_base, read_manifest
 from slideredit_rt.errors import SliderEditError
-from slideredit_rt.families import get_family
+from slideredit_rt.families import Backbone, get_family
+from slideredit_rt.placement import Placement
 from slideredit_rt.sliders import Slider
 
 ALPHAS = (-0.5, 0.0, 0.5, 1.0)
@@ -117,7 +118,7 @@ def compare(case: str, actual: Tensor, expected: Tensor, same_dtype: Tensor | No
 
 
 def compare_backbones(
-    editor: SliderEditor, eager: Engine, same_dtype: Engine | None, prepared: Prepared, max_batch: int
+    editor: SliderEditor, eager: Backbone, same_dtype: Backbone | None, prepared: Prepared, max_batch: int
 ) -> list[Comparison]:
     """Run an engine and eager backbones on a real edit and on random inputs, for each of `ALPHAS` and a mixed batch.
 
@@ -136,12 +137,12 @@ def compare_backbones(
         if editor.members:
             # Use all members, each with a different share.
             one = one[:, :, None] * torch.linspace(1, 0.5, len(editor.members))
-        real = editor.backbone_inputs(prepared, _alphas(editor, prepared, alphas))
+        real = {n: t.cpu() for n, t in editor.backbone_inputs(prepared, _alphas(editor, prepared, alphas)).items()}
         real["timestep"].fill_(0.7)
         random = _random_inputs(editor, real, len(alphas)) | {"alpha": one}
         for kind, inputs in (("real", real), ("random", random)):
             # Clone, because the engine's next call overwrites its output.
-            actual = editor.engine(inputs).clone()
+            actual = editor.engine({name: tensor.to(editor.device) for name, tensor in inputs.items()}).clone()
             half = None if same_dtype is None else same_dtype(inputs)
             comparisons.append(compare(f"{kind} inputs, {name}", actual, eager(inputs), half))
     return comparisons
@@ -158,7 +159,8 @@ def _alphas(editor: SliderEditor, prepared: Prepared, alphas: Sequence[float]) -
 
 def _final_images(editor: SliderEditor, prepared: Prepared, steps: int) -> Tensor:
     """Denoise an image for each of `ALPHAS`, without the adapter's strength curve; return `[N, 3, H, W]`."""
-    conditioning, chunks = prepared.conditioning, _alphas(editor, prepared, ALPHAS).split(editor.max_batch)
+    conditioning, chunks = prepared.conditioning.to(editor.device), _alphas(editor, prepared, ALPHAS).split(editor.max_batch)
+    prepared = replace(prepared, conditioning=conditioning)
     return torch.cat(
         [
             editor.denoise(conditioning, editor.backbone_inputs(prepared, chunk), steps, conditioning.true_cfg_scale)
@@ -183,6 +185,7 @@ def verify_engine(
     base: str | None = None,
     adapter: str | Sequence[str] | None = None,
     options: RuntimeOptions | None = None,
+    placement: Placement | None = None,
     steps: int = 4,
 ) -> Verification:
     """Compare an engine with eager torch on the same inputs: a real edit and random inputs.
@@ -197,6 +200,8 @@ def verify_engine(
         base: location of the base; None takes the source recorded in the manifest.
         adapter: location of the adapter, or several for a bank; None takes the source recorded in the manifest.
         options: run options of the backend; None uses its defaults.
+        placement: device of the engine, and dtype of encoders and autoencoder; None uses the defaults. Eager torch runs on the
+            CPU.
         steps: denoising steps of the final images.
 
     Raises:
@@ -213,7 +218,7 @@ def verify_engine(
         raise SliderEditError(f"adapter {adapter!r} is not the one in engine {str(path)!r}; pass the original with --adapter")
     # Check all components, because the eager reference uses them all.
     check_base(manifest, path, resolve_base(base))
-    engine = SliderEditor.from_engine(path, base, options=options)
+    engine = SliderEditor.from_engine(path, base, options=options, placement=placement)
     eager = SliderEditor.from_pretrained(base, loaded)
     same_dtype = None
     if manifest.dtype != "float32":
@@ -224,6 +229,7 @@ def verify_engine(
     comparisons = compare_backbones(engine, eager.engine, same_dtype, prepared, manifest.max_batch)
     if not math.isfinite(_largest(c.max_abs_error for c in comparisons)):
         return Verification(manifest.dtype, comparisons, {f"alpha {a:+.2f}": math.nan for a in ALPHAS})
+    # Both decode what they denoised from the same encodings.
     finals = [_final_images(editor, prepared, steps) for editor in (engine, eager)]
     errors = (finals[0] - finals[1]).double().square().flatten(1).mean(1)
     psnr = {

@@ -40,9 +40,8 @@ class Service(EditService):
 
 
 def put_on_card(editor: SliderEditor) -> None:
-    """Move what an editor holds onto the card; `Placement` knows real devices only."""
+    """Move what an editor holds onto the card, engine included; `Placement` knows real devices only."""
     editor.pipeline.to(CARD)
-    editor.engine.device = editor.device = CARD  # type: ignore[misc]
 
 
 def watch_loop(editor: SliderEditor, card: StandIn, fault: Callable[[Tensor], Tensor]) -> None:

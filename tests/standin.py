@@ -59,8 +59,9 @@ class CardTensor(torch.Tensor):
 
     @staticmethod
     def __new__(cls, held: torch.Tensor) -> CardTensor:
-        layout = {"strides": held.stride(), "storage_offset": held.storage_offset(), "dtype": held.dtype}
-        shell = torch.Tensor._make_wrapper_subclass(cls, held.shape, **layout, device=CARD)
+        shell: CardTensor = torch.Tensor._make_wrapper_subclass(  # type: ignore[assignment]
+            cls, held.shape, strides=held.stride(), storage_offset=held.storage_offset(), dtype=held.dtype, device=CARD
+        )
         shell.held = held
         return shell
 
@@ -72,11 +73,13 @@ class CardTensor(torch.Tensor):
         """Download, as a CUDA tensor does."""
         return self.cpu().tolist()
 
-    def __repr__(self) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"CardTensor({tuple(self.shape)}, {self.dtype})"
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         raise RuntimeError(f"{func} on a card tensor outside of `with StandIn()`; other threads enter `beside()`")
 
 
@@ -103,7 +106,8 @@ class StandIn(TorchDispatchMode):
         # torch.tensor(..., device=card) then moves its values where this mode sees it.
         self._lifted = torch._C._only_lift_cpu_tensors()
         torch._C._set_only_lift_cpu_tensors(True)
-        return super().__enter__()
+        entered: StandIn = super().__enter__()
+        return entered
 
     def __exit__(self, *error: object) -> None:
         torch._C._set_only_lift_cpu_tensors(self._lifted)

@@ -36,7 +36,8 @@ class Chain(nn.Module):
         self.second = nn.Linear(256, 256, device="meta")
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.second(self.first(x))
+        y: Tensor = x + self.second(self.first(x))
+        return y
 
 
 def test_the_peak_counts_tensors_that_live_together_and_no_weights() -> None:

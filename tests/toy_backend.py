@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from slideredit_rt.adapters import load_adapter
 from slideredit_rt.checkpoint import meta_transformer
 from slideredit_rt.engines.backend import Backend, BuildJob, Compiled, Engine
+from slideredit_rt.engines.eager import EagerEngine
 from slideredit_rt.engines.inductor import load_weights
 from slideredit_rt.engines.manifest import ADAPTER_FILE, Manifest
 from slideredit_rt.families import get_family
 from slideredit_rt.modules import SliderBackbone
+from slideredit_rt.placement import Placement
 
 
 class Toy(Backend):
@@ -33,16 +32,16 @@ class Toy(Backend):
         exported = export_weights(job.family, job.base, job.adapter, folder, WeightOptions(job.dtype))
         return Compiled(exported, exported.files, exported.links)
 
-    def open(self, folder: Path, manifest: Manifest, *, threads: int | None = None, options: Any = None) -> Engine:
+    def open(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        *,
+        threads: int | None = None,
+        options: Any = None,
+        placement: Placement | None = None,
+    ) -> Engine:
         family, transformer = get_family(manifest.family), meta_transformer(folder)
         load_weights(transformer, [folder / name for name in manifest.links], torch.device("cpu"))
         backbone = SliderBackbone(family, transformer, load_adapter(folder / ADAPTER_FILE, family)).eval()
-        lock = threading.Lock()
-
-        @torch.no_grad()
-        def engine(inputs: Mapping[str, Tensor]) -> Tensor:
-            with lock:  # the linears share the call's row scales
-                output: Tensor = backbone(inputs)
-            return output
-
-        return engine
+        return EagerEngine(backbone, torch.device("cpu"))

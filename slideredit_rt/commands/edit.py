@@ -5,12 +5,15 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import fields
+from typing import TYPE_CHECKING
 
 from slideredit_rt.commands.shared import (
     Commands,
     add_member_option,
+    add_placement_options,
     add_runtime_options,
     emit,
+    placement,
     runtime_options,
     with_members,
 )
@@ -20,6 +23,9 @@ from slideredit_rt.settings import EditSettings
 from slideredit_rt.sliders import Slider, check_strength, compose_prompt, linear_sweep, normalise, stands_in
 
 _MAX_SWEEP = 64
+
+if TYPE_CHECKING:
+    from slideredit_rt.editor import SliderEditor
 
 
 def _is_instruction(text: str, prompt: str | None) -> bool:
@@ -75,16 +81,23 @@ def edit_settings(args: argparse.Namespace) -> EditSettings:
     return EditSettings(**{field.name: getattr(args, field.name) for field in fields(EditSettings)})
 
 
+def _open(args: argparse.Namespace) -> SliderEditor:
+    from slideredit_rt.editor import SliderEditor
+
+    return SliderEditor.from_engine(
+        args.engine, args.base, threads=args.threads, options=runtime_options(args), placement=placement(args)
+    )
+
+
 def _edit(args: argparse.Namespace) -> int:
     settings = edit_settings(args)
     sliders = with_members(args, [parse_slider(s, args.prompt) for s in args.slider])
 
-    from slideredit_rt.editor import SliderEditor
     from slideredit_rt.images import check_output, open_image, save_image
 
     check_output(args.out)
     images = [open_image(path) for path in args.image]
-    editor = SliderEditor.from_engine(args.engine, args.base, threads=args.threads, options=runtime_options(args))
+    editor = _open(args)
     check_output(args.out, editor.edited_size(images))
     edited = editor.edit(images, sliders, settings, progress=not args.quiet)
     save_image(edited, args.out)
@@ -107,12 +120,11 @@ def _sweep(args: argparse.Namespace) -> int:
     if len(swept) not in (1, 2):
         raise SliderEditError(f"{len(swept)} sliders are swept; sweep one (a strip) or two (a grid), as 'instruction=0:1.5:7'")
 
-    from slideredit_rt.editor import SliderEditor
     from slideredit_rt.images import check_output, draw_grid, grid_size, open_image, save_image
 
     check_output(args.out)
     images = [open_image(path) for path in args.image]
-    editor = SliderEditor.from_engine(args.engine, args.base, threads=args.threads, options=runtime_options(args))
+    editor = _open(args)
     *rest, across = swept
     columns, row_labels, title = [f"{s:g}" for s in across[1]], [""], sliders[across[0]].instruction
     for index, down in rest:
@@ -205,6 +217,7 @@ def _add_image_options(sub: argparse.ArgumentParser, example: str, text: str) ->
     sub.add_argument("--negative-prompt", help="prompt of the negative pass (default: the family's)")
     sub.add_argument("--base", help="base checkpoint (default: the location in the manifest)")
     sub.add_argument("--threads", type=int, help="CPU threads of the backend (default: its own choice)")
+    add_placement_options(sub)
     add_runtime_options(sub)
     sub.add_argument("--out", type=user_path, required=True, help="image file to write")
 

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import math
 from typing import TYPE_CHECKING, Any
 
 from slideredit_rt.commands.edit import parse_slider
 from slideredit_rt.commands.shared import (
     Commands,
     add_member_option,
+    add_placement_options,
     add_runtime_options,
     counts,
     emit,
     listed,
     mib,
     options_given,
+    placement,
     runtime_options,
     with_members,
 )
@@ -22,7 +25,7 @@ from slideredit_rt.errors import SliderEditError
 from slideredit_rt.files import user_path
 
 if TYPE_CHECKING:
-    from slideredit_rt.engines import Backend
+    from slideredit_rt.engines import Backend, Manifest
 
 
 def _build(args: argparse.Namespace) -> int:
@@ -95,6 +98,9 @@ def _inspect(args: argparse.Namespace) -> int:
         f"created    {manifest.created}",
     ]
     result = manifest.to_json()
+    if args.vram is not None:
+        result["memory"], more = _memory(args, manifest)
+        lines += more
     if backend := BACKENDS.get(manifest.backend):
         try:
             if device := backend.report(args.engine, manifest):
@@ -107,6 +113,28 @@ def _inspect(args: argparse.Namespace) -> int:
     return 0
 
 
+def _memory(args: argparse.Namespace, manifest: Manifest) -> tuple[dict[str, Any], list[str]]:
+    """Estimate what fits on a card of `--vram` GiB."""
+    from dataclasses import asdict
+
+    from slideredit_rt.assets import resolve_base
+    from slideredit_rt.memory import engine_footprint, plan_memory
+
+    base = resolve_base(args.base or manifest.base["source"])
+    plan = plan_memory(engine_footprint(args.engine, manifest, base), int(args.vram * 2**30))
+    verdict = f"fits, batch {plan.max_batch} at most" if plan.fits else "does not fit"
+    leaves = {
+        "none": "everything stays on the card",
+        "encoders": "text encoders stay in host memory",
+        "all": "text encoders and part of the weights stay in host memory",
+    }[plan.offload]
+    return asdict(plan), [
+        f"memory     {plan.vram_gib:g} GiB: {verdict}; {leaves}" + ("; images are decoded in tiles" if plan.tiles else ""),
+        f"memory     weights {plan.weights_gib:g}, encoders {plan.encoders_gib:g}, autoencoder {plan.decoder_gib:g}, "
+        f"activations {plan.activations_gib:g} GiB (batch 1); 1.5 GiB are reserved",
+    ]
+
+
 def _device_lines(report: dict[str, Any]) -> list[str]:
     """Format what only the device can report about a compiled engine."""
     types = counts(report["layer_types"]) or "types not recorded in the plan"
@@ -117,6 +145,17 @@ def _device_lines(report: dict[str, Any]) -> list[str]:
     ]
 
 
+def _card_size(text: str) -> float:
+    """Parse a number of GiB above 0."""
+    try:
+        size = float(text)
+    except ValueError:
+        size = math.nan
+    if not 0 < size <= 4096:
+        raise argparse.ArgumentTypeError(f"{text!r} is not the memory of a card in GiB; give a number such as 24")
+    return size
+
+
 def _verify(args: argparse.Namespace) -> int:
     from slideredit_rt.images import open_image
     from slideredit_rt.shapes.world import held_out_examples, scene_image
@@ -124,7 +163,15 @@ def _verify(args: argparse.Namespace) -> int:
 
     image = open_image(args.image) if args.image else scene_image(held_out_examples(1, 1)[0])
     sliders = with_members(args, [parse_slider(s) for s in args.slider or ["make the circle red"]])
-    report = verify_engine(args.engine, image, sliders, base=args.base, adapter=args.adapter, options=runtime_options(args))
+    report = verify_engine(
+        args.engine,
+        image,
+        sliders,
+        base=args.base,
+        adapter=args.adapter,
+        options=runtime_options(args),
+        placement=placement(args),
+    )
     half = report.dtype != "float32"
     lines = [f"{'case':<34} {'max abs':>10} {'rel. RMS':>10}" + (f" {'eager ' + report.dtype:>15}" if half else "")]
     for c in report.comparisons:
@@ -218,6 +265,10 @@ def add_commands(commands: Commands) -> None:
     _add_build(commands)
     inspect = commands.add("inspect", _inspect, "describe an engine")
     inspect.add_argument("engine", type=user_path, metavar="ENGINE", help="engine folder, written by slideredit-rt build")
+    inspect.add_argument(
+        "--vram", type=_card_size, metavar="GIB", help="estimate whether edits fit on a card of this size; needs no GPU"
+    )
+    inspect.add_argument("--base", help="base checkpoint, for --vram (default: the location in the manifest)")
 
     verify = commands.add("verify", _verify, "compare an engine with the eager reference")
     verify.add_argument("engine", type=user_path, metavar="ENGINE", help="engine folder, written by slideredit-rt build")
@@ -230,4 +281,5 @@ def add_commands(commands: Commands) -> None:
     verify.add_argument(
         "--adapter", action="append", help="adapter (default: the location in the manifest); repeatable, for a bank"
     )
+    add_placement_options(verify)
     add_runtime_options(verify)

@@ -7,10 +7,12 @@ import argparse
 from slideredit_rt.commands.shared import (
     Commands,
     add_own_image_options,
+    add_placement_options,
     emit,
     listed,
     options_given,
     own_image_options,
+    placement,
     read_lines,
 )
 from slideredit_rt.files import user_path
@@ -36,6 +38,7 @@ def _evaluate(args: argparse.Namespace) -> int:
             adapters=args.adapter,
             engines=args.engine,
             threads=args.threads,
+            placement=placement(args),
             concepts=args.concepts,
             offsets=args.offsets,
         ),
@@ -76,6 +79,7 @@ def add_commands(commands: Commands) -> None:
     evaluate.add_argument("--joint-samples", type=int, help="settings per slider when several are moved (default: 7)")
     evaluate.add_argument("--search-scenes", type=int, help="scenes for finding each system's range (default: 12)")
     evaluate.add_argument("--steps", type=int, help="denoising steps (default: 12)")
+    add_placement_options(evaluate)
     evaluate.add_argument("--threads", type=int, help="CPU threads of the engines (default: the backend's choice)")
     evaluate.add_argument(
         "--instructions", type=user_path, help="text file with the edits of the shapes scenes, one per line (default: all)"

@@ -9,7 +9,14 @@ from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
 
-from slideredit_rt.commands.shared import Commands, add_runtime_options, emit, options_given, runtime_options
+from slideredit_rt.commands.shared import (
+    Commands,
+    add_placement_options,
+    add_runtime_options,
+    emit,
+    options_given,
+    runtime_options,
+)
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.files import user_path
 from slideredit_rt.serving.settings import KEY_VARIABLE, ServeSettings
@@ -50,6 +57,7 @@ def add_serve_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--base", help="base checkpoint (default: the location in the manifest)")
     parser.add_argument("--threads", type=int, help="CPU threads of the backend (default: its own choice)")
+    add_placement_options(parser)
     _add_limits(parser, defaults)
     _add_ray_options(parser, defaults)
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.files import user_path
+from slideredit_rt.placement import COMPONENT_DTYPES, Placement
 from slideredit_rt.sliders import Slider
 
 if TYPE_CHECKING:
@@ -112,6 +113,27 @@ def runtime_options(args: argparse.Namespace) -> RuntimeOptions | None:
     from slideredit_rt.engines import RuntimeOptions
 
     return RuntimeOptions(**given)
+
+
+def placement(args: argparse.Namespace) -> Placement:
+    """Return the placement that `--device` and `--dtype` describe."""
+    return Placement(args.device, args.dtype)
+
+
+def add_placement_options(sub: argparse.ArgumentParser) -> None:
+    """Add the options that `placement` reads."""
+    sub.add_argument(
+        "--device",
+        default="auto",
+        help="device of the engine, the encoders and the autoencoder: cpu, cuda, cuda:N or auto, the backend's choice "
+        "(default: auto)",
+    )
+    sub.add_argument(
+        "--dtype",
+        default="auto",
+        choices=COMPONENT_DTYPES,
+        help="dtype of encoders and autoencoder (default: bfloat16 on a GPU, float32 on the CPU)",
+    )
 
 
 def add_runtime_options(sub: argparse.ArgumentParser) -> None:

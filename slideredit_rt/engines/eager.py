@@ -1,31 +1,29 @@
-"""The eager reference behind the engine protocol: a diffusers transformer with our linears, not compiled."""
+"""Eager torch behind the engine protocol: the reference of every engine, and what rival systems change at run time."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
-from slideredit_rt.modules import SliderBackbone
-
 
 class EagerEngine:
-    """Runs a backbone as it is, on the device of its weights. Calls of several threads run one after the other.
+    """Engine that runs a backbone without compiling it. Calls of several threads run one after the other.
 
     Args:
-        backbone: in evaluation mode.
+        backbone: function from named inputs to the prediction, such as a `SliderBackbone` in evaluation mode.
+        device: device of its weights.
     """
 
-    def __init__(self, backbone: SliderBackbone) -> None:
+    def __init__(self, backbone: Callable[[Mapping[str, Tensor]], Tensor], device: torch.device) -> None:
         self.backbone = backbone
-        self.device = next(backbone.parameters()).device
-        self._lock = threading.Lock()  # the linears share a call's row scales
+        self.device = device
+        self._lock = threading.Lock()  # the linears share the row scales of a call
 
     @torch.no_grad()
     def __call__(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Return one prediction, `[B, image_rows, C]`."""
+        """Predict one step (see `slideredit_rt.engines.Engine`)."""
         with self._lock:
-            output: Tensor = self.backbone(inputs)
-        return output
+            return self.backbone(inputs)

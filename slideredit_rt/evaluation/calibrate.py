@@ -20,6 +20,7 @@ from slideredit_rt.engines.manifest import read_manifest
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.evaluation.dataset import Dataset
 from slideredit_rt.export.build import build_engine
+from slideredit_rt.placement import Placement
 from slideredit_rt.sliders import StrengthCurve, linear_sweep
 
 FARTHEST = 2.0
@@ -158,6 +159,7 @@ def calibrate_adapter(
     *,
     engine: Path | None = None,
     threads: int | None = None,
+    placement: Placement | None = None,
     progress: bool = True,
 ) -> tuple[Adapter, Calibration]:
     """Return the adapter with a curve learnt from `dataset`, and the calibration. The curve costs nothing at run time.
@@ -169,6 +171,7 @@ def calibrate_adapter(
         config: Settings; None uses the defaults.
         engine: Engine built with this adapter; None builds a temporary ONNX Runtime engine.
         threads: CPU threads of the engine; None uses the backend's default.
+        placement: Device of the engine, and dtype of encoders and autoencoder; None uses the defaults.
         progress: Show a progress bar on standard error.
 
     Raises:
@@ -186,7 +189,7 @@ def calibrate_adapter(
         if engine is None:
             engine = Path(folder) / "engine"
             build_engine(base, adapter, engine, progress=False)
-        editor = SliderEditor.from_engine(engine, base, threads=threads)
+        editor = SliderEditor.from_engine(engine, base, threads=threads, placement=placement)
         found = calibrate(editor, dataset, config, progress=progress)
     return dataclasses.replace(adapter, curve=found.curve), found
 

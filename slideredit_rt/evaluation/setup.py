@@ -6,7 +6,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, cached_property, partial
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from slideredit_rt.engines.manifest import read_manifest
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.export.build import build_engine
 from slideredit_rt.families import Family, family_of
+from slideredit_rt.placement import Placement
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class Setup:
         adapters: Adapters; an engine is built for each.
         engines: Engine folders written by `slideredit-rt build`, with the same base.
         threads: CPU threads of the engines; None uses the backend's default.
+        placement: Device of engines and eager systems, and dtype of encoders and autoencoder.
         concepts: Bank of concept sliders, from `slideredit-rt train concepts`. With None, `run_evaluation` uses the embedded
             bank for the embedded base on shapes scenes, and leaves the system out otherwise.
         offsets: File of attribute offsets, from `slideredit-rt train offsets`. None is treated as for `concepts`.
@@ -58,6 +60,7 @@ class Setup:
     adapters: Sequence[str] = ()
     engines: Sequence[Path] = ()
     threads: int | None = None
+    placement: Placement = field(default_factory=Placement)
     concepts: str | None = None
     offsets: str | None = None
 
@@ -65,6 +68,11 @@ class Setup:
     def folder(self) -> Path:
         """Folder of the base."""
         return resolve_base(self.base)
+
+    @cached_property
+    def eager_device(self) -> str:
+        """Device of systems that run in eager torch."""
+        return str(self.placement.choose_device())
 
     @cached_property
     def family(self) -> Family:
@@ -109,7 +117,7 @@ class Setup:
         """
         path = self.out / "engines" / name
         build_engine(self.base, adapter, path, overwrite=True, progress=False)
-        return SliderEditor.from_engine(path, self.base, threads=self.threads)
+        return SliderEditor.from_engine(path, self.base, threads=self.threads, placement=self.placement)
 
     def _of_adapter(self, source: str, adapter: Adapter) -> SliderEngine:
         if adapter.members:
@@ -128,7 +136,7 @@ class Setup:
         if manifest.members:
             raise SliderEditError(f"engine {str(folder)!r} has a bank of adapters; evaluate each member's file instead")
         fingerprint = f"{manifest.adapter['fingerprint']} {json.dumps(manifest.curve.to_json())}"
-        open_it = cache(partial(SliderEditor.from_engine, folder, self.base, threads=self.threads))
+        open_it = cache(partial(SliderEditor.from_engine, folder, self.base, threads=self.threads, placement=self.placement))
         return SliderEngine(manifest.kind, _safe(folder.resolve().name), str(folder), fingerprint, open_it)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from slideredit_rt.checkpoint import read_index
 from slideredit_rt.errors import SliderEditError
-from slideredit_rt.families.base import KINDS, Conditioning, EncodedImages, Family, Kind, RowSet, Schedule, TensorSpec
+from slideredit_rt.families.base import KINDS, Backbone, Conditioning, EncodedImages, Family, Kind, RowSet, Schedule, TensorSpec
 from slideredit_rt.families.flux_kontext import FluxKontext
 from slideredit_rt.families.qwen_image_edit import QwenImageEdit
 
@@ -15,6 +15,7 @@ FAMILIES: dict[str, Family] = {family.name: family for family in (FluxKontext(),
 __all__ = [
     "FAMILIES",
     "KINDS",
+    "Backbone",
     "Conditioning",
     "EncodedImages",
     "Family",

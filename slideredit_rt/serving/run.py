@@ -105,7 +105,9 @@ def make_app(settings: ServeSettings, options: RuntimeOptions | None) -> tuple[F
     # Images are encoded and decoded beside the engine, whose threads all stall while one of them has no core.
     torch.set_num_threads(max(1, torch.get_num_threads() // 2))
     assert settings.engine is not None
-    editor = SliderEditor.from_engine(settings.engine, settings.base, threads=settings.threads, options=options)
+    editor = SliderEditor.from_engine(
+        settings.engine, settings.base, threads=settings.threads, options=options, placement=settings.placement
+    )
     service = EditService(
         editor,
         max_queue=settings.max_queue,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ class MergedLoRA(System):
         family.prepare_transformer(pipeline.transformer)
 
         @torch.no_grad()
-        def engine(inputs: Any) -> Tensor:
+        def engine(inputs: Mapping[str, Tensor]) -> Tensor:
             own = {k: v for k, v in inputs.items() if k not in ("alpha", "token_mask")}
             return family.run(pipeline.transformer, own)
 
@@ -49,7 +49,7 @@ class MergedLoRA(System):
 
     @classmethod
     def make(cls, setup: Setup, variant: str) -> System:
-        return cls(setup.family, setup.family.load_pipeline(setup.folder), setup.adapters_of("gst")[0])
+        return cls(setup.family, setup.family.load_pipeline(setup.folder).to(setup.eager_device), setup.adapters_of("gst")[0])
 
     def prepare(self, case: Case) -> Prepared:
         return self.editor.prepare(case.image, case.instructions[:1], prompt=case.prompt, seed=case.seed)

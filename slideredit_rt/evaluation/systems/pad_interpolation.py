@@ -71,7 +71,7 @@ class PadInterpolation(System):
 
     @classmethod
     def make(cls, setup: Setup, variant: str) -> System:
-        return cls(SliderEditor.from_pretrained(setup.base, setup.adapters_of("st")[0]))
+        return cls(SliderEditor.from_pretrained(setup.base, setup.adapters_of("st")[0], device=setup.eager_device))
 
     def prepare(self, case: Case) -> Prepared:
         prepared = self.editor.prepare(case.image, case.instructions, prompt=case.prompt, seed=case.seed)
@@ -85,8 +85,8 @@ class PadInterpolation(System):
         for start in range(0, len(settings), editor.max_batch):
             beta = 1 - torch.tensor(settings[start : start + editor.max_batch], dtype=torch.float32)
             token_mask = prepared.token_mask.expand(len(beta), -1, -1)
-            weight = (beta[:, :, None] * token_mask[:, :, :rows]).sum(1)
+            weight = (beta[:, :, None] * token_mask[:, :, :rows]).sum(1).to(editor.device)
             inputs = editor.frozen_inputs(prepared, len(beta))
-            with interpolated_rows(editor.pipeline.transformer, weight.to(editor.pipeline.transformer.device), rows - 1):
+            with interpolated_rows(editor.pipeline.transformer, weight, rows - 1):
                 images.append(editor.denoise(prepared.conditioning, inputs, steps))
         return torch.cat(images)

@@ -1,0 +1,149 @@
+"""Where an edit runs: device and dtype by the Python API, the command and the server, and what is refused before anything loads."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from PIL import Image
+
+from slideredit_rt import cli
+from slideredit_rt.editor import SliderEditor
+from slideredit_rt.engines.tensorrt import TensorRTRTX
+from slideredit_rt.errors import SliderEditError
+from slideredit_rt.placement import Placement
+from slideredit_rt.serving.settings import ServeSettings
+from slideredit_rt.sliders import Slider
+
+RED = [Slider("make the circle red", 0.5)]
+without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:", "cuda:x", "CUDA", "cuda:-1", "", "cpu:0", "mps"])
+def test_what_is_not_a_device_is_refused(device: str) -> None:
+    with pytest.raises(SliderEditError, match="is not a device; give auto, cpu, cuda or cuda:N"):
+        Placement(device)
+
+
+def test_what_is_not_a_dtype_is_refused() -> None:
+    with pytest.raises(SliderEditError, match="'float16' is not a dtype of encoders; give auto, float32, bfloat16"):
+        Placement("cpu", "float16")  # type: ignore[arg-type]
+
+
+def test_the_dtype_follows_the_device_unless_it_is_given() -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
+    assert [Placement().choose_dtype(device) for device in (cpu, gpu)] == [torch.float32, torch.bfloat16]
+    assert Placement(dtype="bfloat16").choose_dtype(cpu) == torch.bfloat16
+    assert Placement(dtype="float32").choose_dtype(gpu) == torch.float32
+
+
+def test_the_device_is_the_preferred_one_unless_it_is_given() -> None:
+    assert Placement().choose_device() == torch.device("cpu")
+    assert Placement("cpu").choose_device(torch.device("cuda")) == torch.device("cpu")
+
+
+@without_gpu
+@pytest.mark.parametrize("device", ["cuda", "cuda:3"])
+def test_a_gpu_that_is_not_there_is_refused(device: str, engines: dict[str, Path]) -> None:
+    with pytest.raises(SliderEditError, match=rf"device {device} was asked for and torch finds no CUDA GPU here"):
+        SliderEditor.from_engine(engines["st"], placement=Placement(device))
+
+
+def test_gpus_are_counted_from_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert Placement("cuda").choose_device() == torch.device("cuda", 1)
+    assert Placement("cuda:0").choose_device() == torch.device("cuda", 0)
+    with pytest.raises(SliderEditError, match="cuda:2 was asked for and this machine has 2 GPU"):
+        Placement("cuda:2").choose_device()
+
+
+def test_onnx_runtime_without_its_cuda_provider_names_the_package(
+    engines: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Stream:
+        cuda_stream = 0
+
+    class Card:
+        def __init__(self, device: torch.device) -> None:
+            self.device, self.own = device, Stream()
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr("slideredit_rt.engines.onnxruntime.CudaDevice", Card)
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    with pytest.raises(SliderEditError, match="pip install onnxruntime-gpu in place of onnxruntime"):
+        SliderEditor.from_engine(engines["st"], placement=Placement("cuda"))
+
+
+def test_tensorrt_engines_do_not_run_on_the_cpu(engines: dict[str, Path]) -> None:
+    with pytest.raises(SliderEditError, match="TensorRT-RTX engines run on NVIDIA GPUs; leave out --device cpu"):
+        TensorRTRTX().open(engines["st"], None, placement=Placement("cpu"))  # type: ignore[arg-type]
+
+
+def test_encoders_and_autoencoder_may_run_in_bfloat16(engines: dict[str, Path], scene: Image.Image) -> None:
+    usual = SliderEditor.from_engine(engines["st"])
+    half = SliderEditor.from_engine(engines["st"], placement=Placement("cpu", "bfloat16"))
+    assert usual.pipeline.vae.dtype == torch.float32
+    assert {half.pipeline.vae.dtype, half.pipeline.text_encoder.dtype} == {torch.bfloat16}
+    prepared = half.prepare(scene, RED)
+    assert {t.dtype for t in (prepared.conditioning.latents, *prepared.conditioning.inputs.values())} == {torch.float32}
+    noise = [editor.prepare(scene, RED, seed=3).conditioning.latents for editor in (usual, half)]
+    assert noise[0].equal(noise[1]), "a seed gives the same noise in every dtype"
+    edits = [np.asarray(editor.edit(scene, RED, steps=4)).astype(int) for editor in (usual, half)]
+    difference = np.abs(edits[0] - edits[1])
+    assert 0 < difference.mean() < 3
+
+
+@without_gpu
+def test_commands_refuse_a_missing_gpu(
+    engines: dict[str, Path], scene: Image.Image, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image, out = tmp_path / "scene.png", tmp_path / "out.png"
+    scene.save(image)
+    line = ["--image", str(image), "--slider", "make the circle red=0.5", "--out", str(out), "--device", "cuda"]
+    assert cli.main(["edit", str(engines["st"]), *line]) == 2
+    assert "torch finds no CUDA GPU here; use --device cpu" in capsys.readouterr().err
+    assert cli.main(["verify", str(engines["st"]), "--device", "cuda:1"]) == 2
+    assert cli.main(["evaluate", "--adapter", "shapes-st", "--out", str(tmp_path / "run"), "--device", "cuda"]) == 2
+    assert not out.exists()
+
+
+def test_a_server_takes_the_same_words() -> None:
+    assert ServeSettings(device="cuda:1", dtype="float32").placement == Placement("cuda:1", "float32")
+    assert ServeSettings.from_arguments({"device": "cpu"}).placement == Placement("cpu")
+    with pytest.raises(SliderEditError, match="'tpu' is not a device"):
+        ServeSettings(device="tpu")
+    names = [field.name for field in dataclasses.fields(Placement)]
+    assert set(names) <= {field.name for field in dataclasses.fields(ServeSettings)}
+
+
+def test_inspect_says_whether_an_engine_fits(engines: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    def inspect(*options: str) -> Any:
+        assert cli.main(["inspect", str(engines["st"]), "--json", *options]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    assert "memory" not in inspect()
+    plan = inspect("--vram", "24")["memory"]
+    keys = ("vram_gib", "weights_gib", "encoders_gib", "decoder_gib", "activations_gib", "offload", "max_batch", "fits")
+    assert set(keys) <= plan.keys()
+    assert (plan["vram_gib"], plan["offload"], plan["fits"], plan["max_batch"]) == (24, "none", True, 16)
+    assert inspect("--vram", "1")["memory"]["fits"] is False
+    assert cli.main(["inspect", str(engines["st"]), "--vram", "24"]) == 0
+    assert "24 GiB: fits, batch 16 at most; everything stays on the card" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("size", ["0", "-4", "nan", "inf", "much", "99999"])
+def test_a_size_that_no_card_has_is_refused(size: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as refused:
+        cli.main(["inspect", "engine", "--vram", size])
+    assert refused.value.code == 2
+    assert "is not the memory of a card in GiB; give a number such as 24" in capsys.readouterr().err
