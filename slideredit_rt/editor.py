@@ -188,7 +188,9 @@ class SliderEditor:
         Raises:
             SliderEditError: the engine is damaged or cannot run here, or it was built from another base.
         """
+        placement = placement or Placement()
         manifest, engine = open_engine(Path(path), threads=threads, options=options, placement=placement)
+        placement.check_offload(engine.device)
         if manifest.kind is None:
             raise SliderEditError(
                 f"engine {str(path)!r} was built without an adapter and has no sliders; rebuild it with --adapter"
@@ -202,8 +204,8 @@ class SliderEditor:
             )
         check_base(manifest, Path(path), folder, skip=("transformer",))
         with _LOADING:
-            dtype = (placement or Placement()).choose_dtype(engine.device)
-            pipeline = family.load_pipeline(folder, transformer=False, dtype=dtype).to(engine.device)
+            pipeline = family.load_pipeline(folder, transformer=False, dtype=placement.choose_dtype(engine.device))
+            family.place(pipeline, engine.device, offload=placement.offload)
         controls = Controls(manifest.kind, manifest.curve, manifest.members)
         limits = {"max_batch": manifest.max_batch, "max_sliders": manifest.max_sliders}
         return cls(family, pipeline, engine, manifest.config, controls, **limits)
@@ -236,7 +238,8 @@ class SliderEditor:
         folder = resolve_base(base)
         family = family_of(folder)
         with _LOADING:
-            pipeline = family.load_pipeline(folder, dtype=dtype).to(place)
+            pipeline = family.load_pipeline(folder, dtype=dtype)
+            family.place(pipeline, place)
         loaded = load_adapters(adapter, family)
         backbone = SliderBackbone(family, pipeline.transformer.eval(), loaded).to(place, dtype)
         config = dict(pipeline.transformer.config)

@@ -30,6 +30,7 @@ from slideredit_rt.checkpoint import (
 from slideredit_rt.engines.manifest import Manifest
 from slideredit_rt.engines.tensorrt import PLAN_FILE
 from slideredit_rt.families import get_family
+from slideredit_rt.families.base import decode_in_tiles
 
 Offload = Literal["none", "encoders", "all"]
 RESERVED = 3 * 2**29
@@ -76,8 +77,7 @@ class MemoryPlan:
         encoders_gib: text encoders; on the card only during an encoding unless `offload` is `none`.
         decoder_gib: autoencoder.
         activations_gib: of a batch of 1.
-        offload: `none`, `encoders` or `all`, the first that fits; `all` where nothing does.
-        tiles: whether images have to be decoded in tiles.
+        offload: first of `none`, `encoders` and, for TensorRT, `all` (weight streaming) that fits, or the last of them.
         max_batch: the largest batch that fits, up to the engine's; 0 where not even one image does.
         fits: whether one image fits.
     """
@@ -88,7 +88,6 @@ class MemoryPlan:
     decoder_gib: float
     activations_gib: float
     offload: Offload
-    tiles: bool
     max_batch: int
     fits: bool
 
@@ -96,32 +95,29 @@ class MemoryPlan:
 def plan_memory(footprint: Footprint, vram: int) -> MemoryPlan:
     """Choose what leaves the card so that the rest fits on it.
 
-    Text encoders leave first, because they only work when a prompt changes; then the backbone's weights are streamed, where
-    the backend can. Decoding in tiles costs less than either and is preferred to them.
+    Text encoders leave first, because they work only when a prompt is new; images are then decoded in tiles as well. The
+    backbone's weights are streamed last, where the backend can.
 
     Args:
-        footprint: of the engine.
-        vram: memory of the card in bytes.
+        footprint: footprint of the engine.
+        vram: memory of the card, in bytes.
     """
-    choices: list[tuple[Offload, int, int]] = [
-        ("none", footprint.weights, footprint.encoders),
-        ("encoders", footprint.weights, 0),
-        ("all", math.ceil(footprint.weights * STREAMED_SHARE) if footprint.streams else footprint.weights, 0),
+    choices: list[tuple[Offload, int, int, int]] = [
+        ("none", footprint.weights, footprint.encoders, footprint.decode),
+        # A text encoder visits the card a layer at a time.
+        ("encoders", footprint.weights, 0, footprint.tiled_decode),
     ]
-    for offload, weights, encoders in choices:
-        for tiles in (False, True):
-            room = vram - RESERVED - weights - encoders - footprint.decoder
-            decode = footprint.tiled_decode if tiles else footprint.decode
-            # An encoder that visits the card does so beside the weights, but not beside a step of this edit.
-            visit = footprint.encoders if offload == "encoders" else 0
-            batch = room // footprint.step if room >= max(decode, visit, footprint.step) else 0
-            if batch >= 1:
-                return _plan(footprint, vram, weights, offload, tiles, min(batch, footprint.max_batch))
-    return _plan(footprint, vram, choices[-1][1], "all" if footprint.streams else "encoders", True, 0)
+    if footprint.streams:
+        choices.append(("all", math.ceil(footprint.weights * STREAMED_SHARE), 0, footprint.tiled_decode))
+    for offload, weights, encoders, decode in choices:
+        room = vram - RESERVED - weights - encoders - footprint.decoder
+        if room >= max(decode, footprint.step):
+            return _plan(footprint, vram, weights, offload, decode, min(room // footprint.step, footprint.max_batch))
+    offload, weights, _, decode = choices[-1]
+    return _plan(footprint, vram, weights, offload, decode, 0)
 
 
-def _plan(footprint: Footprint, vram: int, weights: int, offload: Offload, tiles: bool, batch: int) -> MemoryPlan:
-    decode = footprint.tiled_decode if tiles else footprint.decode
+def _plan(footprint: Footprint, vram: int, weights: int, offload: Offload, decode: int, batch: int) -> MemoryPlan:
     return MemoryPlan(
         vram_gib=_gib(vram),
         weights_gib=_gib(weights),
@@ -129,7 +125,6 @@ def _plan(footprint: Footprint, vram: int, weights: int, offload: Offload, tiles
         decoder_gib=_gib(footprint.decoder),
         activations_gib=_gib(max(footprint.step, decode)),
         offload=offload,
-        tiles=tiles,
         max_batch=batch,
         fits=batch >= 1,
     )
@@ -166,7 +161,7 @@ def engine_footprint(folder: Path, manifest: Manifest, base: Path) -> Footprint:
         return family.decode_pixels(pipeline, latents, side, side)
 
     whole = live_peak(decode, pipeline.vae)
-    tile(pipeline.vae)
+    decode_in_tiles(pipeline.vae)
     return Footprint(
         weights=_engine_weights(folder, manifest),
         encoders=sum(_deployed_bytes(base / name, library) for name, library in _encoders(base)),
@@ -177,18 +172,6 @@ def engine_footprint(folder: Path, manifest: Manifest, base: Path) -> Footprint:
         max_batch=manifest.max_batch,
         streams=PLAN_FILE in manifest.files,
     )
-
-
-def tile(vae: Any) -> None:
-    """Let an autoencoder decode in tiles of 512 pixels, where its class can.
-
-    At diffusers' own setting, the FLUX autoencoder makes a single tile of an image of 1024 × 1024.
-    """
-    if hasattr(vae, "tile_latent_min_size"):
-        factor = vae.config.sample_size / vae.tile_latent_min_size if vae.tile_latent_min_size else 8
-        vae.tile_sample_min_size = min(vae.tile_sample_min_size, 512)
-        vae.tile_latent_min_size = int(vae.tile_sample_min_size / factor)
-    vae.enable_tiling()
 
 
 def live_peak(call: Callable[[], object], module: nn.Module) -> int:

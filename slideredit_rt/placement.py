@@ -1,4 +1,4 @@
-"""Placement: the device that an edit runs on, and the dtype of its encoders and its autoencoder there."""
+"""Placement: the device that an edit runs on, the dtype of its encoders and autoencoder, and what stays in host memory."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     import torch
 
 ComponentDType = Literal["auto", "float32", "bfloat16"]
+Offload = Literal["none", "encoders"]
+OFFLOADS: tuple[Offload, ...] = get_args(Offload)
 COMPONENT_DTYPES: tuple[ComponentDType, ...] = get_args(ComponentDType)
 
 
@@ -22,26 +24,31 @@ class Placement:
     Attributes:
         device: `auto`, `cpu`, `cuda` or `cuda:N`. `auto` takes the device that the engine's backend prefers: the current CUDA
             device for TensorRT, the same for Inductor where there is one, else the CPU.
-        dtype: of encoders and autoencoder: `float32`, `bfloat16`, or `auto`, which is bfloat16 on a GPU and float32 on the CPU.
+        dtype: dtype of encoders and autoencoder, `float32`, `bfloat16` or `auto`: bfloat16 on a GPU, float32 on the CPU.
+        offload: `none`, or `encoders` for GPUs with little memory: text encoders stay in host memory and visit the GPU a layer
+            at a time when a prompt is encoded, and images are decoded in tiles.
 
     Raises:
-        SliderEditError: a device or dtype that is not one of these.
+        SliderEditError: a value that is not one of these.
     """
 
     device: str = "auto"
     dtype: ComponentDType = "auto"
+    offload: Offload = "none"
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", self.device):
             raise SliderEditError(f"{self.device!r} is not a device; give auto, cpu, cuda or cuda:N with the number of a GPU")
         if self.dtype not in COMPONENT_DTYPES:
             raise SliderEditError(f"{self.dtype!r} is not a dtype of encoders; give {', '.join(COMPONENT_DTYPES)}")
+        if self.offload not in OFFLOADS:
+            raise SliderEditError(f"{self.offload!r} cannot be offloaded; give {' or '.join(OFFLOADS)}")
 
     def choose_device(self, preferred: torch.device | None = None) -> torch.device:
         """Return the device, with the number of the GPU.
 
         Args:
-            preferred: what `auto` takes; None takes the CPU.
+            preferred: device for `auto`; None takes the CPU.
 
         Raises:
             SliderEditError: a GPU that is not there.
@@ -57,6 +64,13 @@ class Placement:
         if index >= (count := torch.cuda.device_count()):
             raise SliderEditError(f"the device {self.device} was asked for and this machine has {count} GPU(s), counted from 0")
         return torch.device("cuda", index)
+
+    def check_offload(self, device: torch.device) -> None:
+        """Refuse to offload from a CPU."""
+        if self.offload != "none" and device.type == "cpu":
+            raise SliderEditError(
+                f"--offload {self.offload} frees memory of a GPU, and this engine runs on the CPU; leave it out"
+            )
 
     def choose_dtype(self, device: torch.device) -> torch.dtype:
         """Return the dtype of encoders and autoencoder on a device."""

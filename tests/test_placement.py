@@ -1,4 +1,4 @@
-"""Where an edit runs: device and dtype by the Python API, the command and the server, and what is refused before anything loads."""
+"""Where an edit runs: device, dtype and offloading, and what is refused before anything large is loaded."""
 
 from __future__ import annotations
 
@@ -103,6 +103,24 @@ def test_encoders_and_autoencoder_may_run_in_bfloat16(engines: dict[str, Path], 
     assert 0 < difference.mean() < 3
 
 
+def test_offloaded_encoders_encode_the_same(engines: dict[str, Path], scene: Image.Image) -> None:
+    usual, offloaded = SliderEditor.from_engine(engines["st"]), SliderEditor.from_engine(engines["st"])
+    offloaded.family.place(offloaded.pipeline, torch.device("cpu"), offload="encoders")
+    hooked = [
+        name for name in ("text_encoder", "text_encoder_2", "vae") if hasattr(getattr(offloaded.pipeline, name), "_hf_hook")
+    ]
+    assert hooked == ["text_encoder", "text_encoder_2"]
+    assert next(offloaded.pipeline.text_encoder_2.parameters()).is_meta, "its weights are kept aside between calls"
+    assert offloaded.pipeline.vae.use_tiling
+    edits = [np.asarray(editor.edit(scene, RED, steps=2)) for editor in (usual, offloaded)]
+    assert np.array_equal(*edits)
+
+
+def test_a_cpu_has_nothing_to_offload(engines: dict[str, Path]) -> None:
+    with pytest.raises(SliderEditError, match="--offload encoders frees memory of a GPU, and this engine runs on the CPU"):
+        SliderEditor.from_engine(engines["st"], placement=Placement(offload="encoders"))
+
+
 @without_gpu
 def test_commands_refuse_a_missing_gpu(
     engines: dict[str, Path], scene: Image.Image, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -138,7 +156,7 @@ def test_inspect_says_whether_an_engine_fits(engines: dict[str, Path], capsys: p
     assert (plan["vram_gib"], plan["offload"], plan["fits"], plan["max_batch"]) == (24, "none", True, 16)
     assert inspect("--vram", "1")["memory"]["fits"] is False
     assert cli.main(["inspect", str(engines["st"]), "--vram", "24"]) == 0
-    assert "24 GiB: fits, batch 16 at most; everything stays on the card" in capsys.readouterr().out
+    assert "24 GiB: fits, batch 16 at most, with everything on the card" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("size", ["0", "-4", "nan", "inf", "much", "99999"])

@@ -122,14 +122,14 @@ def _memory(args: argparse.Namespace, manifest: Manifest) -> tuple[dict[str, Any
 
     base = resolve_base(args.base or manifest.base["source"])
     plan = plan_memory(engine_footprint(args.engine, manifest, base), int(args.vram * 2**30))
-    verdict = f"fits, batch {plan.max_batch} at most" if plan.fits else "does not fit"
-    leaves = {
-        "none": "everything stays on the card",
-        "encoders": "text encoders stay in host memory",
-        "all": "text encoders and part of the weights stay in host memory",
+    verdict = f"fits, batch {plan.max_batch} at most," if plan.fits else "does not fit, not even"
+    how = {
+        "none": "with everything on the card",
+        "encoders": "with --offload encoders",
+        "all": "with --offload encoders --weight-budget-mib auto, if it was built with --weight-streaming",
     }[plan.offload]
     return asdict(plan), [
-        f"memory     {plan.vram_gib:g} GiB: {verdict}; {leaves}" + ("; images are decoded in tiles" if plan.tiles else ""),
+        f"memory     {plan.vram_gib:g} GiB: {verdict} {how}",
         f"memory     weights {plan.weights_gib:g}, encoders {plan.encoders_gib:g}, autoencoder {plan.decoder_gib:g}, "
         f"activations {plan.activations_gib:g} GiB (batch 1); 1.5 GiB are reserved",
     ]

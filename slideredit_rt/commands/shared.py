@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.files import user_path
-from slideredit_rt.placement import COMPONENT_DTYPES, Placement
+from slideredit_rt.placement import COMPONENT_DTYPES, OFFLOADS, Placement
 from slideredit_rt.sliders import Slider
 
 if TYPE_CHECKING:
@@ -116,8 +116,8 @@ def runtime_options(args: argparse.Namespace) -> RuntimeOptions | None:
 
 
 def placement(args: argparse.Namespace) -> Placement:
-    """Return the placement that `--device` and `--dtype` describe."""
-    return Placement(args.device, args.dtype)
+    """Return the placement that `--device`, `--dtype` and `--offload` describe."""
+    return Placement(args.device, args.dtype, args.offload)
 
 
 def add_placement_options(sub: argparse.ArgumentParser) -> None:
@@ -133,6 +133,12 @@ def add_placement_options(sub: argparse.ArgumentParser) -> None:
         default="auto",
         choices=COMPONENT_DTYPES,
         help="dtype of encoders and autoencoder (default: bfloat16 on a GPU, float32 on the CPU)",
+    )
+    sub.add_argument(
+        "--offload",
+        default="none",
+        choices=OFFLOADS,
+        help="encoders: keep text encoders in host memory and decode in tiles, for GPUs with little memory (default: none)",
     )
 
 

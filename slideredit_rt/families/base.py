@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal
 import diffusers
 import numpy as np
 import torch
+from accelerate import cpu_offload
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.flux.pipeline_flux_kontext import calculate_shift, retrieve_timesteps
 from PIL import Image
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from slideredit_rt.checkpoint import check_pipeline, load_components, quiet_libraries
 from slideredit_rt.errors import SliderEditError
+from slideredit_rt.placement import Offload
 from slideredit_rt.sliders import PromptToken
 
 Kind = Literal["st", "gst"]
@@ -129,6 +131,18 @@ class EncodedImages:
     width: int
 
 
+def decode_in_tiles(vae: Any) -> None:
+    """Let an autoencoder work in tiles of at most 512 pixels, to save memory.
+
+    The FLUX autoencoder's default tile is as large as the images that it edits, so its size is set here.
+    """
+    if hasattr(vae, "tile_latent_min_size"):
+        ratio = vae.tile_sample_min_size / vae.tile_latent_min_size
+        vae.tile_sample_min_size = min(vae.tile_sample_min_size, 512)
+        vae.tile_latent_min_size = int(vae.tile_sample_min_size / ratio)
+    vae.enable_tiling()
+
+
 Backbone = Callable[[Mapping[str, Tensor]], Tensor]
 """A function that runs the backbone once: named inputs (with `alpha` and `token_mask`) to `[batch, image_rows, C]`."""
 
@@ -186,6 +200,24 @@ class Family(ABC):
         options = {"dtype": dtype, "local_files_only": True, **parts}
         with quiet_libraries():
             return load_components(folder, lambda: diffusers.DiffusionPipeline.from_pretrained(folder, **options))
+
+    def place(self, pipeline: Any, device: torch.device, *, offload: Offload = "none") -> None:
+        """Move a pipeline to a device, and let it decode a batch one image at a time there.
+
+        Args:
+            pipeline: diffusers pipeline, changed in place.
+            device: device that encodes and decodes.
+            offload: see `Placement.offload`.
+        """
+        resident = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
+        if offload == "encoders":
+            for name in [name for name in resident if name.startswith("text_encoder")]:
+                cpu_offload(resident.pop(name), execution_device=device)
+            decode_in_tiles(pipeline.vae)
+        for part in resident.values():
+            part.to(device)
+        if device.type != "cpu":
+            pipeline.vae.enable_slicing()
 
     def prepare_transformer(self, transformer: Any) -> None:  # noqa: B027
         """Make a transformer accept tensors where diffusers passes Python objects. Diffusers' own calls work as before."""

@@ -103,7 +103,10 @@ class FluxKontext(Family):
     def encode_prompt(
         self, pipeline: Any, prompts: list[str], text_rows: int, images: Sequence[Sequence[Image.Image]] = ()
     ) -> dict[str, Tensor]:
-        embeds, pooled, txt_ids = pipeline.encode_prompt(prompt=prompts, prompt_2=None, max_sequence_length=text_rows)
+        # The device is given, because diffusers would take that of an encoder, whose weights may be elsewhere.
+        embeds, pooled, txt_ids = pipeline.encode_prompt(
+            prompt=prompts, prompt_2=None, device=pipeline.vae.device, max_sequence_length=text_rows
+        )
         # Position ids are float32 for any pipeline dtype, because bfloat16 cannot represent all integers above 256.
         return {
             "encoder_hidden_states": embeds.float(),

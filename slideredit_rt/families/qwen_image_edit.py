@@ -336,7 +336,7 @@ class QwenImageEdit(Family):
         embeds = []
         for index, prompt in enumerate(prompts):
             shown = self._vision_images(pipeline, images[index] if images else ())
-            embeds.append(pipeline.encode_prompt(prompt, image=shown)[0][0].float())
+            embeds.append(pipeline.encode_prompt(prompt, image=shown, device=pipeline.vae.device)[0][0].float())
         longest = max(map(len, embeds))
         if longest > text_rows:
             raise SliderEditError(

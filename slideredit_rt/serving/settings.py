@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.files import user_path
-from slideredit_rt.placement import ComponentDType, Placement
+from slideredit_rt.placement import ComponentDType, Offload, Placement
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -53,7 +53,7 @@ class ServeSettings:
         drain_seconds: time for accepted edits to finish on shutdown.
         min_replicas, max_replicas: Ray Serve replicas at all times, and at most while the queue is long; None takes the former.
         replica_cpus, replica_gpus: CPUs and GPUs that Ray reserves per replica.
-        device, dtype: device of the server, and dtype of encoders and autoencoder, as in `Placement`.
+        device, dtype, offload: placement of engine, encoders and autoencoder, as in `Placement`.
 
     Raises:
         SliderEditError: a value is out of range.
@@ -84,6 +84,7 @@ class ServeSettings:
     replica_gpus: float = 0.0
     device: str = "auto"
     dtype: ComponentDType = "auto"
+    offload: Offload = "none"
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
@@ -99,13 +100,13 @@ class ServeSettings:
             raise SliderEditError(
                 f"--min-replicas is {low} and --max-replicas {high}; give at least 1, and a maximum not below the minimum"
             )
-        Placement(self.device, self.dtype)  # raises for unknown ones
+        Placement(self.device, self.dtype, self.offload)  # raises for unknown ones
         object.__setattr__(self, "allowed_host", tuple(map(host_pattern, self.allowed_host)))
         object.__setattr__(self, "allow_origin", tuple(map(web_origin, self.allow_origin)))
 
     @property
     def placement(self) -> Placement:
-        return Placement(self.device, self.dtype)
+        return Placement(self.device, self.dtype, self.offload)
 
     @property
     def most_replicas(self) -> int:
