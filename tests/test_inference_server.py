@@ -183,7 +183,7 @@ def test_command(engines: dict[str, Path], tmp_path: Path, capsys: pytest.Captur
     for options, sentence in (
         ([], "exists already"),
         (["--name", "a/b"], "is not a valid Triton model name"),
-        (["--name", "other", "--max-queue-delay-us", "-1"], "give 0 or more"),
+        (["--name", "other", "--max-queue-delay-us", "-1"], "pass 0 or more"),
     ):
         assert main(["export-triton", str(engines["st"]), "--out", out, *options]) == 2
         assert sentence in capsys.readouterr().err

@@ -101,7 +101,7 @@ def test_a_frozen_engine_has_no_updates(compiled: Path, inspect: Inspect) -> Non
 def test_a_compiled_engine_without_a_gpu(compiled: Path, inspect: Inspect) -> None:
     lines, report = inspect(compiled)
     for line in (
-        "backend    tensorrt 11.4.0.106, or a later one of the same major",
+        "backend    tensorrt 11.4.0.106 or a later version of the same major",
         "dtype      bfloat16",
         "lowering   plugin; updates: 100 plugin, 14 native",
         "targets    sm90",

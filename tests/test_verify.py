@@ -55,7 +55,7 @@ def test_half_precision_fails_when_it_errs_more_than_twice_as_much(
 
     report = verified(eager, worse, bfloat16.engine, scene)
     assert not report.passed
-    assert report.verdict.startswith("FAILED: errs 3.0")
+    assert report.verdict.startswith("FAILED: the error is 3.0")
 
 
 def test_half_precision_fails_when_one_row_of_a_mixed_batch_is_anothers(
