@@ -39,7 +39,8 @@ try:
     from slideredit_rt.errors import SliderEditError
     from slideredit_rt.families import KINDS, Kind, get_family
     from slideredit_rt.modules import SliderBackbone
-    from slideredit_rt.sliders import Controls, Slider, StrengthCurve, compose_prompt
+    from slideredit_rt.sliders import Controls, Slider, compose_prompt
+    from slideredit_rt.strength import StrengthCurve
 except ModuleNotFoundError as missing:
     sys.exit(f"gpu_e2e: this Python lacks {missing.name}; install slideredit-rt's dependencies into GPU_PYTHON")
 

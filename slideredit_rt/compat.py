@@ -19,7 +19,8 @@ from slideredit_rt.errors import SliderEditError
 from slideredit_rt.families import Kind, get_family
 from slideredit_rt.images import read_images
 from slideredit_rt.modules import SliderBackbone
-from slideredit_rt.sliders import Slider, combine_row_scale, find_spans, normalise, row_mask
+from slideredit_rt.sliders import Slider
+from slideredit_rt.spans import combine_row_scale, find_spans, normalise, row_mask
 
 
 class SliderEditFluxKontextPipeline(FluxKontextPipeline):

@@ -25,16 +25,9 @@ from slideredit_rt.images import ImageSource, read_images
 from slideredit_rt.modules import SliderBackbone
 from slideredit_rt.placement import Placement
 from slideredit_rt.settings import EditOptions, EditSettings, merge
-from slideredit_rt.sliders import (
-    Controls,
-    PromptToken,
-    Slider,
-    StrengthCurve,
-    check_strength,
-    compose_prompt,
-    normalise,
-    row_mask,
-)
+from slideredit_rt.sliders import Controls, Slider, compose_prompt
+from slideredit_rt.spans import PromptToken, normalise, row_mask
+from slideredit_rt.strength import StrengthCurve, check_strength
 
 T = TypeVar("T")
 # Diffusers and transformers change process-wide state while they load.

@@ -11,7 +11,7 @@ from slideredit_rt.adapters import Adapter, fit_adapter
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.families import Family, Kind, RowSet, TensorSpec
 from slideredit_rt.kernels import masked_lora_linear
-from slideredit_rt.sliders import combine_row_scale
+from slideredit_rt.spans import combine_row_scale
 
 
 class RowScales:

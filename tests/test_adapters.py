@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from slideredit_rt.adapters import Adapter, fit_adapter, load_adapter, match_adapter, save_adapter
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.families import Family
-from slideredit_rt.sliders import StrengthCurve
+from slideredit_rt.strength import StrengthCurve
 
 MODULES = ["transformer_blocks.0.attn.to_add_out", "transformer_blocks.1.attn.add_q_proj"]
 

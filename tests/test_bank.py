@@ -25,7 +25,9 @@ from slideredit_rt.export.onnx_graph import example_inputs
 from slideredit_rt.export.replace import replace_engine_adapter
 from slideredit_rt.families import Family
 from slideredit_rt.modules import SliderBackbone
-from slideredit_rt.sliders import Slider, StrengthCurve, combine_row_scale
+from slideredit_rt.sliders import Slider
+from slideredit_rt.spans import combine_row_scale
+from slideredit_rt.strength import StrengthCurve
 from slideredit_rt.verify import verify_engine
 
 RED, DARK = "make the circle red", "make the background dark"

@@ -18,7 +18,8 @@ from slideredit_rt.editor import SliderEditor
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.evaluation.calibrate import CalibrationConfig, calibrate, curve_of_responses, monotone_response
 from slideredit_rt.evaluation.dataset import Case, Scores
-from slideredit_rt.sliders import Controls, StrengthCurve
+from slideredit_rt.sliders import Controls
+from slideredit_rt.strength import StrengthCurve
 
 STRENGTHS = np.linspace(0, 2, 17)
 

@@ -21,7 +21,8 @@ from slideredit_rt.editor import SliderEditor
 from slideredit_rt.engines.tensorrt.build import image_rows_of
 from slideredit_rt.export.build import build_engine
 from slideredit_rt.families import Family
-from slideredit_rt.sliders import Controls, Slider, find_spans
+from slideredit_rt.sliders import Controls, Slider
+from slideredit_rt.spans import find_spans
 
 
 def add_peft(transformer: nn.Module, adapter: Adapter) -> list[LoraLayer]:

@@ -39,7 +39,8 @@ from slideredit_rt.export.lowering import lower
 from slideredit_rt.export.onnx_graph import example_inputs, trace
 from slideredit_rt.families import KINDS, Family, Kind, family_of, get_family, qwen_image_edit
 from slideredit_rt.modules import SliderBackbone
-from slideredit_rt.sliders import Controls, Slider, compose_prompt, find_spans, normalise
+from slideredit_rt.sliders import Controls, Slider, compose_prompt
+from slideredit_rt.spans import find_spans, normalise
 from slideredit_rt.training.suppression import SuppressionConfig, SuppressionTrainer
 from slideredit_rt.verify import verify_engine
 

@@ -31,7 +31,7 @@ from slideredit_rt.families import Family, get_family
 from slideredit_rt.shapes.adapter_recipes import BalancedShapes, concepts_recipe, offsets_recipe
 from slideredit_rt.shapes.measurer import measure, response
 from slideredit_rt.shapes.world import ALL_INSTRUCTIONS, find_instruction, held_out_examples, scene_image
-from slideredit_rt.sliders import StrengthCurve
+from slideredit_rt.strength import StrengthCurve
 from slideredit_rt.training.attribute_offsets import (
     AttributeOffsets,
     OffsetConfig,

@@ -12,17 +12,9 @@ import torch
 from slideredit_rt.assets import resolve_base
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.families import Family
-from slideredit_rt.sliders import (
-    Controls,
-    PromptToken,
-    Slider,
-    StrengthCurve,
-    combine_row_scale,
-    compose_prompt,
-    find_spans,
-    linear_sweep,
-    row_mask,
-)
+from slideredit_rt.sliders import Controls, Slider, compose_prompt
+from slideredit_rt.spans import PromptToken, combine_row_scale, find_spans, row_mask
+from slideredit_rt.strength import StrengthCurve, linear_sweep
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.families import Kind, RowSet, get_family
-from slideredit_rt.sliders import StrengthCurve
+from slideredit_rt.strength import StrengthCurve
 
 
 @dataclass(frozen=True)

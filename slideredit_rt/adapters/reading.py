@@ -17,7 +17,7 @@ from slideredit_rt.adapters.writing import DIFFUSERS_FILE, PEFT_CONFIG, PEFT_FIL
 from slideredit_rt.assets import resolve_adapter
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.families import FAMILIES, KINDS, Family, Kind, get_family
-from slideredit_rt.sliders import StrengthCurve
+from slideredit_rt.strength import StrengthCurve
 
 _FOLDER_FILES = (DIFFUSERS_FILE, PEFT_FILE, "adapter_model.bin")
 

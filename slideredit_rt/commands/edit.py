@@ -20,7 +20,9 @@ from slideredit_rt.commands.shared import (
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.files import atomic_file, user_path
 from slideredit_rt.settings import EditSettings
-from slideredit_rt.sliders import Slider, check_strength, compose_prompt, linear_sweep, normalise, stands_in
+from slideredit_rt.sliders import Slider, compose_prompt
+from slideredit_rt.spans import normalise, stands_in
+from slideredit_rt.strength import check_strength, linear_sweep
 
 _MAX_SWEEP = 64
 
@@ -158,7 +160,7 @@ def _sweep(args: argparse.Namespace) -> int:
 def _spans(args: argparse.Namespace) -> int:
     from slideredit_rt.assets import resolve_base
     from slideredit_rt.families import family_of
-    from slideredit_rt.sliders import find_spans
+    from slideredit_rt.spans import find_spans
 
     folder = resolve_base(args.base)
     family = family_of(folder)

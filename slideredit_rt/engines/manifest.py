@@ -14,7 +14,7 @@ from slideredit_rt.checkpoint import fingerprint_base
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.families import FAMILIES, KINDS, TensorSpec
 from slideredit_rt.files import Digests, atomic_file, is_plain_name, read_json, sha256
-from slideredit_rt.sliders import StrengthCurve
+from slideredit_rt.strength import StrengthCurve
 
 SCHEMA_VERSION = 2
 NAME = "manifest.json"

@@ -21,7 +21,7 @@ from slideredit_rt.errors import SliderEditError
 from slideredit_rt.evaluation.dataset import Dataset
 from slideredit_rt.export.build import build_engine
 from slideredit_rt.placement import Placement
-from slideredit_rt.sliders import StrengthCurve, linear_sweep
+from slideredit_rt.strength import StrengthCurve, linear_sweep
 
 FARTHEST = 2.0
 """Largest uncalibrated strength that is measured (α = −1), the end of the paper's range."""

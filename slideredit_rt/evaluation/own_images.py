@@ -19,7 +19,8 @@ from slideredit_rt.evaluation.dataset import Case, Phase, Scores
 from slideredit_rt.evaluation.scorers import SCORERS, AttributeScorer, DistanceScorer, load_scorer
 from slideredit_rt.families import Family
 from slideredit_rt.images import open_image
-from slideredit_rt.sliders import PromptToken, Slider, compose_prompt, find_spans, normalise
+from slideredit_rt.sliders import Slider, compose_prompt
+from slideredit_rt.spans import PromptToken, find_spans, normalise
 
 _SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 _ORDER_SEED = 0

@@ -22,7 +22,7 @@ from slideredit_rt.evaluation.dataset import Case, Dataset, Scores
 from slideredit_rt.evaluation.measures import continuity, coverage, monotonicity
 from slideredit_rt.files import atomic_file
 from slideredit_rt.images import save_image
-from slideredit_rt.sliders import linear_sweep
+from slideredit_rt.strength import linear_sweep
 
 if TYPE_CHECKING:
     # Reading a report does not need engines and models, whose packages take seconds to import.

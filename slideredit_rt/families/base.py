@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from slideredit_rt.checkpoint import check_pipeline, load_components, quiet_libraries
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.placement import Offload
-from slideredit_rt.sliders import PromptToken
+from slideredit_rt.spans import PromptToken
 
 Kind = Literal["st", "gst"]
 RowSet = Literal["text", "image", "joint"]

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from slideredit_rt.families.base import EncodedImages, Family, Kind, RowSet, TensorSpec
-from slideredit_rt.sliders import PromptToken
+from slideredit_rt.spans import PromptToken
 
 _TEXT_LINEARS = r"transformer_blocks\.\d+\.(attn\.(add_[qkv]_proj|to_add_out)|ff_context\.net\.(0\.proj|2))"
 _IMAGE_LINEARS = r"transformer_blocks\.\d+\.(attn\.(to_[qkv]|to_out\.0)|ff\.net\.(0\.proj|2))"

@@ -26,7 +26,7 @@ from transformers import Qwen2VLProcessor
 
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.families.base import Conditioning, EncodedImages, Family, Kind, RowSet, TensorSpec
-from slideredit_rt.sliders import PromptToken
+from slideredit_rt.spans import PromptToken
 
 _TEXT_LINEARS = r"transformer_blocks\.\d+\.(attn\.(add_[qkv]_proj|to_add_out)|txt_mlp\.net\.(0\.proj|2))"
 _IMAGE_LINEARS = r"transformer_blocks\.\d+\.(attn\.(to_[qkv]|to_out\.0)|img_mlp\.net\.(0\.proj|2))"

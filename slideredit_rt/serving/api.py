@@ -35,7 +35,8 @@ from slideredit_rt.serving.schemas import (
 )
 from slideredit_rt.serving.service import EditService
 from slideredit_rt.settings import SEEDS
-from slideredit_rt.sliders import PromptToken, Slider, compose_prompt, normalise
+from slideredit_rt.sliders import Slider, compose_prompt
+from slideredit_rt.spans import PromptToken, normalise
 
 _DECODERS = 4
 

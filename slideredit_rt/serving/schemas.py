@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from slideredit_rt.serving.image_files import OutputFormat
 from slideredit_rt.settings import SEEDS, EditSettings
-from slideredit_rt.sliders import linear_sweep
+from slideredit_rt.strength import linear_sweep
 
 MAX_IMAGES = 10
 MAX_SOURCES = 16

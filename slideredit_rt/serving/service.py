@@ -34,7 +34,7 @@ from slideredit_rt.serving.requests import (
 )
 from slideredit_rt.serving.scheduler import Scheduler
 from slideredit_rt.settings import check_seed
-from slideredit_rt.sliders import check_strength
+from slideredit_rt.strength import check_strength
 
 T = TypeVar("T")
 

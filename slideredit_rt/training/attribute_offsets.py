@@ -26,7 +26,8 @@ from slideredit_rt.errors import SliderEditError
 from slideredit_rt.families import Family
 from slideredit_rt.files import atomic_file
 from slideredit_rt.modules import SliderBackbone
-from slideredit_rt.sliders import Controls, Slider, find_spans
+from slideredit_rt.sliders import Controls, Slider
+from slideredit_rt.spans import find_spans
 from slideredit_rt.training.contrast import ContrastConfig, ContrastTrainer
 from slideredit_rt.training.data import Data
 from slideredit_rt.training.trainer import to_pil

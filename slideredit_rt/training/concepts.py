@@ -22,7 +22,8 @@ from slideredit_rt.adapters import Adapter, Member, save_adapter
 from slideredit_rt.editor import SliderEditor
 from slideredit_rt.families import Family
 from slideredit_rt.modules import SliderBackbone
-from slideredit_rt.sliders import Controls, Slider, StrengthCurve
+from slideredit_rt.sliders import Controls, Slider
+from slideredit_rt.strength import StrengthCurve
 from slideredit_rt.training.contrast import ContrastConfig, ContrastTrainer
 from slideredit_rt.training.data import Data
 

@@ -24,7 +24,8 @@ from slideredit_rt.adapters import Adapter, save_adapter
 from slideredit_rt.editor import SliderEditor
 from slideredit_rt.families import Family, Kind
 from slideredit_rt.modules import SliderBackbone
-from slideredit_rt.sliders import Controls, Slider, compose_prompt, find_spans, row_mask
+from slideredit_rt.sliders import Controls, Slider, compose_prompt
+from slideredit_rt.spans import find_spans, row_mask
 from slideredit_rt.training.data import Data
 from slideredit_rt.training.trainer import Trainer, TrainingConfig, to_pil
 
