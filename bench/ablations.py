@@ -22,6 +22,7 @@ from slideredit_rt.evaluation.run import BenchmarkConfig
 from slideredit_rt.evaluation.setup import Setup
 from slideredit_rt.evaluation.shapes import CALIBRATION_SEEDS, ShapesScenes
 from slideredit_rt.families import get_family
+from slideredit_rt.settings import RunSettings
 from slideredit_rt.shapes.adapter_recipes import ShapesData, adapter_recipe
 from slideredit_rt.shapes.world import ALL_INSTRUCTIONS, Instruction
 from slideredit_rt.training.suppression import SuppressionConfig, SuppressionTrainer
@@ -69,7 +70,9 @@ def calibrated(name: str, folder: Path, threads: int | None) -> Path:
     """Calibrate a shipped adapter on scenes that the benchmark does not use, and return its file."""
     out = folder / f"{name}-calibrated.safetensors"
     if not out.exists():
-        adapter, _ = calibrate_adapter(BASE, load_adapter(name), ShapesScenes(seeds=CALIBRATION_SEEDS), threads=threads)
+        adapter, _ = calibrate_adapter(
+            BASE, load_adapter(name), ShapesScenes(seeds=CALIBRATION_SEEDS), run=RunSettings(threads=threads)
+        )
         save_adapter(adapter, out)
     return out
 
@@ -79,7 +82,7 @@ def _evaluate(adapters: Sequence[str], run: Path, threads: int | None, known: Se
     texts = None if known is None else [i.text for i in known]
     # Compare the slider systems only, and not the rival methods that these adapters allow.
     kinds = tuple(sorted({load_adapter(adapter).kind for adapter in adapters}))
-    setup = Setup(BASE, run, adapters, threads=threads)
+    setup = Setup(BASE, run, adapters, run=RunSettings(threads=threads))
     report = run_evaluation(setup, config, systems=kinds, instructions=texts)
     results = RESULTS / run.name
     results.mkdir(parents=True, exist_ok=True)

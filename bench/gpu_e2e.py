@@ -73,16 +73,16 @@ class Column:
     """One way to edit.
 
     Attributes:
-        first_seconds: an edit whose image and prompt are new; nothing is left to compile.
-        moved_seconds: another strength on the same image and prompt.
-        sweep_seconds: seven strengths on the same image and prompt.
-        compile_seconds: what the very first edit took beyond that.
-        encode_seconds, decode_seconds: of one edit, each by itself; None where the pipeline does not part them.
-        step_seconds: one call of the backbone by itself; None where the pipeline does not part them.
-        outside_share: share of a moved slider's edit that is not spent in its steps.
-        synchronisations: waits of the host in the denoising loop; None on a CPU.
-        recompilations: graphs captured by dynamo after the first edit.
-        peak_gib: device memory that tensors held, weights included; None on a CPU.
+        first_seconds: An edit whose image and prompt are new; nothing is left to compile.
+        moved_seconds: Another strength on the same image and prompt.
+        sweep_seconds: Seven strengths on the same image and prompt.
+        compile_seconds: Compilation, which only the very first edit includes.
+        encode_seconds, decode_seconds: Encoding and decoding of one edit; None for pipelines that do not separate them.
+        step_seconds: One call of the backbone; None for pipelines that do not separate it.
+        outside_share: Share of a moved slider's edit that is not spent in its steps.
+        synchronisations: Waits of the host in the denoising loop; None on a CPU.
+        recompilations: Graphs captured by dynamo after the first edit.
+        peak_gib: Device memory that tensors held, weights included; None on a CPU.
     """
 
     name: str
@@ -136,8 +136,8 @@ class Bench:
     """Runs the columns on one pipeline.
 
     Args:
-        pipeline: from `random_pipeline`.
-        size: of the edits.
+        pipeline: Pipeline of `random_pipeline`.
+        size: Sizes of the edits.
     """
 
     def __init__(self, pipeline: Any, size: Size) -> None:
@@ -168,10 +168,10 @@ class Bench:
         """Time the rows of the table that every column has.
 
         Args:
-            name: of the column.
-            first: edits with nothing encoded.
-            moved: edits at another strength.
-            extra: fields of the column.
+            name: Name of the column.
+            first: Edits with nothing encoded.
+            moved: Edits at another strength.
+            extra: Other fields of the column.
         """
         torch._dynamo.utils.counters.clear()
         if self.cuda:

@@ -45,6 +45,7 @@ try:
     from slideredit_rt.families import KINDS, Kind, family_of
     from slideredit_rt.files import atomic_file
     from slideredit_rt.modules import SliderBackbone
+    from slideredit_rt.settings import RunSettings
 except ModuleNotFoundError as missing:
     sys.exit(f"gpu_tensorrt: the package {missing.name} is missing; install slideredit-rt's dependencies into GPU_PYTHON")
 
@@ -242,7 +243,7 @@ def measure(
         outputs = [engine(inputs).clone() for inputs in reference.inputs]
         m.error = reference.error(outputs)
         if trt:
-            _, plain = open_engine(folder, options=RuntimeOptions(cuda_graphs=False))
+            _, plain = open_engine(folder, RunSettings(options=RuntimeOptions(cuda_graphs=False)))
             m.graph_equals_enqueue = all(
                 torch.equal(plain(inputs), output) for inputs, output in zip(reference.inputs, outputs, strict=True)
             )

@@ -28,11 +28,11 @@ class Mark:
     """A figure and the limit that it is held against.
 
     Attributes:
-        name: what is measured.
-        value: the figure.
+        name: Description of the figure.
+        value: Measured figure.
         sign: `<=`, `<` or `>=`.
-        limit: bound of the figure.
-        counted: whether it is a count, which a rehearsal measures as well as a run.
+        limit: Bound of the figure.
+        counted: True for counts, which are valid in a rehearsal, too.
     """
 
     name: str
@@ -68,14 +68,14 @@ def save_run(
     """Write a run as JSON and Markdown into the folder of its GPU, and return the Markdown.
 
     Args:
-        name: stem of the files.
-        command: what reproduces the run.
-        device: where it ran.
-        about: sizes and settings.
-        content: figures, for the JSON file.
-        table: figures, for the Markdown file.
-        found: from `verdicts`.
-        out: results folder; None writes nothing.
+        name: Stem of the files.
+        command: Command that reproduces the run.
+        device: Device of the run.
+        about: Sizes and settings.
+        content: Figures, for the JSON file.
+        table: Figures, for the Markdown file.
+        found: Marks from `verdicts`.
+        out: Results folder; None writes nothing.
     """
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "none"
     facts = {"gpu": gpu, **about, "date": datetime.now(UTC).date().isoformat(), "commit": commit(), **_versions()}

@@ -23,9 +23,11 @@ import torch
 from slideredit_rt.editor import SliderEditor
 from slideredit_rt.engines import BuildSettings, open_engine
 from slideredit_rt.export.build import build_engine
+from slideredit_rt.settings import RunSettings
 from slideredit_rt.shapes.world import held_out_examples, scene_image
 
 THREADS = 2
+RUN = RunSettings(threads=THREADS)
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -38,10 +40,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Callable[[], Any
     example = held_out_examples(1, 2)[0]
     texts = [i.text for i in example.instructions]
     build_engine("shapes-kontext", None, root / "frozen", progress=False)
-    _, frozen = open_engine(root / "frozen", threads=THREADS)
+    _, frozen = open_engine(root / "frozen", RUN)
     for kind in ("st", "gst"):
         build_engine("shapes-kontext", f"shapes-{kind}", root / kind, progress=False)
-        engine = SliderEditor.from_engine(root / kind, threads=THREADS)
+        engine = SliderEditor.from_engine(root / kind, run=RUN)
         eager = SliderEditor.from_pretrained("shapes-kontext", f"shapes-{kind}")
         prepared = engine.prepare(scene_image(example), texts if kind == "st" else texts[:1], prompt=example.prompt)
         alpha = torch.full((1, len(prepared.instructions)), 0.5)
@@ -54,7 +56,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Callable[[], Any
         # The lowering that is not the default for this kind.
         other = {"st": "folded", "gst": "native"}[kind]
         build_engine("shapes-kontext", f"shapes-{kind}", root / other, BuildSettings(lowering=other), progress=False)
-        runs[f"engine {kind}, {other}"] = partial(open_engine(root / other, threads=THREADS)[1], inputs)
+        runs[f"engine {kind}, {other}"] = partial(open_engine(root / other, RUN)[1], inputs)
     return runs
 
 

@@ -48,19 +48,19 @@ def build_engine(
     """Build one engine for all slider settings from a checkpoint and an adapter.
 
     Args:
-        base: embedded name, folder or hub repository of a diffusers pipeline.
-        adapter: embedded name, file, folder or loaded adapter. Several names, files or folders make a bank of adapters with
+        base: Embedded name, folder or hub repository of a diffusers pipeline.
+        adapter: Embedded name, file, folder or loaded adapter. Several names, files or folders make a bank of adapters with
             separate strengths. None builds an engine of the frozen backbone without slider inputs.
-        out: folder to create. It is written atomically.
-        settings: backend, lowering, dtype and limits.
-        overwrite: replace an existing folder.
-        progress: show a progress bar on standard error.
+        out: Folder to create. It is written atomically.
+        settings: Backend, lowering, dtype and limits.
+        overwrite: Replace an existing folder.
+        progress: Show a progress bar on standard error.
 
     Returns:
         The manifest of the engine.
 
     Raises:
-        SliderEditError: the base, the adapter, the output folder or an option cannot be used.
+        SliderEditError: The base, the adapter, the output folder or an option cannot be used.
     """
     backend = get_backend(settings.backend)
     if settings.options is not None and not isinstance(settings.options, backend.build_options or ()):
@@ -160,8 +160,8 @@ def describe_adapter(adapter: Adapter, dropped: Sequence[str] = ()) -> dict[str,
     """Return the manifest's section on an adapter.
 
     Args:
-        adapter: adapter of the engine.
-        dropped: modules of its file that the engine leaves out.
+        adapter: Adapter of the engine.
+        dropped: Modules of its file that the engine leaves out.
     """
     members = {name: m | {"source": from_anywhere(m["source"])} for name, m in describe_members(adapter).items()}
     sources = dict.fromkeys(m["source"] for m in members.values()) or [from_anywhere(adapter.source)]

@@ -40,17 +40,17 @@ def export_triton(
     batch axis for its position ids, so its configuration has `max_batch_size` 0, and clients send whole batches.
 
     Args:
-        engine: folder written by `slideredit-rt build` for ONNX Runtime or TensorRT.
-        out: model repository; other models in it are kept.
-        name: name of the model.
-        max_queue_delay_us: longest time that Triton may delay a request to batch it with others, in microseconds.
-        overwrite: replace a model of the same name.
+        engine: Folder written by `slideredit-rt build` for ONNX Runtime or TensorRT.
+        out: Model repository; other models in it are kept.
+        name: Name of the model.
+        max_queue_delay_us: Longest time that Triton may delay a request to batch it with others, in microseconds.
+        overwrite: Replace a model of the same name.
 
     Returns:
         `model` (its folder), `platform`, `max_batch_size` and `files`.
 
     Raises:
-        SliderEditError: the folder is not an engine, Triton cannot run its backend, the name or the delay is invalid, or the
+        SliderEditError: The folder is not an engine, Triton cannot run its backend, the name or the delay is invalid, or the
             graph's position inputs cannot be given a batch axis.
     """
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
@@ -97,12 +97,12 @@ def give_batch_axis(model: onnx_ir.Model, names: list[str]) -> None:
     """Add a batch axis to graph inputs that have none, in place.
 
     Args:
-        model: model in which values that only depend on these inputs are used by element-wise operators alone, as rotary
+        model: Model in which values that only depend on these inputs are used by element-wise operators alone, as rotary
             tables are.
-        names: inputs that become `[batch, …]`.
+        names: Inputs that become `[batch, …]`.
 
     Raises:
-        SliderEditError: a value that only depends on these inputs is used in another way.
+        SliderEditError: A value that only depends on these inputs is used in another way.
     """
     if not names:
         return

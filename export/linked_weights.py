@@ -62,10 +62,10 @@ class WeightOptions:
     """Options for linking a checkpoint's weights into a folder.
 
     Attributes:
-        dtype: dtype of the weights. Weights in another dtype are converted into a file of their own. None keeps the
+        dtype: Dtype of the weights. Weights in another dtype are converted into a file of their own. None keeps the
             checkpoint's dtype.
-        symbolic_links: use a symbolic link if a hard link is not possible, instead of copying.
-        copy: copy instead of linking.
+        symbolic_links: Use a symbolic link if a hard link is not possible, instead of copying.
+        copy: Copy instead of linking.
     """
 
     dtype: torch.dtype | None = None
@@ -78,15 +78,15 @@ class LinkedExport:
     """Result of `export_linked` or `export_weights`.
 
     Attributes:
-        config: configuration of the transformer.
-        dtype: dtype of weights and computation, as torch names it.
-        inputs: names, dtypes and shapes of the inputs; floating-point inputs are float32 for any `dtype`.
-        outputs: names, dtypes and shapes of the outputs, float32.
-        files: names of the written files, `model.onnx` or the configuration first.
-        links: kind of link for each linked checkpoint file, by name; empty if every weight was converted or copied.
-        bytes_written: total size of `files`, in bytes.
-        updates: number of adapted linears by their final lowering.
-        notes: one sentence for each linear that could not get the requested lowering.
+        config: Configuration of the transformer.
+        dtype: Dtype of weights and computation, as torch names it.
+        inputs: Names, dtypes and shapes of the inputs; floating-point inputs are float32 for any `dtype`.
+        outputs: Names, dtypes and shapes of the outputs, float32.
+        files: Names of the written files, `model.onnx` or the configuration first.
+        links: Kind of link for each linked checkpoint file, by name; empty if every weight was converted or copied.
+        bytes_written: Total size of `files`, in bytes.
+        updates: Number of adapted linears by their final lowering.
+        notes: One sentence for each linear that could not get the requested lowering.
     """
 
     config: dict[str, Any]
@@ -143,17 +143,17 @@ def export_linked(
     its boundary. Batch, text rows, image rows and sliders are dynamic axes.
 
     Args:
-        family: family of the checkpoint.
-        checkpoint: folder of a diffusers pipeline whose `transformer` is stored as safetensors, in one file or in shards.
-        adapter: adapter fitted to the checkpoint; None exports the frozen backbone without slider inputs.
-        folder: existing, empty folder; links are hard if it is on the checkpoint's file system.
-        options: dtype, links or copies.
-        lowering: form of the masked updates (see `lowering.lower`). For plugins, ranks are padded with zeros to a multiple
+        family: Family of the checkpoint.
+        checkpoint: Folder of a diffusers pipeline whose `transformer` is stored as safetensors, in one file or in shards.
+        adapter: Adapter fitted to the checkpoint; None exports the frozen backbone without slider inputs.
+        folder: Existing, empty folder; links are hard if it is on the checkpoint's file system.
+        options: Dtype, links or copies.
+        lowering: Form of the masked updates (see `lowering.lower`). For plugins, ranks are padded with zeros to a multiple
             of 16.
-        target: compute capability that plugins are compiled for.
+        target: Compute capability that plugins are compiled for.
 
     Raises:
-        SliderEditError: the checkpoint is incomplete, damaged, not safetensors or of mixed dtypes; the family cannot compute in
+        SliderEditError: The checkpoint is incomplete, damaged, not safetensors or of mixed dtypes; the family cannot compute in
             the dtype; the adapter does not fit; the weights can be neither linked nor copied into the folder.
     """
     if adapter is not None and lowering == "plugin":
@@ -179,14 +179,14 @@ def export_weights(
     """Export like `export_linked`, but with the transformer's `config.json` instead of a graph: for engines that run modules.
 
     Args:
-        family: family of the checkpoint.
-        checkpoint: folder of a diffusers pipeline whose `transformer` is stored as safetensors.
-        adapter: adapter fitted to the checkpoint; None exports the frozen backbone.
-        folder: existing, empty folder.
-        options: dtype, links or copies.
+        family: Family of the checkpoint.
+        checkpoint: Folder of a diffusers pipeline whose `transformer` is stored as safetensors.
+        adapter: Adapter fitted to the checkpoint; None exports the frozen backbone.
+        folder: Existing, empty folder.
+        options: Dtype, links or copies.
 
     Raises:
-        SliderEditError: see `export_linked`.
+        SliderEditError: See `export_linked`.
     """
     weights = _link_weights(family, checkpoint, adapter, folder, options)
     with atomic_file(folder / CONFIG_FILE) as temporary:
@@ -264,12 +264,12 @@ def replace_adapter(folder: Path, adapter: Adapter) -> None:
     that have the old file open keep the old adapter.
 
     Args:
-        folder: folder written by `export_linked` with an adapter.
-        adapter: adapter of the same modules and kind and, for a bank, the same number of members. It is converted to the
+        folder: Folder written by `export_linked` with an adapter.
+        adapter: Adapter of the same modules and kind and, for a bank, the same number of members. It is converted to the
             export's dtype; lower ranks are padded with zeros.
 
     Raises:
-        SliderEditError: the folder is not such an export, or the adapter has other modules, another kind, another number of
+        SliderEditError: The folder is not such an export, or the adapter has other modules, another kind, another number of
             members or a higher rank.
     """
     path = folder / ADAPTER_FILE
@@ -370,16 +370,16 @@ def link_or_copy(source: Path, target: Path, symbolic: bool = False, *, copy: bo
     """Link `target` to `source`, or copy it on request or if linking is not possible.
 
     Args:
-        source: existing file.
-        target: path of the link or copy.
-        symbolic: use a symbolic link if a hard link is not possible.
-        copy: copy instead of linking.
+        source: Existing file.
+        target: Path of the link or copy.
+        symbolic: Use a symbolic link if a hard link is not possible.
+        copy: Copy instead of linking.
 
     Returns:
         The kind of link; None for a copy.
 
     Raises:
-        SliderEditError: the target exists, or can be neither linked nor copied.
+        SliderEditError: The target exists, or can be neither linked nor copied.
     """
     # Files in the hub's cache are themselves symbolic links.
     source = source.resolve()

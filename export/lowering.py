@@ -50,12 +50,12 @@ def choose(asked: str, kind: Kind | None, backend: Backend, *, bank: bool = Fals
 
     Args:
         asked: `auto` or one of `LOWERINGS`.
-        kind: kind of the adapter; None for a frozen backbone.
-        backend: backend that will execute the engine.
-        bank: true for a bank of adapters.
+        kind: Kind of the adapter; None for a frozen backbone.
+        backend: Backend that will execute the engine.
+        bank: True for a bank of adapters.
 
     Raises:
-        SliderEditError: there is no such lowering, the backend does not support it, or it is a plugin for a bank.
+        SliderEditError: There is no such lowering, the backend does not support it, or it is a plugin for a bank.
     """
     if asked == "auto":
         return backend.default_lowering(kind)
@@ -79,15 +79,15 @@ def lower(model: ir.Model, lowering: Lowering, target: str | None = None) -> tup
     """Replace the slider nodes of a traced graph, in place.
 
     Args:
-        model: result of `onnx_graph.trace`.
-        lowering: lowering for all nodes.
-        target: compute capability that plugins are compiled for, such as `sm90`.
+        model: Result of `onnx_graph.trace`.
+        lowering: Lowering for all nodes.
+        target: Compute capability that plugins are compiled for, such as `sm90`.
 
     Returns:
         Number of nodes by their final lowering, and one sentence for each node that could not be a plugin.
 
     Raises:
-        ValueError: the lowering is `operator`, or `plugin` without a target.
+        ValueError: The lowering is `operator`, or `plugin` without a target.
     """
     nodes = [node for node in model.graph if node.domain == DOMAIN and node.op_type == LINEAR]
     reasons = {}
@@ -178,11 +178,11 @@ def _column_scale(graph: ir.Graph, build: _Builder, row_scale: ir.Value, ranks: 
     """Return the scales of concatenated low-rank products: `[B, S, 1]`, or for a bank one column per column of the products.
 
     Args:
-        graph: graph for new initializers.
-        build: collector for new nodes.
+        graph: Graph for new initializers.
+        build: Collector for new nodes.
         row_scale: float32 `[B, S]`, for a bank `[B, S, G]`.
-        ranks: ranks of the products.
-        filling: number of padding columns, whose scale does not matter.
+        ranks: Ranks of the products.
+        filling: Number of padding columns, whose scale does not matter.
     """
     assert row_scale.shape is not None
     if len(row_scale.shape) == 2:

@@ -55,13 +55,13 @@ def example_inputs(
     Each row belongs to at most one slider. For a bank, whose members may share rows, it belongs to any number of sliders.
 
     Args:
-        backbone: backbone with or without an adapter.
-        config: configuration of the transformer.
+        backbone: Backbone with or without an adapter.
+        config: Configuration of the transformer.
         batch: B.
-        text_rows: number of text rows.
-        image_rows: number of image rows.
+        text_rows: Number of text rows.
+        image_rows: Number of image rows.
         sliders: K.
-        seed: seed of the random numbers.
+        seed: Seed of the random numbers.
     """
     generator = torch.Generator().manual_seed(seed)
     inputs = backbone.family.random_inputs(config, batch, text_rows, image_rows, generator)
@@ -82,8 +82,8 @@ def trace(backbone: SliderBackbone, config: Any) -> torch.onnx.ONNXProgram:
     """Trace the backbone to an ONNX program with dynamic batch, text rows, image rows and sliders.
 
     Args:
-        backbone: backbone with or without an adapter, with real weights or on the `meta` device.
-        config: configuration of the transformer.
+        backbone: Backbone with or without an adapter, with real weights or on the `meta` device.
+        config: Configuration of the transformer.
 
     Returns:
         The traced program. Constants are not folded, because that needs the weights' values, and its slider nodes are not

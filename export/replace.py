@@ -20,15 +20,15 @@ def replace_engine_adapter(folder: Path, source: AdapterSource) -> Manifest:
     the new adapter does not match the old manifest; `read_manifest` then refuses the engine, and another call repairs it.
 
     Args:
-        folder: folder written by `slideredit-rt build` for a backend that keeps the adapter in a separate file.
-        source: embedded name, file or folder of an adapter of the same kind and modules, and the same or a lower rank; for a
+        folder: Folder written by `slideredit-rt build` for a backend that keeps the adapter in a separate file.
+        source: Embedded name, file or folder of an adapter of the same kind and modules, and the same or a lower rank; for a
             bank, as many of these as it has members, or a bank's file.
 
     Returns:
         The new manifest.
 
     Raises:
-        SliderEditError: the folder is not an engine or has no separate adapter file, or the adapter does not fit.
+        SliderEditError: The folder is not an engine or has no separate adapter file, or the adapter does not fit.
     """
     manifest = read_manifest(folder, unchecked=ADAPTER_FILE)
     if manifest.adapter is None:

@@ -44,10 +44,10 @@ class Launch:
     """Launch parameters of a kernel; sizes are integers or symbolic expressions.
 
     Attributes:
-        grid: number of programs along x and y.
-        threads: number of threads per block, along x.
-        shared_bytes: dynamic shared memory per block, in bytes.
-        scalars: int32 arguments between input and output pointers, in order: rows, K, N, rank.
+        grid: Number of programs along x and y.
+        threads: Number of threads per block, along x.
+        shared_bytes: Dynamic shared memory per block, in bytes.
+        scalars: Int32 arguments between input and output pointers, in order: rows, K, N, rank.
     """
 
     grid: tuple[Any, Any]
@@ -68,10 +68,10 @@ def tactics(k: int, rank: int, dtype: str, target: str) -> list[Configuration]:
     The latter needs less than 48 KiB of shared memory, the most that a block has unless its launcher requests more.
 
     Args:
-        k: number of inner columns. Kernels load whole blocks, so only configurations whose block divides `k` are returned.
-        rank: rank in the graph.
+        k: Number of inner columns. Kernels load whole blocks, so only configurations whose block divides `k` are returned.
+        rank: Rank in the graph.
         dtype: `bfloat16` or `float16`.
-        target: compute capability, such as `sm90`.
+        target: Compute capability, such as `sm90`.
     """
     capability = int(target[2:])
     found = [
@@ -85,11 +85,11 @@ def why_not(k: int, n: int, rank: int, dtype: str, target: str) -> str | None:
     """Return the reason why the plugin has no kernel for a projection, or None if it has one.
 
     Args:
-        k: number of inner columns.
-        n: number of output columns.
-        rank: rank in the graph (see `graph_rank`).
-        dtype: dtype of all tensors except row_scale, such as `bfloat16`.
-        target: compute capability, such as `sm90`.
+        k: Number of inner columns.
+        n: Number of output columns.
+        rank: Rank in the graph (see `graph_rank`).
+        dtype: Dtype of all tensors except row_scale, such as `bfloat16`.
+        target: Compute capability, such as `sm90`.
     """
     if target not in aot.TARGETS:
         return f"no kernel is compiled for {target}, only for {', '.join(aot.TARGETS)}"
@@ -118,16 +118,16 @@ def job_of(tactic: int, k: int, n: int, rank: int, dtype: str, target: str, ptx_
     """Return the compile job of a tactic.
 
     Args:
-        tactic: number of the tactic, from 1.
-        k: number of inner columns.
-        n: number of output columns.
-        rank: rank in the graph.
+        tactic: Number of the tactic, from 1.
+        k: Number of inner columns.
+        n: Number of output columns.
+        rank: Rank in the graph.
         dtype: `bfloat16` or `float16`.
-        target: compute capability, such as `sm90`.
-        ptx_isa: version of the PTX instruction set.
+        target: Compute capability, such as `sm90`.
+        ptx_isa: Version of the PTX instruction set.
 
     Raises:
-        SliderEditError: the plugin has no kernel for the projection (see `why_not`), or there is no such tactic.
+        SliderEditError: The plugin has no kernel for the projection (see `why_not`), or there is no such tactic.
     """
     choices = _fitting_tactics(k, n, rank, dtype, target)
     if not 1 <= tactic <= len(choices):
@@ -142,12 +142,12 @@ def launch(job: aot.Job, description: dict[str, Any], rows: Any, k: Any, n: Any,
     """Return the launch parameters of a compiled kernel, for integer or symbolic sizes.
 
     Args:
-        job: compile job of the kernel.
-        description: description from `aot.compile_job`.
-        rows: number of rows, B · S.
-        k: number of inner columns.
-        n: number of output columns.
-        rank: rank in the graph.
+        job: Compile job of the kernel.
+        description: Description from `aot.compile_job`.
+        rows: Number of rows, B · S.
+        k: Number of inner columns.
+        n: Number of output columns.
+        rank: Rank in the graph.
     """
     sizes = {"rows": rows, "K": k, "N": n, "rank": rank}
     return Launch(
@@ -169,7 +169,7 @@ def this_card() -> str:
     """Return the compute capability of the current CUDA device, such as `sm90`.
 
     Raises:
-        SliderEditError: there is no CUDA device.
+        SliderEditError: There is no CUDA device.
     """
     if not torch.cuda.is_available():
         raise SliderEditError(
@@ -183,9 +183,9 @@ def register(tensorrt_module: Any = None, target: str | None = None, ptx_isa: st
     """Register `slideredit::MaskedLoRALinear` with TensorRT in this process. Idempotent for the same target.
 
     Args:
-        tensorrt_module: the module `tensorrt`; None imports it.
-        target: compute capability that engines are built for, such as `sm90`; None takes the current device's.
-        ptx_isa: version of the PTX instruction set; drivers support versions up to their own.
+        tensorrt_module: The module `tensorrt`; None imports it.
+        target: Compute capability that engines are built for, such as `sm90`; None takes the current device's.
+        ptx_isa: Version of the PTX instruction set; drivers support versions up to their own.
 
     Returns:
         The plugin's definition. Call it with input tensors to get the argument of `INetworkDefinition.add_plugin(…, aot=True)`.

@@ -90,7 +90,7 @@ def read_header(path: Path) -> tuple[dict[str, Stored], bytes]:
         The tensors by name, in the order of their data, and the raw header including its 8-byte length prefix.
 
     Raises:
-        SliderEditError: the file is missing or damaged.
+        SliderEditError: The file is missing or damaged.
     """
     try:
         size = path.stat().st_size
@@ -125,11 +125,11 @@ def weight_files(source: Path, library: str) -> list[Path]:
     Neither reads a variant (`….fp16.safetensors`) unless asked to.
 
     Args:
-        source: folder of the model.
+        source: Folder of the model.
         library: `diffusers` or `transformers`.
 
     Raises:
-        SliderEditError: the index of shards is damaged.
+        SliderEditError: The index of shards is damaged.
     """
     single = source / _WEIGHTS[library]
     index = source / f"{single.name}.index.json"
@@ -149,11 +149,11 @@ def read_weights(source: Path, library: str = "diffusers") -> dict[str, Stored]:
     """Return every tensor that a library would load from a model's folder, by name. Only headers are read.
 
     Args:
-        source: folder of the model.
+        source: Folder of the model.
         library: `diffusers` or `transformers`.
 
     Raises:
-        SliderEditError: the folder has no weights stored as safetensors, or a file is damaged.
+        SliderEditError: The folder has no weights stored as safetensors, or a file is damaged.
     """
     files = weight_files(source, library)
     if not files:
@@ -189,12 +189,12 @@ def check_complete(state: Mapping[str, Tensor], stored: Mapping[str, Stored], so
     """Check that a model's files hold every tensor of its state dict in the right shape.
 
     Args:
-        state: tensors that the model needs, by name.
-        stored: tensors in its files, by name.
-        source: folder of the model, for messages.
+        state: Tensors that the model needs, by name.
+        stored: Tensors in its files, by name.
+        source: Folder of the model, for messages.
 
     Raises:
-        SliderEditError: a tensor is missing or has another shape.
+        SliderEditError: A tensor is missing or has another shape.
     """
     for name, tensor in state.items():
         if name not in stored:
@@ -218,7 +218,7 @@ def meta_transformer(source: Path) -> Any:
     """Build the transformer that the `config.json` in `source` describes, on the `meta` device (without weights).
 
     Raises:
-        SliderEditError: the configuration is missing, or does not describe a diffusers model.
+        SliderEditError: The configuration is missing, or does not describe a diffusers model.
     """
     path = source / CONFIG_FILE
     try:
@@ -241,7 +241,7 @@ def read_index(base: Path) -> dict[str, Any]:
         The pipeline's `_class_name` and, by name, each component's library and class.
 
     Raises:
-        SliderEditError: the folder does not exist or is not a checkpoint.
+        SliderEditError: The folder does not exist or is not a checkpoint.
     """
     index = base / INDEX_FILE
     try:
@@ -264,7 +264,7 @@ def components(base: Path) -> dict[str, tuple[str, str]]:
     """Return the library and class of each component in a checkpoint's `model_index.json`, by name.
 
     Raises:
-        SliderEditError: an entry does not name a class of diffusers or transformers, or its name is not a plain folder name.
+        SliderEditError: An entry does not name a class of diffusers or transformers, or its name is not a plain folder name.
     """
     found = {}
     for name, entry in read_index(base).items():
@@ -286,15 +286,15 @@ def check_pipeline(base: Path, *, skip: Collection[str] = (), classes: Mapping[s
     know some English words.
 
     Args:
-        base: folder of a diffusers pipeline.
-        skip: components that are not needed.
-        classes: replacements for classes in `model_index.json`, by component.
+        base: Folder of a diffusers pipeline.
+        skip: Components that are not needed.
+        classes: Replacements for classes in `model_index.json`, by component.
 
     Returns:
         The loaded components that are not models (schedulers, tokenizers, processors), by name.
 
     Raises:
-        SliderEditError: a component is missing, damaged, quantised or not stored as safetensors.
+        SliderEditError: A component is missing, damaged, quantised or not stored as safetensors.
     """
     pipeline_class = getattr(diffusers, read_index(base)["_class_name"])
     parameters = list(inspect.signature(pipeline_class.__init__).parameters.values())[1:]
@@ -347,8 +347,8 @@ def load_components(folder: Path, load: Callable[[], Any]) -> Any:
     """Load a pipeline or a component with a library, and turn any exception into a `SliderEditError`.
 
     Args:
-        folder: folder of the pipeline or component, for messages.
-        load: function that loads it.
+        folder: Folder of the pipeline or component, for messages.
+        load: Function that loads it.
     """
     try:
         return load()
@@ -411,7 +411,7 @@ def component_files(folder: Path, library: str) -> list[Path]:
     Hidden files, notes, other formats of the weights and variants are left out, so they may change freely.
 
     Args:
-        folder: folder of the component.
+        folder: Folder of the component.
         library: `diffusers` or `transformers`.
 
     Returns:
@@ -436,15 +436,15 @@ def fingerprint_base(base: Path, *, skip: Collection[str] = (), digest: Callable
     The classes of the pipeline and its components are hashed as one more entry, named `model_index.json`.
 
     Args:
-        base: folder of a diffusers pipeline.
-        skip: components to leave out.
-        digest: function that returns a file's SHA-256.
+        base: Folder of a diffusers pipeline.
+        skip: Components to leave out.
+        digest: Function that returns a file's SHA-256.
 
     Returns:
         The digests in hexadecimal, by component.
 
     Raises:
-        SliderEditError: the folder is not a checkpoint, or a file cannot be read.
+        SliderEditError: The folder is not a checkpoint, or a file cannot be read.
     """
     index = {name: value for name, value in read_index(base).items() if name == "_class_name" or not name.startswith("_")}
     found = {INDEX_FILE: hashlib.sha256(json.dumps(index, sort_keys=True).encode()).hexdigest()}

@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Args:
-        argv: arguments without the program's name; None takes those of the process.
+        argv: Arguments without the program's name; None takes those of the process.
 
     Returns:
         The exit code: 0 on success, 1 when a check failed, 2 for bad input, 130 when interrupted.

@@ -72,10 +72,10 @@ class SliderEditFluxKontextPipeline(FluxKontextPipeline):
         """Load a GST adapter in place of the current adapter.
 
         Args:
-            ckpt: folder with `pytorch_lora_weights.safetensors`, or anything that `slideredit_rt.adapters.load_adapter` reads.
+            ckpt: Folder with `pytorch_lora_weights.safetensors`, or anything that `slideredit_rt.adapters.load_adapter` reads.
 
         Raises:
-            SliderEditError: the adapter does not exist, is an ST adapter, or does not fit this transformer.
+            SliderEditError: The adapter does not exist, is an ST adapter, or does not fit this transformer.
         """
         self._load(ckpt, "gst", None)
 
@@ -83,12 +83,12 @@ class SliderEditFluxKontextPipeline(FluxKontextPipeline):
         """Load an ST adapter in place of the current adapter.
 
         Args:
-            ckpt: the authors' `torch.save`d dictionary, or anything that `slideredit_rt.adapters.load_adapter` reads.
-            lora_rank: expected rank; None accepts any.
-            lora_dropout: accepted for compatibility; has no effect.
+            ckpt: The authors' `torch.save`d dictionary, or anything that `slideredit_rt.adapters.load_adapter` reads.
+            lora_rank: Expected rank; None accepts any.
+            lora_dropout: Accepted for compatibility; has no effect.
 
         Raises:
-            SliderEditError: the adapter does not exist, is a GST adapter, has another rank, or does not fit this transformer.
+            SliderEditError: The adapter does not exist, is a GST adapter, has another rank, or does not fit this transformer.
         """
         if not 0 <= lora_dropout <= 1:
             raise SliderEditError(f"lora_dropout is {lora_dropout}; expected a probability, such as 0")
@@ -153,22 +153,22 @@ class SliderEditFluxKontextPipeline(FluxKontextPipeline):
         """Edit images. Without an adapter this is `FluxKontextPipeline.__call__`.
 
         Args:
-            image: anything that diffusers takes, a path, a PIL image of any mode (see `slideredit_rt.images.as_rgb`), or a
+            image: Anything that diffusers takes, a path, a PIL image of any mode (see `slideredit_rt.images.as_rgb`), or a
                 list of these.
-            prompt: prompt or list of prompts, see `FluxKontextPipeline.__call__`.
-            prompt_2: prompt of the T5 encoder, see `FluxKontextPipeline.__call__`.
-            slider_alpha: alpha of the whole prompt, or one per prompt of a list; GST adapters only.
-            subprompts_list: instructions exactly as they occur in the prompt, or one such list per prompt; ST adapters only.
-            slider_alpha_list: one alpha per sub-prompt, or one such list per prompt; ST adapters only.
-            num_images_per_prompt: images per prompt, see `FluxKontextPipeline.__call__`.
-            max_sequence_length: text rows of the T5 encoder, see `FluxKontextPipeline.__call__`.
-            **kwargs: all other arguments of `FluxKontextPipeline.__call__`.
+            prompt: Prompt or list of prompts, see `FluxKontextPipeline.__call__`.
+            prompt_2: Prompt of the T5 encoder, see `FluxKontextPipeline.__call__`.
+            slider_alpha: Alpha of the whole prompt, or one per prompt of a list; GST adapters only.
+            subprompts_list: Instructions exactly as they occur in the prompt, or one such list per prompt; ST adapters only.
+            slider_alpha_list: One alpha per sub-prompt, or one such list per prompt; ST adapters only.
+            num_images_per_prompt: Images per prompt, see `FluxKontextPipeline.__call__`.
+            max_sequence_length: Text rows of the T5 encoder, see `FluxKontextPipeline.__call__`.
+            **kwargs: All other arguments of `FluxKontextPipeline.__call__`.
 
         Returns:
             `FluxPipelineOutput`, or a tuple with `return_dict=False`.
 
         Raises:
-            SliderEditError: the arguments do not match the loaded adapter, a sub-prompt is not in its prompt, lists differ in
+            SliderEditError: The arguments do not match the loaded adapter, a sub-prompt is not in its prompt, lists differ in
                 length, an alpha is not finite, or an image contains NaN or infinity.
         """
         with self._lock:

@@ -82,8 +82,8 @@ def run_demo(out: Path, *, progress: bool = True) -> dict[str, Any]:
     """Build both engines, sweep their sliders, and write `strip.png`, `grid.png` and `report.json` into `out`.
 
     Args:
-        out: output folder; created if missing. Files of an earlier demo are replaced.
-        progress: show progress bars on standard error.
+        out: Output folder; created if missing. Files of an earlier demo are replaced.
+        progress: Show progress bars on standard error.
 
     Returns:
         The contents of `report.json`.

@@ -16,15 +16,14 @@ from tqdm import tqdm
 
 from slideredit_rt.adapters import AdapterSource, load_adapters
 from slideredit_rt.assets import resolve_base
-from slideredit_rt.engines import RuntimeOptions, open_engine
+from slideredit_rt.engines import open_engine
 from slideredit_rt.engines.eager import EagerEngine
 from slideredit_rt.engines.manifest import check_base
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.families import Backbone, Conditioning, EncodedImages, Family, family_of, get_family
 from slideredit_rt.images import ImageSource, read_images
 from slideredit_rt.modules import SliderBackbone
-from slideredit_rt.placement import Placement
-from slideredit_rt.settings import EditOptions, EditSettings, merge
+from slideredit_rt.settings import EditOptions, EditSettings, RunSettings, merge
 from slideredit_rt.sliders import Controls, Slider, compose_prompt
 from slideredit_rt.spans import PromptToken, normalise, row_mask
 from slideredit_rt.strength import StrengthCurve, check_strength
@@ -50,13 +49,13 @@ class Prepared:
     """An encoded image and prompt with the rows of each slider, for any strengths.
 
     Attributes:
-        prompt: text that was encoded.
-        instructions: instruction of each of the K sliders.
-        spans: text rows of each slider.
-        token_mask: rows that each slider scales, bool `[K, S]`.
-        conditioning: encoded edit.
-        members: name of the bank's adapter that each slider scales; empty without a bank.
-        settings: requested settings, including steps.
+        prompt: Text that was encoded.
+        instructions: Instruction of each of the K sliders.
+        spans: Text rows of each slider.
+        token_mask: Rows that each slider scales, bool `[K, S]`.
+        conditioning: Encoded edit.
+        members: Name of the bank's adapter that each slider scales; empty without a bank.
+        settings: Requested settings, including steps.
     """
 
     prompt: str
@@ -107,13 +106,13 @@ class SliderEditor:
     the other.
 
     Attributes:
-        family: base-model family.
+        family: Base-model family.
         pipeline: diffusers pipeline that encodes and decodes.
-        engine: engine that runs the backbone; it never changes during the life of the editor.
-        config: configuration of the transformer.
-        controls: kind of the sliders, their strength curves and the members of a bank.
-        max_batch: largest batch of the engine.
-        max_sliders: largest number of sliders of the engine.
+        engine: Engine that runs the backbone; it never changes during the life of the editor.
+        config: Configuration of the transformer.
+        controls: Kind of the sliders, their strength curves and the members of a bank.
+        max_batch: Largest batch of the engine.
+        max_sliders: Largest number of sliders of the engine.
     """
 
     def __init__(
@@ -163,27 +162,22 @@ class SliderEditor:
         cls,
         path: str | Path,
         base: str | Path | None = None,
-        *,
-        threads: int | None = None,
-        options: RuntimeOptions | None = None,
-        placement: Placement | None = None,
+        run: RunSettings | None = None,
     ) -> SliderEditor:
         """Open an engine folder.
 
         Args:
-            path: folder written by `slideredit-rt build`.
-            base: folder, hub repository or embedded name of the base, which holds the encoders and the decoder; None takes the
+            path: Folder written by `slideredit-rt build`.
+            base: Folder, hub repository or embedded name of the base, which holds the encoders and the decoder; None takes the
                 source recorded in the manifest.
-            threads: CPU threads of the backend; None lets the backend choose.
-            options: run options of the backend; None uses its defaults.
-            placement: device, and dtype of encoders and autoencoder; None uses the defaults.
+            run: Device, threads and options of the engine, dtype of encoders and autoencoder; None uses the defaults.
 
         Raises:
-            SliderEditError: the engine is damaged or cannot run here, or it was built from another base.
+            SliderEditError: The engine is damaged or cannot run here, or it was built from another base.
         """
-        placement = placement or Placement()
-        manifest, engine = open_engine(Path(path), threads=threads, options=options, placement=placement)
-        placement.check_offload(engine.device)
+        run = run or RunSettings()
+        manifest, engine = open_engine(Path(path), run)
+        run.check_offload(engine.device)
         if manifest.kind is None:
             raise SliderEditError(
                 f"engine {str(path)!r} was built without an adapter and has no sliders; rebuild it with --adapter"
@@ -197,8 +191,8 @@ class SliderEditor:
             )
         check_base(manifest, Path(path), folder, skip=("transformer",))
         with _LOADING:
-            pipeline = family.load_pipeline(folder, transformer=False, dtype=placement.choose_dtype(engine.device))
-            family.place(pipeline, engine.device, offload=placement.offload)
+            pipeline = family.load_pipeline(folder, transformer=False, dtype=run.choose_dtype(engine.device))
+            family.place(pipeline, engine.device, offload=run.offload)
         controls = Controls(manifest.kind, manifest.curve, manifest.members)
         limits = {"max_batch": manifest.max_batch, "max_sliders": manifest.max_sliders}
         return cls(family, pipeline, engine, manifest.config, controls, **limits)
@@ -217,17 +211,17 @@ class SliderEditor:
         """Load a checkpoint and an adapter for eager torch, which is slower than an engine and serves as its reference.
 
         Args:
-            base: embedded name, folder or hub repository of a diffusers pipeline.
-            adapter: embedded name, file, folder or loaded adapter; several make a bank.
-            max_batch: largest batch.
-            max_sliders: largest number of sliders.
-            dtype: dtype of all weights and arithmetic.
+            base: Embedded name, folder or hub repository of a diffusers pipeline.
+            adapter: Embedded name, file, folder or loaded adapter; several make a bank.
+            max_batch: Largest batch.
+            max_sliders: Largest number of sliders.
+            dtype: Dtype of all weights and arithmetic.
             device: `cpu`, `cuda` or `cuda:N`.
 
         Raises:
-            SliderEditError: the base or the adapter cannot be loaded, or they do not fit.
+            SliderEditError: The base or the adapter cannot be loaded, or they do not fit.
         """
-        place = Placement(device).choose_device()
+        place = RunSettings(device).choose_device()
         folder = resolve_base(base)
         family = family_of(folder)
         with _LOADING:
@@ -253,16 +247,16 @@ class SliderEditor:
         """Encode an image and a prompt and find the rows of each slider.
 
         Args:
-            image: image to edit, in memory or as a path, of any mode (see `slideredit_rt.images.as_rgb`); several for a base
+            image: Image to edit, in memory or as a path, of any mode (see `slideredit_rt.images.as_rgb`); several for a base
                 that takes them.
-            sliders: instructions, or sliders, whose strengths are not used here.
-            settings: settings of the edit; None takes the defaults.
-            remember: cache for encodings. Keys of `images` depend on the images, those of `tokens` and `text` on the prompt,
+            sliders: Instructions, or sliders, whose strengths are not used here.
+            settings: Settings of the edit; None takes the defaults.
+            remember: Cache for encodings. Keys of `images` depend on the images, those of `tokens` and `text` on the prompt,
                 and also on the images if the text encoder reads them. None encodes everything.
-            **given: fields that replace those of `settings`, such as `prompt` or `seed`.
+            **given: Fields that replace those of `settings`, such as `prompt` or `seed`.
 
         Raises:
-            SliderEditError: an image cannot be read, a setting is not valid for this base, there are too many sliders, or a
+            SliderEditError: An image cannot be read, a setting is not valid for this base, there are too many sliders, or a
                 slider's instruction is not in the prompt.
         """
         settings = merge(settings, given)
@@ -343,14 +337,14 @@ class SliderEditor:
         """Convert N settings of K strengths to the engine's alphas.
 
         Args:
-            prepared: result of `prepare`.
+            prepared: Result of `prepare`.
             strengths: N settings of K strengths each.
 
         Returns:
             Float32 `[N, K]`, for a bank `[N, K, G]`.
 
         Raises:
-            SliderEditError: there is no setting, a setting does not have K strengths, or a strength is not finite or its alpha
+            SliderEditError: There is no setting, a setting does not have K strengths, or a strength is not finite or its alpha
                 exceeds float32.
         """
         names = prepared.instructions
@@ -373,8 +367,8 @@ class SliderEditor:
         """Return the backbone inputs of one batch.
 
         Args:
-            prepared: result of `prepare`.
-            alpha: result of `alphas`, with N up to `max_batch`.
+            prepared: Result of `prepare`.
+            alpha: Result of `alphas`, with N up to `max_batch`.
         """
         token_mask = prepared.token_mask.expand(len(alpha), -1, -1)
         return self.family.batch_inputs(self.config, prepared.conditioning, alpha, token_mask)
@@ -390,10 +384,10 @@ class SliderEditor:
         """Denoise one image per slider setting, all from the same noise, in batches up to the engine's limit.
 
         Args:
-            prepared: result of `prepare`.
+            prepared: Result of `prepare`.
             strengths: N settings of K strengths each.
-            steps: denoising steps; None takes those of `prepared`.
-            progress: show a progress bar on standard error.
+            steps: Denoising steps; None takes those of `prepared`.
+            progress: Show a progress bar on standard error.
 
         Returns:
             N RGB images.
@@ -427,11 +421,11 @@ class SliderEditor:
         """Denoise like `render`, but without rounding to 8 bits.
 
         Args:
-            prepared: result of `prepare`.
+            prepared: Result of `prepare`.
             strengths: N settings of K strengths each.
-            steps: denoising steps; None takes those of `prepared`.
-            progress: show a progress bar on standard error.
-            first_step: first step in which the sliders act, see `denoise`.
+            steps: Denoising steps; None takes those of `prepared`.
+            progress: Show a progress bar on standard error.
+            first_step: First step in which the sliders act, see `denoise`.
 
         Returns:
             Float32 `[N, 3, H, W]` in [0, 1].
@@ -466,19 +460,19 @@ class SliderEditor:
         """Denoise one batch from the noise of `conditioning`.
 
         Args:
-            conditioning: encoded edit.
-            inputs: backbone inputs from the family's `batch_inputs`. Callers may change them, and every row may differ.
-            steps: denoising steps.
-            true_cfg_scale: scale of the guidance away from `conditioning.negative`, unused without one; a tensor `[B, 1, 1]`
+            conditioning: Encoded edit.
+            inputs: Backbone inputs from the family's `batch_inputs`. Callers may change them, and every row may differ.
+            steps: Denoising steps.
+            true_cfg_scale: Scale of the guidance away from `conditioning.negative`, unused without one; a tensor `[B, 1, 1]`
                 gives each row its own.
-            bar: progress bar that advances by one per step.
-            first_step: first step in which the sliders act; earlier steps run the frozen model.
+            bar: Progress bar that advances by one per step.
+            first_step: First step in which the sliders act; earlier steps run the frozen model.
 
         Returns:
             Float32 `[B, 3, H, W]` in [0, 1].
 
         Raises:
-            SliderEditError: an image contains NaN or infinity.
+            SliderEditError: An image contains NaN or infinity.
         """
         images = self._denoise(conditioning, inputs, steps, true_cfg_scale, bar, first_step).cpu()
         for row in broken_rows(images):
@@ -536,14 +530,14 @@ class SliderEditor:
         """Edit an image at the sliders' own strengths.
 
         Args:
-            image: image or images to edit, see `prepare`.
-            sliders: sliders with their strengths.
-            settings: settings of the edit; None takes the defaults.
-            progress: show a progress bar on standard error.
-            **given: fields that replace those of `settings`, such as `prompt` or `seed`.
+            image: Image or images to edit, see `prepare`.
+            sliders: Sliders with their strengths.
+            settings: Settings of the edit; None takes the defaults.
+            progress: Show a progress bar on standard error.
+            **given: Fields that replace those of `settings`, such as `prompt` or `seed`.
 
         Raises:
-            SliderEditError: see `prepare` and `render`.
+            SliderEditError: See `prepare` and `render`.
         """
         prepared = self.prepare(image, sliders, settings, **given)
         return self.render(prepared, [[s.strength for s in sliders]], progress=progress)[0]
@@ -562,19 +556,19 @@ class SliderEditor:
         """Move one slider through several strengths while the others keep their own.
 
         Args:
-            image: image or images to edit, see `prepare`.
-            sliders: sliders with their strengths.
-            index: index of the slider to move.
-            strengths: strengths of that slider.
-            settings: settings of the edit; None takes the defaults.
-            progress: show a progress bar on standard error.
-            **given: fields that replace those of `settings`, such as `prompt` or `seed`.
+            image: Image or images to edit, see `prepare`.
+            sliders: Sliders with their strengths.
+            index: Index of the slider to move.
+            strengths: Strengths of that slider.
+            settings: Settings of the edit; None takes the defaults.
+            progress: Show a progress bar on standard error.
+            **given: Fields that replace those of `settings`, such as `prompt` or `seed`.
 
         Returns:
             One image per strength.
 
         Raises:
-            SliderEditError: see `prepare` and `render`.
+            SliderEditError: See `prepare` and `render`.
         """
         prepared = self.prepare(image, sliders, settings, **given)
         moved = [[s.strength for s in with_strength(sliders, {index: value})] for value in strengths]
@@ -594,19 +588,19 @@ class SliderEditor:
         """Move two sliders through several strengths each while the others keep their own.
 
         Args:
-            image: image or images to edit, see `prepare`.
-            sliders: sliders with their strengths.
-            rows: index and strengths of the slider that moves from row to row.
-            columns: index and strengths of the slider that moves from column to column.
-            settings: settings of the edit; None takes the defaults.
-            progress: show a progress bar on standard error.
-            **given: fields that replace those of `settings`, such as `prompt` or `seed`.
+            image: Image or images to edit, see `prepare`.
+            sliders: Sliders with their strengths.
+            rows: Index and strengths of the slider that moves from row to row.
+            columns: Index and strengths of the slider that moves from column to column.
+            settings: Settings of the edit; None takes the defaults.
+            progress: Show a progress bar on standard error.
+            **given: Fields that replace those of `settings`, such as `prompt` or `seed`.
 
         Returns:
             A list of rows, each with one image per column.
 
         Raises:
-            SliderEditError: see `prepare` and `render`.
+            SliderEditError: See `prepare` and `render`.
         """
         prepared = self.prepare(image, sliders, settings, **given)
         moved = [

@@ -37,8 +37,8 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read the JSON object in a file.
 
     Raises:
-        OSError: the file cannot be read.
-        ValueError: the content is not JSON, not an object, nested too deeply, or has a number that is not finite.
+        OSError: The file cannot be read.
+        ValueError: The content is not JSON, not an object, nested too deeply, or has a number that is not finite.
     """
 
     def finite(text: str) -> float:
@@ -116,11 +116,11 @@ def atomic_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Yield a temporary folder beside `path`; rename it into place if the block succeeds, remove it if not.
 
     Args:
-        path: folder to write.
-        overwrite: replace a folder that exists.
+        path: Folder to write.
+        overwrite: Replace a folder that exists.
 
     Raises:
-        SliderEditError: the folder exists and `overwrite` is false, or it cannot be written.
+        SliderEditError: The folder exists and `overwrite` is false, or it cannot be written.
     """
     if path.exists() and not overwrite:
         raise SliderEditError(f"{str(path)!r} exists already; choose another name or pass --overwrite")
@@ -157,7 +157,7 @@ class Digests:
     another file system, linked or given other permissions.
 
     Args:
-        path: file that keeps the digests; the user's cache is used if it cannot be written. A file that cannot be read counts
+        path: File that keeps the digests; the user's cache is used if it cannot be written. A file that cannot be read counts
             as empty.
     """
 

@@ -56,14 +56,14 @@ def open_image(
     """Read an image file, or the first image of an animation, and convert it with `as_rgb`.
 
     Args:
-        source: path or open file.
-        name: name of the image in error messages; None uses its path.
-        max_pixels: largest accepted number of pixels, checked in the file's header before anything is decoded.
+        source: Path or open file.
+        name: Name of the image in error messages; None uses its path.
+        max_pixels: Largest accepted number of pixels, checked in the file's header before anything is decoded.
         formats: Pillow's names of accepted formats; None accepts all that it knows.
 
     Raises:
-        ImageTooLarge: the image has more than `max_pixels` pixels.
-        SliderEditError: the file does not exist, is damaged, or is not an image.
+        ImageTooLarge: The image has more than `max_pixels` pixels.
+        SliderEditError: The file does not exist, is damaged, or is not an image.
     """
     name = f"image {str(source)!r}" if name is None else name
     try:
@@ -96,7 +96,7 @@ def as_rgb(image: Image.Image) -> Image.Image:
     contains them: 0 to 65535 for 16 bits, 0 to 255 or 0 to 65535 for 32 bits, 0 to 1 or 0 to 255 for floats.
 
     Raises:
-        SliderEditError: the image has no pixels, values outside these ranges, or a mode or file that Pillow cannot read.
+        SliderEditError: The image has no pixels, values outside these ranges, or a mode or file that Pillow cannot read.
     """
     try:
         return _convert(image, "the image")
@@ -112,10 +112,10 @@ def read_images(source: ImageSource | Sequence[ImageSource]) -> list[Image.Image
     """Read the images of an edit and convert them with `as_rgb`.
 
     Args:
-        source: one image or several, each in memory or as a path.
+        source: One image or several, each in memory or as a path.
 
     Raises:
-        SliderEditError: an argument is neither an image nor a path, or an image cannot be read.
+        SliderEditError: An argument is neither an image nor a path, or an image cannot be read.
     """
     several = source if isinstance(source, Sequence) and not isinstance(source, (str, bytes)) else [source]
     return [_read(image) for image in several]
@@ -210,7 +210,7 @@ def image_format(path: Path) -> str:
     """Return Pillow's name of the format of a file name.
 
     Raises:
-        SliderEditError: the suffix is not known.
+        SliderEditError: The suffix is not known.
     """
     known = Image.registered_extensions()
     if path.suffix.lower() not in known:
@@ -239,11 +239,11 @@ def check_output(path: Path, size: tuple[int, int] = (64, 64)) -> None:
     """Check, before there is an image, that the format of a file name can hold an RGB image of a size.
 
     Args:
-        path: file to write.
-        size: width and height, in pixels.
+        path: File to write.
+        size: Width and height, in pixels.
 
     Raises:
-        SliderEditError: the format is unknown, Pillow does not write it, or it cannot hold the image.
+        SliderEditError: The format is unknown, Pillow does not write it, or it cannot hold the image.
     """
     if (reason := cannot_hold(image_format(path), size)) is not None:
         raise SliderEditError(
@@ -255,7 +255,7 @@ def save_image(image: Image.Image, path: Path) -> None:
     """Write an image atomically, in the format of the file name.
 
     Raises:
-        SliderEditError: the suffix is not known, or the file cannot be written.
+        SliderEditError: The suffix is not known, or the file cannot be written.
     """
     wanted = image_format(path)
     with atomic_file(path) as temporary:
@@ -266,11 +266,11 @@ def grid_size(size: tuple[int, int], columns: int, row_labels: Sequence[str], ti
     """Return the width and height of a grid from `draw_grid`, in pixels.
 
     Args:
-        size: width and height of the images.
-        columns: number of columns.
-        row_labels: label of each row.
-        title: title of the grid.
-        cell: approximate width of a cell, in pixels.
+        size: Width and height of the images.
+        columns: Number of columns.
+        row_labels: Label of each row.
+        title: Title of the grid.
+        cell: Approximate width of a cell, in pixels.
     """
     width, height = _enlarged(size, cell)
     total = _left(row_labels) + columns * (width + _GAP), _TOP + _LABEL + len(row_labels) * (height + _GAP)
@@ -303,11 +303,11 @@ def draw_grid(
     """Draw images in rows and columns with labels.
 
     Args:
-        images: rows of images, all of one size.
-        column_labels: label of each column.
-        row_labels: label of each row.
-        title: title of the grid.
-        cell: approximate width of a cell, in pixels; images are enlarged by a whole factor without smoothing.
+        images: Rows of images, all of one size.
+        column_labels: Label of each column.
+        row_labels: Label of each row.
+        title: Title of the grid.
+        cell: Approximate width of a cell, in pixels; images are enlarged by a whole factor without smoothing.
     """
     sheet = Image.new("RGB", grid_size(images[0][0].size, len(images[0]), row_labels, title, cell), _BACKGROUND)
     draw, font, small = ImageDraw.Draw(sheet), *_fonts()

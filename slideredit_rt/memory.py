@@ -46,15 +46,15 @@ class Footprint:
     """Bytes that the parts of an edit take on a device.
 
     Attributes:
-        weights: the backbone's, adapter included.
-        encoders: text encoders.
-        decoder: the autoencoder.
-        step: activations of one denoising step, for each image of a batch: the largest sum of live tensors in an eager step.
+        weights: The backbone's, adapter included.
+        encoders: Text encoders.
+        decoder: The autoencoder.
+        step: Activations of one denoising step, for each image of a batch: the largest sum of live tensors in an eager step.
             A compiled step needs less.
-        decode: activations of decoding one image; batches are decoded one image at a time.
-        tiled_decode: the same in tiles.
-        max_batch: the engine's.
-        streams: whether the backend can stream weights from the host.
+        decode: Activations of decoding one image; batches are decoded one image at a time.
+        tiled_decode: The same in tiles.
+        max_batch: The engine's.
+        streams: True if the backend can stream weights from the host.
     """
 
     weights: int
@@ -69,17 +69,17 @@ class Footprint:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What fits on a card of a given size, in GiB.
+    """Memory that an edit takes on a card of a given size, in GiB.
 
     Attributes:
-        vram_gib: memory of the card.
-        weights_gib: backbone weights that stay on the card.
-        encoders_gib: text encoders; on the card only during an encoding unless `offload` is `none`.
-        decoder_gib: autoencoder.
-        activations_gib: of a batch of 1.
-        offload: first of `none`, `encoders` and, for TensorRT, `all` (weight streaming) that fits, or the last of them.
-        max_batch: the largest batch that fits, up to the engine's; 0 where not even one image does.
-        fits: whether one image fits.
+        vram_gib: Memory of the card.
+        weights_gib: Backbone weights that stay on the card.
+        encoders_gib: Text encoders; on the card only during an encoding unless `offload` is `none`.
+        decoder_gib: Autoencoder.
+        activations_gib: Activations of a batch of 1.
+        offload: First of `none`, `encoders` and, for TensorRT, `all` (weight streaming) that fits, or the last of them.
+        max_batch: The largest batch that fits, up to the engine's; 0 where not even one image does.
+        fits: True if one image fits.
     """
 
     vram_gib: float
@@ -99,8 +99,8 @@ def plan_memory(footprint: Footprint, vram: int) -> MemoryPlan:
     backbone's weights are streamed last, where the backend can.
 
     Args:
-        footprint: footprint of the engine.
-        vram: memory of the card, in bytes.
+        footprint: Footprint of the engine.
+        vram: Memory of the card, in bytes.
     """
     choices: list[tuple[Offload, int, int, int]] = [
         ("none", footprint.weights, footprint.encoders, footprint.decode),
@@ -138,12 +138,12 @@ def engine_footprint(folder: Path, manifest: Manifest, base: Path) -> Footprint:
     """Return what an engine and its base take on a device, for edits of one image at the base's usual size.
 
     Args:
-        folder: engine folder.
-        manifest: the folder's.
-        base: folder of the checkpoint that encodes and decodes.
+        folder: Engine folder.
+        manifest: The folder's.
+        base: Folder of the checkpoint that encodes and decodes.
 
     Raises:
-        SliderEditError: files of the engine or the base that cannot be read.
+        SliderEditError: Files of the engine or the base that cannot be read.
     """
     family = get_family(manifest.family)
     pipeline = _decoding_pipeline(base)
@@ -180,8 +180,8 @@ def live_peak(call: Callable[[], object], module: nn.Module) -> int:
     Attention counts as one operator that keeps no scores, as flash attention does.
 
     Args:
-        call: runs `module`.
-        module: its own parameters and buffers do not count.
+        call: Runs `module`.
+        module: Its own parameters and buffers do not count.
     """
     own = {tensor.untyped_storage()._cdata for tensor in (*module.parameters(), *module.buffers())}
     with torch.no_grad(), _FusedAttention(), _LiveBytes(own) as live:

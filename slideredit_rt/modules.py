@@ -26,7 +26,7 @@ class RowScales:
         Args:
             row_scale: float32 `[B, S]`, for a bank `[B, S, G]`: text rows, then image rows for a GST adapter. None turns the
                 adapter off.
-            text_rows: number of text rows.
+            text_rows: Number of text rows.
         """
         self._parts = {}
         if row_scale is not None:
@@ -44,9 +44,9 @@ class MaskedLoRALinear(nn.Linear):
     It shares the wrapped linear's parameters under their own names, so the state-dict keys of the base do not change.
 
     Args:
-        linear: linear to wrap, weight `[N, K]`.
-        rows: rows of the backbone that it projects.
-        scales: row scales of the backbone.
+        linear: Linear to wrap, weight `[N, K]`.
+        rows: Rows of the backbone that it projects.
+        scales: Row scales of the backbone.
         lora_a: A, `[R, K]`.
         lora_b: B, `[N, R]`, with `lora_alpha / r` folded in.
     """
@@ -78,12 +78,12 @@ class SliderBackbone(nn.Module):
     the compat pipeline serialise their calls.
 
     Args:
-        family: family of the transformer.
+        family: Family of the transformer.
         transformer: diffusers transformer to change.
-        adapter: adapter or bank to add; None for the frozen backbone.
+        adapter: Adapter or bank to add; None for the frozen backbone.
 
     Raises:
-        SliderEditError: the adapter does not fit the transformer, or the transformer is quantised.
+        SliderEditError: The adapter does not fit the transformer, or the transformer is quantised.
     """
 
     def __init__(self, family: Family, transformer: nn.Module, adapter: Adapter | None) -> None:
@@ -149,7 +149,7 @@ class SliderBackbone(nn.Module):
         """Predict one step.
 
         Args:
-            inputs: inputs of the family and, for an adapted backbone, `alpha` (float32 `[B, K]`, for a bank `[B, K, G]`) and
+            inputs: Inputs of the family and, for an adapted backbone, `alpha` (float32 `[B, K]`, for a bank `[B, K, G]`) and
                 `token_mask` (bool `[B, K, S]`). Without these two, the adapter is off.
 
         Returns:

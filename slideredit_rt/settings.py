@@ -1,14 +1,24 @@
-"""`EditSettings`, the settings of an edit that the Python API, the command line and the HTTP API share."""
+"""EditSettings and RunSettings: how an image is edited, and how an engine is run, in every interface."""
 
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, replace
 from numbers import Integral
-from typing import TypedDict
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args
 
 from slideredit_rt.errors import SliderEditError
 
+if TYPE_CHECKING:
+    import torch
+
+ComponentDType = Literal["auto", "float32", "bfloat16"]
+Offload = Literal["none", "encoders"]
+OFFLOADS: tuple[Offload, ...] = get_args(Offload)
+COMPONENT_DTYPES: tuple[ComponentDType, ...] = get_args(ComponentDType)
+MAX_THREADS = 1024
+"""Largest accepted number of CPU threads, more than the cores of any machine. Backends start all threads at once."""
 SEEDS = range(-(2**63), 2**64)
 """Seeds that torch's generator accepts."""
 
@@ -17,7 +27,7 @@ def check_seed(seed: int) -> None:
     """Check that torch's generator accepts a seed.
 
     Raises:
-        SliderEditError: the seed is not a whole number from −2⁶³ to 2⁶⁴ − 1.
+        SliderEditError: The seed is not a whole number from −2⁶³ to 2⁶⁴ − 1.
     """
     if not isinstance(seed, Integral) or int(seed) not in SEEDS:
         raise SliderEditError(f"the seed is {seed!r}; pass a whole number from −2⁶³ to 2⁶⁴ − 1")
@@ -28,18 +38,18 @@ class EditSettings:
     """Settings of an edit besides the image and the sliders.
 
     Attributes:
-        prompt: text that contains every instruction; None joins the instructions with " and ". A GST adapter scales the whole
+        prompt: Text that contains every instruction; None joins the instructions with " and ". A GST adapter scales the whole
             prompt with one slider, which can name any part of it, or one slider per member of a bank. A slider of a GST bank
             that is named after a member and has no `adapter` need not be in the prompt, but then a prompt is required.
-        seed: seed of the initial noise.
-        steps: denoising steps; None takes the family's default.
-        guidance_scale: scale of the embedded guidance, which is an input of the backbone; None takes the family's default.
-        true_cfg_scale: scale of classifier-free guidance with a negative pass, in which sliders are off; None takes the
+        seed: Seed of the initial noise.
+        steps: Denoising steps; None takes the family's default.
+        guidance_scale: Scale of the embedded guidance, which is an input of the backbone; None takes the family's default.
+        true_cfg_scale: Scale of classifier-free guidance with a negative pass, in which sliders are off; None takes the
             family's default, 1 runs without the pass.
-        negative_prompt: prompt of the negative pass; None takes the family's default.
+        negative_prompt: Prompt of the negative pass; None takes the family's default.
 
     Raises:
-        SliderEditError: the seed is out of range, there are no steps, or a scale is not finite.
+        SliderEditError: The seed is out of range, there are no steps, or a scale is not finite.
     """
 
     prompt: str | None = None
@@ -73,11 +83,82 @@ def merge(settings: EditSettings | None, given: EditOptions) -> EditSettings:
     """Replace fields of settings.
 
     Args:
-        settings: settings to change; None takes the defaults.
-        given: new values of fields, by name.
+        settings: Settings to change; None takes the defaults.
+        given: New values of fields, by name.
 
     Raises:
-        SliderEditError: a value is invalid (see `EditSettings`).
-        TypeError: a name is not a field.
+        SliderEditError: A value is invalid (see `EditSettings`).
+        TypeError: A name is not a field.
     """
     return replace(EditSettings() if settings is None else settings, **given)
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """Settings of a process that runs an engine: engine, encoders, autoencoder and the latents between them share one device.
+
+    Attributes:
+        device: `auto`, `cpu`, `cuda` or `cuda:N`. `auto` takes the device that the engine's backend prefers: the current CUDA
+            device for TensorRT, the same for Inductor where there is one, else the CPU.
+        dtype: Dtype of encoders and autoencoder, `float32`, `bfloat16` or `auto`: bfloat16 on a GPU, float32 on the CPU.
+        offload: `none`, or `encoders` for GPUs with little memory: text encoders stay in host memory and visit the GPU a layer
+            at a time when a prompt is encoded, and images are decoded in tiles.
+        threads: CPU threads of the backend; None lets the backend choose.
+        options: Run options of the backend, an instance of its `run_options`; None uses its defaults.
+
+    Raises:
+        SliderEditError: A value that is not one of these.
+    """
+
+    device: str = "auto"
+    dtype: ComponentDType = "auto"
+    offload: Offload = "none"
+    threads: int | None = None
+    options: Any = None
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", self.device):
+            raise SliderEditError(f"{self.device!r} is not a device; give auto, cpu, cuda or cuda:N with the number of a GPU")
+        if self.dtype not in COMPONENT_DTYPES:
+            raise SliderEditError(f"{self.dtype!r} is not a dtype of encoders; give {', '.join(COMPONENT_DTYPES)}")
+        if self.offload not in OFFLOADS:
+            raise SliderEditError(f"{self.offload!r} cannot be offloaded; give {' or '.join(OFFLOADS)}")
+        if self.threads is not None and not 1 <= self.threads <= MAX_THREADS:
+            raise SliderEditError(
+                f"cannot use {self.threads} CPU threads; pass 1 to {MAX_THREADS}, or omit it to let the backend choose"
+            )
+
+    def choose_device(self, preferred: torch.device | None = None) -> torch.device:
+        """Return the device, with the number of the GPU.
+
+        Args:
+            preferred: Device for `auto`; None takes the CPU.
+
+        Raises:
+            SliderEditError: A GPU that is not there.
+        """
+        import torch
+
+        device = preferred or torch.device("cpu") if self.device == "auto" else torch.device(self.device)
+        if device.type != "cuda":
+            return device
+        if not torch.cuda.is_available():
+            raise SliderEditError(f"the device {self.device} was asked for and torch finds no CUDA GPU here; use --device cpu")
+        index = torch.cuda.current_device() if device.index is None else device.index
+        if index >= (count := torch.cuda.device_count()):
+            raise SliderEditError(f"the device {self.device} was asked for and this machine has {count} GPU(s), counted from 0")
+        return torch.device("cuda", index)
+
+    def check_offload(self, device: torch.device) -> None:
+        """Refuse to offload from a CPU."""
+        if self.offload != "none" and device.type == "cpu":
+            raise SliderEditError(
+                f"--offload {self.offload} frees memory of a GPU, and this engine runs on the CPU; leave it out"
+            )
+
+    def choose_dtype(self, device: torch.device) -> torch.dtype:
+        """Return the dtype of encoders and autoencoder on a device."""
+        import torch
+
+        usual = torch.float32 if device.type == "cpu" else torch.bfloat16
+        return {"auto": usual, "float32": torch.float32, "bfloat16": torch.bfloat16}[self.dtype]

@@ -21,14 +21,14 @@ class Slider:
     """One instruction and its strength.
 
     Attributes:
-        instruction: text of the instruction, as it occurs in the prompt.
+        instruction: Text of the instruction, as it occurs in the prompt.
         strength: 0 suppresses the instruction, 1 is the base model's edit, above 1 exaggerates. In a bank, the effect is the
             one that the member was trained for.
-        adapter: name of the member to scale in an engine with several adapters; None takes the member named after the
+        adapter: Name of the member to scale in an engine with several adapters; None takes the member named after the
             instruction.
 
     Raises:
-        SliderEditError: the instruction is empty, or the strength is not finite.
+        SliderEditError: The instruction is empty, or the strength is not finite.
     """
 
     instruction: str
@@ -46,7 +46,7 @@ def compose_prompt(instructions: Sequence[str]) -> str:
     """Join instructions with " and ", as in the adapters' training prompts (paper, section on training data).
 
     Raises:
-        SliderEditError: there is no instruction.
+        SliderEditError: There is no instruction.
     """
     if not instructions:
         raise SliderEditError("no instruction was given; pass at least one slider or a prompt")
@@ -58,9 +58,9 @@ class Controls:
     """Effect of an engine's sliders.
 
     Attributes:
-        kind: kind of the adapter, `st` or `gst`.
-        curve: curve of a single adapter from strength to alpha.
-        members: curve of each adapter of a bank, by name, in the order of the last axis of `alpha`; empty without a bank.
+        kind: Kind of the adapter, `st` or `gst`.
+        curve: Curve of a single adapter from strength to alpha.
+        members: Curve of each adapter of a bank, by name, in the order of the last axis of `alpha`; empty without a bank.
     """
 
     kind: str
@@ -71,7 +71,7 @@ class Controls:
         """Return the bank's adapter that each slider scales; () without a bank.
 
         Raises:
-            SliderEditError: a slider names an adapter that the engine does not have, or none although it has several, or two
+            SliderEditError: A slider names an adapter that the engine does not have, or none although it has several, or two
                 sliders scale the same GST adapter.
         """
         if not self.members:

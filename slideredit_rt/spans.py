@@ -20,7 +20,7 @@ def normalise(text: str) -> str:
     """Normalise text to Unicode NFC, so that composed and decomposed accents are equal for tokenizers and span search.
 
     Raises:
-        SliderEditError: the text contains a lone surrogate, which Python makes from bytes that are not UTF-8.
+        SliderEditError: The text contains a lone surrogate, which Python makes from bytes that are not UTF-8.
     """
     if broken := next((character for character in text if unicodedata.category(character) == "Cs"), None):
         raise SliderEditError(f"the text {text!r} contains {broken!r}, which is not a character; encode it in UTF-8")
@@ -32,11 +32,11 @@ class PromptToken:
     """One token of the prompt.
 
     Attributes:
-        text: text of the token, for messages.
-        start: index of its first character in the prompt.
-        end: index after its last character; equal to `start` for tokens without characters (end of sequence, padding,
+        text: Text of the token, for messages.
+        start: Index of its first character in the prompt.
+        end: Index after its last character; equal to `start` for tokens without characters (end of sequence, padding,
             template words).
-        row: index of its text row.
+        row: Index of its text row.
     """
 
     text: str
@@ -85,16 +85,16 @@ def find_spans(prompt: str, sliders: Sequence[Slider], tokens: Sequence[PromptTo
     n-th occurrence in the prompt.
 
     Args:
-        prompt: text that was tokenised.
+        prompt: Text that was tokenised.
         sliders: K sliders.
-        tokens: untruncated tokens of `prompt`.
-        max_rows: number of text rows that the backbone reads (the last one is for the end of sequence).
+        tokens: Untruncated tokens of `prompt`.
+        max_rows: Number of text rows that the backbone reads (the last one is for the end of sequence).
 
     Returns:
         K non-empty lists of row indices.
 
     Raises:
-        SliderEditError: an instruction is not in the prompt, two of them share a token, or one is cut off by truncation.
+        SliderEditError: An instruction is not in the prompt, two of them share a token, or one is cut off by truncation.
     """
     seen: Counter[str] = Counter()
     owner: dict[int, int] = {}
@@ -137,7 +137,7 @@ def row_mask(spans: Sequence[Sequence[int]], rows: int) -> Tensor:
     """Return the rows that each slider owns as a mask, bool `[K, rows]`.
 
     Raises:
-        SliderEditError: a span is empty, so its slider would silently have no effect.
+        SliderEditError: A span is empty, so its slider would silently have no effect.
     """
     # Imported here, because the command's help and argument errors would otherwise wait for it for seconds.
     import torch
@@ -157,7 +157,7 @@ def combine_row_scale(alpha: Tensor, token_mask: Tensor) -> Tensor:
 
     Args:
         alpha: float32 `[B, K]`, for a bank `[B, K, G]`.
-        token_mask: bool `[B, K, S]`.
+        token_mask: Bool `[B, K, S]`.
 
     Returns:
         Float32 `[B, S]`, for a bank `[B, S, G]`.

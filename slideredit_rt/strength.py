@@ -30,11 +30,11 @@ class StrengthCurve:
     `slideredit-rt adapter calibrate` finds a curve along which edits change evenly.
 
     Attributes:
-        strengths: two or more strengths in strictly ascending order.
-        alphas: one alpha per strength, in ascending or descending order.
+        strengths: Two or more strengths in strictly ascending order.
+        alphas: One alpha per strength, in ascending or descending order.
 
     Raises:
-        SliderEditError: the numbers do not meet these conditions.
+        SliderEditError: The numbers do not meet these conditions.
     """
 
     strengths: tuple[float, ...] = (0.0, 1.0)
@@ -69,7 +69,7 @@ class StrengthCurve:
         """Return the curve described by `to_json`; None returns the default.
 
         Raises:
-            SliderEditError: the data does not describe a curve.
+            SliderEditError: The data does not describe a curve.
         """
         if data is None:
             return cls()

@@ -15,11 +15,10 @@ from torch import Tensor
 from slideredit_rt.adapters import load_adapters
 from slideredit_rt.assets import resolve_base
 from slideredit_rt.editor import Prepared, SliderEditor
-from slideredit_rt.engines import RuntimeOptions
 from slideredit_rt.engines.manifest import check_base, read_manifest
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.families import Backbone, get_family
-from slideredit_rt.placement import Placement
+from slideredit_rt.settings import RunSettings
 from slideredit_rt.sliders import Slider
 
 ALPHAS = (-0.5, 0.0, 0.5, 1.0)
@@ -33,10 +32,10 @@ class Comparison:
     """Error of a prediction against float32 eager torch, measured in float64.
 
     Attributes:
-        case: name of the inputs that were compared.
-        max_abs_error: largest absolute difference.
+        case: Name of the inputs that were compared.
+        max_abs_error: Largest absolute difference.
         relative_rms: RMS difference divided by the RMS of the reference.
-        same_dtype_rms: relative RMS of eager torch in the engine's dtype; None for a float32 engine.
+        same_dtype_rms: Relative RMS of eager torch in the engine's dtype; None for a float32 engine.
     """
 
     case: str
@@ -56,8 +55,8 @@ class Verification:
     """Result of `verify_engine`.
 
     Attributes:
-        dtype: dtype of the engine.
-        comparisons: errors of the predictions.
+        dtype: Dtype of the engine.
+        comparisons: Errors of the predictions.
         psnr: PSNR between the final images in dB, by alpha; infinite for equal images.
     """
 
@@ -102,10 +101,10 @@ def compare(case: str, actual: Tensor, expected: Tensor, same_dtype: Tensor | No
     """Measure the errors of predictions in float64.
 
     Args:
-        case: name of the inputs.
-        actual: prediction of the engine, on any device.
-        expected: prediction of eager torch in float32.
-        same_dtype: prediction of eager torch in the engine's dtype; None for a float32 engine.
+        case: Name of the inputs.
+        actual: Prediction of the engine, on any device.
+        expected: Prediction of eager torch in float32.
+        same_dtype: Prediction of eager torch in the engine's dtype; None for a float32 engine.
     """
     exact = expected.double().cpu()
 
@@ -123,11 +122,11 @@ def compare_backbones(
     """Run an engine and eager backbones on a real edit and on random inputs, for each of `ALPHAS` and a mixed batch.
 
     Args:
-        editor: editor with the engine to verify.
-        eager: eager backbone in float32.
-        same_dtype: eager backbone in the engine's dtype; None for a float32 engine.
-        prepared: real edit.
-        max_batch: largest batch of the engine.
+        editor: Editor with the engine to verify.
+        eager: Eager backbone in float32.
+        same_dtype: Eager backbone in the engine's dtype; None for a float32 engine.
+        prepared: Real edit.
+        max_batch: Largest batch of the engine.
     """
     comparisons = []
     batches: dict[str, list[float]] = {f"alpha {a:+.2f}": [a] for a in ALPHAS}
@@ -184,8 +183,7 @@ def verify_engine(
     *,
     base: str | None = None,
     adapter: str | Sequence[str] | None = None,
-    options: RuntimeOptions | None = None,
-    placement: Placement | None = None,
+    run: RunSettings | None = None,
     steps: int = 4,
 ) -> Verification:
     """Compare an engine with eager torch on the same inputs: a real edit and random inputs.
@@ -194,18 +192,17 @@ def verify_engine(
     and passes if its error is at most `MAX_RMS_RATIO` times that of eager torch in the same dtype.
 
     Args:
-        path: engine folder.
-        image: image of the real edit.
-        sliders: sliders of the real edit. For a bank, sliders that name no member are assigned to the members in turn.
-        base: location of the base; None takes the source recorded in the manifest.
-        adapter: location of the adapter, or several for a bank; None takes the source recorded in the manifest.
-        options: run options of the backend; None uses its defaults.
-        placement: device of the engine, and dtype of encoders and autoencoder; None uses the defaults. Eager torch runs on the
-            CPU.
-        steps: denoising steps of the final images.
+        path: Engine folder.
+        image: Image of the real edit.
+        sliders: Sliders of the real edit. For a bank, sliders that name no member are assigned to the members in turn.
+        base: Location of the base; None takes the source recorded in the manifest.
+        adapter: Location of the adapter, or several for a bank; None takes the source recorded in the manifest.
+        run: Device, threads and options of the engine, dtype of its encoders and autoencoder; None uses the defaults. Eager
+            torch runs on the CPU.
+        steps: Denoising steps of the final images.
 
     Raises:
-        SliderEditError: the engine has no adapter, or it was built from another base or adapter.
+        SliderEditError: The engine has no adapter, or it was built from another base or adapter.
     """
     manifest = read_manifest(path)
     if manifest.adapter is None:
@@ -218,7 +215,7 @@ def verify_engine(
         raise SliderEditError(f"adapter {adapter!r} is not the one in engine {str(path)!r}; pass the original with --adapter")
     # Check all components, because the eager reference uses them all.
     check_base(manifest, path, resolve_base(base))
-    engine = SliderEditor.from_engine(path, base, options=options, placement=placement)
+    engine = SliderEditor.from_engine(path, base, run)
     eager = SliderEditor.from_pretrained(base, loaded)
     same_dtype = None
     if manifest.dtype != "float32":

@@ -20,6 +20,7 @@ from slideredit_rt.serving.app import create_app
 from slideredit_rt.serving.metrics import Metrics
 from slideredit_rt.serving.server import Server
 from slideredit_rt.serving.service import EditService
+from slideredit_rt.settings import RunSettings
 
 T = TypeVar("T")
 
@@ -46,7 +47,7 @@ def listening(app: FastAPI, service: EditService, **options: Any) -> Iterator[tu
 def serving(engine: Path, **options: Any) -> Iterator[str]:
     """The address of a server of an engine; the options are those of `create_app`."""
     with (
-        EditService(SliderEditor.from_engine(engine, threads=1), observer=Metrics()) as service,
+        EditService(SliderEditor.from_engine(engine, run=RunSettings(threads=1)), observer=Metrics()) as service,
         listening(create_app(service, **{"model": "shapes-kontext"} | options), service) as (address, _),
     ):
         yield address

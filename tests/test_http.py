@@ -40,7 +40,7 @@ from slideredit_rt.serving.metrics import Metrics
 from slideredit_rt.serving.requests import EditRequest
 from slideredit_rt.serving.server import HEADER_BYTES
 from slideredit_rt.serving.service import EditService
-from slideredit_rt.settings import EditSettings
+from slideredit_rt.settings import EditSettings, RunSettings
 
 RED, DARK = "make the circle red", "make the background dark"
 BOTH = f"{RED} and {DARK}"
@@ -51,7 +51,7 @@ STEPS = 3
 @pytest.fixture(scope="module")
 def editor(engines: dict[str, Path]) -> SliderEditor:
     """The server's own; what it should answer comes from the fixture `st_editor`."""
-    return SliderEditor.from_engine(engines["st"], threads=1)
+    return SliderEditor.from_engine(engines["st"], run=RunSettings(threads=1))
 
 
 @pytest.fixture(scope="module")
@@ -800,7 +800,7 @@ def test_only_the_right_key_opens(service: EditService, png: bytes) -> None:
 def test_a_full_queue_says_when_to_come_back_and_a_signal_finishes_what_was_accepted(
     engines: dict[str, Path], scene: Image.Image, png: bytes
 ) -> None:
-    service = EditService(SliderEditor.from_engine(engines["st"], threads=1), max_queue=2, max_batch=1)
+    service = EditService(SliderEditor.from_engine(engines["st"], run=RunSettings(threads=1)), max_queue=2, max_batch=1)
     answers: dict[str, httpx.Response] = {}
 
     def ask(name: str, **fields: Any) -> None:
@@ -833,7 +833,7 @@ def test_a_full_queue_says_when_to_come_back_and_a_signal_finishes_what_was_acce
 
 
 def test_a_closed_service_answers_503(engines: dict[str, Path], png: bytes) -> None:
-    service = EditService(SliderEditor.from_engine(engines["st"], threads=1))
+    service = EditService(SliderEditor.from_engine(engines["st"], run=RunSettings(threads=1)))
     with listening(create_app(service, model="shapes"), service) as (address, _), httpx.Client(base_url=address) as client:
         service.close()
         refused(edit(client, png, prompt=RED), 503, "closed", "accepts no requests")

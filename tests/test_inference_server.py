@@ -28,6 +28,7 @@ from slideredit_rt.errors import SliderEditError
 from slideredit_rt.export.build import build_engine
 from slideredit_rt.export.inference_server import export_triton, give_batch_axis
 from slideredit_rt.families import get_family
+from slideredit_rt.settings import RunSettings
 
 TYPES = {"tensor(float)": model_config_pb2.TYPE_FP32, "tensor(bool)": model_config_pb2.TYPE_BOOL}
 
@@ -97,7 +98,7 @@ def test_configuration_is_what_the_graph_takes(engine: Path, tmp_path: Path) -> 
 
 def test_requests_that_share_a_batch_are_what_the_engine_makes_of_each_alone(engine: Path, tmp_path: Path) -> None:
     model = Path(export_triton(engine, tmp_path)["model"])
-    manifest, alone = open_engine(engine, threads=1)
+    manifest, alone = open_engine(engine, RunSettings(threads=1))
     requests = requests_of(manifest, 3)
     expected = torch.cat([alone(request).clone() for request in requests])
     # As Triton puts a batch together: along the first axis of what each request sent.

@@ -37,6 +37,7 @@ from slideredit_rt.engines.tensorrt.engine import (
     save_runtime_cache,
 )
 from slideredit_rt.families import TensorSpec
+from slideredit_rt.settings import RunSettings
 
 BACKEND = os.environ.get("BACKEND_UNDER_TEST", "tensorrt-rtx")
 STREAM = 7
@@ -184,7 +185,7 @@ def test_options_of_tensorrt_are_refused_for_another_backend(
     assert edit(engines["st"], tmp_path, *option) == 2
     assert "ONNX Runtime engines take no run options, got RuntimeOptions(weight_budget=" in capsys.readouterr().err
     with pytest.raises(SliderEditError, match="ONNX Runtime engines take no run options"):
-        open_engine(engines["st"], options=RuntimeOptions(cuda_graphs=False))
+        open_engine(engines["st"], RunSettings(options=RuntimeOptions(cuda_graphs=False)))
 
 
 def test_a_backend_says_which_run_options_it_takes() -> None:

@@ -24,6 +24,7 @@ from slideredit_rt.errors import SliderEditError
 from slideredit_rt.export.onnx_graph import example_inputs
 from slideredit_rt.families import Family
 from slideredit_rt.modules import SliderBackbone
+from slideredit_rt.settings import RunSettings
 
 RED, DARK = "make the circle red", "make the background dark"
 T = TypeVar("T")
@@ -64,7 +65,7 @@ def same(actual: list[Any], expected: list[Any]) -> bool:
 
 @pytest.mark.parametrize("threads", [2, 8])
 def test_an_onnx_runtime_editor(engines: dict[str, Path], scene: Image.Image, threads: int) -> None:
-    editor = SliderEditor.from_engine(engines["st"], threads=1)
+    editor = SliderEditor.from_engine(engines["st"], run=RunSettings(threads=1))
     jobs = edits(editor, scene, 8, steps=8)
     alone = [job() for job in jobs]
     assert same(together(jobs * 2, threads), alone * 2)
@@ -122,7 +123,7 @@ def test_an_inductor_engine(family: Family, engines: dict[str, Path], monkeypatc
 
 
 def test_an_output_outlives_another_threads_call(engines: dict[str, Path], family: Family, pipeline: Any) -> None:
-    manifest, engine = open_engine(engines["st"], threads=1)
+    manifest, engine = open_engine(engines["st"], RunSettings(threads=1))
     backbone = SliderBackbone(family, pipeline.transformer, load_adapter("shapes-st", family))
     first, second = (example_inputs(backbone, manifest.config, 2, 24, 128, 1, seed=seed) for seed in (0, 1))
     mine = engine(first)
@@ -134,7 +135,7 @@ def test_an_output_outlives_another_threads_call(engines: dict[str, Path], famil
 
 def test_a_tensor_where_another_dtype_was_bound_is_refused(engines: dict[str, Path], family: Family, pipeline: Any) -> None:
     """Memory of a freed tensor is given to the next one of its size."""
-    manifest, engine = open_engine(engines["st"], threads=1)
+    manifest, engine = open_engine(engines["st"], RunSettings(threads=1))
     backbone = SliderBackbone(family, pipeline.transformer, load_adapter("shapes-st", family))
     inputs = example_inputs(backbone, manifest.config, 2, 24, 128, 1)
     engine(inputs)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -15,7 +14,7 @@ from slideredit_rt.engines.inductor import load_weights
 from slideredit_rt.engines.manifest import ADAPTER_FILE, Manifest
 from slideredit_rt.families import get_family
 from slideredit_rt.modules import SliderBackbone
-from slideredit_rt.placement import Placement
+from slideredit_rt.settings import RunSettings
 
 
 class Toy(Backend):
@@ -32,15 +31,7 @@ class Toy(Backend):
         exported = export_weights(job.family, job.base, job.adapter, folder, WeightOptions(job.dtype))
         return Compiled(exported, exported.files, exported.links)
 
-    def open(
-        self,
-        folder: Path,
-        manifest: Manifest,
-        *,
-        threads: int | None = None,
-        options: Any = None,
-        placement: Placement | None = None,
-    ) -> Engine:
+    def open(self, folder: Path, manifest: Manifest, run: RunSettings) -> Engine:
         family, transformer = get_family(manifest.family), meta_transformer(folder)
         load_weights(transformer, [folder / name for name in manifest.links], torch.device("cpu"))
         backbone = SliderBackbone(family, transformer, load_adapter(folder / ADAPTER_FILE, family)).eval()

@@ -32,18 +32,18 @@ class Adapter:
     """One low-rank update per linear, or a bank of several adapters with separate strengths.
 
     Attributes:
-        family: base-model family that it was trained for.
+        family: Base-model family that it was trained for.
         kind: `st` or `gst`.
-        rank: largest R; for a bank, the sum over its members.
-        pairs: module name to (A `[R, K]`, B `[N, R]`), float32, with `lora_alpha / r` folded into B. In a bank of G members,
+        rank: Largest R; for a bank, the sum over its members.
+        pairs: Module name to (A `[R, K]`, B `[N, R]`), float32, with `lora_alpha / r` folded into B. In a bank of G members,
             every R is a multiple of G, and each member has R/G rows of A and columns of B, in the members' order.
-        source: path or name that it was loaded from, for messages.
-        training: training settings stored in the file.
-        curve: curve from strength to alpha. The default, `alpha = 1 − strength`, is replaced by
+        source: Path or name that it was loaded from, for messages.
+        training: Training settings stored in the file.
+        curve: Curve from strength to alpha. The default, `alpha = 1 − strength`, is replaced by
             `slideredit-rt adapter calibrate`.
-        dtype: dtype of the stored tensors; mixed dtypes are joined by "+".
-        members: members of a bank by name (see `bank_adapters`); empty for a single adapter. A bank's own `curve` is unused.
-        ignored: text-encoder linears that the file also updates. They have no effect here.
+        dtype: Dtype of the stored tensors; mixed dtypes are joined by "+".
+        members: Members of a bank by name (see `bank_adapters`); empty for a single adapter. A bank's own `curve` is unused.
+        ignored: Text-encoder linears that the file also updates. They have no effect here.
     """
 
     family: str
@@ -84,8 +84,8 @@ def fill_ranks(adapter: Adapter, ranks: Mapping[str, int]) -> Adapter:
     """Raise ranks without changing the update: append zero rows to each A and zero columns to each B, in every member.
 
     Args:
-        adapter: single adapter or bank.
-        ranks: rank per module, a multiple of the number of members. Ranks below a module's own have no effect.
+        adapter: Single adapter or bank.
+        ranks: Rank per module, a multiple of the number of members. Ranks below a module's own have no effect.
     """
     count = len(adapter.members) or 1
     pairs = {}
@@ -106,11 +106,11 @@ def bank_adapters(adapters: Sequence[Adapter], names: Sequence[str]) -> Adapter:
     update a module gets zeros only.
 
     Args:
-        adapters: single adapters of one family and kind.
-        names: names of the members, all different.
+        adapters: Single adapters of one family and kind.
+        names: Names of the members, all different.
 
     Raises:
-        SliderEditError: no adapter is given, one of them is a bank, families or kinds differ, a name is empty or occurs twice,
+        SliderEditError: No adapter is given, one of them is a bank, families or kinds differ, a name is empty or occurs twice,
             or the adapters were trained on bases of different sizes.
     """
     if not adapters or len(adapters) != len(names):

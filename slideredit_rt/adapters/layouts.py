@@ -35,8 +35,8 @@ class Layout:
 
     Attributes:
         halves: `A` and `B` of each module.
-        alphas: alphas stored beside them, by module.
-        ignored: text-encoder linears, which engines do not change.
+        alphas: Alphas stored beside them, by module.
+        ignored: Text-encoder linears, which engines do not change.
     """
 
     halves: dict[str, dict[str, Tensor]]
@@ -48,11 +48,11 @@ def read_layout(state: Mapping[str, Tensor], source: str | Path) -> Layout:
     """Sort the tensors of a state dictionary by module.
 
     Args:
-        state: tensors by their names in the file.
-        source: path or name of the adapter, for messages.
+        state: Tensors by their names in the file.
+        source: Path or name of the adapter, for messages.
 
     Raises:
-        SliderEditError: a tensor is not plain LoRA, an alpha belongs to no module, or there are several adapters.
+        SliderEditError: A tensor is not plain LoRA, an alpha belongs to no module, or there are several adapters.
     """
     halves: dict[str, dict[str, Tensor]] = {}
     alphas: dict[str, float] = {}
@@ -129,13 +129,13 @@ def with_diffusers_names(pairs: Mapping[str, Pair], source: str | Path) -> tuple
 
     Args:
         pairs: A and B by module, under the file's own names.
-        source: path or name of the adapter, for messages.
+        source: Path or name of the adapter, for messages.
 
     Returns:
         The renamed pairs, and the family whose converter was used; None if the names were already diffusers'.
 
     Raises:
-        SliderEditError: no family's converter knows the names, or two of them stand for one linear.
+        SliderEditError: No family's converter knows the names, or two of them stand for one linear.
     """
     foreign = {name: pair for name, pair in pairs.items() if _FOREIGN.match(name)}
     if not foreign:

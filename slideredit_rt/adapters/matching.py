@@ -16,12 +16,12 @@ class AdapterMatch:
     """Comparison of an adapter's modules with a base's, by name.
 
     Attributes:
-        matched: linears of the base that the adapter updates.
-        missing: linears of the family's standard targets that the adapter does not update. This is informational: adapters
+        matched: Linears of the base that the adapter updates.
+        missing: Linears of the family's standard targets that the adapter does not update. This is informational: adapters
             may have fewer targets.
-        unexpected: modules of the adapter that the base lacks or that sliders cannot scale. Without them the adapter would not
+        unexpected: Modules of the adapter that the base lacks or that sliders cannot scale. Without them the adapter would not
             act as it was trained to.
-        mismatched: modules of the adapter whose linear has another size in the base, so it was trained on another base.
+        mismatched: Modules of the adapter whose linear has another size in the base, so it was trained on another base.
     """
 
     matched: tuple[str, ...]
@@ -51,16 +51,16 @@ def fit_adapter(adapter: Adapter, family: Family, transformer: nn.Module, *, all
     """Check that an adapter fits a transformer.
 
     Args:
-        adapter: single adapter or bank.
-        family: family of the transformer.
+        adapter: Single adapter or bank.
+        family: Family of the transformer.
         transformer: diffusers transformer, may be on the `meta` device.
-        allow_partial: drop modules that the transformer lacks instead of refusing the adapter.
+        allow_partial: Drop modules that the transformer lacks instead of refusing the adapter.
 
     Returns:
         The adapter, without the modules that were dropped.
 
     Raises:
-        SliderEditError: the transformer lacks some of the modules (all of them with `allow_partial`), or a size differs.
+        SliderEditError: The transformer lacks some of the modules (all of them with `allow_partial`), or a size differs.
     """
     match = match_adapter(adapter, family, transformer)
     if match.mismatched:

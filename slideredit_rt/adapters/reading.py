@@ -31,11 +31,11 @@ def load_adapters(source: AdapterSource, family: Family | None = None) -> Adapte
     A bank's members are named after their files or folders without the suffix, or by their embedded names.
 
     Args:
-        source: adapter or adapters; a loaded `Adapter` is returned as it is.
-        family: family of the base; None recognises it.
+        source: Adapter or adapters; a loaded `Adapter` is returned as it is.
+        family: Family of the base; None recognises it.
 
     Raises:
-        SliderEditError: see `load_adapter` and `bank_adapters`.
+        SliderEditError: See `load_adapter` and `bank_adapters`.
     """
     if isinstance(source, Adapter):
         return source
@@ -134,12 +134,12 @@ def load_adapter(source: str | Path, family: Family | None = None, *, mixed_dtyp
     which must agree.
 
     Args:
-        source: file, folder or embedded name.
-        family: family of the base. None recognises it by the metadata or the names of the linears.
-        mixed_dtypes: accept a file whose tensors have several dtypes.
+        source: File, folder or embedded name.
+        family: Family of the base. None recognises it by the metadata or the names of the linears.
+        mixed_dtypes: Accept a file whose tensors have several dtypes.
 
     Raises:
-        SliderEditError: the file does not exist, is not a plain LoRA on the base's own weights, belongs to another family,
+        SliderEditError: The file does not exist, is not a plain LoRA on the base's own weights, belongs to another family,
             mixes dtypes or has values that are not finite; an A does not fit its B; a scale is unknown or contradictory.
     """
     path = _file_of(source)

@@ -34,12 +34,12 @@ def read_settings(text: str | bytes, what: str, path: Path) -> dict[str, Any]:
     """Parse the JSON object in `text`.
 
     Args:
-        text: the JSON text.
-        what: name of the text, for messages.
-        path: file of the adapter, for messages.
+        text: The JSON text.
+        what: Name of the text, for messages.
+        path: File of the adapter, for messages.
 
     Raises:
-        SliderEditError: the text is not a JSON object.
+        SliderEditError: The text is not a JSON object.
     """
     try:
         settings = json.loads(text)
@@ -57,7 +57,7 @@ class Statement:
     """Scale settings from one place, such as PEFT's configuration, for every module of an adapter.
 
     Attributes:
-        where: name of the place, for messages.
+        where: Name of the place, for messages.
         settings: `lora_alpha`, `r`, `rank_pattern`, `alpha_pattern` and `use_rslora`, as PEFT defines them.
     """
 
@@ -68,15 +68,15 @@ class Statement:
         """Return the scales of a module by the rank that is assumed, the stated one or that of the tensors.
 
         Args:
-            module: name of the module.
-            rank: rank of its tensors.
-            source: path or name of the adapter, for messages.
+            module: Name of the module.
+            rank: Rank of its tensors.
+            source: Path or name of the adapter, for messages.
 
         Returns:
             `lora_alpha / r`, or `lora_alpha / √r` with `use_rslora`, by r; empty if the settings state no number.
 
         Raises:
-            SliderEditError: the stated rank or alpha is not a number.
+            SliderEditError: The stated rank or alpha is not a number.
         """
         stated = self.settings.get("r") or rank
         if str(self.settings["lora_alpha"]).lower() in _NO_NUMBERS:
@@ -97,12 +97,12 @@ def peft_statement(settings: Mapping[str, Any], where: str, source: str | Path) 
     """Read the scale settings of a PEFT configuration.
 
     Args:
-        settings: the configuration.
-        where: name of the place it was found in, for messages.
-        source: path or name of the adapter, for messages.
+        settings: The configuration.
+        where: Name of the place it was found in, for messages.
+        source: Path or name of the adapter, for messages.
 
     Raises:
-        SliderEditError: the configuration has no alpha, or the adapter is not plain LoRA on the base's own weights.
+        SliderEditError: The configuration has no alpha, or the adapter is not plain LoRA on the base's own weights.
     """
     name = f"adapter {str(source)!r}"
     kind = str(settings.get("peft_type") or "LORA")
@@ -138,9 +138,9 @@ def metadata_statements(metadata: Mapping[str, str], source: str | Path, path: P
     """Read all scale settings in a safetensors file's metadata: PEFT's configuration, diffusers' copy, kohya's numbers.
 
     Args:
-        metadata: metadata of the file.
-        source: path or name of the adapter, for messages.
-        path: file of the adapter, for messages.
+        metadata: Metadata of the file.
+        source: Path or name of the adapter, for messages.
+        path: File of the adapter, for messages.
     """
     statements = []
     metadata = dict(sorted(metadata.items()))  # safetensors returns it in arbitrary order
@@ -165,14 +165,14 @@ def module_scale(module: str, rank: int, alpha: float | None, statements: Sequen
     """Return the scale of one module; 1 if it is stated nowhere.
 
     Args:
-        module: name of the module.
-        rank: rank of its tensors.
-        alpha: alpha stored beside them, or None.
-        statements: scale settings from other places.
-        source: path or name of the adapter, for messages.
+        module: Name of the module.
+        rank: Rank of its tensors.
+        alpha: Alpha stored beside them, or None.
+        statements: Scale settings from other places.
+        source: Path or name of the adapter, for messages.
 
     Raises:
-        SliderEditError: the places contradict each other, or do not determine the scale.
+        SliderEditError: The places contradict each other, or do not determine the scale.
     """
     # Other programs follow the first place.
     readings = [] if alpha is None else [("stored alpha", {float(rank): alpha / rank})]

@@ -34,10 +34,10 @@ def save_adapter(adapter: Adapter, path: Path, form: Format = "canonical", *, dt
     All formats except `slideredit-st` keep family, kind, training and strength curve.
 
     Args:
-        adapter: single adapter, or a bank for `canonical`.
-        path: file to write; for `diffusers` and `peft` a folder, which must not exist.
-        form: file format.
-        dtype: dtype of the stored tensors. None keeps their original dtype if that is exact, else float32.
+        adapter: Single adapter, or a bank for `canonical`.
+        path: File to write; for `diffusers` and `peft` a folder, which must not exist.
+        form: File format.
+        dtype: Dtype of the stored tensors. None keeps their original dtype if that is exact, else float32.
 
     Raises:
         SliderEditError: `path` cannot be written, a value exceeds the dtype, or the format cannot hold the adapter.

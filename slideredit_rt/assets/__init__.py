@@ -18,7 +18,7 @@ def resolve_base(source: str | Path) -> Path:
     """Folder of a base checkpoint: an embedded name, a local folder, or a repository on the Hugging Face hub.
 
     Raises:
-        SliderEditError: nothing of that name can be found.
+        SliderEditError: Nothing of that name can be found.
     """
     text = str(source)
     if text in _BASES:

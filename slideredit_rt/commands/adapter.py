@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 from slideredit_rt.commands.shared import (
     Commands,
     add_own_image_options,
-    add_placement_options,
+    add_run_options,
     emit,
     options_given,
     own_image_options,
-    placement,
+    run_settings,
 )
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.files import user_path
@@ -130,8 +130,7 @@ def _adapter_calibrate(args: argparse.Namespace) -> int:
         dataset,
         CalibrationConfig(**options_given(args, "cases", "samples", "steps")),
         engine=args.engine,
-        threads=args.threads,
-        placement=placement(args),
+        run=run_settings(args),
         progress=not args.quiet,
     )
     if args.plot is not None:
@@ -190,8 +189,7 @@ def add_commands(commands: Commands) -> None:
     calibrated.add_argument("--cases", type=int, help="number of edits to measure (default: 32)")
     calibrated.add_argument("--samples", type=int, help="strengths per edit, an odd number (default: 17)")
     calibrated.add_argument("--steps", type=int, help="denoising steps (default: 12)")
-    add_placement_options(calibrated)
-    calibrated.add_argument("--threads", type=int, help="CPU threads of the engine (default: the backend's choice)")
+    add_run_options(calibrated)
     calibrated.add_argument(
         "--plot", type=user_path, metavar="PNG", help="plot to write: the map, and the response before and after"
     )

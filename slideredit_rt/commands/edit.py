@@ -10,11 +10,9 @@ from typing import TYPE_CHECKING
 from slideredit_rt.commands.shared import (
     Commands,
     add_member_option,
-    add_placement_options,
-    add_runtime_options,
+    add_run_options,
     emit,
-    placement,
-    runtime_options,
+    run_settings,
     with_members,
 )
 from slideredit_rt.errors import SliderEditError
@@ -86,9 +84,7 @@ def edit_settings(args: argparse.Namespace) -> EditSettings:
 def _open(args: argparse.Namespace) -> SliderEditor:
     from slideredit_rt.editor import SliderEditor
 
-    return SliderEditor.from_engine(
-        args.engine, args.base, threads=args.threads, options=runtime_options(args), placement=placement(args)
-    )
+    return SliderEditor.from_engine(args.engine, args.base, run_settings(args))
 
 
 def _edit(args: argparse.Namespace) -> int:
@@ -218,9 +214,7 @@ def _add_image_options(sub: argparse.ArgumentParser, example: str, text: str) ->
     )
     sub.add_argument("--negative-prompt", help="prompt of the negative pass (default: the family's)")
     sub.add_argument("--base", help="base checkpoint (default: the location in the manifest)")
-    sub.add_argument("--threads", type=int, help="CPU threads of the backend (default: its own choice)")
-    add_placement_options(sub)
-    add_runtime_options(sub)
+    add_run_options(sub)
     sub.add_argument("--out", type=user_path, required=True, help="image file to write")
 
 

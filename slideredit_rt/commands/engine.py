@@ -10,15 +10,13 @@ from slideredit_rt.commands.edit import parse_slider
 from slideredit_rt.commands.shared import (
     Commands,
     add_member_option,
-    add_placement_options,
-    add_runtime_options,
+    add_run_options,
     counts,
     emit,
     listed,
     mib,
     options_given,
-    placement,
-    runtime_options,
+    run_settings,
     with_members,
 )
 from slideredit_rt.errors import SliderEditError
@@ -169,8 +167,7 @@ def _verify(args: argparse.Namespace) -> int:
         sliders,
         base=args.base,
         adapter=args.adapter,
-        options=runtime_options(args),
-        placement=placement(args),
+        run=run_settings(args),
     )
     half = report.dtype != "float32"
     lines = [f"{'case':<34} {'max abs':>10} {'rel. RMS':>10}" + (f" {'eager ' + report.dtype:>15}" if half else "")]
@@ -281,5 +278,4 @@ def add_commands(commands: Commands) -> None:
     verify.add_argument(
         "--adapter", action="append", help="adapter (default: the location in the manifest); repeatable, for a bank"
     )
-    add_placement_options(verify)
-    add_runtime_options(verify)
+    add_run_options(verify)

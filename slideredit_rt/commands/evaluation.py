@@ -7,13 +7,13 @@ import argparse
 from slideredit_rt.commands.shared import (
     Commands,
     add_own_image_options,
-    add_placement_options,
+    add_run_options,
     emit,
     listed,
     options_given,
     own_image_options,
-    placement,
     read_lines,
+    run_settings,
 )
 from slideredit_rt.files import user_path
 
@@ -37,8 +37,7 @@ def _evaluate(args: argparse.Namespace) -> int:
             out=args.out,
             adapters=args.adapter,
             engines=args.engine,
-            threads=args.threads,
-            placement=placement(args),
+            run=run_settings(args),
             concepts=args.concepts,
             offsets=args.offsets,
         ),
@@ -79,8 +78,7 @@ def add_commands(commands: Commands) -> None:
     evaluate.add_argument("--joint-samples", type=int, help="settings per slider when several are moved (default: 7)")
     evaluate.add_argument("--search-scenes", type=int, help="scenes for finding each system's range (default: 12)")
     evaluate.add_argument("--steps", type=int, help="denoising steps (default: 12)")
-    add_placement_options(evaluate)
-    evaluate.add_argument("--threads", type=int, help="CPU threads of the engines (default: the backend's choice)")
+    add_run_options(evaluate)
     evaluate.add_argument(
         "--instructions", type=user_path, help="text file with the edits of the shapes scenes, one per line (default: all)"
     )

@@ -11,8 +11,7 @@ from pathlib import Path
 
 from slideredit_rt.commands.shared import (
     Commands,
-    add_placement_options,
-    add_runtime_options,
+    add_run_options,
     emit,
     options_given,
     runtime_options,
@@ -56,8 +55,7 @@ def add_serve_options(parser: argparse.ArgumentParser) -> None:
         help="origin whose web pages may use the server, such as https://example.com; * allows all; repeatable",
     )
     parser.add_argument("--base", help="base checkpoint (default: the location in the manifest)")
-    parser.add_argument("--threads", type=int, help="CPU threads of the backend (default: its own choice)")
-    add_placement_options(parser)
+    add_run_options(parser)
     _add_limits(parser, defaults)
     _add_ray_options(parser, defaults)
 
@@ -217,7 +215,6 @@ def add_commands(commands: Commands) -> None:
     """Add the commands of this module."""
     serve = commands.add("serve", _serve, "serve edits over HTTP, with a web page to try them")
     add_serve_options(serve)
-    add_runtime_options(serve)
 
     bench = commands.group("bench", "measure a server")
     _add_bench_options(bench.add("serve", _bench_serve, "send edits to a server and measure latency and throughput"))

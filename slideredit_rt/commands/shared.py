@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.files import user_path
-from slideredit_rt.placement import COMPONENT_DTYPES, OFFLOADS, Placement
+from slideredit_rt.settings import COMPONENT_DTYPES, OFFLOADS, RunSettings
 from slideredit_rt.sliders import Slider
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def write(text: str = "") -> None:
     """Write a line to standard output and flush it; do nothing once the reader has closed the pipe.
 
     Raises:
-        SliderEditError: standard output cannot be written.
+        SliderEditError: Standard output cannot be written.
     """
     try:
         sys.stdout.write(f"{text}\n")
@@ -115,34 +115,37 @@ def runtime_options(args: argparse.Namespace) -> RuntimeOptions | None:
     return RuntimeOptions(**given)
 
 
-def placement(args: argparse.Namespace) -> Placement:
-    """Return the placement that `--device`, `--dtype` and `--offload` describe."""
-    return Placement(args.device, args.dtype, args.offload)
+def run_settings(args: argparse.Namespace) -> RunSettings:
+    """Return how the options say that an engine is run."""
+    return RunSettings(args.device, args.dtype, args.offload, args.threads, runtime_options(args))
 
 
-def add_placement_options(sub: argparse.ArgumentParser) -> None:
-    """Add the options that `placement` reads."""
+def add_run_options(sub: argparse.ArgumentParser) -> None:
+    """Add the options that `run_settings` reads."""
     sub.add_argument(
         "--device",
-        default="auto",
+        default=RunSettings.device,
         help="device of the engine, the encoders and the autoencoder: cpu, cuda, cuda:N or auto, the backend's choice "
-        "(default: auto)",
+        "(default: %(default)s)",
     )
     sub.add_argument(
         "--dtype",
-        default="auto",
+        default=RunSettings.dtype,
         choices=COMPONENT_DTYPES,
         help="dtype of encoders and autoencoder (default: bfloat16 on a GPU, float32 on the CPU)",
     )
     sub.add_argument(
         "--offload",
-        default="none",
+        default=RunSettings.offload,
         choices=OFFLOADS,
-        help="encoders: keep text encoders in host memory and decode in tiles, for GPUs with little memory (default: none)",
+        help="encoders: keep text encoders in host memory and decode in tiles, for GPUs with little memory "
+        "(default: %(default)s)",
     )
+    sub.add_argument("--threads", type=int, help="CPU threads of the backend (default: its own choice)")
+    _add_runtime_options(sub)
 
 
-def add_runtime_options(sub: argparse.ArgumentParser) -> None:
+def _add_runtime_options(sub: argparse.ArgumentParser) -> None:
     """Add the options that `runtime_options` reads."""
     tensorrt = sub.add_argument_group("options of tensorrt and tensorrt-rtx engines")
     tensorrt.add_argument(
@@ -196,8 +199,8 @@ def add_own_image_options(sub: argparse.ArgumentParser, *, distances: bool) -> N
     """Add the options that `own_image_options` reads.
 
     Args:
-        sub: the command's parser.
-        distances: include the choice of distance scorers.
+        sub: The command's parser.
+        distances: Include the choice of distance scorers.
     """
     own = sub.add_argument_group("your own images instead of shapes scenes")
     own.add_argument("--images", type=user_path, metavar="DIR", help="folder of images to edit")

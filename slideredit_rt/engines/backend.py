@@ -16,7 +16,7 @@ from slideredit_rt.adapters import Adapter
 from slideredit_rt.engines.manifest import MAX_BATCH, MAX_SLIDERS, Manifest
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.families import Family, Kind, TensorSpec
-from slideredit_rt.placement import Placement
+from slideredit_rt.settings import RunSettings
 
 if TYPE_CHECKING:
     from slideredit_rt.export.linked_weights import Link, LinkedExport
@@ -31,7 +31,7 @@ class Engine(Protocol):
     """A backbone that runs one denoising step. Any number of threads may call it at the same time.
 
     Attributes:
-        device: where it runs, and where its inputs should lie.
+        device: Device of the engine and of its inputs.
     """
 
     @property
@@ -41,7 +41,7 @@ class Engine(Protocol):
         """Predict the velocity of one denoising step.
 
         Args:
-            inputs: the tensors listed in the manifest, including `alpha` and `token_mask`.
+            inputs: The tensors listed in the manifest, including `alpha` and `token_mask`.
 
         Returns:
             Float32 `[B, image_rows, C]`, valid until the same thread's next call with the same shapes.
@@ -54,18 +54,18 @@ class BuildSettings:
     """Settings of a build.
 
     Attributes:
-        backend: name of the backend.
-        lowering: form of the masked update, `auto` or one of the backend's lowerings (see `slideredit_rt.export.lowering`).
-        dtype: dtype of weights and arithmetic. None keeps the checkpoint's; for ONNX Runtime it means float32.
-        batch: smallest, usual and largest B. Backends that do not compile for a range only use the largest.
-        max_sliders: largest K.
-        allow_partial: drop modules of the adapter that the base lacks instead of refusing the adapter.
-        copy_weights: copy the base's weights instead of linking them, so that the base may be changed or deleted. Compiled
+        backend: Name of the backend.
+        lowering: Form of the masked update, `auto` or one of the backend's lowerings (see `slideredit_rt.export.lowering`).
+        dtype: Dtype of weights and arithmetic. None keeps the checkpoint's; for ONNX Runtime it means float32.
+        batch: Smallest, usual and largest B. Backends that do not compile for a range only use the largest.
+        max_sliders: Largest K.
+        allow_partial: Drop modules of the adapter that the base lacks instead of refusing the adapter.
+        copy_weights: Copy the base's weights instead of linking them, so that the base may be changed or deleted. Compiled
             plans always contain the weights.
-        options: options specific to the backend, an instance of its `build_options`; None uses its defaults.
+        options: Options specific to the backend, an instance of its `build_options`; None uses its defaults.
 
     Raises:
-        SliderEditError: the batch sizes are not in ascending order, or a limit is out of range.
+        SliderEditError: The batch sizes are not in ascending order, or a limit is out of range.
     """
 
     backend: str = "onnxruntime"
@@ -92,9 +92,9 @@ class Limits:
     """Sizes and GPUs that an engine is compiled for; empty for a backend that accepts any.
 
     Attributes:
-        ranges: smallest, usual and largest size of each axis, by the axis names of `TensorSpec`.
+        ranges: Smallest, usual and largest size of each axis, by the axis names of `TensorSpec`.
         targets: CUDA compute capabilities such as `sm89`.
-        compatibility: section of the manifest on later versions and other hardware.
+        compatibility: Section of the manifest on later versions and other hardware.
     """
 
     ranges: Mapping[str, Range] = field(default_factory=dict)
@@ -111,14 +111,14 @@ class BuildJob:
     """Inputs of `Backend.compile`.
 
     Attributes:
-        family: base-model family.
-        base: folder of the checkpoint.
-        adapter: adapter, already fitted to the base; None for the frozen backbone.
-        lowering: chosen lowering.
-        settings: build settings, with the dtype that the backend chose.
-        limits: result of the backend's `precheck`.
-        stage: function that is called with the name of each further stage, for the progress bar.
-        progress: allow progress bars and notes on standard error.
+        family: Base-model family.
+        base: Folder of the checkpoint.
+        adapter: Adapter, already fitted to the base; None for the frozen backbone.
+        lowering: Chosen lowering.
+        settings: Build settings, with the dtype that the backend chose.
+        limits: Result of the backend's `precheck`.
+        stage: Function that is called with the name of each further stage, for the progress bar.
+        progress: Allow progress bars and notes on standard error.
     """
 
     family: Family
@@ -142,10 +142,10 @@ class Compiled:
     """Result of `Backend.compile`.
 
     Attributes:
-        export: inputs, outputs, dtype and updates of the export that was compiled.
-        files: names of the engine's files in the folder.
-        links: checkpoint files linked into the folder, and how each was linked.
-        layers: number of layers by type in the compiled network, before the backend fused them.
+        export: Inputs, outputs, dtype and updates of the export that was compiled.
+        files: Names of the engine's files in the folder.
+        links: Checkpoint files linked into the folder, and how each was linked.
+        layers: Number of layers by type in the compiled network, before the backend fused them.
     """
 
     export: LinkedExport
@@ -160,9 +160,9 @@ class ServedModel:
 
     Attributes:
         platform: `platform` in `config.pbtxt`.
-        source: name of the model's file in an engine folder.
-        file: file name that the server expects.
-        is_graph: true for an ONNX graph, which can be given a batch axis and reads other files of the folder.
+        source: Name of the model's file in an engine folder.
+        file: File name that the server expects.
+        is_graph: True for an ONNX graph, which can be given a batch axis and reads other files of the folder.
     """
 
     platform: str
@@ -175,13 +175,13 @@ class Backend(ABC):
     """One way to build and execute engines. To add one, register an instance of a subclass in `slideredit_rt.engines.BACKENDS`.
 
     Attributes:
-        name: name in commands and manifests.
-        title: name as its makers write it.
-        package: distribution whose version is recorded in manifests.
-        lowerings: supported lowerings, the default first.
-        build_options: dataclass of its own build options; None if it has none.
-        run_options: dataclass of its own run options; None if it has none.
-        served: form in which Triton Inference Server runs its engines; None if it cannot.
+        name: Name in commands and manifests.
+        title: Name as its makers write it.
+        package: Distribution whose version is recorded in manifests.
+        lowerings: Supported lowerings, the default first.
+        build_options: Dataclass of its own build options; None if it has none.
+        run_options: Dataclass of its own run options; None if it has none.
+        served: Form in which Triton Inference Server runs its engines; None if it cannot.
     """
 
     name: ClassVar[str]
@@ -200,7 +200,7 @@ class Backend(ABC):
         """Check that run options are an instance of `run_options`.
 
         Raises:
-            SliderEditError: the backend takes other run options, or none.
+            SliderEditError: The backend takes other run options, or none.
         """
         if self.run_options is None:
             raise SliderEditError(f"{self.title} engines take no run options, got {options}; remove them")
@@ -220,7 +220,7 @@ class Backend(ABC):
         plugin can prevent fusions around it.
 
         Args:
-            kind: kind of the adapter; None for a frozen backbone.
+            kind: Kind of the adapter; None for a frozen backbone.
         """
         return "folded" if kind == "gst" and "folded" in self.lowerings else self.lowerings[0]
 
@@ -228,10 +228,10 @@ class Backend(ABC):
         """Return the dtype of weights and arithmetic; None keeps the checkpoint's.
 
         Args:
-            asked: requested dtype; None leaves the choice to the backend.
+            asked: Requested dtype; None leaves the choice to the backend.
 
         Raises:
-            SliderEditError: the backend cannot compute in the requested dtype.
+            SliderEditError: The backend cannot compute in the requested dtype.
         """
         return asked
 
@@ -239,12 +239,12 @@ class Backend(ABC):
         """Validate a build before minutes of tracing, and determine the sizes and GPUs that it is compiled for.
 
         Args:
-            family: family of the base.
-            base: folder of the checkpoint.
-            settings: build settings, whose `options` belong to this backend or are None.
+            family: Family of the base.
+            base: Folder of the checkpoint.
+            settings: Build settings, whose `options` belong to this backend or are None.
 
         Raises:
-            SliderEditError: a package is missing, or an option or a size is not supported.
+            SliderEditError: A package is missing, or an option or a size is not supported.
         """
         return Limits()
 
@@ -253,44 +253,34 @@ class Backend(ABC):
         """Write everything except the manifest into an empty engine folder.
 
         Args:
-            job: model, adapter and settings.
-            folder: folder to write to.
+            job: Model, adapter and settings.
+            folder: Folder to write to.
 
         Raises:
-            SliderEditError: the base or the adapter cannot be exported, or the build failed.
+            SliderEditError: The base or the adapter cannot be exported, or the build failed.
         """
 
     @abstractmethod
-    def open(
-        self,
-        folder: Path,
-        manifest: Manifest,
-        *,
-        threads: int | None = None,
-        options: Any = None,
-        placement: Placement | None = None,
-    ) -> Engine:
+    def open(self, folder: Path, manifest: Manifest, run: RunSettings) -> Engine:
         """Load an engine folder whose files have been checked.
 
         Args:
-            folder: folder written by `slideredit-rt build`.
-            manifest: manifest of the folder.
-            threads: CPU threads; None lets the backend choose.
-            options: an instance of `run_options`; None uses the defaults.
-            placement: device to run on; None lets the backend choose.
+            folder: Folder written by `slideredit-rt build`.
+            manifest: Manifest of the folder.
+            run: Device, threads and options, which are an instance of `run_options` or None.
 
         Raises:
-            SliderEditError: the engine cannot run here.
+            SliderEditError: The engine cannot run here.
         """
 
     def report(self, folder: Path, manifest: Manifest) -> dict[str, Any] | None:
         """Describe an engine's memory and layers on its device; None if there is nothing to add to the manifest.
 
         Args:
-            folder: folder written by `slideredit-rt build`.
-            manifest: manifest of the folder.
+            folder: Folder written by `slideredit-rt build`.
+            manifest: Manifest of the folder.
 
         Raises:
-            SliderEditError: the engine cannot run here.
+            SliderEditError: The engine cannot run here.
         """
         return None

@@ -12,7 +12,7 @@ class CudaDevice:
     """A CUDA device: a stream that can be captured, and graph capture.
 
     Args:
-        device: with its number; None takes the current one.
+        device: GPU with its number; None takes the current one.
     """
 
     def __init__(self, device: torch.device | None = None) -> None:

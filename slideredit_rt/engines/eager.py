@@ -13,8 +13,8 @@ class EagerEngine:
     """Engine that runs a backbone without compiling it. Calls of several threads run one after the other.
 
     Args:
-        backbone: function from named inputs to the prediction, such as a `SliderBackbone` in evaluation mode.
-        device: device of its weights.
+        backbone: Function from named inputs to the prediction, such as a `SliderBackbone` in evaluation mode.
+        device: Device of its weights.
     """
 
     def __init__(self, backbone: Callable[[Mapping[str, Tensor]], Tensor], device: torch.device) -> None:

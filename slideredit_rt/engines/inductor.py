@@ -25,7 +25,7 @@ from slideredit_rt.engines.shapes import ShapeCache
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.families import get_family
 from slideredit_rt.modules import SliderBackbone
-from slideredit_rt.placement import Placement
+from slideredit_rt.settings import RunSettings
 
 COMPILER = "inductor"
 # Dynamo counts the compiled variants of a block over all engines of the process and fails at its default limit of 8.
@@ -58,13 +58,13 @@ def load_weights(transformer: Any, files: Iterable[Path], device: torch.device) 
     """Load the weights of a transformer on the `meta` device, reading files directly to the target device.
 
     Args:
-        transformer: transformer on `meta`, changed in place.
+        transformer: Transformer on `meta`, changed in place.
         files: safetensors files with the transformer's own tensor names. The first file that holds a tensor is used;
             unknown tensors are ignored.
-        device: device to run on.
+        device: Device to run on.
 
     Raises:
-        SliderEditError: a file cannot be read, or a tensor is in none of them.
+        SliderEditError: A file cannot be read, or a tensor is in none of them.
     """
     wanted, state = transformer.state_dict().keys(), {}
     for path in files:
@@ -93,8 +93,8 @@ class InductorEngine:
     shapes overwrites.
 
     Args:
-        backbone: backbone whose transformer blocks are compiled in place.
-        manifest: manifest of the engine.
+        backbone: Backbone whose transformer blocks are compiled in place.
+        manifest: Manifest of the engine.
     """
 
     def __init__(self, backbone: SliderBackbone, manifest: Manifest) -> None:
@@ -131,7 +131,7 @@ class InductorEngine:
         """Predict one step (see `slideredit_rt.engines.Engine`). The output is on the device of the inputs.
 
         Raises:
-            SliderEditError: the engine is closed, an input does not match the manifest, the device is out of memory, or torch
+            SliderEditError: The engine is closed, an input does not match the manifest, the device is out of memory, or torch
                 cannot compile here.
         """
         sizes = check_request(self.manifest, inputs)
@@ -218,22 +218,14 @@ class Inductor(Backend):
         exported = export_weights(job.family, job.base, job.adapter, folder, weights)
         return Compiled(exported, exported.files, exported.links)
 
-    def open(
-        self,
-        folder: Path,
-        manifest: Manifest,
-        *,
-        threads: int | None = None,
-        options: Any = None,
-        placement: Placement | None = None,
-    ) -> InductorEngine:
+    def open(self, folder: Path, manifest: Manifest, run: RunSettings) -> InductorEngine:
         """Load an engine folder onto a CUDA device, or the CPU if there is none (see `Backend.open`).
 
-        `threads` sets torch's threads for the whole process; None does not change them.
+        `run.threads` sets torch's threads for the whole process; None does not change them.
         """
-        if threads is not None:
-            torch.set_num_threads(threads)
-        device = (placement or Placement()).choose_device(torch.device("cuda") if torch.cuda.is_available() else None)
+        if run.threads is not None:
+            torch.set_num_threads(run.threads)
+        device = run.choose_device(torch.device("cuda") if torch.cuda.is_available() else None)
         family, transformer = get_family(manifest.family), meta_transformer(folder)
         # Converted weights take precedence over the checkpoint's shards, which hold the original ones.
         own = [name for name in manifest.files if name not in (CONFIG_FILE, ADAPTER_FILE)]

@@ -31,31 +31,31 @@ class Manifest:
     """Description of an engine.
 
     Attributes:
-        family: base-model family.
+        family: Base-model family.
         base: `source` (embedded name, hub repository or absolute folder) and `fingerprint`, SHA-256 per pipeline component.
         adapter: `source`, `fingerprint`, `kind`, `rank`, `modules`, `strength_curve`, and for a bank `members`, by name, each
             with its `source` and `strength_curve`; None for an engine of the frozen backbone.
-        backend: name of the backend.
-        backend_version: version of its package.
-        lowering: requested form of the masked update: `native`, `folded`, `plugin`, or `operator` (this package's operators,
+        backend: Name of the backend.
+        backend_version: Version of its package.
+        lowering: Requested form of the masked update: `native`, `folded`, `plugin`, or `operator` (this package's operators,
             run by torch).
         targets: CUDA compute capabilities that it was built for; empty for a CPU engine.
-        max_batch: largest accepted B.
-        max_sliders: largest accepted K.
-        config: configuration of the transformer.
-        inputs: names, dtypes and shapes of the inputs.
-        outputs: names, dtypes and shapes of the outputs.
+        max_batch: Largest accepted B.
+        max_sliders: Largest accepted K.
+        config: Configuration of the transformer.
+        inputs: Names, dtypes and shapes of the inputs.
+        outputs: Names, dtypes and shapes of the outputs.
         files: SHA-256 and size in bytes of each file, by name.
-        created: time of the build, UTC, ISO 8601.
-        versions: versions of the packages that it was built with.
-        ranges: smallest, usual and largest size of each axis, if the backend compiles for a range.
-        dtype: dtype of weights and arithmetic, as torch names it; floating-point inputs and outputs are float32.
-        updates: number of adapted linears by their final lowering.
-        layers: number of layers by type in the compiled network, before the builder fused them.
-        compatibility: environments besides the build's own TensorRT version and GPU that can run a plan: `versions` (bool,
+        created: Time of the build, UTC, ISO 8601.
+        versions: Versions of the packages that it was built with.
+        ranges: Smallest, usual and largest size of each axis, if the backend compiles for a range.
+        dtype: Dtype of weights and arithmetic, as torch names it; floating-point inputs and outputs are float32.
+        updates: Number of adapted linears by their final lowering.
+        layers: Number of layers by type in the compiled network, before the builder fused them.
+        compatibility: Environments besides the build's own TensorRT version and GPU that can run a plan: `versions` (bool,
             later ones of the same major) and `hardware` (`none`, `ampere_plus` or `same_compute_capability`).
         links: SHA-256, size and `kind` (`hard` or `symbolic`) of each checkpoint file linked into the folder, by name.
-        schema_version: version of the manifest's format.
+        schema_version: Version of the manifest's format.
     """
 
     family: str
@@ -104,13 +104,13 @@ def check_base(manifest: Manifest, engine: Path, base: Path, *, skip: Collection
     """Check that a base is the one that an engine was built from.
 
     Args:
-        manifest: manifest of the engine.
-        engine: folder of the engine, where digests of large files are cached.
-        base: folder of a diffusers checkpoint.
-        skip: components that are not compared.
+        manifest: Manifest of the engine.
+        engine: Folder of the engine, where digests of large files are cached.
+        base: Folder of a diffusers checkpoint.
+        skip: Components that are not compared.
 
     Raises:
-        SliderEditError: it is another base, or it was changed after the build.
+        SliderEditError: It is another base, or it was changed after the build.
     """
     digests = Digests(engine / DIGESTS)
     actual = fingerprint_base(base, skip=skip, digest=digests)
@@ -141,11 +141,11 @@ def read_manifest(folder: Path, *, unchecked: str | None = None) -> Manifest:
     (see `slideredit_rt.files.Digests`). Links are followed, and their targets must have the recorded content.
 
     Args:
-        folder: engine folder.
-        unchecked: name of a file that is not checked, because the caller will overwrite it.
+        folder: Engine folder.
+        unchecked: Name of a file that is not checked, because the caller will overwrite it.
 
     Raises:
-        SliderEditError: the folder is not an engine, its schema version is not supported, the manifest is invalid, or a file
+        SliderEditError: The folder is not an engine, its schema version is not supported, the manifest is invalid, or a file
             is missing, truncated or changed.
     """
     path = folder / NAME
@@ -384,7 +384,7 @@ def _parse(data: dict[str, Any]) -> Manifest:
     """Make a manifest from its JSON.
 
     Raises:
-        ValueError: the JSON does not describe an engine.
+        ValueError: The JSON does not describe an engine.
     """
     _MANIFEST(data, "the manifest")
     specs = {key: [TensorSpec(s["name"], s["dtype"], tuple(s["shape"])) for s in data[key]] for key in ("inputs", "outputs")}

@@ -19,7 +19,7 @@ from slideredit_rt.engines.manifest import MODEL_FILE, Manifest
 from slideredit_rt.engines.request import check_request
 from slideredit_rt.engines.shapes import ShapeCache
 from slideredit_rt.errors import SliderEditError
-from slideredit_rt.placement import Placement
+from slideredit_rt.settings import RunSettings
 
 _NUMPY = {"float32": np.float32, "bool": np.bool_}
 _TORCH = {"float32": torch.float32, "bool": torch.bool}
@@ -57,10 +57,10 @@ class OnnxRuntimeEngine:
     run one after the other, on a stream of the engine that the caller's stream waits for.
 
     Args:
-        folder: engine folder.
-        manifest: manifest of the folder.
-        threads: threads of ONNX Runtime; None uses its default.
-        device: device to run on; None uses the CPU.
+        folder: Engine folder.
+        manifest: Manifest of the folder.
+        threads: Threads of ONNX Runtime; None uses its default.
+        device: Device to run on; None uses the CPU.
 
     Raises:
         SliderEditError: ONNX Runtime cannot load the graph, or has no CUDA provider for a GPU.
@@ -103,7 +103,7 @@ class OnnxRuntimeEngine:
         """Predict one step (see `slideredit_rt.engines.Engine`).
 
         Raises:
-            SliderEditError: an input does not match the manifest.
+            SliderEditError: An input does not match the manifest.
         """
         with self._lock:
             return self._run(inputs)
@@ -161,14 +161,6 @@ class OnnxRuntime(Backend):
         exported = export_linked(job.family, job.base, job.adapter, folder, weights, lowering=job.lowering)
         return Compiled(exported, exported.files, exported.links)
 
-    def open(
-        self,
-        folder: Path,
-        manifest: Manifest,
-        *,
-        threads: int | None = None,
-        options: Any = None,
-        placement: Placement | None = None,
-    ) -> OnnxRuntimeEngine:
+    def open(self, folder: Path, manifest: Manifest, run: RunSettings) -> OnnxRuntimeEngine:
         """Load the graph (see `Backend.open`)."""
-        return OnnxRuntimeEngine(folder, manifest, threads=threads, device=(placement or Placement()).choose_device())
+        return OnnxRuntimeEngine(folder, manifest, threads=run.threads, device=run.choose_device())

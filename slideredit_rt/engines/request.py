@@ -17,15 +17,15 @@ def check_request(manifest: Manifest, inputs: Mapping[str, Tensor]) -> dict[str,
     """Check a call's inputs against the manifest.
 
     Args:
-        manifest: manifest of the engine; `inputs` gives names, dtypes and shapes, `ranges` or else `max_batch` and
+        manifest: Manifest of the engine; `inputs` gives names, dtypes and shapes, `ranges` or else `max_batch` and
             `max_sliders` give the limits.
-        inputs: tensors by name, on any device.
+        inputs: Tensors by name, on any device.
 
     Returns:
         The size of each named axis.
 
     Raises:
-        SliderEditError: a tensor is missing, has the wrong dtype or layout, contradicts another one, or exceeds the limits.
+        SliderEditError: A tensor is missing, has the wrong dtype or layout, contradicts another one, or exceeds the limits.
     """
     sizes: dict[str, int] = {}
     for spec in manifest.inputs:
@@ -61,7 +61,7 @@ class Outputs(threading.local):
     """Output tensors of one thread, one for each set of shapes. Their addresses are fixed and no other thread writes them.
 
     Args:
-        most: number of sets of shapes to keep; the least recently used is dropped first.
+        most: Number of sets of shapes to keep; the least recently used is dropped first.
     """
 
     def __init__(self, most: int) -> None:
@@ -74,12 +74,12 @@ class Outputs(threading.local):
         vice versa.
 
         Args:
-            manifest: manifest of the engine.
-            sizes: result of `check_request`.
-            inputs: inputs of the call.
+            manifest: Manifest of the engine.
+            sizes: Result of `check_request`.
+            inputs: Inputs of the call.
 
         Raises:
-            SliderEditError: the device is out of memory.
+            SliderEditError: The device is out of memory.
         """
         spec, device = manifest.outputs[0], inputs[manifest.inputs[0].name].device
         shape = spec.resolve(sizes)

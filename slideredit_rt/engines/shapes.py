@@ -13,8 +13,8 @@ class ShapeCache(Generic[T]):
     """LRU cache of values by set of shapes. Not thread-safe.
 
     Args:
-        most: number of values to keep, at least 1.
-        release: function that is called with each value before it is dropped.
+        most: Number of values to keep, at least 1.
+        release: Function that is called with each value before it is dropped.
     """
 
     def __init__(self, most: int, release: Callable[[T], object] | None = None) -> None:

@@ -20,7 +20,7 @@ from slideredit_rt.engines.manifest import read_manifest
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.evaluation.dataset import Dataset
 from slideredit_rt.export.build import build_engine
-from slideredit_rt.placement import Placement
+from slideredit_rt.settings import RunSettings
 from slideredit_rt.strength import StrengthCurve, linear_sweep
 
 FARTHEST = 2.0
@@ -158,8 +158,7 @@ def calibrate_adapter(
     config: CalibrationConfig | None = None,
     *,
     engine: Path | None = None,
-    threads: int | None = None,
-    placement: Placement | None = None,
+    run: RunSettings | None = None,
     progress: bool = True,
 ) -> tuple[Adapter, Calibration]:
     """Return the adapter with a curve learnt from `dataset`, and the calibration. The curve costs nothing at run time.
@@ -170,8 +169,7 @@ def calibrate_adapter(
         dataset: Images and scorers. The response of the first attribute scorer is made even.
         config: Settings; None uses the defaults.
         engine: Engine built with this adapter; None builds a temporary ONNX Runtime engine.
-        threads: CPU threads of the engine; None uses the backend's default.
-        placement: Device of the engine, and dtype of encoders and autoencoder; None uses the defaults.
+        run: Device, threads and options of the engine, dtype of its encoders and autoencoder; None uses the defaults.
         progress: Show a progress bar on standard error.
 
     Raises:
@@ -189,7 +187,7 @@ def calibrate_adapter(
         if engine is None:
             engine = Path(folder) / "engine"
             build_engine(base, adapter, engine, progress=False)
-        editor = SliderEditor.from_engine(engine, base, threads=threads, placement=placement)
+        editor = SliderEditor.from_engine(engine, base, run)
         found = calibrate(editor, dataset, config, progress=progress)
     return dataclasses.replace(adapter, curve=found.curve), found
 

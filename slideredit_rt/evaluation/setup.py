@@ -17,7 +17,7 @@ from slideredit_rt.engines.manifest import read_manifest
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.export.build import build_engine
 from slideredit_rt.families import Family, family_of
-from slideredit_rt.placement import Placement
+from slideredit_rt.settings import RunSettings
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,7 @@ class Setup:
         out: Folder of the run. Engines are built in its subfolder `engines`.
         adapters: Adapters; an engine is built for each.
         engines: Engine folders written by `slideredit-rt build`, with the same base.
-        threads: CPU threads of the engines; None uses the backend's default.
-        placement: Device of engines and eager systems, and dtype of encoders and autoencoder.
+        run: Device, threads and options of the engines. Systems in eager torch use the same device.
         concepts: Bank of concept sliders, from `slideredit-rt train concepts`. With None, `run_evaluation` uses the embedded
             bank for the embedded base on shapes scenes, and leaves the system out otherwise.
         offsets: File of attribute offsets, from `slideredit-rt train offsets`. None is treated as for `concepts`.
@@ -59,8 +58,7 @@ class Setup:
     out: Path
     adapters: Sequence[str] = ()
     engines: Sequence[Path] = ()
-    threads: int | None = None
-    placement: Placement = field(default_factory=Placement)
+    run: RunSettings = field(default_factory=RunSettings)
     concepts: str | None = None
     offsets: str | None = None
 
@@ -72,7 +70,7 @@ class Setup:
     @cached_property
     def eager_device(self) -> str:
         """Device of systems that run in eager torch."""
-        return str(self.placement.choose_device())
+        return str(self.run.choose_device())
 
     @cached_property
     def family(self) -> Family:
@@ -117,7 +115,7 @@ class Setup:
         """
         path = self.out / "engines" / name
         build_engine(self.base, adapter, path, overwrite=True, progress=False)
-        return SliderEditor.from_engine(path, self.base, threads=self.threads, placement=self.placement)
+        return SliderEditor.from_engine(path, self.base, self.run)
 
     def _of_adapter(self, source: str, adapter: Adapter) -> SliderEngine:
         if adapter.members:
@@ -136,7 +134,7 @@ class Setup:
         if manifest.members:
             raise SliderEditError(f"engine {str(folder)!r} has a bank of adapters; evaluate each member's file instead")
         fingerprint = f"{manifest.adapter['fingerprint']} {json.dumps(manifest.curve.to_json())}"
-        open_it = cache(partial(SliderEditor.from_engine, folder, self.base, threads=self.threads, placement=self.placement))
+        open_it = cache(partial(SliderEditor.from_engine, folder, self.base, self.run))
         return SliderEngine(manifest.kind, _safe(folder.resolve().name), str(folder), fingerprint, open_it)
 
 

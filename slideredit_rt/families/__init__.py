@@ -32,7 +32,7 @@ def get_family(name: str) -> Family:
     """Return the family named `name`.
 
     Raises:
-        SliderEditError: there is no such family.
+        SliderEditError: There is no such family.
     """
     if name not in FAMILIES:
         raise SliderEditError(f"unknown family {name!r}; known: {', '.join(FAMILIES)}")
@@ -43,7 +43,7 @@ def family_of(base: Path) -> Family:
     """Return the family of a diffusers checkpoint folder, from the pipeline class in its `model_index.json`.
 
     Raises:
-        SliderEditError: the folder is not a checkpoint, or belongs to no known family.
+        SliderEditError: The folder is not a checkpoint, or belongs to no known family.
     """
     pipeline_class = read_index(base)["_class_name"]
     for family in FAMILIES.values():

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from slideredit_rt.checkpoint import check_pipeline, load_components, quiet_libraries
 from slideredit_rt.errors import SliderEditError
-from slideredit_rt.placement import Offload
+from slideredit_rt.settings import Offload
 from slideredit_rt.spans import PromptToken
 
 Kind = Literal["st", "gst"]
@@ -52,15 +52,15 @@ class Conditioning:
     """The parts of an edit that do not depend on sliders, encoded once per images, prompt and seed.
 
     Attributes:
-        inputs: backbone inputs other than latents and timestep; `batch` axes have size 1.
-        latents: initial noise, float32 `[1, latent_rows, C]`.
-        reference: latents of the source images, float32 `[1, reference_rows, C]`.
-        text_rows: number of text rows.
-        sizes: height and width of each source image in latents, which determine the inputs without a batch axis.
-        height: height of the decoded image, in pixels.
-        width: width of the decoded image, in pixels.
+        inputs: Backbone inputs other than latents and timestep; `batch` axes have size 1.
+        latents: Initial noise, float32 `[1, latent_rows, C]`.
+        reference: Latents of the source images, float32 `[1, reference_rows, C]`.
+        text_rows: Number of text rows.
+        sizes: Height and width of each source image in latents, which determine the inputs without a batch axis.
+        height: Height of the decoded image, in pixels.
+        width: Width of the decoded image, in pixels.
         negative: `inputs` for the negative pass of true classifier-free guidance (CFG); None without one.
-        true_cfg_scale: scale of the guidance away from the negative pass.
+        true_cfg_scale: Scale of the guidance away from the negative pass.
     """
 
     inputs: dict[str, Tensor]
@@ -97,8 +97,8 @@ class Schedule:
     """Noise levels of a run, float32.
 
     Attributes:
-        timesteps: what the backbone is told in each step, `[steps]` in [0, 1].
-        deltas: what each step adds to the noise level, `[steps]`.
+        timesteps: Noise level that the backbone gets in each step, `[steps]` in [0, 1].
+        deltas: Change of the noise level in each step, `[steps]`.
     """
 
     timesteps: Tensor
@@ -117,11 +117,11 @@ class EncodedImages:
     """The parts of a `Conditioning` that only depend on the source images.
 
     Attributes:
-        reference: latents of the images, float32 `[1, reference_rows, C]`.
-        inputs: backbone inputs that follow from the sizes of the images.
-        sizes: height and width of each source image in latents.
-        height: height of the edited image, in pixels.
-        width: width of the edited image, in pixels.
+        reference: Latents of the images, float32 `[1, reference_rows, C]`.
+        inputs: Backbone inputs that follow from the sizes of the images.
+        sizes: Height and width of each source image in latents.
+        height: Height of the edited image, in pixels.
+        width: Width of the edited image, in pixels.
     """
 
     reference: Tensor
@@ -151,17 +151,17 @@ class Family(ABC):
     """One base-model architecture. A family does not hold weights; it works on a loaded diffusers pipeline.
 
     Attributes:
-        name: name in commands and manifests.
-        pipeline_classes: names of the diffusers pipelines whose checkpoints belong to it.
-        guidance_scale: default of the embedded guidance, which is an input of the backbone; None for a family without it.
-        true_cfg_scale: default scale of true classifier-free guidance; 1 runs without a negative pass.
-        num_inference_steps: default number of denoising steps.
-        neutral_prompt: prompt that does not ask for an edit, for training.
-        negative_prompt: default prompt of the negative pass.
-        usual_text_rows: default largest number of text rows of an engine that is compiled for a range.
-        text_reads_images: true if the text encoder also sees the images.
-        component_classes: replacements for classes in `model_index.json`, by component.
-        no_float16: reason why the family cannot compute in float16; None if it can.
+        name: Name in commands and manifests.
+        pipeline_classes: Names of the diffusers pipelines whose checkpoints belong to it.
+        guidance_scale: Default of the embedded guidance, which is an input of the backbone; None for a family without it.
+        true_cfg_scale: Default scale of true classifier-free guidance; 1 runs without a negative pass.
+        num_inference_steps: Default number of denoising steps.
+        neutral_prompt: Prompt that does not ask for an edit, for training.
+        negative_prompt: Default prompt of the negative pass.
+        usual_text_rows: Default largest number of text rows of an engine that is compiled for a range.
+        text_reads_images: True if the text encoder also sees the images.
+        component_classes: Replacements for classes in `model_index.json`, by component.
+        no_float16: Reason why the family cannot compute in float16; None if it can.
     """
 
     name: ClassVar[str]
@@ -180,8 +180,8 @@ class Family(ABC):
         """Check that the pipeline in `folder` is complete (see `slideredit_rt.checkpoint.check_pipeline`).
 
         Args:
-            folder: folder of the checkpoint.
-            transformer: check the transformer as well.
+            folder: Folder of the checkpoint.
+            transformer: Check the transformer as well.
         """
         return check_pipeline(folder, skip=() if transformer else ("transformer",), classes=self.component_classes)
 
@@ -189,12 +189,12 @@ class Family(ABC):
         """Load the diffusers pipeline in `folder`.
 
         Args:
-            folder: folder of the checkpoint.
-            transformer: load the transformer; false if an engine replaces it.
-            dtype: dtype of the weights.
+            folder: Folder of the checkpoint.
+            transformer: Load the transformer; false if an engine replaces it.
+            dtype: Dtype of the weights.
 
         Raises:
-            SliderEditError: a component is missing or damaged.
+            SliderEditError: A component is missing or damaged.
         """
         parts = self.check_base(folder, transformer=transformer) | ({} if transformer else {"transformer": None})
         options = {"dtype": dtype, "local_files_only": True, **parts}
@@ -206,8 +206,8 @@ class Family(ABC):
 
         Args:
             pipeline: diffusers pipeline, changed in place.
-            device: device that encodes and decodes.
-            offload: see `Placement.offload`.
+            device: Device that encodes and decodes.
+            offload: See `RunSettings.offload`.
         """
         resident = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
         if offload == "encoders":
@@ -232,7 +232,7 @@ class Family(ABC):
 
         Args:
             kind: `st` or `gst`.
-            all_projections: match every linear whose rows the kind can scale, instead of those of the released adapters.
+            all_projections: Match every linear whose rows the kind can scale, instead of those of the released adapters.
         """
 
     @abstractmethod
@@ -271,8 +271,8 @@ class Family(ABC):
 
         Args:
             pipeline: diffusers pipeline.
-            prompt: text to tokenize.
-            images: images of the edit, if the text encoder reads them ahead of the prompt; one square if none is given.
+            prompt: Text to tokenize.
+            images: Images of the edit, if the text encoder reads them ahead of the prompt; one square if none is given.
         """
 
     @abstractmethod
@@ -283,9 +283,9 @@ class Family(ABC):
 
         Args:
             pipeline: diffusers pipeline.
-            prompts: texts to encode.
-            text_rows: number of rows that prompts are padded or truncated to, at most `max_text_rows`.
-            images: images of each prompt, if the text encoder reads them.
+            prompts: Texts to encode.
+            text_rows: Number of rows that prompts are padded or truncated to, at most `max_text_rows`.
+            images: Images of each prompt, if the text encoder reads them.
         """
 
     @abstractmethod
@@ -308,11 +308,11 @@ class Family(ABC):
 
         Args:
             pipeline: diffusers pipeline.
-            noisy: latents of the noisy image, `[B, rows, C]`.
-            reference: latents of the reference image, `[B, rows, C]`.
-            ids: position ids from `encode_image`.
-            text: text inputs from `encode_prompt`.
-            sigma: noise levels, `[B]` in [0, 1].
+            noisy: Latents of the noisy image, `[B, rows, C]`.
+            reference: Latents of the reference image, `[B, rows, C]`.
+            ids: Position ids from `encode_image`.
+            text: Text inputs from `encode_prompt`.
+            sigma: Noise levels, `[B]` in [0, 1].
         """
 
     @abstractmethod
@@ -326,9 +326,9 @@ class Family(ABC):
 
         Args:
             pipeline: diffusers pipeline.
-            height: height of the image, in pixels.
-            width: width of the image, in pixels.
-            seed: seed that passes `slideredit_rt.settings.check_seed`.
+            height: Height of the image, in pixels.
+            width: Width of the image, in pixels.
+            seed: Seed that passes `slideredit_rt.settings.check_seed`.
         """
         generator = torch.Generator().manual_seed(int(seed))
         shape = (1, pipeline.latent_channels, height, width)
@@ -347,12 +347,12 @@ class Family(ABC):
         """Combine the encoded parts of an edit.
 
         Args:
-            sources: source images from `encode_sources`.
-            text: text inputs of one prompt from `encode_prompt`.
-            negative: text inputs of the negative prompt; None runs without a negative pass.
-            latents: noise from `draw_noise`.
-            guidance_scale: scale of the embedded guidance; None for a family without it.
-            true_cfg_scale: scale of the guidance away from `negative`.
+            sources: Source images from `encode_sources`.
+            text: Text inputs of one prompt from `encode_prompt`.
+            negative: Text inputs of the negative prompt; None runs without a negative pass.
+            latents: Noise from `draw_noise`.
+            guidance_scale: Scale of the embedded guidance; None for a family without it.
+            true_cfg_scale: Scale of the guidance away from `negative`.
         """
         shared = dict(sources.inputs)
         if guidance_scale is not None:
@@ -380,11 +380,11 @@ class Family(ABC):
 
         Args:
             pipeline: diffusers pipeline, for its scheduler.
-            latent_rows: rows of the edited image.
-            steps: denoising steps.
+            latent_rows: Rows of the edited image.
+            steps: Denoising steps.
 
         Raises:
-            SliderEditError: the scheduler is not the Euler method for flow matching, or cannot make a schedule of this length.
+            SliderEditError: The scheduler is not the Euler method for flow matching, or cannot make a schedule of this length.
         """
         scheduler = copy.deepcopy(pipeline.scheduler)
         config = scheduler.config
@@ -429,10 +429,10 @@ class Family(ABC):
         """Allocate the backbone inputs for one batch of slider settings, which `predict` then updates in place.
 
         Args:
-            config: configuration of the transformer.
-            conditioning: encoded edit.
+            config: Configuration of the transformer.
+            conditioning: Encoded edit.
             alpha: float32 `[B, K]`, for a bank `[B, K, G]`.
-            token_mask: bool `[B, K, S]`.
+            token_mask: Bool `[B, K, S]`.
         """
         batch = len(alpha)
         inputs = {}
@@ -474,12 +474,12 @@ class Family(ABC):
         """Predict the velocity for latents at one timestep; return `[B, latent_rows, C]`.
 
         Args:
-            backbone: function that runs the backbone, such as an engine.
-            inputs: backbone inputs from `batch_inputs`, updated in place.
+            backbone: Function that runs the backbone, such as an engine.
+            inputs: Backbone inputs from `batch_inputs`, updated in place.
             latents: `[B, latent_rows, C]`.
-            timestep: noise level in [0, 1] from a `Schedule`, one for all rows or `[B]`.
-            negative: inputs of the negative pass from `negative_inputs`; None runs a single pass without guidance.
-            true_cfg_scale: scale of the guidance between the two passes; `[B, 1, 1]` gives each row its own.
+            timestep: Noise level in [0, 1] from a `Schedule`, one for all rows or `[B]`.
+            negative: Inputs of the negative pass from `negative_inputs`; None runs a single pass without guidance.
+            true_cfg_scale: Scale of the guidance between the two passes; `[B, 1, 1]` gives each row its own.
         """
         rows = latents.shape[1]
         inputs["hidden_states"][:, :rows].copy_(latents)
@@ -494,8 +494,8 @@ class Family(ABC):
         """Apply classifier-free guidance to the predictions of two passes, `[B, latent_rows, C]`.
 
         Args:
-            prediction: prediction of the pass with the prompt.
-            negative: prediction of the negative pass.
-            scale: scale of the guidance; `[B, 1, 1]` gives each row its own.
+            prediction: Prediction of the pass with the prompt.
+            negative: Prediction of the negative pass.
+            scale: Scale of the guidance; `[B, 1, 1]` gives each row its own.
         """
         return negative + scale * (prediction - negative)

@@ -50,10 +50,10 @@ class _JointRows:
     """Tensors that describe the rows of a call, text rows first. They replace diffusers' `img_shapes`.
 
     Attributes:
-        cos: rotary cosines, float32 `[text_rows + image_rows, attention_head_dim / 2]`.
-        sin: rotary sines, float32 `[text_rows + image_rows, attention_head_dim / 2]`.
-        mask: rows that are attended to, bool `[batch, 1, 1, text_rows + image_rows]`.
-        reference: rows that are modulated with timestep 0, bool `[image_rows]`; None for a base without them.
+        cos: Rotary cosines, float32 `[text_rows + image_rows, attention_head_dim / 2]`.
+        sin: Rotary sines, float32 `[text_rows + image_rows, attention_head_dim / 2]`.
+        mask: Rows that are attended to, bool `[batch, 1, 1, text_rows + image_rows]`.
+        reference: Rows that are modulated with timestep 0, bool `[image_rows]`; None for a base without them.
     """
 
     cos: Tensor
@@ -331,7 +331,7 @@ class QwenImageEdit(Family):
         The result has only as many rows as the longest prompt needs, and a mask of each prompt's rows.
 
         Raises:
-            SliderEditError: a prompt and its images need more than `text_rows` rows.
+            SliderEditError: A prompt and its images need more than `text_rows` rows.
         """
         embeds = []
         for index, prompt in enumerate(prompts):

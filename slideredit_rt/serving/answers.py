@@ -33,12 +33,12 @@ class Running:
     """A submitted edit, followed until it is done or its client disconnects.
 
     Args:
-        service: the service to submit to.
-        request: the edit.
+        service: The service to submit to.
+        request: The edit.
         receive: ASGI channel of the HTTP request. Its body has been read, so the next message is the disconnect.
 
     Raises:
-        SliderEditError: the service rejects the request.
+        SliderEditError: The service rejects the request.
     """
 
     def __init__(self, service: EditService, request: EditRequest, receive: Receive) -> None:
@@ -64,8 +64,8 @@ class Running:
         """Wait for the next partial image, or for all images.
 
         Raises:
-            SliderEditError: the edit failed.
-            ClientDisconnect: the client closed the connection.
+            SliderEditError: The edit failed.
+            ClientDisconnect: The client closed the connection.
         """
         event = await self._events.get()
         if event is None:
@@ -89,13 +89,13 @@ class Form:
     """Format of the response to an edit.
 
     Attributes:
-        output_format: image format.
+        output_format: Image format.
         compression: `output_compression` of the request, 0 to 100.
-        seeds, strengths: seed and slider strengths of each image.
-        strip: the swept slider's instruction and index if the images are laid side by side in one, else None.
-        text_tokens: number of tokens in the prompt.
-        pixels_per_row: pixels that one image row of the backbone stands for.
-        other_rows: image rows of all source images but the last, which has the size of the edit.
+        seeds, strengths: Seed and slider strengths of each image.
+        strip: The swept slider's instruction and index if the images are laid side by side in one, else None.
+        text_tokens: Number of tokens in the prompt.
+        pixels_per_row: Pixels that one image row of the backbone stands for.
+        other_rows: Image rows of all source images but the last, which has the size of the edit.
     """
 
     output_format: OutputFormat

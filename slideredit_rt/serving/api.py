@@ -67,10 +67,10 @@ class Api:
     """Logic of the HTTP routes.
 
     Args:
-        service: runs the edits.
-        model: model name for clients.
-        limits: limits of one request.
-        preview_steps: denoising steps of previews that do not set num_inference_steps.
+        service: Runs the edits.
+        model: Model name for clients.
+        limits: Limits of one request.
+        preview_steps: Denoising steps of previews that do not set num_inference_steps.
     """
 
     def __init__(self, service: EditService, model: str, limits: Limits, preview_steps: int) -> None:
@@ -107,9 +107,9 @@ class Api:
         """Handle a request for an edit.
 
         Raises:
-            Fault: the body is malformed or over a limit.
-            SliderEditError: the edit failed or is impossible.
-            ClientDisconnect: the client closed the connection.
+            Fault: The body is malformed or over a limit.
+            SliderEditError: The edit failed or is impossible.
+            ClientDisconnect: The client closed the connection.
         """
         fields, files = await read_edit(request, EditFields, self.limits)
         edit, form = await self.work(lambda: self._submission(fields, files))

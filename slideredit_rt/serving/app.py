@@ -155,16 +155,16 @@ def create_app(
     """Create the ASGI application for a service. It has no global state and does not close the service.
 
     Args:
-        service: runs the edits. Unless its observer is a `Metrics`, the metrics lack the engine's figures.
-        model: model name for clients.
-        api_key: bearer token required for every request below /v1; None requires none.
-        limits: limits of one request; None takes the defaults.
-        preview_steps: denoising steps of previews that do not set num_inference_steps.
-        allowed_hosts: values of `Host` to accept besides IP addresses and localhost; `*` for any. With a key, any is.
-        allowed_origins: origins whose web pages may send requests; `*` for any.
+        service: Runs the edits. Unless its observer is a `Metrics`, the metrics lack the engine's figures.
+        model: Model name for clients.
+        api_key: Bearer token required for every request below /v1; None requires none.
+        limits: Limits of one request; None takes the defaults.
+        preview_steps: Denoising steps of previews that do not set num_inference_steps.
+        allowed_hosts: Values of `Host` to accept besides IP addresses and localhost; `*` for any. With a key, any is.
+        allowed_origins: Origins whose web pages may send requests; `*` for any.
 
     Raises:
-        SliderEditError: a host name or an origin is malformed.
+        SliderEditError: A host name or an origin is malformed.
     """
     api = Api(service, model, Limits() if limits is None else limits, preview_steps)
     metrics = service.observer if isinstance(service.observer, Metrics) else Metrics()

@@ -22,17 +22,17 @@ class Row:
     """One image while it is denoised.
 
     Attributes:
-        owner: the job that the image belongs to.
-        index: position of the image among the owner's.
-        key: equal for rows that can share an engine call.
-        inputs, negative: backbone inputs of the pass and of the negative pass, each with batch size 1. The rows of an owner
+        owner: The job that the image belongs to.
+        index: Position of the image among the owner's.
+        key: Equal for rows that can share an engine call.
+        inputs, negative: Backbone inputs of the pass and of the negative pass, each with batch size 1. The rows of an owner
             share them, except for `alpha`.
         latents: `[1, latent_rows, C]`, after `step` steps.
-        schedule: noise levels of the run, on the device of the latents.
-        true_cfg_scale: scale of the guidance against `negative`, `[1, 1, 1]`.
-        height, width: size of the image, in pixels.
-        interactive: true for a preview.
-        step: denoising steps done.
+        schedule: Noise levels of the run, on the device of the latents.
+        true_cfg_scale: Scale of the guidance against `negative`, `[1, 1, 1]`.
+        height, width: Size of the image, in pixels.
+        interactive: True for a preview.
+        step: Denoising steps done.
     """
 
     owner: Any
@@ -70,13 +70,13 @@ def make_rows(
     """Make one row per image.
 
     Args:
-        editor: the editor that runs the rows.
-        prepared: the encoded request.
-        strengths: slider strengths of each image.
-        seeds: noise seed of each image.
-        steps: denoising steps.
-        owner: the job that the images belong to.
-        interactive: true for a preview.
+        editor: The editor that runs the rows.
+        prepared: The encoded request.
+        strengths: Slider strengths of each image.
+        seeds: Noise seed of each image.
+        steps: Denoising steps.
+        owner: The job that the images belong to.
+        interactive: True for a preview.
 
     Raises:
         SliderEditError: `SliderEditor.alphas` rejects the strengths, or the base's scheduler the number of steps.
@@ -127,8 +127,8 @@ class Batch:
     """Rows with the same key that are stepped together. Their inputs are concatenated once.
 
     Args:
-        editor: the editor that runs the rows.
-        rows: at least one, at most the engine's maximum batch.
+        editor: The editor that runs the rows.
+        rows: At least one, at most the engine's maximum batch.
     """
 
     def __init__(self, editor: SliderEditor, rows: Sequence[Row]) -> None:
@@ -167,7 +167,7 @@ class Batch:
         """Advance every row by one step.
 
         Args:
-            estimate: also return an estimate of the clean latents.
+            estimate: Also return an estimate of the clean latents.
 
         Returns:
             The estimate, `[B, latent_rows, C]`, or None.

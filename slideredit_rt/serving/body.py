@@ -32,11 +32,11 @@ class Limits:
     """Limits of one request.
 
     Attributes:
-        body_bytes: largest body, counted while it is read.
-        body_seconds: longest time for the body to arrive.
-        request_seconds: longest time from the end of the body to the last image.
-        pixels: largest size of an image, read from its header.
-        aspect: largest ratio of an image's longer to its shorter side.
+        body_bytes: Largest body, counted while it is read.
+        body_seconds: Longest time for the body to arrive.
+        request_seconds: Longest time from the end of the body to the last image.
+        pixels: Largest size of an image, read from its header.
+        aspect: Largest ratio of an image's longer to its shorter side.
     """
 
     body_bytes: int = 32 * 2**20
@@ -101,7 +101,7 @@ def _form_fields(texts: Mapping[str, Sequence[str]]) -> dict[str, Any]:
     same fields, that is ambiguous.
 
     Raises:
-        Fault: a field is duplicate, ambiguous or not JSON.
+        Fault: A field is duplicate, ambiguous or not JSON.
     """
     fields: dict[str, Any] = {}
     apart: dict[str, dict[str, Sequence[str]]] = {}
@@ -137,8 +137,8 @@ async def read_json(request: Request, model: type[Fields], limits: Limits) -> Fi
     """Read a JSON body.
 
     Raises:
-        Fault: the body is over a limit, not JSON, or does not fit the model.
-        starlette.requests.ClientDisconnect: the client closed the connection.
+        Fault: The body is over a limit, not JSON, or does not fit the model.
+        starlette.requests.ClientDisconnect: The client closed the connection.
     """
     _media_type(request, "application/json")
     async with _reading(request, limits) as bounded:
@@ -196,7 +196,7 @@ async def read_edit(request: Request, model: type[Fields], limits: Limits) -> tu
     """Read a JSON or multipart body; return its fields, and its files named `image` or `image[]`.
 
     Raises:
-        Fault, starlette.requests.ClientDisconnect: see `read_json`.
+        Fault, starlette.requests.ClientDisconnect: See `read_json`.
     """
     if _media_type(request, "application/json", "multipart/form-data") == "application/json":
         return await read_json(request, model, limits), []

@@ -37,8 +37,8 @@ class EncodingCache:
     """Thread-safe least-recently-used cache; implements `slideredit_rt.editor.Remember`.
 
     Args:
-        max_bytes: limit of all values and keys together. A larger value is not kept, and 0 keeps nothing.
-        observe: called on every lookup with the key's first part (its kind) and whether the key was found.
+        max_bytes: Limit of all values and keys together. A larger value is not kept, and 0 keeps nothing.
+        observe: Called on every lookup with the key's first part (its kind) and whether the key was found.
     """
 
     def __init__(self, max_bytes: int, observe: Callable[[str, bool], None] | None = None) -> None:

@@ -29,7 +29,7 @@ def image_bytes(text: str, param: str) -> bytes:
     """Decode a file from base64 (standard or URL-safe, padded or not), or from a base64 data URL.
 
     Raises:
-        Fault: the text is another kind of URL, which is never fetched, or not base64.
+        Fault: The text is another kind of URL, which is never fetched, or not base64.
     """
     text = text.strip()
     if _ELSEWHERE.match(text[:32]):
@@ -57,13 +57,13 @@ def decode_image_file(data: bytes, name: str, *, max_pixels: int, max_aspect: fl
     """Decode a PNG, JPEG or WebP file into an upright RGB image.
 
     Args:
-        data: contents of the file.
-        name: name of the image in error messages.
-        max_pixels: largest size, checked in the file's header before anything is decoded.
-        max_aspect: largest ratio of the longer to the shorter side. The rows of an edit grow with it.
+        data: Contents of the file.
+        name: Name of the image in error messages.
+        max_pixels: Largest size, checked in the file's header before anything is decoded.
+        max_aspect: Largest ratio of the longer to the shorter side. The rows of an edit grow with it.
 
     Raises:
-        SliderEditError: the file is not such an image.
+        SliderEditError: The file is not such an image.
     """
     image = open_image(io.BytesIO(data), name=name, max_pixels=max_pixels, formats=_FORMATS)
     if max(image.size) > max_aspect * min(image.size):
@@ -77,8 +77,8 @@ def encode_image_file(image: Image.Image, output_format: OutputFormat, compressi
     """Encode an image as a file in base64.
 
     Args:
-        image: the image.
-        output_format: format of the file.
+        image: The image.
+        output_format: Format of the file.
         compression: OpenAI's `output_compression`: quality of JPEG and WebP, in percent. WebP at 100 is lossless.
     """
     options: dict[str, Any] = {"png": {}, "jpeg": {"quality": compression}}.get(

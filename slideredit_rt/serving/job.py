@@ -74,7 +74,7 @@ class Ticket(Generic[T]):
     """Handle of a submitted request.
 
     Attributes:
-        future: resolves to the images, or raises a `SliderEditError`: bad input, `DeadlineExceeded`, `Cancelled` or
+        future: Resolves to the images, or raises a `SliderEditError`: bad input, `DeadlineExceeded`, `Cancelled` or
             `EngineFailure`. Cancelling the future has the same effect as `cancel`.
     """
 

@@ -33,9 +33,9 @@ class Guard:
     """Middleware that answers 403 to requests for an unknown host name or from pages of a foreign origin.
 
     Args:
-        app: the application behind it.
-        hosts: accepted host names, as `host_pattern` returns them; `*` for any.
-        origins: allowed origins, as `web_origin` returns them.
+        app: The application behind it.
+        hosts: Accepted host names, as `host_pattern` returns them; `*` for any.
+        origins: Allowed origins, as `web_origin` returns them.
     """
 
     def __init__(self, app: ASGIApp, hosts: Collection[str], origins: Collection[str]) -> None:
@@ -81,11 +81,11 @@ def guards(hosts: Collection[str], origins: Collection[str]) -> list[Middleware]
     """Return the middlewares for these hosts and origins, outermost first.
 
     Args:
-        hosts: names of the server besides IP addresses and localhost; see `host_pattern`.
-        origins: origins whose pages may send requests and read the responses; see `web_origin`.
+        hosts: Names of the server besides IP addresses and localhost; see `host_pattern`.
+        origins: Origins whose pages may send requests and read the responses; see `web_origin`.
 
     Raises:
-        SliderEditError: a host name or an origin is malformed.
+        SliderEditError: A host name or an origin is malformed.
     """
     origins = tuple(map(web_origin, origins))
     guard = Middleware(Guard, hosts=tuple(map(host_pattern, hosts)), origins=origins)

@@ -39,8 +39,8 @@ class EditReplica:
     """Replica with one engine, its service and its HTTP API.
 
     Args:
-        settings: server settings with an engine.
-        options: run options of a TensorRT engine.
+        settings: Server settings with an engine.
+        options: Run options of a TensorRT engine.
     """
 
     def __init__(self, settings: ServeSettings, options: RuntimeOptions | None) -> None:
@@ -69,12 +69,12 @@ def application(
     queues as many again before it answers 429 itself. Replicas are added when each has more requests than fit in a step.
 
     Args:
-        settings: server settings.
-        options: run options of a TensorRT engine.
-        progress: show progress bars on standard error while the embedded engine is built.
+        settings: Server settings.
+        options: Run options of a TensorRT engine.
+        progress: Show progress bars on standard error while the embedded engine is built.
 
     Raises:
-        SliderEditError: the engine folder is damaged or not an engine.
+        SliderEditError: The engine folder is damaged or not an engine.
     """
     low, high = settings.min_replicas, settings.most_replicas
     folder = with_engine(settings, progress=progress).engine
@@ -105,7 +105,7 @@ def app(arguments: dict[str, str | list[str]]) -> ray_serve.Application:
     Host and port are set in Ray's `http_options`. Start the cluster's nodes with `CLUSTER_ENVIRONMENT`.
 
     Args:
-        arguments: options of `slideredit-rt serve` by name, such as `engine` and `max_replicas`. A repeatable one, such as
+        arguments: Options of `slideredit-rt serve` by name, such as `engine` and `max_replicas`. A repeatable one, such as
             `allowed_host`, also takes a list.
     """
     return application(ServeSettings.from_arguments(arguments))
@@ -115,7 +115,7 @@ def start_cluster(**local: Any) -> None:
     """Join the cluster at `$RAY_ADDRESS`, or start one on this machine.
 
     Args:
-        **local: arguments of `ray.init` for a cluster on this machine.
+        **local: Arguments of `ray.init` for a cluster on this machine.
     """
     # The processes of a local cluster inherit this environment.
     for name, value in CLUSTER_ENVIRONMENT.items():
@@ -130,13 +130,13 @@ def serve(settings: ServeSettings, options: RuntimeOptions | None, *, progress: 
     """Serve on Ray until SIGINT or SIGTERM, then finish accepted requests.
 
     Args:
-        settings: server settings.
-        options: run options of a TensorRT engine.
-        progress: show progress bars on standard error while the embedded engine is built.
-        announce: called with the address when the server accepts requests.
+        settings: Server settings.
+        options: Run options of a TensorRT engine.
+        progress: Show progress bars on standard error while the embedded engine is built.
+        announce: Called with the address when the server accepts requests.
 
     Raises:
-        SliderEditError: the port is 0, the API key cannot be read, or the engine is not usable.
+        SliderEditError: The port is 0, the API key cannot be read, or the engine is not usable.
     """
     if settings.port == 0:
         raise SliderEditError("--port is 0, but Ray Serve cannot pick a free port; give one")

@@ -46,13 +46,13 @@ class EditRequest:
 
     Attributes:
         image: RGB image to edit, or several if the base takes them. Must not change while the request runs.
-        sliders: instructions. Their own strengths are ignored.
-        strengths: one strength per slider, for each image to make.
-        settings: settings of the edit.
-        consecutive_seeds: use the seeds seed, seed + 1, … for the images instead of the same one for all.
-        interactive: true for a preview. Previews run before full edits.
-        timeout: seconds from submission to deadline; None sets no deadline.
-        partial_every: steps between partial images; 0 makes none.
+        sliders: Instructions. Their own strengths are ignored.
+        strengths: One strength per slider, for each image to make.
+        settings: Settings of the edit.
+        consecutive_seeds: Use the seeds seed, seed + 1, … for the images instead of the same one for all.
+        interactive: True for a preview. Previews run before full edits.
+        timeout: Seconds from submission to deadline; None sets no deadline.
+        partial_every: Steps between partial images; 0 makes none.
     """
 
     image: Image.Image | Sequence[Image.Image]
@@ -108,13 +108,13 @@ class Stats:
     """Snapshot of a service. Counts start with the service.
 
     Attributes:
-        queued: images waiting for their first step.
-        running: images between their first step and their decoding.
-        outcomes: number of requests by `Outcome`.
-        batch_sizes: number of engine steps by batch size.
-        step_seconds: total time in engine steps.
-        cache_hits, cache_misses: lookups by kind of encoding.
-        cache_bytes, cache_entries: current size of the cache.
+        queued: Images waiting for their first step.
+        running: Images between their first step and their decoding.
+        outcomes: Number of requests by `Outcome`.
+        batch_sizes: Number of engine steps by batch size.
+        step_seconds: Total time in engine steps.
+        cache_hits, cache_misses: Lookups by kind of encoding.
+        cache_bytes, cache_entries: Current size of the cache.
     """
 
     queued: int

@@ -47,13 +47,13 @@ def serve(settings: ServeSettings, options: RuntimeOptions | None, *, progress: 
     """Serve until SIGINT or SIGTERM.
 
     Args:
-        settings: server settings.
-        options: run options of a TensorRT engine.
-        progress: show progress bars on standard error while the embedded engine is built.
-        announce: called with the address when the server accepts requests.
+        settings: Server settings.
+        options: Run options of a TensorRT engine.
+        progress: Show progress bars on standard error while the embedded engine is built.
+        announce: Called with the address when the server accepts requests.
 
     Raises:
-        SliderEditError: the address is not available, or the engine cannot run here.
+        SliderEditError: The address is not available, or the engine cannot run here.
     """
     key = settings.read_key()
     with _bind(settings.host, settings.port) as listener:
@@ -84,14 +84,14 @@ def make_app(settings: ServeSettings, options: RuntimeOptions | None) -> tuple[F
     """Create the application and tune this process for serving.
 
     Args:
-        settings: server settings with an engine (see `with_engine`).
-        options: run options of a TensorRT engine.
+        settings: Server settings with an engine (see `with_engine`).
+        options: Run options of a TensorRT engine.
 
     Returns:
         The application, its service, and the model name for clients.
 
     Raises:
-        SliderEditError: the engine cannot run here.
+        SliderEditError: The engine cannot run here.
     """
     import torch
 
@@ -105,9 +105,7 @@ def make_app(settings: ServeSettings, options: RuntimeOptions | None) -> tuple[F
     # Images are encoded and decoded beside the engine, whose threads all stall while one of them has no core.
     torch.set_num_threads(max(1, torch.get_num_threads() // 2))
     assert settings.engine is not None
-    editor = SliderEditor.from_engine(
-        settings.engine, settings.base, threads=settings.threads, options=options, placement=settings.placement
-    )
+    editor = SliderEditor.from_engine(settings.engine, settings.base, settings.run(options))
     service = EditService(
         editor,
         max_queue=settings.max_queue,
@@ -162,8 +160,8 @@ def with_engine(settings: ServeSettings, *, progress: bool) -> ServeSettings:
     The embedded engine is built if it is missing, or if the files that it links have moved.
 
     Args:
-        settings: server settings.
-        progress: show progress bars on standard error during the build.
+        settings: Server settings.
+        progress: Show progress bars on standard error during the build.
     """
     if settings.engine is not None:
         return settings

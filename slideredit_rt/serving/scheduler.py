@@ -20,8 +20,8 @@ class Scheduler:
     keep their state, except for one step after every `BACKGROUND_EVERY` preview steps. Not thread-safe.
 
     Args:
-        max_batch: most rows in a step.
-        step_batching: mix rows of several owners in a step; otherwise finish one owner before the next.
+        max_batch: Most rows in a step.
+        step_batching: Mix rows of several owners in a step; otherwise finish one owner before the next.
     """
 
     def __init__(self, max_batch: int, *, step_batching: bool = True) -> None:
@@ -53,8 +53,8 @@ class Scheduler:
         """Return the most rows to process together, in a step or in decoding.
 
         Args:
-            interactive: true for previews.
-            beside_previews: true if previews arrived recently.
+            interactive: True for previews.
+            beside_previews: True if previews arrived recently.
         """
         return max(1, self.max_batch // SHARE_BESIDE_PREVIEWS) if beside_previews and not interactive else self.max_batch
 
@@ -62,7 +62,7 @@ class Scheduler:
         """Return the rows of the next step; none if no row waits. They stay in their lane until they are discarded.
 
         Args:
-            beside_previews: true if previews arrived recently.
+            beside_previews: True if previews arrived recently.
         """
         interactive, key = self._next_lane()
         lane = self._lanes[interactive].get(key, [])

@@ -108,7 +108,7 @@ class EditFields(_Strict):
         """Return the edit settings.
 
         Args:
-            preview_steps: denoising steps of a preview without num_inference_steps.
+            preview_steps: Denoising steps of a preview without num_inference_steps.
         """
         return EditSettings(
             prompt=self.prompt,

@@ -79,10 +79,10 @@ class Server(uvicorn.Server):
     The second one cancels the remaining edits.
 
     Args:
-        app: the application.
-        service: the service, closed when the server stops.
-        drain_seconds: longest time for accepted edits to finish.
-        on_ready: called when the server accepts requests.
+        app: The application.
+        service: The service, closed when the server stops.
+        drain_seconds: Longest time for accepted edits to finish.
+        on_ready: Called when the server accepts requests.
     """
 
     def __init__(

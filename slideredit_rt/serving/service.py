@@ -53,13 +53,13 @@ class EditService:
     next step boundary.
 
     Args:
-        editor: the editor, which nothing else may use until the service is closed.
-        max_queue: most images that wait for their first step, counted separately for previews and full edits; also the most
+        editor: The editor, which nothing else may use until the service is closed.
+        max_queue: Most images that wait for their first step, counted separately for previews and full edits; also the most
             images of a request.
-        cache_bytes: memory for cached encodings; 0 caches none.
-        max_batch: most rows in a step; None takes the engine's.
-        step_batching: share steps between requests; otherwise they run one after the other.
-        observer: receives the service's events.
+        cache_bytes: Memory for cached encodings; 0 caches none.
+        max_batch: Most rows in a step; None takes the engine's.
+        step_batching: Share steps between requests; otherwise they run one after the other.
+        observer: Receives the service's events.
 
     Raises:
         SliderEditError: `max_queue` or `max_batch` is out of range.
@@ -116,13 +116,13 @@ class EditService:
         """Queue a request.
 
         Args:
-            request: the edit.
-            on_partial: called from a thread of the service with each partial image; must return quickly.
+            request: The edit.
+            on_partial: Called from a thread of the service with each partial image; must return quickly.
 
         Raises:
-            QueueFull: too many images wait.
-            Closed: the service was closed.
-            SliderEditError: the input is bad. Errors that only encoding reveals are raised by the future instead.
+            QueueFull: Too many images wait.
+            Closed: The service was closed.
+            SliderEditError: The input is bad. Errors that only encoding reveals are raised by the future instead.
         """
         return self._submit(request, self.editor.to_images, list, on_partial)
 
@@ -198,8 +198,8 @@ class EditService:
         """Reject new requests and stop both threads. Idempotent.
 
         Args:
-            drain: finish accepted requests first instead of cancelling them.
-            timeout: seconds after which the remaining requests are cancelled; None waits for all.
+            drain: Finish accepted requests first instead of cancelling them.
+            timeout: Seconds after which the remaining requests are cancelled; None waits for all.
         """
         with self._changed:
             self._closing = True

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.files import user_path
-from slideredit_rt.placement import ComponentDType, Offload, Placement
+from slideredit_rt.settings import ComponentDType, Offload, RunSettings
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -34,29 +34,29 @@ class ServeSettings:
     """Options of a server. Each field is an option of `slideredit-rt serve` with the same name.
 
     Attributes:
-        engine: folder written by `slideredit-rt build`; None takes the embedded engine.
-        host, port: address to listen on; port 0 picks a free one.
-        model: model name for clients; None takes the name of the engine folder.
-        api_key_file: file with the API key, read by the process that serves.
-        api_key: the API key itself. Without either, it is read from `$SLIDEREDIT_API_KEY`; if that is unset, none is required.
-        allowed_host: host names of the server, as `host_pattern` returns them.
-        allow_origin: origins whose web pages may use the server, as `web_origin` returns them.
-        base: base checkpoint; None takes the location in the manifest.
+        engine: Folder written by `slideredit-rt build`; None takes the embedded engine.
+        host, port: Address to listen on; port 0 picks a free one.
+        model: Model name for clients; None takes the name of the engine folder.
+        api_key_file: File with the API key, read by the process that serves.
+        api_key: The API key itself. Without either, it is read from `$SLIDEREDIT_API_KEY`; if that is unset, none is required.
+        allowed_host: Host names of the server, as `host_pattern` returns them.
+        allow_origin: Origins whose web pages may use the server, as `web_origin` returns them.
+        base: Base checkpoint; None takes the location in the manifest.
         threads: CPU threads of the backend; None leaves the choice to it.
-        max_queue: most images that may wait.
-        max_batch: most images in an engine step; None takes the engine's.
-        step_batching: share steps between edits; otherwise they run one after the other.
-        cache_mib: memory for encoded images and prompts, in MiB.
-        max_megapixels, max_body_mib: largest image, in megapixels, and largest request body, in MiB.
-        request_seconds: time limit of an edit.
-        preview_steps: denoising steps of previews that do not set num_inference_steps.
-        drain_seconds: time for accepted edits to finish on shutdown.
+        max_queue: Most images that may wait.
+        max_batch: Most images in an engine step; None takes the engine's.
+        step_batching: Share steps between edits; otherwise they run one after the other.
+        cache_mib: Memory for encoded images and prompts, in MiB.
+        max_megapixels, max_body_mib: Largest image, in megapixels, and largest request body, in MiB.
+        request_seconds: Time limit of an edit.
+        preview_steps: Denoising steps of previews that do not set num_inference_steps.
+        drain_seconds: Time for accepted edits to finish on shutdown.
         min_replicas, max_replicas: Ray Serve replicas at all times, and at most while the queue is long; None takes the former.
         replica_cpus, replica_gpus: CPUs and GPUs that Ray reserves per replica.
-        device, dtype, offload: placement of engine, encoders and autoencoder, as in `Placement`.
+        device, dtype, offload: Fields of `RunSettings`.
 
     Raises:
-        SliderEditError: a value is out of range.
+        SliderEditError: A value is out of range.
     """
 
     engine: Path | None = None
@@ -100,13 +100,13 @@ class ServeSettings:
             raise SliderEditError(
                 f"--min-replicas is {low} and --max-replicas {high}; give at least 1, and a maximum not below the minimum"
             )
-        Placement(self.device, self.dtype, self.offload)  # raises for unknown ones
+        self.run(None)  # raises for values that are out of range
         object.__setattr__(self, "allowed_host", tuple(map(host_pattern, self.allowed_host)))
         object.__setattr__(self, "allow_origin", tuple(map(web_origin, self.allow_origin)))
 
-    @property
-    def placement(self) -> Placement:
-        return Placement(self.device, self.dtype, self.offload)
+    def run(self, options: Any) -> RunSettings:
+        """Return how the engine is run, with the run options of its backend."""
+        return RunSettings(self.device, self.dtype, self.offload, self.threads, options)
 
     @property
     def most_replicas(self) -> int:
@@ -116,7 +116,7 @@ class ServeSettings:
         """Return the API key; None if none is required.
 
         Raises:
-            SliderEditError: the file cannot be read, or the key cannot be sent in a header.
+            SliderEditError: The file cannot be read, or the key cannot be sent in a header.
         """
         if self.api_key_file is not None:
             try:
@@ -139,10 +139,10 @@ class ServeSettings:
         """Parse the arguments of `serve run` and of Ray's configuration files.
 
         Args:
-            arguments: fields by name. Values may be text; fields with several values take a list or a single value.
+            arguments: Fields by name. Values may be text; fields with several values take a list or a single value.
 
         Raises:
-            SliderEditError: a name is not a field, or a value does not have its type.
+            SliderEditError: A name is not a field, or a value does not have its type.
         """
         # Imported here because pydantic comes with FastAPI, which building settings in Python does not need.
         from pydantic import TypeAdapter, ValidationError
@@ -181,10 +181,10 @@ def host_pattern(text: str) -> str:
     """Normalise a value of `--allowed-host` for comparison with `Host` headers.
 
     Args:
-        text: a host name without a port; `*` stands for any characters.
+        text: A host name without a port; `*` stands for any characters.
 
     Raises:
-        SliderEditError: the text is a URL, has a port, or is not a host name.
+        SliderEditError: The text is a URL, has a port, or is not a host name.
     """
     name = text.strip().lower().removesuffix(".")
     if not (is_address(name) or _NAME.fullmatch(name)):
@@ -201,7 +201,7 @@ def web_origin(text: str) -> str:
         text: `scheme://host[:port]`; `*` for any page, `null` for pages without an origin (files, sandboxed frames).
 
     Raises:
-        SliderEditError: the text is anything else, such as an address with a path.
+        SliderEditError: The text is anything else, such as an address with a path.
     """
     text = text.strip().lower()
     if text in ("*", "null"):

@@ -19,7 +19,7 @@ from slideredit_rt.engines.tensorrt.options import RuntimeOptions, TensorRTOptio
 from slideredit_rt.engines.tensorrt.report import describe_plan
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.families import Family
-from slideredit_rt.placement import Placement
+from slideredit_rt.settings import RunSettings
 
 __all__ = ["PLAN_FILE", "Environment", "RuntimeOptions", "TensorRT", "TensorRTOptions", "TensorRTRTX"]
 
@@ -29,8 +29,8 @@ class Environment:
     """Properties of this machine that decide whether an engine can run.
 
     Attributes:
-        package_version: version of the backend's Python package; None if it cannot be imported.
-        capability: compute capability of the GPU, such as `sm89`; None without a GPU.
+        package_version: Version of the backend's Python package; None if it cannot be imported.
+        capability: Compute capability of the GPU, such as `sm89`; None without a GPU.
     """
 
     package_version: str | None
@@ -41,11 +41,11 @@ class TensorRT(Backend):
     """TensorRT, which builds for the GPU of the build machine.
 
     Attributes:
-        import_name: name of its Python package.
-        engine: class that runs a plan.
-        foreign_options: fields of `TensorRTOptions` that only the other package has.
-        foreign: error message for such an `{option}`.
-        another_card: advice for building an engine for another GPU, `{card}`.
+        import_name: Name of its Python package.
+        engine: Class that runs a plan.
+        foreign_options: Fields of `TensorRTOptions` that only the other package has.
+        foreign: Error message for such an `{option}`.
+        another_card: Advice for building an engine for another GPU, `{card}`.
     """
 
     name = "tensorrt"
@@ -68,7 +68,7 @@ class TensorRT(Backend):
         """Import the Python package.
 
         Raises:
-            SliderEditError: the package is not installed.
+            SliderEditError: The package is not installed.
         """
         try:
             return import_module(self.import_name)
@@ -90,10 +90,10 @@ class TensorRT(Backend):
         """Return the compute capabilities that an engine will be built for. Fast, so that errors are reported early.
 
         Args:
-            options: build options.
+            options: Build options.
 
         Raises:
-            SliderEditError: the package is missing, it does not support a target, an option belongs to the other package, or
+            SliderEditError: The package is missing, it does not support a target, an option belongs to the other package, or
                 TensorRT finds no GPU.
         """
         trt = self.module()
@@ -172,11 +172,11 @@ class TensorRT(Backend):
         """Check that an engine can run here, before anything is allocated.
 
         Args:
-            manifest: manifest of the engine.
-            environment: result of `environment`.
+            manifest: Manifest of the engine.
+            environment: Result of `environment`.
 
         Raises:
-            SliderEditError: the package is missing or its version cannot read the plan, there is no GPU, or the engine was not
+            SliderEditError: The package is missing or its version cannot read the plan, there is no GPU, or the engine was not
                 built for this one.
         """
         installed, card, targets = environment.package_version, environment.capability, ", ".join(manifest.targets)
@@ -205,32 +205,24 @@ class TensorRT(Backend):
             how = self.another_card.format(card=card)
             raise SliderEditError(f"the engine was built for {targets}, but this GPU is {card}; build it again {how}")
 
-    def open(
-        self,
-        folder: Path,
-        manifest: Manifest,
-        *,
-        threads: int | None = None,
-        options: RuntimeOptions | None = None,
-        placement: Placement | None = None,
-    ) -> TensorRTEngine:
+    def open(self, folder: Path, manifest: Manifest, run: RunSettings) -> TensorRTEngine:
         """Check that an engine can run here, and load it onto a CUDA device (see `Backend.open`)."""
-        device = self._device_of(placement or Placement())
+        device = self._device_of(run)
         self.check_environment(manifest, self.environment(device))
-        plan, options = folder / PLAN_FILE, options or RuntimeOptions()
-        return self.engine(plan, manifest, self.module(), CudaDevice(device), options, threads)
+        plan, options = folder / PLAN_FILE, run.options or RuntimeOptions()
+        return self.engine(plan, manifest, self.module(), CudaDevice(device), options, run.threads)
 
-    def _device_of(self, placement: Placement) -> torch.device | None:
+    def _device_of(self, run: RunSettings) -> torch.device | None:
         """Return the requested GPU; None stands for the current one, if there is one."""
-        if placement.device == "cpu":
+        if run.device == "cpu":
             raise SliderEditError(
                 f"{self.title} engines run on NVIDIA GPUs; leave out --device cpu, or build one with --backend onnxruntime"
             )
-        return None if placement.device == "auto" else placement.choose_device()
+        return None if run.device == "auto" else run.choose_device()
 
     def report(self, folder: Path, manifest: Manifest) -> dict[str, Any]:
         """Load a plan onto the current CUDA device and describe it (see `describe_plan`)."""
-        with self.open(folder, manifest) as engine:
+        with self.open(folder, manifest, RunSettings()) as engine:
             return describe_plan(self.module(), engine.plan)
 
 

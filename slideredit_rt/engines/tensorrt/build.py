@@ -53,11 +53,11 @@ def image_rows_of(base: Path, resolution: int) -> Range:
     32 pixels within 4.3% up to an aspect ratio of 8.
 
     Args:
-        base: folder of the checkpoint.
-        resolution: width and height of a square image, in pixels.
+        base: Folder of the checkpoint.
+        resolution: Width and height of a square image, in pixels.
 
     Raises:
-        SliderEditError: the checkpoint has no autoencoder configuration, or the resolution is not a multiple of its patch.
+        SliderEditError: The checkpoint has no autoencoder configuration, or the resolution is not a multiple of its patch.
     """
     path = base / "vae" / "config.json"
     try:
@@ -81,11 +81,11 @@ def check_memory(weight_bytes: int, available: int) -> str:
     """Check that there is enough memory for a build, and describe its need.
 
     Args:
-        weight_bytes: size of the weights, in bytes.
-        available: free host memory, in bytes.
+        weight_bytes: Size of the weights, in bytes.
+        available: Free host memory, in bytes.
 
     Raises:
-        SliderEditError: there is not enough memory.
+        SliderEditError: There is not enough memory.
     """
     needed = memory_needed(weight_bytes)
     sentence = f"about {needed / 2**30:.1f} GiB of host memory for {weight_bytes / 2**20:,.0f} MiB of weights"
@@ -100,7 +100,7 @@ def compute_capabilities(trt: Any, targets: Sequence[str]) -> list[Any]:
     """Convert targets such as `sm86` to TensorRT-RTX's `ComputeCapability` values.
 
     Raises:
-        SliderEditError: there is no target, or one is not supported. The message lists the supported ones.
+        SliderEditError: There is no target, or one is not supported. The message lists the supported ones.
     """
     known = {name.lower(): value for name, value in trt.ComputeCapability.__members__.items() if name.startswith("SM")}
     if not targets:
@@ -184,16 +184,16 @@ def build_plan(backend: TensorRT, job: BuildJob, model: Path, specs: Sequence[Te
 
     Args:
         backend: TensorRT or TensorRT-RTX.
-        job: build job; its settings hold the lowering and the builder's options, its limits the profile and the targets.
+        job: Build job; its settings hold the lowering and the builder's options, its limits the profile and the targets.
         model: ONNX file, with its external data beside it.
-        specs: inputs of the engine.
-        folder: existing folder for the two files.
+        specs: Inputs of the engine.
+        folder: Existing folder for the two files.
 
     Returns:
         Number of layers by type in the parsed network, before TensorRT fused them.
 
     Raises:
-        SliderEditError: the package is missing, a target is unknown, there is not enough memory, the parser refuses a node
+        SliderEditError: The package is missing, a target is unknown, there is not enough memory, the parser refuses a node
             (which the message names), or the build failed.
         KeyboardInterrupt: SIGINT or SIGTERM arrived during the build.
     """

@@ -79,19 +79,19 @@ class TensorRTEngine:
     collected or the interpreter exits.
 
     Args:
-        plan: file of the serialized engine.
-        manifest: manifest of the engine.
-        trt: the module `tensorrt` or `tensorrt_rtx`.
-        device: device to run on.
-        options: run options, see `RuntimeOptions`.
-        threads: largest number of CPU threads of TensorRT; None lets TensorRT choose.
+        plan: File of the serialized engine.
+        manifest: Manifest of the engine.
+        trt: The module `tensorrt` or `tensorrt_rtx`.
+        device: Device to run on.
+        options: Run options, see `RuntimeOptions`.
+        threads: Largest number of CPU threads of TensorRT; None lets TensorRT choose.
 
     Attributes:
-        title: name of the backend as its makers write it.
-        captures_graphs: capture CUDA graphs in this class; TensorRT-RTX captures them itself.
+        title: Name of the backend as its makers write it.
+        captures_graphs: Capture CUDA graphs in this class; TensorRT-RTX captures them itself.
 
     Raises:
-        SliderEditError: the plan is damaged, does not fit into device memory, or does not support weight streaming.
+        SliderEditError: The plan is damaged, does not fit into device memory, or does not support weight streaming.
     """
 
     title: ClassVar[str] = "TensorRT"
@@ -160,7 +160,7 @@ class TensorRTEngine:
         """Predict one step (see `slideredit_rt.engines.Engine`). The output is on the device of the inputs.
 
         Raises:
-            SliderEditError: the engine is closed, an input does not match the manifest, or the device is out of memory.
+            SliderEditError: The engine is closed, an input does not match the manifest, or the device is out of memory.
         """
         sizes = check_request(self.manifest, inputs)
         with self._lock:
@@ -268,8 +268,8 @@ def runtime_cache_file(manifest: Manifest, card: str) -> Path:
     """Return the file in the user's cache for kernels that TensorRT-RTX compiles for an engine and a GPU.
 
     Args:
-        manifest: manifest of the engine; the plan's hash and the backend's version become part of the file name.
-        card: name of the GPU.
+        manifest: Manifest of the engine; the plan's hash and the backend's version become part of the file name.
+        card: Name of the GPU.
     """
     plan = manifest.files[PLAN_FILE]["sha256"][:16]
     slug = re.sub(r"[^a-z0-9]+", "-", card.lower()).strip("-")

@@ -9,8 +9,8 @@ def make_logger(trt: Any, file: TextIO | None = None) -> Any:
     """Return a TensorRT logger that keeps errors for use in our error messages.
 
     Args:
-        trt: the module `tensorrt` or `tensorrt_rtx`.
-        file: text file for all messages, one per line; None keeps errors only.
+        trt: The module `tensorrt` or `tensorrt_rtx`.
+        file: Text file for all messages, one per line; None keeps errors only.
     """
 
     class Logger(trt.ILogger):

@@ -14,16 +14,16 @@ class TensorRTOptions:
     """Build options.
 
     Attributes:
-        targets: compute capabilities that the engine will run on, such as `sm89`. TensorRT-RTX only; None means `sm86`, `sm89`
+        targets: Compute capabilities that the engine will run on, such as `sm89`. TensorRT-RTX only; None means `sm86`, `sm89`
             and `sm120`. TensorRT builds for this machine's GPU.
-        resolution: usual width and height of a square image, in pixels.
-        max_text_rows: most text rows of a prompt; None takes the family's usual number.
-        optimization_level: optimization level of the builder, 0 to 5; None keeps its default.
-        workspace_mib: limit of the builder's scratch memory on the device, in MiB; None keeps its default.
-        weight_streaming: allow the runtime to keep a part of the weights in host memory.
-        version_compatible: let later TensorRT versions of the same major run the engine. TensorRT only.
-        hardware_compatibility: let other GPUs run the engine: `ampere_plus` or `same_compute_capability`. TensorRT only.
-        timing_cache: file with timings of earlier builds, read if it exists and written after the build. TensorRT only.
+        resolution: Usual width and height of a square image, in pixels.
+        max_text_rows: Most text rows of a prompt; None takes the family's usual number.
+        optimization_level: Optimization level of the builder, 0 to 5; None keeps its default.
+        workspace_mib: Limit of the builder's scratch memory on the device, in MiB; None keeps its default.
+        weight_streaming: Allow the runtime to keep a part of the weights in host memory.
+        version_compatible: Let later TensorRT versions of the same major run the engine. TensorRT only.
+        hardware_compatibility: Let other GPUs run the engine: `ampere_plus` or `same_compute_capability`. TensorRT only.
+        timing_cache: File with timings of earlier builds, read if it exists and written after the build. TensorRT only.
     """
 
     targets: tuple[str, ...] | None = None
@@ -42,12 +42,12 @@ class RuntimeOptions:
     """Run options.
 
     Attributes:
-        weight_budget: bytes of weights to keep on the GPU; the rest is streamed from host memory in every step. `auto` fits
+        weight_budget: Bytes of weights to keep on the GPU; the rest is streamed from host memory in every step. `auto` fits
             them to the free memory, None keeps all. The plan must have been built with weight streaming.
-        cuda_graphs: replay one captured CUDA graph per set of shapes.
-        specialization: time at which TensorRT-RTX compiles kernels for a new set of shapes: `lazy` in the background while
+        cuda_graphs: Replay one captured CUDA graph per set of shapes.
+        specialization: Time at which TensorRT-RTX compiles kernels for a new set of shapes: `lazy` in the background while
             general kernels run, `eager` before the first step, or `none`.
-        max_contexts: number of sets of shapes to keep ready; the least recently used is dropped first.
+        max_contexts: Number of sets of shapes to keep ready; the least recently used is dropped first.
     """
 
     weight_budget: int | Literal["auto"] | None = None

@@ -11,8 +11,8 @@ def describe_plan(trt: Any, plan: Any) -> dict[str, Any]:
     """Describe the memory and layers of a deserialized plan.
 
     Args:
-        trt: the module `tensorrt` or `tensorrt_rtx`.
-        plan: the plan's `ICudaEngine`.
+        trt: The module `tensorrt` or `tensorrt_rtx`.
+        plan: The plan's `ICudaEngine`.
 
     Returns:
         `weight_bytes`, all weights; `streamable_weight_bytes`, the part that need not stay in device memory; `context_bytes`,

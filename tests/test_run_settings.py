@@ -17,8 +17,8 @@ from slideredit_rt import cli
 from slideredit_rt.editor import SliderEditor
 from slideredit_rt.engines.tensorrt import TensorRTRTX
 from slideredit_rt.errors import SliderEditError
-from slideredit_rt.placement import Placement
 from slideredit_rt.serving.settings import ServeSettings
+from slideredit_rt.settings import RunSettings
 from slideredit_rt.sliders import Slider
 
 RED = [Slider("make the circle red", 0.5)]
@@ -28,41 +28,41 @@ without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a G
 @pytest.mark.parametrize("device", ["gpu", "cuda:", "cuda:x", "CUDA", "cuda:-1", "", "cpu:0", "mps"])
 def test_what_is_not_a_device_is_refused(device: str) -> None:
     with pytest.raises(SliderEditError, match="is not a device; give auto, cpu, cuda or cuda:N"):
-        Placement(device)
+        RunSettings(device)
 
 
 def test_what_is_not_a_dtype_is_refused() -> None:
     with pytest.raises(SliderEditError, match="'float16' is not a dtype of encoders; give auto, float32, bfloat16"):
-        Placement("cpu", "float16")  # type: ignore[arg-type]
+        RunSettings("cpu", "float16")  # type: ignore[arg-type]
 
 
 def test_the_dtype_follows_the_device_unless_it_is_given() -> None:
     cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
-    assert [Placement().choose_dtype(device) for device in (cpu, gpu)] == [torch.float32, torch.bfloat16]
-    assert Placement(dtype="bfloat16").choose_dtype(cpu) == torch.bfloat16
-    assert Placement(dtype="float32").choose_dtype(gpu) == torch.float32
+    assert [RunSettings().choose_dtype(device) for device in (cpu, gpu)] == [torch.float32, torch.bfloat16]
+    assert RunSettings(dtype="bfloat16").choose_dtype(cpu) == torch.bfloat16
+    assert RunSettings(dtype="float32").choose_dtype(gpu) == torch.float32
 
 
 def test_the_device_is_the_preferred_one_unless_it_is_given() -> None:
-    assert Placement().choose_device() == torch.device("cpu")
-    assert Placement("cpu").choose_device(torch.device("cuda")) == torch.device("cpu")
+    assert RunSettings().choose_device() == torch.device("cpu")
+    assert RunSettings("cpu").choose_device(torch.device("cuda")) == torch.device("cpu")
 
 
 @without_gpu
 @pytest.mark.parametrize("device", ["cuda", "cuda:3"])
 def test_a_gpu_that_is_not_there_is_refused(device: str, engines: dict[str, Path]) -> None:
     with pytest.raises(SliderEditError, match=rf"device {device} was asked for and torch finds no CUDA GPU here"):
-        SliderEditor.from_engine(engines["st"], placement=Placement(device))
+        SliderEditor.from_engine(engines["st"], run=RunSettings(device))
 
 
 def test_gpus_are_counted_from_zero(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
-    assert Placement("cuda").choose_device() == torch.device("cuda", 1)
-    assert Placement("cuda:0").choose_device() == torch.device("cuda", 0)
+    assert RunSettings("cuda").choose_device() == torch.device("cuda", 1)
+    assert RunSettings("cuda:0").choose_device() == torch.device("cuda", 0)
     with pytest.raises(SliderEditError, match="cuda:2 was asked for and this machine has 2 GPU"):
-        Placement("cuda:2").choose_device()
+        RunSettings("cuda:2").choose_device()
 
 
 def test_onnx_runtime_without_its_cuda_provider_names_the_package(
@@ -81,17 +81,17 @@ def test_onnx_runtime_without_its_cuda_provider_names_the_package(
     monkeypatch.setattr("slideredit_rt.engines.onnxruntime.CudaDevice", Card)
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
     with pytest.raises(SliderEditError, match="pip install onnxruntime-gpu in place of onnxruntime"):
-        SliderEditor.from_engine(engines["st"], placement=Placement("cuda"))
+        SliderEditor.from_engine(engines["st"], run=RunSettings("cuda"))
 
 
 def test_tensorrt_engines_do_not_run_on_the_cpu(engines: dict[str, Path]) -> None:
     with pytest.raises(SliderEditError, match="TensorRT-RTX engines run on NVIDIA GPUs; leave out --device cpu"):
-        TensorRTRTX().open(engines["st"], None, placement=Placement("cpu"))  # type: ignore[arg-type]
+        TensorRTRTX().open(engines["st"], None, RunSettings("cpu"))  # type: ignore[arg-type]
 
 
 def test_encoders_and_autoencoder_may_run_in_bfloat16(engines: dict[str, Path], scene: Image.Image) -> None:
     usual = SliderEditor.from_engine(engines["st"])
-    half = SliderEditor.from_engine(engines["st"], placement=Placement("cpu", "bfloat16"))
+    half = SliderEditor.from_engine(engines["st"], run=RunSettings("cpu", "bfloat16"))
     assert usual.pipeline.vae.dtype == torch.float32
     assert {half.pipeline.vae.dtype, half.pipeline.text_encoder.dtype} == {torch.bfloat16}
     prepared = half.prepare(scene, RED)
@@ -118,7 +118,7 @@ def test_offloaded_encoders_encode_the_same(engines: dict[str, Path], scene: Ima
 
 def test_a_cpu_has_nothing_to_offload(engines: dict[str, Path]) -> None:
     with pytest.raises(SliderEditError, match="--offload encoders frees memory of a GPU, and this engine runs on the CPU"):
-        SliderEditor.from_engine(engines["st"], placement=Placement(offload="encoders"))
+        SliderEditor.from_engine(engines["st"], run=RunSettings(offload="encoders"))
 
 
 @without_gpu
@@ -136,12 +136,12 @@ def test_commands_refuse_a_missing_gpu(
 
 
 def test_a_server_takes_the_same_words() -> None:
-    assert ServeSettings(device="cuda:1", dtype="float32").placement == Placement("cuda:1", "float32")
-    assert ServeSettings.from_arguments({"device": "cpu"}).placement == Placement("cpu")
+    assert ServeSettings(device="cuda:1", dtype="float32").run(None) == RunSettings("cuda:1", "float32")
+    assert ServeSettings.from_arguments({"device": "cpu"}).run(None) == RunSettings("cpu")
     with pytest.raises(SliderEditError, match="'tpu' is not a device"):
         ServeSettings(device="tpu")
-    names = [field.name for field in dataclasses.fields(Placement)]
-    assert set(names) <= {field.name for field in dataclasses.fields(ServeSettings)}
+    names = {field.name for field in dataclasses.fields(RunSettings)} - {"options"}
+    assert names <= {field.name for field in dataclasses.fields(ServeSettings)}
 
 
 def test_inspect_says_whether_an_engine_fits(engines: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
