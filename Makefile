@@ -6,10 +6,10 @@ RUNTIME := $(VENV)/.installed
 STAMP := $(VENV)/.installed-dev
 .DEFAULT_GOAL := help
 
-.PHONY: help demo test slow-test lint docs linkcheck bench bench-serve soak ray-test wheel-test gpu-test gpu-bench gpu-trt gpu-model marks evaluation ablations clean
+.PHONY: help demo test slow-test lint docs linkcheck bench bench-serve soak ray-test wheel-test gpu-test gpu-bench gpu-trt gpu-model gpu-e2e marks evaluation ablations clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "%-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 $(RUNTIME): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; set PYTHON=python3.11"; exit 2; }
@@ -109,6 +109,9 @@ gpu-trt: $(STAGE) ## build, run and time TensorRT engines on a GPU
 # Needs slideredit-rt's own dependencies as well; a GPU of 48 GB for FLUX, of 80 GB with BENCH_OPTIONS="--family qwen_image_edit".
 gpu-model: $(STAGE) ## time a full-size transformer with random weights on a GPU
 	PYTHONPATH=$(STAGE) $(GPU_PYTHON) -m slideredit_rt.bench.gpu_model --out bench/results $(BENCH_OPTIONS)
+
+gpu-e2e: $(STAGE) ## time whole edits on a GPU beside diffusers with PEFT
+	PYTHONPATH=$(STAGE) $(GPU_PYTHON) -m slideredit_rt.bench.gpu_e2e --out bench/results $(BENCH_OPTIONS)
 
 clean: ## remove .venv, demo and build
 	rm -rf $(VENV) demo build *.egg-info

@@ -348,7 +348,7 @@ def main() -> int:
     rehearse: bool = args.rehearse
     cuda = torch.cuda.is_available()
     if not cuda and not rehearse:
-        sys.stderr.write("gpu_e2e: no CUDA device here; pass --rehearse to run small modules on the CPU\n")
+        sys.stderr.write("gpu_e2e: no CUDA device found; pass --rehearse to run small modules on the CPU\n")
         return 2
     size = Size(512, 1024, args.steps, args.repeats)
     if rehearse:

@@ -14,17 +14,30 @@ from slideredit_rt.engines.manifest import read_manifest
 from slideredit_rt.memory import RESERVED, Footprint, engine_footprint, live_peak, plan_memory
 
 GIB = 2**30
-# FLUX.1-Kontext in bfloat16 at 1024 × 1024.
-FLUX = Footprint(
-    weights=int(22.2 * GIB),
-    encoders=int(9.1 * GIB),
-    decoder=int(0.16 * GIB),
-    step=int(0.86 * GIB),
-    decode=int(1.5 * GIB),
-    tiled_decode=int(0.4 * GIB),
-    max_batch=16,
-    streams=True,
-)
+# In bfloat16 at 1024 × 1024, one source image: parameters counted on `meta`, activations by `live_peak`.
+BASES = {
+    "FLUX.1-Kontext": Footprint(
+        weights=int(22.2 * GIB),
+        encoders=int(9.1 * GIB),
+        decoder=int(0.16 * GIB),
+        step=int(0.86 * GIB),
+        decode=int(1.5 * GIB),
+        tiled_decode=int(0.4 * GIB),
+        max_batch=16,
+        streams=True,
+    ),
+    "Qwen-Image-Edit": Footprint(
+        weights=int(38.1 * GIB),
+        encoders=int(15.5 * GIB),
+        decoder=int(0.24 * GIB),
+        step=int(0.73 * GIB),
+        decode=int(3.4 * GIB),
+        tiled_decode=int(0.2 * GIB),
+        max_batch=16,
+        streams=True,
+    ),
+}
+FLUX = BASES["FLUX.1-Kontext"]
 
 
 class Chain(nn.Module):
@@ -100,3 +113,12 @@ def test_without_weight_streaming_a_small_card_does_not_fit() -> None:
     plan = plan_memory(still, 16 * GIB)
     assert (plan.fits, plan.max_batch, plan.offload) == (False, 0, "encoders")
     assert plan_memory(FLUX, 16 * GIB).fits
+
+
+def test_the_documentation_has_what_the_plan_says() -> None:
+    how = {"none": "everything", "encoders": "`--offload encoders`", "all": "and weight streaming"}
+    page = (Path(__file__).parents[1] / "docs" / "engines.md").read_text()
+    for vram in (16, 24, 32, 48, 80):
+        plans = [plan_memory(footprint, vram * GIB) for footprint in BASES.values()]
+        cells = [f"{how[plan.offload]}, batch {plan.max_batch}" if plan.fits else "does not fit" for plan in plans]
+        assert f"| {vram} GB | {' | '.join(cells)} |" in page
