@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import re
 import runpy
 import shutil
@@ -232,3 +233,29 @@ def test_a_line_is_split_into_commands() -> None:
 def test_options_are_read_from_every_command() -> None:
     assert isinstance(cli._parser(), argparse.ArgumentParser)
     assert {"--slider", "--min-replicas", "--weight-budget-mib"} <= options()
+
+
+def spoken() -> str:
+    """Every string of the package, the values in it written as `…`."""
+    texts = []
+    for file in modules().values():
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                texts.append("".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in node.values))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                texts.append(node.value)
+    return "\n".join(texts)
+
+
+def test_troubleshooting_quotes_the_messages_as_they_are() -> None:
+    page = (ROOT / "docs" / "troubleshooting.md").read_text()
+    quoted = [text for bold in re.findall(r"^\*\*(.*?)\*\*", page, re.MULTILINE) for text in re.findall(r"`([^`]+)`", bold)]
+    ours, said = [text for text in quoted if "…" in text or "ONNX" in text], spoken()
+    assert len(ours) > 15
+
+    def found(text: str) -> bool:
+        # A value may be quoted, or stand in brackets that the page leaves out.
+        pattern = r"[^\n]{0,60}".join(re.escape(part.strip(" '")) for part in text.split("…"))
+        return re.search(pattern, said) is not None
+
+    assert [text for text in ours if not found(text)] == []
