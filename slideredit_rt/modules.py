@@ -95,6 +95,7 @@ class SliderBackbone(nn.Module):
         self.members = tuple(adapter.members) if adapter else ()
         self.scales = RowScales()
         self.adapted: dict[str, MaskedLoRALinear] = {}
+        self._attention: list[tuple[str, nn.Module]] = []
         if adapter is not None:
             self._inject(adapter)
 
@@ -116,6 +117,8 @@ class SliderBackbone(nn.Module):
                 )
             device = linear.weight.device
             adapted[name] = MaskedLoRALinear(linear, rows, self.scales, lora_a.to(device), lora_b.to(device))
+        parents = {name.rpartition(".")[0] for name in adapted}
+        self._attention = [(name, self.transformer.get_submodule(name)) for name in parents if name.endswith(".attn")]
         # Replace after all checks, so that a refused adapter leaves the transformer unchanged.
         for name, module in adapted.items():
             self._replace(name, module)
@@ -133,6 +136,20 @@ class SliderBackbone(nn.Module):
             linear.weight, linear.bias = module.weight, module.bias
             self._replace(name, linear)
         self.adapted.clear()
+
+    def set_scales(self, row_scale: Tensor | None, text_rows: int) -> None:
+        """Set the row scales of the next call of the transformer; see `RowScales.set`.
+
+        Raises:
+            SliderEditError: The projections were fused after the adapter was added, so the transformer bypasses it.
+        """
+        for name, attention in self._attention:
+            if getattr(attention, "fused_projections", False):
+                raise SliderEditError(
+                    f"the projections of {name} were fused after the adapter was added, which leaves the adapter out; call "
+                    "unfuse_qkv_projections(), or do not call fuse_qkv_projections()"
+                )
+        self.scales.set(row_scale, text_rows)
 
     def slider_specs(self) -> list[TensorSpec]:
         """Return the specs of the slider inputs; empty for a frozen backbone."""
@@ -159,5 +176,5 @@ class SliderBackbone(nn.Module):
         alpha, token_mask = backbone_inputs.pop("alpha", None), backbone_inputs.pop("token_mask", None)
         # Keep the scales set after the call: with gradient checkpointing, the linears run again during the backward pass.
         row_scale = None if alpha is None or token_mask is None else combine_row_scale(alpha, token_mask)
-        self.scales.set(row_scale, text_rows=inputs["encoder_hidden_states"].shape[1])
+        self.set_scales(row_scale, inputs["encoder_hidden_states"].shape[1])
         return self.family.run(self.transformer, backbone_inputs)

@@ -124,3 +124,17 @@ def test_an_adapter_that_does_not_fit_is_refused_and_nothing_is_injected(
     with pytest.raises(SliderEditError, match=message):
         SliderBackbone(family, pipeline.transformer, _random_adapter(family, names, k, kind=kind))
     assert not any(isinstance(m, MaskedLoRALinear) for m in pipeline.transformer.modules())
+
+
+@torch.no_grad()
+def test_projections_fused_after_injection_are_refused(family: Family, pipeline: Any, kind: str) -> None:
+    transformer = pipeline.transformer
+    backbone = SliderBackbone(family, transformer, load_adapter(f"shapes-{kind}", family))
+    inputs = example_inputs(backbone, transformer.config, 1, 16, 32, 1)
+    expected = backbone(inputs)
+    # diffusers builds the fused projections from the weights alone: without a word, the sliders would do nothing.
+    transformer.fuse_qkv_projections()
+    with pytest.raises(SliderEditError, match=r"the projections of \S+attn were fused .* call unfuse_qkv_projections"):
+        backbone(inputs)
+    transformer.unfuse_qkv_projections()
+    assert backbone(inputs).equal(expected)

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from slideredit_rt.adapters import load_adapter, save_adapter
 from slideredit_rt.editor import SliderEditor
-from slideredit_rt.errors import SliderEditError
+from slideredit_rt.errors import OutOfDeviceMemory, SliderEditError
 from slideredit_rt.families import Family
 from slideredit_rt.families.flux_kontext import FluxKontext
 from slideredit_rt.serving import (
@@ -35,6 +35,7 @@ from slideredit_rt.serving import (
     EditRequest,
     EditService,
     EngineFailure,
+    NoMemory,
     Observer,
     Outcome,
     Partial,
@@ -58,7 +59,7 @@ class Gate:
         self.engine = engine
         self.alphas: list[list[float]] = []
         self.timesteps: list[list[float]] = []
-        self.fail = False
+        self.fail: Exception | None = None
         self._permits = threading.Semaphore(0)
         self._stands = threading.Condition()
         self._arrived = 0
@@ -71,8 +72,8 @@ class Gate:
         with self._stands:
             self.alphas.append([round(a, 4) for a in inputs["alpha"].flatten(1)[:, 0].tolist()])
             self.timesteps.append(inputs["timestep"].tolist())
-        if self.fail:
-            raise RuntimeError("the device is gone")
+        if self.fail is not None:
+            raise self.fail
         output: Tensor = self.engine(inputs)
         return output
 
@@ -456,14 +457,38 @@ class TestEndings:
         service = serve()
         wide = edit(scene.resize((128, 64)), 0.8)
         broken, other = submit_all(service, gate, recorder, edit(scene, 0.9), wide)
-        gate.fail = True
+        gate.fail = RuntimeError("the device is gone")
         gate.let(1)
         with pytest.raises(EngineFailure, match="the device is gone"):
             broken.future.result(WAIT)
-        gate.fail = False
+        gate.fail = None
         gate.let()
         other.future.result(WAIT)
         service.submit(edit(scene, 0.9)).future.result(WAIT)
+
+    @pytest.mark.parametrize(
+        "error", [torch.OutOfMemoryError("CUDA out of memory"), OutOfDeviceMemory("the GPU is out of memory for batch 4")]
+    )
+    def test_running_out_of_memory_takes_only_the_requests_of_that_call(
+        self,
+        error: Exception,
+        gate: Gate,
+        recorder: Recorder,
+        serve: Callable[..., EditService],
+        scene: Image.Image,
+    ) -> None:
+        service = serve()
+        large, other = submit_all(service, gate, recorder, edit(scene, 0.9), edit(scene.resize((128, 64)), 0.8))
+        gate.fail = error
+        gate.let(1)
+        with pytest.raises(NoMemory, match="out of memory for this edit; try again, or send a smaller image") as refused:
+            large.future.result(WAIT)
+        fault = fault_of(refused.value)
+        assert (fault.status, fault.code, fault.headers) == (503, "out_of_memory", {"Retry-After": "1"})
+        gate.fail = None
+        gate.let()
+        other.future.result(WAIT)
+        assert service.stats().outcomes == {"failed": 1, "completed": 1}
 
     def test_a_decoder_that_fails_takes_only_the_requests_it_was_given(
         self, editor: SliderEditor, serve: Callable[..., EditService], scene: Image.Image

@@ -22,7 +22,7 @@ from slideredit_rt.engines.cuda import CudaDevice
 from slideredit_rt.engines.manifest import ADAPTER_FILE, Manifest
 from slideredit_rt.engines.request import Outputs, check_request
 from slideredit_rt.engines.shapes import ShapeCache
-from slideredit_rt.errors import SliderEditError
+from slideredit_rt.errors import OutOfDeviceMemory, SliderEditError
 from slideredit_rt.families import get_family
 from slideredit_rt.modules import SliderBackbone
 from slideredit_rt.settings import RunSettings
@@ -170,7 +170,7 @@ class InductorEngine:
                 step()
             return _Binding(buffers, output, self._capture(step) if self._cuda else step)
         except torch.OutOfMemoryError:
-            raise SliderEditError(
+            raise OutOfDeviceMemory(
                 f"the GPU is out of memory for the sizes {dict(sizes)}; use a smaller batch or resolution"
             ) from None
         except torch._dynamo.exc.TorchDynamoException as error:
@@ -239,7 +239,7 @@ class Inductor(Backend):
             load_weights(transformer, [folder / name for name in (*own, *manifest.links)], device)
             backbone = SliderBackbone(family, transformer, adapter)
         except torch.OutOfMemoryError:
-            raise SliderEditError(
+            raise OutOfDeviceMemory(
                 f"the GPU is out of memory for the weights of {str(folder)!r}; free some, or build with --dtype bfloat16"
             ) from None
         return InductorEngine(backbone.eval().requires_grad_(False), manifest)

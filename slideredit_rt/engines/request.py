@@ -10,7 +10,7 @@ from torch import Tensor
 
 from slideredit_rt.engines.manifest import Manifest
 from slideredit_rt.engines.shapes import ShapeCache
-from slideredit_rt.errors import SliderEditError
+from slideredit_rt.errors import OutOfDeviceMemory, SliderEditError
 
 
 def check_request(manifest: Manifest, inputs: Mapping[str, Tensor]) -> dict[str, int]:
@@ -88,6 +88,6 @@ class Outputs(threading.local):
                 (shape, device), lambda: torch.empty(shape, dtype=getattr(torch, spec.dtype), device=device)
             )
         except torch.OutOfMemoryError:
-            raise SliderEditError(
+            raise OutOfDeviceMemory(
                 f"the GPU is out of memory for the sizes {dict(sizes)}; use a smaller batch or resolution"
             ) from None

@@ -7,7 +7,7 @@ from typing import Any
 
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.images import ImageTooLarge
-from slideredit_rt.serving.requests import Cancelled, Closed, DeadlineExceeded, EngineFailure, QueueFull
+from slideredit_rt.serving.requests import Cancelled, Closed, DeadlineExceeded, EngineFailure, NoMemory, QueueFull
 
 
 class Fault(Exception):
@@ -53,6 +53,8 @@ def fault_of(error: SliderEditError) -> Fault:
             return Fault(504, message, code="deadline_exceeded")
         case Closed() | Cancelled():
             return Fault(503, message, code="closed", headers={"Retry-After": "1"})
+        case NoMemory():
+            return Fault(503, message, code="out_of_memory", headers={"Retry-After": "1"})
         case EngineFailure():
             return Fault(500, "the engine failed; see the server log", code="engine_failure")
         case ImageTooLarge():

@@ -13,7 +13,7 @@ from typing import Any, Generic, TypeVar
 from torch import Tensor
 
 from slideredit_rt.serving.batch import Row
-from slideredit_rt.serving.requests import Cancelled, DeadlineExceeded, EditRequest, EngineFailure, Outcome, Partial
+from slideredit_rt.serving.requests import Cancelled, DeadlineExceeded, EditRequest, EngineFailure, NoMemory, Outcome, Partial
 
 T = TypeVar("T")
 
@@ -66,7 +66,12 @@ def outcome_of(future: Future[Any]) -> Outcome:
     if future.cancelled():
         return "cancelled"
     error = future.exception()
-    kinds: dict[type[BaseException], Outcome] = {Cancelled: "cancelled", DeadlineExceeded: "deadline", EngineFailure: "failed"}
+    kinds: dict[type[BaseException], Outcome] = {
+        Cancelled: "cancelled",
+        DeadlineExceeded: "deadline",
+        EngineFailure: "failed",
+        NoMemory: "failed",
+    }
     return "completed" if error is None else kinds.get(type(error), "refused")
 
 

@@ -36,6 +36,10 @@ class Closed(SliderEditError):
     """The service is closed and accepts no requests."""
 
 
+class NoMemory(SliderEditError):
+    """The device was out of memory for a request; other requests continue."""
+
+
 class EngineFailure(SliderEditError):
     """A request failed for a reason other than bad input."""
 

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from slideredit_rt.editor import SliderEditor, broken_rows, not_finite
-from slideredit_rt.errors import SliderEditError
+from slideredit_rt.errors import OutOfDeviceMemory, SliderEditError
 from slideredit_rt.serving.batch import Batch, Row, make_rows
 from slideredit_rt.serving.cache import EncodingCache
 from slideredit_rt.serving.job import Job, Ticket, outcome_of
@@ -27,6 +27,7 @@ from slideredit_rt.serving.requests import (
     DeadlineExceeded,
     EditRequest,
     EngineFailure,
+    NoMemory,
     Observer,
     Partial,
     QueueFull,
@@ -325,9 +326,7 @@ class EditService:
     def _fail(self, rows: Sequence[Row], what: str, error: Exception) -> None:
         _log.error("%s", what, exc_info=error)
         for job in {row.owner for row in rows}:
-            failure = EngineFailure(f"{what} ({type(error).__name__}: {error}); other requests are not affected")
-            failure.__cause__ = error
-            job.fail(failure)
+            job.fail(_failure(what, error))
 
     # Encoding and decoding.
 
@@ -387,7 +386,7 @@ class EditService:
             return
         except Exception as error:
             _log.error("a request could not be encoded", exc_info=error)
-            job.fail(EngineFailure(f"the request could not be encoded ({type(error).__name__}: {error})"))
+            job.fail(_failure("the request could not be encoded", error))
             return
         self.observer.encoded(time.perf_counter() - started)
         with self._changed:
@@ -440,3 +439,17 @@ class EditService:
                 job.on_partial(Partial(row.index, step, row.steps, image))
             except Exception:
                 _log.exception("the on_partial callback of a request failed")
+
+
+def _failure(what: str, error: Exception) -> SliderEditError:
+    """Return the error of a request that failed for a reason other than bad input."""
+    if isinstance(error, OutOfDeviceMemory | torch.OutOfMemoryError):
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        failure: SliderEditError = NoMemory(
+            "the server's GPU is out of memory for this edit; try again, or send a smaller image"
+        )
+    else:
+        failure = EngineFailure(f"{what} ({type(error).__name__}: {error}); other requests are not affected")
+    failure.__cause__ = error
+    return failure

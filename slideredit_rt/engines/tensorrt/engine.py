@@ -22,7 +22,7 @@ from slideredit_rt.engines.request import Outputs, check_request
 from slideredit_rt.engines.shapes import ShapeCache
 from slideredit_rt.engines.tensorrt.logger import make_logger
 from slideredit_rt.engines.tensorrt.options import RuntimeOptions
-from slideredit_rt.errors import SliderEditError
+from slideredit_rt.errors import OutOfDeviceMemory, SliderEditError
 from slideredit_rt.files import atomic_file, cache_directory
 
 PLAN_FILE = "model.engine"
@@ -177,7 +177,7 @@ class TensorRTEngine:
 
     def _bind(self, sizes: dict[str, int]) -> _Binding:
         """Create a context and its buffers for one set of shapes."""
-        full = SliderEditError(
+        full = OutOfDeviceMemory(
             f"the GPU is out of memory for the sizes {sizes}; use a smaller batch or resolution, or --weight-budget-mib"
         )
         config = self._runtime_config()
