@@ -206,12 +206,15 @@ def test_a_backend_says_which_run_options_it_takes() -> None:
 def test_options_reach_the_engine(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: list[str], expected: RuntimeOptions | None
 ) -> None:
-    def open_nothing(folder: Path, **options: Any) -> None:
-        assert options == {"threads": None, "options": expected}
+    asked = []
+
+    def open_nothing(folder: Path, run: RunSettings) -> None:
+        asked.append(run)
         raise SliderEditError("asked for")
 
     monkeypatch.setattr("slideredit_rt.editor.open_engine", open_nothing)
     assert edit(tmp_path, tmp_path, *given) == 2
+    assert asked == [RunSettings(options=expected)]
 
 
 def test_weight_budget_is_a_number_or_auto(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
