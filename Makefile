@@ -25,7 +25,7 @@ $(STAMP): $(RUNTIME)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps lpips
 	touch $@
 
-demo: $(RUNTIME) ## install what the package needs (2.3 GB) and run the demo: 3 minutes on 2 cores, half of them for the download
+demo: $(RUNTIME) ## install the runtime (2.2 GB) and run the demo: 2 minutes on 2 cores, more with a slow download
 	$(BIN)/slideredit-rt demo --out demo
 
 # A file's tests stay in one process: they share what is slow to make. tests/conftest.py orders the files.
