@@ -32,7 +32,7 @@ demo: $(RUNTIME) ## install the runtime (2.2 GB) and run the demo: 2 minutes on 
 test: $(STAMP) ## install the development tools and run the tests: about 12 minutes on 2 cores
 	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-slow-test: $(STAMP) ## run the tests marked slow: hours, and 4 GiB of free disk
+slow-test: $(STAMP) ## run the tests marked slow: about an hour, and 4 GiB of free disk
 	$(BIN)/python -m pytest -m slow -s
 
 lint: $(STAMP) ## run ruff and mypy
@@ -77,7 +77,7 @@ marks: $(STAMP) ## measure the quality of the embedded editor's sliders
 
 # Both continue a killed run; delete the folder to start anew.
 EVALUATION := runs/evaluation
-evaluation: $(STAMP) ## compare sliders with other ways to scale an edit, on held-out scenes: hours
+evaluation: $(STAMP) ## compare sliders with other ways to scale an edit, on held-out scenes: half an hour
 	$(BIN)/slideredit-rt evaluate --adapter shapes-st --adapter shapes-gst --sliders 1,2,3 --scenes 64,24,8 --out $(EVALUATION)
 	mkdir -p bench/results/evaluation
 	cd $(EVALUATION) && cp rows.csv report.json table.md *.png $(CURDIR)/bench/results/evaluation/

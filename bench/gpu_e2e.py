@@ -2,7 +2,7 @@
 
 The pipeline has the sizes of FLUX.1-Kontext and random bfloat16 weights, text encoders and autoencoder included: speed and
 memory do not depend on their values. Tokenizers and scheduler are the embedded editor's. `--rehearse` runs the same code on
-small modules, on a CPU too; its times say nothing.
+small modules, on a CPU too; its times are meaningless.
 """
 
 from __future__ import annotations
@@ -143,6 +143,7 @@ class Bench:
     def __init__(self, pipeline: Any, size: Size) -> None:
         self.pipeline, self.size = pipeline, size
         self.family = get_family("flux_kontext")
+        self.family.place(pipeline, pipeline.transformer.device)
         self.device: torch.device = pipeline.transformer.device
         self.cuda = self.device.type == "cuda"
         self.image = Image.effect_noise((size.side, size.side), 60).convert("RGB")
@@ -343,7 +344,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="results folder (default: bench/results; none for a rehearsal)")
     parser.add_argument("--steps", type=int, default=28, help="denoising steps of an edit (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=3, help="edits per figure (default: %(default)s)")
-    parser.add_argument("--rehearse", action="store_true", help="small modules on any machine; the times say nothing")
+    parser.add_argument("--rehearse", action="store_true", help="small modules on any machine; the times are meaningless")
     args = parser.parse_args()
     rehearse: bool = args.rehearse
     cuda = torch.cuda.is_available()
@@ -373,7 +374,8 @@ def main() -> int:
     content = {"columns": [asdict(column) for column in bench.columns]}
     found = verdicts(marks(bench), timed=not rehearse)
     out = args.out if rehearse else args.out or Path("bench/results")
-    sys.stdout.write(save_run("e2e_flux_kontext", "make gpu-e2e", device, about, content, table(bench), found, out))
+    command = f"make gpu-e2e BENCH_OPTIONS='--steps {size.steps} --repeats {size.repeats}'"
+    sys.stdout.write(save_run("e2e_flux_kontext", command, device, about, content, table(bench), found, out))
     return 0
 
 

@@ -19,7 +19,7 @@ from slideredit_rt.assets import resolve_base
 from slideredit_rt.engines import open_engine
 from slideredit_rt.engines.eager import EagerEngine
 from slideredit_rt.engines.manifest import check_base
-from slideredit_rt.errors import SliderEditError
+from slideredit_rt.errors import OutOfDeviceMemory, SliderEditError
 from slideredit_rt.families import Backbone, Conditioning, EncodedImages, Family, family_of, get_family
 from slideredit_rt.images import ImageSource, read_images
 from slideredit_rt.modules import SliderBackbone
@@ -192,7 +192,12 @@ class SliderEditor:
         check_base(manifest, Path(path), folder, skip=("transformer",))
         with _LOADING:
             pipeline = family.load_pipeline(folder, transformer=False, dtype=run.choose_dtype(engine.device))
-            family.place(pipeline, engine.device, offload=run.offload)
+            try:
+                family.place(pipeline, engine.device, offload=run.offload)
+            except torch.OutOfMemoryError:
+                raise OutOfDeviceMemory(
+                    "the GPU is out of memory for the encoders and the autoencoder; free some, or use --offload encoders"
+                ) from None
         controls = Controls(manifest.kind, manifest.curve, manifest.members)
         limits = {"max_batch": manifest.max_batch, "max_sliders": manifest.max_sliders}
         return cls(family, pipeline, engine, manifest.config, controls, **limits)

@@ -32,13 +32,13 @@ from slideredit_rt.engines.tensorrt import PLAN_FILE
 from slideredit_rt.families import get_family
 from slideredit_rt.families.base import decode_in_tiles
 
-Offload = Literal["none", "encoders", "all"]
+MemoryMode = Literal["none", "encoders", "all"]
 RESERVED = 3 * 2**29
 """Bytes that are not planned with: the CUDA context, libraries' workspaces and fragmentation (1.5 GiB)."""
 DEPLOYED = torch.bfloat16
 """Dtype of encoders and autoencoder on a GPU."""
 STREAMED_SHARE = 0.1
-"""Least share of a plan's weights that has to fit on the card for weight streaming to be worth it."""
+"""Least share of a plan's weights that must stay on the card for weight streaming to be offered."""
 
 
 @dataclass(frozen=True)
@@ -46,19 +46,21 @@ class Footprint:
     """Bytes that the parts of an edit take on a device.
 
     Attributes:
-        weights: The backbone's, adapter included.
-        encoders: Text encoders.
-        decoder: The autoencoder.
+        weights: Weights of the backbone, including the adapter.
+        encoders: Weights of the text encoders.
+        largest_encoder_weight: Largest tensor of the text encoders, which an offloaded encoder needs at one time.
+        decoder: Weights of the autoencoder.
         step: Activations of one denoising step, for each image of a batch: the largest sum of live tensors in an eager step.
             A compiled step needs less.
-        decode: Activations of decoding one image; batches are decoded one image at a time.
-        tiled_decode: The same in tiles.
-        max_batch: The engine's.
+        decode: Activations of decoding one image. Batches are decoded one image at a time.
+        tiled_decode: Activations of decoding one image in tiles.
+        max_batch: Largest batch of the engine.
         streams: True if the backend can stream weights from the host.
     """
 
     weights: int
     encoders: int
+    largest_encoder_weight: int
     decoder: int
     step: int
     decode: int
@@ -87,7 +89,7 @@ class MemoryPlan:
     encoders_gib: float
     decoder_gib: float
     activations_gib: float
-    offload: Offload
+    offload: MemoryMode
     max_batch: int
     fits: bool
 
@@ -95,36 +97,38 @@ class MemoryPlan:
 def plan_memory(footprint: Footprint, vram: int) -> MemoryPlan:
     """Choose what leaves the card so that the rest fits on it.
 
-    Text encoders leave first, because they work only when a prompt is new; images are then decoded in tiles as well. The
-    backbone's weights are streamed last, where the backend can.
+    Text encoders leave first, because they work only when a prompt is new; images are then encoded and decoded in tiles as
+    well. The backbone's weights are streamed last, where the backend can: as many of them as fit stay on the card.
 
     Args:
         footprint: Footprint of the engine.
         vram: Memory of the card, in bytes.
     """
-    choices: list[tuple[Offload, int, int, int]] = [
-        ("none", footprint.weights, footprint.encoders, footprint.decode),
-        # A text encoder visits the card a layer at a time.
-        ("encoders", footprint.weights, 0, footprint.tiled_decode),
-    ]
-    if footprint.streams:
-        choices.append(("all", math.ceil(footprint.weights * STREAMED_SHARE), 0, footprint.tiled_decode))
-    for offload, weights, encoders, decode in choices:
-        room = vram - RESERVED - weights - encoders - footprint.decoder
-        if room >= max(decode, footprint.step):
-            return _plan(footprint, vram, weights, offload, decode, min(room // footprint.step, footprint.max_batch))
-    offload, weights, _, decode = choices[-1]
-    return _plan(footprint, vram, weights, offload, decode, 0)
+    room = vram - RESERVED - footprint.decoder
+    # A text encoder visits the card a layer at a time, and not during a step of the same edit.
+    offloaded = max(footprint.tiled_decode, footprint.largest_encoder_weight)
+    choices: tuple[tuple[MemoryMode, int, int], ...] = (
+        ("none", footprint.weights + footprint.encoders, footprint.decode),
+        ("encoders", footprint.weights, offloaded),
+    )
+    for mode, resident, other in choices:
+        if room - resident >= max(other, footprint.step):
+            batch = min((room - resident) // footprint.step, footprint.max_batch)
+            return _plan(footprint, vram, mode, footprint.weights, other, batch)
+    if not footprint.streams:
+        return _plan(footprint, vram, "encoders", footprint.weights, offloaded, 0)
+    kept = min(footprint.weights, max(0, room - max(offloaded, footprint.step)))
+    return _plan(footprint, vram, "all", kept, offloaded, int(kept >= STREAMED_SHARE * footprint.weights))
 
 
-def _plan(footprint: Footprint, vram: int, weights: int, offload: Offload, decode: int, batch: int) -> MemoryPlan:
+def _plan(footprint: Footprint, vram: int, mode: MemoryMode, weights: int, other: int, batch: int) -> MemoryPlan:
     return MemoryPlan(
         vram_gib=_gib(vram),
         weights_gib=_gib(weights),
         encoders_gib=_gib(footprint.encoders),
         decoder_gib=_gib(footprint.decoder),
-        activations_gib=_gib(max(footprint.step, decode)),
-        offload=offload,
+        activations_gib=_gib(max(footprint.step, other)),
+        offload=mode,
         max_batch=batch,
         fits=batch >= 1,
     )
@@ -139,7 +143,7 @@ def engine_footprint(folder: Path, manifest: Manifest, base: Path) -> Footprint:
 
     Args:
         folder: Engine folder.
-        manifest: The folder's.
+        manifest: Manifest of the folder.
         base: Folder of the checkpoint that encodes and decodes.
 
     Raises:
@@ -160,12 +164,14 @@ def engine_footprint(folder: Path, manifest: Manifest, base: Path) -> Footprint:
     def decode() -> object:
         return family.decode_pixels(pipeline, latents, side, side)
 
+    encoders = [_size(stored) for name, library in _encoders(base) for stored in read_weights(base / name, library).values()]
     whole = live_peak(decode, pipeline.vae)
     decode_in_tiles(pipeline.vae)
     return Footprint(
         weights=_engine_weights(folder, manifest),
-        encoders=sum(_deployed_bytes(base / name, library) for name, library in _encoders(base)),
-        decoder=_deployed_bytes(base / "vae", "diffusers"),
+        encoders=sum(encoders),
+        largest_encoder_weight=max(encoders),
+        decoder=sum(map(_size, read_weights(base / "vae").values())),
         step=live_peak(lambda: family.run(transformer, on_meta), transformer),
         decode=whole,
         tiled_decode=live_peak(decode, pipeline.vae),
@@ -232,10 +238,6 @@ def _encoders(base: Path) -> list[tuple[str, str]]:
     """Return the text encoders of a base: name and library of each component of transformers that has weights."""
     found = [(name, library) for name, (library, _) in components(base).items() if library == "transformers"]
     return [(name, library) for name, library in found if weight_files(base / name, library)]
-
-
-def _deployed_bytes(folder: Path, library: str) -> int:
-    return sum(_size(stored) for stored in read_weights(folder, library).values())
 
 
 def _size(stored: Stored) -> int:

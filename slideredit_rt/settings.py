@@ -95,19 +95,19 @@ def merge(settings: EditSettings | None, given: EditOptions) -> EditSettings:
 
 @dataclass(frozen=True)
 class RunSettings:
-    """Settings of a process that runs an engine: engine, encoders, autoencoder and the latents between them share one device.
+    """Settings for running an engine. The engine, the encoders, the autoencoder and all latents share one device.
 
     Attributes:
         device: `auto`, `cpu`, `cuda` or `cuda:N`. `auto` takes the device that the engine's backend prefers: the current CUDA
             device for TensorRT, the same for Inductor where there is one, else the CPU.
         dtype: Dtype of encoders and autoencoder, `float32`, `bfloat16` or `auto`: bfloat16 on a GPU, float32 on the CPU.
-        offload: `none`, or `encoders` for GPUs with little memory: text encoders stay in host memory and visit the GPU a layer
-            at a time when a prompt is encoded, and images are decoded in tiles.
+        offload: `none`, or `encoders` for GPUs with little memory: text encoders stay in host memory, from where each
+            layer is copied when it is needed, and images are encoded and decoded in tiles.
         threads: CPU threads of the backend; None lets the backend choose.
         options: Run options of the backend, an instance of its `run_options`; None uses its defaults.
 
     Raises:
-        SliderEditError: A value that is not one of these.
+        SliderEditError: A value is not one of these.
     """
 
     device: str = "auto"
@@ -135,7 +135,7 @@ class RunSettings:
             preferred: Device for `auto`; None takes the CPU.
 
         Raises:
-            SliderEditError: A GPU that is not there.
+            SliderEditError: The GPU does not exist.
         """
         import torch
 
@@ -143,10 +143,10 @@ class RunSettings:
         if device.type != "cuda":
             return device
         if not torch.cuda.is_available():
-            raise SliderEditError(f"the device {self.device} was asked for and torch finds no CUDA GPU here; use --device cpu")
+            raise SliderEditError(f"the device is {self.device}, but torch finds no CUDA GPU; use --device cpu")
         index = torch.cuda.current_device() if device.index is None else device.index
         if index >= (count := torch.cuda.device_count()):
-            raise SliderEditError(f"the device {self.device} was asked for and this machine has {count} GPU(s), counted from 0")
+            raise SliderEditError(f"the device is {self.device}, but this machine has {count} GPU(s), counted from 0")
         return torch.device("cuda", index)
 
     def check_offload(self, device: torch.device) -> None:

@@ -15,11 +15,12 @@ from torch import Tensor
 from slideredit_rt.adapters import load_adapters
 from slideredit_rt.assets import resolve_base
 from slideredit_rt.editor import Prepared, SliderEditor
-from slideredit_rt.engines.manifest import check_base, read_manifest
+from slideredit_rt.engines import Engine, Manifest, open_engine, read_manifest
+from slideredit_rt.engines.manifest import check_base
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.families import Backbone, get_family
 from slideredit_rt.settings import RunSettings
-from slideredit_rt.sliders import Slider
+from slideredit_rt.sliders import Controls, Slider
 
 ALPHAS = (-0.5, 0.0, 0.5, 1.0)
 MAX_ABS_TOLERANCE = 1e-4
@@ -136,12 +137,12 @@ def compare_backbones(
         if editor.members:
             # Use all members, each with a different share.
             one = one[:, :, None] * torch.linspace(1, 0.5, len(editor.members))
-        real = {n: t.cpu() for n, t in editor.backbone_inputs(prepared, _alphas(editor, prepared, alphas)).items()}
+        real = editor.backbone_inputs(prepared, _alphas(editor, prepared, alphas))
         real["timestep"].fill_(0.7)
         random = _random_inputs(editor, real, len(alphas)) | {"alpha": one}
         for kind, inputs in (("real", real), ("random", random)):
             # Clone, because the engine's next call overwrites its output.
-            actual = editor.engine({name: tensor.to(editor.device) for name, tensor in inputs.items()}).clone()
+            actual = editor.engine(inputs).clone()
             half = None if same_dtype is None else same_dtype(inputs)
             comparisons.append(compare(f"{kind} inputs, {name}", actual, eager(inputs), half))
     return comparisons
@@ -158,8 +159,7 @@ def _alphas(editor: SliderEditor, prepared: Prepared, alphas: Sequence[float]) -
 
 def _final_images(editor: SliderEditor, prepared: Prepared, steps: int) -> Tensor:
     """Denoise an image for each of `ALPHAS`, without the adapter's strength curve; return `[N, 3, H, W]`."""
-    conditioning, chunks = prepared.conditioning.to(editor.device), _alphas(editor, prepared, ALPHAS).split(editor.max_batch)
-    prepared = replace(prepared, conditioning=conditioning)
+    conditioning, chunks = prepared.conditioning, _alphas(editor, prepared, ALPHAS).split(editor.max_batch)
     return torch.cat(
         [
             editor.denoise(conditioning, editor.backbone_inputs(prepared, chunk), steps, conditioning.true_cfg_scale)
@@ -174,6 +174,18 @@ def _random_inputs(editor: SliderEditor, like: Mapping[str, Tensor], batch: int)
     inputs = editor.family.random_inputs(editor.config, batch, text_rows, image_rows, generator)
     mask = torch.rand(batch, 1, like["token_mask"].shape[2], generator=generator) < 0.5
     return inputs | {"token_mask": mask}
+
+
+def _on_cpu(eager: SliderEditor, manifest: Manifest, engine: Engine) -> SliderEditor:
+    """Make an editor that encodes and decodes as the eager one does, on the CPU, and denoises with an engine on any device."""
+
+    def carried(inputs: Mapping[str, Tensor]) -> Tensor:
+        return engine({name: tensor.to(engine.device) for name, tensor in inputs.items()}).cpu()
+
+    assert manifest.kind is not None
+    controls = Controls(manifest.kind, manifest.curve, manifest.members)
+    limits = {"max_batch": manifest.max_batch, "max_sliders": manifest.max_sliders}
+    return SliderEditor(eager.family, eager.pipeline, carried, manifest.config, controls, **limits)
 
 
 def verify_engine(
@@ -197,8 +209,8 @@ def verify_engine(
         sliders: Sliders of the real edit. For a bank, sliders that name no member are assigned to the members in turn.
         base: Location of the base; None takes the source recorded in the manifest.
         adapter: Location of the adapter, or several for a bank; None takes the source recorded in the manifest.
-        run: Device, threads and options of the engine, dtype of its encoders and autoencoder; None uses the defaults. Eager
-            torch runs on the CPU.
+        run: Device, threads and options of the engine; None uses the defaults. Everything else runs on the CPU in float32, for
+            both.
         steps: Denoising steps of the final images.
 
     Raises:
@@ -215,8 +227,9 @@ def verify_engine(
         raise SliderEditError(f"adapter {adapter!r} is not the one in engine {str(path)!r}; pass the original with --adapter")
     # Check all components, because the eager reference uses them all.
     check_base(manifest, path, resolve_base(base))
-    engine = SliderEditor.from_engine(path, base, run)
+    compiled = open_engine(path, run)[1]
     eager = SliderEditor.from_pretrained(base, loaded)
+    engine = _on_cpu(eager, manifest, compiled)
     same_dtype = None
     if manifest.dtype != "float32":
         same_dtype = SliderEditor.from_pretrained(base, loaded, dtype=getattr(torch, manifest.dtype)).engine
@@ -226,7 +239,6 @@ def verify_engine(
     comparisons = compare_backbones(engine, eager.engine, same_dtype, prepared, manifest.max_batch)
     if not math.isfinite(_largest(c.max_abs_error for c in comparisons)):
         return Verification(manifest.dtype, comparisons, {f"alpha {a:+.2f}": math.nan for a in ALPHAS})
-    # Both decode what they denoised from the same encodings.
     finals = [_final_images(editor, prepared, steps) for editor in (engine, eager)]
     errors = (finals[0] - finals[1]).double().square().flatten(1).mean(1)
     psnr = {

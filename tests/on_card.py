@@ -40,7 +40,7 @@ class Service(EditService):
 
 
 def put_on_card(editor: SliderEditor) -> None:
-    """Move what an editor holds onto the card, engine included; `Placement` knows real devices only."""
+    """Move what an editor holds onto the card, including its engine."""
     editor.pipeline.to(CARD)
 
 

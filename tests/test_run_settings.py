@@ -51,7 +51,7 @@ def test_the_device_is_the_preferred_one_unless_it_is_given() -> None:
 @without_gpu
 @pytest.mark.parametrize("device", ["cuda", "cuda:3"])
 def test_a_gpu_that_is_not_there_is_refused(device: str, engines: dict[str, Path]) -> None:
-    with pytest.raises(SliderEditError, match=rf"device {device} was asked for and torch finds no CUDA GPU here"):
+    with pytest.raises(SliderEditError, match=rf"device is {device}, but torch finds no CUDA GPU"):
         SliderEditor.from_engine(engines["st"], run=RunSettings(device))
 
 
@@ -61,7 +61,7 @@ def test_gpus_are_counted_from_zero(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     assert RunSettings("cuda").choose_device() == torch.device("cuda", 1)
     assert RunSettings("cuda:0").choose_device() == torch.device("cuda", 0)
-    with pytest.raises(SliderEditError, match="cuda:2 was asked for and this machine has 2 GPU"):
+    with pytest.raises(SliderEditError, match="device is cuda:2, but this machine has 2 GPU"):
         RunSettings("cuda:2").choose_device()
 
 
@@ -129,7 +129,7 @@ def test_commands_refuse_a_missing_gpu(
     scene.save(image)
     line = ["--image", str(image), "--slider", "make the circle red=0.5", "--out", str(out), "--device", "cuda"]
     assert cli.main(["edit", str(engines["st"]), *line]) == 2
-    assert "torch finds no CUDA GPU here; use --device cpu" in capsys.readouterr().err
+    assert "torch finds no CUDA GPU; use --device cpu" in capsys.readouterr().err
     assert cli.main(["verify", str(engines["st"]), "--device", "cuda:1"]) == 2
     assert cli.main(["evaluate", "--adapter", "shapes-st", "--out", str(tmp_path / "run"), "--device", "cuda"]) == 2
     assert not out.exists()

@@ -481,7 +481,7 @@ class TestEndings:
         large, other = submit_all(service, gate, recorder, edit(scene, 0.9), edit(scene.resize((128, 64)), 0.8))
         gate.fail = error
         gate.let(1)
-        with pytest.raises(NoMemory, match="out of memory for this edit; try again, or send a smaller image") as refused:
+        with pytest.raises(NoMemory, match="out of memory for a batch with this edit; try again later") as refused:
             large.future.result(WAIT)
         fault = fault_of(refused.value)
         assert (fault.status, fault.code, fault.headers) == (503, "out_of_memory", {"Retry-After": "1"})

@@ -124,7 +124,7 @@ def _memory(args: argparse.Namespace, manifest: Manifest) -> tuple[dict[str, Any
     how = {
         "none": "with everything on the card",
         "encoders": "with --offload encoders",
-        "all": "with --offload encoders --weight-budget-mib auto, if it was built with --weight-streaming",
+        "all": f"with --offload encoders --weight-budget-mib {int(plan.weights_gib * 1024)}, if built with --weight-streaming",
     }[plan.offload]
     return asdict(plan), [
         f"memory     {plan.vram_gib:g} GiB: {verdict} {how}",

@@ -138,7 +138,7 @@ def add_run_options(sub: argparse.ArgumentParser) -> None:
         "--offload",
         default=RunSettings.offload,
         choices=OFFLOADS,
-        help="encoders: keep text encoders in host memory and decode in tiles, for GPUs with little memory "
+        help="encoders: keep text encoders in host memory and work on images in tiles, for GPUs with little memory "
         "(default: %(default)s)",
     )
     sub.add_argument("--threads", type=int, help="CPU threads of the backend (default: its own choice)")

@@ -3,9 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
+
+
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Make a GPU the current one: kernels, plans and graphs go to the current GPU, whatever their tensors are on."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+class Pace:
+    """Keeps the host at most one step ahead of a GPU, so that new requests, deadlines and cancellations take effect in time.
+
+    Without it, the host would enqueue all steps of an edit at once. On a CPU it does nothing.
+
+    Args:
+        device: Device of the steps.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._previous: torch.cuda.Event | None = None
+
+    def step(self) -> None:
+        """Mark the end of a step that was enqueued on the current stream, and wait for the step before it."""
+        if self._cuda:
+            event = torch.cuda.Event()
+            event.record()
+            if self._previous is not None:
+                self._previous.synchronize()
+            self._previous = event
 
 
 class CudaDevice:
@@ -31,18 +60,22 @@ class CudaDevice:
         for earlier in {caller, self._last} - {stream}:
             stream.wait_stream(earlier)
         self._last = stream
-        with torch.cuda.stream(stream):
-            yield stream.cuda_stream
-        if stream != caller:
-            caller.wait_stream(stream)
+        try:
+            with torch.cuda.device(self.device), torch.cuda.stream(stream):
+                yield stream.cuda_stream
+        finally:
+            if stream != caller:
+                caller.wait_stream(stream)
 
     @contextmanager
     def between(self) -> Iterator[None]:
         """Let what is enqueued on `own` run after the caller's stream so far, and before what the caller enqueues next."""
         caller = torch.cuda.current_stream(self.device)
         self.own.wait_stream(caller)
-        yield
-        caller.wait_stream(self.own)
+        try:
+            yield
+        finally:
+            caller.wait_stream(self.own)
 
     def capture(self, enqueue: Callable[[int], object]) -> Callable[[], None]:
         """Capture the work that `enqueue(stream)` launches; return a function that replays it on the current stream."""

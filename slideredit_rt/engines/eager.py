@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from slideredit_rt.engines.cuda import on_device
+
 
 class EagerEngine:
     """Engine that runs a backbone without compiling it. Calls of several threads run one after the other.
@@ -25,5 +27,5 @@ class EagerEngine:
     @torch.no_grad()
     def __call__(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Predict one step (see `slideredit_rt.engines.Engine`)."""
-        with self._lock:
+        with self._lock, on_device(self.device):
             return self.backbone(inputs)

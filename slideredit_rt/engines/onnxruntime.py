@@ -1,4 +1,4 @@
-"""The ONNX Runtime backend, which is the default and runs on the CPU."""
+"""The ONNX Runtime backend: the default, on the CPU, or on a GPU with onnxruntime-gpu."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from slideredit_rt.engines.cuda import CudaDevice
 from slideredit_rt.engines.manifest import MODEL_FILE, Manifest
 from slideredit_rt.engines.request import check_request
 from slideredit_rt.engines.shapes import ShapeCache
-from slideredit_rt.errors import SliderEditError
+from slideredit_rt.errors import OutOfDeviceMemory, SliderEditError
 from slideredit_rt.settings import RunSettings
 
 _NUMPY = {"float32": np.float32, "bool": np.bool_}
@@ -77,10 +77,17 @@ class OnnxRuntimeEngine:
         options.add_session_config_entry("session.intra_op.spin_duration_us", str(_SPIN_MICROSECONDS))
         if threads is not None:
             options.intra_op_num_threads = threads
+        providers = self._providers()
         try:
-            self.session = onnxruntime.InferenceSession(folder / MODEL_FILE, options, providers=self._providers())
+            self.session = onnxruntime.InferenceSession(folder / MODEL_FILE, options, providers=providers)
         except Exception as error:  # onnxruntime raises several unrelated classes
             raise SliderEditError(f"ONNX Runtime cannot load {str(folder)!r} ({error}); build the engine again") from error
+        # A provider whose libraries cannot be loaded is left out without an error.
+        if self._cuda and self.session.get_providers()[0] != _CUDA_PROVIDER:
+            raise SliderEditError(
+                f"ONNX Runtime cannot use its {_CUDA_PROVIDER}: a library of CUDA or cuDNN is missing; install them, or leave "
+                "out --device"
+            )
         self.manifest = manifest
         self._bindings = _Bindings()
         self._run_options = onnxruntime.RunOptions()
@@ -96,8 +103,12 @@ class OnnxRuntimeEngine:
                 f"the installed ONNX Runtime has no {_CUDA_PROVIDER}; pip install onnxruntime-gpu in place of onnxruntime, or "
                 "leave out --device"
             )
-        stream = {"device_id": self.device.index or 0, "user_compute_stream": str(self._cuda.own.cuda_stream)}
-        return [(_CUDA_PROVIDER, stream), "CPUExecutionProvider"]
+        options = {
+            "device_id": self.device.index or 0,
+            "user_compute_stream": str(self._cuda.own.cuda_stream),
+            "use_tf32": "0",  # float32 engines are verified as such
+        }
+        return [(_CUDA_PROVIDER, options), "CPUExecutionProvider"]
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Predict one step (see `slideredit_rt.engines.Engine`).
@@ -128,8 +139,15 @@ class OnnxRuntimeEngine:
         if self._cuda is None:
             self.session.run_with_iobinding(binding.io)
         else:
-            with self._cuda.between():
-                self.session.run_with_iobinding(binding.io, self._run_options)
+            try:
+                with self._cuda.between():
+                    self.session.run_with_iobinding(binding.io, self._run_options)
+            except Exception as error:  # onnxruntime raises several unrelated classes
+                if "allocat" in str(error).lower():
+                    raise OutOfDeviceMemory(
+                        "the GPU is out of memory for the step; use a smaller batch or resolution"
+                    ) from None
+                raise
         return binding.output
 
     def _bind(self, inputs: Mapping[str, Tensor]) -> _Binding:
@@ -138,7 +156,7 @@ class OnnxRuntimeEngine:
 
 
 class OnnxRuntime(Backend):
-    """ONNX Runtime on the CPU: runs the exported graph with weights linked from the checkpoint."""
+    """ONNX Runtime: runs the exported graph with weights linked from the checkpoint."""
 
     name = "onnxruntime"
     title = "ONNX Runtime"

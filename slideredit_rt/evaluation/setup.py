@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from functools import cache, cached_property, partial
 from pathlib import Path
 
+import torch
+
 from slideredit_rt.adapters import Adapter, load_adapter
 from slideredit_rt.assets import resolve_base
 from slideredit_rt.editor import SliderEditor
@@ -68,9 +70,10 @@ class Setup:
         return resolve_base(self.base)
 
     @cached_property
-    def eager_device(self) -> str:
-        """Device of systems that run in eager torch."""
-        return str(self.run.choose_device())
+    def eager(self) -> tuple[torch.device, torch.dtype]:
+        """Device and dtype of systems that run in eager torch: those of the encoders and the autoencoder beside the engines."""
+        device = self.open_any().device
+        return device, self.run.choose_dtype(device)
 
     @cached_property
     def family(self) -> Family:

@@ -77,20 +77,6 @@ class Conditioning:
     def image_rows(self) -> int:
         return self.latents.shape[1] + self.reference.shape[1]
 
-    def to(self, device: torch.device) -> Conditioning:
-        """Return the same with its tensors on a device."""
-
-        def moved(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-            return {name: tensor.to(device) for name, tensor in inputs.items()}
-
-        return replace(
-            self,
-            inputs=moved(self.inputs),
-            latents=self.latents.to(device),
-            reference=self.reference.to(device),
-            negative=None if self.negative is None else moved(self.negative),
-        )
-
 
 @dataclass(frozen=True)
 class Schedule:

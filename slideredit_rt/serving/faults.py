@@ -17,7 +17,7 @@ class Fault(Exception):
     name or web page that is not allowed, 404 for an unknown model or path, 408 for a body that arrives too slowly, 413 for a
     body or an image that is too large, 415 for an unsupported content type, 422 for a well-formed request that cannot be
     carried out (an instruction that is not in the prompt, a file that is not an image), 429 for a full queue, 500 for an
-    internal error, 503 for a server that is shutting down, 504 for an edit that missed its deadline.
+    internal error, 503 for a server that is shutting down or out of GPU memory, 504 for an edit that missed its deadline.
     """
 
     def __init__(

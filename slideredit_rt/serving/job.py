@@ -79,8 +79,8 @@ class Ticket(Generic[T]):
     """Handle of a submitted request.
 
     Attributes:
-        future: Resolves to the images, or raises a `SliderEditError`: bad input, `DeadlineExceeded`, `Cancelled` or
-            `EngineFailure`. Cancelling the future has the same effect as `cancel`.
+        future: Resolves to the images, or raises a `SliderEditError`: bad input, `DeadlineExceeded`, `Cancelled`,
+            `NoMemory` or `EngineFailure`. Cancelling the future has the same effect as `cancel`.
     """
 
     def __init__(self, job: Job[T]) -> None:

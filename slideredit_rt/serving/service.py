@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from slideredit_rt.editor import SliderEditor, broken_rows, not_finite
+from slideredit_rt.engines.cuda import Pace
 from slideredit_rt.errors import OutOfDeviceMemory, SliderEditError
 from slideredit_rt.serving.batch import Batch, Row, make_rows
 from slideredit_rt.serving.cache import EncodingCache
@@ -48,7 +49,7 @@ _log = logging.getLogger(__name__)
 class EditService:
     """Thread-safe service that runs edits with continuous batching per denoising step; a context manager.
 
-    One thread steps the engine while another encodes and decodes. Each image is a row with its own latents, scheduler and step.
+    One thread steps the engine while another encodes and decodes. Each image is a row with its own latents, schedule and step.
     Rows of the same shape share engine calls, whatever their sliders, strengths and step counts; `Scheduler` has their order.
     The result equals that of `SliderEditor.render` for the same request alone. Deadlines and cancellations take effect at the
     next step boundary.
@@ -87,6 +88,7 @@ class EditService:
         self.observer = observer or Observer()
         self._cache = EncodingCache(cache_bytes, self.observer.cache)
         self._scheduler = Scheduler(max_batch, step_batching=step_batching)
+        self._pace = Pace(editor.device)
         # Guards all attributes from here to `_step_seconds`.
         self._changed = threading.Condition()
         self._jobs: dict[Future[Any], Job[Any]] = {}
@@ -292,6 +294,7 @@ class EditService:
         wanted = [self._wants_partial(row) for row in rows]
         try:
             clean = self._batch_of(rows).advance(estimate=any(wanted))
+            self._pace.step()
         except Exception as error:
             self._fail(rows, "the engine failed in a step", error)
             return
@@ -327,6 +330,7 @@ class EditService:
         _log.error("%s", what, exc_info=error)
         for job in {row.owner for row in rows}:
             job.fail(_failure(what, error))
+        _free_memory(error)
 
     # Encoding and decoding.
 
@@ -387,6 +391,7 @@ class EditService:
         except Exception as error:
             _log.error("a request could not be encoded", exc_info=error)
             job.fail(_failure("the request could not be encoded", error))
+            _free_memory(error)
             return
         self.observer.encoded(time.perf_counter() - started)
         with self._changed:
@@ -441,15 +446,27 @@ class EditService:
                 _log.exception("the on_partial callback of a request failed")
 
 
+def _is_memory(error: Exception) -> bool:
+    return isinstance(error, OutOfDeviceMemory | torch.OutOfMemoryError)
+
+
 def _failure(what: str, error: Exception) -> SliderEditError:
     """Return the error of a request that failed for a reason other than bad input."""
-    if isinstance(error, OutOfDeviceMemory | torch.OutOfMemoryError):
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        failure: SliderEditError = NoMemory(
-            "the server's GPU is out of memory for this edit; try again, or send a smaller image"
-        )
+    if _is_memory(error):
+        failure: SliderEditError = NoMemory("the server's GPU is out of memory for a batch with this edit; try again later")
     else:
         failure = EngineFailure(f"{what} ({type(error).__name__}: {error}); other requests are not affected")
     failure.__cause__ = error
     return failure
+
+
+def _free_memory(error: Exception) -> None:
+    """Return the memory of a failed call to the GPU. Tracebacks refer to its tensors."""
+    part: BaseException | None = error
+    while part is not None:
+        part.__traceback__ = None
+        part = part.__cause__ or part.__context__
+    if _is_memory(error):
+        _log.error("start the server with a smaller --max-batch or with --offload encoders to use less GPU memory")
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 
 from slideredit_rt.engines.backend import Backend, BuildJob, BuildSettings, Compiled, Limits, Lowering, ServedModel
-from slideredit_rt.engines.cuda import CudaDevice
+from slideredit_rt.engines.cuda import CudaDevice, on_device
 from slideredit_rt.engines.manifest import MODEL_FILE, Manifest
 from slideredit_rt.engines.tensorrt.engine import PLAN_FILE, TensorRTEngine, TensorRTRTXEngine
 from slideredit_rt.engines.tensorrt.options import RuntimeOptions, TensorRTOptions
@@ -210,7 +210,9 @@ class TensorRT(Backend):
         device = self._device_of(run)
         self.check_environment(manifest, self.environment(device))
         plan, options = folder / PLAN_FILE, run.options or RuntimeOptions()
-        return self.engine(plan, manifest, self.module(), CudaDevice(device), options, run.threads)
+        card = CudaDevice(device)
+        with on_device(card.device):
+            return self.engine(plan, manifest, self.module(), card, options, run.threads)
 
     def _device_of(self, run: RunSettings) -> torch.device | None:
         """Return the requested GPU; None stands for the current one, if there is one."""

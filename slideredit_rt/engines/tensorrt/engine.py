@@ -230,12 +230,17 @@ class TensorRTEngine:
     def _enqueue(self, binding: _Binding, stream: int) -> None:
         if not binding.context.execute_async_v3(stream):
             reason = self._logger.why()
-            todo = "use a smaller batch or resolution" if _is_memory(reason) else "build the engine again"
-            raise SliderEditError(f"{self.title} failed to run the engine ({reason}); {todo}")
+            if _is_memory(reason):
+                raise OutOfDeviceMemory(f"{self.title} failed to run the engine ({reason}); use a smaller batch or resolution")
+            raise SliderEditError(f"{self.title} failed to run the engine ({reason}); build the engine again")
 
     def _capture(self, binding: _Binding) -> Callable[[], None]:
         try:
             return self._device.capture(partial(self._enqueue, binding))
+        except torch.OutOfMemoryError:
+            raise OutOfDeviceMemory(
+                "the GPU is out of memory for capturing a CUDA graph; use a smaller batch, or --cuda-graphs off"
+            ) from None
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[0]
             raise SliderEditError(

@@ -49,7 +49,10 @@ class MergedLoRA(System):
 
     @classmethod
     def make(cls, setup: Setup, variant: str) -> System:
-        return cls(setup.family, setup.family.load_pipeline(setup.folder).to(setup.eager_device), setup.adapters_of("gst")[0])
+        device, dtype = setup.eager
+        pipeline = setup.family.load_pipeline(setup.folder, dtype=dtype)
+        setup.family.place(pipeline, device)
+        return cls(setup.family, pipeline, setup.adapters_of("gst")[0])
 
     def prepare(self, case: Case) -> Prepared:
         return self.editor.prepare(case.image, case.instructions[:1], prompt=case.prompt, seed=case.seed)

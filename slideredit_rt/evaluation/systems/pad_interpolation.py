@@ -71,7 +71,8 @@ class PadInterpolation(System):
 
     @classmethod
     def make(cls, setup: Setup, variant: str) -> System:
-        return cls(SliderEditor.from_pretrained(setup.base, setup.adapters_of("st")[0], device=setup.eager_device))
+        device, dtype = setup.eager
+        return cls(SliderEditor.from_pretrained(setup.base, setup.adapters_of("st")[0], dtype=dtype, device=str(device)))
 
     def prepare(self, case: Case) -> Prepared:
         prepared = self.editor.prepare(case.image, case.instructions, prompt=case.prompt, seed=case.seed)
