@@ -32,7 +32,7 @@ demo: $(RUNTIME) ## install the runtime (2.2 GB) and run the demo: 2 minutes on 
 test: $(STAMP) ## install the development tools and run the tests: about 12 minutes on 2 cores
 	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-slow-test: $(STAMP) ## run the tests marked slow: about an hour, and 4 GiB of free disk
+slow-test: $(STAMP) ## run the tests marked slow: long, and 4 GiB of free disk
 	$(BIN)/python -m pytest -m slow -s
 
 lint: $(STAMP) ## run ruff and mypy

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
 from kontext_edit import PROMPT, diffusers_edit
 from PIL import Image
 
@@ -150,3 +152,15 @@ def test_latents_that_an_autoencoder_would_bring_back_into_bounds_are_noticed(st
     images = st_editor.decode(latents, 64, 64)
     assert images[0].isnan().all()
     assert torch.equal(images[1], whole[1])
+
+
+def test_a_scheduler_that_is_not_euler_for_flow_matching_is_refused(engines: dict[str, Path], scene: Image.Image) -> None:
+    editor = SliderEditor.from_engine(engines["st"])
+    prepared, config = editor.prepare(scene, [Slider("make the circle red")]), editor.pipeline.scheduler.config
+    for scheduler in (
+        FlowMatchHeunDiscreteScheduler(),
+        FlowMatchEulerDiscreteScheduler.from_config(config, stochastic_sampling=True),
+    ):
+        editor.pipeline.scheduler = scheduler
+        with pytest.raises(SliderEditError, match=r"scheduler is a \w+, and edits need a FlowMatchEulerDiscreteScheduler"):
+            editor.render(prepared, [[1.0]], steps=2)
