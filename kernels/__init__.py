@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from slideredit_rt.kernels.ops import masked_lora_linear, masked_lora_qkv, masked_lora_update_
+from slideredit_rt.kernels.ops import masked_lora_linear, masked_lora_update_
 from slideredit_rt.kernels.reference import (
     masked_lora_linear_reference,
-    masked_lora_qkv_reference,
     masked_lora_update_reference_,
 )
 
@@ -20,7 +19,6 @@ if TYPE_CHECKING:
         masked_lora_accumulate_triton,
         masked_lora_addmm_triton,
         masked_lora_linear_triton,
-        masked_lora_qkv_triton,
         masked_lora_update_triton_,
     )
 
@@ -30,9 +28,6 @@ __all__ = [
     "masked_lora_linear",
     "masked_lora_linear_reference",
     "masked_lora_linear_triton",
-    "masked_lora_qkv",
-    "masked_lora_qkv_reference",
-    "masked_lora_qkv_triton",
     "masked_lora_update_",
     "masked_lora_update_reference_",
     "masked_lora_update_triton_",

@@ -30,14 +30,13 @@ from triton.compiler import ASTSource
 
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.files import atomic_file
-from slideredit_rt.kernels import triton_accumulate, triton_linear, triton_qkv, triton_update
+from slideredit_rt.kernels import triton_accumulate, triton_linear, triton_update
 from slideredit_rt.kernels.arguments import MAX_RANK
 from slideredit_rt.kernels.dispatch import SHARED_KIB, Configuration, configurations, padded_rank
-from slideredit_rt.kernels.spec import KernelSpec
+from slideredit_rt.kernels.spec import UNALIGNED, KernelSpec
 
 SPECS = (
     triton_linear.SPEC,
-    triton_qkv.SPEC,
     triton_update.SPEC,
     triton_accumulate.LOW_RANK_SPEC,
     triton_accumulate.LINEAR_SPEC,
@@ -152,7 +151,7 @@ def compile_job(job: Job) -> tuple[str, dict[str, Any]]:
         "configuration": job.configuration.name,
         "multiples": {
             "address": ALIGNMENT,
-            **{name: ALIGNMENT for name in spec.scalars if name != "rows"},
+            **{name: ALIGNMENT for name in spec.scalars if name not in UNALIGNED},
             "K": job.configuration.block_k,
         },
         "triton": triton.__version__,
@@ -164,8 +163,7 @@ def _compile(job: Job, arguments: list[dict[str, str]]) -> Any:
     """Return the kernel as compiled by Triton."""
     function = job.spec.function
     constants = job.configuration.constants(even_k=True, rank=job.rank)
-    # The number of rows differs from call to call. All other sizes of a projection are multiples of 16.
-    aligned = [a["name"] for a in arguments if a["name"] != "rows"]
+    aligned = [a["name"] for a in arguments if a["name"] not in UNALIGNED]
     position = {name: i for i, name in enumerate(function.arg_names)}
     source = ASTSource(
         fn=function,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -39,7 +37,8 @@ def _check_low_rank(x: Tensor, n: int, lora_a: Tensor, lora_b: Tensor, row_scale
         row_scale.dtype == torch.promote_types(x.dtype, torch.float32) or row_scale.dtype == torch.float32,
         f"row_scale is {row_scale.dtype}; pass float32, because 16 bits would round the strengths",
     )
-    _require(1 <= rank <= MAX_RANK or not x.is_cuda or bank, f"rank {rank} is outside the kernels' range 1 to {MAX_RANK}")
+    own = rank // row_scale.shape[-1] if bank else rank
+    _require(1 <= own <= MAX_RANK or not x.is_cuda, f"rank {own} is outside the kernels' range 1 to {MAX_RANK}")
     for name, tensor in (("lora_a", lora_a), ("lora_b", lora_b), ("row_scale", row_scale)):
         _require(tensor.device == x.device, f"{name} is on {tensor.device} and x on {x.device}; move them to one device")
 
@@ -57,11 +56,11 @@ def _check_projection(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 
 
 def check_one_scale_per_row(x: Tensor, row_scale: Tensor) -> None:
-    """Raise `SliderEditError` for a bank of adapters, which the Triton kernels do not support."""
+    """Raise `SliderEditError` for a bank of adapters, which only the update kernel supports."""
     _require(
         row_scale.ndim < x.ndim,
-        f"row_scale has shape {tuple(row_scale.shape)}, one scale per member of a bank; the Triton kernels take one per row. "
-        "Use the operators without _triton",
+        f"row_scale has shape {tuple(row_scale.shape)}, one scale per member of a bank; this kernel takes one per row. "
+        "Use masked_lora_update_triton_ or the operators without _triton",
     )
 
 
@@ -81,43 +80,8 @@ def check_update(y: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, row_scale
     _check_low_rank(x, y.shape[-1], lora_a, lora_b, row_scale)
 
 
-def check_qkv(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    lora_as: Sequence[Tensor],
-    lora_bs: Sequence[Tensor],
-    row_scale: Tensor,
-) -> None:
-    """Raise `SliderEditError` unless these are three projections of equal sizes and ranks."""
-    _require(len(biases) == 3, f"biases has {len(biases)} entries; pass three, each a tensor or None")
-    groups = {"weights": weights, "lora_as": lora_as, "lora_bs": lora_bs}
-    for name, group in groups.items():
-        _require(len(group) == 3, f"{name} has {len(group)} tensors; pass three, for query, key and value")
-        _require(
-            all(t.shape == group[0].shape for t in group),
-            f"{name} have shapes {', '.join(str(tuple(t.shape)) for t in group)}; pass equal shapes, or call "
-            "masked_lora_linear for each",
-        )
-    for i in range(3):
-        check_linear(x, weights[i], biases[i], lora_as[i], lora_bs[i], row_scale)
-
-
 def empty_projection(
     x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, row_scale: Tensor
 ) -> Tensor:
     """Return an uninitialised `[..., S, N]`, the output that a compiler traces with."""
     return x.new_empty(*x.shape[:-1], weight.shape[0])
-
-
-def empty_qkv(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    lora_as: Sequence[Tensor],
-    lora_bs: Sequence[Tensor],
-    row_scale: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return three uninitialised `[..., S, N]`, the outputs that a compiler traces with."""
-    q, k, v = (x.new_empty(*x.shape[:-1], weight.shape[0]) for weight in weights)
-    return q, k, v

@@ -1,23 +1,21 @@
 """Operators of the `slideredit` namespace for eager mode, autograd, `torch.compile` and `torch.export`.
 
 On CPU tensors the operators run the reference. On CUDA tensors they run the path that `dispatch.json` selects for the card
-and shape. The Triton kernels take one scale per row, so a bank of adapters (`row_scale` `[..., S, G]`) runs the reference on
-CUDA tensors as well. `masked_lora_linear` is an opaque node, which an exporter can replace with its own subgraph. The
-`…_triton` operators that write whole outputs are transparent to the compiler.
+and shape; a bank of adapters (`row_scale` `[..., S, G]`) always runs the update kernel after the vendor's GEMM.
+`masked_lora_linear` is an opaque node, which an exporter can replace with its own subgraph. The `…_triton` operators that
+write whole outputs are transparent to the compiler.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from slideredit_rt.kernels.arguments import check_linear, check_qkv, check_update, empty_projection, empty_qkv
+from slideredit_rt.kernels.arguments import check_linear, check_update, empty_projection
 from slideredit_rt.kernels.reference import (
     masked_lora_linear_reference,
-    masked_lora_qkv_reference,
     masked_lora_update_reference_,
     scaled_low_rank,
 )
@@ -30,15 +28,16 @@ def _cuda_paths() -> Any:
     return triton_ops
 
 
-def _runs_reference(x: Tensor, row_scale: Tensor) -> bool:
-    return not x.is_cuda or x.dtype == torch.float64 or row_scale.ndim == x.ndim
+def _runs_reference(x: Tensor) -> bool:
+    # The kernels have no float64, which only gradient checks use.
+    return not x.is_cuda or x.dtype == torch.float64
 
 
 @torch.library.custom_op("slideredit::masked_lora_linear", mutates_args=())
 def _masked_lora_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, row_scale: Tensor
 ) -> Tensor:
-    if _runs_reference(x, row_scale):
+    if _runs_reference(x):
         return masked_lora_linear_reference(x, weight, bias, lora_a, lora_b, row_scale)
     y: Tensor = _cuda_paths().linear_by_dispatch(x, weight, bias, lora_a, lora_b, row_scale)
     return y
@@ -71,28 +70,10 @@ _masked_lora_linear.register_autograd(_backward, setup_context=_save_for_backwar
 
 @torch.library.custom_op("slideredit::masked_lora_update_", mutates_args=("y",))
 def _masked_lora_update_(y: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, row_scale: Tensor) -> None:
-    if _runs_reference(x, row_scale):
+    if _runs_reference(x):
         masked_lora_update_reference_(y, x, lora_a, lora_b, row_scale)
     else:
         _cuda_paths().masked_lora_update_triton_(y, x, lora_a, lora_b, row_scale)
-
-
-@torch.library.custom_op("slideredit::masked_lora_qkv", mutates_args=())
-def _masked_lora_qkv(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    lora_as: Sequence[Tensor],
-    lora_bs: Sequence[Tensor],
-    row_scale: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    if _runs_reference(x, row_scale):
-        return masked_lora_qkv_reference(x, weights, biases, lora_as, lora_bs, row_scale)
-    q, k, v = _cuda_paths().qkv_by_dispatch(x, weights, biases, lora_as, lora_bs, row_scale)
-    return q, k, v
-
-
-_masked_lora_qkv.register_fake(empty_qkv)
 
 
 def masked_lora_linear(
@@ -107,7 +88,7 @@ def masked_lora_linear(
         x: `[..., S, K]`; float32, bfloat16 or float16, and float64 for gradient checks.
         weight: `[N, K]`, in the dtype of `x`.
         bias: `[N]`, or None.
-        lora_a: `[R, K]`, in any floating dtype. On CUDA, R is 1 to 128, except for a bank of adapters.
+        lora_a: `[R, K]`, in any floating dtype. On CUDA, each adapter's rank is 1 to 128.
         lora_b: `[N, R]`, with LoRA's `lora_alpha / r` already folded in.
         row_scale: `[..., S]`, float32; `[..., S, G]` for a bank of G adapters of rank R / G.
 
@@ -153,35 +134,3 @@ def masked_lora_update_(y: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, ro
     check_update(y, x, lora_a, lora_b, row_scale)
     _masked_lora_update_(y, x, lora_a, lora_b, row_scale)
     return y
-
-
-def masked_lora_qkv(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    lora_as: Sequence[Tensor],
-    lora_bs: Sequence[Tensor],
-    row_scale: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute the query, key and value projections of the same rows, each as `masked_lora_linear` does.
-
-    The operator has no gradients. On CUDA it is one launch where the fused kernel is the fastest path; inactive rows then
-    may differ from the vendor's GEMM in the last bit.
-
-    Args:
-        x: `[..., S, K]`, floating point.
-        weights: Three `[N, K]`, in the dtype of `x`.
-        biases: Three `[N]`, each of which may be None.
-        lora_as: Three `[R, K]`, in any floating dtype.
-        lora_bs: Three `[N, R]`, with LoRA's `lora_alpha / r` already folded in.
-        row_scale: `[..., S]`, float32, shared by the three; `[..., S, G]` for a bank of G adapters.
-
-    Returns:
-        Three `[..., S, N]` in the dtype of `x`.
-
-    Raises:
-        SliderEditError: Shapes, dtypes or devices do not match, or the three projections differ in size or rank.
-    """
-    check_qkv(x, weights, biases, lora_as, lora_bs, row_scale)
-    q, k, v = _masked_lora_qkv(x, weights, biases, lora_as, lora_bs, row_scale)
-    return q, k, v

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -38,19 +36,6 @@ def masked_lora_update_reference_(y: Tensor, x: Tensor, lora_a: Tensor, lora_b: 
     `y` is `[..., S, N]` in the dtype of `x`. The other arguments are those of `masked_lora_linear_reference`.
     """
     return y.copy_(_updated(y, x, lora_a, lora_b, row_scale))
-
-
-def masked_lora_qkv_reference(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    lora_as: Sequence[Tensor],
-    lora_bs: Sequence[Tensor],
-    row_scale: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute three projections of the same rows, each with `masked_lora_linear_reference`."""
-    q, k, v = (masked_lora_linear_reference(x, weights[i], biases[i], lora_as[i], lora_bs[i], row_scale) for i in range(3))
-    return q, k, v
 
 
 def scaled_low_rank(x: Tensor, lora_a: Tensor, row_scale: Tensor) -> Tensor:

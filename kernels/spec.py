@@ -43,4 +43,6 @@ class KernelSpec:
         return tuple(n for n in names if n not in CONSTANTS)
 
 
+UNALIGNED = ("rows", "members")
+"""Scalars that may have any value. All other sizes of a projection are multiples of 16."""
 CONSTANTS = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "RANK", "EVEN_K")

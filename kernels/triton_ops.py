@@ -5,7 +5,7 @@ CPU tensors need Triton's interpreter, in a process started with `TRITON_INTERPR
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,18 +15,11 @@ from torch import Tensor
 
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.kernels import dispatch
-from slideredit_rt.kernels.arguments import (
-    check_linear,
-    check_one_scale_per_row,
-    check_qkv,
-    check_update,
-    empty_projection,
-    empty_qkv,
-)
+from slideredit_rt.kernels.arguments import MAX_RANK, check_linear, check_one_scale_per_row, check_update, empty_projection
+from slideredit_rt.kernels.reference import member_scales
 from slideredit_rt.kernels.triton_accumulate import launch_linear as launch_accumulate_linear
 from slideredit_rt.kernels.triton_accumulate import launch_low_rank
 from slideredit_rt.kernels.triton_linear import launch as launch_masked_lora_linear
-from slideredit_rt.kernels.triton_qkv import launch as launch_masked_lora_qkv
 from slideredit_rt.kernels.triton_update import launch as launch_masked_lora_update
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
@@ -56,8 +49,7 @@ def _configuration(kernel: str, x: Tensor, rank: int) -> dispatch.Configuration:
     return dispatch.configuration(kernel, x.shape[0], rank, x.dtype, capability)
 
 
-def _require_launchable(x: Tensor, row_scale: Tensor) -> None:
-    check_one_scale_per_row(x, row_scale)
+def _require_launchable(x: Tensor) -> None:
     if x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise SliderEditError(
             f"x is {x.dtype}; the Triton kernels take bfloat16, float16 or float32. Use the …_reference operator instead"
@@ -110,41 +102,19 @@ def _masked_lora_addmm_triton(
 # would treat `row_scale` as written and clone it before each launch.
 @torch.library.custom_op("slideredit::masked_lora_update_triton_", mutates_args=("y",))
 def _masked_lora_update_triton_(y: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, row_scale: Tensor) -> None:
-    flat = _flat(x)
-    configuration = _configuration("masked_lora_update", flat, lora_a.shape[0])
-    launch_masked_lora_update(
-        flat, lora_a.contiguous(), lora_b.contiguous(), _scales(row_scale), configuration, y.view(-1, y.shape[-1])
-    )
-
-
-@_operator("masked_lora_qkv_triton")
-def _masked_lora_qkv_triton(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    lora_as: Sequence[Tensor],
-    lora_bs: Sequence[Tensor],
-    row_scale: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    flat, n = _flat(x), weights[0].shape[0]
-    outputs = [flat.new_empty(flat.shape[0], n) for _ in range(3)]
-    launch_masked_lora_qkv(
-        flat,
-        [t.contiguous() for t in weights],
-        biases,
-        [t.contiguous() for t in lora_as],
-        [t.contiguous() for t in lora_bs],
-        _scales(row_scale),
-        _configuration("masked_lora_qkv", flat, lora_as[0].shape[0]),
-        outputs,
-    )
-    q, k, v = (y.view(*x.shape[:-1], n) for y in outputs)
-    return q, k, v
+    flat, rows = _flat(x), y.view(-1, y.shape[-1])
+    scales = member_scales(row_scale, x).reshape(len(flat), -1)
+    own = len(lora_a) // scales.shape[1]
+    # A launch takes up to 128 columns of the low-rank product: all members of a bank, or as many as fit.
+    together = max(1, MAX_RANK // own)
+    columns = (lora_a.split(together * own), lora_b.split(together * own, dim=1), scales.split(together, dim=1))
+    for a, b, scale in zip(*columns, strict=True):
+        configuration = _configuration("masked_lora_update", flat, len(a))
+        launch_masked_lora_update(flat, a.contiguous(), b.contiguous(), scale.contiguous(), configuration, rows)
 
 
 for _projection in (_masked_lora_linear_triton, _masked_lora_accumulate_triton, _masked_lora_addmm_triton):
     _projection.register_fake(empty_projection)
-_masked_lora_qkv_triton.register_fake(empty_qkv)
 
 
 @_masked_lora_update_triton_.register_fake
@@ -175,7 +145,8 @@ def masked_lora_linear_triton(
         SliderEditError: Shapes, dtypes or devices do not match or are not supported, or `row_scale` is that of a bank.
     """
     check_linear(x, weight, bias, lora_a, lora_b, row_scale)
-    _require_launchable(x, row_scale)
+    _require_launchable(x)
+    check_one_scale_per_row(x, row_scale)
     y: Tensor = _masked_lora_linear_triton(x, weight, bias, lora_a, lora_b, row_scale)
     return y
 
@@ -189,7 +160,8 @@ def masked_lora_accumulate_triton(
     projection as one more inner step of the GEMM. Arguments and errors are those of `masked_lora_linear_triton`.
     """
     check_linear(x, weight, bias, lora_a, lora_b, row_scale)
-    _require_launchable(x, row_scale)
+    _require_launchable(x)
+    check_one_scale_per_row(x, row_scale)
     y: Tensor = _masked_lora_accumulate_triton(x, weight, bias, lora_a, lora_b, row_scale)
     return y
 
@@ -203,7 +175,8 @@ def masked_lora_addmm_triton(
     errors are those of `masked_lora_linear_triton`, except that float16 raises an error because large scales would overflow.
     """
     check_linear(x, weight, bias, lora_a, lora_b, row_scale)
-    _require_launchable(x, row_scale)
+    _require_launchable(x)
+    check_one_scale_per_row(x, row_scale)
     if x.dtype == torch.float16:
         raise SliderEditError(
             "x is float16, which the addmm path would overflow at large strengths; use masked_lora_accumulate_triton"
@@ -221,9 +194,10 @@ def masked_lora_update_triton_(y: Tensor, x: Tensor, lora_a: Tensor, lora_b: Ten
     Args:
         y: `[..., S, N]`, contiguous, in the dtype of `x`.
         x: `[..., S, K]`, bfloat16, float16 or float32.
-        lora_a: `[R, K]` with R from 1 to 128, in any floating dtype.
+        lora_a: `[R, K]` with R from 1 to 128 for each adapter, in any floating dtype.
         lora_b: `[N, R]`, with LoRA's `lora_alpha / r` already folded in.
-        row_scale: `[..., S]`, float32.
+        row_scale: `[..., S]`, float32; `[..., S, G]` for a bank of G adapters, whose members are added in several launches
+            where R exceeds 128.
 
     Returns:
         The tensor `y`.
@@ -232,27 +206,9 @@ def masked_lora_update_triton_(y: Tensor, x: Tensor, lora_a: Tensor, lora_b: Ten
         SliderEditError: Shapes, dtypes or devices do not match or are not supported, or `y` is not contiguous.
     """
     check_update(y, x, lora_a, lora_b, row_scale)
-    _require_launchable(x, row_scale)
+    _require_launchable(x)
     _masked_lora_update_triton_(y, x, lora_a, lora_b, row_scale)
     return y
-
-
-def masked_lora_qkv_triton(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    lora_as: Sequence[Tensor],
-    lora_bs: Sequence[Tensor],
-    row_scale: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute `masked_lora_qkv` in one launch of a Triton kernel.
-
-    Arguments are those of `masked_lora_qkv`. Dtypes, ranks and errors are those of `masked_lora_linear_triton`.
-    """
-    check_qkv(x, weights, biases, lora_as, lora_bs, row_scale)
-    _require_launchable(x, row_scale)
-    q, k, v = _masked_lora_qkv_triton(x, weights, biases, lora_as, lora_bs, row_scale)
-    return q, k, v
 
 
 def _by_update(x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, row_scale: Tensor) -> Tensor:
@@ -275,26 +231,11 @@ def linear_by_dispatch(
 ) -> Tensor:
     """Compute `masked_lora_linear` on CUDA tensors by the path that `dispatch.json` selects for this card and shape.
 
-    Only exact paths are used, so with every scale 0 the result equals the base model's, bit for bit.
+    Only exact paths are used, so with every scale 0 the result equals the base model's, bit for bit. A bank of adapters has a
+    kernel for one path only, the update.
     """
+    if row_scale.ndim == x.ndim:
+        return _by_update(x, weight, bias, lora_a, lora_b, row_scale)
     n, k = weight.shape
     path = dispatch.path(row_scale.numel(), n, k, x.dtype, torch.cuda.get_device_name(x.device), exact=True)
     return PATHS[path](x, weight, bias, lora_a, lora_b, row_scale)
-
-
-def qkv_by_dispatch(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    lora_as: Sequence[Tensor],
-    lora_bs: Sequence[Tensor],
-    row_scale: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute `masked_lora_qkv` on CUDA tensors: in one launch where the fused kernel is the best path, else in three."""
-    n, k = weights[0].shape
-    path = dispatch.path(row_scale.numel(), n, k, x.dtype, torch.cuda.get_device_name(x.device), exact=False)
-    if path == "fused":
-        q, k_, v = _masked_lora_qkv_triton(x, weights, biases, lora_as, lora_bs, row_scale)
-    else:
-        q, k_, v = (PATHS[path](x, weights[i], biases[i], lora_as[i], lora_bs[i], row_scale) for i in range(3))
-    return q, k_, v

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,7 +9,7 @@ from torch import Tensor
 
 from slideredit_rt import SliderEditError
 from slideredit_rt.bench.projection import exact, plain, problem
-from slideredit_rt.kernels import masked_lora_linear, masked_lora_qkv, masked_lora_update_
+from slideredit_rt.kernels import masked_lora_linear, masked_lora_update_
 
 
 def bank_problem(
@@ -96,14 +94,11 @@ def test_operator_passes_torch_library_opcheck_and_compiles_as_one_graph() -> No
     torch.testing.assert_close(compiled, masked_lora_linear(**p), atol=0, rtol=0)
 
 
-def test_update_in_place_and_qkv_take_a_bank() -> None:
+def test_update_in_place_takes_a_bank() -> None:
     p = bank_problem(2, 7, 24, 20, 3, 4)
     expected, y = masked_lora_linear(**p), F.linear(p["x"], p["weight"], p["bias"])
     low_rank = (p["lora_a"], p["lora_b"], p["row_scale"])
     assert torch.equal(masked_lora_update_(y, p["x"], *low_rank), expected)
-    three = ([p[name]] * 3 for name in ("weight", "bias", "lora_a", "lora_b"))
-    arguments: tuple[Any, ...] = (p["x"], *three, p["row_scale"])
-    assert all(torch.equal(part, expected) for part in masked_lora_qkv(*arguments))
 
 
 def test_rows_without_a_batch_axis() -> None:
@@ -127,7 +122,7 @@ def test_scales_that_do_not_belong_to_the_bank_get_one_sentence(scale: Tensor, m
         masked_lora_linear(**bank_problem(2, 5, 12, 10, 3, 2) | {"row_scale": scale})
 
 
-def test_triton_kernels_refuse_a_bank() -> None:
+def test_kernels_with_one_scale_per_row_refuse_a_bank() -> None:
     triton_ops = pytest.importorskip("slideredit_rt.kernels.triton_ops")
-    with pytest.raises(SliderEditError, match="one scale per member of a bank; the Triton kernels take one per row"):
+    with pytest.raises(SliderEditError, match="one scale per member of a bank; this kernel takes one per row"):
         triton_ops.masked_lora_linear_triton(**bank_problem(2, 5, 12, 10, 3, 2))

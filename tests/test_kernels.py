@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,8 +14,6 @@ from slideredit_rt.bench.projection import exact, plain, problem
 from slideredit_rt.kernels import (
     masked_lora_linear,
     masked_lora_linear_reference,
-    masked_lora_qkv,
-    masked_lora_qkv_reference,
     masked_lora_update_,
     masked_lora_update_reference_,
 )
@@ -77,15 +73,12 @@ def test_gradients_equal_those_of_the_reference() -> None:
 def arguments_of(name: str, p: dict[str, Tensor]) -> tuple[object, ...]:
     if name == "masked_lora_update_":
         return (torch.zeros(*p["x"].shape[:-1], p["weight"].shape[0]), p["x"], p["lora_a"], p["lora_b"], p["row_scale"])
-    if name == "masked_lora_qkv":
-        return (p["x"], *([p[n]] * 3 for n in ("weight", "bias", "lora_a", "lora_b")), p["row_scale"])
     return tuple(p.values())
 
 
 OPERATORS = {
     "masked_lora_linear": masked_lora_linear,
     "masked_lora_update_": masked_lora_update_,
-    "masked_lora_qkv": masked_lora_qkv,
 }
 
 
@@ -127,17 +120,6 @@ def test_update_in_place_keeps_the_bits_of_inactive_rows() -> None:
     assert (y[0, 1::2] != F.linear(p["x"], p["weight"], p["bias"])[0, 1::2]).any(dim=-1).all()
 
 
-def test_qkv_is_three_projections() -> None:
-    p, other = problem(2, 7, 24, 20, 4), problem(2, 7, 24, 20, 4, generator=torch.Generator().manual_seed(1))
-    three: dict[str, list[Any]] = {n: [p[n], other[n], p[n] - other[n]] for n in ("weight", "bias", "lora_a", "lora_b")}
-    three["bias"][1] = None
-    arguments: tuple[Any, ...] = (p["x"], *three.values(), p["row_scale"])
-    for i, y in enumerate(masked_lora_qkv(*arguments)):
-        one = (p["x"], *(group[i] for group in three.values()), p["row_scale"])
-        assert torch.equal(y, masked_lora_linear(*one))
-        assert torch.equal(y, masked_lora_qkv_reference(*arguments)[i])
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -162,14 +144,6 @@ def test_update_refuses_an_output_that_it_could_not_write_in_place() -> None:
         masked_lora_update_(torch.zeros(2, 5, 20)[..., ::2], *rest)
     with pytest.raises(SliderEditError, match="pass tensors with the same rows and dtype"):
         masked_lora_update_(torch.zeros(2, 4, 10), *rest)
-
-
-def test_qkv_refuses_projections_of_different_sizes() -> None:
-    p = problem(2, 5, 12, 10, 3)
-    arguments = list(arguments_of("masked_lora_qkv", p))
-    arguments[1] = [p["weight"], p["weight"], p["weight"][:8]]
-    with pytest.raises(SliderEditError, match="weights have shapes"):
-        masked_lora_qkv(*arguments)  # type: ignore[arg-type]
 
 
 def test_reference_is_what_the_operator_runs_on_the_cpu() -> None:

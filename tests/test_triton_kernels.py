@@ -53,29 +53,11 @@ def update(**p: Tensor) -> Tensor:
     return kernels.masked_lora_update_triton_(y, p["x"], p["lora_a"], p["lora_b"], p["row_scale"])
 
 
-def qkv(**p: Tensor) -> Tensor:
-    """The grouped kernel, the three projections told apart by a factor; returns the key's."""
-    factors = (4, 1, -2)
-    q, k, v = kernels.masked_lora_qkv_triton(
-        p["x"],
-        [f * p["weight"] for f in factors],
-        [f * p["bias"] for f in factors],
-        [p["lora_a"]] * 3,
-        [f * p["lora_b"] for f in factors],
-        p["row_scale"],
-    )
-    # Powers of two commute with rounding, but for numbers so small that float16 drops bits of them.
-    for y, factor in ((q, 4), (v, -2)):
-        torch.testing.assert_close(y, factor * k, atol=2**-22, rtol=0, equal_nan=True)
-    return k
-
-
 KERNELS: dict[str, Callable[..., Tensor]] = {
     "linear": kernels.masked_lora_linear_triton,
     "accumulate": kernels.masked_lora_accumulate_triton,
     "addmm": kernels.masked_lora_addmm_triton,
     "update": update,
-    "qkv": qkv,
 }
 
 
@@ -217,7 +199,7 @@ def test_strided_input_missing_bias_and_two_dimensions(kernel: Callable[..., Ten
     torch.testing.assert_close(run(kernel, strided), run(kernel, p), atol=1e-5, rtol=1e-5)
     flat = p | {"x": p["x"][0], "row_scale": p["row_scale"][0]}
     torch.testing.assert_close(run(kernel, flat), run(kernel, p)[0], atol=1e-5, rtol=1e-5)
-    if kernel not in (update, qkv):
+    if kernel is not update:
         unbiased = run(kernel, p | {"bias": None})  # type: ignore[arg-type]
         torch.testing.assert_close(unbiased + p["bias"], run(kernel, p), atol=1e-4, rtol=1e-4)
 
@@ -228,10 +210,10 @@ def test_adapter_in_float32_beside_a_bfloat16_base(kernel: Callable[..., Tensor]
     assert_close_to_exact(kernel.__name__, run(kernel, wide), p)
 
 
-@pytest.mark.parametrize("name", ["update", "low_rank", "linear", "accumulate", "addmm", "qkv"])
+@pytest.mark.parametrize("name", ["update", "low_rank", "linear", "accumulate", "addmm"])
 def test_addresses_beyond_two_to_the_31(name: str) -> None:
     """The last row of `x` starts past 2³¹ elements."""
-    if name in ("linear", "accumulate", "addmm", "qkv") and DEVICE == "cpu":
+    if name in ("linear", "accumulate", "addmm") and DEVICE == "cpu":
         pytest.skip("reads 4 GiB: hours under the interpreter")
     rows, k = 2**15 + 1, 2**16
     p = problem(1, 1, k, 16, 4, torch.bfloat16, active=1.0)
@@ -261,15 +243,13 @@ def test_addresses_beyond_two_to_the_31(name: str) -> None:
     assert not others.any()
 
 
-OPERATORS = ["linear", "accumulate", "addmm", "qkv", "update"]
+OPERATORS = ["linear", "accumulate", "addmm", "update"]
 
 
 @pytest.mark.parametrize("name", OPERATORS)
 def test_operator_passes_torch_library_opcheck(name: str) -> None:
     p = problem(2, 5, 12, 10, 3)
-    three = ([p["weight"]] * 3, [p["bias"]] * 3, [p["lora_a"]] * 3, [p["lora_b"]] * 3)
     arguments = {
-        "qkv": (p["x"], *three, p["row_scale"]),
         "update": (torch.zeros(2, 5, 10, device=DEVICE), p["x"], p["lora_a"], p["lora_b"], p["row_scale"]),
     }.get(name, tuple(p.values()))
     suffix = "triton_" if name == "update" else "triton"
@@ -305,6 +285,55 @@ def test_the_compiler_sees_the_kernel_and_that_it_writes_only_its_output() -> No
         [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, env=environment, check=False
     )
     assert done.stdout.split() == ["1", "y"], done.stderr
+
+
+def bank(rows: int, members: int, rank: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """A bank whose rows use any number of members, also none."""
+    p = projection.problem(2, rows, 60, 100, rank, dtype, members=members, active=0.6)
+    p["row_scale"] *= torch.rand(p["row_scale"].shape, generator=torch.Generator().manual_seed(1)) < 0.5
+    return {name: tensor.to(DEVICE) for name, tensor in p.items()}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("rows", "members", "rank"), [(63, 2, 4), (129, 3, 5), (300, 22, 7), (40, 2, 128)])
+def test_update_of_a_bank_in_as_many_launches_as_its_ranks_need(rows: int, members: int, rank: int, dtype: torch.dtype) -> None:
+    p = bank(rows, members, rank, dtype)
+    y = update(**p)
+    assert_close_to_exact("bank", y, p)
+    off = (p["row_scale"] == 0).all(dim=-1)
+    assert off.any()
+    assert torch.equal(y[off], F.linear(p["x"], p["weight"], p["bias"])[off])
+
+
+def test_update_of_a_bank_of_one_has_the_bits_of_one_adapter() -> None:
+    p = bank(40, 1, 16, torch.bfloat16)
+    assert torch.equal(update(**p), update(**p | {"row_scale": p["row_scale"][..., 0]}))
+
+
+def test_a_member_of_scale_zero_adds_nothing_even_where_its_product_is_nan() -> None:
+    p = bank(40, 3, 4, torch.float32)
+    p["row_scale"][..., 1] = 0
+    without = update(**p)
+    p["lora_a"][4:8] = float("nan")
+    assert torch.equal(update(**p), without)
+
+
+@pytest.mark.parametrize("members", [None, 3])
+def test_no_path_of_a_gpu_computes_with_the_reference(members: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `masked_lora_linear` calls for CUDA tensors, here under the interpreter."""
+    from slideredit_rt.kernels import reference, triton_ops
+
+    p = {n: t.to(DEVICE) for n, t in projection.problem(2, 40, 60, 100, 4, torch.bfloat16, members=members).items()}
+
+    def refuse(*arguments: object) -> None:
+        raise AssertionError("the reference ran")
+
+    for name in ("_updated", "scaled_low_rank"):
+        monkeypatch.setattr(reference, name, refuse)
+    if DEVICE == "cpu":
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card nobody measured")
+    y = kernels.masked_lora_linear(**p) if DEVICE == "cuda" else triton_ops.linear_by_dispatch(**p)
+    assert_close_to_exact("dispatch", y, p)
 
 
 def test_bad_arguments_get_one_sentence(kernel: Callable[..., Tensor]) -> None:
