@@ -175,6 +175,8 @@ def export_weights(
     adapter: Adapter | None,
     folder: Path,
     options: WeightOptions = WeightOptions(),
+    *,
+    lowering: Lowering = "operator",
 ) -> LinkedExport:
     """Export like `export_linked`, but with the transformer's `config.json` instead of a graph: for engines that run modules.
 
@@ -184,6 +186,7 @@ def export_weights(
         adapter: Adapter fitted to the checkpoint; None exports the frozen backbone.
         folder: Existing, empty folder.
         options: Dtype, links or copies.
+        lowering: Form that the engine gives the adapted projections, for `LinkedExport.updates`.
 
     Raises:
         SliderEditError: See `export_linked`.
@@ -191,7 +194,7 @@ def export_weights(
     weights = _link_weights(family, checkpoint, adapter, folder, options)
     with atomic_file(folder / CONFIG_FILE) as temporary:
         shutil.copyfile(checkpoint / "transformer" / CONFIG_FILE, temporary)
-    return weights.export(folder, CONFIG_FILE, {"operator": len(adapter.pairs)} if adapter else {}, [])
+    return weights.export(folder, CONFIG_FILE, {lowering: len(adapter.pairs)} if adapter else {}, [])
 
 
 def _link_weights(

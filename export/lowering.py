@@ -9,6 +9,8 @@ row_scale is `[B, S, G]`, and member g owns the columns g·R/G to (g + 1)·R/G o
   factor. Meant for GST.
 - `plugin`: the node is kept, and TensorRT runs this package's Triton kernel. Projections without a kernel become `native`.
 - `operator`: no graph at all; Inductor runs this package's torch operator.
+
+Inductor has no graph for `folded` either; it folds modules when it opens an engine (`slideredit_rt.engines.folding`).
 """
 
 from __future__ import annotations

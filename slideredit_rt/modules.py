@@ -137,6 +137,13 @@ class SliderBackbone(nn.Module):
             self._replace(name, linear)
         self.adapted.clear()
 
+    def release_linears(self) -> dict[str, MaskedLoRALinear]:
+        """Return the adapted linears by name and forget them, for a caller who replaces them. `remove()` then does nothing."""
+        released = dict(self.adapted)
+        self.adapted.clear()
+        self._attention.clear()
+        return released
+
     def set_scales(self, row_scale: Tensor | None, text_rows: int) -> None:
         """Set the row scales of the next call of the transformer; see `RowScales.set`.
 

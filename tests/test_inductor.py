@@ -122,14 +122,14 @@ def test_filling_up_the_sliders_changes_no_bit(folders: dict[str, Path], eager: 
 
 
 @pytest.mark.usefixtures("as_traced")
-def test_alpha_zero_is_the_frozen_backbone_bit_for_bit(
-    folders: dict[str, Path], eager: dict[str, SliderBackbone], kind: str
-) -> None:
+def test_alpha_zero_is_the_frozen_backbone(folders: dict[str, Path], eager: dict[str, SliderBackbone], kind: str) -> None:
+    """Bit for bit with the operator; a folded projection sums the same products in another order."""
     manifest, engine = open_engine(folders[kind])
     inputs = example_inputs(eager[kind], manifest.config, *SIZES, 1)
     inputs["alpha"].zero_()
     plain = {name: value for name, value in inputs.items() if name not in ("alpha", "token_mask")}
-    assert torch.equal(engine(inputs), eager[kind](plain))
+    bound = {"operator": 0, "folded": 1e-5}[manifest.lowering]
+    assert (engine(inputs) - eager[kind](plain)).abs().max() <= bound
 
 
 @pytest.mark.usefixtures("as_traced")
@@ -201,15 +201,15 @@ def test_frozen_backbone_takes_no_sliders(tmp_path: Path, eager: dict[str, Slide
 
 def test_engine_folder_links_the_checkpoint_and_names_torch(folders: dict[str, Path]) -> None:
     manifest = read_manifest(folders["gst"])
-    assert (manifest.backend, manifest.backend_version, manifest.lowering) == ("inductor", version("torch"), "operator")
-    assert manifest.updates == {"operator": manifest.adapter["modules"]}  # type: ignore[index]
+    assert (manifest.backend, manifest.backend_version, manifest.lowering) == ("inductor", version("torch"), "folded")
+    assert manifest.updates == {"folded": manifest.adapter["modules"]}  # type: ignore[index]
     assert list(manifest.links) == ["diffusion_pytorch_model.safetensors"]
     assert sorted(manifest.files) == ["adapter.safetensors", "config.json"]
 
 
 def test_a_lowering_for_graphs_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(SliderEditError, match="inductor does not support the lowering 'folded'"):
-        build_engine("shapes-kontext", "shapes-gst", tmp_path / "e", BuildSettings("inductor", "folded"), progress=False)
+    with pytest.raises(SliderEditError, match="inductor does not support the lowering 'native'"):
+        build_engine("shapes-kontext", "shapes-gst", tmp_path / "e", BuildSettings("inductor", "native"), progress=False)
     assert not list(tmp_path.iterdir())
 
 

@@ -202,7 +202,8 @@ def test_nodes_are_named_after_their_projections(traced: Traced) -> None:
         ("auto", None, "tensorrt", "native"),
         ("plugin", "st", "tensorrt", "plugin"),
         ("native", "gst", "tensorrt", "native"),
-        ("auto", "gst", "inductor", "operator"),
+        ("auto", "st", "inductor", "operator"),
+        ("auto", "gst", "inductor", "folded"),
         ("operator", None, "inductor", "operator"),
     ],
 )
@@ -221,7 +222,7 @@ def test_a_lowering_that_does_not_exist() -> None:
         ("plugin", "onnxruntime", "native or folded, or --backend tensorrt"),
         ("plugin", "tensorrt-rtx", "native or folded, or --backend tensorrt"),
         ("operator", "tensorrt", "native or folded or plugin, or --backend inductor"),
-        ("folded", "inductor", "operator, or --backend onnxruntime or tensorrt or tensorrt-rtx"),
+        ("native", "inductor", "operator or folded, or --backend onnxruntime or tensorrt or tensorrt-rtx"),
     ],
 )
 def test_a_lowering_that_the_backend_lacks(asked: str, backend: str, instead: str) -> None:

@@ -19,6 +19,7 @@ from slideredit_rt.adapters import Member, load_adapter
 from slideredit_rt.checkpoint import CONFIG_FILE, meta_transformer
 from slideredit_rt.engines.backend import Backend, BuildJob, Compiled
 from slideredit_rt.engines.cuda import CudaDevice
+from slideredit_rt.engines.folding import fold
 from slideredit_rt.engines.manifest import ADAPTER_FILE, Manifest
 from slideredit_rt.engines.request import Outputs, check_request
 from slideredit_rt.engines.shapes import ShapeCache
@@ -203,19 +204,19 @@ def _fill(buffers: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> None:
 
 
 class Inductor(Backend):
-    """Inductor: the diffusers transformer with this package's operators, which choose a kernel for the GPU at run time."""
+    """Inductor: the diffusers transformer with this package's operators, or with its adapted projections folded."""
 
     name = "inductor"
     title = "Inductor"
     package = "torch"
-    lowerings = ("operator",)
+    lowerings = ("operator", "folded")
 
     def compile(self, job: BuildJob, folder: Path) -> Compiled:
         """Write the transformer's configuration and link the weights beside it (see `Backend.compile`)."""
         from slideredit_rt.export.linked_weights import WeightOptions, export_weights
 
         weights = WeightOptions(job.dtype, copy=job.settings.copy_weights)
-        exported = export_weights(job.family, job.base, job.adapter, folder, weights)
+        exported = export_weights(job.family, job.base, job.adapter, folder, weights, lowering=job.lowering)
         return Compiled(exported, exported.files, exported.links)
 
     def open(self, folder: Path, manifest: Manifest, run: RunSettings) -> InductorEngine:
@@ -238,6 +239,8 @@ class Inductor(Backend):
         try:
             load_weights(transformer, [folder / name for name in (*own, *manifest.links)], device)
             backbone = SliderBackbone(family, transformer, adapter)
+            if manifest.lowering == "folded":
+                fold(backbone)
         except torch.OutOfMemoryError:
             raise OutOfDeviceMemory(
                 f"the GPU is out of memory for the weights of {str(folder)!r}; free some, or build with --dtype bfloat16"

@@ -147,6 +147,8 @@ class Family(ABC):
         usual_text_rows: Default largest number of text rows of an engine that is compiled for a range.
         text_reads_images: True if the text encoder also sees the images.
         component_classes: Replacements for classes in `model_index.json`, by component.
+        joint_projections: Projections of the same rows that the transformer's attention can also compute as one module: the
+            name of that module and of its parts.
         no_float16: Reason why the family cannot compute in float16; None if it can.
     """
 
@@ -160,6 +162,7 @@ class Family(ABC):
     usual_text_rows: ClassVar[int] = 512
     text_reads_images: ClassVar[bool] = False
     component_classes: ClassVar[Mapping[str, Any]] = {}
+    joint_projections: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     no_float16: ClassVar[str | None] = None
 
     def check_base(self, folder: Path, *, transformer: bool = True) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers.pipelines.flux.pipeline_flux_kontext import PREFERRED_KONTEXT_RESOLUTIONS
@@ -30,6 +30,10 @@ class FluxKontext(Family):
     guidance_scale = 3.5
     num_inference_steps = 28
     neutral_prompt = "keep the image the same"
+    joint_projections: ClassVar = {
+        "to_qkv": ("to_q", "to_k", "to_v"),
+        "to_added_qkv": ("add_q_proj", "add_k_proj", "add_v_proj"),
+    }
     no_float16 = "its activations exceed 65504, the largest float16 value, and become infinite"
 
     def load_pipeline(self, folder: Path, *, transformer: bool = True, dtype: torch.dtype = torch.float32) -> Any:
