@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from slideredit_rt.kernels.ops import masked_lora_linear, masked_lora_update_
+from slideredit_rt.kernels.ops import masked_lora_linear, masked_lora_update, masked_lora_update_
+from slideredit_rt.kernels.quantized import quantized_linear, quantized_linear_reference
 from slideredit_rt.kernels.reference import (
     masked_lora_linear_reference,
+    masked_lora_update_reference,
     masked_lora_update_reference_,
 )
 
@@ -28,9 +30,13 @@ __all__ = [
     "masked_lora_linear",
     "masked_lora_linear_reference",
     "masked_lora_linear_triton",
+    "masked_lora_update",
     "masked_lora_update_",
+    "masked_lora_update_reference",
     "masked_lora_update_reference_",
     "masked_lora_update_triton_",
+    "quantized_linear",
+    "quantized_linear_reference",
 ]
 
 

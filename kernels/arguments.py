@@ -70,13 +70,16 @@ def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor,
     _check_low_rank(x, weight.shape[0], lora_a, lora_b, row_scale)
 
 
-def check_update(y: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, row_scale: Tensor) -> None:
-    """Raise `SliderEditError` unless these are valid arguments of `masked_lora_update_`."""
+def check_update(y: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, row_scale: Tensor, *, in_place: bool = False) -> None:
+    """Raise `SliderEditError` unless these are valid arguments of `masked_lora_update`, or of its in-place form."""
     _require(
         y.shape[:-1] == x.shape[:-1] and y.dtype == x.dtype,
         f"y is {y.dtype} {tuple(y.shape)} and x is {x.dtype} {tuple(x.shape)}; pass tensors with the same rows and dtype",
     )
-    _require(y.is_contiguous(), "y is not contiguous; the in-place update needs a contiguous y, such as y.contiguous()")
+    _require(
+        y.is_contiguous() or not in_place,
+        "y is not contiguous; the in-place update needs a contiguous y, such as y.contiguous()",
+    )
     _check_low_rank(x, y.shape[-1], lora_a, lora_b, row_scale)
 
 

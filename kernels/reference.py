@@ -30,6 +30,14 @@ def masked_lora_linear_reference(
     return _updated(F.linear(x, weight, bias), x, lora_a, lora_b, row_scale)
 
 
+def masked_lora_update_reference(y: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, row_scale: Tensor) -> Tensor:
+    """Compute `y + row_scale · (x Aᵀ) Bᵀ`. Rows whose scale is 0 keep their bits.
+
+    `y` is `[..., S, N]` in the dtype of `x`. The other arguments are those of `masked_lora_linear_reference`.
+    """
+    return _updated(y, x, lora_a, lora_b, row_scale)
+
+
 def masked_lora_update_reference_(y: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, row_scale: Tensor) -> Tensor:
     """Compute `y += row_scale · (x Aᵀ) Bᵀ` in place and return `y`. Rows whose scale is 0 keep their bits.
 

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from slideredit_rt.adapters import Adapter, fit_adapter
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.families import Family, Kind, RowSet, TensorSpec
-from slideredit_rt.kernels import masked_lora_linear
+from slideredit_rt.kernels import masked_lora_linear, masked_lora_update
+from slideredit_rt.quantization.linear import QuantizedLinear
 from slideredit_rt.spans import combine_row_scale
 
 
@@ -67,6 +68,52 @@ class MaskedLoRALinear(nn.Linear):
             return F.linear(x, self.weight, self.bias)
         return masked_lora_linear(x, self.weight, self.bias, self.lora_A, self.lora_B, row_scale)
 
+    def frozen(self) -> nn.Linear:
+        """Return the wrapped linear."""
+        linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
+        linear.weight, linear.bias = self.weight, self.bias
+        return linear
+
+
+class MaskedLoRAQuantizedLinear(QuantizedLinear):
+    """A quantised linear plus a low-rank update of its unquantised input: `y = q(x) Wᵀ + bias + row_scale · (x Aᵀ) Bᵀ`.
+
+    It shares the wrapped linear's tensors under their own names, as `MaskedLoRALinear` does.
+
+    Args:
+        linear: Linear to wrap.
+        rows: Rows of the backbone that it projects.
+        scales: Row scales of the backbone.
+        lora_a: A, `[R, K]`.
+        lora_b: B, `[N, R]`, with `lora_alpha / r` folded in.
+    """
+
+    def __init__(self, linear: QuantizedLinear, rows: RowSet, scales: RowScales, lora_a: Tensor, lora_b: Tensor) -> None:
+        super().__init__(*_sizes(linear), bias=linear.bias is not None, activations=linear.activations, device="meta")
+        self.share(linear)
+        self.rows: RowSet = rows
+        self.scales = scales
+        self.lora_A = nn.Parameter(lora_a)
+        self.lora_B = nn.Parameter(lora_b)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Project `[B, S, K]` to `[B, S, N]`."""
+        row_scale, y = self.scales.of(self.rows), super().forward(x)
+        return y if row_scale is None else masked_lora_update(y, x, self.lora_A, self.lora_B, row_scale)
+
+    def frozen(self) -> QuantizedLinear:
+        """Return the wrapped linear."""
+        linear = QuantizedLinear(*_sizes(self), bias=self.bias is not None, activations=self.activations, device="meta")
+        linear.share(self)
+        return linear
+
+
+def _sizes(linear: QuantizedLinear) -> tuple[int, int, str]:
+    return linear.in_features, linear.out_features, linear.precision
+
+
+AdaptedLinear = MaskedLoRALinear | MaskedLoRAQuantizedLinear
+
 
 class SliderBackbone(nn.Module):
     """A diffusers transformer with an adapter, which takes the family's inputs plus `alpha` and `token_mask`.
@@ -83,7 +130,7 @@ class SliderBackbone(nn.Module):
         adapter: Adapter or bank to add; None for the frozen backbone.
 
     Raises:
-        SliderEditError: The adapter does not fit the transformer, or the transformer is quantised.
+        SliderEditError: The adapter does not fit the transformer, or a library has quantised the transformer.
     """
 
     def __init__(self, family: Family, transformer: nn.Module, adapter: Adapter | None) -> None:
@@ -94,47 +141,48 @@ class SliderBackbone(nn.Module):
         self.kind: Kind | None = adapter.kind if adapter else None
         self.members = tuple(adapter.members) if adapter else ()
         self.scales = RowScales()
-        self.adapted: dict[str, MaskedLoRALinear] = {}
+        self.adapted: dict[str, AdaptedLinear] = {}
         self._attention: list[tuple[str, nn.Module]] = []
         if adapter is not None:
             self._inject(adapter)
 
     def _inject(self, adapter: Adapter) -> None:
         fit_adapter(adapter, self.family, self.transformer)
-        adapted = {}
+        adapted: dict[str, AdaptedLinear] = {}
         for name, (lora_a, lora_b) in adapter.pairs.items():
             linear, rows = self.transformer.get_submodule(name), self.family.rows_of(name)
-            assert isinstance(linear, nn.Linear)
+            assert isinstance(linear, nn.Linear | QuantizedLinear)
             assert rows is not None
             if adapter.kind == "st" and rows != "text":
                 raise SliderEditError(
                     f"adapter {adapter.source!r} is marked as ST but updates {name}, which does not project text rows; "
                     "use an ST adapter, or mark this one as gst in its metadata"
                 )
+            device = linear.weight.device
+            update = rows, self.scales, lora_a.to(device), lora_b.to(device)
+            if isinstance(linear, QuantizedLinear):
+                adapted[name] = MaskedLoRAQuantizedLinear(linear, *update)
+                continue
             if not linear.weight.is_floating_point():
                 raise SliderEditError(
                     f"the transformer is quantised: {name} is stored as {linear.weight.dtype}; load it without quantisation"
                 )
-            device = linear.weight.device
-            adapted[name] = MaskedLoRALinear(linear, rows, self.scales, lora_a.to(device), lora_b.to(device))
+            adapted[name] = MaskedLoRALinear(linear, *update)
         parents = {name.rpartition(".")[0] for name in adapted}
         self._attention = [(name, self.transformer.get_submodule(name)) for name in parents if name.endswith(".attn")]
         # Replace after all checks, so that a refused adapter leaves the transformer unchanged.
         for name, module in adapted.items():
             self._replace(name, module)
+            self.adapted[name] = module
 
-    def _replace(self, name: str, module: nn.Linear) -> None:
+    def _replace(self, name: str, module: nn.Module) -> None:
         parent, _, child = name.rpartition(".")
         setattr(self.transformer.get_submodule(parent), child, module)
-        if isinstance(module, MaskedLoRALinear):
-            self.adapted[name] = module
 
     def remove(self) -> None:
         """Restore the original linears."""
         for name, module in self.adapted.items():
-            linear = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
-            linear.weight, linear.bias = module.weight, module.bias
-            self._replace(name, linear)
+            self._replace(name, module.frozen())
         self.adapted.clear()
 
     def release_linears(self) -> dict[str, MaskedLoRALinear]:

@@ -9,6 +9,7 @@ from torch import nn
 from slideredit_rt.adapters.adapter import Adapter
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.families import Family
+from slideredit_rt.quantization.linear import QuantizedLinear
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,8 @@ class AdapterMatch:
 
 def match_adapter(adapter: Adapter, family: Family, transformer: nn.Module) -> AdapterMatch:
     """Compare an adapter with a diffusers transformer, which may be on the `meta` device."""
-    linears = {name: m for name, m in transformer.named_modules() if isinstance(m, nn.Linear) and family.rows_of(name)}
+    sorts = nn.Linear | QuantizedLinear
+    linears = {name: m for name, m in transformer.named_modules() if isinstance(m, sorts) and family.rows_of(name)}
     standard = family.targets(adapter.kind)
     fits = {
         name: (b.shape[0], a.shape[1]) == (linears[name].out_features, linears[name].in_features)

@@ -1,0 +1,304 @@
+"""Number formats of quantised linears: how weights are stored and what activations are rounded to.
+
+| precision | `weight` | `weight_scale` | `weight_scale_2` | `input_scale` |
+|---|---|---|---|---|
+| fp8 | F8_E4M3 `[N, K]` | float32 `[N]` | – | float32 scalar |
+| int8 | I8 `[N, K]` | float32 `[N, K/128]`, or `[N]` | – | – |
+| int4 | U8 `[N, K/2]` | float32 `[N, K/128]` | – | – |
+| nvfp4 | U8 `[N, K/2]` | F8_E4M3 `[N, K/16]` | float32 scalar | float32 scalar |
+
+The names and the layouts of fp8 and nvfp4 are those of NVIDIA's ModelOpt. Two 4-bit values share a byte, the one with the even
+column in the low half, as in ONNX and ModelOpt.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from slideredit_rt.errors import SliderEditError
+
+PARTS = ("weight", "weight_scale", "weight_scale_2", "input_scale")
+"""Tensors of a quantised linear besides its bias; no precision has all of them."""
+
+_FP8 = torch.float8_e4m3fn
+_FP8_MAX = 448.0
+_FP8_SMALLEST = 2.0**-9
+_FP4_MAX = 6.0
+# Values of the 3-bit magnitudes of E2M1, and the midpoints between them. Ties go to the even code, so the midpoints above odd
+# codes are lowered to the next float32.
+_FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+_FP4_MIDPOINTS = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
+_NVFP4_BLOCK = 16
+_INT_BLOCK = 128
+
+
+@dataclass(frozen=True)
+class Part:
+    """Dtype and shape of a stored tensor."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Accuracy that an engine of a precision must reach against the unquantised float32 reference.
+
+    Attributes:
+        step_rms: Largest relative root mean square error of one denoising step.
+        psnr: Smallest peak signal-to-noise ratio of a final image, in dB.
+    """
+
+    step_rms: float
+    psnr: float
+
+
+class Precision(ABC):
+    """A number format for linears.
+
+    Attributes:
+        name: Name in commands and configurations.
+        title: Description for people.
+        algorithm: `quant_algo` of a linear in a checkpoint's configuration, in ModelOpt's terms.
+        weight_only_algorithm: The same for a linear whose activations are not quantised; None if that is not offered.
+        capabilities: Compute capabilities of the GPUs that compute in it; None for all.
+        quantises_activations: True if activations are quantised as well, which needs a calibration.
+        modulation: Name of the precision that modulation (adaLN) weights get beside it, weight-only.
+        limits: Accuracy limits of engines.
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    algorithm: ClassVar[str]
+    weight_only_algorithm: ClassVar[str | None]
+    capabilities: ClassVar[tuple[str, ...] | None] = None
+    quantises_activations: ClassVar[bool] = False
+    modulation: ClassVar[str]
+    limits: ClassVar[Limits]
+
+    def takes(self, k: int) -> bool:
+        """Return whether a linear with `k` input features can be stored in this precision."""
+        return True
+
+    def runs_on(self, capability: str) -> bool:
+        """Return whether a GPU of a compute capability, such as `sm89`, computes in this precision."""
+        return self.capabilities is None or capability in self.capabilities
+
+    @abstractmethod
+    def layout(self, n: int, k: int) -> dict[str, Part]:
+        """Return dtypes and shapes of a weight's parts, without `input_scale`.
+
+        Args:
+            n: Output features.
+            k: Input features, which pass `takes`.
+        """
+
+    @abstractmethod
+    def quantise(self, weight: Tensor) -> dict[str, Tensor]:
+        """Quantise a finite weight, float32 `[N, K]`; return its parts as `layout` describes them."""
+
+    @abstractmethod
+    def dequantise(self, parts: Mapping[str, Tensor]) -> Tensor:
+        """Return the weight that parts stand for, float32 `[N, K]`. Parts besides those of `layout` are ignored."""
+
+    def input_scale(self, amax: float) -> float:
+        """Return the `input_scale` for activations whose largest absolute value in calibration was `amax`."""
+        raise NotImplementedError(f"{self.name} does not quantise activations")
+
+    def fake_quantise(self, x: Tensor, input_scale: Tensor) -> Tensor:
+        """Round activations to the values that the precision can represent; values that are too large are clamped.
+
+        Args:
+            x: `[..., K]`, float32 or float64.
+            input_scale: Scalar, float32.
+
+        Returns:
+            `[..., K]` in the dtype of `x`.
+        """
+        raise NotImplementedError(f"{self.name} does not quantise activations")
+
+
+def scale_of(amax: Tensor, largest: float) -> Tensor:
+    """Return the scales that map maxima to `largest`; 1 for a maximum of 0, and never below the smallest normal float32."""
+    scale = (amax / largest).clamp_min(torch.finfo(torch.float32).tiny)
+    return torch.where(amax == 0, torch.ones_like(scale), scale)
+
+
+def _to_fp8(x: Tensor) -> Tensor:
+    # Without the clamp, the conversion makes NaN of values above 448.
+    return x.clamp(-_FP8_MAX, _FP8_MAX).to(_FP8)
+
+
+def _pack(codes: Tensor) -> Tensor:
+    """Pack 4-bit codes, uint8 `[N, K]`, into uint8 `[N, K/2]`."""
+    return codes[:, 0::2] | (codes[:, 1::2] << 4)
+
+
+def _unpack(packed: Tensor) -> Tensor:
+    """Unpack uint8 `[N, K/2]` into 4-bit codes, uint8 `[N, K]`."""
+    return torch.stack([packed & 15, packed >> 4], dim=-1).flatten(-2)
+
+
+class FP8(Precision):
+    """8-bit floating point (E4M3) with a scale per output channel and one for all activations of a linear."""
+
+    name = "fp8"
+    title = "FP8 weights and activations"
+    algorithm = "FP8"
+    weight_only_algorithm = "W8A16_FP8"
+    capabilities = ("sm89", "sm90", "sm100", "sm120")
+    quantises_activations = True
+    modulation = "fp8"
+    limits = Limits(step_rms=0.045, psnr=45.0)
+
+    def layout(self, n: int, k: int) -> dict[str, Part]:
+        return {"weight": Part(_FP8, (n, k)), "weight_scale": Part(torch.float32, (n,))}
+
+    def quantise(self, weight: Tensor) -> dict[str, Tensor]:
+        scale = scale_of(weight.abs().amax(dim=1), _FP8_MAX)
+        return {"weight": _to_fp8(weight / scale[:, None]), "weight_scale": scale}
+
+    def dequantise(self, parts: Mapping[str, Tensor]) -> Tensor:
+        return parts["weight"].float() * parts["weight_scale"].reshape(-1, 1)
+
+    def input_scale(self, amax: float) -> float:
+        return float(scale_of(torch.tensor(amax), _FP8_MAX))
+
+    def fake_quantise(self, x: Tensor, input_scale: Tensor) -> Tensor:
+        return _to_fp8(x / input_scale).to(x.dtype) * input_scale
+
+
+class INT8(Precision):
+    """8-bit integers with a scale per 128 input features; per output channel if 128 does not divide their number."""
+
+    name = "int8"
+    title = "INT8 weights"
+    algorithm = "W8A16"
+    weight_only_algorithm = "W8A16"
+    modulation = "int8"
+    limits = Limits(step_rms=0.015, psnr=55.0)
+
+    def layout(self, n: int, k: int) -> dict[str, Part]:
+        shape = (n,) if k % _INT_BLOCK else (n, k // _INT_BLOCK)
+        return {"weight": Part(torch.int8, (n, k)), "weight_scale": Part(torch.float32, shape)}
+
+    def quantise(self, weight: Tensor) -> dict[str, Tensor]:
+        n, k = weight.shape
+        blocks = weight.unflatten(1, (-1, k if k % _INT_BLOCK else _INT_BLOCK))
+        scale = scale_of(blocks.abs().amax(dim=2), 127.0)
+        rounded = (blocks / scale[:, :, None]).round_().clamp_(-127, 127).to(torch.int8)
+        return {"weight": rounded.flatten(1), "weight_scale": scale.reshape(self.layout(n, k)["weight_scale"].shape)}
+
+    def dequantise(self, parts: Mapping[str, Tensor]) -> Tensor:
+        scale = parts["weight_scale"].reshape(len(parts["weight"]), -1, 1)
+        return (parts["weight"].float().unflatten(1, (scale.shape[1], -1)) * scale).flatten(1)
+
+
+class INT4(Precision):
+    """4-bit integers (−8 to 7, two's complement) with a scale per block of input features.
+
+    Blocks have 128 features; 64, 32 or 16 if that is the largest of these that divides the number of input features.
+    """
+
+    name = "int4"
+    title = "INT4 weights"
+    algorithm = "W4A16"
+    weight_only_algorithm = "W4A16"
+    modulation = "int8"
+    limits = Limits(step_rms=0.11, psnr=35.0)
+
+    def takes(self, k: int) -> bool:
+        return k % 16 == 0
+
+    def _block(self, k: int) -> int:
+        return next(size for size in (128, 64, 32, 16) if k % size == 0)
+
+    def layout(self, n: int, k: int) -> dict[str, Part]:
+        return {"weight": Part(torch.uint8, (n, k // 2)), "weight_scale": Part(torch.float32, (n, k // self._block(k)))}
+
+    def quantise(self, weight: Tensor) -> dict[str, Tensor]:
+        blocks = weight.unflatten(1, (-1, self._block(weight.shape[1])))
+        scale = scale_of(blocks.abs().amax(dim=2), 7.0)
+        rounded = (blocks / scale[:, :, None]).round_().clamp_(-8, 7).to(torch.int8).flatten(1)
+        return {"weight": _pack(rounded.view(torch.uint8) & 15), "weight_scale": scale}
+
+    def dequantise(self, parts: Mapping[str, Tensor]) -> Tensor:
+        # Flipping the sign bit maps the codes of −8 to 7 to 0 to 15.
+        values = (_unpack(parts["weight"]) ^ 8).float() - 8
+        scale = parts["weight_scale"]
+        return (values.unflatten(1, (scale.shape[1], -1)) * scale[:, :, None]).flatten(1)
+
+
+class NVFP4(Precision):
+    """4-bit floating point (E2M1) with an FP8 scale per 16 features and a float32 scale per tensor."""
+
+    name = "nvfp4"
+    title = "NVFP4 weights and activations"
+    algorithm = "NVFP4"
+    weight_only_algorithm = None
+    capabilities = ("sm100", "sm120")
+    quantises_activations = True
+    modulation = "fp8"
+    limits = Limits(step_rms=0.15, psnr=33.0)
+
+    def takes(self, k: int) -> bool:
+        return k % _NVFP4_BLOCK == 0
+
+    def layout(self, n: int, k: int) -> dict[str, Part]:
+        return {
+            "weight": Part(torch.uint8, (n, k // 2)),
+            "weight_scale": Part(_FP8, (n, k // _NVFP4_BLOCK)),
+            "weight_scale_2": Part(torch.float32, ()),
+        }
+
+    def quantise(self, weight: Tensor) -> dict[str, Tensor]:
+        second = scale_of(weight.abs().amax(), _FP8_MAX * _FP4_MAX)
+        codes, scale = self._round(weight, second)
+        return {"weight": _pack(codes), "weight_scale": scale, "weight_scale_2": second}
+
+    def dequantise(self, parts: Mapping[str, Tensor]) -> Tensor:
+        return self._values(_unpack(parts["weight"]), parts["weight_scale"], parts["weight_scale_2"])
+
+    def input_scale(self, amax: float) -> float:
+        return float(scale_of(torch.tensor(amax), _FP8_MAX * _FP4_MAX))
+
+    def fake_quantise(self, x: Tensor, input_scale: Tensor) -> Tensor:
+        return self._values(*self._round(x.float(), input_scale), input_scale).to(x.dtype)
+
+    def _round(self, x: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the codes of `x`, uint8 `[..., K]`, and the block scales, F8_E4M3 `[..., K/16]`."""
+        blocks = x.unflatten(-1, (-1, _NVFP4_BLOCK))
+        wide = blocks.abs().amax(dim=-1) / _FP4_MAX / second
+        # The scale of a small block must not become 0; that of an empty block may have any value.
+        scale = _to_fp8(wide.clamp_min(_FP8_SMALLEST))
+        scaled = blocks / (scale.float() * second).unsqueeze(-1)
+        midpoints = torch.tensor(_FP4_MIDPOINTS, device=x.device)
+        midpoints[1::2] = torch.nextafter(midpoints[1::2], torch.zeros_like(midpoints[1::2]))
+        magnitudes = torch.bucketize(scaled.abs(), midpoints, out_int32=True).to(torch.uint8)
+        return (magnitudes | (scaled < 0).to(torch.uint8) << 3).flatten(-2), scale
+
+    def _values(self, codes: Tensor, scale: Tensor, second: Tensor) -> Tensor:
+        """Return what codes stand for, float32 `[..., K]`."""
+        table = torch.tensor([*_FP4_VALUES, *(-value for value in _FP4_VALUES)], device=codes.device)
+        blocks = table[codes.int()].unflatten(-1, (-1, _NVFP4_BLOCK))
+        return (blocks * (scale.float() * second).unsqueeze(-1)).flatten(-2)
+
+
+PRECISIONS: dict[str, Precision] = {precision.name: precision for precision in (FP8(), INT8(), INT4(), NVFP4())}
+
+
+def get_precision(name: str) -> Precision:
+    """Return the precision named `name`.
+
+    Raises:
+        SliderEditError: There is no such precision.
+    """
+    if name not in PRECISIONS:
+        raise SliderEditError(f"unknown precision {name!r}; known: {', '.join(PRECISIONS)}")
+    return PRECISIONS[name]
