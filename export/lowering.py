@@ -8,6 +8,9 @@ row_scale is `[B, S, G]`, and member g owns the columns g·R/G to (g + 1)·R/G o
 - `folded`: one MatMul with extra inner columns, `[x | s·xAᵀ] · [W | B]ᵀ`. Projections of the same rows share the first
   factor. Meant for GST.
 - `plugin`: the node is kept, and TensorRT runs this package's Triton kernel. Projections without a kernel become `native`.
+A `slideredit::MaskedLoRAUpdate` node is the update beside a quantised projection, with y in place of weight and bias. It only
+has the native form: folding would put the quantised weight together with B, which rebuilds it in full in every step.
+
 - `operator`: no graph at all; Inductor runs this package's torch operator.
 
 Inductor has no graph for `folded` either; it folds modules when it opens an engine (`slideredit_rt.engines.folding`).
@@ -15,7 +18,7 @@ Inductor has no graph for `folded` either; it folds modules when it opens an eng
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import collections
 
 import numpy as np
 import onnx_ir as ir
@@ -26,10 +29,20 @@ from slideredit_rt.engines import BACKENDS, Backend
 from slideredit_rt.engines.backend import LOWERINGS, Lowering
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.export import tensorrt_plugin
+from slideredit_rt.export.nodes import (
+    DOMAIN,
+    LINEAR,
+    UPDATE,
+    Builder,
+    integers,
+    present,
+    projection_name,
+    replace_node,
+    size_of,
+    zeros,
+)
 from slideredit_rt.families import Kind
 
-DOMAIN = tensorrt_plugin.NAMESPACE
-LINEAR = tensorrt_plugin.NAME
 # The folded form pads its extra columns to a multiple of this many elements: 16 bytes in half precision, the row alignment
 # that GEMM kernels need.
 _COLUMNS = 8
@@ -92,17 +105,20 @@ def lower(model: ir.Model, lowering: Lowering, target: str | None = None) -> tup
         ValueError: The lowering is `operator`, or `plugin` without a target.
     """
     nodes = [node for node in model.graph if node.domain == DOMAIN and node.op_type == LINEAR]
+    beside = [node for node in model.graph if node.domain == DOMAIN and node.op_type == UPDATE]
     reasons = {}
     if lowering == "operator":
         raise ValueError("the lowering 'operator' does not apply to a graph")
     if lowering == "plugin":
         if target is None:
             raise ValueError("the lowering 'plugin' needs a target")
-        reasons = {n: f"{_module(n)} has no plugin: {why}" for n in nodes if (why := _why_no_plugin(n, target))}
+        reasons = {n: f"{projection_name(n)} has no plugin: {why}" for n in nodes if (why := _why_no_plugin(n, target))}
     native = list(reasons) if lowering == "plugin" else nodes if lowering == "native" else []
     for node in native:
         _to_native(model.graph, node)
-    if native:
+    for node in beside:
+        _update_to_native(model.graph, node)
+    if native or beside:
         body = ir.serde.deserialize_function(MaskedLoRA.to_function_proto())
         model.functions[body.identifier()] = body
     if lowering == "folded":
@@ -111,72 +127,21 @@ def lower(model: ir.Model, lowering: Lowering, target: str | None = None) -> tup
         for node in nodes:
             if node not in reasons:
                 _to_plugin(model.graph, node)
-    if nodes:
+    if nodes or beside:
         model.opset_imports[DOMAIN] = 1
-    counts = {lowering: len(nodes)} if lowering == "native" else {lowering: len(nodes) - len(native), "native": len(native)}
+    counts = collections.Counter({lowering: len(nodes) - len(native)})
+    counts["native"] += len(native) + len(beside)
     found = {name: count for name, count in counts.items() if count}
     return found, list(reasons.values())
 
 
-def _module(node: ir.Node) -> str:
-    """Return a projection's name in the transformer, from the name of its weight."""
-    weight = node.inputs[1]
-    return str(weight.name if weight else node.name).removeprefix("transformer.").removesuffix(".weight")
-
-
 def _values(node: ir.Node) -> tuple[ir.Value, ir.Value, ir.Value | None, ir.Value, ir.Value, ir.Value]:
     x, weight, bias, lora_a, lora_b, row_scale = node.inputs
-    assert x is not None
-    assert weight is not None
-    assert lora_a is not None
-    assert lora_b is not None
-    assert row_scale is not None
+    x, weight, lora_a, lora_b, row_scale = present([x, weight, lora_a, lora_b, row_scale])
     return x, weight, bias, lora_a, lora_b, row_scale
 
 
-class _Builder:
-    """Collector for the nodes of one replacement, which are named after their projection."""
-
-    def __init__(self, scope: str) -> None:
-        self.scope = scope
-        self.nodes: list[ir.Node] = []
-
-    def __call__(
-        self, op_type: str, inputs: Iterable[ir.Value], name: str, attributes: dict[str, int | list[int]] | None = None
-    ) -> ir.Value:
-        domain = DOMAIN if op_type == "MaskedLoRA" else ""
-        node = ir.node(op_type, list(inputs), attributes, domain=domain, name=f"{self.scope}/{name}")
-        node.outputs[0].name = f"{self.scope}/{name}:0"
-        self.nodes.append(node)
-        return node.outputs[0]
-
-    def transposed(self, matrix: ir.Value, name: str) -> ir.Value:
-        return self("Transpose", [matrix], name, {"perm": [1, 0]})
-
-
-def _replace(graph: ir.Graph, node: ir.Node, built: _Builder, result: ir.Value) -> None:
-    old = node.outputs[0]
-    result.type, result.shape = old.type, old.shape
-    ir.convenience.replace_nodes_and_values(graph, node, [node], built.nodes, [old], [result])
-
-
-def _constant(graph: ir.Graph, shape: tuple[int, ...], like: ir.Value) -> ir.Value:
-    """Return an initializer of zeros with the dtype of `like`. Equal initializers are shared."""
-    assert like.dtype is not None
-    name = f"zeros_{like.dtype.name.lower()}_{'x'.join(map(str, shape))}"
-    if name not in graph.initializers:
-        _add_initializer(graph, ir.tensor(np.zeros(shape, like.dtype.numpy()), like.dtype, name=name))
-    return graph.initializers[name]
-
-
-def _integers(graph: ir.Graph, values: list[int], name: str) -> ir.Value:
-    """Return an int64 initializer. Initializers of the same name must have the same content."""
-    if name not in graph.initializers:
-        _add_initializer(graph, ir.tensor(np.array(values), name=name))
-    return graph.initializers[name]
-
-
-def _column_scale(graph: ir.Graph, build: _Builder, row_scale: ir.Value, ranks: list[int], filling: int = 0) -> ir.Value:
+def _column_scale(graph: ir.Graph, build: Builder, row_scale: ir.Value, ranks: list[int], filling: int = 0) -> ir.Value:
     """Return the scales of concatenated low-rank products: `[B, S, 1]`, or for a bank one column per column of the products.
 
     Args:
@@ -188,31 +153,28 @@ def _column_scale(graph: ir.Graph, build: _Builder, row_scale: ir.Value, ranks: 
     """
     assert row_scale.shape is not None
     if len(row_scale.shape) == 2:
-        return build("Unsqueeze", [row_scale, _integers(graph, [-1], "last_axis")], "row_scale")
-    count = _size(row_scale, 2)
+        return build("Unsqueeze", [row_scale, integers(graph, [-1], "last_axis")], "row_scale")
+    count = size_of(row_scale, 2)
     owners = [column // (rank // count) for rank in ranks for column in range(rank)] + [0] * filling
     name = f"members_{count}_{'_'.join(map(str, ranks))}_{filling}"
-    return build("Gather", [row_scale, _integers(graph, owners, name)], "row_scale", {"axis": 2})
-
-
-def _add_initializer(graph: ir.Graph, tensor: ir.TensorProtocol) -> None:
-    kind, shape = ir.TensorType(tensor.dtype), ir.Shape(tensor.shape.numpy())
-    graph.register_initializer(ir.Value(name=tensor.name, type=kind, shape=shape, const_value=tensor))
-
-
-def _size(value: ir.Value, axis: int) -> int:
-    assert value.shape is not None
-    return int(value.shape[axis])  # type: ignore[arg-type]
+    return build("Gather", [row_scale, integers(graph, owners, name)], "row_scale", {"axis": 2})
 
 
 def _to_native(graph: ir.Graph, node: ir.Node) -> None:
     x, weight, bias, lora_a, lora_b, row_scale = _values(node)
-    build = _Builder(_module(node))
+    build = Builder(projection_name(node))
     y = build("MatMul", [x, build.transposed(weight, "weight_transposed")], "base")
     if bias is not None:
         y = build("Add", [y, bias], "bias")
-    scale = _column_scale(graph, build, row_scale, [_size(lora_a, 0)])
-    _replace(graph, node, build, build("MaskedLoRA", [y, x, lora_a, lora_b, scale], "masked_lora"))
+    scale = _column_scale(graph, build, row_scale, [size_of(lora_a, 0)])
+    replace_node(graph, node, build, build("MaskedLoRA", [y, x, lora_a, lora_b, scale], "masked_lora", domain=DOMAIN))
+
+
+def _update_to_native(graph: ir.Graph, node: ir.Node) -> None:
+    y, x, lora_a, lora_b, row_scale = present(node.inputs)
+    build = Builder(str(lora_a.name).removeprefix("transformer.").removesuffix(".lora_A"))
+    scale = _column_scale(graph, build, row_scale, [size_of(lora_a, 0)])
+    replace_node(graph, node, build, build("MaskedLoRA", [y, x, lora_a, lora_b, scale], "masked_lora", domain=DOMAIN))
 
 
 def _fold(graph: ir.Graph, nodes: list[ir.Node]) -> None:
@@ -226,11 +188,11 @@ def _fold(graph: ir.Graph, nodes: list[ir.Node]) -> None:
         groups.setdefault((x, row_scale), []).append(node)
     for (x, row_scale), group in groups.items():
         assert x.dtype is not None
-        build = _Builder(_module(group[0]))
+        build = Builder(projection_name(group[0]))
         all_a = [_values(node)[3] for node in group]
-        ranks = [_size(a, 0) for a in all_a]
+        ranks = [size_of(a, 0) for a in all_a]
         if filling := -sum(ranks) % _COLUMNS:
-            all_a.append(_constant(graph, (filling, _size(all_a[0], 1)), like=all_a[0]))
+            all_a.append(zeros(graph, (filling, size_of(all_a[0], 1)), like=all_a[0]))
         merged = build("Concat", all_a, "lora_a", {"axis": 0}) if len(all_a) > 1 else all_a[0]
         low = build("MatMul", [x, build.transposed(merged, "lora_a_transposed")], "low_rank")
         scale = _column_scale(graph, build, row_scale, ranks, filling)
@@ -240,33 +202,33 @@ def _fold(graph: ir.Graph, nodes: list[ir.Node]) -> None:
         graph.insert_before(group[0], build.nodes)
         for index, node in enumerate(group):
             _, weight, bias, _, lora_b, _ = _values(node)
-            build, n = _Builder(_module(node)), _size(weight, 0)
+            build, n = Builder(projection_name(node)), size_of(weight, 0)
             left, right = sum(ranks[:index]), sum(ranks[index + 1 :]) + filling
-            before, after = ([_constant(graph, (n, width), like=weight)] if width else [] for width in (left, right))
+            before, after = ([zeros(graph, (n, width), like=weight)] if width else [] for width in (left, right))
             both = build("Concat", [weight, *before, lora_b, *after], "weight_and_lora_b", {"axis": 1})
             y = build("MatMul", [bracket, build.transposed(both, "weight_and_lora_b_transposed")], "base_and_update")
-            _replace(graph, node, build, build("Add", [y, bias], "bias") if bias is not None else y)
+            replace_node(graph, node, build, build("Add", [y, bias], "bias") if bias is not None else y)
 
 
 def _why_no_plugin(node: ir.Node, target: str) -> str | None:
     _, weight, _, lora_a, _, _ = _values(node)
     assert weight.dtype is not None
     dtype = np.dtype(weight.dtype.numpy()).name
-    return tensorrt_plugin.why_not(_size(weight, 1), _size(weight, 0), _size(lora_a, 0), dtype, target)
+    return tensorrt_plugin.why_not(size_of(weight, 1), size_of(weight, 0), size_of(lora_a, 0), dtype, target)
 
 
 def _to_plugin(graph: ir.Graph, node: ir.Node) -> None:
     x, weight, bias, lora_a, lora_b, row_scale = _values(node)
-    bias = bias or _constant(graph, (_size(weight, 0),), like=weight)
+    bias = bias or zeros(graph, (size_of(weight, 0),), like=weight)
     plugin = ir.node(
         LINEAR,
         [x, weight, bias, lora_a, lora_b, row_scale],
         tensorrt_plugin.NODE_ATTRIBUTES,
         domain=DOMAIN,
-        name=_module(node),
+        name=projection_name(node),
     )
     result = plugin.outputs[0]
     result.name = f"{plugin.name}:0"
-    built = _Builder(_module(node))
+    built = Builder(projection_name(node))
     built.nodes.append(plugin)
-    _replace(graph, node, built, result)
+    replace_node(graph, node, built, result)
