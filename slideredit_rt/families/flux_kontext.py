@@ -31,6 +31,7 @@ class FluxKontext(Family):
     num_inference_steps = 28
     neutral_prompt = "keep the image the same"
     no_float16 = "its activations exceed 65504, the largest float16 value, and become infinite"
+    modulation = r"transformer_blocks\.\d+\.norm1(_context)?\.linear|single_transformer_blocks\.\d+\.norm\.linear"
 
     def load_pipeline(self, folder: Path, *, transformer: bool = True, dtype: torch.dtype = torch.float32) -> Any:
         pipeline = super().load_pipeline(folder, transformer=transformer, dtype=dtype)
