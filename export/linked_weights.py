@@ -12,11 +12,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
 import shutil
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,15 +28,7 @@ from onnx_ir.passes import common as passes
 from torch import Tensor, nn
 
 from slideredit_rt.adapters import Adapter, fill_ranks
-from slideredit_rt.checkpoint import (
-    CONFIG_FILE,
-    Stored,
-    check_complete,
-    check_not_quantised,
-    meta_transformer,
-    read_header,
-    read_weights,
-)
+from slideredit_rt.checkpoint import CONFIG_FILE, check_complete, check_not_quantised, meta_transformer, read_weights
 from slideredit_rt.engines.backend import Lowering
 from slideredit_rt.engines.manifest import ADAPTER_FILE, MODEL_FILE
 from slideredit_rt.errors import SliderEditError
@@ -47,6 +38,7 @@ from slideredit_rt.export.tensorrt_plugin import graph_rank
 from slideredit_rt.families import Family, TensorSpec
 from slideredit_rt.files import atomic_file
 from slideredit_rt.modules import SliderBackbone
+from slideredit_rt.tensor_files import Stored, make_header, read_header, read_tensor, write_tensors
 
 CONVERTED_FILE = "converted.safetensors"
 _OWN_FILES = (MODEL_FILE, ADAPTER_FILE, CONVERTED_FILE, CONFIG_FILE)
@@ -230,7 +222,9 @@ def _link_weights(
             files.append(file.name)
     if foreign:
         files.append(CONVERTED_FILE)
-        _write(folder / CONVERTED_FILE, _header(foreign, dtype), (_read(place).to(dtype) for place in foreign.values()))
+        write_tensors(
+            folder / CONVERTED_FILE, _header(foreign, dtype), (read_tensor(place).to(dtype) for place in foreign.values())
+        )
         places |= read_header(folder / CONVERTED_FILE)[0]
     if adapter is not None:
         files.append(ADAPTER_FILE)
@@ -238,7 +232,7 @@ def _link_weights(
         # Store the number of a bank's members, not their names: the header must stay the same when the adapter is replaced,
         # because the graph refers to offsets after it.
         metadata = {"kind": adapter.kind, "member_count": str(len(adapter.members))}
-        _write(folder / ADAPTER_FILE, _header(tensors, dtype, metadata), tensors.values())
+        write_tensors(folder / ADAPTER_FILE, _header(tensors, dtype, metadata), tensors.values())
         for key, place in read_header(folder / ADAPTER_FILE)[0].items():
             module, _, part = key.removeprefix("transformer.").rpartition(".lora_")
             places[f"{module}.lora_{part.removesuffix('.weight')}"] = place
@@ -307,7 +301,7 @@ def replace_adapter(folder: Path, adapter: Adapter) -> None:
                 f"adapter {adapter.source!r} has {key} of shape {list(tensors[key].shape)}, but the export in "
                 f"{str(folder)!r} has {list(place.shape)}: a higher rank or another base; export again for it"
             )
-    _write(path, header, (tensors[key].to(place.dtype) for key, place in places.items()))
+    write_tensors(path, header, (tensors[key].to(place.dtype) for key, place in places.items()))
 
 
 def _metadata(header: bytes) -> dict[str, str]:
@@ -342,31 +336,7 @@ def _adapter_tensors(adapter: Adapter) -> dict[str, Tensor]:
 
 
 def _header(tensors: Mapping[str, Tensor | Stored], dtype: torch.dtype, metadata: Mapping[str, str] | None = None) -> bytes:
-    """Make a safetensors header, with its length prefix, for tensors that follow in this order."""
-    entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-    end = 0
-    for name, tensor in tensors.items():
-        start, end = end, end + math.prod(tensor.shape) * dtype.itemsize
-        entries[name] = {"dtype": _CODES[dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
-    raw = json.dumps(entries, separators=(",", ":")).encode()
-    raw += b" " * (-len(raw) % 8)  # keeps the data aligned
-    return len(raw).to_bytes(8, "little") + raw
-
-
-def _write(path: Path, header: bytes, tensors: Iterable[Tensor]) -> None:
-    """Write a safetensors file tensor by tensor: `safetensors.torch.save_file` needs all at once and reorders them."""
-    with atomic_file(path) as temporary, temporary.open("wb") as file:
-        file.write(header)
-        for tensor in tensors:
-            file.write(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-
-
-def _read(place: Stored) -> Tensor:
-    # Read instead of mapping: the pages of a mapped shard would count as memory of this process.
-    with place.file.open("rb") as file:
-        file.seek(place.offset)
-        data = bytearray(file.read(place.length))
-    return torch.frombuffer(data, dtype=place.dtype).reshape(place.shape)
+    return make_header({name: (dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}, metadata)
 
 
 def link_or_copy(source: Path, target: Path, symbolic: bool = False, *, copy: bool = False) -> Link | None:

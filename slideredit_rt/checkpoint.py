@@ -6,10 +6,8 @@ import fnmatch
 import hashlib
 import inspect
 import json
-import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,9 @@ from torch import Tensor
 
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.files import is_plain_name, read_json, sha256
+from slideredit_rt.quantization.config import read_layers, refusal
+from slideredit_rt.quantization.linear import QuantizedLinear, quantize_linears
+from slideredit_rt.tensor_files import LFS_HINT, LFS_POINTER, Stored, read_header
 
 INDEX_FILE = "model_index.json"
 CONFIG_FILE = "config.json"
@@ -31,23 +32,6 @@ _SETTINGS = (
     *("*.json", "*.jinja", "*.model", "*.spm", "*.tiktoken", "*.codes", "*.tokenizer"),
     *("merges.txt", "vocab.txt", "dict.txt"),
 )
-_DTYPES = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "I16": torch.int16,
-    "I32": torch.int32,
-    "I64": torch.int64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-}
-_MAX_HEADER = 100_000_000  # the safetensors library's own limit, in bytes
-_LFS_POINTER = b"version https://git-lfs"
-_POINTED = "it is a Git LFS pointer and not the file itself: run git lfs pull"
 # Any tokenizer trained on English knows some of these words.
 _WORDS = "make the image red and keep a small blue circle in it"
 
@@ -70,52 +54,6 @@ def quiet_libraries() -> Iterator[None]:
             library.set_verbosity(verbosity)
             if was_shown:
                 library.enable_progress_bar()
-
-
-@dataclass(frozen=True)
-class Stored:
-    """Location of a tensor on disk: `length` bytes at `offset` in `file`."""
-
-    file: Path
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    offset: int
-    length: int
-
-
-def read_header(path: Path) -> tuple[dict[str, Stored], bytes]:
-    """Read the header of a safetensors file.
-
-    Returns:
-        The tensors by name, in the order of their data, and the raw header including its 8-byte length prefix.
-
-    Raises:
-        SliderEditError: The file is missing or damaged.
-    """
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            prefix = file.read(8)
-            length = int.from_bytes(prefix, "little")
-            if prefix and _LFS_POINTER.startswith(prefix):
-                raise ValueError(_POINTED)
-            if len(prefix) < 8 or length > min(size - 8, _MAX_HEADER):
-                raise ValueError(f"the header does not fit into its {size} bytes")
-            raw = file.read(length)
-        start = 8 + length
-        entries = {name: entry for name, entry in json.loads(raw).items() if name != "__metadata__"}
-        places = {}
-        for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
-            first, last = entry["data_offsets"]
-            if entry["dtype"] not in _DTYPES:
-                raise ValueError(f"{name} has the unknown dtype {entry['dtype']}")
-            place = Stored(path, _DTYPES[entry["dtype"]], tuple(entry["shape"]), start + first, last - first)
-            if first < 0 or start + last > size or place.length != math.prod(place.shape) * place.dtype.itemsize:
-                raise ValueError(f"{name} is incomplete")
-            places[name] = place
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise SliderEditError(f"cannot read the weights in {str(path)!r} ({error}); download or build them again") from error
-    return places, prefix + raw
 
 
 def weight_files(source: Path, library: str) -> list[Path]:
@@ -172,17 +110,13 @@ def read_weights(source: Path, library: str = "diffusers") -> dict[str, Stored]:
 
 
 def check_not_quantised(source: Path) -> None:
-    """Raise a `SliderEditError` if a model's configuration says that its weights are quantised."""
+    """Raise a `SliderEditError` if a model's configuration says that its weights are quantised, by whatever method."""
     try:
         quantisation = read_json(source / CONFIG_FILE).get("quantization_config")
     except (OSError, ValueError):
         return  # an unreadable configuration is reported when the model is built
     if quantisation:
-        method = quantisation.get("quant_method") if isinstance(quantisation, Mapping) else None
-        raise SliderEditError(
-            f"checkpoint {str(source)!r} is quantised ({method or 'according to its config.json'}) and cannot be exported; "
-            "pass the float32, bfloat16 or float16 checkpoint that it was made from"
-        )
+        raise refusal(source, quantisation)
 
 
 def check_complete(state: Mapping[str, Tensor], stored: Mapping[str, Stored], source: Path) -> None:
@@ -203,6 +137,26 @@ def check_complete(state: Mapping[str, Tensor], stored: Mapping[str, Stored], so
             raise _mismatched(source, name, stored[name].shape, tensor.shape)
 
 
+def check_parts(model: Any, stored: Mapping[str, Stored], source: Path) -> None:
+    """Check that the files of a model hold the parts of its quantised linears in the dtypes that their precisions have.
+
+    Args:
+        model: Model from `meta_transformer` whose files pass `check_complete`.
+        stored: Tensors in its files, by name.
+        source: Folder of the model, for messages.
+
+    Raises:
+        SliderEditError: A part has another dtype.
+    """
+    for name, module in model.named_modules():
+        for part, tensor in module.named_buffers() if isinstance(module, QuantizedLinear) else ():
+            if (found := stored[f"{name}.{part}"].dtype) != tensor.dtype:
+                raise SliderEditError(
+                    f"checkpoint {str(source)!r} stores {name}.{part} as {found}, but {module.precision} needs {tensor.dtype}; "
+                    "quantise the original checkpoint again"
+                )
+
+
 def _missing(source: Path, name: str) -> SliderEditError:
     return SliderEditError(f"checkpoint {str(source)!r} lacks the tensor {name}; download it again")
 
@@ -217,17 +171,24 @@ def _mismatched(source: Path, name: str, stored: Collection[int], wanted: Collec
 def meta_transformer(source: Path) -> Any:
     """Build the transformer that the `config.json` in `source` describes, on the `meta` device (without weights).
 
+    Its quantised linears are `QuantizedLinear` modules.
+
     Raises:
-        SliderEditError: The configuration is missing, or does not describe a diffusers model.
+        SliderEditError: The configuration is missing, does not describe a diffusers model, or was quantised in a way that
+            cannot be read.
     """
     path = source / CONFIG_FILE
     try:
         config = read_json(path)
+        layers = read_layers(source)
+        config.pop("quantization_config", None)
         model_class = getattr(diffusers, config["_class_name"])
         if not issubclass(model_class, diffusers.ModelMixin):
             raise TypeError(f"{config['_class_name']} is not a model")
         with init_empty_weights():
-            return model_class.from_config(config).eval()
+            model = model_class.from_config(config).eval()
+        quantize_linears(model, layers)
+        return model
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise SliderEditError(
             f"cannot build the model that {str(path)!r} describes ({error}); download the checkpoint again"
@@ -323,14 +284,16 @@ def _check_component(folder: Path, library: str, component_class: Any) -> Any:
     if not folder.is_dir():
         raise SliderEditError(f"base {str(folder.parent)!r} lacks the folder {folder.name}; download the checkpoint again")
     for file in component_files(folder, library):
-        if file.exists() and file.open("rb").read(len(_LFS_POINTER)) == _LFS_POINTER:
-            raise SliderEditError(f"cannot read {str(file)!r}: {_POINTED}")
+        if file.exists() and file.open("rb").read(len(LFS_POINTER)) == LFS_POINTER:
+            raise SliderEditError(f"cannot read {str(file)!r}: {LFS_HINT}")
     if issubclass(component_class, diffusers.ModelMixin):
-        check_not_quantised(folder)
+        # Before the weights: other methods store them under other names or in other files.
+        read_layers(folder)
         stored, model = read_weights(folder), meta_transformer(folder)
         # Old autoencoders store their attention blocks under other names. Diffusers only uses the names here.
         model._fix_state_dict_keys_on_load(stored)
         check_complete(model.state_dict(), stored, folder)
+        check_parts(model, stored, folder)
         return None
     if issubclass(component_class, transformers.PreTrainedModel):
         check_not_quantised(folder)

@@ -18,19 +18,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from slideredit_rt.checkpoint import (
-    Stored,
-    components,
-    meta_transformer,
-    read_header,
-    read_index,
-    read_weights,
-    weight_files,
-)
+from slideredit_rt.checkpoint import components, meta_transformer, read_index, read_weights, weight_files
 from slideredit_rt.engines.manifest import Manifest
 from slideredit_rt.engines.tensorrt import PLAN_FILE
 from slideredit_rt.families import get_family
 from slideredit_rt.families.base import decode_in_tiles
+from slideredit_rt.tensor_files import Stored, read_header
 
 MemoryMode = Literal["none", "encoders", "all"]
 RESERVED = 3 * 2**29

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -107,6 +108,57 @@ def _texts(fields: Mapping[str, Any], name: str) -> tuple[str, ...]:
     return tuple(normalise(v).strip() for v in values)
 
 
+def pair_images(images: Path, prompts: Path) -> dict[str, tuple[Path, Edit]]:
+    """Pair every image of a folder with every edit of a prompts file, by unique names that can be part of a file name.
+
+    The order is shuffled, and the same in every run.
+
+    Args:
+        images: Folder of images: files that end in .png, .jpg, .jpeg, .webp, .bmp, .tif or .tiff.
+        prompts: JSON-lines file, see `read_edits`.
+
+    Raises:
+        SliderEditError: The folder contains no images, or the prompts file is not valid.
+    """
+    try:
+        found = sorted(p for p in images.iterdir() if p.is_file() and p.suffix.lower() in _SUFFIXES)
+    except OSError as error:
+        raise SliderEditError(
+            f"image folder {str(images)!r} cannot be read ({error.strerror}); pass a folder of images"
+        ) from None
+    if not found:
+        raise SliderEditError(f"image folder {str(images)!r} contains no images; put PNG, JPEG or WebP files into it")
+    edits = read_edits(prompts)
+    # The number separates "a.png" from "a.jpg", and names that become equal when made safe for file names.
+    names = {p: f"{i:04d}-{re.sub(r'[^A-Za-z0-9_-]+', '-', p.stem)[:40]}" for i, p in enumerate(found)}
+    entries = [(f"{names[p]}-{line:03d}", p, edit) for p in found for line, edit in enumerate(edits)]
+    random.Random(_ORDER_SEED).shuffle(entries)
+    return {name: (path, edit) for name, path, edit in entries}
+
+
+def open_cases(
+    entries: Mapping[str, tuple[Path, Edit]], names: Sequence[str], seeds: Iterable[int] | None = None
+) -> list[Case]:
+    """Open the images of some edits.
+
+    Args:
+        entries: Edits from `pair_images`.
+        names: Names of the edits.
+        seeds: Seed of each edit's noise; None counts from 0.
+
+    Raises:
+        SliderEditError: An image cannot be read.
+    """
+    opened: dict[Path, Image.Image] = {}
+    cases = []
+    for name, seed in zip(names, itertools.count() if seeds is None else seeds, strict=False):
+        path, edit = entries[name]
+        if path not in opened:
+            opened[path] = open_image(path)
+        cases.append(Case(name, opened[path], edit.prompt, edit.instructions, seed))
+    return cases
+
+
 class OwnImages:
     """Every image of a folder with every edit of a prompts file, in a shuffled order that is the same in every run.
 
@@ -135,20 +187,7 @@ class OwnImages:
     ) -> None:
         self.images, self.prompts, self.preprocess = images, prompts, preprocess
         self.attribute_scorers, self.distance_scorers = attribute_scorers, distance_scorers
-        try:
-            found = sorted(p for p in images.iterdir() if p.is_file() and p.suffix.lower() in _SUFFIXES)
-        except OSError as error:
-            raise SliderEditError(
-                f"image folder {str(images)!r} cannot be read ({error.strerror}); pass a folder of images"
-            ) from None
-        if not found:
-            raise SliderEditError(f"image folder {str(images)!r} contains no images; put PNG, JPEG or WebP files into it")
-        edits = read_edits(prompts)
-        # The number separates "a.png" from "a.jpg", and names that become equal when made safe for file names.
-        names = {p: f"{i:04d}-{re.sub(r'[^A-Za-z0-9_-]+', '-', p.stem)[:40]}" for i, p in enumerate(found)}
-        entries = [(f"{names[p]}-{line:03d}", p, edit) for p in found for line, edit in enumerate(edits)]
-        random.Random(_ORDER_SEED).shuffle(entries)
-        self._entries = {name: (path, edit) for name, path, edit in entries}
+        self._entries = pair_images(images, prompts)
         self._asked: dict[tuple[str, int], int] = {}
         self._source_scores: dict[str, Scores] = {}
 
@@ -171,14 +210,7 @@ class OwnImages:
                 "add images or prompts, or use fewer cases"
             )
         places = range(count) if phase == "bench" else range(len(names) - count, len(names))
-        opened: dict[Path, Image.Image] = {}
-        cases = []
-        for place in places:
-            path, edit = self._entries[names[place]]
-            if path not in opened:
-                opened[path] = open_image(path)
-            cases.append(Case(names[place], opened[path], edit.prompt, edit.instructions, place))
-        return cases
+        return open_cases(self._entries, [names[place] for place in places], places)
 
     def source_scores(self, case: Case) -> Scores:
         """Return the scores of the source image. Its distances are 0, or None where a scorer is undefined for it."""

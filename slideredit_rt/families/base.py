@@ -21,6 +21,8 @@ from torch import Tensor, nn
 
 from slideredit_rt.checkpoint import check_pipeline, load_components, quiet_libraries
 from slideredit_rt.errors import SliderEditError
+from slideredit_rt.quantization.config import read_layers
+from slideredit_rt.quantization.loading import load_transformer
 from slideredit_rt.settings import Offload
 from slideredit_rt.spans import PromptToken
 
@@ -150,6 +152,7 @@ class Family(ABC):
         joint_projections: Projections of the same rows that the transformer's attention can also compute as one module: the
             name of that module and of its parts.
         no_float16: Reason why the family cannot compute in float16; None if it can.
+        modulation: Pattern for the names (full match) of the linears that compute a block's shifts, scales and gates (adaLN).
     """
 
     name: ClassVar[str]
@@ -164,6 +167,7 @@ class Family(ABC):
     component_classes: ClassVar[Mapping[str, Any]] = {}
     joint_projections: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     no_float16: ClassVar[str | None] = None
+    modulation: ClassVar[str]
 
     def check_base(self, folder: Path, *, transformer: bool = True) -> dict[str, Any]:
         """Check that the pipeline in `folder` is complete (see `slideredit_rt.checkpoint.check_pipeline`).
@@ -186,6 +190,8 @@ class Family(ABC):
             SliderEditError: A component is missing or damaged.
         """
         parts = self.check_base(folder, transformer=transformer) | ({} if transformer else {"transformer": None})
+        if transformer and read_layers(folder / "transformer"):
+            parts["transformer"] = load_transformer(folder / "transformer", dtype)
         options = {"dtype": dtype, "local_files_only": True, **parts}
         with quiet_libraries():
             return load_components(folder, lambda: diffusers.DiffusionPipeline.from_pretrained(folder, **options))
@@ -223,6 +229,19 @@ class Family(ABC):
             kind: `st` or `gst`.
             all_projections: Match every linear whose rows the kind can scale, instead of those of the released adapters.
         """
+
+    def is_modulation(self, module_name: str) -> bool:
+        """Return whether a linear computes a block's shifts, scales and gates from the timestep."""
+        return re.fullmatch(self.modulation, module_name) is not None
+
+    def keeps_precision(self, module_name: str, config: Mapping[str, Any]) -> bool:
+        """Return whether a projection or a modulation linear is too sensitive to be quantised.
+
+        Args:
+            module_name: Name of the linear.
+            config: Configuration of the transformer.
+        """
+        return False
 
     @abstractmethod
     def input_specs(self, config: Mapping[str, Any]) -> list[TensorSpec]:

@@ -35,6 +35,7 @@ class FluxKontext(Family):
         "to_added_qkv": ("add_q_proj", "add_k_proj", "add_v_proj"),
     }
     no_float16 = "its activations exceed 65504, the largest float16 value, and become infinite"
+    modulation = r"transformer_blocks\.\d+\.norm1(_context)?\.linear|single_transformer_blocks\.\d+\.norm\.linear"
 
     def load_pipeline(self, folder: Path, *, transformer: bool = True, dtype: torch.dtype = torch.float32) -> Any:
         pipeline = super().load_pipeline(folder, transformer=transformer, dtype=dtype)

@@ -205,6 +205,7 @@ class QwenImageEdit(Family):
     # An image of 1024² pixels takes about 1,370 text rows.
     usual_text_rows = 1536
     text_reads_images = True
+    modulation = r"transformer_blocks\.\d+\.(img|txt)_mod\.1"
     component_classes: ClassVar[Mapping[str, Any]] = {"processor": SourceImageProcessor}
 
     def prepare_transformer(self, transformer: Any) -> None:
@@ -224,6 +225,11 @@ class QwenImageEdit(Family):
     def targets(self, kind: Kind, *, all_projections: bool = False) -> re.Pattern[str]:
         # 360 and 720 linears on the full model; there are no further projections.
         return re.compile(_TEXT_LINEARS if kind == "st" else f"{_TEXT_LINEARS}|{_IMAGE_LINEARS}")
+
+    def keeps_precision(self, module_name: str, config: Mapping[str, Any]) -> bool:
+        # The first two and the last two blocks, as in ModelOpt's recipe for the model of 60 blocks.
+        block, count = re.match(r"transformer_blocks\.(\d+)\.", module_name), config["num_layers"]
+        return block is not None and count > 4 and int(block[1]) not in range(2, count - 2)
 
     def input_specs(self, config: Mapping[str, Any]) -> list[TensorSpec]:
         half = sum(config["axes_dims_rope"]) // 2

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from slideredit_rt.kernels.quantized import quantized_linear
+from slideredit_rt.quantization.config import QuantizedLayer
 from slideredit_rt.quantization.precisions import PARTS, Part, Precision, get_precision
 
 _INTEGERS = {1: torch.uint8, 4: torch.int32}
@@ -99,3 +100,31 @@ class QuantizedLinear(nn.Module):
         """Describe the module when it is printed."""
         activations = ", activations" if self.activations else ""
         return f"{self.in_features}, {self.out_features}, {self.precision}{activations}, bias={self.bias is not None}"
+
+
+def quantize_linears(model: nn.Module, layers: Mapping[str, QuantizedLayer]) -> None:
+    """Replace linears of a model by `QuantizedLinear` modules on the `meta` device.
+
+    Args:
+        model: Model on the `meta` device, changed in place.
+        layers: Format of each linear, by name.
+
+    Raises:
+        ValueError: The model has no such linear, or it cannot be stored in that precision.
+    """
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    for name, layer in layers.items():
+        if name not in linears:
+            raise ValueError(f"its quantization_config names {name}, which is not a linear of the model")
+        linear, parent, child = linears[name], *name.rpartition(".")[::2]
+        if not get_precision(layer.precision).takes(linear.in_features):
+            raise ValueError(f"its quantization_config stores {name} with {linear.in_features} inputs as {layer.precision}")
+        quantized = QuantizedLinear(
+            linear.in_features,
+            linear.out_features,
+            layer.precision,
+            bias=linear.bias is not None,
+            activations=layer.activations,
+            device="meta",
+        )
+        setattr(model.get_submodule(parent), child, quantized.eval())

@@ -1,0 +1,146 @@
+"""The `quantization_config` of a transformer's `config.json`: which linears are quantised, and how.
+
+It has ModelOpt's keys: `quant_method`, `quant_algo`, and in `quantized_layers` the `quant_algo` of each linear.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from slideredit_rt import __version__
+from slideredit_rt.errors import SliderEditError
+from slideredit_rt.files import read_json
+from slideredit_rt.quantization.precisions import PRECISIONS
+
+METHOD = "modelopt"
+_MIXED = "MIXED_PRECISION"
+_INSTEAD = (
+    "pass the float32, bfloat16 or float16 checkpoint that it was made from, or quantise that with slideredit-rt quantize"
+)
+_OTHER_METHODS = {
+    "bitsandbytes": "NF4 and LLM.int8() need bitsandbytes at run time; take --precision int4 or int8 instead",
+    "gguf": "GGUF blocks are not read; take --precision int4 or int8 instead",
+    "nunchaku": "Nunchaku's weights only run in its own kernels; take --precision nvfp4 or int4 instead",
+    "svdquant": "Nunchaku's weights only run in its own kernels; take --precision nvfp4 or int4 instead",
+}
+
+
+@dataclass(frozen=True)
+class QuantizedLayer:
+    """Format of a quantised linear.
+
+    Attributes:
+        precision: Name of the precision.
+        activations: Whether activations are quantised; otherwise only the weight is.
+    """
+
+    precision: str
+    activations: bool = False
+
+    @property
+    def algorithm(self) -> str:
+        """The `quant_algo` of the linear."""
+        precision = PRECISIONS[self.precision]
+        algorithm = precision.algorithm if self.activations else precision.weight_only_algorithm
+        if algorithm is None:
+            raise ValueError(f"{self.precision} always quantises activations")
+        return algorithm
+
+
+_LAYERS = {
+    layer.algorithm: layer
+    for precision in PRECISIONS.values()
+    for layer in (
+        *([QuantizedLayer(precision.name)] if precision.weight_only_algorithm else []),
+        *([QuantizedLayer(precision.name, activations=True)] if precision.quantises_activations else []),
+    )
+}
+
+
+def describe_layers(layers: Mapping[str, QuantizedLayer], precision: str) -> dict[str, Any]:
+    """Return the `quantization_config` for linears, by name.
+
+    Args:
+        layers: Format of each linear.
+        precision: Name of the precision that the base was quantised to.
+    """
+    algorithms = sorted({layer.algorithm for layer in layers.values()})
+    return {
+        "quant_method": METHOD,
+        "quant_algo": algorithms[0] if len(algorithms) == 1 else _MIXED,
+        "producer": {"name": "slideredit-rt", "version": __version__},
+        "precision": precision,
+        "quantized_layers": {name: {"quant_algo": layer.algorithm} for name, layer in layers.items()},
+    }
+
+
+def _configuration(folder: Path) -> Any:
+    """Return the `quantization_config` of a model, None if it has none or its `config.json` cannot be read."""
+    try:
+        return read_json(folder / "config.json").get("quantization_config")
+    except (OSError, ValueError):
+        return None  # reported when the model is built
+
+
+def read_layers(folder: Path) -> dict[str, QuantizedLayer]:
+    """Return the format of a model's quantised linears, by name; empty for a model that is not quantised.
+
+    Args:
+        folder: Folder of the model.
+
+    Raises:
+        SliderEditError: The model was quantised in a way that cannot be read.
+    """
+    configuration = _configuration(folder)
+    if not configuration:
+        return {}
+    layers = configuration.get("quantized_layers") if isinstance(configuration, dict) else None
+    if not isinstance(layers, dict) or configuration.get("quant_method") != METHOD or not layers:
+        raise refusal(folder, configuration)
+    found = {}
+    for name, entry in layers.items():
+        algorithm = entry.get("quant_algo") if isinstance(entry, dict) else None
+        if not isinstance(algorithm, str) or algorithm not in _LAYERS:
+            raise SliderEditError(
+                f"checkpoint {str(folder)!r} stores {name} in the unknown quant_algo {json.dumps(algorithm)}; known: "
+                f"{', '.join(_LAYERS)}; {_INSTEAD}"
+            )
+        found[name] = _LAYERS[algorithm]
+    return found
+
+
+def read_precision(folder: Path) -> str | None:
+    """Return the name of the precision that a model was quantised to, None if it is not quantised.
+
+    Args:
+        folder: Folder of the model.
+
+    Raises:
+        SliderEditError: The model was quantised in a way that cannot be read.
+    """
+    layers = read_layers(folder)
+    if not layers:
+        return None
+    stated = _configuration(folder).get("precision")
+    # Modulation may have another precision than the other linears, which are more.
+    counts = [layer.precision for layer in layers.values()]
+    return stated if isinstance(stated, str) and stated in PRECISIONS else max(sorted(set(counts)), key=counts.count)
+
+
+def refusal(folder: Path, configuration: Any) -> SliderEditError:
+    """Make the error for a model whose quantisation cannot be read here.
+
+    Args:
+        folder: Folder of the model.
+        configuration: Its `quantization_config`.
+    """
+    method = configuration.get("quant_method") if isinstance(configuration, Mapping) else None
+    why = next((f" ({hint})" for name, hint in _OTHER_METHODS.items() if str(method).startswith(name)), "")
+    return SliderEditError(
+        f"checkpoint {str(folder)!r} is quantised ({method or 'according to its config.json'}) in a form that cannot be used "
+        f"here{why}; {_INSTEAD}"
+    )
