@@ -15,7 +15,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,16 +28,19 @@ from onnx_ir.passes import common as passes
 from torch import Tensor, nn
 
 from slideredit_rt.adapters import Adapter, fill_ranks
-from slideredit_rt.checkpoint import CONFIG_FILE, check_complete, check_not_quantised, meta_transformer, read_weights
+from slideredit_rt.checkpoint import CONFIG_FILE, check_complete, check_parts, meta_transformer, read_weights
 from slideredit_rt.engines.backend import Lowering
 from slideredit_rt.engines.manifest import ADAPTER_FILE, MODEL_FILE
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.export.lowering import lower
 from slideredit_rt.export.onnx_graph import trace
+from slideredit_rt.export.quantised import FORMS, Conversion, Form, lower_quantised
 from slideredit_rt.export.tensorrt_plugin import graph_rank
 from slideredit_rt.families import Family, TensorSpec
 from slideredit_rt.files import atomic_file
 from slideredit_rt.modules import SliderBackbone
+from slideredit_rt.quantization.linear import QuantizedLinear, quantized_linears, quantized_parts
+from slideredit_rt.quantization.precisions import Part
 from slideredit_rt.tensor_files import Stored, make_header, read_header, read_tensor, write_tensors
 
 CONVERTED_FILE = "converted.safetensors"
@@ -58,11 +61,14 @@ class WeightOptions:
             checkpoint's dtype.
         symbolic_links: Use a symbolic link if a hard link is not possible, instead of copying.
         copy: Copy instead of linking.
+        quantised: Form of quantised projections in the graph, by the name of their precision (see
+            `slideredit_rt.export.quantised`).
     """
 
     dtype: torch.dtype | None = None
     symbolic_links: bool = True
     copy: bool = False
+    quantised: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -79,6 +85,7 @@ class LinkedExport:
         bytes_written: Total size of `files`, in bytes.
         updates: Number of adapted linears by their final lowering.
         notes: One sentence for each linear that could not get the requested lowering.
+        precisions: Name of the precision of each quantised linear, by name.
     """
 
     config: dict[str, Any]
@@ -90,6 +97,7 @@ class LinkedExport:
     bytes_written: int
     updates: dict[str, int]
     notes: list[str]
+    precisions: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -116,6 +124,7 @@ class _LinkedWeights:
             bytes_written=sum((folder / name).stat().st_size for name in files),
             updates=updates,
             notes=notes,
+            precisions={name: module.precision for name, module in quantized_linears(self.backbone.transformer).items()},
         )
 
 
@@ -150,11 +159,13 @@ def export_linked(
     """
     if adapter is not None and lowering == "plugin":
         adapter = fill_ranks(adapter, {name: graph_rank(len(a)) for name, (a, _) in adapter.pairs.items()})
-    weights = _link_weights(family, checkpoint, adapter, folder, options)
+    forms = {name: FORMS[form]() for name, form in options.quantised.items()}
+    weights = _link_weights(family, checkpoint, adapter, folder, options, forms)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = trace(weights.backbone, weights.config).model
     _finish(model, {f"transformer.{name}": place for name, place in weights.places.items()})
+    lower_quantised(model, forms)
     updates, notes = lower(model, lowering, target)
     with atomic_file(folder / MODEL_FILE) as temporary:
         onnx_ir.save(model, temporary)
@@ -183,25 +194,36 @@ def export_weights(
     Raises:
         SliderEditError: See `export_linked`.
     """
-    weights = _link_weights(family, checkpoint, adapter, folder, options)
+    weights = _link_weights(family, checkpoint, adapter, folder, options, {})
     with atomic_file(folder / CONFIG_FILE) as temporary:
         shutil.copyfile(checkpoint / "transformer" / CONFIG_FILE, temporary)
     return weights.export(folder, CONFIG_FILE, {lowering: len(adapter.pairs)} if adapter else {}, [])
 
 
 def _link_weights(
-    family: Family, checkpoint: Path, adapter: Adapter | None, folder: Path, options: WeightOptions
+    family: Family,
+    checkpoint: Path,
+    adapter: Adapter | None,
+    folder: Path,
+    options: WeightOptions,
+    forms: Mapping[str, Form],
 ) -> _LinkedWeights:
-    """Link the checkpoint's weights into `folder` and write the adapter's beside them (see `export_linked`)."""
+    """Link the checkpoint's weights into `folder` and write the adapter's beside them (see `export_linked`).
+
+    Quantised weights are converted as their form in the graph needs; without a form, they stay as they are stored.
+    """
     source = checkpoint / "transformer"
-    check_not_quantised(source)
-    stored = read_weights(source)
-    transformer = meta_transformer(source)
+    stored, transformer = read_weights(source), meta_transformer(source)
     state = transformer.state_dict()
     check_complete(state, stored, source)
-    places = {name: stored[name] for name in state}
-    _check_places(places, source)
-    dtype = _choose_dtype(family, places, options.dtype, source)
+    check_parts(transformer, stored, source)
+    places, parts = {name: stored[name] for name in state}, quantized_parts(transformer)
+    _check_places(places, parts, source)
+    dtype = _choose_dtype(family, {name: place for name, place in places.items() if name not in parts}, options.dtype, source)
+    if parts and dtype == torch.float16:
+        raise SliderEditError(
+            "a quantised base runs in bfloat16 or float32, whose range holds its scales; use --dtype bfloat16"
+        )
     # Not the model's own `to`, which warns about modules to keep in float32 even if the model has none.
     nn.Module.to(transformer, dtype)
     if adapter is not None:
@@ -212,7 +234,7 @@ def _link_weights(
     backbone = SliderBackbone(family, transformer, on_meta)
     config = json.loads(json.dumps({k: v for k, v in transformer.config.items() if not k.startswith("_")}))
 
-    foreign = {name: place for name, place in places.items() if place.dtype != dtype}
+    foreign = _conversions(places, parts, dtype, forms)
     links: dict[str, Link] = {}
     files = []
     for file in sorted({place.file for name, place in places.items() if name not in foreign}):
@@ -222,8 +244,9 @@ def _link_weights(
             files.append(file.name)
     if foreign:
         files.append(CONVERTED_FILE)
+        header = make_header({name: (one.part.dtype, one.part.shape) for name, one in foreign.items()})
         write_tensors(
-            folder / CONVERTED_FILE, _header(foreign, dtype), (read_tensor(place).to(dtype) for place in foreign.values())
+            folder / CONVERTED_FILE, header, (one.convert(read_tensor(places[name])) for name, one in foreign.items())
         )
         places |= read_header(folder / CONVERTED_FILE)[0]
     if adapter is not None:
@@ -239,10 +262,31 @@ def _link_weights(
     return _LinkedWeights(backbone, config, dtype, files, links, places)
 
 
-def _check_places(places: Mapping[str, Stored], source: Path) -> None:
+def _conversions(
+    places: Mapping[str, Stored],
+    parts: Mapping[str, tuple[QuantizedLinear, str]],
+    dtype: torch.dtype,
+    forms: Mapping[str, Form],
+) -> dict[str, Conversion]:
+    """Return the tensors that cannot be used as they are stored, and how each is converted."""
+    found = {}
+    for name, place in places.items():
+        as_stored = Part(place.dtype, place.shape)
+        if name not in parts:
+            if place.dtype != dtype:
+                found[name] = Conversion(Part(dtype, place.shape), lambda tensor: tensor.to(dtype))
+            continue
+        linear, part = parts[name]
+        form = forms.get(linear.precision)
+        if form and (one := form.conversion(linear.precision, part, as_stored, linear.in_features, dtype)):
+            found[name] = one
+    return found
+
+
+def _check_places(places: Mapping[str, Stored], parts: Container[str], source: Path) -> None:
     """Refuse weights that cannot be exported, and files that have the name of one of the engine's own files."""
     for name, place in places.items():
-        if place.dtype not in _CODES:
+        if place.dtype not in _CODES and name not in parts:
             raise SliderEditError(
                 f"checkpoint {str(source)!r} stores {name} as {place.dtype}, but only {', '.join(_CODES.values())} can be "
                 "exported; pass the checkpoint that it was made from"
@@ -412,9 +456,17 @@ def _finish(model: onnx_ir.Model, places: Mapping[str, Stored]) -> None:
     graph.inputs[:] = inputs
     for value in (value for value in weights if value.uses()):
         place = places[str(value.name)]
-        assert value.shape is not None
-        assert value.dtype is not None
-        value.const_value = onnx_ir.ExternalTensor(
-            place.file.name, place.offset, place.length, value.dtype, shape=onnx_ir.Shape(place.shape), name=str(value.name)
-        )
+        dtype = onnx_ir.tensor_adapters.from_torch_dtype(place.dtype)
+        # A converted tensor may have another dtype or shape than the traced one.
+        value.type, value.shape = onnx_ir.TensorType(dtype), onnx_ir.Shape(place.shape)
+        value.const_value = _stored_tensor(str(value.name), place, dtype)
         graph.register_initializer(value)
+
+
+def _stored_tensor(name: str, place: Stored, dtype: onnx_ir.DataType) -> onnx_ir.TensorProtocol:
+    if not place.shape:
+        # Lowerings and builders read the values of scalar scales.
+        return onnx_ir.tensor_adapters.TorchTensor(read_tensor(place), name=name)
+    return onnx_ir.ExternalTensor(
+        place.file.name, place.offset, place.length, dtype, shape=onnx_ir.Shape(place.shape), name=name
+    )

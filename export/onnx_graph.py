@@ -1,12 +1,14 @@
-"""The ONNX graph of a slider backbone: standard operators plus one `slideredit::MaskedLoRALinear` node per adapted linear.
+"""The ONNX graph of a slider backbone: standard operators plus nodes of this package.
 
-The module `lowering` replaces these nodes before the graph is written.
+These are one `slideredit::MaskedLoRALinear` node per adapted linear, one `QuantizedLinear` node per quantised one, and one
+`MaskedLoRAUpdate` node beside a quantised linear that is adapted. The modules `lowering` and `quantised` replace them before
+the graph is written.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,28 +17,74 @@ import onnxscript
 import torch
 from torch.export import Dim
 
-from slideredit_rt.export.lowering import DOMAIN, LINEAR
+from slideredit_rt.export.nodes import DOMAIN, LINEAR, QUANTIZED_LINEAR, UPDATE
 from slideredit_rt.modules import SliderBackbone
 
 OPSET = 20
 
 
-def _schema() -> onnx.defs.OpSchema:
-    parameter, optional = onnx.defs.OpSchema.FormalParameter, onnx.defs.OpSchema.FormalParameterOption.Optional
-    names = ("x", "weight", "bias", "lora_a", "lora_b", "row_scale")
-    kinds = [
-        parameter(n, "S" if n == "row_scale" else "T", **({"param_option": optional} if n == "bias" else {})) for n in names
-    ]
-    floats = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"]
-    constraints = [("T", floats, "the backbone's dtype"), ("S", ["tensor(float)"], "float32")]
-    return onnx.defs.OpSchema(LINEAR, DOMAIN, 1, inputs=kinds, outputs=[parameter("y", "T")], type_constraints=constraints)
+_FLOATS = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"]
+_TYPES = {
+    "T": (_FLOATS, "the backbone's dtype"),
+    "S": (["tensor(float)"], "float32"),
+    "Q": (["tensor(float8e4m3fn)", "tensor(int8)", "tensor(uint8)"], "a stored weight"),
+    "R": (["tensor(float)", "tensor(float8e4m3fn)"], "scales of a stored weight"),
+}
+"""Types of inputs by the letter that schemas use, and their descriptions."""
+_LOW_RANK = {"lora_a": "T", "lora_b": "T", "row_scale": "S"}
+_PARTS = {"weight": "Q", "weight_scale": "R", "weight_scale_2": "S", "input_scale": "S"}
 
 
-_linear = onnxscript.values.Op(onnxscript.values.Opset(DOMAIN, 1), LINEAR, _schema())
+def _operator(name: str, inputs: dict[str, str], *, optional: Collection[str] = (), attributes: Collection[str] = ()) -> Any:
+    """Define a node with one output of the first input's type.
+
+    Args:
+        name: Type of the node.
+        inputs: Type of each input, a key of `_TYPES`, by name.
+        optional: Inputs that may be left out.
+        attributes: Names of attributes, all strings.
+    """
+    parameter, left_out = onnx.defs.OpSchema.FormalParameter, onnx.defs.OpSchema.FormalParameterOption.Optional
+    string = onnx.defs.OpSchema.AttrType.STRING
+    schema = onnx.defs.OpSchema(
+        name,
+        DOMAIN,
+        1,
+        inputs=[parameter(n, kind, **({"param_option": left_out} if n in optional else {})) for n, kind in inputs.items()],
+        outputs=[parameter("y", "T")],
+        type_constraints=[(letter, *_TYPES[letter]) for letter in dict.fromkeys(inputs.values())],
+        attributes=[onnx.defs.OpSchema.Attribute(attribute, string) for attribute in attributes],
+    )
+    return onnxscript.values.Op(onnxscript.values.Opset(DOMAIN, 1), name, schema)
 
 
-def _translate(x, weight, bias, lora_a, lora_b, row_scale):  # type: ignore[no-untyped-def]
+_linear = _operator(LINEAR, {"x": "T", "weight": "T", "bias": "T", **_LOW_RANK}, optional=["bias"])
+_update = _operator(UPDATE, {"y": "T", "x": "T", **_LOW_RANK})
+_quantized = _operator(
+    QUANTIZED_LINEAR,
+    {"x": "T", **_PARTS, "bias": "T"},
+    optional=["weight_scale_2", "input_scale", "bias"],
+    attributes=["precision"],
+)
+
+
+def _translate_linear(x, weight, bias, lora_a, lora_b, row_scale):  # type: ignore[no-untyped-def]
     return _linear(x, weight, bias, lora_a, lora_b, row_scale)
+
+
+def _translate_update(y, x, lora_a, lora_b, row_scale):  # type: ignore[no-untyped-def]
+    return _update(y, x, lora_a, lora_b, row_scale)
+
+
+def _translate_quantized(x, weight, weight_scale, weight_scale_2, input_scale, bias, precision):  # type: ignore[no-untyped-def]
+    return _quantized(x, weight, weight_scale, weight_scale_2, input_scale, bias, precision=precision)
+
+
+_TRANSLATIONS: dict[Any, Callable[..., Any]] = {
+    torch.ops.slideredit.masked_lora_linear.default: _translate_linear,
+    torch.ops.slideredit.masked_lora_update.default: _translate_update,
+    torch.ops.slideredit.quantized_linear.default: _translate_quantized,
+}
 
 
 def _dynamic_shapes(backbone: SliderBackbone, config: Any) -> dict[str, dict[int, Any]]:
@@ -110,7 +158,7 @@ def _export(backbone: SliderBackbone, config: Any, inputs: dict[str, torch.Tenso
         input_names=list(inputs),
         output_names=[backbone.family.output_spec(config).name],
         dynamic_shapes={"inputs": _dynamic_shapes(backbone, config)},
-        custom_translation_table={torch.ops.slideredit.masked_lora_linear.default: _translate},
+        custom_translation_table=_TRANSLATIONS,
         verbose=False,
     )
 

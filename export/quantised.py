@@ -13,7 +13,7 @@ them; bias `[N]` or none.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -38,6 +38,8 @@ _OPSETS = {"fp8": 21, "int8": 21, "int4": 21, "nvfp4": 23}
 """The first opset whose DequantizeLinear has what the stored form needs: blocks, INT4, FLOAT4E2M1."""
 _PACKED = {"int4": ir.DataType.INT4, "nvfp4": ir.DataType.FLOAT4E2M1}
 """ONNX type of the weights that a checkpoint stores as bytes of two values."""
+_EXTENSIONS = ("trt", "com.microsoft")
+"""Domains of TensorRT's and ONNX Runtime's own operators."""
 _FP4_BLOCK = 16
 _FP8_SCALES = int(ir.DataType.FLOAT8E4M3FN)
 _NBITS_BLOCK = 128
@@ -155,28 +157,21 @@ class NBits(Form):
 FORMS: dict[str, type[Form]] = {form.name: form for form in (QDQ, NBits)}
 
 
-def lower_quantised(model: ir.Model, form: Form) -> dict[str, str]:
+def lower_quantised(model: ir.Model, forms: Mapping[str, Form]) -> None:
     """Replace the quantised projections of a traced graph, in place.
 
     Args:
         model: Result of `onnx_graph.trace`, whose initializers refer to converted parts.
-        form: Form to give them.
-
-    Returns:
-        Name of the precision of each projection, by its name in the transformer.
+        forms: Form to give them, by the name of their precision.
     """
     nodes = [node for node in model.graph if node.domain == DOMAIN and node.op_type == QUANTIZED_LINEAR]
-    found = {}
     for node in nodes:
         precision = node.attributes["precision"].as_string()
-        found[projection_name(node)] = precision
-        form.replace(model.graph, node, precision)
+        forms[precision].replace(model.graph, node, precision)
         model.opset_imports[""] = max(model.opset_imports[""], _OPSETS[precision])
-        domains = {new.domain for new in model.graph if new.domain in ("trt", "com.microsoft")}
-        model.opset_imports.update(dict.fromkeys(domains, 1))
+    model.opset_imports.update({node.domain: 1 for node in model.graph if node.domain in _EXTENSIONS})
     for name in [name for name, value in model.graph.initializers.items() if not value.uses()]:
         del model.graph.initializers[name]
-    return found
 
 
 def _round_to_fp8(graph: ir.Graph, build: Builder, x: ir.Value, scale: ir.Value) -> ir.Value:

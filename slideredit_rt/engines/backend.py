@@ -182,6 +182,8 @@ class Backend(ABC):
         build_options: Dataclass of its own build options; None if it has none.
         run_options: Dataclass of its own run options; None if it has none.
         served: Form in which Triton Inference Server runs its engines; None if it cannot.
+        quantised: Precisions of quantised bases that it runs, and the form of their projections in its graph (see
+            `slideredit_rt.export.quantised`); `module` for a backend without a graph.
     """
 
     name: ClassVar[str]
@@ -191,6 +193,7 @@ class Backend(ABC):
     build_options: ClassVar[type[Any] | None] = None
     run_options: ClassVar[type[Any] | None] = None
     served: ClassVar[ServedModel | None] = None
+    quantised: ClassVar[Mapping[str, str]] = {}
 
     def version(self) -> str:
         """Return the version of the installed package, for the manifest."""

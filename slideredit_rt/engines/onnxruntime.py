@@ -6,7 +6,7 @@ import threading
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import onnxruntime
@@ -163,6 +163,8 @@ class OnnxRuntime(Backend):
     package = "onnxruntime"
     lowerings = ("native", "folded")
     served = ServedModel("onnxruntime_onnx", MODEL_FILE, MODEL_FILE, is_graph=True)
+    # fp8 has no fast kernel on a CPU: it is for comparing accuracy.
+    quantised: ClassVar = {"int8": "nbits", "int4": "nbits", "fp8": "qdq"}
 
     def choose_dtype(self, asked: DType | None) -> DType:
         """Return the requested dtype, float32 by default (see `Backend.choose_dtype`)."""
@@ -175,7 +177,7 @@ class OnnxRuntime(Backend):
         from slideredit_rt.export.linked_weights import WeightOptions, export_linked
 
         # ONNX Runtime does not follow symbolic links.
-        weights = WeightOptions(job.dtype, symbolic_links=False, copy=job.settings.copy_weights)
+        weights = WeightOptions(job.dtype, symbolic_links=False, copy=job.settings.copy_weights, quantised=self.quantised)
         exported = export_linked(job.family, job.base, job.adapter, folder, weights, lowering=job.lowering)
         return Compiled(exported, exported.files, exported.links)
 

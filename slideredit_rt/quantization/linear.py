@@ -128,3 +128,17 @@ def quantize_linears(model: nn.Module, layers: Mapping[str, QuantizedLayer]) -> 
             device="meta",
         )
         setattr(model.get_submodule(parent), child, quantized.eval())
+
+
+def quantized_linears(model: nn.Module) -> dict[str, QuantizedLinear]:
+    """Return the quantised linears of a model by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
+
+
+def quantized_parts(model: nn.Module) -> dict[str, tuple[QuantizedLinear, str]]:
+    """Return, by its name in the state dict, each part of a quantised linear: the linear and the part's own name."""
+    return {
+        f"{name}.{part}": (linear, part)
+        for name, linear in quantized_linears(model).items()
+        for part, _ in linear.named_buffers(recurse=False)
+    }

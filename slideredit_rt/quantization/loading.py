@@ -10,7 +10,7 @@ from torch import Tensor
 
 from slideredit_rt.checkpoint import check_complete, check_parts, meta_transformer, read_weights
 from slideredit_rt.errors import SliderEditError
-from slideredit_rt.quantization.linear import QuantizedLinear
+from slideredit_rt.quantization.linear import quantized_parts
 from slideredit_rt.tensor_files import read_tensor
 
 _SCALES = ("weight_scale", "weight_scale_2", "input_scale")
@@ -29,8 +29,7 @@ def load_transformer(folder: Path, dtype: torch.dtype) -> Any:
     stored, model = read_weights(folder), meta_transformer(folder)
     check_complete(model.state_dict(), stored, folder)
     check_parts(model, stored, folder)
-    quantized = {name: m for name, m in model.named_modules() if isinstance(m, QuantizedLinear)}
-    parts = {f"{name}.{part}": part for name, module in quantized.items() for part, _ in module.named_buffers()}
+    parts = {name: part for name, (_, part) in quantized_parts(model).items()}
     state: dict[str, Tensor] = {}
     for name in model.state_dict():
         tensor = read_tensor(stored[name])

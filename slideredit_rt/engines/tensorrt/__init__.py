@@ -54,6 +54,7 @@ class TensorRT(Backend):
     engine: ClassVar[type[TensorRTEngine]] = TensorRTEngine
     title = TensorRTEngine.title
     lowerings: ClassVar[tuple[Lowering, ...]] = ("native", "folded", "plugin")
+    quantised: ClassVar = {"fp8": "qdq", "int8": "qdq", "int4": "qdq", "nvfp4": "qdq"}
     build_options = TensorRTOptions
     run_options = RuntimeOptions
     served: ClassVar[ServedModel | None] = ServedModel("tensorrt_plan", PLAN_FILE, "model.plan", is_graph=False)
@@ -145,7 +146,7 @@ class TensorRT(Backend):
                 job.base,
                 job.adapter,
                 graph,
-                WeightOptions(job.dtype),
+                WeightOptions(job.dtype, quantised=self.quantised),
                 lowering=lowering,
                 target=plugin_target(targets, self.options_of(job.settings)) if lowering == "plugin" else None,
             )
