@@ -67,6 +67,13 @@ def replace_node(graph: ir.Graph, node: ir.Node, built: Builder, result: ir.Valu
     ir.convenience.replace_nodes_and_values(graph, node, [node], built.nodes, [old], [result])
 
 
+def constant(graph: ir.Graph, value: np.ndarray, name: str) -> ir.Value:
+    """Return an initializer. Initializers of the same name must have the same content."""
+    if name not in graph.initializers:
+        add_initializer(graph, ir.tensor(value, name=name))
+    return graph.initializers[name]
+
+
 def zeros(graph: ir.Graph, shape: tuple[int, ...], like: ir.Value) -> ir.Value:
     """Return an initializer of zeros with the dtype of `like`. Equal initializers are shared."""
     assert like.dtype is not None
@@ -78,9 +85,7 @@ def zeros(graph: ir.Graph, shape: tuple[int, ...], like: ir.Value) -> ir.Value:
 
 def integers(graph: ir.Graph, values: list[int], name: str) -> ir.Value:
     """Return an int64 initializer. Initializers of the same name must have the same content."""
-    if name not in graph.initializers:
-        add_initializer(graph, ir.tensor(np.array(values), name=name))
-    return graph.initializers[name]
+    return constant(graph, np.array(values), name)
 
 
 def add_initializer(graph: ir.Graph, tensor: ir.TensorProtocol) -> None:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 import torch
@@ -26,7 +27,7 @@ from slideredit_rt.export.nodes import (
     DOMAIN,
     QUANTIZED_LINEAR,
     Builder,
-    add_initializer,
+    constant,
     present,
     projection_name,
     replace_node,
@@ -94,6 +95,7 @@ class QDQ(Form):
 
     def __init__(self) -> None:
         self._rounded: dict[tuple[ir.Value, str, float], ir.Value] = {}
+        self._vectors = 0
 
     def conversion(self, precision: str, name: str, stored: Part, k: int, dtype: torch.dtype) -> Conversion | None:
         # The dtype of its scale is that of what DequantizeLinear returns.
@@ -104,24 +106,47 @@ class QDQ(Form):
     def replace(self, graph: ir.Graph, node: ir.Node, precision: str) -> None:
         x, weight, weight_scale, weight_scale_2, input_scale, bias = node.inputs
         x, weight, weight_scale = present([x, weight, weight_scale])
-        build = Builder(projection_name(node))
+        build, k = Builder(projection_name(node)), size_of(x, -1)
+        if precision in _PACKED:
+            _retype(weight, _PACKED[precision], (size_of(weight, 0), k))
         if input_scale is not None:
             # Projections of the same rows share the rounded activations.
             key = (x, precision, _scalar(input_scale))
             if key not in self._rounded:
                 self._rounded[key] = _ACTIVATIONS[precision](graph, build, x, input_scale)
             x = self._rounded[key]
-        n, k = size_of(weight, 0), x.shape and size_of(x, -1)
-        if precision in _PACKED:
-            _retype(weight, _PACKED[precision], (n, int(k)))
+        elif len(x.shape or ()) == 2 and len(weight_scale.shape or ()) == 1:
+            y = self._project_vector(graph, build, x, weight, weight_scale)
+            replace_node(graph, node, build, y if bias is None else build("Add", [y, bias], "bias"))
+            return
         scale = weight_scale
         if weight_scale_2 is not None:
             scale = build("DequantizeLinear", [weight_scale, weight_scale_2], "weight_scale")
-        blocks = size_of(weight_scale, 1) if len(weight_scale.shape or ()) == 2 else None
-        attributes = {"axis": 0} if blocks is None else {"axis": 1, "block_size": int(k) // blocks}
+        blocked = len(weight_scale.shape or ()) == 2
+        attributes = {"axis": 1, "block_size": k // size_of(weight_scale, 1)} if blocked else {"axis": 0}
         wide = build("DequantizeLinear", [weight, scale], "weight", attributes)
         y = build("MatMul", [x, build.transposed(wide, "weight_transposed")], "base")
         replace_node(graph, node, build, y if bias is None else build("Add", [y, bias], "bias"))
+
+    def _project_vector(
+        self, graph: ir.Graph, build: Builder, x: ir.Value, weight: ir.Value, weight_scale: ir.Value
+    ) -> ir.Value:
+        """Project one vector per batch item, as modulation does, with a weight that is stored in 8 bits.
+
+        TensorRT-RTX 1.7 would join all modulations, because they read the same vector, and expand their weights to 16 bits in
+        every step. A bound that no value reaches gives each its own input. It would also expand a weight with a scale per
+        channel if the batch is always 1, so the scales multiply the product.
+        """
+        assert x.dtype is not None
+        bound = np.nextafter(np.array(ml_dtypes.finfo(x.dtype.numpy()).max, x.dtype.numpy()), np.array(0, x.dtype.numpy()))
+        for _ in range(self._vectors):
+            bound = np.nextafter(bound, np.zeros_like(bound))
+        self._vectors += 1
+        own = build("Min", [x, constant(graph, bound, f"bound_{self._vectors}")], "input")
+        one = constant(graph, np.ones((), x.dtype.numpy()), "one")
+        wide = build("DequantizeLinear", [weight, one], "weight")
+        product = build("MatMul", [_like(own, x), build.transposed(wide, "weight_transposed")], "base")
+        return build("Mul", [product, weight_scale], "scaled")
 
 
 class NBits(Form):
@@ -175,10 +200,8 @@ def lower_quantised(model: ir.Model, forms: Mapping[str, Form]) -> None:
 
 
 def _round_to_fp8(graph: ir.Graph, build: Builder, x: ir.Value, scale: ir.Value) -> ir.Value:
-    zero = "fp8_zero"
-    if zero not in graph.initializers:
-        add_initializer(graph, ir.tensor(np.zeros((), ir.DataType.FLOAT8E4M3FN.numpy()), ir.DataType.FLOAT8E4M3FN, name=zero))
-    rounded = build("QuantizeLinear", [x, scale, graph.initializers[zero]], "activations_fp8")
+    zero = constant(graph, np.zeros((), ir.DataType.FLOAT8E4M3FN.numpy()), "fp8_zero")
+    rounded = build("QuantizeLinear", [x, scale, zero], "activations_fp8")
     return _like(build("DequantizeLinear", [rounded, scale], "activations"), x)
 
 
