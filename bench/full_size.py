@@ -114,7 +114,7 @@ class FullSize(ABC):
         narrow: The same for the small transformer.
         gib: GPU memory that whole edits need, in GiB, named when there is too little.
         steps: Denoising steps of an edit in `make gpu-e2e`, limited by the time that the bench may take.
-        batch: Slider settings that the bench puts into one batch; 1 where the decoder's activations leave no room for more.
+        batch: Largest batch of `make gpu-e2e`: 7 to time a sweep in one batch, or 1 where compiling for it would take too long.
     """
 
     name: ClassVar[str]

@@ -121,7 +121,7 @@ def slider_inputs(kind: Kind, size: Size, spans: tuple[int, ...], batch: int, de
     return {"alpha": torch.full((batch, len(spans)), SCALE, device=device), "token_mask": mask.to(device)}
 
 
-def engine_for(backbone: SliderBackbone) -> InductorEngine:
+def engine_for(backbone: SliderBackbone, max_batch: int = BATCH) -> InductorEngine:
     """Create the engine that `slideredit-rt build --backend inductor` makes, around a loaded transformer."""
     family, transformer = backbone.family, backbone.transformer
     config: Any = transformer.config
@@ -133,7 +133,7 @@ def engine_for(backbone: SliderBackbone) -> InductorEngine:
         backend_version=torch.__version__,
         lowering="operator",
         targets=[],
-        max_batch=BATCH,
+        max_batch=max_batch,
         max_sliders=MAX_SLIDERS,
         config={},
         inputs=[*family.input_specs(config), *backbone.slider_specs()],

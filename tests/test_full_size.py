@@ -27,7 +27,8 @@ PARAMETERS = {  # of the released checkpoints
 def test_full_size_configurations_are_the_released_ones(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(full_size, "materialise", lambda module, device: full_size.tie(module))
     pipeline = FULL_SIZES[name].pipeline(small=False, device=torch.device("meta"))
-    found = {part: sum(p.numel() for p in m.parameters()) for part, m in pipeline.components.items() if isinstance(m, nn.Module)}
+    modules = {part: module for part, module in pipeline.components.items() if isinstance(module, nn.Module)}
+    found = {part: sum(p.numel() for p in module.parameters()) for part, module in modules.items()}
     assert found == pytest.approx(PARAMETERS[name], rel=0.01)
     assert FULL_SIZES[name].family.side(pipeline) == 1024
 
