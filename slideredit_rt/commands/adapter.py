@@ -116,9 +116,9 @@ def _adapter_calibrate(args: argparse.Namespace) -> int:
 
     if args.destination.exists():
         raise SliderEditError(f"{str(args.destination)!r} exists already; choose another name")
+    run, own = run_settings(args), own_image_options(args)
     folder = resolve_base(args.base)
     family = family_of(folder)
-    own = own_image_options(args)
     if own is None:
         dataset: Dataset = ShapesScenes(seeds=CALIBRATION_SEEDS)
     else:
@@ -130,7 +130,7 @@ def _adapter_calibrate(args: argparse.Namespace) -> int:
         dataset,
         CalibrationConfig(**options_given(args, "cases", "samples", "steps")),
         engine=args.engine,
-        run=run_settings(args),
+        run=run,
         progress=not args.quiet,
     )
     if args.plot is not None:

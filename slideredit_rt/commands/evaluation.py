@@ -25,6 +25,8 @@ def _evaluate(args: argparse.Namespace) -> int:
     from slideredit_rt.evaluation.run import BenchmarkConfig
     from slideredit_rt.evaluation.setup import Setup
 
+    # Ahead of everything that is loaded: these refuse devices that do not exist.
+    run, own_images = run_settings(args), own_image_options(args)
     config = BenchmarkConfig(
         sliders=tuple(args.sliders),
         scenes=tuple(args.scenes),
@@ -37,13 +39,13 @@ def _evaluate(args: argparse.Namespace) -> int:
             out=args.out,
             adapters=args.adapter,
             engines=args.engine,
-            run=run_settings(args),
+            run=run,
             concepts=args.concepts,
             offsets=args.offsets,
         ),
         config,
         systems=args.systems,
-        own_images=own_image_options(args),
+        own_images=own_images,
         instructions=args.instructions and read_lines(args.instructions),
         progress=not args.quiet,
     )
