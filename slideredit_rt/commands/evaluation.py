@@ -15,10 +15,12 @@ from slideredit_rt.commands.shared import (
     read_lines,
     run_settings,
 )
-from slideredit_rt.files import user_path
+from slideredit_rt.files import check_engine_folder, user_path
 
 
 def _evaluate(args: argparse.Namespace) -> int:
+    for engine in args.engine:
+        check_engine_folder(engine)
     from slideredit_rt.engines.manifest import read_manifest
     from slideredit_rt.evaluation.evaluate import run_evaluation
     from slideredit_rt.evaluation.report import markdown_table
