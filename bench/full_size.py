@@ -222,7 +222,8 @@ class FluxKontextBase(FullSize):
         }
 
     def embeddings(self, pipeline: Any, image: Image.Image, prompt: str, negative: str | None) -> dict[str, Any]:
-        rows, found = self.family.max_text_rows(pipeline), {}
+        rows = self.family.max_text_rows(pipeline)
+        found: dict[str, Any] = {}
         for prefix, text in (("", prompt), ("negative_", negative)):
             if text is not None:
                 embeds, pooled, _ = pipeline.encode_prompt(prompt=text, prompt_2=None, max_sequence_length=rows)
@@ -308,7 +309,8 @@ class QwenImageEditBase(FullSize):
         return {"true_cfg_scale": true_cfg_scale}
 
     def embeddings(self, pipeline: Any, image: Image.Image, prompt: str, negative: str | None) -> dict[str, Any]:
-        shown, found = self.family._vision_images(pipeline, [image]), {}  # type: ignore[attr-defined]
+        shown = self.family._vision_images(pipeline, [image])  # type: ignore[attr-defined]
+        found: dict[str, Any] = {}
         for prefix, text in (("", prompt), ("negative_", negative)):
             if text is not None:
                 embeds, mask = pipeline.encode_prompt(text, image=shown)

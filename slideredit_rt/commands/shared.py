@@ -131,7 +131,7 @@ def add_device_option(sub: argparse._ActionsContainer, what: str, option: str = 
 
     Args:
         sub: Parser of the command, or a group of options.
-        what: What runs on the device, for the help.
+        what: Work that runs on the device, for the help.
         option: Name of the option.
     """
     sub.add_argument(option, help=f"device of {what}: cpu, cuda, cuda:N or auto, a GPU if there is one (default: auto)")
