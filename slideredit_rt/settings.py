@@ -128,11 +128,12 @@ class RunSettings:
                 f"cannot use {self.threads} CPU threads; pass 1 to {MAX_THREADS}, or omit it to let the backend choose"
             )
 
-    def choose_device(self, preferred: torch.device | None = None) -> torch.device:
+    def choose_device(self, preferred: torch.device | None = None, option: str = "--device") -> torch.device:
         """Return the device, with the number of the GPU.
 
         Args:
             preferred: Device for `auto`; None takes the CPU.
+            option: Name of the command-line option, for the error.
 
         Raises:
             SliderEditError: The GPU does not exist.
@@ -143,7 +144,7 @@ class RunSettings:
         if device.type != "cuda":
             return device
         if not torch.cuda.is_available():
-            raise SliderEditError(f"the device is {self.device}, but torch finds no CUDA GPU; use --device cpu")
+            raise SliderEditError(f"the device is {self.device}, but torch finds no CUDA GPU; use {option} cpu")
         index = torch.cuda.current_device() if device.index is None else device.index
         if index >= (count := torch.cuda.device_count()):
             raise SliderEditError(f"the device is {self.device}, but this machine has {count} GPU(s), counted from 0")
@@ -162,3 +163,18 @@ class RunSettings:
 
         usual = torch.float32 if device.type == "cpu" else torch.bfloat16
         return {"auto": usual, "float32": torch.float32, "bfloat16": torch.bfloat16}[self.dtype]
+
+
+def pick_device(device: str = "auto", option: str = "--device") -> torch.device:
+    """Return the device of work that has no engine, such as training.
+
+    Args:
+        device: `auto`, `cpu`, `cuda` or `cuda:N`, as in `RunSettings`. `auto` takes the current GPU if there is one.
+        option: Name of the command-line option, for the error.
+
+    Raises:
+        SliderEditError: It is not one of these, or the GPU does not exist.
+    """
+    import torch
+
+    return RunSettings(device).choose_device(torch.device("cuda") if torch.cuda.is_available() else None, option)

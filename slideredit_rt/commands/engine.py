@@ -20,7 +20,7 @@ from slideredit_rt.commands.shared import (
     with_members,
 )
 from slideredit_rt.errors import SliderEditError
-from slideredit_rt.files import user_path
+from slideredit_rt.files import check_engine_folder, user_path
 
 if TYPE_CHECKING:
     from slideredit_rt.engines import Backend, Manifest
@@ -66,6 +66,7 @@ def _build_options(args: argparse.Namespace, backend: Backend) -> Any:
 
 
 def _inspect(args: argparse.Namespace) -> int:
+    check_engine_folder(args.engine)
     from slideredit_rt.engines import BACKENDS
     from slideredit_rt.engines.manifest import read_manifest
 
@@ -155,6 +156,7 @@ def _card_size(text: str) -> float:
 
 
 def _verify(args: argparse.Namespace) -> int:
+    check_engine_folder(args.engine)
     from slideredit_rt.images import open_image
     from slideredit_rt.shapes.world import held_out_examples, scene_image
     from slideredit_rt.verify import verify_engine

@@ -13,11 +13,11 @@ from typing import Any
 from slideredit_rt.checkpoint import fingerprint_base
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.families import FAMILIES, KINDS, TensorSpec
-from slideredit_rt.files import Digests, atomic_file, is_plain_name, read_json, sha256
+from slideredit_rt.files import MANIFEST, Digests, atomic_file, check_engine_folder, is_plain_name, read_json, sha256
 from slideredit_rt.strength import StrengthCurve
 
 SCHEMA_VERSION = 2
-NAME = "manifest.json"
+NAME = MANIFEST
 MODEL_FILE = "model.onnx"
 ADAPTER_FILE = "adapter.safetensors"
 DIGESTS = ".digests.json"
@@ -148,15 +148,13 @@ def read_manifest(folder: Path, *, unchecked: str | None = None) -> Manifest:
         SliderEditError: The folder is not an engine, its schema version is not supported, the manifest is invalid, or a file
             is missing, truncated or changed.
     """
+    check_engine_folder(folder)
     path = folder / NAME
     try:
         data = read_json(path)
         version = data["schema_version"]
         if version == SCHEMA_VERSION:
             manifest = _parse(data)
-    except FileNotFoundError:
-        what = "is not an engine folder: manifest.json is missing" if folder.exists() else "does not exist"
-        raise SliderEditError(f"engine {str(folder)!r} {what}; build one with slideredit-rt build") from None
     except (ValueError, KeyError, OSError) as error:
         raise SliderEditError(f"{str(path)!r} is damaged ({error}); build the engine again") from None
     if version != SCHEMA_VERSION:
