@@ -396,5 +396,5 @@ def _parse(data: dict[str, Any]) -> Manifest:
         except (KeyError, TypeError, ValueError, ArithmeticError) as error:
             raise ValueError(f"config lacks what a {family.name} needs: {error}") from None
         if manifest.inputs[: len(inputs)] != inputs or manifest.outputs != [output]:
-            raise ValueError(f"inputs and outputs are not those of a {family.name} with this config")
+            raise ValueError(f"inputs and outputs are not those that this version gives a {family.name} with this config")
     return manifest
