@@ -120,9 +120,9 @@ def plan_memory(footprint: Footprint, vram: int, modes: Sequence[MemoryMode] = M
         modes: Choices that are allowed, in order.
     """
     room = vram - RESERVED - footprint.decoder
-    # A text encoder visits the card a layer at a time, and not during a step of the same edit.
+    # A text encoder visits the card a layer at a time, and not while an image is decoded.
     offloaded = max(footprint.tiled_decode, footprint.largest_encoder_weight)
-    streamed = min(footprint.weights, max(int(STREAMED_SHARE * footprint.weights), room - max(offloaded, footprint.step)))
+    streamed = min(footprint.weights, max(int(STREAMED_SHARE * footprint.weights), room - offloaded - footprint.step))
     choices = {
         "none": _Choice(footprint.weights, footprint.encoders, footprint.decode),
         "encoders": _Choice(footprint.weights, 0, offloaded),
@@ -136,7 +136,10 @@ def plan_memory(footprint: Footprint, vram: int, modes: Sequence[MemoryMode] = M
 
 @dataclass(frozen=True)
 class _Choice:
-    """Bytes on the card with one choice of what leaves it: weights, text encoders and the activations beside a step."""
+    """Bytes on the card with one choice of what leaves it: weights, text encoders and the activations beside a step.
+
+    Engines keep the memory of their steps, and a server encodes and decodes while it steps, so the two are added.
+    """
 
     weights: int
     encoders: int
@@ -144,19 +147,19 @@ class _Choice:
 
     def room(self, step: int) -> int:
         """Return the bytes for one image, whose step takes `step`."""
-        return self.weights + self.encoders + max(self.other, step)
+        return self.weights + self.encoders + self.other + step
 
 
 def _plan(footprint: Footprint, vram: int, mode: MemoryMode, choice: _Choice, room: int) -> MemoryPlan:
     missing = max(0, choice.room(footprint.step) - room)
-    everything = footprint.weights + footprint.encoders + max(footprint.decode, footprint.step)
-    batch = 0 if missing else min((room - choice.weights - choice.encoders) // footprint.step, footprint.max_batch)
+    everything = footprint.weights + footprint.encoders + footprint.decode + footprint.step
+    batch = 0 if missing else min((room - choice.room(0)) // footprint.step, footprint.max_batch)
     return MemoryPlan(
         vram_gib=_gib(vram),
         weights_gib=_gib(choice.weights),
         encoders_gib=_gib(footprint.encoders),
         decoder_gib=_gib(footprint.decoder),
-        activations_gib=_gib(max(footprint.step, choice.other)),
+        activations_gib=_gib(footprint.step + choice.other),
         offload=mode,
         max_batch=batch,
         fits=not missing,
