@@ -114,7 +114,7 @@ class SliderEditor:
         controls: Kind of the sliders, their strength curves and the members of a bank.
         max_batch: Largest batch of the engine.
         max_sliders: Largest number of sliders of the engine.
-        placement: What `from_engine` left in host memory, and why.
+        placement: Parts that `from_engine` left in host memory, and why.
     """
 
     placement = Placement(RunSettings(offload="none"))

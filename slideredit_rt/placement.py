@@ -1,4 +1,4 @@
-"""What leaves the GPU so that an edit fits into its free memory: the decision behind `--offload auto` and `all`."""
+"""Decision of `--offload auto` and `all`: what stays in host memory so that an edit fits into the GPU's free memory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from slideredit_rt.settings import RunSettings
 
 @dataclass(frozen=True)
 class Placement:
-    """Where the weights of an edit lie.
+    """Decision on where the weights of an edit lie.
 
     Attributes:
         run: Settings whose `offload` is not `auto`, and whose `options` have the weight budget of `all`.

@@ -101,7 +101,7 @@ class RunSettings:
         device: `auto`, `cpu`, `cuda` or `cuda:N`. `auto` takes the device that the engine's backend prefers: the current CUDA
             device for TensorRT, the same for Inductor where there is one, else the CPU.
         dtype: Dtype of encoders and autoencoder, `float32`, `bfloat16` or `auto`: bfloat16 on a GPU, float32 on the CPU.
-        offload: What stays in host memory. `none`: nothing. `encoders`: text encoders, from where each layer is copied
+        offload: Parts that stay in host memory. `none`: nothing. `encoders`: text encoders, from where each layer is copied
             when it is needed; images are encoded and decoded in tiles. `all`: also the backbone's weights that do not fit,
             which are copied in every step; only for TensorRT engines built with weight streaming. `auto`: the first of these
             with which an edit fits into the GPU's free memory.

@@ -418,7 +418,7 @@ class EditService:
 
         Args:
             rows: Rows of the same size.
-            latents: What is decoded for each row.
+            latents: Latents to decode for each row.
             marks: Mark of the work that wrote the latents of each row.
         """
         started = time.perf_counter()
