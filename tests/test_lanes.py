@@ -19,9 +19,10 @@ from torch import Tensor
 
 from slideredit_rt.editor import SliderEditor
 from slideredit_rt.engines.cuda import Lane
+from slideredit_rt.serving import batch
 from slideredit_rt.serving import service as serving
 from slideredit_rt.serving.batch import Batch, Row
-from slideredit_rt.serving.requests import EditRequest
+from slideredit_rt.serving.requests import EditRequest, Partial
 from slideredit_rt.serving.service import EditService
 from slideredit_rt.sliders import Slider
 
@@ -207,17 +208,17 @@ def test_a_served_edit_keeps_its_lanes_in_order(
         cuda.wrote(*(tensor for row in rows for tensor in row.tensors))
         return rows
 
-    def gather(batch: Batch, editor: SliderEditor, rows: Any) -> None:
+    def gather(fresh: Batch, editor: SliderEditor, rows: Any) -> None:
         cuda.read("a step", *(tensor for row in rows for tensor in row.tensors))
-        real_gather(batch, editor, rows)
+        real_gather(fresh, editor, rows)
 
-    def advance(batch: Batch, *, estimate: bool = False) -> Tensor | None:
-        clean = real_advance(batch, estimate=estimate)
+    def advance(stepped: Batch, *, estimate: bool = False) -> Tensor | None:
+        clean = real_advance(stepped, estimate=estimate)
         used["step"].add(cuda.current)
-        cuda.wrote(*(row.latents for row in batch.rows), *([] if clean is None else [clean]))
+        cuda.wrote(*(row.latents for row in stepped.rows), *([] if clean is None else [clean]))
         return clean
 
-    real_rows, real_gather, real_advance = serving.make_rows, Batch.__init__, Batch.advance
+    real_rows, real_gather, real_advance = batch.make_rows, Batch.__init__, Batch.advance
     monkeypatch.setattr(serving, "Lane", lane)
     monkeypatch.setattr(serving, "make_rows", make_rows)
     monkeypatch.setattr(Batch, "__init__", gather)
@@ -225,7 +226,7 @@ def test_a_served_edit_keeps_its_lanes_in_order(
     Watched.cuda = cuda
     editor = SliderEditor.from_engine(engines["st"])
     request = EditRequest(image=scene, sliders=(Slider("make the circle red"),), strengths=((0.25,), (1.25,)), partial_every=1)
-    partials = []
+    partials: list[Partial] = []
     with Watched(editor) as service:
         tickets = [service.submit(request, on_partial=partials.append) for _ in range(3)]
         assert all(len(ticket.future.result(120)) == 2 for ticket in tickets)
