@@ -125,8 +125,10 @@ def _memory(args: argparse.Namespace, manifest: Manifest) -> tuple[dict[str, Any
     how = {
         "none": "with everything on the card",
         "encoders": "with --offload encoders",
-        "all": f"with --offload encoders --weight-budget-mib {int(plan.weights_gib * 1024)}, if built with --weight-streaming",
+        "all": f"with --offload all, which streams all but {plan.weights_gib:g} GiB of the weights",
     }[plan.offload]
+    if not plan.fits:
+        how += f"; {plan.missing_gib:g} GiB are missing"
     return asdict(plan), [
         f"memory     {plan.vram_gib:g} GiB: {verdict} {how}",
         f"memory     weights {plan.weights_gib:g}, encoders {plan.encoders_gib:g}, autoencoder {plan.decoder_gib:g}, "

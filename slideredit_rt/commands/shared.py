@@ -155,8 +155,8 @@ def add_run_options(sub: argparse.ArgumentParser) -> None:
         "--offload",
         default=RunSettings.offload,
         choices=OFFLOADS,
-        help="encoders: keep text encoders in host memory and work on images in tiles, for GPUs with little memory "
-        "(default: %(default)s)",
+        help="parts to keep in host memory, for GPUs with little memory: none; encoders, with images in tiles; all, which "
+        "also streams weights of a tensorrt engine; auto, the first of these that fits (default: %(default)s)",
     )
     sub.add_argument("--threads", type=int, help="CPU threads of the backend (default: its own choice)")
     _add_runtime_options(sub)

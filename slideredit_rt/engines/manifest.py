@@ -54,6 +54,7 @@ class Manifest:
         layers: Number of layers by type in the compiled network, before the builder fused them.
         compatibility: Environments besides the build's own TensorRT version and GPU that can run a plan: `versions` (bool,
             later ones of the same major) and `hardware` (`none`, `ampere_plus` or `same_compute_capability`).
+        weight_streaming: True if weights can be copied from the host in every step (TensorRT's weight streaming).
         links: SHA-256, size and `kind` (`hard` or `symbolic`) of each checkpoint file linked into the folder, by name.
         schema_version: Version of the manifest's format.
     """
@@ -79,6 +80,7 @@ class Manifest:
     layers: dict[str, int] = dataclasses.field(default_factory=dict)
     compatibility: dict[str, Any] = dataclasses.field(default_factory=dict)
     links: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    weight_streaming: bool = False
     schema_version: int = SCHEMA_VERSION
 
     @property
@@ -373,6 +375,7 @@ _MANIFEST = _record(
         "compatibility": _record(
             {}, {"versions": _one_of(True, False), "hardware": _one_of("none", "ampere_plus", "same_compute_capability")}
         ),
+        "weight_streaming": _one_of(True, False),
         "links": _mapping(_record(_FILE | {"kind": _one_of("hard", "symbolic")}), key=_file_name),
     },
 )
@@ -394,5 +397,5 @@ def _parse(data: dict[str, Any]) -> Manifest:
         except (KeyError, TypeError, ValueError, ArithmeticError) as error:
             raise ValueError(f"config lacks what a {family.name} needs: {error}") from None
         if manifest.inputs[: len(inputs)] != inputs or manifest.outputs != [output]:
-            raise ValueError(f"inputs and outputs are not those of a {family.name} with this config")
+            raise ValueError(f"inputs and outputs are not those that this version gives a {family.name} with this config")
     return manifest
