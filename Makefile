@@ -110,6 +110,7 @@ gpu-trt: $(STAGE) ## build, run and time TensorRT engines on a GPU
 gpu-model: $(STAGE) ## time a full-size transformer with random weights on a GPU
 	PYTHONPATH=$(STAGE) $(GPU_PYTHON) -m slideredit_rt.bench.gpu_model --out bench/results $(BENCH_OPTIONS)
 
+# A GPU of 48 GB for FLUX, of 80 GB with BENCH_OPTIONS="--family qwen_image_edit" or qwen_image_edit_plus.
 gpu-e2e: $(STAGE) ## time whole edits on a GPU beside diffusers with PEFT
 	PYTHONPATH=$(STAGE) $(GPU_PYTHON) -m slideredit_rt.bench.gpu_e2e --out bench/results $(BENCH_OPTIONS)
 

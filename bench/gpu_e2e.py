@@ -1,8 +1,9 @@
 """Whole edits on a GPU, from a PIL image and a prompt to a PIL image, beside diffusers with PEFT (`make gpu-e2e`).
 
-The pipeline has the sizes of FLUX.1-Kontext and random bfloat16 weights, text encoders and autoencoder included: speed and
-memory do not depend on their values. Tokenizers and scheduler are the embedded editor's. `--rehearse` runs the same code on
-small modules, on a CPU too; its times are meaningless.
+The pipeline has the sizes of a released base and random bfloat16 weights, text encoders and autoencoder included: speed and
+memory do not depend on their values. Every column edits the same image with the same prompt, steps and dtype, and true
+classifier-free guidance as the family's default asks. `--rehearse` runs the same code on small modules, on a CPU too; its
+times are meaningless.
 """
 
 from __future__ import annotations
@@ -12,60 +13,74 @@ import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch._dynamo
-from PIL import Image
+from tqdm import tqdm
 
 try:
-    import transformers
-    from accelerate import init_empty_weights
-    from diffusers import AutoencoderKL, FluxKontextPipeline
-
     from slideredit_rt.adapters import Adapter
-    from slideredit_rt.assets import resolve_base
-    from slideredit_rt.bench import gpu_model
-    from slideredit_rt.bench.gpu_model import compiled_graphs, engine_for, materialise, peft_adapter, random_adapter
+    from slideredit_rt.bench import full_size, gpu_model
+    from slideredit_rt.bench.clock import Clock, compiled_graphs
+    from slideredit_rt.bench.full_size import FULL_SIZES, FullSize, noise_image
+    from slideredit_rt.bench.gpu_model import engine_for, peft_adapter, random_adapter
     from slideredit_rt.bench.results import Mark, save_run, verdicts
-    from slideredit_rt.editor import Prepared, SliderEditor
+    from slideredit_rt.checkpoint import quiet_libraries
+    from slideredit_rt.editor import SliderEditor
     from slideredit_rt.engines import inductor
     from slideredit_rt.engines.inductor import RECOMPILE_LIMIT
     from slideredit_rt.errors import SliderEditError
-    from slideredit_rt.families import KINDS, Kind, get_family
+    from slideredit_rt.families import KINDS, Kind
     from slideredit_rt.modules import SliderBackbone
     from slideredit_rt.sliders import Controls, Slider, compose_prompt
     from slideredit_rt.strength import StrengthCurve
 except ModuleNotFoundError as missing:
-    sys.exit(f"gpu_e2e: this Python lacks {missing.name}; install slideredit-rt's dependencies into GPU_PYTHON")
+    sys.exit(f"gpu_e2e: the package {missing.name} is missing; install slideredit-rt's dependencies into GPU_PYTHON")
 
 INSTRUCTIONS = ("make the circle red", "make the square blue", "make the background dark")
-GUIDANCE = 3.5
+PROMPT = compose_prompt(INSTRUCTIONS)
+STRENGTH = 0.5
 SWEEP = tuple(0.25 * i for i in range(7))
+FEWEST_STEPS = 2
 COLUMNS = {
     "frozen": "our engine without an adapter: the limit",
-    "ours ST, 1 slider": "one instruction",
+    "ours ST, 1 slider": "one instruction of the prompt",
     "ours ST, 3 sliders": "three instructions",
     "ours GST": "every row",
-    "diffusers + PEFT": "FluxKontextPipeline in eager mode, GST; a moved slider keeps its prompt embeddings",
-    "diffusers + PEFT, compiled": "the same with compiled blocks",
-    "published ST": "FluxKontextPipeline in eager mode with the authors' module",
+    "diffusers + PEFT": "diffusers' pipeline in eager mode, GST; a moved slider keeps its prompt embeddings",
+    "diffusers + PEFT, compiled": "the same with compiled blocks; every new strength compiles again",
+    "published ST": "diffusers' pipeline in eager mode with the authors' module",
 }
 
 
 @dataclass(frozen=True)
 class Size:
-    """Text rows, edge of the image in pixels, denoising steps, and repetitions of each row of the table."""
+    """Sizes of the measurement.
 
-    text_rows: int
+    Attributes:
+        side: Edge of the image, in pixels.
+        steps: Denoising steps of an edit.
+        repeats: Edits per figure.
+        true_cfg_scale: Scale of true classifier-free guidance; 1 runs without a negative pass.
+        budget: Seconds after which no further column is measured.
+    """
+
     side: int
     steps: int
     repeats: int
+    true_cfg_scale: float
+    budget: float
+
+    @property
+    def sweep_steps(self) -> int:
+        """Denoising steps of each strength of a sweep, so that a sweep takes about as long as one edit."""
+        return max(FEWEST_STEPS, self.steps // len(SWEEP))
 
 
 @dataclass
@@ -75,119 +90,182 @@ class Column:
     Attributes:
         first_seconds: An edit whose image and prompt are new; nothing is left to compile.
         moved_seconds: Another strength on the same image and prompt.
-        sweep_seconds: Seven strengths on the same image and prompt.
-        compile_seconds: Compilation, which only the very first edit includes.
-        encode_seconds, decode_seconds: Encoding and decoding of one edit; None for pipelines that do not separate them.
-        step_seconds: One call of the backbone; None for pipelines that do not separate it.
-        outside_share: Share of a moved slider's edit that is not spent in its steps.
-        synchronisations: Waits of the host in the denoising loop; None on a CPU.
+        sweep_seconds: Seven strengths on the same image and prompt, with `Size.sweep_steps` each; None if every strength
+            compiles.
+        compile_seconds: Compilation and capture, which only the very first edit includes.
+        encode_seconds: The part of a first edit ahead of its first step.
+        denoise_seconds: All steps of a first edit.
+        decode_seconds: The part of a first edit after its last step.
+        step_seconds: One step: one call of the transformer, two with true classifier-free guidance.
+        outside_share: Share of a moved slider's edit that is not spent in its steps, for the family's default number of steps.
+        synchronisations: Waits of the host between the first and the last step of an edit; None on a CPU.
         recompilations: Graphs captured by dynamo after the first edit.
+        captures: Sets of shapes for which our engine captured a CUDA graph after the first edit; None for diffusers.
         peak_gib: Device memory that tensors held, weights included; None on a CPU.
     """
 
     name: str
     first_seconds: float
     moved_seconds: float
-    sweep_seconds: float
+    sweep_seconds: float | None
     compile_seconds: float
-    encode_seconds: float | None = None
-    decode_seconds: float | None = None
-    step_seconds: float | None = None
-    outside_share: float | None = None
-    synchronisations: int | None = None
-    recompilations: int = 0
-    peak_gib: float | None = None
+    encode_seconds: float
+    denoise_seconds: float
+    decode_seconds: float
+    step_seconds: float
+    outside_share: float
+    synchronisations: int | None
+    recompilations: int
+    captures: int | None
+    peak_gib: float | None
     notes: list[str] = field(default_factory=list)
 
 
-def random_pipeline(size: Size, *, small: bool, device: torch.device) -> Any:
-    """Return a FLUX.1-Kontext pipeline of random weights on the device."""
-    embedded = get_family("flux_kontext").load_pipeline(resolve_base("shapes-kontext"), transformer=False)
-    embedded.tokenizer_2.model_max_length = size.text_rows
-    t5 = {"d_model": 64, "num_layers": 1} if small else {"d_model": 4096, "d_ff": 10240, "num_layers": 24, "num_heads": 64}
-    clip = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": 1}
-    wide_clip = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12}
-    widths = (32, 32, 32, 32) if small else (128, 256, 512, 512)
-    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
-    with init_empty_weights():
-        text = transformers.T5EncoderModel(transformers.T5Config(vocab_size=32128, feed_forward_proj="gated-gelu", **t5))
-        pooled = transformers.CLIPTextModel(transformers.CLIPTextConfig(**(clip if small else wide_clip)))
-        vae = AutoencoderKL(
-            block_out_channels=widths,
-            layers_per_block=1 if small else 2,
-            latent_channels=16,
-            sample_size=size.side,
-            shift_factor=0.1159,
-            scaling_factor=0.3611,
-            **blocks,
-        )
-    return FluxKontextPipeline(
-        scheduler=embedded.scheduler,
-        vae=materialise(vae, device),
-        text_encoder=materialise(pooled, device),
-        tokenizer=embedded.tokenizer,
-        text_encoder_2=materialise(text, device),
-        tokenizer_2=embedded.tokenizer_2,
-        transformer=gpu_model.random_transformer("flux_kontext", small=small, device=device),
-    )
+class Edit(Protocol):
+    """An edit by one of the methods."""
+
+    def __call__(self, strength: float, steps: int, *, encoded: bool, after_step: Callable[[], None] | None = None) -> object:
+        """Edit the image.
+
+        Args:
+            strength: Strength of every slider.
+            steps: Denoising steps.
+            encoded: Use the encodings that were made before.
+            after_step: Function that is called after each step.
+        """
+
+
+class Parts:
+    """The parts of one edit, and the waits of the host between its first and its last step.
+
+    Args:
+        clock: Clock.
+        edit: Method.
+        steps: Denoising steps, at least 2.
+    """
+
+    def __init__(self, clock: Clock, edit: Edit, steps: int) -> None:
+        self.clock, self.steps, self._times = clock, steps, [0.0, 0.0]
+        self._done = 0
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            start = clock.now()
+            edit(STRENGTH, steps, encoded=False, after_step=self._after_step)
+            end = clock.now()
+        first, last = self._times
+        self.total = end - start
+        self.step = (last - first) / (steps - 1)
+        self.decode = end - last
+        self.encode = max(0.0, self.total - self.decode - steps * self.step)
+        self.waits = sum("synchroniz" in str(warning.message) for warning in found) if clock.cuda else None
+
+    def _after_step(self) -> None:
+        self._done += 1
+        if self._done == 1:
+            self._times[0] = self.clock.now()
+            self._report_waits("warn")
+        if self._done == self.steps:
+            self._report_waits("default")
+            self._times[1] = self.clock.now()
+
+    def _report_waits(self, mode: str) -> None:
+        if self.clock.cuda:
+            torch.cuda.set_sync_debug_mode(mode)
+
+
+class StepBar(tqdm):  # type: ignore[type-arg]
+    """A hidden progress bar that calls a function after each step."""
+
+    def __init__(self, after_step: Callable[[], None]) -> None:
+        super().__init__(disable=True)
+        self._after_step = after_step
+
+    def update(self, n: float | None = 1) -> bool | None:
+        self._after_step()
+        return None
 
 
 class Bench:
     """Runs the columns on one pipeline.
 
     Args:
-        pipeline: Pipeline of `random_pipeline`.
+        base: Base with random weights.
         size: Sizes of the edits.
+        small: Use the small modules.
+        device: Device to run on.
+
+    Attributes:
+        columns: Measured columns.
+        left_out: Names of columns for which there was no time.
     """
 
-    def __init__(self, pipeline: Any, size: Size) -> None:
-        self.pipeline, self.size = pipeline, size
-        self.family = get_family("flux_kontext")
-        self.family.place(pipeline, pipeline.transformer.device)
-        self.device: torch.device = pipeline.transformer.device
-        self.cuda = self.device.type == "cuda"
-        self.image = Image.effect_noise((size.side, size.side), 60).convert("RGB")
-        self.adapters = {kind: random_adapter(self.family, pipeline.transformer, kind) for kind in KINDS}
+    def __init__(self, base: FullSize, size: Size, *, small: bool, device: torch.device) -> None:
+        self.started = time.perf_counter()
+        self.base, self.size, self.family, self.device = base, size, base.family, device
+        self.pipeline = base.pipeline(small=small, device=device)
+        self.pipeline.set_progress_bar_config(disable=True)
+        self.family.place(self.pipeline, device)
+        self.clock = Clock(device)
+        self.image = noise_image(size.side)
+        self.negative = self.family.negative_prompt if size.true_cfg_scale > 1 else None
+        self.adapters = {kind: random_adapter(self.family, self.pipeline.transformer, kind) for kind in KINDS}
         self.columns: list[Column] = []
+        self.left_out: list[str] = []
+        self._longest = 0.0
 
-    def seconds(self, call: Callable[[], object], repeats: int | None = None) -> float:
-        """Return the median seconds of a call, the device idle before and after."""
-        times = []
-        for _ in range(self.size.repeats if repeats is None else repeats):
-            self._wait()
-            start = time.perf_counter()
-            call()
-            self._wait()
-            times.append(time.perf_counter() - start)
-        return statistics.median(times)
+    def elapsed(self) -> float:
+        """Return the seconds since the start, creation of the weights included."""
+        return time.perf_counter() - self.started
 
-    def _wait(self) -> None:
-        if self.cuda:
-            torch.cuda.synchronize(self.device)
+    def has_time(self, name: str) -> bool:
+        """Return whether the budget allows a column as long as the longest so far; if not, note that it is left out."""
+        if self.elapsed() + self._longest <= self.size.budget:
+            return True
+        self.left_out.append(name)
+        sys.stderr.write(f"{name}: left out, because --budget {self.size.budget:g} would not suffice\n")
+        return False
 
-    def measure(self, name: str, first: Callable[[], object], moved: Callable[[float], object], **extra: Any) -> Column:
-        """Time the rows of the table that every column has.
+    def measure(self, name: str, edit: Edit, *, captures: Callable[[], int] | None = None, constant: bool = False) -> Column:
+        """Time the rows of the table.
 
         Args:
             name: Name of the column.
-            first: Edits with nothing encoded.
-            moved: Edits at another strength.
-            extra: Other fields of the column.
+            edit: Method.
+            captures: Function that counts captured graphs; None for methods that capture none.
+            constant: The strength is a constant of compiled code, so that every new one compiles.
         """
+        size, clock, began = self.size, self.clock, self.elapsed()
         torch._dynamo.utils.counters.clear()
-        if self.cuda:
-            torch.cuda.reset_peak_memory_stats(self.device)
-        cold = self.seconds(first, repeats=1)
-        before = compiled_graphs()
-        warm = self.seconds(first)
-        strengths = iter(range(1, 1000))
-        step = self.seconds(lambda: moved(next(strengths) / 100))
-        sweep = self.seconds(lambda: [moved(s) for s in SWEEP], repeats=1)
-        column = Column(name, warm, step, sweep, max(0.0, cold - warm), recompilations=compiled_graphs() - before, **extra)
-        if self.cuda:
-            column.peak_gib = torch.cuda.max_memory_allocated(self.device) / 2**30
+        clock.forget_peak()
+        cold = clock.seconds(lambda: edit(STRENGTH, FEWEST_STEPS, encoded=False))
+        graphs, captured = compiled_graphs(), captures() if captures else 0
+        parts = sorted((Parts(clock, edit, size.steps) for _ in range(size.repeats)), key=lambda p: p.total)[size.repeats // 2]
+        strengths = [0.01 * (i + 1) for i in range(1 if constant else size.repeats)]
+        moved = statistics.median(clock.seconds(partial(edit, s, size.steps, encoded=True)) for s in strengths)
+        sweep = None if constant else clock.seconds(lambda: [edit(s, size.sweep_steps, encoded=True) for s in SWEEP])
+        outside = moved - size.steps * parts.step
+        column = Column(
+            name=name,
+            first_seconds=parts.total,
+            moved_seconds=moved,
+            sweep_seconds=sweep,
+            compile_seconds=max(0.0, cold - parts.encode - FEWEST_STEPS * parts.step - parts.decode),
+            encode_seconds=parts.encode,
+            denoise_seconds=size.steps * parts.step,
+            decode_seconds=parts.decode,
+            step_seconds=parts.step,
+            outside_share=outside / (outside + self.family.num_inference_steps * parts.step),
+            synchronisations=parts.waits,
+            recompilations=compiled_graphs() - graphs,
+            captures=captures() - captured if captures else None,
+            peak_gib=clock.peak_gib(),
+        )
         self.columns.append(column)
-        sys.stderr.write(f"{name}: first edit {warm:.3f} s, moved slider {step:.3f} s, compilation {cold - warm:.1f} s\n")
+        self._longest = max(self._longest, self.elapsed() - began)
+        sys.stderr.write(
+            f"{name}: first edit {parts.total:.3f} s, moved slider {moved:.3f} s, compilation {column.compile_seconds:.1f} s, "
+            f"{self.elapsed():.0f} s so far\n"
+        )
         return column
 
     @contextmanager
@@ -198,118 +276,136 @@ class Bench:
         backbone = SliderBackbone(self.family, self.pipeline.transformer, adapter)
         config = dict(self.pipeline.transformer.config)
         controls = Controls(kind or "st", StrengthCurve(), {})
-        engine = engine_for(backbone.requires_grad_(False))
-        limits = {"max_batch": gpu_model.BATCH, "max_sliders": gpu_model.MAX_SLIDERS}
+        engine = engine_for(backbone.requires_grad_(False), max_batch=self.base.batch)
+        limits = {"max_batch": self.base.batch, "max_sliders": gpu_model.MAX_SLIDERS}
         try:
             yield SliderEditor(self.family, self.pipeline, engine, config, controls, **limits)
         finally:
             engine.close()
             backbone.remove()
 
-    def ours(self, name: str, kind: Kind | None, instructions: tuple[str, ...]) -> None:
-        """Measure one of our columns, and what an edit consists of."""
-        sliders, steps = [Slider(text) for text in instructions], self.size.steps
+    def ours(self, kind: Kind | None, columns: Mapping[str, tuple[str, ...]]) -> None:
+        """Measure columns of ours that share compiled code.
+
+        Args:
+            kind: Kind of the adapter; None for the frozen backbone.
+            columns: Instructions of the sliders by column.
+        """
         with self.editor(kind) as editor:
-            prepare = partial(editor.prepare, self.image, sliders, steps=steps, guidance_scale=GUIDANCE)
-            prepared: Prepared = prepare()
+            for name, instructions in columns.items():
+                if self.has_time(name):
+                    edit, bindings = self.our_edit(editor, instructions), editor.engine._bindings  # type: ignore[attr-defined]
+                    column = self.measure(name, edit, captures=partial(len, bindings))
+                    if len(instructions) == len(INSTRUCTIONS):
+                        self.sweep_at_once(editor, column)
 
-            def edit(strength: float, again: Prepared | None = None) -> object:
-                return editor.render(again or prepare(), [[strength] * len(sliders)])
+    def our_edit(self, editor: SliderEditor, instructions: tuple[str, ...]) -> Edit:
+        """Return our way to edit, with the same calls as `SliderEditor.edit`."""
+        sliders = [Slider(text) for text in instructions]
+        prepare = partial(
+            editor.prepare, self.image, sliders, prompt=PROMPT, true_cfg_scale=self.size.true_cfg_scale, steps=self.size.steps
+        )
+        known = prepare()
 
-            column = self.measure(name, lambda: edit(0.5), lambda s: edit(s, prepared))
-            if name.startswith("ours"):
-                together = partial(editor.render, prepared, [[s] * len(sliders) for s in SWEEP])
-                together()  # compiles for larger batches
-                column.notes.append(f"7 strengths in batches of {editor.max_batch}: {self.seconds(together, repeats=1):.3f} s")
-            inputs = editor.backbone_inputs(prepared, editor.alphas(prepared, [[0.5] * len(sliders)]))
-            latents, size = prepared.conditioning.latents, (prepared.conditioning.height, prepared.conditioning.width)
-            column.encode_seconds = self.seconds(prepare)
-            column.decode_seconds = self.seconds(lambda: editor.decode(latents, *size))
-            column.step_seconds = self.seconds(lambda: editor.engine(inputs), repeats=max(self.size.repeats, 5))
-            column.outside_share = 1 - steps * column.step_seconds / column.moved_seconds
-            column.synchronisations = self.synchronisations(editor, prepared, inputs)
+        def edit(strength: float, steps: int, *, encoded: bool, after_step: Callable[[], None] | None = None) -> object:
+            prepared = known if encoded else prepare()
+            inputs = editor.backbone_inputs(prepared, editor.alphas(prepared, [[strength] * len(sliders)]))
+            bar = StepBar(after_step) if after_step else None
+            pixels = editor.denoise(prepared.conditioning, inputs, steps, self.size.true_cfg_scale, bar)
+            return editor.to_images(pixels)
 
-    def synchronisations(self, editor: SliderEditor, prepared: Prepared, inputs: dict[str, torch.Tensor]) -> int | None:
-        """Count the host's waits from the first step to the latents of the last one."""
-        if not self.cuda:
-            return None
-        steps, decode = self.size.steps, editor.decode
-        editor.__dict__["decode"] = lambda latents, height, width: latents
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            with warnings.catch_warnings(record=True) as found:
-                warnings.simplefilter("always")
-                editor._denoise(prepared.conditioning, inputs, steps, 1.0, None, 0)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-            editor.__dict__["decode"] = decode
-        # The schedule is uploaded once, ahead of the first step.
-        waits = [str(warning.message) for warning in found if "synchroniz" in str(warning.message)]
-        return max(0, len(waits) - 2)
+        return edit
+
+    def sweep_at_once(self, editor: SliderEditor, column: Column) -> None:
+        """Note what a sweep takes when one batch holds all strengths, for bases whose `batch` allows it."""
+        if self.base.batch < len(SWEEP) or self.elapsed() + self._longest > self.size.budget:
+            return
+        prepared = editor.prepare(
+            self.image, INSTRUCTIONS, prompt=PROMPT, true_cfg_scale=self.size.true_cfg_scale, steps=self.size.sweep_steps
+        )
+        together = partial(editor.render, prepared, [[s] * len(INSTRUCTIONS) for s in SWEEP])
+        together()  # compiles for the larger batch
+        column.notes.append(f"7 strengths in one batch: {self.clock.seconds(together):.3f} s")
 
     def diffusers(self, name: str, set_strength: Callable[[float], None], *, compile_blocks: bool = False) -> None:
         """Measure diffusers' own pipeline with something in its transformer that scales an edit."""
+        if not self.has_time(name):
+            return
         torch._dynamo.reset()
         self._run_blocks_eagerly()
         if compile_blocks:
             self.pipeline.transformer.compile_repeated_blocks(fullgraph=True, dynamic=False, backend=inductor.COMPILER)
-        prompt, side = compose_prompt(INSTRUCTIONS), self.size.side
-        embeds, pooled, _ = self.pipeline.encode_prompt(prompt=prompt, prompt_2=None, max_sequence_length=self.size.text_rows)
-        rest = {
-            "image": self.image,
-            "num_inference_steps": self.size.steps,
-            "guidance_scale": GUIDANCE,
-            "max_sequence_length": self.size.text_rows,
-            "max_area": side * side,
-            "height": side,
-            "width": side,
-            "_auto_resize": False,
-        }
-
-        def moved(strength: float) -> object:
-            set_strength(strength)
-            return self.pipeline(prompt_embeds=embeds, pooled_prompt_embeds=pooled, **rest)
-
-        # PEFT's strength is a constant of the compiled code, so every new one compiles again.
+        # Every strength of PEFT is a constant of compiled code and compiles again.
         limits = {"recompile_limit": RECOMPILE_LIMIT, "accumulated_recompile_limit": RECOMPILE_LIMIT}
         with torch._dynamo.config.patch(limits):  # type: ignore[attr-defined]
-            self.measure(name, lambda: self.pipeline(prompt=prompt, **rest), moved)
+            self.measure(name, self.diffusers_edit(set_strength), constant=compile_blocks)
         self._run_blocks_eagerly()
+
+    def diffusers_edit(self, set_strength: Callable[[float], None]) -> Edit:
+        """Return diffusers' way to edit."""
+        texts = {"prompt": PROMPT} | ({} if self.negative is None else {"negative_prompt": self.negative})
+        embeddings = self.embeddings()
+        options = self.base.options(self.pipeline, self.size.true_cfg_scale)
+
+        def edit(strength: float, steps: int, *, encoded: bool, after_step: Callable[[], None] | None = None) -> object:
+            def after(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+                assert after_step is not None
+                after_step()
+                return {}
+
+            set_strength(strength)
+            words = embeddings if encoded else texts
+            callback = after if after_step else None
+            return self.pipeline(image=self.image, num_inference_steps=steps, callback_on_step_end=callback, **options, **words)
+
+        return edit
+
+    @torch.no_grad()
+    def embeddings(self) -> dict[str, Any]:
+        """Return the prompts as diffusers encodes them."""
+        return self.base.embeddings(self.pipeline, self.image, PROMPT, self.negative)
 
     def _run_blocks_eagerly(self) -> None:
         for module in self.pipeline.transformer.modules():
             module._compiled_call_impl = None
 
     def run(self) -> None:
-        """Measure every column."""
-        self.pipeline.set_progress_bar_config(disable=True)
-        self.ours("frozen", None, INSTRUCTIONS[:1])
-        self.ours("ours ST, 1 slider", "st", INSTRUCTIONS[:1])
-        self.ours("ours ST, 3 sliders", "st", INSTRUCTIONS)
-        self.ours("ours GST", "gst", INSTRUCTIONS[:1])
-        transformer = self.pipeline.transformer
-        with peft_adapter(transformer, self.adapters["gst"]) as set_strength:
-            self.diffusers("diffusers + PEFT", set_strength)
-            self.diffusers("diffusers + PEFT, compiled", set_strength, compile_blocks=True)
-        rows = gpu_model.Size(self.size.text_rows, 0, (8, 16, 32) if self.size.text_rows > 64 else (2, 3, 4), 1)
-        with gpu_model.published(transformer, self.adapters["st"], rows) as set_strength:
-            self.diffusers("published ST", set_strength)
+        """Measure the columns, those of the marks first."""
+        with self.base.edits_of(self.size.side):
+            self.ours(None, {"frozen": INSTRUCTIONS[:1]})
+            self.ours("gst", {"ours GST": INSTRUCTIONS[:1]})
+            self.ours("st", {"ours ST, 3 sliders": INSTRUCTIONS, "ours ST, 1 slider": INSTRUCTIONS[:1]})
+            transformer = self.pipeline.transformer
+            with peft_adapter(transformer, self.adapters["gst"]) as set_strength:
+                self.diffusers("diffusers + PEFT", set_strength)
+            text_rows = self.embeddings()["prompt_embeds"].shape[1]
+            rows = gpu_model.Size(text_rows, 0, (8, 16, 32) if text_rows > 64 else (2, 3, 4), 1)
+            with gpu_model.published(transformer, self.adapters["st"], rows) as set_strength:
+                self.diffusers("published ST", set_strength)
+            with peft_adapter(transformer, self.adapters["gst"]) as set_strength:
+                self.diffusers("diffusers + PEFT, compiled", set_strength, compile_blocks=True)
+        self.columns.sort(key=lambda column: list(COLUMNS).index(column.name))
 
 
 def marks(bench: Bench) -> list[Mark]:
-    """Return what the run is judged by."""
+    """Return what the run is judged by, as far as its columns were measured."""
     of = {column.name: column for column in bench.columns}
-    frozen, st, gst = of["frozen"], of["ours ST, 3 sliders"], of["ours GST"]
-    found = [
-        Mark("first edit, diffusers + PEFT / ours GST", of["diffusers + PEFT"].first_seconds / gst.first_seconds, ">=", 2.2),
-        Mark("moved slider, share outside the steps", max(c.outside_share or 0 for c in (st, gst)), "<=", 0.03),
-        Mark("GST step / frozen", (gst.step_seconds or 0) / (frozen.step_seconds or 1), "<=", 1.02),
-        Mark("ST step / frozen", (st.step_seconds or 0) / (frozen.step_seconds or 1), "<=", 1.005),
-        Mark("recompilations after the first edit", max(c.recompilations for c in (st, gst)), "<=", 0, counted=True),
-    ]
-    if bench.cuda:
-        waits = max(c.synchronisations or 0 for c in (frozen, st, gst))
-        found.append(Mark("host synchronisations in the loop", waits, "<=", 0, counted=True))
+    frozen, st, gst, peft = (of.get(name) for name in ("frozen", "ours ST, 3 sliders", "ours GST", "diffusers + PEFT"))
+    ours = [column for column in (st, gst) if column]
+    found = []
+    if gst and peft:
+        ratio = peft.first_seconds / gst.first_seconds
+        found.append(Mark("first edit, diffusers + PEFT / ours GST", ratio, ">=", 2.2))
+    if ours:
+        share, graphs = max(c.outside_share for c in ours), max(c.recompilations + (c.captures or 0) for c in ours)
+        found.append(Mark("moved slider, share outside the steps", share, "<=", 0.03))
+        found.append(Mark("recompilations and captures after the first edit", graphs, "<=", 0, counted=True))
+        if bench.clock.cuda:
+            waits = max(c.synchronisations or 0 for c in ours)
+            found.append(Mark("host synchronisations in the loop", waits, "<=", 0, counted=True))
+    for name, column, limit in (("GST", gst, 1.02), ("ST", st, 1.005)):
+        if frozen and column:
+            found.append(Mark(f"{name} step / frozen", column.step_seconds / frozen.step_seconds, "<=", limit))
     return found
 
 
@@ -318,64 +414,111 @@ def table(bench: Bench) -> str:
     fields = {
         "first edit s": "first_seconds",
         "moved slider s": "moved_seconds",
-        "7 strengths s": "sweep_seconds",
+        f"7 strengths of {bench.size.sweep_steps} steps s": "sweep_seconds",
         "encode s": "encode_seconds",
-        "step ms": "step_seconds",
+        "denoise s": "denoise_seconds",
         "decode s": "decode_seconds",
+        "step ms": "step_seconds",
         "outside steps": "outside_share",
         "waits": "synchronisations",
         "recompiled": "recompilations",
+        "captured": "captures",
         "peak GiB": "peak_gib",
         "compilation s": "compile_seconds",
     }
     lines = ["| | " + " | ".join(fields) + " | |", "|" + "---|" * (len(fields) + 2)]
     for column in bench.columns:
         values = [getattr(column, name) for name in fields.values()]
-        scaled = [v * 1e3 if name == "step ms" and v is not None else v for name, v in zip(fields, values, strict=True)]
+        scaled = [v * 1e3 if name == "step ms" else v for name, v in zip(fields, values, strict=True)]
         cells = ["–" if v is None else str(v) if isinstance(v, int) else f"{v:.3f}" for v in scaled]
         about = "; ".join([COLUMNS[column.name], *column.notes])
         lines.append(f"| {column.name} | " + " | ".join(cells) + f" | {about} |")
+    if bench.left_out:
+        lines += ["", f"Left out for lack of time (`--budget {bench.size.budget:g}`): {', '.join(bench.left_out)}."]
     return "\n".join(lines) + "\n"
+
+
+def number_from(least: int) -> Callable[[str], int]:
+    """Return a parser of whole numbers that are not below `least`."""
+
+    def parse(text: str) -> int:
+        if text.isdecimal() and int(text) >= least:
+            return int(text)
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} upwards")
+
+    return parse
+
+
+def guidance(text: str) -> float:
+    """Parse a scale of true classifier-free guidance."""
+    try:
+        scale = float(text)
+    except ValueError:
+        scale = 0.0
+    if not 1 <= scale <= 100:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a scale from 1 to 100")
+    return scale
+
+
+def options() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    steps = ", ".join(f"{base.steps} for {name}" for name, base in FULL_SIZES.items())
+    parser.add_argument("--family", choices=tuple(FULL_SIZES), default="flux_kontext", help="base (default: %(default)s)")
+    parser.add_argument("--out", type=Path, help="results folder (default: bench/results; none for a rehearsal)")
+    parser.add_argument("--steps", type=number_from(FEWEST_STEPS), help=f"denoising steps of an edit (default: {steps})")
+    parser.add_argument("--repeats", type=number_from(1), default=1, help="edits per figure (default: %(default)s)")
+    parser.add_argument(
+        "--true-cfg-scale", type=guidance, help="scale of the negative pass; 1 runs without it (default: the family's)"
+    )
+    parser.add_argument(
+        "--budget",
+        type=number_from(1),
+        default=520,
+        help="seconds after which no further column is measured (default: %(default)s)",
+    )
+    parser.add_argument("--rehearse", action="store_true", help="small modules on any machine; the times are meaningless")
+    return parser
 
 
 def main() -> int:
     """Run the bench; 0 also where a mark is missed, which the table says."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="results folder (default: bench/results; none for a rehearsal)")
-    parser.add_argument("--steps", type=int, default=28, help="denoising steps of an edit (default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=3, help="edits per figure (default: %(default)s)")
-    parser.add_argument("--rehearse", action="store_true", help="small modules on any machine; the times are meaningless")
-    args = parser.parse_args()
+    args = options().parse_args()
     rehearse: bool = args.rehearse
     cuda = torch.cuda.is_available()
     if not cuda and not rehearse:
         sys.stderr.write("gpu_e2e: no CUDA device found; pass --rehearse to run small modules on the CPU\n")
         return 2
-    size = Size(512, 1024, args.steps, args.repeats)
+    base, usual = FULL_SIZES[args.family], FULL_SIZES[args.family].family.true_cfg_scale
+    scale = args.true_cfg_scale or usual
+    size = Size(full_size.SIDE, args.steps or base.steps, args.repeats, scale, args.budget)
     if rehearse:
-        inductor.COMPILER, size = "eager", Size(16, 64, 2, 1)
+        inductor.COMPILER, size = "eager", Size(full_size.SMALL_SIDE, FEWEST_STEPS, 1, scale, args.budget)
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
-    started = time.perf_counter()
     try:
-        bench = Bench(random_pipeline(size, small=rehearse, device=device), size)
-        bench.run()
+        with quiet_libraries():
+            bench = Bench(base, size, small=rehearse, device=device)
+            bench.run()
     except torch.OutOfMemoryError:
-        sys.stderr.write("gpu_e2e: this GPU's memory is too small; FLUX.1-Kontext needs 48 GB\n")
+        sys.stderr.write(f"gpu_e2e: out of GPU memory; {base.name} needs a card of {base.gib} GB\n")
         return 2
     except SliderEditError as error:
         sys.stderr.write(f"gpu_e2e: {error}\n")
         return 2
     about = {
         **asdict(size),
-        "family": "flux_kontext",
+        "sweep_steps": size.sweep_steps,
+        "family": base.name,
         "rehearsal": rehearse,
-        "seconds": round(time.perf_counter() - started, 1),
+        "seconds": round(bench.elapsed(), 1),
     }
-    content = {"columns": [asdict(column) for column in bench.columns]}
+    content = {"columns": [asdict(column) for column in bench.columns], "left_out": bench.left_out}
     found = verdicts(marks(bench), timed=not rehearse)
     out = args.out if rehearse else args.out or Path("bench/results")
-    command = f"make gpu-e2e BENCH_OPTIONS='--steps {size.steps} --repeats {size.repeats}'"
-    sys.stdout.write(save_run("e2e_flux_kontext", command, device, about, content, table(bench), found, out))
+    given = f"--family {base.name} --steps {size.steps} --repeats {size.repeats} --budget {size.budget:g}"
+    given += "" if scale == usual else f" --true-cfg-scale {scale:g}"
+    name = f"e2e_{base.name}" + ("" if scale == usual else f"_cfg_{scale:g}")
+    sys.stdout.write(save_run(name, f"make gpu-e2e BENCH_OPTIONS='{given}'", device, about, content, table(bench), found, out))
     return 0
 
 

@@ -12,7 +12,6 @@ import argparse
 import statistics
 import sys
 import time
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -23,41 +22,27 @@ from typing import Any
 import torch
 import torch._dynamo
 from torch import Tensor, nn
-from torch._dynamo.utils import counters
 
 try:
-    import diffusers
     import peft
-    import transformers
-    from accelerate import init_empty_weights
-    from diffusers import AutoencoderKL
     from peft.tuners.lora import LoraLayer
 
     from slideredit_rt.adapters import Adapter
+    from slideredit_rt.bench.clock import Clock, compiled_graphs
+    from slideredit_rt.bench.full_size import DTYPE, FULL_SIZES, FluxKontextBase, FullSize, fill
     from slideredit_rt.bench.results import Mark, save_run, verdicts
     from slideredit_rt.engines import Manifest, inductor
     from slideredit_rt.engines.inductor import InductorEngine
     from slideredit_rt.errors import SliderEditError
-    from slideredit_rt.families import KINDS, Family, Kind, get_family
+    from slideredit_rt.families import KINDS, Family, Kind
     from slideredit_rt.modules import SliderBackbone
 except ModuleNotFoundError as missing:
     sys.exit(f"gpu_model: the package {missing.name} is missing; install slideredit-rt's dependencies into GPU_PYTHON")
 
 RANK, SCALE = 16, 0.5
-DTYPE = torch.bfloat16
 BATCH, MAX_SLIDERS = 4, 8
 SETTINGS = 20
 SWEEP, SWEEP_STEPS = 15, 4
-_NARROW = {"num_attention_heads": 2, "attention_head_dim": 32, "axes_dims_rope": (4, 14, 14), "joint_attention_dim": 64}
-MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
-    # Class, changes of its default configuration for the full size, and a small configuration.
-    "flux_kontext": (
-        "FluxTransformer2DModel",
-        {"guidance_embeds": True},
-        _NARROW | {"guidance_embeds": True, "num_layers": 2, "num_single_layers": 2, "pooled_projection_dim": 32},
-    ),
-    "qwen_image_edit": ("QwenImageTransformer2DModel", {}, _NARROW | {"num_layers": 2}),
-}
 COLUMNS = {
     "frozen": "no adapter, the lower limit",
     "ours ST, 1 slider": "16 text rows scaled",
@@ -107,34 +92,6 @@ class Column:
     allocations: int | None = None
 
 
-def fill(name: str, parameter: Tensor) -> None:
-    """Fill a parameter with random values that depend on its name only, so they can be restored."""
-    g = torch.Generator(parameter.device).manual_seed(zlib.crc32(name.encode()))
-    if parameter.ndim >= 2:
-        parameter.normal_(0, parameter[0].numel() ** -0.5, generator=g)
-    else:
-        parameter.fill_(1.0 if name.endswith("weight") else 0.0)
-
-
-@torch.no_grad()
-def materialise(module: nn.Module, device: torch.device) -> Any:
-    """Create random weights on the device for a module whose parameters are on `meta`."""
-    for name, parameter in list(module.named_parameters()):
-        owner, _, leaf = name.rpartition(".")
-        filled = torch.empty(parameter.shape, dtype=DTYPE, device=device)
-        fill(name, filled)
-        setattr(module.get_submodule(owner), leaf, nn.Parameter(filled, requires_grad=False))
-    return module.to(device).eval()
-
-
-def random_transformer(family: str, *, small: bool, device: torch.device) -> Any:
-    """Create the family's transformer, full-size or small, with random weights."""
-    class_name, full, narrow = MODELS[family]
-    with init_empty_weights():
-        transformer = getattr(diffusers, class_name)(**(narrow if small else full))
-    return materialise(transformer, device)
-
-
 def random_adapter(family: Family, transformer: nn.Module, kind: Kind) -> Adapter:
     """Create a random adapter of rank 16 on the usual linears, in the transformer's dtype and on its device."""
     pairs = {}
@@ -164,7 +121,7 @@ def slider_inputs(kind: Kind, size: Size, spans: tuple[int, ...], batch: int, de
     return {"alpha": torch.full((batch, len(spans)), SCALE, device=device), "token_mask": mask.to(device)}
 
 
-def engine_for(backbone: SliderBackbone) -> InductorEngine:
+def engine_for(backbone: SliderBackbone, max_batch: int = BATCH) -> InductorEngine:
     """Create the engine that `slideredit-rt build --backend inductor` makes, around a loaded transformer."""
     family, transformer = backbone.family, backbone.transformer
     config: Any = transformer.config
@@ -176,7 +133,7 @@ def engine_for(backbone: SliderBackbone) -> InductorEngine:
         backend_version=torch.__version__,
         lowering="operator",
         targets=[],
-        max_batch=BATCH,
+        max_batch=max_batch,
         max_sliders=MAX_SLIDERS,
         config={},
         inputs=[*family.input_specs(config), *backbone.slider_specs()],
@@ -191,7 +148,8 @@ def engine_for(backbone: SliderBackbone) -> InductorEngine:
 class PublishedLinear(nn.Module):
     """The authors' released ST module, in the base's dtype: it computes the update of every row, then scales and masks it.
 
-    `scale` is bfloat16 `[B, S, 1]`, `mask` is bool `[B, S]`.
+    `scale` is bfloat16 `[B, S, 1]`, `mask` is bool `[B, S]`. A pass may have fewer rows than S, such as that of a shorter
+    negative prompt.
     """
 
     def __init__(self, base: nn.Linear, lora_a: Tensor, lora_b: Tensor, scale: Tensor, mask: Tensor) -> None:
@@ -202,8 +160,8 @@ class PublishedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `[B, S, K]` to `[B, S, N]`."""
-        update = nn.functional.linear(nn.functional.linear(x, self.lora_A), self.lora_B) * self.scale
-        y: Tensor = self.base(x) + update * self.mask.to(update.dtype).unsqueeze(-1)
+        update = nn.functional.linear(nn.functional.linear(x, self.lora_A), self.lora_B) * self.scale[:, : x.shape[1]]
+        y: Tensor = self.base(x) + update * self.mask[:, : x.shape[1]].to(update.dtype).unsqueeze(-1)
         return y
 
 
@@ -281,30 +239,28 @@ class Bench:
     """Runner of all columns on one transformer.
 
     Args:
-        family: Family of the base.
-        transformer: Transformer with random weights, on the device.
+        base: Base to measure.
         size: Size of the requests.
+        small: Use the small transformer.
+        device: Device to run on.
     """
 
-    def __init__(self, family: Family, transformer: Any, size: Size) -> None:
-        self.family, self.transformer, self.size = family, transformer, size
-        self.device: torch.device = next(transformer.parameters()).device
-        self.cuda = self.device.type == "cuda"
+    def __init__(self, base: FullSize, size: Size, *, small: bool, device: torch.device) -> None:
+        self.base, self.size, self.small, self.device = base, size, small, device
+        self.family = family = base.family
+        self.transformer = transformer = base.transformer(small=small, device=device)
+        self.clock = Clock(self.device)
+        self.cuda = self.clock.cuda
         self.inputs = random_inputs(family, transformer.config, size, 1, self.device)
         self.adapters: dict[str, Adapter] = {kind: random_adapter(family, transformer, kind) for kind in KINDS}
         self.columns: list[Column] = []
         self.frozen_times: list[float] = []
         self.extra: dict[str, Any] = {}
 
-    def wait(self) -> None:
-        """Block until the device is idle."""
-        if self.cuda:
-            torch.cuda.synchronize(self.device)
-
     def milliseconds(self, call: Callable[[], object]) -> float:
         """Return the time of one call, by CUDA events, or by the clock on a CPU."""
         if not self.cuda:
-            return 1e3 * self.seconds(call)
+            return 1e3 * self.clock.seconds(call)
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         call()
@@ -312,32 +268,21 @@ class Bench:
         end.synchronize()
         return float(begin.elapsed_time(end))
 
-    def seconds(self, call: Callable[[], object]) -> float:
-        """Return the time of one call by the clock, with the device idle before and after."""
-        self.wait()
-        start = time.perf_counter()
-        call()
-        self.wait()
-        return time.perf_counter() - start
-
     def allocations(self) -> int:
         """Return the number of allocations of device memory so far; 0 on a CPU."""
         return int(torch.cuda.memory_stats(self.device)["allocation.all.allocated"]) if self.cuda else 0
 
     def column(self, name: str, engine: InductorEngine, inputs: Mapping[str, Tensor]) -> Column:
         """Compile, warm up and time a step, and return its column."""
-        if self.cuda:
-            torch.cuda.reset_peak_memory_stats(self.device)
+        self.clock.forget_peak()
         before = compiled_graphs()
-        first = self.seconds(lambda: engine(inputs))
+        first = self.clock.seconds(lambda: engine(inputs))
         for _ in range(2):
             engine(inputs)
         times = [self.milliseconds(lambda: engine(inputs)) for _ in range(self.size.steps)]
         if name.startswith("frozen"):
             self.frozen_times += times
-        column = Column(name, statistics.median(times), first, compiled_graphs() - before)
-        if self.cuda:
-            column.peak_gib = torch.cuda.max_memory_allocated(self.device) / 2**30
+        column = Column(name, statistics.median(times), first, compiled_graphs() - before, peak_gib=self.clock.peak_gib())
         self.columns.append(column)
         sys.stderr.write(f"{name}: {column.milliseconds:.3f} ms a step, first call {first:.1f} s\n")
         return column
@@ -376,7 +321,7 @@ class Bench:
     def move(self, column: Column, engine: InductorEngine, inputs: dict[str, Tensor]) -> None:
         """Measure a change of every strength, which only writes the caller's `alpha` on the device."""
         settings = torch.rand(SETTINGS, *inputs["alpha"].shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
-        times = [1e3 * self.seconds(partial(inputs["alpha"].copy_, new)) for new in settings]
+        times = [1e3 * self.clock.seconds(partial(inputs["alpha"].copy_, new)) for new in settings]
         engine(inputs)
         compiled, allocated, reference = compiled_graphs(), self.allocations(), engine(inputs).data_ptr()
         for new in settings:
@@ -397,8 +342,7 @@ class Bench:
             mixed["token_mask"][row] = mixed["token_mask"][row].roll(3 * row, dims=-1)
             mixed["token_mask"][row, : min(row, 2)] = False
             mixed["alpha"][row] = 0.25 * row - 0.5
-        if self.cuda:
-            torch.cuda.reset_peak_memory_stats(self.device)
+        self.clock.forget_peak()
         engine(equal)
         before = compiled_graphs()
         times: dict[str, list[float]] = {"uniform": [], "mixed": []}
@@ -411,15 +355,15 @@ class Bench:
             "mixed_ms": round(medians["mixed"], 3),
             "mixed_over_uniform": round(medians["mixed"] / medians["uniform"], 4),
             "recompilations": compiled_graphs() - before,
-            "peak_gib": round(torch.cuda.max_memory_allocated(self.device) / 2**30, 2) if self.cuda else None,
+            "peak_gib": None if (peak := self.clock.peak_gib()) is None else round(peak, 2),
         }
 
     def sweep(self, engine: InductorEngine, inputs: dict[str, Tensor]) -> None:
         """Compare a sweep of 15 strengths that encodes once with one that encodes for every image. For FLUX only."""
-        if self.family.name != "flux_kontext":
-            self.extra["sweep"] = {"note": "not measured: transformer and text encoder of this family do not fit in 48 GB"}
+        if not isinstance(self.base, FluxKontextBase):
+            self.extra["sweep"] = {"note": "measured for FLUX.1-Kontext only; make gpu-e2e measures whole edits of every base"}
             return
-        encode, decode = flux_encoders(self.transformer.config, self.size, self.device)
+        encode, decode = flux_calls(self.base, self.size, small=self.small, device=self.device)
 
         def denoise() -> None:
             for _ in range(SWEEP_STEPS):
@@ -441,10 +385,10 @@ class Bench:
 
         encode()
         decode()
-        found = {"shared_s": self.seconds(shared), "separate_s": self.seconds(separate)}
+        found = {"shared_s": self.clock.seconds(shared), "separate_s": self.clock.seconds(separate)}
         self.extra["sweep"] = {name: round(value, 3) for name, value in found.items()} | {
             "separate_over_shared": round(found["separate_s"] / found["shared_s"], 4),
-            "encode_ms": round(1e3 * self.seconds(encode), 3),
+            "encode_ms": round(1e3 * self.clock.seconds(encode), 3),
             "what": f"{SWEEP} strengths, {SWEEP_STEPS} steps each, batch 1; eager T5 and CLIP text encoders, VAE encoder and "
             "decoder with random weights, as wide as FLUX's; the decoder runs on constant latents",
         }
@@ -468,7 +412,7 @@ class Bench:
                 engine.forget_shapes()
                 engine(self.inputs)
 
-        column.strength_change_ms = 1e3 * self.seconds(change)
+        column.strength_change_ms = 1e3 * self.clock.seconds(change)
         column.recompilations = compiled_graphs() - before
 
     def run(self) -> None:
@@ -482,29 +426,12 @@ class Bench:
             column.ratio_to_frozen = column.milliseconds / limit
 
 
-def compiled_graphs() -> int:
-    """Return the number of graphs that dynamo has captured in this process."""
-    return int(counters["stats"]["unique_graphs"])
-
-
-def flux_encoders(config: Any, size: Size, device: torch.device) -> tuple[Callable[[], object], Callable[[], object]]:
-    """Return functions that encode a prompt and an image, and decode an image, with FLUX's models and random weights.
-
-    The models are narrow if the transformer is.
-    """
-    full = config.joint_attention_dim == 4096
-    side = 1024 if full else 64
-    t5 = {"d_model": 4096, "d_ff": 10240, "num_layers": 24, "num_heads": 64} if full else {"d_model": 64, "num_layers": 1}
-    clip = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12} if full else {"hidden_size": 64}
-    widths = (128, 256, 512, 512) if full else (32, 32, 32, 32)
-    vae_config = {"block_out_channels": widths, "layers_per_block": 2 if full else 1, "latent_channels": 16}
-    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
-    with init_empty_weights():
-        text = transformers.T5EncoderModel(transformers.T5Config(vocab_size=32128, feed_forward_proj="gated-gelu", **t5))
-        pooled = transformers.CLIPTextModel(transformers.CLIPTextConfig(**clip))
-        vae = AutoencoderKL(**vae_config, **blocks)
-    for module in (text, pooled, vae):
-        materialise(module, device)
+def flux_calls(
+    base: FluxKontextBase, size: Size, *, small: bool, device: torch.device
+) -> tuple[Callable[[], object], Callable[[], object]]:
+    """Return functions that encode a prompt and an image, and decode an image, with FLUX's encoders and autoencoder."""
+    text, pooled, vae = base.encoders(small=small, device=device)
+    side = vae.config.sample_size
     tokens = torch.zeros(1, size.text_rows, dtype=torch.long, device=device)
     image = torch.zeros(1, 3, side, side, dtype=DTYPE, device=device)
     latents = torch.zeros(1, 16, side // 8, side // 8, dtype=DTYPE, device=device)
@@ -568,7 +495,7 @@ def table(bench: Bench) -> str:
 def main() -> int:
     """Run the benchmark and return the exit status, which is 0 even if a mark is missed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--family", choices=tuple(MODELS), default="flux_kontext", help="(default: %(default)s)")
+    parser.add_argument("--family", choices=tuple(FULL_SIZES), default="flux_kontext", help="(default: %(default)s)")
     parser.add_argument("--out", type=Path, help="results folder (default: bench/results; none in a rehearsal)")
     parser.add_argument("--steps", type=int, default=20, help="timed steps of each column (default: %(default)s)")
     parser.add_argument("--rehearse", action="store_true", help="run small blocks on any machine; times are meaningless")
@@ -584,18 +511,17 @@ def main() -> int:
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
     started = time.perf_counter()
     try:
-        transformer = random_transformer(args.family, small=rehearse, device=device)
-        bench = Bench(get_family(args.family), transformer, size)
+        bench = Bench(FULL_SIZES[args.family], size, small=rehearse, device=device)
         bench.run()
     except torch.OutOfMemoryError:
-        sys.stderr.write("gpu_model: out of GPU memory; FLUX.1-Kontext needs a card of 48 GB, Qwen-Image-Edit one of 80 GB\n")
+        sys.stderr.write(f"gpu_model: out of GPU memory; {args.family} needs a card of {FULL_SIZES[args.family].gib} GB\n")
         return 2
     except SliderEditError as error:
         sys.stderr.write(f"gpu_model: {error}\n")
         return 2
     about = {
         "family": args.family,
-        "parameters": sum(p.numel() for p in transformer.parameters()),
+        "parameters": sum(p.numel() for p in bench.transformer.parameters()),
         "text_rows": size.text_rows,
         "image_rows": size.image_rows,
         "steps": size.steps,

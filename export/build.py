@@ -136,6 +136,7 @@ def _describe(job: BuildJob, backend: Backend, compiled: Compiled, folder: Path,
         updates=export.updates,
         layers=dict(compiled.layers),
         compatibility=dict(limits.compatibility),
+        weight_streaming=compiled.weight_streaming,
         links={name: described | {"kind": compiled.links[name]} for name, described in linked.items()},
     )
 

@@ -182,17 +182,26 @@ def meta_transformer(source: Path) -> Any:
         config = read_json(path)
         layers = read_layers(source)
         config.pop("quantization_config", None)
-        model_class = getattr(diffusers, config["_class_name"])
-        if not issubclass(model_class, diffusers.ModelMixin):
-            raise TypeError(f"{config['_class_name']} is not a model")
-        with init_empty_weights():
-            model = model_class.from_config(config).eval()
+        model = meta_model(config["_class_name"], config)
         quantize_linears(model, layers)
         return model
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise SliderEditError(
             f"cannot build the model that {str(path)!r} describes ({error}); download the checkpoint again"
         ) from error
+
+
+def meta_model(class_name: str, config: Mapping[str, Any]) -> Any:
+    """Build a diffusers model from its configuration, on the `meta` device (without weights).
+
+    Raises:
+        TypeError: The class is not a model.
+    """
+    model_class = getattr(diffusers, class_name)
+    if not issubclass(model_class, diffusers.ModelMixin):
+        raise TypeError(f"{class_name} is not a model")
+    with init_empty_weights():
+        return model_class.from_config(dict(config)).eval()
 
 
 def read_index(base: Path) -> dict[str, Any]:

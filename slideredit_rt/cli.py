@@ -15,6 +15,7 @@ from slideredit_rt import __version__
 from slideredit_rt.commands import adapter, edit, engine, evaluation, kernels, serving, training
 from slideredit_rt.commands.shared import Commands
 from slideredit_rt.errors import SliderEditError
+from slideredit_rt.notes import print_notes
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -69,6 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _prepare_streams()
     args = _parser().parse_args(argv)
     _silence_libraries()
+    print_notes()
     previous = signal.signal(signal.SIGTERM, _terminate)
     try:
         code: int = args.run(args)

@@ -16,13 +16,14 @@ from tqdm import tqdm
 
 from slideredit_rt.adapters import AdapterSource, load_adapters
 from slideredit_rt.assets import resolve_base
-from slideredit_rt.engines import open_engine
+from slideredit_rt.engines import check_run, open_engine
 from slideredit_rt.engines.eager import EagerEngine
-from slideredit_rt.engines.manifest import check_base
+from slideredit_rt.engines.manifest import check_base, read_manifest
 from slideredit_rt.errors import OutOfDeviceMemory, SliderEditError
 from slideredit_rt.families import Backbone, Conditioning, EncodedImages, Family, family_of, get_family
 from slideredit_rt.images import ImageSource, read_images
 from slideredit_rt.modules import SliderBackbone
+from slideredit_rt.placement import Placement, choose_placement
 from slideredit_rt.settings import EditOptions, EditSettings, RunSettings, merge
 from slideredit_rt.sliders import Controls, Slider, compose_prompt
 from slideredit_rt.spans import PromptToken, normalise, row_mask
@@ -113,7 +114,10 @@ class SliderEditor:
         controls: Kind of the sliders, their strength curves and the members of a bank.
         max_batch: Largest batch of the engine.
         max_sliders: Largest number of sliders of the engine.
+        placement: Parts that `from_engine` left in host memory, and why.
     """
+
+    placement = Placement(RunSettings(offload="none"))
 
     def __init__(
         self,
@@ -170,14 +174,15 @@ class SliderEditor:
             path: Folder written by `slideredit-rt build`.
             base: Folder, hub repository or embedded name of the base, which holds the encoders and the decoder; None takes the
                 source recorded in the manifest.
-            run: Device, threads and options of the engine, dtype of encoders and autoencoder; None uses the defaults.
+            run: Device, threads and options of the engine, dtype of encoders and autoencoder, and what is offloaded; None
+                uses the defaults. The logger `slideredit_rt.notes` tells what `auto` decided.
 
         Raises:
-            SliderEditError: The engine is damaged or cannot run here, or it was built from another base.
+            SliderEditError: The engine is damaged or cannot run here, it was built from another base, or an edit does not fit
+                into the GPU's free memory.
         """
-        run = run or RunSettings()
-        manifest, engine = open_engine(Path(path), run)
-        run.check_offload(engine.device)
+        run, manifest = run or RunSettings(), read_manifest(Path(path))
+        device = check_run(Path(path), manifest, run)
         if manifest.kind is None:
             raise SliderEditError(
                 f"engine {str(path)!r} was built without an adapter and has no sliders; rebuild it with --adapter"
@@ -191,16 +196,21 @@ class SliderEditor:
             )
         check_base(manifest, Path(path), folder, skip=("transformer",))
         with _LOADING:
+            placement = choose_placement(Path(path), manifest, folder, run, device)
+        _, engine = open_engine(Path(path), placement.run, manifest)
+        with _LOADING:
             pipeline = family.load_pipeline(folder, transformer=False, dtype=run.choose_dtype(engine.device))
             try:
-                family.place(pipeline, engine.device, offload=run.offload)
+                family.place(pipeline, engine.device, offload=placement.run.offload)
             except torch.OutOfMemoryError:
                 raise OutOfDeviceMemory(
                     "the GPU is out of memory for the encoders and the autoencoder; free some, or use --offload encoders"
                 ) from None
         controls = Controls(manifest.kind, manifest.curve, manifest.members)
         limits = {"max_batch": manifest.max_batch, "max_sliders": manifest.max_sliders}
-        return cls(family, pipeline, engine, manifest.config, controls, **limits)
+        editor = cls(family, pipeline, engine, manifest.config, controls, **limits)
+        editor.placement = placement
+        return editor
 
     @classmethod
     def from_pretrained(

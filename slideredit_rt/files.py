@@ -23,6 +23,10 @@ _REMEMBERED = 2**20
 _MOST_REMEMBERED = 4096
 
 
+MANIFEST = "manifest.json"
+"""Name of the file that describes an engine folder."""
+
+
 def user_path(text: str | Path) -> Path:
     """Return a path with `~` expanded. A `~` that names no user is kept as it is."""
     return Path(os.path.expanduser(text))
@@ -31,6 +35,22 @@ def user_path(text: str | Path) -> Path:
 def is_plain_name(name: Any) -> bool:
     """Return whether `name` is the name of a file or folder, without any path."""
     return isinstance(name, str) and name not in ("", "..") and Path(name).name == name and not set(name) & {"\\", "\0"}
+
+
+def check_engine_folder(folder: Path) -> None:
+    """Check that a folder has a manifest. Commands do so ahead of imports that take seconds.
+
+    Raises:
+        SliderEditError: The folder or the manifest does not exist.
+    """
+    try:
+        os.stat(folder / MANIFEST)
+    except FileNotFoundError:
+        what = f"is not an engine folder: {MANIFEST} is missing" if folder.exists() else "does not exist"
+        raise SliderEditError(f"engine {str(folder)!r} {what}; build one with slideredit-rt build") from None
+    except OSError:
+        # Reading the manifest will say why that fails.
+        return
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
+import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import diffusers
 import torch
@@ -18,14 +21,27 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from slideredit_rt.checkpoint import components, meta_transformer, read_index, read_weights, weight_files
+from slideredit_rt import __version__
+from slideredit_rt.checkpoint import (
+    CONFIG_FILE,
+    components,
+    meta_model,
+    meta_transformer,
+    quiet_libraries,
+    read_index,
+    read_weights,
+    weight_files,
+)
 from slideredit_rt.engines.manifest import Manifest
 from slideredit_rt.engines.tensorrt import PLAN_FILE
+from slideredit_rt.errors import SliderEditError
 from slideredit_rt.families import get_family
 from slideredit_rt.families.base import decode_in_tiles
+from slideredit_rt.files import atomic_file, cache_directory, read_json
 from slideredit_rt.tensor_files import Stored, read_header
 
 MemoryMode = Literal["none", "encoders", "all"]
+MODES: tuple[MemoryMode, ...] = get_args(MemoryMode)
 RESERVED = 3 * 2**29
 """Bytes that are not planned with: the CUDA context, libraries' workspaces and fragmentation (1.5 GiB)."""
 DEPLOYED = torch.bfloat16
@@ -48,7 +64,7 @@ class Footprint:
         decode: Activations of decoding one image. Batches are decoded one image at a time.
         tiled_decode: Activations of decoding one image in tiles.
         max_batch: Largest batch of the engine.
-        streams: True if the backend can stream weights from the host.
+        streams: True if weights can be streamed from the host.
     """
 
     weights: int
@@ -72,9 +88,11 @@ class MemoryPlan:
         encoders_gib: Text encoders; on the card only during an encoding unless `offload` is `none`.
         decoder_gib: Autoencoder.
         activations_gib: Activations of a batch of 1.
-        offload: First of `none`, `encoders` and, for TensorRT, `all` (weight streaming) that fits, or the last of them.
+        offload: First of `none`, `encoders` and, for engines with weight streaming, `all` that fits, or the last of them.
         max_batch: The largest batch that fits, up to the engine's; 0 where not even one image does.
         fits: True if one image fits.
+        needed_gib: Memory for one image with everything on the card, including what is reserved.
+        missing_gib: Further memory for one image with `offload`; 0 if it fits.
     """
 
     vram_gib: float
@@ -85,9 +103,11 @@ class MemoryPlan:
     offload: MemoryMode
     max_batch: int
     fits: bool
+    needed_gib: float
+    missing_gib: float
 
 
-def plan_memory(footprint: Footprint, vram: int) -> MemoryPlan:
+def plan_memory(footprint: Footprint, vram: int, modes: Sequence[MemoryMode] = MODES) -> MemoryPlan:
     """Choose what leaves the card so that the rest fits on it.
 
     Text encoders leave first, because they work only when a prompt is new; images are then encoded and decoded in tiles as
@@ -96,34 +116,54 @@ def plan_memory(footprint: Footprint, vram: int) -> MemoryPlan:
     Args:
         footprint: Footprint of the engine.
         vram: Memory of the card, in bytes.
+        modes: Choices that are allowed, in order.
     """
     room = vram - RESERVED - footprint.decoder
-    # A text encoder visits the card a layer at a time, and not during a step of the same edit.
+    # A text encoder visits the card a layer at a time, and not while an image is decoded.
     offloaded = max(footprint.tiled_decode, footprint.largest_encoder_weight)
-    choices: tuple[tuple[MemoryMode, int, int], ...] = (
-        ("none", footprint.weights + footprint.encoders, footprint.decode),
-        ("encoders", footprint.weights, offloaded),
-    )
-    for mode, resident, other in choices:
-        if room - resident >= max(other, footprint.step):
-            batch = min((room - resident) // footprint.step, footprint.max_batch)
-            return _plan(footprint, vram, mode, footprint.weights, other, batch)
-    if not footprint.streams:
-        return _plan(footprint, vram, "encoders", footprint.weights, offloaded, 0)
-    kept = min(footprint.weights, max(0, room - max(offloaded, footprint.step)))
-    return _plan(footprint, vram, "all", kept, offloaded, int(kept >= STREAMED_SHARE * footprint.weights))
+    streamed = min(footprint.weights, max(int(STREAMED_SHARE * footprint.weights), room - offloaded - footprint.step))
+    choices = {
+        "none": _Choice(footprint.weights, footprint.encoders, footprint.decode),
+        "encoders": _Choice(footprint.weights, 0, offloaded),
+        "all": _Choice(streamed, 0, offloaded),
+    }
+    allowed = [mode for mode in modes if mode != "all" or footprint.streams]
+    fitting = (mode for mode in allowed if choices[mode].room(footprint.step) <= room)
+    mode = next(fitting, allowed[-1])
+    return _plan(footprint, vram, mode, choices[mode], room)
 
 
-def _plan(footprint: Footprint, vram: int, mode: MemoryMode, weights: int, other: int, batch: int) -> MemoryPlan:
+@dataclass(frozen=True)
+class _Choice:
+    """Bytes on the card with one choice of what leaves it: weights, text encoders and the activations beside a step.
+
+    Engines keep the memory of their steps, and a server encodes and decodes while it steps, so the two are added.
+    """
+
+    weights: int
+    encoders: int
+    other: int
+
+    def room(self, step: int) -> int:
+        """Return the bytes for one image, whose step takes `step`."""
+        return self.weights + self.encoders + self.other + step
+
+
+def _plan(footprint: Footprint, vram: int, mode: MemoryMode, choice: _Choice, room: int) -> MemoryPlan:
+    missing = max(0, choice.room(footprint.step) - room)
+    everything = footprint.weights + footprint.encoders + footprint.decode + footprint.step
+    batch = 0 if missing else min((room - choice.room(0)) // footprint.step, footprint.max_batch)
     return MemoryPlan(
         vram_gib=_gib(vram),
-        weights_gib=_gib(weights),
+        weights_gib=_gib(choice.weights),
         encoders_gib=_gib(footprint.encoders),
         decoder_gib=_gib(footprint.decoder),
-        activations_gib=_gib(max(footprint.step, other)),
+        activations_gib=_gib(footprint.step + choice.other),
         offload=mode,
         max_batch=batch,
-        fits=batch >= 1,
+        fits=not missing,
+        needed_gib=_gib(everything + footprint.decoder + RESERVED),
+        missing_gib=_gib(missing),
     )
 
 
@@ -131,46 +171,91 @@ def _gib(size: int) -> float:
     return round(size / 2**30, 2)
 
 
-def engine_footprint(folder: Path, manifest: Manifest, base: Path) -> Footprint:
+@dataclass(frozen=True)
+class _Activations:
+    """The fields of `Footprint` that take a run on `meta` to know, in bytes."""
+
+    step: int
+    decode: int
+    tiled_decode: int
+
+
+def engine_footprint(folder: Path, manifest: Manifest, base: Path, dtype: torch.dtype = DEPLOYED) -> Footprint:
     """Return what an engine and its base take on a device, for edits of one image at the base's usual size.
+
+    Activations take seconds to count the first time. They are then kept in the user's cache, by the configurations of the
+    transformer and the autoencoder.
 
     Args:
         folder: Engine folder.
         manifest: Manifest of the folder.
         base: Folder of the checkpoint that encodes and decodes.
+        dtype: Dtype of encoders and autoencoder.
 
     Raises:
         SliderEditError: Files of the engine or the base that cannot be read.
     """
-    family = get_family(manifest.family)
-    pipeline = _decoding_pipeline(base)
-    side = family.side(pipeline)
-    channels = int(manifest.config["in_channels"])
-    rows = (side // (2 * pipeline.vae_scale_factor)) ** 2
-    text_rows = manifest.ranges["text_rows"][2] if "text_rows" in manifest.ranges else family.usual_text_rows
-    transformer = meta_transformer(base / "transformer").to(getattr(torch, manifest.dtype))
-    family.prepare_transformer(transformer)
-    inputs = family.random_inputs(manifest.config, 1, text_rows, 2 * rows, torch.Generator())
-    on_meta = {name: value.to("meta") for name, value in inputs.items()}
-    latents = torch.empty(1, rows, channels, device="meta")
-
-    def decode() -> object:
-        return family.decode_pixels(pipeline, latents, side, side)
-
-    encoders = [_size(stored) for name, library in _encoders(base) for stored in read_weights(base / name, library).values()]
-    whole = live_peak(decode, pipeline.vae)
-    decode_in_tiles(pipeline.vae)
+    stored = [one for name, library in _encoders(base) for one in read_weights(base / name, library).values()]
+    encoders = [_size(one, dtype) for one in stored]
     return Footprint(
         weights=_engine_weights(folder, manifest),
         encoders=sum(encoders),
         largest_encoder_weight=max(encoders),
-        decoder=sum(map(_size, read_weights(base / "vae").values())),
-        step=live_peak(lambda: family.run(transformer, on_meta), transformer),
-        decode=whole,
-        tiled_decode=live_peak(decode, pipeline.vae),
+        decoder=sum(_size(one, dtype) for one in read_weights(base / "vae").values()),
+        **vars(_kept_activations(manifest, base, dtype)),
         max_batch=manifest.max_batch,
-        streams=PLAN_FILE in manifest.files,
+        streams=manifest.weight_streaming,
     )
+
+
+def _kept_activations(manifest: Manifest, base: Path, dtype: torch.dtype) -> _Activations:
+    """Return the activations of an engine and its base from the user's cache, or count and keep them."""
+    parts = {
+        "family": manifest.family,
+        "classes": read_index(base),
+        "transformer": [manifest.config, manifest.dtype, _text_rows(manifest)],
+        "vae": [read_json(base / "vae" / CONFIG_FILE), str(dtype)],
+        "versions": [__version__, torch.__version__, diffusers.__version__],
+    }
+    digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    file = cache_directory() / "activations" / f"{digest}.json"
+    with suppress(OSError, ValueError, TypeError):
+        kept = _Activations(**read_json(file))
+        if all(type(size) is int and size > 0 for size in vars(kept).values()):
+            return kept
+    found = _activations(manifest, base, dtype)
+    with suppress(OSError, SliderEditError), atomic_file(file) as temporary:
+        temporary.write_text(json.dumps(vars(found)))
+    return found
+
+
+def _activations(manifest: Manifest, base: Path, dtype: torch.dtype) -> _Activations:
+    """Count activations on the `meta` device."""
+    family = get_family(manifest.family)
+    with quiet_libraries():
+        pipeline = _decoding_pipeline(base, dtype)
+        # The base may have been downloaded without its transformer.
+        transformer = meta_model(components(base)["transformer"][1], manifest.config).to(getattr(torch, manifest.dtype))
+    side = family.side(pipeline)
+    rows = (side // (2 * pipeline.vae_scale_factor)) ** 2
+    family.prepare_transformer(transformer)
+    inputs = family.random_inputs(manifest.config, 1, _text_rows(manifest), 2 * rows, torch.Generator())
+    on_meta = {name: value.to("meta") for name, value in inputs.items()}
+    latents = torch.empty(1, rows, int(manifest.config["in_channels"]), device="meta")
+
+    def decode() -> object:
+        return family.decode_pixels(pipeline, latents, side, side)
+
+    step = live_peak(lambda: family.run(transformer, on_meta), transformer)
+    whole = live_peak(decode, pipeline.vae)
+    decode_in_tiles(pipeline.vae)
+    return _Activations(step, whole, live_peak(decode, pipeline.vae))
+
+
+def _text_rows(manifest: Manifest) -> int:
+    """Return the text rows of a prompt that the memory is planned for."""
+    usual = get_family(manifest.family).usual_text_rows
+    return int(manifest.ranges["text_rows"][2]) if "text_rows" in manifest.ranges else usual
 
 
 def live_peak(call: Callable[[], object], module: nn.Module) -> int:
@@ -219,11 +304,11 @@ class _FusedAttention(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _decoding_pipeline(base: Path) -> Any:
+def _decoding_pipeline(base: Path, dtype: torch.dtype) -> Any:
     """Make a base's pipeline with nothing but its autoencoder, on `meta`: enough to decode."""
     pipeline_class = getattr(diffusers, read_index(base)["_class_name"])
     names = list(inspect.signature(pipeline_class.__init__).parameters)[1:]
-    vae = meta_transformer(base / "vae").to(DEPLOYED)
+    vae = meta_transformer(base / "vae").to(dtype)
     return pipeline_class(**{name: {"vae": vae}.get(name) for name in names})
 
 
@@ -233,8 +318,8 @@ def _encoders(base: Path) -> list[tuple[str, str]]:
     return [(name, library) for name, library in found if weight_files(base / name, library)]
 
 
-def _size(stored: Stored) -> int:
-    return math.prod(stored.shape) * (DEPLOYED.itemsize if stored.dtype.is_floating_point else stored.dtype.itemsize)
+def _size(stored: Stored, dtype: torch.dtype) -> int:
+    return math.prod(stored.shape) * (dtype if stored.dtype.is_floating_point else stored.dtype).itemsize
 
 
 def _engine_weights(folder: Path, manifest: Manifest) -> int:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import torch
 
 ComponentDType = Literal["auto", "float32", "bfloat16"]
-Offload = Literal["none", "encoders"]
+Offload = Literal["auto", "none", "encoders", "all"]
 OFFLOADS: tuple[Offload, ...] = get_args(Offload)
 COMPONENT_DTYPES: tuple[ComponentDType, ...] = get_args(ComponentDType)
 MAX_THREADS = 1024
@@ -101,8 +101,10 @@ class RunSettings:
         device: `auto`, `cpu`, `cuda` or `cuda:N`. `auto` takes the device that the engine's backend prefers: the current CUDA
             device for TensorRT, the same for Inductor where there is one, else the CPU.
         dtype: Dtype of encoders and autoencoder, `float32`, `bfloat16` or `auto`: bfloat16 on a GPU, float32 on the CPU.
-        offload: `none`, or `encoders` for GPUs with little memory: text encoders stay in host memory, from where each
-            layer is copied when it is needed, and images are encoded and decoded in tiles.
+        offload: Parts that stay in host memory. `none`: nothing. `encoders`: text encoders, from where each layer is copied
+            when it is needed; images are encoded and decoded in tiles. `all`: also the backbone's weights that do not fit,
+            which are copied in every step; only for TensorRT engines built with weight streaming. `auto`: the first of these
+            with which an edit fits into the GPU's free memory.
         threads: CPU threads of the backend; None lets the backend choose.
         options: Run options of the backend, an instance of its `run_options`; None uses its defaults.
 
@@ -112,7 +114,7 @@ class RunSettings:
 
     device: str = "auto"
     dtype: ComponentDType = "auto"
-    offload: Offload = "none"
+    offload: Offload = "auto"
     threads: int | None = None
     options: Any = None
 
@@ -122,17 +124,18 @@ class RunSettings:
         if self.dtype not in COMPONENT_DTYPES:
             raise SliderEditError(f"{self.dtype!r} is not a dtype of encoders; give {', '.join(COMPONENT_DTYPES)}")
         if self.offload not in OFFLOADS:
-            raise SliderEditError(f"{self.offload!r} cannot be offloaded; give {' or '.join(OFFLOADS)}")
+            raise SliderEditError(f"{self.offload!r} is not a choice of what to offload; give {', '.join(OFFLOADS)}")
         if self.threads is not None and not 1 <= self.threads <= MAX_THREADS:
             raise SliderEditError(
                 f"cannot use {self.threads} CPU threads; pass 1 to {MAX_THREADS}, or omit it to let the backend choose"
             )
 
-    def choose_device(self, preferred: torch.device | None = None) -> torch.device:
+    def choose_device(self, preferred: torch.device | None = None, option: str = "--device") -> torch.device:
         """Return the device, with the number of the GPU.
 
         Args:
             preferred: Device for `auto`; None takes the CPU.
+            option: Name of the command-line option, for the error.
 
         Raises:
             SliderEditError: The GPU does not exist.
@@ -143,15 +146,19 @@ class RunSettings:
         if device.type != "cuda":
             return device
         if not torch.cuda.is_available():
-            raise SliderEditError(f"the device is {self.device}, but torch finds no CUDA GPU; use --device cpu")
+            raise SliderEditError(f"the device is {self.device}, but torch finds no CUDA GPU; use {option} cpu")
         index = torch.cuda.current_device() if device.index is None else device.index
         if index >= (count := torch.cuda.device_count()):
             raise SliderEditError(f"the device is {self.device}, but this machine has {count} GPU(s), counted from 0")
         return torch.device("cuda", index)
 
     def check_offload(self, device: torch.device) -> None:
-        """Refuse to offload from a CPU."""
-        if self.offload != "none" and device.type == "cpu":
+        """Refuse to offload from a CPU.
+
+        Raises:
+            SliderEditError: The settings ask for it.
+        """
+        if self.offload in ("encoders", "all") and device.type == "cpu":
             raise SliderEditError(
                 f"--offload {self.offload} frees memory of a GPU, and this engine runs on the CPU; leave it out"
             )
@@ -162,3 +169,18 @@ class RunSettings:
 
         usual = torch.float32 if device.type == "cpu" else torch.bfloat16
         return {"auto": usual, "float32": torch.float32, "bfloat16": torch.bfloat16}[self.dtype]
+
+
+def pick_device(device: str = "auto", option: str = "--device") -> torch.device:
+    """Return the device of work that has no engine, such as training.
+
+    Args:
+        device: `auto`, `cpu`, `cuda` or `cuda:N`, as in `RunSettings`. `auto` takes the current GPU if there is one.
+        option: Name of the command-line option, for the error.
+
+    Raises:
+        SliderEditError: It is not one of these, or the GPU does not exist.
+    """
+    import torch
+
+    return RunSettings(device).choose_device(torch.device("cuda") if torch.cuda.is_available() else None, option)

@@ -15,10 +15,11 @@ from torch import Tensor
 from slideredit_rt.adapters import load_adapters
 from slideredit_rt.assets import resolve_base
 from slideredit_rt.editor import Prepared, SliderEditor
-from slideredit_rt.engines import Engine, Manifest, open_engine, read_manifest
+from slideredit_rt.engines import Engine, Manifest, check_run, open_engine, read_manifest
 from slideredit_rt.engines.manifest import check_base
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.families import Backbone, get_family
+from slideredit_rt.placement import choose_placement
 from slideredit_rt.settings import RunSettings
 from slideredit_rt.sliders import Controls, Slider
 
@@ -216,7 +217,8 @@ def verify_engine(
     Raises:
         SliderEditError: The engine has no adapter, or it was built from another base or adapter.
     """
-    manifest = read_manifest(path)
+    run, manifest = run or RunSettings(), read_manifest(path)
+    device = check_run(path, manifest, run)
     if manifest.adapter is None:
         raise SliderEditError(f"engine {str(path)!r} has no adapter to verify; rebuild it with --adapter")
     base = base or manifest.base["source"]
@@ -227,7 +229,8 @@ def verify_engine(
         raise SliderEditError(f"adapter {adapter!r} is not the one in engine {str(path)!r}; pass the original with --adapter")
     # Check all components, because the eager reference uses them all.
     check_base(manifest, path, resolve_base(base))
-    compiled = open_engine(path, run)[1]
+    placement = choose_placement(path, manifest, resolve_base(base), run, device, encoders=False)
+    compiled = open_engine(path, placement.run, manifest)[1]
     eager = SliderEditor.from_pretrained(base, loaded)
     engine = _on_cpu(eager, manifest, compiled)
     same_dtype = None

@@ -13,16 +13,46 @@ from typing import Any
 
 import torch
 from qwen_checkpoint import qwen_adapter, random_image, save_tiny_checkpoint
+from scorer_checkpoints import save_scorer_checkpoints
 from standin import CARD, StandIn
 from torch import Tensor
 
+from slideredit_rt.assets import resolve_base
 from slideredit_rt.editor import SliderEditor
+from slideredit_rt.evaluation.scorers import AttributeScorer, DistanceScorer, load_scorer
+from slideredit_rt.families import get_family
 from slideredit_rt.serving.requests import EditRequest
 from slideredit_rt.serving.service import EditService
+from slideredit_rt.shapes.adapter_recipes import BalancedShapes, ShapesData
+from slideredit_rt.shapes.world import find_instruction
 from slideredit_rt.sliders import Slider
+from slideredit_rt.training.attribute_offsets import OffsetConfig, OffsetTrainer
+from slideredit_rt.training.concepts import ConceptConfig, ConceptTrainer
+from slideredit_rt.training.suppression import SuppressionConfig, SuppressionTrainer
+from slideredit_rt.training.trainer import Trainer
 
 STEPS = 3
 INSTRUCTIONS = ("make the circle red", "make the square blue")
+SCORERS_ON_CARD = ("clip", "siglip", "blip-itm", "dinov2")
+_SHORT: dict[str, Any] = {"steps": 3, "batch": 2, "learning_rate": 1e-3}
+KNOWN = [find_instruction(text) for text in INSTRUCTIONS]
+_CONTRAST = {**_SHORT, "attributes": INSTRUCTIONS}
+
+
+def _trainer(kind: Any, config: Any, data: Any) -> Callable[[Any, Path, torch.device], Trainer[Any]]:
+    def make(pipeline: Any, out: Path, device: torch.device) -> Trainer[Any]:
+        made: Trainer[Any] = kind(get_family("flux_kontext"), pipeline, data, config, out, device)
+        return made
+
+    return make
+
+
+TRAINERS = {
+    "st": _trainer(SuppressionTrainer, SuppressionConfig(kind="st", rank=4, **_SHORT), ShapesData()),
+    "gst": _trainer(SuppressionTrainer, SuppressionConfig(kind="gst", target="neutral", rank=4, **_SHORT), ShapesData()),
+    "concepts": _trainer(ConceptTrainer, ConceptConfig(rank=2, **_CONTRAST), BalancedShapes(KNOWN)),
+    "offsets": _trainer(OffsetTrainer, OffsetConfig(**_CONTRAST), BalancedShapes(KNOWN)),
+}
 
 
 class Service(EditService):
@@ -114,6 +144,44 @@ def run_service() -> dict[str, Any]:
     return {"difference": int((images[0] - images[1]).abs().max()), **counts(card)}
 
 
+def run_training(make: Callable[[Any, Path, torch.device], Trainer[Any]], folder: Path) -> dict[str, Any]:
+    """Train for a few steps on the CPU and on the card."""
+    trained: list[list[Tensor]] = []
+    card, places = StandIn(), set[str]()
+    for device in (torch.device("cpu"), CARD):
+        pipeline = get_family("flux_kontext").load_pipeline(resolve_base("shapes-kontext"))
+        inside: AbstractContextManager[Any] = nullcontext() if device.type == "cpu" else card
+        with inside:
+            trainer = make(pipeline, folder / f"{device.type}.safetensors", device)
+            card.events.clear()
+            card.phase = "steps"
+            trainer.train(progress=False)
+            card.phase = "afterwards"
+            places = {t.device.type for t in (*trainer.module.parameters(), *pipeline.vae.parameters())}
+            trained.append([p.detach().cpu() for p in trainer.module.parameters() if p.requires_grad])
+    difference = max(float((a - b).abs().max()) for a, b in zip(*trained, strict=True))
+    size = max(float(a.abs().max()) for a in trained[0])
+    return {"difference": difference, "size": size, "places": sorted(places), **counts(card)}
+
+
+def run_scorer(name: str, checkpoint: Path) -> dict[str, Any]:
+    """Score images on the CPU and on the card."""
+    images, found = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0)), []
+    card = StandIn()
+    for device in ("cpu", str(CARD)):
+        inside: AbstractContextManager[Any] = nullcontext() if device == "cpu" else card
+        with inside:
+            scorer = load_scorer(name, str(checkpoint), device)
+            card.events.clear()
+            if isinstance(scorer, AttributeScorer):
+                found.append(scorer.score(images, ["curly hair", "a smile"]))
+            else:
+                assert isinstance(scorer, DistanceScorer)
+                found.append([(value,) for value in scorer.distance(images, images[:1]) if value is not None])
+    difference = max(abs(a - b) for rows in zip(*found, strict=True) for a, b in zip(*rows, strict=True))
+    return {"difference": difference, "scored": len(found[1]), **counts(card)}
+
+
 def main() -> None:
     """Run every case and print the results by name."""
 
@@ -123,8 +191,8 @@ def main() -> None:
     def same(latents: Tensor) -> Tensor:
         return latents
 
-    with tempfile.TemporaryDirectory() as name:
-        base = save_tiny_checkpoint(Path(name) / "qwen")
+    with tempfile.TemporaryDirectory() as folder:
+        base = save_tiny_checkpoint(Path(folder) / "qwen")
         results = {
             "st": run_edit(shapes("st"), same, 2),
             "gst": run_edit(shapes("gst"), same, 1),
@@ -133,7 +201,10 @@ def main() -> None:
             "a copy in each step": run_edit(shapes("st"), lambda x: x.cpu().to(CARD), 2),
             "latents on the CPU": run_edit(shapes("st"), lambda x: x.cpu(), 2),
             "service": run_service(),
+            **{f"train {name}": run_training(make, Path(folder)) for name, make in TRAINERS.items()},
         }
+        save_scorer_checkpoints(Path(folder))
+        results |= {name: run_scorer(name, Path(folder) / name) for name in SCORERS_ON_CARD}
     sys.stdout.write(json.dumps(results))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from diffusers import (
     QwenImageTransformer2DModel,
 )
 from PIL import Image
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import (
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
@@ -25,44 +23,15 @@ from transformers import (
 )
 
 from slideredit_rt.adapters import Adapter
+from slideredit_rt.bench.full_size import qwen_tokenizer
 from slideredit_rt.families import get_family
 from slideredit_rt.families.qwen_image_edit import SourceImageProcessor
 
 SIDE = 64
-SPECIAL = (
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|vision_pad|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
-)
 CORPUS = (
     "make the circle red and make the square blue and make the background dark and add a small hat to the cat",
     "turn the sky into a sunset, please; give her curly hair and a warm smile; remove the 3 dogs; Picture 1: Picture 2:",
 )
-
-
-def _tokenizer(template: str) -> Qwen2Tokenizer:
-    """Whole words of the chat template are tokens, as in the real one: its prefix has the length that is dropped."""
-    untrained = Qwen2Tokenizer()
-    raw = Tokenizer(models.BPE())
-    raw.normalizer = normalizers.NFC()
-    raw.pre_tokenizer = untrained.backend_tokenizer.pre_tokenizer
-    pieces = re.split(r"<\|\w+\|>|\{\}", template)
-    trainer = trainers.BpeTrainer(
-        vocab_size=4000, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False
-    )
-    raw.train_from_iterator([*pieces, *CORPUS], trainer)
-    model = json.loads(raw.to_str())["model"]
-    return Qwen2Tokenizer(
-        vocab=model["vocab"],
-        merges=[tuple(pair) for pair in model["merges"]],
-        extra_special_tokens=list(SPECIAL[1:]),
-        model_max_length=256,
-    )
 
 
 def _text_encoder(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLForConditionalGeneration:
@@ -129,7 +98,7 @@ def save_tiny_checkpoint(folder: Path, *, plus: bool = False, zero_cond_t: bool 
     scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, shift_terminal=0.02)
     # The template stands in the pipeline's class; a pipeline without models tells it.
     template = pipeline_class(scheduler, None, None, None, None, None).prompt_template_encode
-    tokenizer = _tokenizer(template)
+    tokenizer = qwen_tokenizer(template, CORPUS, 256)
     image_processor = Qwen2VLImageProcessorPil(
         patch_size=4, merge_size=2, size={"shortest_edge": 8 * 8, "longest_edge": 32 * 32}
     )

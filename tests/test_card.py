@@ -1,4 +1,4 @@
-"""An edit on a card: everything between encoding and decoding stays there. The card is a stand-in that records transfers."""
+"""Edits, training and scorers on a card: what stays there, what comes back. The card is a stand-in that records transfers."""
 
 from __future__ import annotations
 
@@ -69,3 +69,34 @@ def test_the_card_notices_faults_in_the_loop(results: Any, fault: str, kinds: se
     found = results[fault]["events"]["loop"]
     assert {place.split(" ")[0] for place in found} == kinds
     assert set(found.values()) == {3}, "one in every step"
+
+
+TRAINERS = ["train st", "train gst", "train concepts", "train offsets"]
+SCORERS = ["clip", "siglip", "blip-itm", "dinov2"]
+
+
+@pytest.mark.parametrize("case", TRAINERS)
+def test_training_on_the_card_learns_what_it_learns_on_the_cpu(results: Any, case: str) -> None:
+    trained = results[case]
+    assert trained["places"] == ["card"]
+    assert trained["size"] > 1e-3, "three steps change the parameters"
+    assert trained["difference"] < 1e-3 * trained["size"], "data and noise do not depend on the device"
+
+
+@pytest.mark.parametrize("case", TRAINERS)
+def test_a_training_step_waits_once_for_its_loss_and_downloads_nothing_else(results: Any, case: str) -> None:
+    events = results[case]["events"]["steps"]
+    waits = {place.split(":")[0]: number for place, number in events.items() if place.startswith("sync")}
+    assert waits == {"sync at trainer.py": 3}
+    # The result is downloaded, in `result`, after the last step.
+    owner = {"train concepts": "concepts.py", "train offsets": "attribute_offsets.py"}.get(case, "suppression.py")
+    assert {place.split(":")[0] for place in events if place.startswith("download")} == {f"download at {owner}"}
+
+
+@pytest.mark.parametrize("case", SCORERS)
+def test_scorers_on_the_card_score_as_on_the_cpu_and_only_scores_come_back(results: Any, case: str) -> None:
+    scored = results[case]
+    assert (scored["scored"], scored["difference"] < 1e-5) == (3, True)
+    kinds = [place.split(" ")[0] for place in scored["events"][""]]
+    assert "upload" in kinds, "the images are scored on the card"
+    assert kinds.count("download") == 1

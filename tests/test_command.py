@@ -69,6 +69,14 @@ EDIT = ["edit", "engine", "--image", "in.png", "--slider", RED, "--out", "out.pn
         ([*EDIT, "--slider", f"{RED}=nan"], 2, "has strength nan"),
         ([*EDIT, "--guidance-scale", "nan"], 2, "guidance scale is nan"),
         ([*EDIT, "--seed", str(2**64)], 2, "the seed is 18446744073709551616"),
+        (["inspect", "nowhere"], 2, "engine 'nowhere' does not exist; build one with slideredit-rt build"),
+        (["verify", "nowhere"], 2, "engine 'nowhere' does not exist"),
+        (["serve", "nowhere"], 2, "engine 'nowhere' does not exist"),
+        (["adapter", "replace", "nowhere", "shapes-st"], 2, "engine 'nowhere' does not exist"),
+        (["adapter", "calibrate", "shapes-st", "a", "--engine", "nowhere"], 2, "engine 'nowhere' does not exist"),
+        (["evaluate", "--engine", "nowhere", "--out", "a"], 2, "engine 'nowhere' does not exist"),
+        (["export-triton", "nowhere", "--out", "a"], 2, "engine 'nowhere' does not exist"),
+        (["inspect", str(Path(__file__).parent)], 2, "is not an engine folder: manifest.json is missing; build one"),
     ],
 )
 def test_help_and_refusals_of_arguments_wait_for_no_library(arguments: list[str], code: int, shown: str) -> None:

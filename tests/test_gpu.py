@@ -189,3 +189,29 @@ def test_engine_calls_follow_each_other_across_streams_and_replay_a_capture() ->
             assert caller == torch.cuda.default_stream() or handle == caller.cuda_stream
             replay()
     assert (x == 15).all(), "the default stream waits for the last one"
+
+
+def test_lanes_hand_tensors_over_while_the_host_goes_on() -> None:
+    """In both directions, with slow work before each hand-over, and memory that is given back at once."""
+    pytest.importorskip("diffusers", reason="the engines' package needs it")
+    from slideredit_rt.engines.cuda import Lane
+
+    device = torch.device("cuda", torch.cuda.current_device())
+    codec, steps = Lane(device), Lane(device, urgent=True)
+    for giver, taker in ((codec, steps), (steps, codec)):
+        with giver.work():
+            torch.cuda._sleep(200_000_000)
+            x = torch.full((1 << 20,), 7.0, device=device)
+            mark = giver.mark()
+        with taker.work():
+            taker.take(mark, [x])
+            torch.cuda._sleep(200_000_000)
+            y = 2 * x
+        assert mark is not None
+        assert not mark.query(), "the host did not wait"
+        del x
+        with giver.work():
+            overwriting = [torch.full((1 << 20,), -1.0, device=device) for _ in range(4)]
+        torch.cuda.synchronize()
+        assert bool((y == 14).all())
+        del overwriting

@@ -4,38 +4,114 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from slideredit_rt.bench import gpu_e2e
+from slideredit_rt.bench.clock import Clock
 from slideredit_rt.engines import inductor
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a rehearsal is for machines without a GPU")
 
 
+@pytest.fixture
+def rehearse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Run the bench with options; return the report that it wrote, and the report's name."""
+
+    def run(*options: str) -> tuple[str, Any]:
+        monkeypatch.setattr(sys, "argv", ["gpu_e2e", "--rehearse", "--out", str(tmp_path), *options])
+        monkeypatch.setattr(inductor, "COMPILER", inductor.COMPILER)  # the rehearsal changes it
+        assert gpu_e2e.main() == 0
+        written = sorted(path.name for path in (tmp_path / "none").iterdir())
+        name = written[0].removesuffix(".json")
+        assert written == [f"{name}.json", f"{name}.md"]
+        return name, json.loads((tmp_path / "none" / f"{name}.json").read_text())
+
+    return run
+
+
+@pytest.mark.parametrize(("family", "scale"), [("flux_kontext", 1.0), ("qwen_image_edit", 4.0)])
 def test_a_rehearsal_runs_every_column_and_writes_only_where_it_is_told(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    family: str, scale: float, rehearse: Callable[..., Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["gpu_e2e", "--rehearse", "--out", str(tmp_path)])
-    monkeypatch.setattr(inductor, "COMPILER", inductor.COMPILER)  # the rehearsal changes it
-    assert gpu_e2e.main() == 0
-    assert sorted(p.name for p in (tmp_path / "none").iterdir()) == ["e2e_flux_kontext.json", "e2e_flux_kontext.md"]
-    report = json.loads((tmp_path / "none" / "e2e_flux_kontext.json").read_text())
+    name, report = rehearse("--family", family)
+    assert (name, report["true_cfg_scale"]) == (f"e2e_{family}", scale)
     columns = {column["name"]: column for column in report["columns"]}
     assert list(columns) == list(gpu_e2e.COLUMNS)
-    assert report["rehearsal"] is True
+    assert (report["rehearsal"], report["left_out"]) == (True, [])
     for name, column in columns.items():
-        assert min(column["first_seconds"], column["moved_seconds"], column["sweep_seconds"]) > 0
+        compiled = name == "diffusers + PEFT, compiled"
         ours = name.startswith(("ours", "frozen"))
-        assert (column["step_seconds"] is not None) == ours
-        assert column["recompilations"] == 0 or name == "diffusers + PEFT, compiled", name
-    assert columns["diffusers + PEFT, compiled"]["recompilations"] > 0, "its strength is a constant of the compiled code"
+        parts = [column[f"{part}_seconds"] for part in ("encode", "denoise", "decode")]
+        assert min(column["moved_seconds"], *parts) > 0
+        assert sum(parts) == pytest.approx(column["first_seconds"])
+        assert (column["sweep_seconds"] is None) == compiled
+        assert (column["recompilations"] > 0) == compiled, "PEFT's strength is a constant of the compiled code"
+        assert column["captures"] == (0 if ours else None)
     verdicts = {mark["mark"]: mark["passed"] for mark in report["marks"]}
-    assert verdicts.pop("recompilations after the first edit") is True
+    assert verdicts.pop("recompilations and captures after the first edit") is True
     assert set(verdicts.values()) == {None}, "times of a rehearsal say nothing"
     assert "| ours ST, 3 sliders |" in capsys.readouterr().out
+
+
+def test_the_budget_ends_the_run_and_what_was_left_out_is_named(
+    rehearse: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    name, report = rehearse("--family", "qwen_image_edit_plus", "--true-cfg-scale", "1", "--budget", "1")
+    assert name == "e2e_qwen_image_edit_plus_cfg_1", "a run without the family's guidance does not replace the usual one"
+    measured = [column["name"] for column in report["columns"]]
+    assert sorted([*measured, *report["left_out"]]) == sorted(gpu_e2e.COLUMNS)
+    assert "diffusers + PEFT, compiled" in report["left_out"]
+    assert not [mark for mark in report["marks"] if "PEFT" in mark["mark"]]
+    assert "Left out for lack of time (`--budget 1`): " in capsys.readouterr().out
+
+
+def test_an_edit_is_split_at_its_steps_and_only_waits_between_them_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    times, mode = iter([0.0, 13.0, 31.0, 36.0]), ["default"]
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda new: mode.__setitem__(0, new))
+    clock = Clock(torch.device("cpu"))
+    monkeypatch.setattr(clock, "cuda", True)
+    monkeypatch.setattr(clock, "now", lambda: next(times))
+
+    def wait() -> None:
+        if mode[0] == "warn":
+            warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
+
+    def edit(strength: float, steps: int, *, encoded: bool, after_step: Any = None) -> None:
+        wait()
+        for _ in range(steps):
+            wait()
+            after_step()
+        wait()
+
+    parts = gpu_e2e.Parts(clock, edit, 4)
+    # Steps end at 13, 19, 25 and 31 seconds, so the first one began at 7.
+    assert (parts.encode, parts.step, parts.decode, parts.total) == (7.0, 6.0, 5.0, 36.0)
+    assert parts.waits == 3
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--steps", "1", "'1' is not a whole number from 2 upwards"),
+        ("--repeats", "none", "'none' is not a whole number from 1 upwards"),
+        ("--true-cfg-scale", "0.5", "'0.5' is not a scale from 1 to 100"),
+        ("--family", "flux", "invalid choice: 'flux'"),
+    ],
+)
+def test_options_out_of_range_are_refused(
+    option: str, value: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["gpu_e2e", option, value])
+    with pytest.raises(SystemExit) as refused:
+        gpu_e2e.main()
+    assert refused.value.code == 2
+    assert message in capsys.readouterr().err
 
 
 def test_without_a_gpu_it_says_so_and_writes_nothing(

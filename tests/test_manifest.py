@@ -152,7 +152,7 @@ def test_a_value_out_of_bounds_is_named(engine: Path, manifest: dict[str, Any], 
 def test_a_config_of_another_size_does_not_fit_the_inputs(engine: Path, manifest: dict[str, Any]) -> None:
     manifest["config"]["in_channels"] += 1
     (engine / NAME).write_text(json.dumps(manifest))
-    with pytest.raises(SliderEditError, match="inputs and outputs are not those of a flux_kontext with this config"):
+    with pytest.raises(SliderEditError, match="are not those that this version gives a flux_kontext with this config"):
         read_manifest(engine)
 
 

@@ -91,7 +91,7 @@ def test_an_engine_takes_what_its_files_hold(engines: dict[str, Path]) -> None:
 
 @pytest.mark.parametrize(
     ("vram", "offload"),
-    [(80, "none"), (48, "none"), (36, "none"), (32, "encoders"), (25, "encoders"), (24, "all"), (16, "all")],
+    [(80, "none"), (48, "none"), (36, "none"), (32, "encoders"), (26, "encoders"), (25, "all"), (24, "all"), (16, "all")],
 )
 def test_what_leaves_a_card_of_a_given_size(vram: int, offload: str) -> None:
     plan = plan_memory(FLUX, vram * GIB)

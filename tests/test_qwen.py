@@ -238,6 +238,7 @@ def test_a_prepared_transformer_is_diffusers_own_with_shapes_and_with_tables(bas
         positions = torch.cat([qwen_image_edit._positions(h, w, i) for i, (_, h, w) in enumerate(shapes)])
         inputs = family.random_inputs(prepared.config, 3, 12, rows, torch.Generator().manual_seed(1))
         inputs |= qwen_image_edit._row_inputs(prepared.config, positions, 12)
+        inputs["encoder_hidden_states_mask"] = torch.arange(12) < torch.tensor([5, 12, 9])[:, None]
         plain = {k: inputs[k] for k in ("hidden_states", "encoder_hidden_states", "encoder_hidden_states_mask", "timestep")}
         noise = inputs["hidden_states"].clone().requires_grad_()
         expected = original(**plain | {"hidden_states": noise}, img_shapes=[shapes] * 3, return_dict=False)[0]
@@ -251,6 +252,36 @@ def test_a_prepared_transformer_is_diffusers_own_with_shapes_and_with_tables(bas
         assert noise.grad is not None
         assert ours_noise.grad is not None
         assert (ours_noise.grad - noise.grad).abs().max() <= 1e-5, base
+
+
+@torch.no_grad()
+def test_prompts_of_one_length_need_no_mask(bases: dict[str, Path], family: Family, encoders: dict[str, Any]) -> None:
+    images = images_for("edit")
+    alone = family.encode_prompt(encoders["edit"], [PROMPT], 192, [images])
+    assert list(alone) == ["encoder_hidden_states"]
+    padded = family.encode_prompt(encoders["edit"], [PROMPT, "red"], 192, [images] * 2)
+    assert padded["encoder_hidden_states_mask"].all(dim=1).tolist() == [True, False]
+    for path in bases.values():
+        transformer = family.load_pipeline(path).transformer
+        family.prepare_transformer(transformer)
+        inputs = family.random_inputs(transformer.config, 2, 12, 32, torch.Generator().manual_seed(1))
+        assert [spec.name for spec in family.input_specs(transformer.config)] == list(inputs)
+        every_row = torch.ones(2, 12, dtype=torch.bool)
+        plain, masked = (family.run(transformer, inputs | more) for more in ({}, {"encoder_hidden_states_mask": every_row}))
+        assert (plain - masked).abs().max() <= 1e-6
+        short = family.run(transformer, inputs | {"encoder_hidden_states_mask": every_row & (torch.arange(12) < 7)})
+        assert (plain - short).abs().max() > 1e-4, "a mask that leaves rows out is not ignored"
+
+
+def test_an_engine_with_a_mask_is_refused(qwen_engines: dict[str, Path], tmp_path: Path) -> None:
+    folder = tmp_path / "older"
+    shutil.copytree(qwen_engines["edit"], folder)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    mask = {"name": "encoder_hidden_states_mask", "dtype": "bool", "shape": ["batch", "text_rows"]}
+    manifest["inputs"].insert(2, mask)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(SliderEditError, match=r"are not those that this version gives a qwen_.*; build the engine again"):
+        SliderEditor.from_engine(folder)
 
 
 def test_targets_of_the_full_size_model(family: Family) -> None:

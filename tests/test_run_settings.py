@@ -18,7 +18,7 @@ from slideredit_rt.editor import SliderEditor
 from slideredit_rt.engines.tensorrt import TensorRTRTX
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.serving.settings import ServeSettings
-from slideredit_rt.settings import RunSettings
+from slideredit_rt.settings import RunSettings, pick_device
 from slideredit_rt.sliders import Slider
 
 RED = [Slider("make the circle red", 0.5)]
@@ -133,6 +133,40 @@ def test_commands_refuse_a_missing_gpu(
     assert cli.main(["verify", str(engines["st"]), "--device", "cuda:1"]) == 2
     assert cli.main(["evaluate", "--adapter", "shapes-st", "--out", str(tmp_path / "run"), "--device", "cuda"]) == 2
     assert not out.exists()
+
+
+@without_gpu
+@pytest.mark.parametrize(
+    "line",
+    [
+        ["train", "adapter", "--kind", "st", "--base", "nowhere", "--out", "OUT", "--device"],
+        ["train", "concepts", "--base", "nowhere", "--out", "OUT", "--device"],
+        ["train", "offsets", "--base", "nowhere", "--out", "OUT", "--device"],
+        ["evaluate", "--adapter", "nowhere", "--out", "OUT", "--device"],
+        ["evaluate", "--adapter", "nowhere", "--images", "a", "--prompts", "b", "--out", "OUT", "--scorer-device"],
+        ["adapter", "calibrate", "nowhere", "OUT", "--device"],
+        ["adapter", "calibrate", "nowhere", "OUT", "--images", "a", "--prompts", "b", "--scorer-device"],
+    ],
+)
+def test_training_and_scorers_take_the_same_words_and_refuse_before_loading(
+    line: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [word.replace("OUT", str(tmp_path / "out")) for word in line]
+    assert cli.main([*words, "cuda:1"]) == 2
+    assert f"the device is cuda:1, but torch finds no CUDA GPU; use {line[-1]} cpu" in capsys.readouterr().err
+    assert cli.main([*words, "gpu"]) == 2
+    assert "'gpu' is not a device; give auto, cpu, cuda or cuda:N" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_an_engine_auto_takes_the_gpu_if_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert pick_device() == torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert pick_device("auto") == torch.device("cuda", 1)
+    assert pick_device("cpu") == torch.device("cpu")
 
 
 def test_a_server_takes_the_same_words() -> None:

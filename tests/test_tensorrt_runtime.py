@@ -208,11 +208,12 @@ def test_options_reach_the_engine(
 ) -> None:
     asked = []
 
-    def open_nothing(folder: Path, run: RunSettings) -> None:
+    def check_nothing(folder: Path, manifest: Manifest, run: RunSettings) -> None:
         asked.append(run)
         raise SliderEditError("asked for")
 
-    monkeypatch.setattr("slideredit_rt.editor.open_engine", open_nothing)
+    monkeypatch.setattr("slideredit_rt.editor.read_manifest", lambda folder: None)
+    monkeypatch.setattr("slideredit_rt.editor.check_run", check_nothing)
     assert edit(tmp_path, tmp_path, *given) == 2
     assert asked == [RunSettings(options=expected)]
 

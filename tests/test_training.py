@@ -13,6 +13,8 @@ from PIL import Image
 
 from slideredit_rt.adapters import load_adapter
 from slideredit_rt.assets import resolve_base
+from slideredit_rt.cli import main
+from slideredit_rt.commands.training import default_sampling
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.families import Family
 from slideredit_rt.shapes.adapter_recipes import ShapesData, adapter_recipe
@@ -98,6 +100,32 @@ def test_samples_are_drawn_on_the_way(trainer: Any, tmp_path: Path) -> None:
     (strip,) = (tmp_path / "a.safetensors.samples").iterdir()
     assert strip.name == "step-000002.png"
     assert Image.open(strip).width > 6 * 64
+
+
+def test_a_short_run_draws_no_samples_unless_it_is_told_to(tmp_path: Path) -> None:
+    line = ["train", "adapter", "--kind", "st", "--steps", "2", "--batch", "2", "--quiet", "--device", "cpu"]
+    assert main([*line, "--out", str(tmp_path / "short.safetensors")]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["short.safetensors"]
+    assert main([*line, "--sample-every", "2", "--out", str(tmp_path / "told.safetensors")]) == 0
+    assert (tmp_path / "told.safetensors.samples" / "step-000002.png").exists()
+
+
+@pytest.mark.parametrize("steps", [20, 23, 100, 600])
+def test_a_run_draws_four_samples(steps: int) -> None:
+    assert steps // default_sampling(steps) == 4
+
+
+def test_running_out_of_memory_names_the_options_that_help(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*args: object) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(SuppressionTrainer, "loss", full)
+    line = ["train", "adapter", "--kind", "st", "--steps", "2", "--batch", "2", "--quiet"]
+    assert main([*line, "--out", str(tmp_path / "a.safetensors")]) == 2
+    assert "out of memory for this training; use --dtype bfloat16, --gradient-checkpointing" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_snapshots_are_the_adapter_as_it_was_then(trainer: Any, tmp_path: Path, family: Family) -> None:

@@ -15,7 +15,7 @@ from slideredit_rt.commands.shared import (
     run_settings,
 )
 from slideredit_rt.errors import SliderEditError
-from slideredit_rt.files import user_path
+from slideredit_rt.files import check_engine_folder, user_path
 
 if TYPE_CHECKING:
     from slideredit_rt.families import Family
@@ -95,6 +95,7 @@ def _adapter_convert(args: argparse.Namespace) -> int:
 
 
 def _adapter_replace(args: argparse.Namespace) -> int:
+    check_engine_folder(args.engine)
     from slideredit_rt.export.replace import replace_engine_adapter
 
     manifest = replace_engine_adapter(args.engine, args.adapter)
@@ -104,6 +105,9 @@ def _adapter_replace(args: argparse.Namespace) -> int:
 
 
 def _adapter_calibrate(args: argparse.Namespace) -> int:
+    if args.engine is not None:
+        check_engine_folder(args.engine)
+
     import dataclasses
 
     from slideredit_rt.adapters import load_adapter, save_adapter
@@ -116,9 +120,9 @@ def _adapter_calibrate(args: argparse.Namespace) -> int:
 
     if args.destination.exists():
         raise SliderEditError(f"{str(args.destination)!r} exists already; choose another name")
+    run, own = run_settings(args), own_image_options(args)
     folder = resolve_base(args.base)
     family = family_of(folder)
-    own = own_image_options(args)
     if own is None:
         dataset: Dataset = ShapesScenes(seeds=CALIBRATION_SEEDS)
     else:
@@ -130,7 +134,7 @@ def _adapter_calibrate(args: argparse.Namespace) -> int:
         dataset,
         CalibrationConfig(**options_given(args, "cases", "samples", "steps")),
         engine=args.engine,
-        run=run_settings(args),
+        run=run,
         progress=not args.quiet,
     )
     if args.plot is not None:

@@ -16,7 +16,7 @@ from slideredit_rt.commands.shared import (
     with_members,
 )
 from slideredit_rt.errors import SliderEditError
-from slideredit_rt.files import atomic_file, user_path
+from slideredit_rt.files import atomic_file, check_engine_folder, user_path
 from slideredit_rt.settings import EditSettings
 from slideredit_rt.sliders import Slider, compose_prompt
 from slideredit_rt.spans import normalise, stands_in
@@ -82,9 +82,12 @@ def edit_settings(args: argparse.Namespace) -> EditSettings:
 
 
 def _open(args: argparse.Namespace) -> SliderEditor:
+    check_engine_folder(args.engine)
+    run = run_settings(args)
+
     from slideredit_rt.editor import SliderEditor
 
-    return SliderEditor.from_engine(args.engine, args.base, run_settings(args))
+    return SliderEditor.from_engine(args.engine, args.base, run)
 
 
 def _edit(args: argparse.Namespace) -> int:

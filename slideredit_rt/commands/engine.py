@@ -20,7 +20,7 @@ from slideredit_rt.commands.shared import (
     with_members,
 )
 from slideredit_rt.errors import SliderEditError
-from slideredit_rt.files import user_path
+from slideredit_rt.files import check_engine_folder, user_path
 
 if TYPE_CHECKING:
     from slideredit_rt.engines import Backend, Manifest
@@ -66,6 +66,7 @@ def _build_options(args: argparse.Namespace, backend: Backend) -> Any:
 
 
 def _inspect(args: argparse.Namespace) -> int:
+    check_engine_folder(args.engine)
     from slideredit_rt.engines import BACKENDS
     from slideredit_rt.engines.manifest import read_manifest
 
@@ -124,8 +125,10 @@ def _memory(args: argparse.Namespace, manifest: Manifest) -> tuple[dict[str, Any
     how = {
         "none": "with everything on the card",
         "encoders": "with --offload encoders",
-        "all": f"with --offload encoders --weight-budget-mib {int(plan.weights_gib * 1024)}, if built with --weight-streaming",
+        "all": f"with --offload all, which streams all but {plan.weights_gib:g} GiB of the weights",
     }[plan.offload]
+    if not plan.fits:
+        how += f"; {plan.missing_gib:g} GiB are missing"
     return asdict(plan), [
         f"memory     {plan.vram_gib:g} GiB: {verdict} {how}",
         f"memory     weights {plan.weights_gib:g}, encoders {plan.encoders_gib:g}, autoencoder {plan.decoder_gib:g}, "
@@ -155,6 +158,7 @@ def _card_size(text: str) -> float:
 
 
 def _verify(args: argparse.Namespace) -> int:
+    check_engine_folder(args.engine)
     from slideredit_rt.images import open_image
     from slideredit_rt.shapes.world import held_out_examples, scene_image
     from slideredit_rt.verify import verify_engine

@@ -15,16 +15,20 @@ from slideredit_rt.commands.shared import (
     read_lines,
     run_settings,
 )
-from slideredit_rt.files import user_path
+from slideredit_rt.files import check_engine_folder, user_path
 
 
 def _evaluate(args: argparse.Namespace) -> int:
+    for engine in args.engine:
+        check_engine_folder(engine)
     from slideredit_rt.engines.manifest import read_manifest
     from slideredit_rt.evaluation.evaluate import run_evaluation
     from slideredit_rt.evaluation.report import markdown_table
     from slideredit_rt.evaluation.run import BenchmarkConfig
     from slideredit_rt.evaluation.setup import Setup
 
+    # Ahead of everything that is loaded: these refuse devices that do not exist.
+    run, own_images = run_settings(args), own_image_options(args)
     config = BenchmarkConfig(
         sliders=tuple(args.sliders),
         scenes=tuple(args.scenes),
@@ -37,13 +41,13 @@ def _evaluate(args: argparse.Namespace) -> int:
             out=args.out,
             adapters=args.adapter,
             engines=args.engine,
-            run=run_settings(args),
+            run=run,
             concepts=args.concepts,
             offsets=args.offsets,
         ),
         config,
         systems=args.systems,
-        own_images=own_image_options(args),
+        own_images=own_images,
         instructions=args.instructions and read_lines(args.instructions),
         progress=not args.quiet,
     )

@@ -17,7 +17,7 @@ from slideredit_rt.commands.shared import (
     runtime_options,
 )
 from slideredit_rt.errors import SliderEditError
-from slideredit_rt.files import user_path
+from slideredit_rt.files import check_engine_folder, user_path
 from slideredit_rt.serving.settings import KEY_VARIABLE, ServeSettings
 
 
@@ -130,6 +130,9 @@ def serve_settings(args: argparse.Namespace) -> ServeSettings:
 
 
 def _serve(args: argparse.Namespace) -> int:
+    if args.engine is not None:
+        check_engine_folder(args.engine)
+
     from slideredit_rt.serving.run import check_packages, serve
 
     check_packages()
@@ -151,6 +154,8 @@ def _serve(args: argparse.Namespace) -> int:
 
 
 def _export_triton(args: argparse.Namespace) -> int:
+    check_engine_folder(args.engine)
+
     from slideredit_rt.export.inference_server import export_triton
 
     result = export_triton(args.engine, args.out, overwrite=args.overwrite, **options_given(args, "name", "max_queue_delay_us"))

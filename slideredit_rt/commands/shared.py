@@ -116,8 +116,25 @@ def runtime_options(args: argparse.Namespace) -> RuntimeOptions | None:
 
 
 def run_settings(args: argparse.Namespace) -> RunSettings:
-    """Return how the options say that an engine is run."""
-    return RunSettings(args.device, args.dtype, args.offload, args.threads, runtime_options(args))
+    """Return how the options say that an engine is run.
+
+    Raises:
+        SliderEditError: An option is not valid, or the device does not exist.
+    """
+    settings = RunSettings(args.device, args.dtype, args.offload, args.threads, runtime_options(args))
+    settings.choose_device()
+    return settings
+
+
+def add_device_option(sub: argparse._ActionsContainer, what: str, option: str = "--device") -> None:
+    """Add an option for the device of work that has no engine (see `slideredit_rt.settings.pick_device`).
+
+    Args:
+        sub: Parser of the command, or a group of options.
+        what: Work that runs on the device, for the help.
+        option: Name of the option.
+    """
+    sub.add_argument(option, help=f"device of {what}: cpu, cuda, cuda:N or auto, a GPU if there is one (default: auto)")
 
 
 def add_run_options(sub: argparse.ArgumentParser) -> None:
@@ -138,8 +155,8 @@ def add_run_options(sub: argparse.ArgumentParser) -> None:
         "--offload",
         default=RunSettings.offload,
         choices=OFFLOADS,
-        help="encoders: keep text encoders in host memory and work on images in tiles, for GPUs with little memory "
-        "(default: %(default)s)",
+        help="parts to keep in host memory, for GPUs with little memory: none; encoders, with images in tiles; all, which "
+        "also streams weights of a tensorrt engine; auto, the first of these that fits (default: %(default)s)",
     )
     sub.add_argument("--threads", type=int, help="CPU threads of the backend (default: its own choice)")
     _add_runtime_options(sub)
@@ -223,4 +240,4 @@ def add_own_image_options(sub: argparse.ArgumentParser, *, distances: bool) -> N
         metavar="NAME=SOURCE",
         help="folder or repository of a scorer's model; repeatable",
     )
-    own.add_argument("--scorer-device", help="device of the scorers' models (default: cpu)")
+    add_device_option(own, "the scorers' models", "--scorer-device")

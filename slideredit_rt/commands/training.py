@@ -5,16 +5,23 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from slideredit_rt.commands.shared import Commands, emit, listed, options_given, read_lines
-from slideredit_rt.errors import SliderEditError
+from slideredit_rt.commands.shared import Commands, add_device_option, emit, listed, options_given, read_lines
+from slideredit_rt.errors import OutOfDeviceMemory, SliderEditError
 from slideredit_rt.files import user_path
+from slideredit_rt.settings import pick_device
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import torch
+
     from slideredit_rt.families import Family
     from slideredit_rt.training.data import Data
     from slideredit_rt.training.trainer import Trainer
 
 _RECIPE = "(default: the recipe's)"
+_SAMPLES = 4
+_SHORTEST_SAMPLED = 20
 
 
 def _train_editor(args: argparse.Namespace) -> int:
@@ -30,16 +37,17 @@ def _train_editor(args: argparse.Namespace) -> int:
     return 0
 
 
-def _frozen_base(args: argparse.Namespace) -> tuple[Family, Any]:
-    """Return the family and the pipeline of `--base`."""
+def _frozen_base(args: argparse.Namespace) -> tuple[Family, Any, torch.device]:
+    """Return the family and the pipeline of `--base`, and the device to train on."""
     import torch
 
     from slideredit_rt.assets import resolve_base
     from slideredit_rt.families import family_of
 
+    device = pick_device(**options_given(args, "device"))
     folder = resolve_base(args.base)
     family = family_of(folder)
-    return family, family.load_pipeline(folder, dtype=getattr(torch, args.dtype))
+    return family, family.load_pipeline(folder, dtype=getattr(torch, args.dtype)), device
 
 
 def _training_data(args: argparse.Namespace, side: int, shapes: type[Data]) -> Data:
@@ -56,10 +64,23 @@ def _training_data(args: argparse.Namespace, side: int, shapes: type[Data]) -> D
     return FolderData(images, edits, side)
 
 
-def _train(args: argparse.Namespace, trainer: Trainer[Any]) -> Any:
-    """Run the trainer to the end; return what it trained."""
-    sample_every = max(1, trainer.settings.steps // 4) if args.sample_every is None else args.sample_every
-    return trainer.train(progress=not args.quiet, sample_every=sample_every, snapshots=args.snapshots)
+def _train(args: argparse.Namespace, make: Callable[[], Trainer[Any]]) -> Any:
+    """Make a trainer and run it to the end; return what it trained."""
+    import torch
+
+    try:
+        trainer = make()
+        sample_every = default_sampling(trainer.settings.steps) if args.sample_every is None else args.sample_every
+        return trainer.train(progress=not args.quiet, sample_every=sample_every, snapshots=args.snapshots)
+    except torch.OutOfMemoryError:
+        raise OutOfDeviceMemory(
+            "the GPU is out of memory for this training; use --dtype bfloat16, --gradient-checkpointing or a smaller --batch"
+        ) from None
+
+
+def default_sampling(steps: int) -> int:
+    """Return the steps between sample images: four per run, and none in runs that are too short to show progress."""
+    return steps // _SAMPLES if steps >= _SHORTEST_SAMPLED else 0
 
 
 def _train_adapter(args: argparse.Namespace) -> int:
@@ -68,12 +89,12 @@ def _train_adapter(args: argparse.Namespace) -> int:
     from slideredit_rt.shapes.adapter_recipes import ShapesData, adapter_recipe
     from slideredit_rt.training.suppression import SuppressionConfig, SuppressionTrainer
 
-    family, pipeline = _frozen_base(args)
+    family, pipeline, device = _frozen_base(args)
     data = _training_data(args, family.side(pipeline), ShapesData)
     target = "remaining" if args.kind == "st" else "neutral"
     recipe = adapter_recipe(args.kind) if args.images is None else SuppressionConfig(kind=args.kind, target=target)  # type: ignore[arg-type]
     config = dataclasses.replace(recipe, **options_given(args, *(f.name for f in dataclasses.fields(SuppressionConfig))))
-    adapter = _train(args, SuppressionTrainer(family, pipeline, data, config, args.out))
+    adapter = _train(args, lambda: SuppressionTrainer(family, pipeline, data, config, args.out, device))
     emit(args, {"out": str(args.out), "modules": len(adapter.pairs), **adapter.training}, [f"wrote {args.out}"])
     return 0
 
@@ -98,13 +119,13 @@ def _train_contrast(args: argparse.Namespace, trainer: Any, settings: Any, recip
 
     from slideredit_rt.shapes.adapter_recipes import BalancedShapes
 
-    family, pipeline = _frozen_base(args)
+    family, pipeline, device = _frozen_base(args)
     data = _training_data(args, family.side(pipeline), BalancedShapes)
     given = options_given(args, *(f.name for f in dataclasses.fields(settings) if f.name != "attributes"))
     if args.instructions is not None:
         given["attributes"] = tuple(read_lines(args.instructions))
     config = dataclasses.replace(recipe, **given) if args.images is None else settings(**given)
-    trained = _train(args, trainer(family, pipeline, data, config, args.out))
+    trained = _train(args, lambda: trainer(family, pipeline, data, config, args.out, device))
     emit(args, {"out": str(args.out), **trained.training}, [f"wrote {args.out}: {len(config.attributes)} attributes"])
     return 0
 
@@ -129,10 +150,15 @@ def _add_training_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--schedule", choices=("constant", "cosine"), help=f"learning rate schedule {_RECIPE}")
     sub.add_argument("--seed", type=int, help=f"seed of data, noise and initial weights {_RECIPE}")
     sub.add_argument("--gradient-checkpointing", action="store_const", const=True, help="save memory at the cost of time")
+    add_device_option(sub, "the base and of what is trained")
     sub.add_argument(
         "--dtype", choices=("float32", "bfloat16"), default="float32", help="dtype of the frozen base (default: %(default)s)"
     )
-    sub.add_argument("--sample-every", type=int, help="steps between sample images (default: a quarter of the run; 0: none)")
+    sub.add_argument(
+        "--sample-every",
+        type=int,
+        help=f"steps between sample images; 0 draws none (default: a quarter of the run, none below {_SHORTEST_SAMPLED} steps)",
+    )
     sub.add_argument(
         "--snapshots",
         type=listed(int),

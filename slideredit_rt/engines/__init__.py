@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 from slideredit_rt.engines.backend import Backend, BuildSettings, Engine
 from slideredit_rt.engines.inductor import Inductor
 from slideredit_rt.engines.manifest import Manifest, read_manifest
@@ -19,6 +21,7 @@ __all__ = [
     "Engine",
     "Manifest",
     "RuntimeOptions",
+    "check_run",
     "get_backend",
     "open_engine",
     "read_manifest",
@@ -44,21 +47,48 @@ def get_backend(name: str) -> Backend:
     return BACKENDS[name]
 
 
-def open_engine(folder: Path, run: RunSettings | None = None) -> tuple[Manifest, Engine]:
+def check_run(folder: Path, manifest: Manifest, run: RunSettings) -> torch.device:
+    """Check that an engine can be run as the settings say, before anything is loaded; return its device.
+
+    Args:
+        folder: Engine folder, for the message.
+        manifest: Manifest of the folder.
+        run: Device, offload and options of the backend.
+
+    Raises:
+        SliderEditError: The backend is unknown or does not take these options, the device does not exist or cannot run the
+            engine, or there is nothing to offload from it.
+    """
+    backend = _backend_of(folder, manifest)
+    if run.options is not None:
+        backend.check_run_options(run.options)
+    device = backend.choose_device(manifest, run)
+    run.check_offload(device)
+    if run.offload == "all" or backend.weight_budget(run.options) is not None:
+        backend.check_streaming(manifest)
+    return device
+
+
+def _backend_of(folder: Path, manifest: Manifest) -> Backend:
+    if manifest.backend not in BACKENDS:
+        raise SliderEditError(f"engine {str(folder)!r} needs the backend {manifest.backend!r}; known: {', '.join(BACKENDS)}")
+    return BACKENDS[manifest.backend]
+
+
+def open_engine(folder: Path, run: RunSettings | None = None, manifest: Manifest | None = None) -> tuple[Manifest, Engine]:
     """Check an engine folder and load it into its backend.
 
     Args:
         folder: Folder written by `slideredit-rt build`.
-        run: Device, threads and options of the backend; None uses the defaults.
+        run: Device, threads and options of the backend; None uses the defaults. `offload` is not used here.
+        manifest: Manifest from `read_manifest`; None reads and checks the folder.
 
     Raises:
         SliderEditError: The engine is damaged or cannot run here, or its backend does not take these options.
     """
     run = run or RunSettings()
-    manifest = read_manifest(folder)
-    backend = BACKENDS.get(manifest.backend)
-    if backend is None:
-        raise SliderEditError(f"engine {str(folder)!r} needs the backend {manifest.backend!r}; known: {', '.join(BACKENDS)}")
+    manifest = manifest or read_manifest(folder)
+    backend = _backend_of(folder, manifest)
     if run.options is not None:
         backend.check_run_options(run.options)
     return manifest, backend.open(folder, manifest, run)

@@ -146,12 +146,14 @@ class Compiled:
         files: Names of the engine's files in the folder.
         links: Checkpoint files linked into the folder, and how each was linked.
         layers: Number of layers by type in the compiled network, before the backend fused them.
+        weight_streaming: True if weights can be copied from the host in every step.
     """
 
     export: LinkedExport
     files: list[str]
     links: Mapping[str, Link] = field(default_factory=dict)
     layers: Mapping[str, int] = field(default_factory=dict)
+    weight_streaming: bool = False
 
 
 @dataclass(frozen=True)
@@ -184,6 +186,7 @@ class Backend(ABC):
         served: Form in which Triton Inference Server runs its engines; None if it cannot.
         quantised: Precisions of quantised bases that it runs, and the form of their projections in its graph (see
             `slideredit_rt.export.quantised`); `module` for a backend without a graph.
+        streams: True if it can build engines whose weights are copied from the host in every step.
     """
 
     name: ClassVar[str]
@@ -194,6 +197,7 @@ class Backend(ABC):
     run_options: ClassVar[type[Any] | None] = None
     served: ClassVar[ServedModel | None] = None
     quantised: ClassVar[Mapping[str, str]] = {}
+    streams: ClassVar[bool] = False
 
     def version(self) -> str:
         """Return the version of the installed package, for the manifest."""
@@ -212,6 +216,55 @@ class Backend(ABC):
             raise SliderEditError(
                 f"{self.title} engines do not take {type(options).__name__}; pass {self.run_options.__name__} ({names})"
             )
+
+    def check_streaming(self, manifest: Manifest) -> None:
+        """Check that an engine can keep weights in host memory.
+
+        Args:
+            manifest: Manifest of the engine.
+
+        Raises:
+            SliderEditError: The backend cannot stream weights, or the engine was built without it.
+        """
+        if not self.streams:
+            raise SliderEditError(
+                f"{self.title} engines cannot stream weights from host memory, as --offload all asks; use --offload encoders, "
+                "or build with --backend tensorrt --weight-streaming"
+            )
+        if not manifest.weight_streaming:
+            raise SliderEditError(
+                "the engine was built without weight streaming, so all of its weights stay on the GPU; build it again with "
+                "--weight-streaming, or leave out --offload all and --weight-budget-mib"
+            )
+
+    def weight_budget(self, options: Any) -> int | Literal["auto"] | None:
+        """Return the bytes of weights that run options keep on the GPU; None if they do not say.
+
+        Args:
+            options: Options that pass `check_run_options`, or None.
+        """
+        return None
+
+    def with_weight_budget(self, options: Any, size: int) -> Any:
+        """Return run options that keep at most `size` bytes of weights on the GPU. For backends that stream weights.
+
+        Args:
+            options: Options that pass `check_run_options`, or None.
+            size: Number of bytes.
+        """
+        raise NotImplementedError
+
+    def choose_device(self, manifest: Manifest, run: RunSettings) -> torch.device:
+        """Return the device that an engine will run on. Loads nothing.
+
+        Args:
+            manifest: Manifest of the engine.
+            run: Requested device.
+
+        Raises:
+            SliderEditError: The device does not exist, or the engine cannot run on it.
+        """
+        return run.choose_device()
 
     def default_lowering(self, kind: Kind | None) -> Lowering:
         """Return the lowering that `auto` selects.

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
+from torch import Tensor
+
+_URGENT = -1
+"""Priority of streams with denoising steps: their kernels start before waiting ones of other streams, whose priority is 0."""
 
 
 def on_device(device: torch.device) -> AbstractContextManager[Any]:
@@ -37,6 +41,47 @@ class Pace:
             self._previous = event
 
 
+class Lane:
+    """A CUDA stream for one kind of work, which runs beside other lanes. Nothing here makes the host wait.
+
+    A lane that needs tensors of another one takes them with a mark of the work that made them. On a CPU, where work is done
+    when a call returns, a lane does nothing.
+
+    Args:
+        device: Device of the work.
+        urgent: Start this lane's kernels before those of other lanes.
+    """
+
+    def __init__(self, device: torch.device, *, urgent: bool = False) -> None:
+        self._stream: torch.cuda.Stream | None = None
+        if device.type == "cuda":
+            self._stream = torch.cuda.Stream(device, priority=_URGENT if urgent else 0)
+            # Weights were loaded on the caller's stream.
+            self._stream.wait_stream(torch.cuda.current_stream(device))
+
+    def work(self) -> AbstractContextManager[Any]:
+        """Enqueue a thread's work on this lane."""
+        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+
+    def mark(self) -> torch.cuda.Event | None:
+        """Return a mark of the work that was enqueued on this lane so far."""
+        return None if self._stream is None else self._stream.record_event()
+
+    def take(self, mark: torch.cuda.Event | None, tensors: Iterable[Tensor]) -> None:
+        """Let what is enqueued on this lane from now on use tensors of another lane.
+
+        Args:
+            mark: Mark of the other lane, made after the work that writes the tensors; None on a CPU.
+            tensors: Tensors whose memory must not be used again before this lane's work with them has run, even if
+                all references to them are dropped earlier.
+        """
+        if self._stream is None or mark is None:
+            return
+        self._stream.wait_event(mark)
+        for tensor in tensors:
+            tensor.record_stream(self._stream)
+
+
 class CudaDevice:
     """A CUDA device: a stream that can be captured, and graph capture.
 
@@ -47,7 +92,7 @@ class CudaDevice:
     def __init__(self, device: torch.device | None = None) -> None:
         self.device = device or torch.device("cuda", torch.cuda.current_device())
         self.name = torch.cuda.get_device_name(self.device)
-        self.own = self._last = torch.cuda.Stream(self.device)
+        self.own = self._last = torch.cuda.Stream(self.device, priority=_URGENT)
 
     @contextmanager
     def stream(self) -> Iterator[int]:

@@ -219,6 +219,10 @@ class Inductor(Backend):
         exported = export_weights(job.family, job.base, job.adapter, folder, weights, lowering=job.lowering)
         return Compiled(exported, exported.files, exported.links)
 
+    def choose_device(self, manifest: Manifest, run: RunSettings) -> torch.device:
+        """Return the requested device, by default a GPU if there is one (see `Backend.choose_device`)."""
+        return run.choose_device(torch.device("cuda") if torch.cuda.is_available() else None)
+
     def open(self, folder: Path, manifest: Manifest, run: RunSettings) -> InductorEngine:
         """Load an engine folder onto a CUDA device, or the CPU if there is none (see `Backend.open`).
 
@@ -226,7 +230,7 @@ class Inductor(Backend):
         """
         if run.threads is not None:
             torch.set_num_threads(run.threads)
-        device = run.choose_device(torch.device("cuda") if torch.cuda.is_available() else None)
+        device = self.choose_device(manifest, run)
         family, transformer = get_family(manifest.family), meta_transformer(folder)
         # Converted weights take precedence over the checkpoint's shards, which hold the original ones.
         own = [name for name in manifest.files if name not in (CONFIG_FILE, ADAPTER_FILE)]

@@ -13,11 +13,11 @@ from typing import Any
 from slideredit_rt.checkpoint import fingerprint_base
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.families import FAMILIES, KINDS, TensorSpec
-from slideredit_rt.files import Digests, atomic_file, is_plain_name, read_json, sha256
+from slideredit_rt.files import MANIFEST, Digests, atomic_file, check_engine_folder, is_plain_name, read_json, sha256
 from slideredit_rt.strength import StrengthCurve
 
 SCHEMA_VERSION = 2
-NAME = "manifest.json"
+NAME = MANIFEST
 MODEL_FILE = "model.onnx"
 ADAPTER_FILE = "adapter.safetensors"
 DIGESTS = ".digests.json"
@@ -54,6 +54,7 @@ class Manifest:
         layers: Number of layers by type in the compiled network, before the builder fused them.
         compatibility: Environments besides the build's own TensorRT version and GPU that can run a plan: `versions` (bool,
             later ones of the same major) and `hardware` (`none`, `ampere_plus` or `same_compute_capability`).
+        weight_streaming: True if weights can be copied from the host in every step (TensorRT's weight streaming).
         links: SHA-256, size and `kind` (`hard` or `symbolic`) of each checkpoint file linked into the folder, by name.
         schema_version: Version of the manifest's format.
     """
@@ -79,6 +80,7 @@ class Manifest:
     layers: dict[str, int] = dataclasses.field(default_factory=dict)
     compatibility: dict[str, Any] = dataclasses.field(default_factory=dict)
     links: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    weight_streaming: bool = False
     schema_version: int = SCHEMA_VERSION
 
     @property
@@ -148,15 +150,13 @@ def read_manifest(folder: Path, *, unchecked: str | None = None) -> Manifest:
         SliderEditError: The folder is not an engine, its schema version is not supported, the manifest is invalid, or a file
             is missing, truncated or changed.
     """
+    check_engine_folder(folder)
     path = folder / NAME
     try:
         data = read_json(path)
         version = data["schema_version"]
         if version == SCHEMA_VERSION:
             manifest = _parse(data)
-    except FileNotFoundError:
-        what = "is not an engine folder: manifest.json is missing" if folder.exists() else "does not exist"
-        raise SliderEditError(f"engine {str(folder)!r} {what}; build one with slideredit-rt build") from None
     except (ValueError, KeyError, OSError) as error:
         raise SliderEditError(f"{str(path)!r} is damaged ({error}); build the engine again") from None
     if version != SCHEMA_VERSION:
@@ -375,6 +375,7 @@ _MANIFEST = _record(
         "compatibility": _record(
             {}, {"versions": _one_of(True, False), "hardware": _one_of("none", "ampere_plus", "same_compute_capability")}
         ),
+        "weight_streaming": _one_of(True, False),
         "links": _mapping(_record(_FILE | {"kind": _one_of("hard", "symbolic")}), key=_file_name),
     },
 )
@@ -396,5 +397,5 @@ def _parse(data: dict[str, Any]) -> Manifest:
         except (KeyError, TypeError, ValueError, ArithmeticError) as error:
             raise ValueError(f"config lacks what a {family.name} needs: {error}") from None
         if manifest.inputs[: len(inputs)] != inputs or manifest.outputs != [output]:
-            raise ValueError(f"inputs and outputs are not those of a {family.name} with this config")
+            raise ValueError(f"inputs and outputs are not those that this version gives a {family.name} with this config")
     return manifest

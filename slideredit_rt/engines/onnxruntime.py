@@ -63,7 +63,7 @@ class OnnxRuntimeEngine:
         device: Device to run on; None uses the CPU.
 
     Raises:
-        SliderEditError: ONNX Runtime cannot load the graph, or has no CUDA provider for a GPU.
+        SliderEditError: ONNX Runtime cannot load the graph, or cannot use its CUDA provider.
     """
 
     def __init__(
@@ -98,11 +98,6 @@ class OnnxRuntimeEngine:
     def _providers(self) -> list[Any]:
         if self._cuda is None:
             return ["CPUExecutionProvider"]
-        if _CUDA_PROVIDER not in onnxruntime.get_available_providers():
-            raise SliderEditError(
-                f"the installed ONNX Runtime has no {_CUDA_PROVIDER}; pip install onnxruntime-gpu in place of onnxruntime, or "
-                "leave out --device"
-            )
         options = {
             "device_id": self.device.index or 0,
             "user_compute_stream": str(self._cuda.own.cuda_stream),
@@ -181,6 +176,19 @@ class OnnxRuntime(Backend):
         exported = export_linked(job.family, job.base, job.adapter, folder, weights, lowering=job.lowering)
         return Compiled(exported, exported.files, exported.links)
 
+    def choose_device(self, manifest: Manifest, run: RunSettings) -> torch.device:
+        """Return the requested device, by default the CPU, and check that the installed package supports it.
+
+        See `Backend.choose_device`.
+        """
+        device = run.choose_device()
+        if device.type == "cuda" and _CUDA_PROVIDER not in onnxruntime.get_available_providers():
+            raise SliderEditError(
+                f"the installed ONNX Runtime has no {_CUDA_PROVIDER}; pip install onnxruntime-gpu in place of onnxruntime, or "
+                "leave out --device"
+            )
+        return device
+
     def open(self, folder: Path, manifest: Manifest, run: RunSettings) -> OnnxRuntimeEngine:
         """Load the graph (see `Backend.open`)."""
-        return OnnxRuntimeEngine(folder, manifest, threads=run.threads, device=run.choose_device())
+        return OnnxRuntimeEngine(folder, manifest, threads=run.threads, device=self.choose_device(manifest, run))

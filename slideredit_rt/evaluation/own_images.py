@@ -20,6 +20,7 @@ from slideredit_rt.evaluation.dataset import Case, Phase, Scores
 from slideredit_rt.evaluation.scorers import SCORERS, AttributeScorer, DistanceScorer, load_scorer
 from slideredit_rt.families import Family
 from slideredit_rt.images import open_image
+from slideredit_rt.settings import pick_device
 from slideredit_rt.sliders import Slider, compose_prompt
 from slideredit_rt.spans import PromptToken, find_spans, normalise
 
@@ -248,7 +249,10 @@ class OwnImageOptions:
         attribute_scorers: Names of attribute scorers, from `slideredit_rt.evaluation.scorers.SCORERS`.
         distance_scorers: Names of distance scorers, from the same list.
         sources: Location of a scorer's weights, by the scorer's name; other scorers use their default.
-        device: Torch device of the scorers.
+        device: Device of the scorers, `auto`, `cpu`, `cuda` or `cuda:N`; `auto` takes the current GPU if there is one.
+
+    Raises:
+        SliderEditError: The device does not exist.
     """
 
     images: Path
@@ -256,7 +260,10 @@ class OwnImageOptions:
     attribute_scorers: Sequence[str] = ("clip", "siglip")
     distance_scorers: Sequence[str] = ("lpips-alex", "dinov2")
     sources: Mapping[str, str] = field(default_factory=dict)
-    device: str = "cpu"
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        pick_device(self.device, "--scorer-device")
 
 
 def open_own_images(options: OwnImageOptions, family: Family, base: Path) -> OwnImages:
@@ -276,7 +283,8 @@ def open_own_images(options: OwnImageOptions, family: Family, base: Path) -> Own
         raise SliderEditError("the list of attribute scorers is empty; name at least one, such as clip")
     preprocess = partial(family.preprocess, family.load_pipeline(base, transformer=False))
     images = OwnImages(options.images, options.prompts, {}, {}, preprocess)
-    loaded = {name: load_scorer(name, options.sources.get(name), options.device) for name in names}
+    device = str(pick_device(options.device, "--scorer-device"))
+    loaded = {name: load_scorer(name, options.sources.get(name), device) for name in names}
     images.attribute_scorers = {n: s for n, s in loaded.items() if isinstance(s, AttributeScorer)}
     images.distance_scorers = {n: s for n, s in loaded.items() if isinstance(s, DistanceScorer)}
     return images

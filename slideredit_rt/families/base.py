@@ -202,10 +202,10 @@ class Family(ABC):
         Args:
             pipeline: diffusers pipeline, changed in place.
             device: Device that encodes and decodes.
-            offload: See `RunSettings.offload`.
+            offload: See `RunSettings.offload`; not `auto`. `all` is the same as `encoders` here.
         """
         resident = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
-        if offload == "encoders":
+        if offload in ("encoders", "all"):
             for name in [name for name in resident if name.startswith("text_encoder")]:
                 cpu_offload(resident.pop(name), execution_device=device)
             decode_in_tiles(pipeline.vae)

@@ -35,6 +35,11 @@ _IMAGE = "Picture {}: <|vision_start|><|image_pad|><|vision_end|>"
 _IMAGE_TOKEN = "<|image_pad|>"
 _ROTARY_ROWS = 4096  # positions that diffusers has rotary frequencies for
 _ROTARY_THETA = 10000.0
+_MASK = "encoder_hidden_states_mask"
+"""Rows that belong to each prompt, bool `[batch, text_rows]`: an input of `run` for prompts that were padded to one length.
+
+Engines do not have it. They get prompts of one length in a call, and attention without a mask can use faster kernels.
+"""
 
 
 class SourceImageProcessor(Qwen2VLProcessor):
@@ -52,13 +57,13 @@ class _JointRows:
     Attributes:
         cos: Rotary cosines, float32 `[text_rows + image_rows, attention_head_dim / 2]`.
         sin: Rotary sines, float32 `[text_rows + image_rows, attention_head_dim / 2]`.
-        mask: Rows that are attended to, bool `[batch, 1, 1, text_rows + image_rows]`.
+        mask: Rows that are attended to, bool `[batch, 1, 1, text_rows + image_rows]`; None for all of them.
         reference: Rows that are modulated with timestep 0, bool `[image_rows]`; None for a base without them.
     """
 
     cos: Tensor
     sin: Tensor
-    mask: Tensor
+    mask: Tensor | None
     reference: Tensor | None
 
     def __iter__(self) -> Iterator[Any]:
@@ -236,7 +241,6 @@ class QwenImageEdit(Family):
         specs = [
             TensorSpec("hidden_states", "float32", ("batch", "image_rows", config["in_channels"])),
             TensorSpec("encoder_hidden_states", "float32", ("batch", "text_rows", config["joint_attention_dim"])),
-            TensorSpec("encoder_hidden_states_mask", "bool", ("batch", "text_rows")),
             TensorSpec("timestep", "float32", ("batch",)),
             TensorSpec("image_rotary_cos", "float32", ("image_rows", half)),
             TensorSpec("image_rotary_sin", "float32", ("image_rows", half)),
@@ -256,23 +260,23 @@ class QwenImageEdit(Family):
         row = torch.arange(image_rows)
         within = row % max(1, image_rows // 2)
         positions = torch.stack([row // max(1, image_rows // 2), within // side - side // 2, within % side - side // 2], dim=1)
-        lengths = torch.randint(1, text_rows + 1, (batch,), generator=generator)
         return {
             "hidden_states": torch.randn(batch, image_rows, config["in_channels"], generator=generator),
             "encoder_hidden_states": torch.randn(batch, text_rows, config["joint_attention_dim"], generator=generator),
-            "encoder_hidden_states_mask": torch.arange(text_rows) < lengths[:, None],
             "timestep": torch.rand(batch, generator=generator),
             **_row_inputs(config, positions.float(), text_rows),
         }
 
     def run(self, transformer: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
         dtype = next(transformer.parameters()).dtype
-        hidden_states, text_mask = inputs["hidden_states"], inputs["encoder_hidden_states_mask"]
-        mask = torch.cat([text_mask, text_mask.new_ones(hidden_states.shape[:2])], dim=1)
+        hidden_states, text_mask = inputs["hidden_states"], inputs.get(_MASK)
+        mask = None
+        if text_mask is not None:
+            mask = torch.cat([text_mask, text_mask.new_ones(hidden_states.shape[:2])], dim=1)[:, None, None]
         rows = _JointRows(
             cos=torch.cat([inputs["text_rotary_cos"], inputs["image_rotary_cos"]]),
             sin=torch.cat([inputs["text_rotary_sin"], inputs["image_rotary_sin"]]),
-            mask=mask[:, None, None],
+            mask=mask,
             reference=inputs.get("reference_rows"),
         )
         with _HalveBatch() if torch.compiler.is_exporting() else nullcontext():
@@ -334,7 +338,8 @@ class QwenImageEdit(Family):
     ) -> dict[str, Tensor]:
         """Encode prompts with their images (see `Family.encode_prompt`).
 
-        The result has only as many rows as the longest prompt needs, and a mask of each prompt's rows.
+        The result has only as many rows as the longest prompt needs. If others are shorter, it also has a mask of each
+        prompt's rows.
 
         Raises:
             SliderEditError: A prompt and its images need more than `text_rows` rows.
@@ -348,8 +353,11 @@ class QwenImageEdit(Family):
             raise SliderEditError(
                 f"the prompt and its images need {longest} text rows, but this base reads {text_rows}; shorten the prompt"
             )
-        mask = torch.tensor([[row < len(e) for row in range(longest)] for e in embeds], device=embeds[0].device)
-        return {"encoder_hidden_states": pad_sequence(embeds, batch_first=True), "encoder_hidden_states_mask": mask}
+        text = {"encoder_hidden_states": pad_sequence(embeds, batch_first=True)}
+        if longest == min(map(len, embeds)):
+            return text
+        rows = [[row < len(e) for row in range(longest)] for e in embeds]
+        return text | {_MASK: torch.tensor(rows, device=embeds[0].device)}
 
     def preprocess(self, pipeline: Any, image: Image.Image) -> Tensor:
         height, width = self._size(pipeline, image)
@@ -392,7 +400,9 @@ class QwenImageEdit(Family):
     ) -> dict[str, Tensor]:
         rows = _row_inputs(config, conditioning.inputs["positions"], conditioning.text_rows)
         with_rows = dataclasses.replace(conditioning, inputs=conditioning.inputs | rows)
-        return super().batch_inputs(config, with_rows, alpha, token_mask)
+        inputs = super().batch_inputs(config, with_rows, alpha, token_mask)
+        padded = conditioning.inputs.get(_MASK)
+        return inputs if padded is None else inputs | {_MASK: padded.expand(len(alpha), -1).contiguous()}
 
     def guide(self, prediction: Tensor, negative: Tensor, scale: float | Tensor) -> Tensor:
         """Apply guidance as diffusers does: extrapolate, then rescale each row to its norm without guidance."""

@@ -33,6 +33,7 @@ class Row:
         height, width: Size of the image, in pixels.
         interactive: True for a preview.
         step: Denoising steps done.
+        made: Mark of the work that wrote the tensors, for a `Lane` that has not taken them; None if there is no such lane.
     """
 
     owner: Any
@@ -47,6 +48,13 @@ class Row:
     width: int
     interactive: bool = False
     step: int = 0
+    made: Any = None
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All tensors of the row."""
+        schedule = (self.schedule.timesteps, self.schedule.deltas)
+        return [*self.inputs.values(), *(self.negative or {}).values(), self.latents, *schedule, self.true_cfg_scale]
 
     @property
     def steps(self) -> int:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from slideredit_rt.errors import SliderEditError
+from slideredit_rt.notes import print_notes
 from slideredit_rt.serving.settings import ServeSettings
 
 if TYPE_CHECKING:
@@ -105,6 +106,7 @@ def make_app(settings: ServeSettings, options: RuntimeOptions | None) -> tuple[F
     # Images are encoded and decoded beside the engine, whose threads all stall while one of them has no core.
     torch.set_num_threads(max(1, torch.get_num_threads() // 2))
     assert settings.engine is not None
+    print_notes()  # a replica of Ray is not started by our command
     editor = SliderEditor.from_engine(settings.engine, settings.base, settings.run(options))
     service = EditService(
         editor,

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from slideredit_rt.editor import SliderEditor, broken_rows, not_finite
-from slideredit_rt.engines.cuda import Pace
+from slideredit_rt.engines.cuda import Lane, Pace
 from slideredit_rt.errors import OutOfDeviceMemory, SliderEditError
 from slideredit_rt.serving.batch import Batch, Row, make_rows
 from slideredit_rt.serving.cache import EncodingCache
@@ -49,7 +49,8 @@ _log = logging.getLogger(__name__)
 class EditService:
     """Thread-safe service that runs edits with continuous batching per denoising step; a context manager.
 
-    One thread steps the engine while another encodes and decodes. Each image is a row with its own latents, schedule and step.
+    One thread steps the engine while another encodes and decodes; on a GPU, each has a stream of its own, and steps have
+    priority. Each image is a row with its own latents, schedule and step.
     Rows of the same shape share engine calls, whatever their sliders, strengths and step counts; `Scheduler` has their order.
     The result equals that of `SliderEditor.render` for the same request alone. Deadlines and cancellations take effect at the
     next step boundary.
@@ -89,12 +90,13 @@ class EditService:
         self._cache = EncodingCache(cache_bytes, self.observer.cache)
         self._scheduler = Scheduler(max_batch, step_batching=step_batching)
         self._pace = Pace(editor.device)
+        self._steps, self._codec = Lane(editor.device, urgent=True), Lane(editor.device)
         # Guards all attributes from here to `_step_seconds`.
         self._changed = threading.Condition()
         self._jobs: dict[Future[Any], Job[Any]] = {}
         self._to_encode: dict[bool, deque[Job[Any]]] = {True: deque(), False: deque()}
         self._to_decode: list[Row] = []
-        self._partials: dict[Row, tuple[int, Tensor]] = {}
+        self._partials: dict[Row, tuple[int, Tensor, Any]] = {}
         self._last_preview = -math.inf
         self._closing = self._stopped = False
         self._outcomes: Counter[str] = Counter()
@@ -264,8 +266,9 @@ class EditService:
     # Engine steps.
 
     def _make_steps(self) -> None:
-        while self._make_step():
-            pass
+        with self._steps.work():
+            while self._make_step():
+                pass
 
     def _make_step(self) -> bool:
         """Wait for rows and step some of them once. Return False if the service has stopped."""
@@ -294,6 +297,7 @@ class EditService:
         wanted = [self._wants_partial(row) for row in rows]
         try:
             clean = self._batch_of(rows).advance(estimate=any(wanted))
+            mark = self._steps.mark() if any(wanted) or any(row.done for row in rows) else None
             self._pace.step()
         except Exception as error:
             self._fail(rows, "the engine failed in a step", error)
@@ -305,9 +309,10 @@ class EditService:
             for index, row in enumerate(rows):
                 if row.done:
                     self._partials.pop(row, None)
+                    row.made = mark
                     self._to_decode.append(row)
                 elif clean is not None and wanted[index]:
-                    self._partials[row] = row.step, clean[index : index + 1]
+                    self._partials[row] = row.step, clean[index : index + 1], mark
             self._changed.notify_all()
         self.observer.step(len(rows), seconds, rows[0].interactive)
 
@@ -318,6 +323,9 @@ class EditService:
             # Drop the batches of rows that are done or now step in another batch.
             gone = {*rows, *(row for old in self._batches for row in old if row.done or row.owner.future.done())}
             self._batches = {old: batch for old, batch in self._batches.items() if gone.isdisjoint(old)}
+            for row in rows:
+                self._steps.take(row.made, row.tensors)
+                row.made = None
             self._batches[key] = Batch(self.editor, rows)
         return self._batches[key]
 
@@ -336,10 +344,11 @@ class EditService:
 
     @torch.no_grad()
     def _run_pipeline(self) -> None:
-        while (task := self._wait_for_task()) is not None:
-            task()
-            # Release its images before waiting for the next task.
-            del task
+        with self._codec.work():
+            while (task := self._wait_for_task()) is not None:
+                task()
+                # Release its images before waiting for the next task.
+                del task
 
     def _wait_for_task(self) -> Callable[[], None] | None:
         """Wait for the next task; return None if the service has stopped."""
@@ -394,6 +403,9 @@ class EditService:
             _free_memory(error)
             return
         self.observer.encoded(time.perf_counter() - started)
+        mark = self._codec.mark()
+        for row in rows:
+            row.made = mark
         with self._changed:
             if job.future not in self._jobs:
                 return
@@ -401,10 +413,18 @@ class EditService:
             self._scheduler.add(rows)
             self._changed.notify_all()
 
-    def _decode(self, rows: Sequence[Row], latents: Sequence[Tensor]) -> Tensor | None:
-        """Decode several rows into `[B, 3, H, W]`; on an error, fail their jobs and return None."""
+    def _decode(self, rows: Sequence[Row], latents: Sequence[Tensor], marks: Sequence[Any]) -> Tensor | None:
+        """Decode several rows into `[B, 3, H, W]`; on an error, fail their jobs and return None.
+
+        Args:
+            rows: Rows of the same size.
+            latents: Latents to decode for each row.
+            marks: Mark of the work that wrote the latents of each row.
+        """
         started = time.perf_counter()
         try:
+            for one, mark in zip(latents, marks, strict=True):
+                self._codec.take(mark, [one])
             pixels = self.editor.decode(torch.cat(list(latents)), rows[0].height, rows[0].width).cpu()
         except Exception as error:
             self._fail(rows, "images could not be decoded", error)
@@ -413,7 +433,7 @@ class EditService:
         return pixels
 
     def _finish(self, rows: list[Row]) -> None:
-        pixels = self._decode(rows, [row.latents for row in rows])
+        pixels = self._decode(rows, [row.latents for row in rows], [row.made for row in rows])
         if pixels is None:
             return
         broken = broken_rows(pixels)
@@ -428,15 +448,16 @@ class EditService:
             if len(job.images) == len(job.seeds):
                 job.complete()
 
-    def _show(self, parts: list[tuple[Row, int, Tensor]]) -> None:
-        pixels = self._decode([row for row, *_ in parts], [clean for *_, clean in parts])
+    def _show(self, parts: list[tuple[Row, int, Tensor, Any]]) -> None:
+        rows, steps, latents, marks = zip(*parts, strict=True)
+        pixels = self._decode(rows, latents, marks)
         if pixels is None:
             return
         # Skip broken previews of the result; only the last step decides whether a request fails.
         broken = broken_rows(pixels)
         whole = [place for place in range(len(parts)) if place not in broken]
         for place, image in zip(whole, self.editor.to_images(pixels[whole]), strict=True):
-            row, step, _ = parts[place]
+            row, step = rows[place], steps[place]
             job: Job[Any] = row.owner
             if job.on_partial is None or job.future.done():
                 continue

@@ -84,7 +84,7 @@ class ServeSettings:
     replica_gpus: float = 0.0
     device: str = "auto"
     dtype: ComponentDType = "auto"
-    offload: Offload = "none"
+    offload: Offload = RunSettings.offload
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:

@@ -169,9 +169,11 @@ class OffsetTrainer(ContrastTrainer[AttributeOffsets]):
     betas = (0.5, 0.8)
     weight_decay = 0.333
 
-    def __init__(self, family: Family, pipeline: Any, data: Data, config: OffsetConfig, out: Path) -> None:
+    def __init__(
+        self, family: Family, pipeline: Any, data: Data, config: OffsetConfig, out: Path, device: torch.device | None = None
+    ) -> None:
         self.config = config
-        super().__init__(family, pipeline, data, config, out)
+        super().__init__(family, pipeline, data, config, out, device)
 
     def build(self) -> nn.Module:
         self.backbone = SliderBackbone(self.family, self.pipeline.transformer, None)

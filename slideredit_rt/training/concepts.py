@@ -74,9 +74,11 @@ class ConceptTrainer(ContrastTrainer[Adapter]):
 
     what = "concepts"
 
-    def __init__(self, family: Family, pipeline: Any, data: Data, config: ConceptConfig, out: Path) -> None:
+    def __init__(
+        self, family: Family, pipeline: Any, data: Data, config: ConceptConfig, out: Path, device: torch.device | None = None
+    ) -> None:
         self.config = config
-        super().__init__(family, pipeline, data, config, out)
+        super().__init__(family, pipeline, data, config, out, device)
 
     def build(self) -> SliderBackbone:
         self.backbone = SliderBackbone(self.family, self.pipeline.transformer, self._initial_bank())

@@ -72,9 +72,11 @@ class ContrastTrainer(Trainer[Trained]):
 
     backbone: SliderBackbone
 
-    def __init__(self, family: Family, pipeline: Any, data: Data, config: ContrastConfig, out: Path) -> None:
+    def __init__(
+        self, family: Family, pipeline: Any, data: Data, config: ContrastConfig, out: Path, device: torch.device | None = None
+    ) -> None:
         self.attributes: Sequence[str] = config.attributes
-        super().__init__(family, pipeline, data, config, out)
+        super().__init__(family, pipeline, data, config, out, device)
 
     @torch.no_grad()
     def contrast(self, step: int) -> Contrast:

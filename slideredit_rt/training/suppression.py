@@ -83,10 +83,18 @@ class _Batch:
 class SuppressionTrainer(Trainer[Adapter]):
     """Trainer of the A and B matrices of one adapter. Arguments are those of `Trainer`."""
 
-    def __init__(self, family: Family, pipeline: Any, data: Data, config: SuppressionConfig, out: Path) -> None:
+    def __init__(
+        self,
+        family: Family,
+        pipeline: Any,
+        data: Data,
+        config: SuppressionConfig,
+        out: Path,
+        device: torch.device | None = None,
+    ) -> None:
         self.config = config
         self.what = config.kind
-        super().__init__(family, pipeline, data, config, out)
+        super().__init__(family, pipeline, data, config, out, device)
 
     def build(self) -> SliderBackbone:
         backbone = SliderBackbone(self.family, self.pipeline.transformer, self._initial_adapter())

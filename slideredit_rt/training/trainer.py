@@ -20,6 +20,7 @@ from tqdm import tqdm
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.families import Family
 from slideredit_rt.images import draw_grid, save_image
+from slideredit_rt.settings import pick_device
 from slideredit_rt.training.checkpoint import load_checkpoint, save_checkpoint
 from slideredit_rt.training.data import Data
 
@@ -101,6 +102,8 @@ class Trainer(ABC, Generic[Trained]):
         data: Source images and instructions.
         config: Settings.
         out: Output file. The state for resuming is written next to it and deleted at the end of the run.
+        device: Device of the pipeline and of what is trained; None takes the current GPU if there is one. Data and noise are
+            drawn on the CPU, so they do not depend on it.
 
     Attributes:
         what: Name of what is trained, for the progress bar.
@@ -112,18 +115,28 @@ class Trainer(ABC, Generic[Trained]):
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 1e-4
 
-    def __init__(self, family: Family, pipeline: Any, data: Data, config: TrainingConfig, out: Path) -> None:
+    def __init__(
+        self,
+        family: Family,
+        pipeline: Any,
+        data: Data,
+        config: TrainingConfig,
+        out: Path,
+        device: torch.device | None = None,
+    ) -> None:
         self.family, self.pipeline, self.data, self.out = family, pipeline, data, out
         self.settings = config
-        self.accelerator = Accelerator(cpu=not torch.cuda.is_available())
+        self.device = device or pick_device()
+        # Accelerate would choose a device of its own.
+        self.accelerator = Accelerator(device_placement=False)
         self.state_path = out.with_name(f"{out.name}.state.pt")
-        pipeline.to(self.accelerator.device)
+        pipeline.to(self.device)
         for part in ("transformer", "vae", "text_encoder", "text_encoder_2"):
             if (module := getattr(pipeline, part, None)) is not None:
                 module.requires_grad_(False).eval()
         if config.gradient_checkpointing:
             pipeline.transformer.enable_gradient_checkpointing()
-        module = self.build()
+        module = self.build().to(self.device)
         parameters = [p for p in module.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, betas=self.betas, weight_decay=self.weight_decay)
         scheduler = get_scheduler(
@@ -158,7 +171,7 @@ class Trainer(ABC, Generic[Trained]):
 
     def encode_images(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Encode images `[B, 3, H, W]` in [0, 1] to latents `[B, S, C]` and their position ids."""
-        return self.family.encode_image(self.pipeline, (images * 2 - 1).to(self.accelerator.device))
+        return self.family.encode_image(self.pipeline, (images * 2 - 1).to(self.device))
 
     def encode_prompts(self, prompts: list[str], images: Tensor) -> dict[str, Tensor]:
         """Return the text inputs of the backbone. `images` matter for families whose text encoder sees them."""
@@ -227,7 +240,8 @@ class Trainer(ABC, Generic[Trained]):
                 self.optimizer.step()
                 self.scheduler.step()
                 self.optimizer.zero_grad(set_to_none=True)
-                average = loss.item() if average is None else 0.95 * average + 0.05 * loss.item()
+                last = loss.item()
+                average = last if average is None else 0.95 * average + 0.05 * last
                 bar.set_postfix(loss=f"{average:.5f}", refresh=False)
                 if (step + 1) % checkpoint_every == 0 and step + 1 < config.steps:
                     self._save_state(step + 1)

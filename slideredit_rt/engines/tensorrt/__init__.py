@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -58,6 +58,7 @@ class TensorRT(Backend):
     build_options = TensorRTOptions
     run_options = RuntimeOptions
     served: ClassVar[ServedModel | None] = ServedModel("tensorrt_plan", PLAN_FILE, "model.plan", is_graph=False)
+    streams = True
     foreign_options: ClassVar[tuple[str, ...]] = ("targets",)
     foreign: ClassVar[str] = (
         "--{option} is for --backend tensorrt-rtx; TensorRT builds for this machine's GPU, and for similar ones with "
@@ -152,7 +153,8 @@ class TensorRT(Backend):
             )
             job.stage(f"compile for {', '.join(targets)}")
             layers = build_plan(self, job, graph / MODEL_FILE, exported.inputs, folder)
-        return Compiled(exported, [PLAN_FILE, LOG_FILE], layers=layers)
+        streaming = self.options_of(job.settings).weight_streaming
+        return Compiled(exported, [PLAN_FILE, LOG_FILE], layers=layers, weight_streaming=streaming)
 
     def environment(self, device: torch.device | None = None) -> Environment:
         """Inspect the properties of this process and a CUDA device that decide whether an engine can run.
@@ -208,12 +210,24 @@ class TensorRT(Backend):
 
     def open(self, folder: Path, manifest: Manifest, run: RunSettings) -> TensorRTEngine:
         """Check that an engine can run here, and load it onto a CUDA device (see `Backend.open`)."""
-        device = self._device_of(run)
-        self.check_environment(manifest, self.environment(device))
+        card = CudaDevice(self.choose_device(manifest, run))
         plan, options = folder / PLAN_FILE, run.options or RuntimeOptions()
-        card = CudaDevice(device)
         with on_device(card.device):
             return self.engine(plan, manifest, self.module(), card, options, run.threads)
+
+    def weight_budget(self, options: RuntimeOptions | None) -> int | Literal["auto"] | None:
+        """Return the weight budget of run options (see `Backend.weight_budget`)."""
+        return None if options is None else options.weight_budget
+
+    def with_weight_budget(self, options: RuntimeOptions | None, size: int) -> RuntimeOptions:
+        """Set the weight budget of run options (see `Backend.with_weight_budget`)."""
+        return replace(options or RuntimeOptions(), weight_budget=size)
+
+    def choose_device(self, manifest: Manifest, run: RunSettings) -> torch.device:
+        """Return the GPU, by default the current one, and check that the engine can run on it (see `Backend.choose_device`)."""
+        device = self._device_of(run)
+        self.check_environment(manifest, self.environment(device))
+        return device or torch.device("cuda", torch.cuda.current_device())
 
     def _device_of(self, run: RunSettings) -> torch.device | None:
         """Return the requested GPU; None stands for the current one, if there is one."""

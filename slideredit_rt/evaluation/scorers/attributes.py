@@ -51,7 +51,7 @@ class Clip(_VisionLanguage):
 
     name, source, architecture = "clip", "openai/clip-vit-base-patch32", "CLIPModel"
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def score(self, images: Tensor, phrases: Sequence[str]) -> list[tuple[float, ...]]:
         tokens, rows = self.tokenise(phrases), []
         for batch in images.split(BATCH):
@@ -77,7 +77,7 @@ class BlipMatching(_VisionLanguage):
 
     name, source, architecture = "blip-itm", "Salesforce/blip-itm-base-coco", "BlipForImageTextRetrieval"
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def score(self, images: Tensor, phrases: Sequence[str]) -> list[tuple[float, ...]]:
         rows: list[tuple[float, ...]] = []
         for batch in images.split(BATCH):

@@ -47,7 +47,7 @@ class _Lpips(DistanceScorer):
             model.net.load_state_dict({k: weights[f"features.{k.split('.', 1)[1]}"] for k in model.net.state_dict()})
         self.model, self.device = model.to(device).eval(), device
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def distance(self, images: Tensor, source: Tensor) -> list[float | None]:
         """Return the LPIPS distance of each image to the source.
 
@@ -110,7 +110,7 @@ class Dinov2(_EmbeddingDistance):
         super().__init__()
         self.vision = PretrainedVision("Dinov2Model", source, device)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def embed(self, images: Tensor) -> list[Tensor | None]:
         pooled = [self.vision.model(pixel_values=self.vision.pixels(batch)).pooler_output for batch in images.split(BATCH)]
         return list(F.normalize(torch.cat(pooled), dim=-1).cpu())
