@@ -31,6 +31,7 @@ from slideredit_rt.checkpoint import fingerprint_base, meta_transformer
 from slideredit_rt.cli import main
 from slideredit_rt.editor import SliderEditor
 from slideredit_rt.errors import SliderEditError
+from slideredit_rt.evaluation.shapes import CALIBRATION_SEEDS, ShapesScenes
 from slideredit_rt.export.onnx_graph import example_inputs
 from slideredit_rt.families import Family, get_family
 from slideredit_rt.kernels import masked_lora_update, masked_lora_update_, quantized_linear, quantized_linear_reference
@@ -405,9 +406,7 @@ def test_the_low_rank_update_reads_the_unquantised_rows(bases: dict[str, Path], 
     backbone = SliderBackbone(family, transformer, load_adapter("shapes-gst", family))
     module = backbone.adapted[TO_Q]
     x = torch.randn(1, 4, 128) * 100  # far beyond the calibrated range
-    backbone.set_scales(torch.ones(1, 4 + 2), 2)
-    backbone.scales.set(torch.ones(1, 6), 2)
-    module.scales.set(torch.cat([torch.zeros(1, 2), torch.ones(1, 4)], dim=1), 2)
+    backbone.set_scales(torch.ones(1, 2 + 4), text_rows=2)
     assert isinstance(module, MaskedLoRAQuantizedLinear)
     frozen = quantized_linear_reference(x, module.weight, module.weight_scale, None, module.input_scale, module.bias, "fp8")
     with torch.no_grad():
@@ -529,8 +528,6 @@ def test_calibration_keeps_the_largest_input_over_steps_strengths_and_adapters(f
         for name in names:
             module = engine.backbone.transformer.get_submodule(name)
             module.register_forward_pre_hook(lambda m, args, name=name: seen[name].append(args[0].abs().max().item()))
-        from slideredit_rt.evaluation.shapes import CALIBRATION_SEEDS, ShapesScenes
-
         for case in ShapesScenes(seeds=CALIBRATION_SEEDS).cases("bench", 2, 1):
             prepared = editor.prepare(case.image, case.instructions, prompt=case.prompt, seed=case.seed)
             for strength in (0.0, 0.5, 1.0, 1.5):
@@ -599,7 +596,14 @@ def test_calibration_images_that_cannot_be_used_are_refused(
     assert {p.name for p in set(tmp_path.rglob("*")) - set(before)} == {"empty", "damaged", "a.png"}
 
 
-def test_weights_that_are_not_finite_are_refused(family: Family, tmp_path: Path) -> None:
+def test_a_linear_that_no_edit_runs_cannot_be_calibrated(family: Family) -> None:
+    base, run = resolve_base("shapes-kontext"), ActivationRun(cases=1, steps=1)
+    # A list of modules, which is not called itself.
+    with pytest.raises(SliderEditError, match=r"the inputs of transformer_blocks\.0\.attn\.to_out were not seen"):
+        measure_activations(family, base, ["transformer_blocks.0.attn.to_out"], run, progress=False)
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     shutil.copytree(resolve_base("shapes-kontext"), tmp_path / "base")
     changed = weights_of(tmp_path / "base")
     changed["transformer_blocks.0.norm1.linear.weight"][0] = torch.inf
