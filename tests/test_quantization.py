@@ -39,7 +39,7 @@ from slideredit_rt.modules import MaskedLoRAQuantizedLinear, SliderBackbone
 from slideredit_rt.quantization import write
 from slideredit_rt.quantization.calibrate import ActivationRun, measure_activations
 from slideredit_rt.quantization.config import QuantizedLayer, describe_layers, read_layers
-from slideredit_rt.quantization.fusing import Fused
+from slideredit_rt.quantization.fusing import Fused, read_updates
 from slideredit_rt.quantization.linear import QuantizedLinear
 from slideredit_rt.quantization.precisions import PRECISIONS, get_precision
 from slideredit_rt.quantization.selection import select_layers
@@ -262,7 +262,16 @@ def test_the_update_has_exact_gradients(members: int | None) -> None:
     arguments = [torch.randn(shape, generator=g, dtype=torch.float64, requires_grad=True) for shape in shapes]
     scale = torch.rand((2, 3, *([members] if members else [])), generator=g)
     scale[0, 1] = 0
-    assert torch.autograd.gradcheck(lambda *given: masked_lora_update(*given, scale), arguments)
+    assert torch.autograd.gradcheck(lambda y, x, a, b: masked_lora_update(y, x, a, b, scale), arguments)
+
+
+def test_fp8_weights_can_do_without_quantised_activations() -> None:
+    weight, x = random_weight(), torch.randn(3, 256)
+    linear = QuantizedLinear(256, 24, "fp8", bias=False)
+    for name, part in PRECISIONS["fp8"].quantise(weight).items():
+        setattr(linear, name, part)
+    assert linear.input_scale is None
+    torch.testing.assert_close(linear(x), x @ PRECISIONS["fp8"].dequantise(dict(linear.named_buffers())).T)
 
 
 # Which linears
@@ -277,7 +286,7 @@ def test_flux_quantises_projections_and_modulation_and_keeps_the_rest(family: Fa
         transformer = FluxTransformer2DModel(guidance_embeds=True)
     layers = select_layers(family, transformer, "nvfp4")
     # 19 blocks of 12 and 38 of 5 projections; 2 and 1 modulation linears a block.
-    assert _count(layers) == {("nvfp4", True): 418, ("fp8", False): 76}
+    assert _count(layers) == {("nvfp4", True): 418, ("int8", False): 76}
     assert _count(select_layers(family, transformer, "int4")) == {("int4", False): 418, ("int8", False): 76}
     linears = [name for name, m in transformer.named_modules() if isinstance(m, torch.nn.Linear)]
     kept = {name.partition(".")[0] for name in linears if name not in layers}
@@ -289,7 +298,7 @@ def test_qwen_keeps_its_first_two_and_last_two_blocks() -> None:
         transformer = QwenImageTransformer2DModel()
     layers = select_layers(get_family("qwen_image_edit"), transformer, "fp8")
     assert {int(name.split(".")[1]) for name in layers} == set(range(2, 58))
-    assert _count(layers) == {("fp8", True): 56 * 12, ("fp8", False): 56 * 2}
+    assert _count(layers) == {("fp8", True): 56 * 12, ("int8", False): 56 * 2}
 
 
 def test_keep_leaves_linears_out_and_must_match_one(family: Family) -> None:
@@ -466,7 +475,7 @@ def test_a_lora_is_fused_before_weights_are_quantised(tmp_path: Path, lora: Path
 
 def test_calibration_runs_with_the_fused_lora(family: Family, lora: Path) -> None:
     base, run = resolve_base("shapes-kontext"), ActivationRun(cases=1, steps=2)
-    updates = write.read_updates([Fused(lora, 20.0)], family, meta_transformer(base / "transformer"))
+    updates = read_updates([Fused(lora, 20.0)], family, meta_transformer(base / "transformer"))
     ends = ["transformer_blocks.0.attn.to_out.0", "transformer_blocks.0.ff.net.0.proj"]
     plain = measure_activations(family, base, ends, run, progress=False)
     fused = measure_activations(family, base, ends, run, updates, progress=False)
@@ -570,7 +579,7 @@ def test_own_images_calibrate_any_base(
     given = ("--calibrate", own[0], "--prompts", own[1], "--adapter", f"shapes-{kind}", "--json")
     assert main([str(a) for a in (*command, *given)]) == 0
     report = json.loads(capsys.readouterr().out)
-    assert (report["precision"], report["layers"]) == ("fp8", {"FP8": 39, "W8A16_FP8": 7})
+    assert (report["precision"], report["layers"]) == ("fp8", {"FP8": 39, "W8A16": 7})
     scales = [t.item() for name, t in weights_of(tmp_path / "out").items() if name.endswith("input_scale")]
     assert len(scales) == 39
     assert all(0.001 < scale * 448 < 1000 for scale in scales)
@@ -625,7 +634,7 @@ def test_inspect_and_adapter_show_understand_a_quantised_base(
     assert (report["precision"], report["layers"], report["kept"]) == ("int4", {"W4A16": 39, "W8A16": 7}, 10)
     assert sum(report["stored"].values()) == sum(t.nbytes for t in weights_of(bases["int4"]).values())
     assert main(["inspect", str(bases["nvfp4"])]) == 0
-    assert "layers     39 NVFP4, 7 W8A16_FP8; 10 linears kept" in capsys.readouterr().out
+    assert "layers     39 NVFP4, 7 W8A16; 10 linears kept" in capsys.readouterr().out
     assert main(["inspect", str(resolve_base("shapes-kontext"))]) == 0
     assert "precision  not quantised" in capsys.readouterr().out
     assert "--vram is for engines" in refused(capsys, "inspect", bases["fp8"], "--vram", 24)
@@ -652,6 +661,17 @@ def test_the_command_reports_what_it_wrote(tmp_path: Path, capsys: pytest.Captur
     assert "is quantised already (int8)" in refused(
         capsys, "quantize", "--base", out, "--precision", "int8", "--out", tmp_path / "other"
     )
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("activations", [False, True])
+def test_a_configuration_is_read_as_it_was_written(tmp_path: Path, precision: str, activations: bool) -> None:
+    form = PRECISIONS[precision]
+    if (not form.quantises_activations) if activations else (form.weight_only_algorithm is None):
+        pytest.skip("not offered")
+    layers = {"a": QuantizedLayer(precision, activations), "b": QuantizedLayer("int8")}
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": describe_layers(layers, precision)}))
+    assert read_layers(tmp_path) == layers
 
 
 # Refusals

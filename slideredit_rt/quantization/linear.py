@@ -70,7 +70,7 @@ class QuantizedLinear(nn.Module):
         parts = stored_parts(get_precision(precision), out_features, in_features, activations=activations)
         for name in PARTS:
             part = parts.get(name)
-            self.register_buffer(name, part and torch.empty(part.shape, dtype=part.dtype, device=device))
+            self.register_buffer(name, None if part is None else torch.empty(part.shape, dtype=part.dtype, device=device))
         empty = torch.empty(out_features, device=device, dtype=dtype) if bias else None
         self.bias = None if empty is None else nn.Parameter(empty, requires_grad=False)
 

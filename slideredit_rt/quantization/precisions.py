@@ -154,7 +154,7 @@ class FP8(Precision):
     weight_only_algorithm = "W8A16_FP8"
     capabilities = ("sm89", "sm90", "sm100", "sm120")
     quantises_activations = True
-    modulation = "fp8"
+    modulation = "int8"
     limits = Limits(step_rms=0.045, psnr=45.0)
 
     def layout(self, n: int, k: int) -> dict[str, Part]:
@@ -165,7 +165,8 @@ class FP8(Precision):
         return {"weight": _to_fp8(weight / scale[:, None]), "weight_scale": scale}
 
     def dequantise(self, parts: Mapping[str, Tensor]) -> Tensor:
-        return parts["weight"].float() * parts["weight_scale"].reshape(-1, 1)
+        weight: Tensor = parts["weight"].float() * parts["weight_scale"].reshape(-1, 1)
+        return weight
 
     def input_scale(self, amax: float) -> float:
         return float(scale_of(torch.tensor(amax), _FP8_MAX))
@@ -197,7 +198,8 @@ class INT8(Precision):
 
     def dequantise(self, parts: Mapping[str, Tensor]) -> Tensor:
         scale = parts["weight_scale"].reshape(len(parts["weight"]), -1, 1)
-        return (parts["weight"].float().unflatten(1, (scale.shape[1], -1)) * scale).flatten(1)
+        weight: Tensor = parts["weight"].float().unflatten(1, (scale.shape[1], -1)) * scale
+        return weight.flatten(1)
 
 
 class INT4(Precision):
@@ -232,7 +234,8 @@ class INT4(Precision):
         # Flipping the sign bit maps the codes of −8 to 7 to 0 to 15.
         values = (_unpack(parts["weight"]) ^ 8).float() - 8
         scale = parts["weight_scale"]
-        return (values.unflatten(1, (scale.shape[1], -1)) * scale[:, :, None]).flatten(1)
+        weight: Tensor = values.unflatten(1, (scale.shape[1], -1)) * scale[:, :, None]
+        return weight.flatten(1)
 
 
 class NVFP4(Precision):
@@ -244,7 +247,7 @@ class NVFP4(Precision):
     weight_only_algorithm = None
     capabilities = ("sm100", "sm120")
     quantises_activations = True
-    modulation = "fp8"
+    modulation = "int8"
     limits = Limits(step_rms=0.15, psnr=33.0)
 
     def takes(self, k: int) -> bool:
@@ -286,7 +289,7 @@ class NVFP4(Precision):
     def _values(self, codes: Tensor, scale: Tensor, second: Tensor) -> Tensor:
         """Return what codes stand for, float32 `[..., K]`."""
         table = torch.tensor([*_FP4_VALUES, *(-value for value in _FP4_VALUES)], device=codes.device)
-        blocks = table[codes.int()].unflatten(-1, (-1, _NVFP4_BLOCK))
+        blocks: Tensor = table[codes.int()].unflatten(-1, (-1, _NVFP4_BLOCK))
         return (blocks * (scale.float() * second).unsqueeze(-1)).flatten(-2)
 
 
