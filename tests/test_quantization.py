@@ -155,12 +155,12 @@ def test_no_weight_is_further_off_than_half_a_step_of_its_block(precision: str, 
 
 def test_activations_are_clamped_and_share_the_static_scale() -> None:
     fp8 = PRECISIONS["fp8"]
-    scale = torch.tensor(fp8.input_scale(448.0))
+    scale = torch.tensor(fp8.input_scale(224.0))  # twice the largest value of the calibration fits
     assert scale.item() == 1
     assert fp8.fake_quantise(torch.tensor([1000.0, -1e9, 17.0, 134.4, 0.0]), scale).tolist() == [448, -448, 17 - 1, 128, 0]
     assert fp8.input_scale(0.0) == 1
     nvfp4, x = PRECISIONS["nvfp4"], random_weight(3, 32)
-    second = torch.tensor(nvfp4.input_scale(x.abs().max().item()))
+    second = torch.tensor(nvfp4.input_scale(x.abs().max().item() / 2))
     assert torch.equal(nvfp4.fake_quantise(x, second), nvfp4.dequantise(nvfp4.quantise(x)))
     for name in ("int8", "int4"):
         assert not PRECISIONS[name].quantises_activations
@@ -582,7 +582,7 @@ def test_own_images_calibrate_any_base(
     assert (report["precision"], report["layers"]) == ("fp8", {"FP8": 39, "W8A16": 7})
     scales = [t.item() for name, t in weights_of(tmp_path / "out").items() if name.endswith("input_scale")]
     assert len(scales) == 39
-    assert all(0.001 < scale * 448 < 1000 for scale in scales)
+    assert all(0.001 < scale * 448 < 2000 for scale in scales)
 
 
 def test_calibration_images_that_cannot_be_used_are_refused(

@@ -37,7 +37,7 @@ class QuantizedLayer:
 
     Attributes:
         precision: Name of the precision.
-        activations: Whether activations are quantised; otherwise only the weight is.
+        activations: True if activations are quantised; otherwise only the weight is.
     """
 
     precision: str

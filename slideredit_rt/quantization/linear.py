@@ -31,8 +31,8 @@ class QuantizedLinear(nn.Module):
         in_features: K.
         out_features: N.
         precision: Name of the precision.
-        bias: Whether there is a bias.
-        activations: Whether activations are quantised, which needs an `input_scale`.
+        bias: Give it a bias.
+        activations: Quantise activations, which needs an `input_scale`.
         device: Device of the tensors, whose values are not initialised.
         dtype: Dtype of the bias.
 
@@ -40,7 +40,7 @@ class QuantizedLinear(nn.Module):
         in_features: K.
         out_features: N.
         precision: Name of the precision.
-        activations: Whether activations are quantised.
+        activations: True if activations are quantised.
 
     Raises:
         SliderEditError: The precision is unknown.
