@@ -72,8 +72,9 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> Non
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     wide = grad.to(torch.promote_types(grad.dtype, torch.float32))
-    grad_x = (wide @ _dequantised(*ctx.saved_tensors, ctx.precision).to(wide.dtype)).to(ctx.dtype)
-    return grad_x, None, None, None, None, None, None
+    weight, weight_scale, weight_scale_2 = ctx.saved_tensors
+    dequantised = _dequantised(weight, weight_scale, weight_scale_2, ctx.precision).to(wide.dtype)
+    return (wide @ dequantised).to(ctx.dtype), None, None, None, None, None, None
 
 
 _quantized_linear.register_autograd(_backward, setup_context=_save_for_backward)

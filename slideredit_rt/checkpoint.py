@@ -214,6 +214,8 @@ def read_index(base: Path) -> dict[str, Any]:
         SliderEditError: The folder does not exist or is not a checkpoint.
     """
     index = base / INDEX_FILE
+    if base.is_file():
+        raise refusal(base, None)
     try:
         data = read_json(index)
         if not isinstance(data["_class_name"], str):

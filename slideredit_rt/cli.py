@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from slideredit_rt import __version__
-from slideredit_rt.commands import adapter, edit, engine, evaluation, kernels, serving, training
+from slideredit_rt.commands import adapter, edit, engine, evaluation, kernels, quantize, serving, training
 from slideredit_rt.commands.shared import Commands
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.notes import print_notes
@@ -24,7 +24,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}", help="print the version and exit")
     commands = Commands(parser, "command", "COMMAND")
-    for group in (edit, engine, serving, adapter, training, evaluation, kernels):
+    for group in (edit, engine, quantize, serving, adapter, training, evaluation, kernels):
         group.add_commands(commands)
     return parser
 

@@ -70,6 +70,8 @@ def _inspect(args: argparse.Namespace) -> int:
     from slideredit_rt.engines import BACKENDS
     from slideredit_rt.engines.manifest import read_manifest
 
+    if (args.engine / "model_index.json").exists():
+        return _inspect_base(args)
     manifest = read_manifest(args.engine)
     adapter, compatibility = manifest.adapter, manifest.compatibility
     later = " or a later version of the same major" if compatibility.get("versions") else ""
@@ -109,6 +111,24 @@ def _inspect(args: argparse.Namespace) -> int:
             result["device"] = {"unavailable": str(error)}
             lines.append(f"device     memory and fused layers are known only where the engine can run: {error}")
     emit(args, result, lines)
+    return 0
+
+
+def _inspect_base(args: argparse.Namespace) -> int:
+    """Describe a base: its family, and how the linears of its transformer are stored."""
+    from slideredit_rt.quantization.describe import describe_base
+
+    if args.vram is not None:
+        raise SliderEditError(f"{str(args.engine)!r} is a base, and --vram is for engines; build one first")
+    report = describe_base(args.engine)
+    lines = [
+        f"base       {args.engine}",
+        f"family     {report['family']}",
+        f"precision  {report['precision'] or 'not quantised'}",
+        *([f"layers     {counts(report['layers'])}; {report['kept']} linears kept"] if report["layers"] else []),
+        *(f"stored     {dtype} {mib(size)}" for dtype, size in report["stored"].items()),
+    ]
+    emit(args, {"base": str(args.engine), **report}, lines)
     return 0
 
 
@@ -264,8 +284,10 @@ def _add_compiler_options(build: argparse.ArgumentParser) -> None:
 def add_commands(commands: Commands) -> None:
     """Add the commands of this module."""
     _add_build(commands)
-    inspect = commands.add("inspect", _inspect, "describe an engine")
-    inspect.add_argument("engine", type=user_path, metavar="ENGINE", help="engine folder, written by slideredit-rt build")
+    inspect = commands.add("inspect", _inspect, "describe an engine or a base")
+    inspect.add_argument(
+        "engine", type=user_path, metavar="ENGINE", help="engine folder, written by slideredit-rt build, or base folder"
+    )
     inspect.add_argument(
         "--vram", type=_card_size, metavar="GIB", help="estimate whether edits fit on a card of this size; needs no GPU"
     )

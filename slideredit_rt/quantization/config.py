@@ -21,11 +21,13 @@ _MIXED = "MIXED_PRECISION"
 _INSTEAD = (
     "pass the float32, bfloat16 or float16 checkpoint that it was made from, or quantise that with slideredit-rt quantize"
 )
+_NUNCHAKU = "Nunchaku's layout is for its own kernels; --precision int4 or nvfp4 comes closest"
+# By the beginning of a quant_method or of a file's name, or by its end.
 _OTHER_METHODS = {
-    "bitsandbytes": "NF4 and LLM.int8() need bitsandbytes at run time; take --precision int4 or int8 instead",
-    "gguf": "GGUF blocks are not read; take --precision int4 or int8 instead",
-    "nunchaku": "Nunchaku's weights only run in its own kernels; take --precision nvfp4 or int4 instead",
-    "svdquant": "Nunchaku's weights only run in its own kernels; take --precision nvfp4 or int4 instead",
+    "bitsandbytes": "NF4 and LLM.int8() need bitsandbytes at run time; --precision int4 or int8 comes closest",
+    "gguf": "GGUF blocks are not read; --precision int4 or int8 comes closest",
+    "nunchaku": _NUNCHAKU,
+    "svdq": _NUNCHAKU,
 }
 
 
@@ -35,7 +37,7 @@ class QuantizedLayer:
 
     Attributes:
         precision: Name of the precision.
-        activations: Whether activations are quantised; otherwise only the weight is.
+        activations: True if activations are quantised; otherwise only the weight is.
     """
 
     precision: str
@@ -131,16 +133,21 @@ def read_precision(folder: Path) -> str | None:
     return stated if isinstance(stated, str) and stated in PRECISIONS else max(sorted(set(counts)), key=counts.count)
 
 
-def refusal(folder: Path, configuration: Any) -> SliderEditError:
-    """Make the error for a model whose quantisation cannot be read here.
+def refusal(source: Path, configuration: Any) -> SliderEditError:
+    """Make the error for weights whose quantisation cannot be read here.
 
     Args:
-        folder: Folder of the model.
-        configuration: Its `quantization_config`.
+        source: Folder of the model, or a file.
+        configuration: The folder's `quantization_config`; None for a file.
     """
     method = configuration.get("quant_method") if isinstance(configuration, Mapping) else None
-    why = next((f" ({hint})" for name, hint in _OTHER_METHODS.items() if str(method).startswith(name)), "")
+    named = source.name if configuration is None else str(method)
+    why = next((f" ({hint})" for name, hint in _OTHER_METHODS.items() if named.startswith(name) or named.endswith(name)), "")
+    if configuration is None:
+        return SliderEditError(
+            f"base {str(source)!r} is a single file, not a folder saved with save_pretrained{why}; {_INSTEAD}"
+        )
     return SliderEditError(
-        f"checkpoint {str(folder)!r} is quantised ({method or 'according to its config.json'}) in a form that cannot be used "
+        f"checkpoint {str(source)!r} is quantised ({method or 'according to its config.json'}) in a form that cannot be used "
         f"here{why}; {_INSTEAD}"
     )

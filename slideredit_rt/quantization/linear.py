@@ -31,8 +31,8 @@ class QuantizedLinear(nn.Module):
         in_features: K.
         out_features: N.
         precision: Name of the precision.
-        bias: Whether there is a bias.
-        activations: Whether activations are quantised, which needs an `input_scale`.
+        bias: Give it a bias.
+        activations: Quantise activations, which needs an `input_scale`.
         device: Device of the tensors, whose values are not initialised.
         dtype: Dtype of the bias.
 
@@ -40,7 +40,7 @@ class QuantizedLinear(nn.Module):
         in_features: K.
         out_features: N.
         precision: Name of the precision.
-        activations: Whether activations are quantised.
+        activations: True if activations are quantised.
 
     Raises:
         SliderEditError: The precision is unknown.
@@ -70,7 +70,7 @@ class QuantizedLinear(nn.Module):
         parts = stored_parts(get_precision(precision), out_features, in_features, activations=activations)
         for name in PARTS:
             part = parts.get(name)
-            self.register_buffer(name, part and torch.empty(part.shape, dtype=part.dtype, device=device))
+            self.register_buffer(name, None if part is None else torch.empty(part.shape, dtype=part.dtype, device=device))
         empty = torch.empty(out_features, device=device, dtype=dtype) if bias else None
         self.bias = None if empty is None else nn.Parameter(empty, requires_grad=False)
 

@@ -1,4 +1,4 @@
-"""Which linears of a transformer are quantised, and to which precision."""
+"""Selection of the linears of a transformer that are quantised, and of their precisions."""
 
 from __future__ import annotations
 

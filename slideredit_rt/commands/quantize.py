@@ -1,0 +1,111 @@
+"""`slideredit-rt quantize`."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from typing import TYPE_CHECKING
+
+from slideredit_rt.commands.shared import Commands, counts, emit, options_given
+from slideredit_rt.errors import SliderEditError
+from slideredit_rt.files import user_path
+from slideredit_rt.settings import COMPONENT_DTYPES, RunSettings
+
+if TYPE_CHECKING:
+    from slideredit_rt.quantization.fusing import Fused
+
+
+def parse_fused(text: str) -> Fused:
+    """Parse `LORA=SCALE`, or `LORA` with scale 1. A text that names an existing file is a LoRA, even with `=` in it."""
+    from slideredit_rt.quantization.fusing import Fused
+
+    source, separator, value = text.rpartition("=")
+    if not separator or user_path(text).exists():
+        return Fused(text)
+    try:
+        scale = float(value)
+    except ValueError:
+        scale = math.nan
+    if not source or math.isnan(scale):
+        raise SliderEditError(f"--fuse {text!r} has scale {value!r}, not a number; write it as style.safetensors=0.8")
+    return Fused(source, scale)
+
+
+def _quantize(args: argparse.Namespace) -> int:
+    import dataclasses
+
+    from slideredit_rt.quantization.calibrate import ActivationRun
+    from slideredit_rt.quantization.precisions import get_precision
+    from slideredit_rt.quantization.write import QuantizeSettings, quantize_base
+
+    calibration = {"images": args.calibrate, "prompts": args.prompts, "adapters": tuple(args.adapter or ())}
+    precision = get_precision(args.precision)
+    given = [option for option in ("calibrate", "prompts", "adapter", "cases", "steps") if getattr(args, option) is not None]
+    if given and not precision.quantises_activations:
+        raise SliderEditError(
+            f"--{given[0]} is for precisions that quantise activations, and {precision.name} does not; leave it out"
+        )
+    settings = QuantizeSettings(
+        precision=args.precision,
+        keep=tuple(args.keep),
+        fuse=tuple(parse_fused(text) for text in args.fuse),
+        calibration=ActivationRun(
+            **calibration, run=RunSettings(args.device, args.dtype), **options_given(args, "cases", "steps")
+        ),
+    )
+    done = quantize_base(args.base, args.out, settings, overwrite=args.overwrite, progress=not args.quiet)
+    lines = [
+        f"wrote {args.out} ({counts(done.layers)} linears, {done.kept} kept)",
+        f"transformer {done.transformer_bytes / 1e9:.3g} GB, before {done.source_bytes / 1e9:.3g} GB",
+        *([f"fused into {done.fused} linears"] if done.fused else []),
+        *(
+            [f"ignored {len(done.ignored)} text-encoder linears of fused LoRAs, such as {done.ignored[0]}"]
+            if done.ignored
+            else []
+        ),
+    ]
+    emit(args, {"out": str(args.out), **dataclasses.asdict(done)}, lines)
+    return 0
+
+
+def add_commands(commands: Commands) -> None:
+    """Add the commands of this module."""
+    sub = commands.add("quantize", _quantize, "write a base with 8-bit or 4-bit weights, to build engines from")
+    sub.add_argument("--base", required=True, help="base: shapes-kontext, a diffusers folder or a hub repository")
+    sub.add_argument(
+        "--precision",
+        required=True,
+        metavar="{fp8,int8,int4,nvfp4}",
+        help="format of the projections; modulation gets 8-bit weights, embedders and the last projection are kept",
+    )
+    sub.add_argument("--out", type=user_path, required=True, help="base folder to create")
+    sub.add_argument(
+        "--fuse",
+        action="append",
+        default=[],
+        metavar="LORA[=SCALE]",
+        help="permanent LoRA to add to the weights first, such as one for fewer steps; repeatable (default scale: 1)",
+    )
+    sub.add_argument(
+        "--keep",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="linears to leave unquantised, with * for any characters; repeatable",
+    )
+    sub.add_argument("--overwrite", action="store_true", help="replace an existing folder")
+    run = sub.add_argument_group("calibration of activations, for fp8 and nvfp4")
+    run.add_argument("--calibrate", type=user_path, metavar="IMAGES", help="folder of images to edit (default: shapes scenes)")
+    run.add_argument("--prompts", type=user_path, metavar="FILE", help='edits as JSON lines: {"instructions": […]}')
+    run.add_argument(
+        "--adapter", action="append", help="adapter whose sliders move during the edits; repeatable (default: none)"
+    )
+    run.add_argument("--cases", type=int, help="largest number of edits with each adapter (default: 4)")
+    run.add_argument("--steps", type=int, help="denoising steps (default: 12)")
+    run.add_argument("--device", default=RunSettings.device, help="device that runs the unquantised model (default: cpu)")
+    run.add_argument(
+        "--dtype",
+        default=RunSettings.dtype,
+        choices=COMPONENT_DTYPES,
+        help="dtype of the unquantised model (default: bfloat16 on a GPU, float32 on the CPU)",
+    )
