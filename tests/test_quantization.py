@@ -76,21 +76,26 @@ def bits(module: torch.nn.Module) -> dict[str, Tensor]:
 
 
 def test_fp8_maps_the_largest_weight_of_each_channel_to_448() -> None:
-    parts = PRECISIONS["fp8"].quantise(torch.tensor([[0.5, -1.0, 0.3, 0.0], [56.0, 0.0, 7.0, -3.5]]))
-    assert parts["weight_scale"].tolist() == pytest.approx([1 / 448, 0.125])
-    # 0.3 · 448 = 134.4, between 128 and 144.
+    parts = PRECISIONS["fp8"].quantise(torch.tensor([[1.75, -3.5, 1.05, 0.0], [56.0, 0.0, 7.0, -3.5]]))
+    assert parts["weight_scale"].tolist() == [2**-7, 0.125]
+    # 1.05 · 128 = 134.4, between 128 and 144.
     assert parts["weight"].float().tolist() == [[224, -448, 128, 0], [448, 0, 56, -28]]
 
 
-def test_int8_has_a_scale_for_128_inputs_or_for_a_channel() -> None:
-    weight = torch.zeros(1, 256)
-    weight[0, :3] = torch.tensor([127.0, -127.0, 2.4])
-    weight[0, 128:130] = torch.tensor([-254.0, 5.0])
-    parts = PRECISIONS["int8"].quantise(weight)
-    assert parts["weight_scale"].tolist() == [[1, 2]]
-    assert parts["weight"][0, :3].tolist() == [127, -127, 2]
-    assert parts["weight"][0, 128:130].tolist() == [-127, 2], "2.5 rounds to even"
-    assert PRECISIONS["int8"].quantise(weight[:, :130])["weight_scale"].shape == (1,)
+def test_int8_maps_the_largest_weight_of_each_channel_to_127() -> None:
+    parts = PRECISIONS["int8"].quantise(torch.tensor([[127.0, -127.0, 2.4, 0.0], [5.0, 0.0, 3.0, -254.0]]))
+    assert parts["weight_scale"].tolist() == [1, 2]
+    assert parts["weight"].tolist() == [[127, -127, 2, 0], [2, 0, 2, -127]], "2.5 and 1.5 round to even"
+
+
+@precisions
+def test_engines_that_compute_in_bfloat16_have_the_same_scales(precision: str) -> None:
+    form = PRECISIONS[precision]
+    parts = form.quantise(random_weight())
+    scales = [part.float() for name, part in parts.items() if name != "weight"]
+    if form.quantises_activations:
+        scales.append(torch.tensor(form.input_scale(3.7)))
+    assert all(torch.equal(scale.bfloat16().float(), scale) for scale in scales)
 
 
 def test_int4_packs_the_even_column_into_the_low_half_of_a_byte() -> None:
