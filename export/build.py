@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -25,13 +26,15 @@ from slideredit_rt.adapters import (
 )
 from slideredit_rt.assets import from_anywhere, resolve_base
 from slideredit_rt.checkpoint import fingerprint_base, meta_transformer
-from slideredit_rt.engines import Backend, BuildSettings, get_backend
+from slideredit_rt.engines import BACKENDS, Backend, BuildSettings, get_backend
 from slideredit_rt.engines.backend import BuildJob, Compiled
 from slideredit_rt.engines.manifest import DIGESTS, Manifest, describe_files, write_manifest
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.export.lowering import choose
 from slideredit_rt.families import Family, family_of
 from slideredit_rt.files import Digests, atomic_folder
+from slideredit_rt.quantization.config import read_layers, read_precision
+from slideredit_rt.quantization.precisions import PRECISIONS
 
 _LIBRARIES = ("torch", "triton", "diffusers", "onnx", "onnxscript", "onnxruntime", "tensorrt", "tensorrt_rtx")
 
@@ -70,10 +73,13 @@ def build_engine(
     family = family_of(path)
     fitted, match = _fit(adapter, family, path, allow_partial=settings.allow_partial)
     kind, bank = (fitted.kind, bool(fitted.members)) if fitted else (None, False)
-    lowering = choose(settings.lowering, kind, backend, bank=bank)
+    quantised = sorted({layer.precision for layer in read_layers(path / "transformer").values()})
+    check_precisions(backend, quantised)
+    lowering = choose(settings.lowering, kind, backend, bank=bank, quantised=bool(quantised))
     # The transformer is checked later, when its weights are linked.
     family.check_base(path, transformer=False)
     limits = backend.precheck(family, path, settings)
+    check_targets(limits.targets, quantised)
     with tqdm(total=4, desc="build", disable=not progress, bar_format="{desc}: {bar} {n_fmt}/{total_fmt} [{elapsed}]") as bar:
 
         def stage(name: str, finished: int = 1) -> None:
@@ -98,6 +104,43 @@ def build_engine(
             write_manifest(manifest, folder)
             stage("done", 4)
     return manifest
+
+
+def check_precisions(backend: Backend, precisions: Sequence[str]) -> None:
+    """Check that a backend runs quantised linears.
+
+    Args:
+        backend: Backend of the engine.
+        precisions: Names of the precisions of the base's linears.
+
+    Raises:
+        SliderEditError: It does not run one of them.
+    """
+    if lacking := [name for name in precisions if name not in backend.quantised]:
+        others = [name for name, other in BACKENDS.items() if set(precisions) <= other.quantised.keys()]
+        raise SliderEditError(
+            f"the backend {backend.name} does not run {lacking[0]} linears; use --backend {' or '.join(others)}, or quantise the "
+            f"base to {' or '.join(backend.quantised) or 'nothing'}"
+        )
+
+
+def check_targets(targets: Sequence[str], precisions: Sequence[str]) -> None:
+    """Check that GPUs compute in the precisions of a base.
+
+    Args:
+        targets: Compute capabilities that an engine is built for.
+        precisions: Names of the precisions of the base's linears.
+
+    Raises:
+        SliderEditError: A GPU does not.
+    """
+    for form in (PRECISIONS[name] for name in precisions):
+        if unable := [target for target in targets if not form.runs_on(target)]:
+            anywhere = [name for name, other in PRECISIONS.items() if other.capabilities is None]
+            raise SliderEditError(
+                f"GPUs of {unable[0]} do not compute in {form.name}, only {', '.join(form.capabilities or ())} do; leave "
+                f"{unable[0]} out of --targets, or quantise the base to {' or '.join(anywhere)}"
+            )
 
 
 def _fit(
@@ -135,6 +178,9 @@ def _describe(job: BuildJob, backend: Backend, compiled: Compiled, folder: Path,
         dtype=export.dtype,
         updates=export.updates,
         layers=dict(compiled.layers),
+        precision=read_precision(job.base / "transformer"),
+        quantised=dict(Counter(export.precisions.values())),
+        plan=dict(compiled.plan),
         compatibility=dict(limits.compatibility),
         weight_streaming=compiled.weight_streaming,
         links={name: described | {"kind": compiled.links[name]} for name, described in linked.items()},

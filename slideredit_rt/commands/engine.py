@@ -66,12 +66,12 @@ def _build_options(args: argparse.Namespace, backend: Backend) -> Any:
 
 
 def _inspect(args: argparse.Namespace) -> int:
+    if (args.engine / "model_index.json").exists():
+        return _inspect_base(args)
     check_engine_folder(args.engine)
     from slideredit_rt.engines import BACKENDS
     from slideredit_rt.engines.manifest import read_manifest
 
-    if (args.engine / "model_index.json").exists():
-        return _inspect_base(args)
     manifest = read_manifest(args.engine)
     adapter, compatibility = manifest.adapter, manifest.compatibility
     later = " or a later version of the same major" if compatibility.get("versions") else ""
@@ -86,6 +86,7 @@ def _inspect(args: argparse.Namespace) -> int:
         *(f"member     {name} ({member['source']})" for name, member in (adapter or {}).get("members", {}).items()),
         f"backend    {manifest.backend} {manifest.backend_version}{later}",
         f"dtype      {manifest.dtype}",
+        *([f"precision  {manifest.precision}; linears: {counts(manifest.quantised)}"] if manifest.precision else []),
         f"lowering   {manifest.lowering}; updates: {counts(manifest.updates) or 'none'}",
         f"limits     batch {manifest.max_batch}, sliders {manifest.max_sliders}",
         *([f"targets    {', '.join(manifest.targets)}"] if manifest.targets else []),
@@ -94,6 +95,8 @@ def _inspect(args: argparse.Namespace) -> int:
         *(f"input      {s.name} {s.dtype} [{', '.join(map(str, s.shape))}]" for s in manifest.inputs),
         *(f"output     {s.name} {s.dtype} [{', '.join(map(str, s.shape))}]" for s in manifest.outputs),
         *([f"layers     before fusion: {counts(manifest.layers)}"] if manifest.layers else []),
+        *([f"gemms      after fusion: {counts(manifest.plan['gemms'])}"] if manifest.plan else []),
+        *(f"weights    {dtype} {mib(size)}" for dtype, size in manifest.plan.get("weights", {}).items()),
         *(f"file       {name} {mib(info['bytes'])}" for name, info in manifest.files.items()),
         *(f"link       {name} {mib(info['bytes'])} ({info['kind']})" for name, info in manifest.links.items()),
         f"created    {manifest.created}",

@@ -147,6 +147,7 @@ class Compiled:
         links: Checkpoint files linked into the folder, and how each was linked.
         layers: Number of layers by type in the compiled network, before the backend fused them.
         weight_streaming: True if weights can be copied from the host in every step.
+        plan: Types that a compiled plan computes in, see `Manifest.plan`.
     """
 
     export: LinkedExport
@@ -154,6 +155,7 @@ class Compiled:
     links: Mapping[str, Link] = field(default_factory=dict)
     layers: Mapping[str, int] = field(default_factory=dict)
     weight_streaming: bool = False
+    plan: Mapping[str, dict[str, int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -56,6 +56,10 @@ class Manifest:
             later ones of the same major) and `hardware` (`none`, `ampere_plus` or `same_compute_capability`).
         weight_streaming: True if weights can be copied from the host in every step (TensorRT's weight streaming).
         links: SHA-256, size and `kind` (`hard` or `symbolic`) of each checkpoint file linked into the folder, by name.
+        precision: Name of the precision that the base was quantised to; None for one that was not.
+        quantised: Number of quantised linears by their precision.
+        plan: What a compiled plan computes in, as its builder reported: `gemms`, the number of GEMMs by the types of their
+            operands, and `weights`, bytes by type; empty for other engines.
         schema_version: Version of the manifest's format.
     """
 
@@ -81,6 +85,9 @@ class Manifest:
     compatibility: dict[str, Any] = dataclasses.field(default_factory=dict)
     links: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     weight_streaming: bool = False
+    precision: str | None = None
+    quantised: dict[str, int] = dataclasses.field(default_factory=dict)
+    plan: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
 
     @property
