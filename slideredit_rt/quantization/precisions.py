@@ -145,7 +145,7 @@ def scale_of(amax: Tensor, largest: float) -> Tensor:
 
 
 def _to_fp8(x: Tensor) -> Tensor:
-    # Without the clamp, the conversion makes NaN of values above 448.
+    # Some versions of torch convert values above 448 to NaN.
     return x.clamp(-_FP8_MAX, _FP8_MAX).to(_FP8)
 
 
