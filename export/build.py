@@ -119,8 +119,8 @@ def check_precisions(backend: Backend, precisions: Sequence[str]) -> None:
     if lacking := [name for name in precisions if name not in backend.quantised]:
         others = [name for name, other in BACKENDS.items() if set(precisions) <= other.quantised.keys()]
         raise SliderEditError(
-            f"the backend {backend.name} does not run {lacking[0]} linears; use --backend {' or '.join(others)}, or quantise the "
-            f"base to {' or '.join(backend.quantised) or 'nothing'}"
+            f"the backend {backend.name} does not run {lacking[0]} linears; use --backend {' or '.join(others)}, or quantise "
+            f"the base to {' or '.join(backend.quantised)}"
         )
 
 

@@ -115,10 +115,8 @@ class QDQ(Form):
             if key not in self._rounded:
                 self._rounded[key] = _ACTIVATIONS[precision](graph, build, x, input_scale)
             x = self._rounded[key]
-        elif len(x.shape or ()) == 2 and len(weight_scale.shape or ()) == 1:
-            y = self._project_vector(graph, build, x, weight, weight_scale)
-            replace_node(graph, node, build, y if bias is None else build("Add", [y, bias], "bias"))
-            return
+        elif len(x.shape or ()) == 2:
+            x = self._own_input(graph, build, x)
         scale = weight_scale
         if weight_scale_2 is not None:
             scale = build("DequantizeLinear", [weight_scale, weight_scale_2], "weight_scale")
@@ -128,25 +126,18 @@ class QDQ(Form):
         y = build("MatMul", [x, build.transposed(wide, "weight_transposed")], "base")
         replace_node(graph, node, build, y if bias is None else build("Add", [y, bias], "bias"))
 
-    def _project_vector(
-        self, graph: ir.Graph, build: Builder, x: ir.Value, weight: ir.Value, weight_scale: ir.Value
-    ) -> ir.Value:
-        """Project one vector per batch item, as modulation does, with a weight that is stored in 8 bits.
+    def _own_input(self, graph: ir.Graph, build: Builder, x: ir.Value) -> ir.Value:
+        """Give a projection of one vector per batch item, as modulation is, an input of its own.
 
-        TensorRT-RTX 1.7 would join all modulations, because they read the same vector, and expand their weights to 16 bits in
-        every step. A bound that no value reaches gives each its own input. It would also expand a weight with a scale per
-        channel if the batch is always 1, so the scales multiply the product.
+        TensorRT-RTX 1.7 would join the modulations of all blocks, because they read the same vector, and expand their weights
+        to 16 bits in every step. The input is limited to a bound that no value reaches, another one for each projection.
         """
         assert x.dtype is not None
-        bound = np.nextafter(np.array(ml_dtypes.finfo(x.dtype.numpy()).max, x.dtype.numpy()), np.array(0, x.dtype.numpy()))
+        bound = np.array(ml_dtypes.finfo(x.dtype.numpy()).max, x.dtype.numpy())
         for _ in range(self._vectors):
             bound = np.nextafter(bound, np.zeros_like(bound))
         self._vectors += 1
-        own = build("Min", [x, constant(graph, bound, f"bound_{self._vectors}")], "input")
-        one = constant(graph, np.ones((), x.dtype.numpy()), "one")
-        wide = build("DequantizeLinear", [weight, one], "weight")
-        product = build("MatMul", [_like(own, x), build.transposed(wide, "weight_transposed")], "base")
-        return build("Mul", [product, weight_scale], "scaled")
+        return _like(build("Min", [x, constant(graph, bound, f"bound_{self._vectors}")], "input"), x)
 
 
 class NBits(Form):

@@ -137,8 +137,8 @@ class Precision(ABC):
 def scale_of(amax: Tensor, largest: float) -> Tensor:
     """Return the scales that map maxima to `largest`; 1 for a maximum of 0, and never below the smallest normal float32.
 
-    Scales are rounded to bfloat16, in which engines need them, so that weights are rounded with the scale that engines use. What
-    that puts past `largest`, at most 0.4%, is clamped.
+    Scales are rounded to bfloat16, in which engines need them, so that weights are rounded with the scale that engines use.
+    What that puts past `largest`, at most 0.4%, is clamped.
     """
     scale = (amax / largest).clamp_min(torch.finfo(torch.float32).tiny).to(torch.bfloat16).to(amax.dtype)
     return torch.where(amax == 0, torch.ones_like(scale), scale)
@@ -217,7 +217,8 @@ class INT8(Precision):
 class INT4(Precision):
     """4-bit integers (−8 to 7, two's complement) with a scale per block of input features.
 
-    Blocks have 128 features; 64, 32 or 16 if that is the largest of these that divides the number of input features.
+    Blocks have the largest of 128, 64, 32 or 16 features that makes two or more blocks. TensorRT-RTX 1.7 does not fuse a single
+    block per channel into a GEMM.
     """
 
     name = "int4"
@@ -231,7 +232,7 @@ class INT4(Precision):
         return k % 16 == 0
 
     def _block(self, k: int) -> int:
-        return next(size for size in (128, 64, 32, 16) if k % size == 0)
+        return next((size for size in (128, 64, 32) if k % size == 0 and k > size), 16)
 
     def layout(self, n: int, k: int) -> dict[str, Part]:
         return {"weight": Part(torch.uint8, (n, k // 2)), "weight_scale": Part(torch.float32, (n, k // self._block(k)))}

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 import tempfile
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from importlib import import_module
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 
@@ -19,7 +20,12 @@ from slideredit_rt.engines.tensorrt.options import RuntimeOptions, TensorRTOptio
 from slideredit_rt.engines.tensorrt.report import describe_plan
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.families import Family
+from slideredit_rt.quantization.config import read_layers
+from slideredit_rt.quantization.precisions import PRECISIONS
 from slideredit_rt.settings import RunSettings
+
+if TYPE_CHECKING:
+    from slideredit_rt.export.linked_weights import LinkedExport
 
 __all__ = ["PLAN_FILE", "Environment", "RuntimeOptions", "TensorRT", "TensorRTOptions", "TensorRTRTX"]
 
@@ -88,11 +94,12 @@ class TensorRT(Backend):
         """Return the builder's options, or its defaults."""
         return settings.options or TensorRTOptions()
 
-    def targets(self, options: TensorRTOptions) -> tuple[str, ...]:
+    def targets(self, options: TensorRTOptions, precisions: Sequence[str] = ()) -> tuple[str, ...]:
         """Return the compute capabilities that an engine will be built for. Fast, so that errors are reported early.
 
         Args:
             options: Build options.
+            precisions: Names of the precisions of the base's quantised linears, which default targets compute in.
 
         Raises:
             SliderEditError: The package is missing, it does not support a target, an option belongs to the other package, or
@@ -102,9 +109,9 @@ class TensorRT(Backend):
         for name in self.foreign_options:
             if getattr(options, name) != getattr(TensorRTOptions, name):
                 raise SliderEditError(self.foreign.format(option=name.replace("_", "-")))
-        return self._checked_targets(trt, options)
+        return self._checked_targets(trt, options, precisions)
 
-    def _checked_targets(self, trt: Any, options: TensorRTOptions) -> tuple[str, ...]:
+    def _checked_targets(self, trt: Any, options: TensorRTOptions, precisions: Sequence[str]) -> tuple[str, ...]:
         from slideredit_rt.export.tensorrt_plugin import this_card
 
         return (this_card(),)
@@ -124,7 +131,7 @@ class TensorRT(Backend):
         from slideredit_rt.engines.tensorrt.build import image_rows_of, profile_ranges
 
         options = self.options_of(settings)
-        targets = self.targets(options)
+        targets = self.targets(options, sorted({layer.precision for layer in read_layers(base / "transformer").values()}))
         text_rows = options.max_text_rows or family.usual_text_rows
         ranges = profile_ranges(
             batch=settings.batch,
@@ -154,7 +161,17 @@ class TensorRT(Backend):
             job.stage(f"compile for {', '.join(targets)}")
             layers = build_plan(self, job, graph / MODEL_FILE, exported.inputs, folder)
         streaming = self.options_of(job.settings).weight_streaming
-        return Compiled(exported, [PLAN_FILE, LOG_FILE], layers=layers, weight_streaming=streaming)
+        plan = self._check_plan(folder / LOG_FILE, exported)
+        return Compiled(exported, [PLAN_FILE, LOG_FILE], layers=layers, weight_streaming=streaming, plan=plan)
+
+    def _check_plan(self, log: Path, exported: LinkedExport) -> dict[str, dict[str, int]]:
+        """Return the types that the plan computes in, and refuse one that expands quantised weights."""
+        from slideredit_rt.engines.tensorrt.build_log import check_precisions, plan_types, read_layers
+
+        with log.open(errors="replace") as lines:
+            fused = read_layers(lines)
+        check_precisions(fused, exported.precisions, self.title)
+        return asdict(plan_types(fused))
 
     def environment(self, device: torch.device | None = None) -> Environment:
         """Inspect the properties of this process and a CUDA device that decide whether an engine can run.
@@ -258,10 +275,11 @@ class TensorRTRTX(TensorRT):
     another_card = "with --targets {card}"
     default_targets: ClassVar[tuple[str, ...]] = ("sm86", "sm89", "sm120")
 
-    def _checked_targets(self, trt: Any, options: TensorRTOptions) -> tuple[str, ...]:
+    def _checked_targets(self, trt: Any, options: TensorRTOptions, precisions: Sequence[str]) -> tuple[str, ...]:
         from slideredit_rt.engines.tensorrt.build import compute_capabilities
 
-        targets = self.default_targets if options.targets is None else options.targets
+        able = (target for target in self.default_targets if all(PRECISIONS[name].runs_on(target) for name in precisions))
+        targets = tuple(able) if options.targets is None else options.targets
         compute_capabilities(trt, targets)
         return targets
 

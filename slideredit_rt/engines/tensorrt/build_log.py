@@ -1,7 +1,7 @@
 """What a plan computes in, read from the log of its builder: the types of GEMM operands and of stored weights.
 
-With detailed profiling verbosity, the log has a section "Layers:" with a line per layer after fusion: type, inputs, constants and
-outputs with their dtypes, and the ONNX nodes that it came from. This needs no GPU. The format is that of TensorRT-RTX 1.7.
+With detailed profiling verbosity, the log has a section "Layers:" with a line per layer after fusion: type, inputs, constants
+and outputs with their dtypes, and the ONNX nodes that it came from. This needs no GPU. The format is that of TensorRT-RTX 1.7.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from slideredit_rt.errors import SliderEditError
-from slideredit_rt.quantization.precisions import PRECISIONS
 
 _LINE = re.compile(r"Name: (?P<name>.*?), LayerType: (?P<kind>\w+), (?P<tensors>.*?), TacticName: .*?Metadata: (?P<nodes>.*)$")
 _SECTION = re.compile(r"(Inputs|Constants|Outputs): \[(.*?)\](?=, (?:Constants|Outputs): \[|$)")
@@ -126,12 +125,12 @@ def check_precisions(layers: Iterable[Layer], precisions: Mapping[str, str], tit
         for node in layer.nodes:
             if layer.kind in _GEMMS and node.endswith("/base") and (name := node.removesuffix("/base")) in computing:
                 computing[name].append(layer)
-    wider = [n for n, found in computing.items() if not found or not all(x.multiplies(_STORED[precisions[n]]) for x in found)]
+    stored = {name: _STORED[precision] for name, precision in precisions.items()}
+    wider = [name for name, found in computing.items() if not found or not all(x.multiplies(stored[name]) for x in found)]
     if wider:
         name = wider[0]
-        others = f", and so are {len(wider) - 1} others" if len(wider) > 1 else ""
+        others = f" (and {len(wider) - 1} others)" if len(wider) > 1 else ""
         raise SliderEditError(
-            f"{title} does not multiply with the {PRECISIONS[precisions[name]].title.split()[0]} weight of {name}, but with a "
-            f"wider copy that it makes in every step{others}; keep it out with quantize --keep, use --dtype bfloat16, or report "
-            "this with the build's versions"
+            f"{title} would multiply with a wider copy of the {precisions[name]} weight of {name}{others}, made anew in every "
+            "step; allow more than one batch size with --batch, use --dtype bfloat16, or keep the linear with quantize --keep"
         )
