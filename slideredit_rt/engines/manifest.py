@@ -14,6 +14,7 @@ from slideredit_rt.checkpoint import fingerprint_base
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.families import FAMILIES, KINDS, TensorSpec
 from slideredit_rt.files import MANIFEST, Digests, atomic_file, check_engine_folder, is_plain_name, read_json, sha256
+from slideredit_rt.quantization.precisions import PRECISIONS
 from slideredit_rt.strength import StrengthCurve
 
 SCHEMA_VERSION = 2
@@ -339,7 +340,8 @@ _SPECS = _list(
     1,
     64,
 )
-_FILE = {"sha256": _sha256, "bytes": _whole(0, 2**50)}
+_BYTES = _whole(0, 2**50)
+_FILE = {"sha256": _sha256, "bytes": _BYTES}
 _ADAPTER = _record(
     {
         "source": _text,
@@ -383,6 +385,9 @@ _MANIFEST = _record(
             {}, {"versions": _one_of(True, False), "hardware": _one_of("none", "ampere_plus", "same_compute_capability")}
         ),
         "weight_streaming": _one_of(True, False),
+        "precision": _one_of(None, *PRECISIONS),
+        "quantised": _mapping(_whole(1, _LARGEST), key=_one_of(*PRECISIONS)),
+        "plan": _record({}, {"gemms": _COUNTS, "weights": _mapping(_BYTES)}),
         "links": _mapping(_record(_FILE | {"kind": _one_of("hard", "symbolic")}), key=_file_name),
     },
 )
