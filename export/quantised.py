@@ -33,7 +33,7 @@ from slideredit_rt.export.nodes import (
     replace_node,
     size_of,
 )
-from slideredit_rt.quantization.precisions import Part
+from slideredit_rt.quantization.precisions import PRECISIONS, Part
 
 _OPSETS = {"fp8": 21, "int8": 21, "int4": 21, "nvfp4": 23}
 """The first opset whose DequantizeLinear has what the stored form needs: blocks, INT4, FLOAT4E2M1."""
@@ -43,7 +43,7 @@ _EXTENSIONS = ("trt", "com.microsoft")
 """Domains of TensorRT's and ONNX Runtime's own operators."""
 _FP4_BLOCK = 16
 _FP8_SCALES = int(ir.DataType.FLOAT8E4M3FN)
-_NBITS_BLOCK = 128
+_NBITS_BLOCKS = (128, 64, 32, 16)
 _NBITS_ACCURACY = 4
 """MatMulNBits' `accuracy_level` for 8-bit integer activations, scaled per block."""
 _BITS = {"int8": 8, "int4": 4}
@@ -152,12 +152,13 @@ class NBits(Form):
             shape = (n, -(-k // block), block * bits // 8)
             return Conversion(Part(torch.uint8, shape), lambda tensor: _unsigned(tensor, bits).reshape(shape))
         # One scale per channel is the same scale in every block.
-        blocks = stored.shape[1] if len(stored.shape) == 2 else k // self._block(precision, k)
+        blocks = k // self._block(precision, k)
         return Conversion(Part(torch.float32, (n, blocks)), lambda tensor: tensor.reshape(n, -1).expand(n, blocks))
 
     @staticmethod
     def _block(precision: str, k: int) -> int:
-        return next(size for size in (_NBITS_BLOCK, 64, 32, 16) if k % size == 0)
+        scales = PRECISIONS[precision].layout(1, k)["weight_scale"].shape
+        return k // scales[1] if len(scales) == 2 else next(size for size in _NBITS_BLOCKS if k % size == 0)
 
     def replace(self, graph: ir.Graph, node: ir.Node, precision: str) -> None:
         x, weight, weight_scale, _, _, bias = node.inputs

@@ -20,6 +20,8 @@ from slideredit_rt.engines.manifest import check_base
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.families import Backbone, get_family
 from slideredit_rt.placement import choose_placement
+from slideredit_rt.quantization.config import read_source
+from slideredit_rt.quantization.precisions import PRECISIONS
 from slideredit_rt.settings import RunSettings
 from slideredit_rt.sliders import Controls, Slider
 
@@ -37,16 +39,20 @@ class Comparison:
         case: Name of the inputs that were compared.
         max_abs_error: Largest absolute difference.
         relative_rms: RMS difference divided by the RMS of the reference.
-        same_dtype_rms: Relative RMS of eager torch in the engine's dtype; None for a float32 engine.
+        same_dtype_rms: Relative RMS of eager torch in the engine's dtype; None for a float32 engine and a quantised one.
+        limit: Largest relative RMS of a quantised engine.
     """
 
     case: str
     max_abs_error: float
     relative_rms: float
     same_dtype_rms: float | None = None
+    limit: float | None = None
 
     @property
     def passed(self) -> bool:
+        if self.limit is not None:
+            return self.relative_rms <= self.limit
         if self.same_dtype_rms is None:
             return self.max_abs_error <= MAX_ABS_TOLERANCE
         return self.relative_rms <= MAX_RMS_RATIO * self.same_dtype_rms
@@ -60,11 +66,16 @@ class Verification:
         dtype: Dtype of the engine.
         comparisons: Errors of the predictions.
         psnr: PSNR between the final images in dB, by alpha; infinite for equal images.
+        precision: Name of the engine's precision; None for one that is not quantised.
+        effect_rms: Error of the sliders' effect, the final image at alpha 1 minus that at 0, divided by the RMS of the effect;
+            NaN if an image is not finite.
     """
 
     dtype: str
     comparisons: list[Comparison]
     psnr: dict[str, float]
+    precision: str | None = None
+    effect_rms: float = math.nan
 
     @property
     def max_abs_error(self) -> float:
@@ -72,12 +83,25 @@ class Verification:
 
     @property
     def passed(self) -> bool:
-        return all(c.passed for c in self.comparisons)
+        steps = all(c.passed for c in self.comparisons)
+        return steps and (self.precision is None or self.worst_psnr >= PRECISIONS[self.precision].limits.psnr)
+
+    @property
+    def worst_psnr(self) -> float:
+        """Smallest PSNR of a final image, in dB."""
+        return -_largest(-value for value in self.psnr.values())
 
     @property
     def verdict(self) -> str:
         """One line with the worst case and its limit."""
         word = "passed" if self.passed else "FAILED"
+        if self.precision is not None:
+            limits, step = PRECISIONS[self.precision].limits, _largest(c.relative_rms for c in self.comparisons)
+            return (
+                f"{word}: {self.precision} against the unquantised base: step error {step:.4f}, limit {limits.step_rms:g}; "
+                f"worst PSNR {self.worst_psnr:.1f} dB, limit {limits.psnr:g} dB; "
+                f"error of the sliders' effect {self.effect_rms:.1%}"
+            )
         if self.dtype == "float32":
             return f"{word}: max abs {self.max_abs_error:.2e}, tolerance {MAX_ABS_TOLERANCE:.0e}"
         ratio = _largest(c.relative_rms / c.same_dtype_rms if c.same_dtype_rms else math.inf for c in self.comparisons)
@@ -90,7 +114,15 @@ class Verification:
             return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
 
         comparisons = [numbers(asdict(c) | {"passed": c.passed}) for c in self.comparisons]
-        summary = numbers({"dtype": self.dtype, "max_abs_error": self.max_abs_error, "passed": self.passed})
+        summary = numbers(
+            {
+                "dtype": self.dtype,
+                "precision": self.precision,
+                "max_abs_error": self.max_abs_error,
+                "effect_rms": self.effect_rms,
+                "passed": self.passed,
+            }
+        )
         return summary | {"comparisons": comparisons, "psnr": numbers(self.psnr)}
 
 
@@ -149,6 +181,33 @@ def compare_backbones(
     return comparisons
 
 
+def compare_quantised(
+    editor: SliderEditor, eager: Backbone, prepared: Prepared, max_batch: int, limit: float
+) -> list[Comparison]:
+    """Run a quantised engine and the unquantised eager backbone on a real edit, for each of `ALPHAS` and a mixed batch.
+
+    Activations are calibrated on edits, so random inputs would say nothing. Predictions for the rows of source images are not
+    used by edits, and are not compared.
+
+    Args:
+        editor: Editor with the engine to verify.
+        eager: Unquantised eager backbone in float32.
+        prepared: Real edit.
+        max_batch: Largest batch of the engine.
+        limit: Largest accepted relative RMS.
+    """
+    rows = prepared.conditioning.latents.shape[1]
+    batches: dict[str, list[float]] = {f"alpha {a:+.2f}": [a] for a in ALPHAS}
+    batches["mixed batch"] = list(ALPHAS[:max_batch])
+    found = []
+    for name, alphas in batches.items():
+        inputs = editor.backbone_inputs(prepared, _alphas(editor, prepared, alphas))
+        inputs["timestep"].fill_(0.7)
+        comparison = compare(f"real inputs, {name}", editor.engine(inputs)[:, :rows].clone(), eager(inputs)[:, :rows])
+        found.append(replace(comparison, limit=limit))
+    return found
+
+
 def _alphas(editor: SliderEditor, prepared: Prepared, alphas: Sequence[float]) -> Tensor:
     """Return the engine's alphas for settings in which all sliders have the same alpha: `[N, K]`, for a bank `[N, K, G]`."""
     alpha = torch.tensor(alphas)[:, None].repeat(1, len(prepared.token_mask))
@@ -196,13 +255,16 @@ def verify_engine(
     *,
     base: str | None = None,
     adapter: str | Sequence[str] | None = None,
+    reference: str | None = None,
     run: RunSettings | None = None,
     steps: int = 4,
 ) -> Verification:
     """Compare an engine with eager torch on the same inputs: a real edit and random inputs.
 
     A float32 engine passes if its errors are within `MAX_ABS_TOLERANCE`. A half-precision engine is also compared with float32,
-    and passes if its error is at most `MAX_RMS_RATIO` times that of eager torch in the same dtype.
+    and passes if its error is at most `MAX_RMS_RATIO` times that of eager torch in the same dtype. A quantised engine is
+    compared with the unquantised base, and passes if the errors of a step and of the final images are within the limits of its
+    precision (`slideredit_rt.quantization.precisions.Limits`).
 
     Args:
         path: Engine folder.
@@ -210,6 +272,7 @@ def verify_engine(
         sliders: Sliders of the real edit. For a bank, sliders that name no member are assigned to the members in turn.
         base: Location of the base; None takes the source recorded in the manifest.
         adapter: Location of the adapter, or several for a bank; None takes the source recorded in the manifest.
+        reference: Location of the unquantised base, for a quantised engine; None takes the one recorded in the quantised base.
         run: Device, threads and options of the engine; None uses the defaults. Everything else runs on the CPU in float32, for
             both.
         steps: Denoising steps of the final images.
@@ -231,20 +294,32 @@ def verify_engine(
     check_base(manifest, path, resolve_base(base))
     placement = choose_placement(path, manifest, resolve_base(base), run, device, encoders=False)
     compiled = open_engine(path, placement.run, manifest)[1]
-    eager = SliderEditor.from_pretrained(base, loaded)
+    exact = base if manifest.precision is None else reference or read_source(resolve_base(base) / "transformer")
+    eager = SliderEditor.from_pretrained(exact, loaded)
     engine = _on_cpu(eager, manifest, compiled)
-    same_dtype = None
-    if manifest.dtype != "float32":
-        same_dtype = SliderEditor.from_pretrained(base, loaded, dtype=getattr(torch, manifest.dtype)).engine
     names = list(members)
     sliders = [replace(s, adapter=s.adapter or names[i % len(names)]) for i, s in enumerate(sliders)] if names else sliders
     prepared = engine.prepare(image, sliders, steps=steps)
-    comparisons = compare_backbones(engine, eager.engine, same_dtype, prepared, manifest.max_batch)
+    if manifest.precision is not None:
+        limit = PRECISIONS[manifest.precision].limits.step_rms
+        comparisons = compare_quantised(engine, eager.engine, prepared, manifest.max_batch, limit)
+    else:
+        same_dtype = None
+        if manifest.dtype != "float32":
+            same_dtype = SliderEditor.from_pretrained(base, loaded, dtype=getattr(torch, manifest.dtype)).engine
+        comparisons = compare_backbones(engine, eager.engine, same_dtype, prepared, manifest.max_batch)
     if not math.isfinite(_largest(c.max_abs_error for c in comparisons)):
-        return Verification(manifest.dtype, comparisons, {f"alpha {a:+.2f}": math.nan for a in ALPHAS})
+        return Verification(manifest.dtype, comparisons, {f"alpha {a:+.2f}": math.nan for a in ALPHAS}, manifest.precision)
     finals = [_final_images(editor, prepared, steps) for editor in (engine, eager)]
     errors = (finals[0] - finals[1]).double().square().flatten(1).mean(1)
     psnr = {
         f"alpha {a:+.2f}": math.inf if e == 0 else -10 * math.log10(e) for a, e in zip(ALPHAS, errors.tolist(), strict=True)
     }
-    return Verification(manifest.dtype, comparisons, psnr)
+    return Verification(manifest.dtype, comparisons, psnr, manifest.precision, _effect_error(*finals))
+
+
+def _effect_error(actual: Tensor, expected: Tensor) -> float:
+    """Return the error of what sliders change between alpha 0 and alpha 1, divided by the RMS of that change."""
+    first, last = ALPHAS.index(0.0), ALPHAS.index(1.0)
+    effects = [(images[last] - images[first]).double() for images in (actual, expected)]
+    return ((effects[0] - effects[1]).norm() / effects[1].norm().clamp_min(1e-30)).item()

@@ -194,9 +194,10 @@ def _verify(args: argparse.Namespace) -> int:
         sliders,
         base=args.base,
         adapter=args.adapter,
+        reference=args.reference,
         run=run_settings(args),
     )
-    half = report.dtype != "float32"
+    half = report.dtype != "float32" and report.precision is None
     lines = [f"{'case':<34} {'max abs':>10} {'rel. RMS':>10}" + (f" {'eager ' + report.dtype:>15}" if half else "")]
     for c in report.comparisons:
         beside = "" if c.same_dtype_rms is None else f" {c.same_dtype_rms:>15.2e}"
@@ -306,5 +307,8 @@ def add_commands(commands: Commands) -> None:
     verify.add_argument("--base", help="base checkpoint (default: the location in the manifest)")
     verify.add_argument(
         "--adapter", action="append", help="adapter (default: the location in the manifest); repeatable, for a bank"
+    )
+    verify.add_argument(
+        "--reference", help="unquantised base, for a quantised engine (default: the one that its base was quantised from)"
     )
     add_run_options(verify)

@@ -6,7 +6,7 @@ It has ModelOpt's keys: `quant_method`, `quant_algo`, and in `quantized_layers` 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,12 +63,16 @@ _LAYERS = {
 }
 
 
-def describe_layers(layers: Mapping[str, QuantizedLayer], precision: str) -> dict[str, Any]:
+def describe_layers(
+    layers: Mapping[str, QuantizedLayer], precision: str, source: str, fused: Collection[str] = ()
+) -> dict[str, Any]:
     """Return the `quantization_config` for linears, by name.
 
     Args:
         layers: Format of each linear.
         precision: Name of the precision that the base was quantised to.
+        source: Location of the original base, for `slideredit-rt verify`.
+        fused: Locations of the LoRAs that were added to its weights.
     """
     algorithms = sorted({layer.algorithm for layer in layers.values()})
     return {
@@ -76,6 +80,8 @@ def describe_layers(layers: Mapping[str, QuantizedLayer], precision: str) -> dic
         "quant_algo": algorithms[0] if len(algorithms) == 1 else _MIXED,
         "producer": {"name": "slideredit-rt", "version": __version__},
         "precision": precision,
+        "source": source,
+        **({"fused": list(fused)} if fused else {}),
         "quantized_layers": {name: {"quant_algo": layer.algorithm} for name, layer in layers.items()},
     }
 
@@ -131,6 +137,28 @@ def read_precision(folder: Path) -> str | None:
     # Modulation may have another precision than the other linears, which are more.
     counts = [layer.precision for layer in layers.values()]
     return stated if isinstance(stated, str) and stated in PRECISIONS else max(sorted(set(counts)), key=counts.count)
+
+
+def read_source(folder: Path) -> str:
+    """Return the location of the base that a model was quantised from.
+
+    Args:
+        folder: Folder of a model that is quantised.
+
+    Raises:
+        SliderEditError: It is not recorded, or LoRAs were added to it.
+    """
+    configuration = _configuration(folder) or {}
+    if configuration.get("fused"):
+        raise SliderEditError(
+            f"{str(folder.parent)!r} was quantised from a base with fused LoRAs, which no folder holds; save that base without "
+            "quantisation and pass it with --reference"
+        )
+    if not isinstance(configuration.get("source"), str):
+        raise SliderEditError(
+            f"{str(folder.parent)!r} does not say which base it was quantised from; pass that with --reference"
+        )
+    return str(configuration["source"])
 
 
 def refusal(source: Path, configuration: Any) -> SliderEditError:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from slideredit_rt.assets import resolve_base
+from slideredit_rt.assets import from_anywhere, resolve_base
 from slideredit_rt.checkpoint import (
     CONFIG_FILE,
     INDEX_FILE,
@@ -142,7 +142,9 @@ def quantize_base(
         target = temporary / "transformer"
         target.mkdir()
         written = _write_shards(target, entries, updates, maxima or {}, progress=progress)
-        configuration = describe_layers(layers, settings.precision)
+        configuration = describe_layers(
+            layers, settings.precision, from_anywhere(base), [from_anywhere(lora.source) for lora in settings.fuse]
+        )
         with atomic_file(target / CONFIG_FILE) as file:
             file.write_text(
                 json.dumps(read_json(source / CONFIG_FILE) | {"quantization_config": configuration}, indent=2) + "\n"
