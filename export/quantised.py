@@ -21,6 +21,7 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from slideredit_rt.export.nodes import (
@@ -146,27 +147,33 @@ class NBits(Form):
     name = "nbits"
 
     def conversion(self, precision: str, name: str, stored: Part, k: int, dtype: torch.dtype) -> Conversion | None:
-        n, bits = stored.shape[0], _BITS[precision]
+        n, bits, block = stored.shape[0], _BITS[precision], self._block(precision, k)
+        blocks = -(-k // block)
         if name == "weight":
-            block = self._block(precision, k)
-            shape = (n, -(-k // block), block * bits // 8)
-            return Conversion(Part(torch.uint8, shape), lambda tensor: _unsigned(tensor, bits).reshape(shape))
+            shape = (n, blocks, block * bits // 8)
+            filling = (blocks * block - k) * bits // 8
+            return Conversion(Part(torch.uint8, shape), lambda t: F.pad(_unsigned(t, bits), (0, filling)).reshape(shape))
         # One scale per channel is the same scale in every block.
-        blocks = k // self._block(precision, k)
         return Conversion(Part(torch.float32, (n, blocks)), lambda tensor: tensor.reshape(n, -1).expand(n, blocks))
 
     @staticmethod
     def _block(precision: str, k: int) -> int:
         scales = PRECISIONS[precision].layout(1, k)["weight_scale"].shape
-        return k // scales[1] if len(scales) == 2 else next(size for size in _NBITS_BLOCKS if k % size == 0)
+        return (
+            k // scales[1] if len(scales) == 2 else next((size for size in _NBITS_BLOCKS if k % size == 0), _NBITS_BLOCKS[-1])
+        )
 
     def replace(self, graph: ir.Graph, node: ir.Node, precision: str) -> None:
         x, weight, weight_scale, _, _, bias = node.inputs
         x, weight, weight_scale = present([x, weight, weight_scale])
-        build, (n, blocks, size) = Builder(projection_name(node)), (size_of(weight, axis) for axis in range(3))
-        block = size * 8 // _BITS[precision]
-        attributes = {"K": blocks * block, "N": n, "bits": _BITS[precision], "block_size": block}
-        attributes["accuracy_level"] = _NBITS_ACCURACY
+        build, bits = Builder(projection_name(node)), _BITS[precision]
+        attributes = {
+            "K": size_of(x, -1),
+            "N": size_of(weight, 0),
+            "bits": bits,
+            "block_size": size_of(weight, 2) * 8 // bits,
+            "accuracy_level": _NBITS_ACCURACY,
+        }
         y = build("MatMulNBits", [x, weight, weight_scale], "base", attributes, domain="com.microsoft")
         replace_node(graph, node, build, y if bias is None else build("Add", [y, bias], "bias"))
 
