@@ -1,7 +1,7 @@
 """Correctness and step time of TensorRT engines with sliders on a GPU (`make gpu-trt`).
 
 For every installed TensorRT flavour, the embedded editor (and with `--full-width` a FLUX of 2 + 2 blocks at 1024²) is built in
-bfloat16 with every lowering, run with 20 slider settings through one captured graph, compared with eager torch and timed.
+bfloat16 with every lowering, and with a base in every precision that the card computes in, run with 20 slider settings through one captured graph, compared with eager torch and timed.
 `--rehearse` works on any machine: plans are built but not run, the same graphs are compared in ONNX Runtime, and nothing is
 timed or written.
 """
@@ -17,8 +17,8 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
@@ -34,6 +34,7 @@ try:
     from slideredit_rt.adapters import Adapter, load_adapter
     from slideredit_rt.assets import resolve_base
     from slideredit_rt.bench.gpu_kernels import commit
+    from slideredit_rt.checkpoint import meta_transformer
     from slideredit_rt.engines import BACKENDS, BuildSettings, RuntimeOptions, get_backend, open_engine
     from slideredit_rt.engines.backend import DType
     from slideredit_rt.engines.cuda import CudaDevice
@@ -45,6 +46,10 @@ try:
     from slideredit_rt.families import KINDS, Kind, family_of
     from slideredit_rt.files import atomic_file
     from slideredit_rt.modules import SliderBackbone
+    from slideredit_rt.quantization.calibrate import ActivationRun
+    from slideredit_rt.quantization.precisions import PRECISIONS
+    from slideredit_rt.quantization.selection import select_layers
+    from slideredit_rt.quantization.write import QuantizeSettings, quantize_base
     from slideredit_rt.settings import RunSettings
 except ModuleNotFoundError as missing:
     sys.exit(f"gpu_tensorrt: the package {missing.name} is missing; install slideredit-rt's dependencies into GPU_PYTHON")
@@ -55,12 +60,16 @@ SETTINGS = 20
 STEPS = 50
 # A plan may round at other places than eager torch, so it may have twice eager's error. FLOOR is for float32.
 FACTOR, FLOOR = 2.0, 1e-5
+RANDOM_AMAX = 8.0  # largest activation to expect of a transformer with random weights
 FULL_WIDTH = {"num_layers": 2, "num_single_layers": 2, "guidance_embeds": True}
 
 
 @dataclass(frozen=True)
 class Case:
-    """A base at one size with an adapter (None for the frozen backbone), and the lowerings to build."""
+    """A base at one size with an adapter (None for the frozen backbone), and the lowerings to build.
+
+    A quantised base has a `precision`; `base` is then the original, which the engine is compared with, and `quantised` the copy.
+    """
 
     name: str
     base: str
@@ -69,6 +78,13 @@ class Case:
     text_rows: int
     image_rows: int
     lowerings: tuple[str, ...]
+    precision: str | None = None
+    quantised: str | None = None
+
+    def in_precision(self, precision: str, quantised: Path) -> Case:
+        """Return the same case with a quantised copy of the base, in the only lowering that it has."""
+        name = f"{self.name}, {precision}"
+        return replace(self, name=name, lowerings=("native",), precision=precision, quantised=str(quantised))
 
     @property
     def kind(self) -> str:
@@ -139,20 +155,50 @@ def random_adapter(base: Path, kind: Kind) -> Adapter:
     return Adapter(family.name, kind, 16, pairs, f"random {kind}")
 
 
-def cases(folder: Path, *, full_width: bool) -> Iterator[Case]:
-    """Yield the cases. Random checkpoints are written to `folder`."""
-    for adapter in (None, "shapes-st", "shapes-gst"):
-        yield Case("embedded editor", "shapes-kontext", adapter, 64, 24, 128, TensorRT.lowerings if adapter else ("native",))
+def quantised_copy(base: str, precision: str, folder: Path) -> Path:
+    """Quantise a base. The activations of random weights are taken to reach `RANDOM_AMAX`; the embedded base is calibrated."""
+    settings, maxima = (
+        QuantizeSettings(precision, calibration=ActivationRun(("shapes-st", "shapes-gst"), cases=4, steps=6)),
+        None,
+    )
+    path = resolve_base(base)
+    if path != resolve_base("shapes-kontext"):
+        layers = select_layers(family_of(path), meta_transformer(path / "transformer"), precision)
+        maxima = dict.fromkeys(layers, RANDOM_AMAX)
+    quantize_base(base, folder, settings, maxima=maxima, progress=False)
+    return folder
+
+
+def in_every_precision(of: Sequence[Case], card: str, folder: Path) -> Iterator[Case]:
+    """Yield cases of one base with a quantised copy in each precision that a card computes in."""
+    for precision in (form.name for form in PRECISIONS.values() if form.runs_on(card)):
+        copy = quantised_copy(of[0].base, precision, folder / precision)
+        yield from (case.in_precision(precision, copy) for case in of)
+
+
+def cases(folder: Path, card: str, *, full_width: bool) -> Iterator[Case]:
+    """Yield the cases for a compute capability. Random and quantised checkpoints are written to `folder`."""
+    embedded = [
+        Case("embedded editor", "shapes-kontext", adapter, 64, 24, 128, TensorRT.lowerings if adapter else ("native",))
+        for adapter in (None, "shapes-st", "shapes-gst")
+    ]
+    yield from embedded
+    yield from in_every_precision(embedded[1:], card, folder / "embedded")
     if full_width:
         base = random_checkpoint(folder / "base", FULL_WIDTH)
-        yield Case("FLUX 2+2, full width", str(base), None, 1024, 512, 8192, ("native",))
-        for kind in KINDS:
-            yield Case("FLUX 2+2, full width", str(base), random_adapter(base, kind), 1024, 512, 8192, TensorRT.lowerings)
+        wide = [
+            Case("FLUX 2+2, full width", str(base), adapter, 1024, 512, 8192, TensorRT.lowerings if adapter else ("native",))
+            for adapter in (None, *(random_adapter(base, kind) for kind in KINDS))
+        ]
+        yield from wide
+        yield from in_every_precision(wide, card, folder / "wide")
 
 
 def rehearsal_cases(folder: Path) -> Iterator[Case]:
-    """Yield the cases of a rehearsal: the embedded editor, and random narrow blocks instead of wide ones."""
-    yield Case("embedded editor", "shapes-kontext", "shapes-st", 64, 24, 128, ("native",))
+    """Yield the cases of a rehearsal: the embedded editor, also in INT8, and random narrow blocks instead of wide ones."""
+    embedded = Case("embedded editor", "shapes-kontext", "shapes-st", 64, 24, 128, ("native",))
+    yield embedded
+    yield embedded.in_precision("int8", quantised_copy(embedded.base, "int8", folder / "int8"))
     narrow = FluxTransformer2DModel.load_config(resolve_base("shapes-kontext") / "transformer")
     base = random_checkpoint(folder / "base", narrow | {"num_layers": 1, "num_single_layers": 1})
     yield Case("FLUX 1+1, narrow", str(base), random_adapter(base, "gst"), 128, 24, 128, ("folded",))
@@ -220,7 +266,11 @@ def measure(
     """
     trt = FLAVOURS.get(backend)
     version = str(trt.environment().package_version) if trt else ""
-    m = Measurement(case.name, case.kind, backend, version, lowering, allowed_error=reference.allowed_error)
+    allowed = reference.allowed_error
+    if case.precision is not None:
+        # Random inputs, and all rows: both give larger errors than the edits that the limit is for.
+        allowed += FACTOR * PRECISIONS[case.precision].limits.step_rms
+    m = Measurement(case.name, case.kind, backend, version, lowering, allowed_error=allowed)
     options = None
     if trt:
         targets = (str(trt.environment().capability),) if backend == RTX and run else None
@@ -228,10 +278,10 @@ def measure(
     started = time.perf_counter()
     try:
         manifest = build_engine(
-            case.base,
+            case.quantised or case.base,
             case.adapter,
             folder,
-            BuildSettings(backend, lowering, dtype, (1, 1, 1), max_sliders=2, options=options),
+            BuildSettings(backend, lowering, dtype, (1, 1, 2), max_sliders=2, options=options),
             progress=False,
         )
         m.build_seconds, m.updates = round(time.perf_counter() - started, 1), manifest.updates
@@ -312,6 +362,7 @@ def main() -> int:
     dtype: DType = "float32" if rehearse else "bfloat16"
     measurements: list[Measurement] = []
     refused: dict[str, str] = {}
+    card = str(FLAVOURS[RTX].environment().capability)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if rehearse:
@@ -319,7 +370,7 @@ def main() -> int:
         elif RTX in flavours and (words := refusal(folder / "refused")):
             refused[FLAVOURS[RTX].title] = words
             flavours.remove(RTX)
-        for case in rehearsal_cases(folder) if rehearse else cases(folder, full_width=args.full_width):
+        for case in rehearsal_cases(folder) if rehearse else cases(folder, card, full_width=args.full_width):
             reference = Reference(case, getattr(torch, dtype), "cpu" if rehearse else "cuda")
             for backend in flavours:
                 for lowering in case.lowerings:
