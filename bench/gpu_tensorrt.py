@@ -1,8 +1,8 @@
 """Correctness and step time of TensorRT engines with sliders on a GPU (`make gpu-trt`).
 
 For every installed TensorRT flavour, the embedded editor (and with `--full-width` a FLUX of 2 + 2 blocks at 1024²) is built in
-bfloat16 with every lowering, and with a base in every precision that the card computes in, run with 20 slider settings through one captured graph, compared with eager torch and timed.
-`--rehearse` works on any machine: plans are built but not run, the same graphs are compared in ONNX Runtime, and nothing is
+bfloat16 with every lowering, and quantised to every precision that the card computes in. Each engine runs with 20 slider
+settings through one captured graph, is compared with eager torch and timed. `--rehearse` works on any machine: plans are built but not run, the same graphs are compared in ONNX Runtime, and nothing is
 timed or written.
 """
 
@@ -68,7 +68,8 @@ FULL_WIDTH = {"num_layers": 2, "num_single_layers": 2, "guidance_embeds": True}
 class Case:
     """A base at one size with an adapter (None for the frozen backbone), and the lowerings to build.
 
-    A quantised base has a `precision`; `base` is then the original, which the engine is compared with, and `quantised` the copy.
+    A quantised base has a `precision`. `base` is then the original, which the engine is compared with, and `quantised` the copy
+    that is built.
     """
 
     name: str
@@ -157,15 +158,12 @@ def random_adapter(base: Path, kind: Kind) -> Adapter:
 
 def quantised_copy(base: str, precision: str, folder: Path) -> Path:
     """Quantise a base. The activations of random weights are taken to reach `RANDOM_AMAX`; the embedded base is calibrated."""
-    settings, maxima = (
-        QuantizeSettings(precision, calibration=ActivationRun(("shapes-st", "shapes-gst"), cases=4, steps=6)),
-        None,
-    )
-    path = resolve_base(base)
+    calibration = ActivationRun(("shapes-st", "shapes-gst"), cases=4, steps=6)
+    path, maxima = resolve_base(base), None
     if path != resolve_base("shapes-kontext"):
         layers = select_layers(family_of(path), meta_transformer(path / "transformer"), precision)
         maxima = dict.fromkeys(layers, RANDOM_AMAX)
-    quantize_base(base, folder, settings, maxima=maxima, progress=False)
+    quantize_base(base, folder, QuantizeSettings(precision, calibration=calibration), maxima=maxima, progress=False)
     return folder
 
 
