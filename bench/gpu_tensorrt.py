@@ -2,8 +2,8 @@
 
 For every installed TensorRT flavour, the embedded editor (and with `--full-width` a FLUX of 2 + 2 blocks at 1024²) is built in
 bfloat16 with every lowering, and quantised to every precision that the card computes in. Each engine runs with 20 slider
-settings through one captured graph, is compared with eager torch and timed. `--rehearse` works on any machine: plans are built but not run, the same graphs are compared in ONNX Runtime, and nothing is
-timed or written.
+settings through one captured graph, is compared with eager torch and timed. `--rehearse` works on any machine: plans are built
+but not run, the same graphs are compared in ONNX Runtime, and nothing is timed or written.
 """
 
 from __future__ import annotations
