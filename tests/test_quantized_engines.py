@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import shutil
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,9 +15,14 @@ from typing import Any
 import onnx
 import pytest
 import torch
+from diffusers import FluxTransformer2DModel
 from PIL import Image
+from torch import nn
 
 from slideredit_rt import cli
+from slideredit_rt.adapters import load_adapter
+from slideredit_rt.assets import resolve_base
+from slideredit_rt.checkpoint import meta_transformer
 from slideredit_rt.editor import SliderEditor
 from slideredit_rt.engines import BuildSettings, open_engine
 from slideredit_rt.engines.tensorrt import TensorRTOptions
@@ -26,7 +34,9 @@ from slideredit_rt.export.onnx_graph import example_inputs
 from slideredit_rt.families import Family
 from slideredit_rt.quantization.calibrate import ActivationRun
 from slideredit_rt.quantization.precisions import PRECISIONS
+from slideredit_rt.quantization.selection import select_layers
 from slideredit_rt.quantization.write import QuantizeSettings, quantize_base
+from slideredit_rt.settings import RunSettings
 from slideredit_rt.sliders import Slider
 from slideredit_rt.verify import verify_engine
 
@@ -273,3 +283,81 @@ def test_default_targets_are_those_that_compute_in_the_precision(base: Quantized
     backend = get_backend("tensorrt-rtx")
     for precision, targets in (("fp8", ("sm89", "sm120")), ("nvfp4", ("sm120",)), ("int8", ("sm86", "sm89", "sm120"))):
         assert backend.precheck(family, base(precision), BuildSettings("tensorrt-rtx")).targets == targets
+
+
+# Full width: FLUX with one block of each kind
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base of 546 million random bfloat16 parameters."""
+    folder = tmp_path_factory.mktemp("wide") / "base"
+    shutil.copytree(resolve_base("shapes-kontext"), folder, ignore=shutil.ignore_patterns("transformer"))
+    torch.manual_seed(0)
+    transformer = FluxTransformer2DModel(num_layers=1, num_single_layers=1, guidance_embeds=True).to(torch.bfloat16)
+    transformer.save_pretrained(folder / "transformer")
+    return folder
+
+
+def wide_adapter(base: Path, family: Family, kind: str) -> Any:
+    generator = torch.Generator().manual_seed(0)
+    linears = {n: m for n, m in meta_transformer(base / "transformer").named_modules() if isinstance(m, nn.Linear)}
+    pairs = {
+        name: tuple(0.02 * torch.randn(size, generator=generator) for size in ((16, m.in_features), (m.out_features, 16)))
+        for name, m in linears.items()
+        if family.targets(kind).fullmatch(name)  # type: ignore[arg-type]
+    }
+    adapter = load_adapter(f"shapes-{kind}", family)
+    return dataclasses.replace(adapter, pairs=pairs, rank=16, source="random")
+
+
+def wide_copy(base: Path, precision: str, family: Family) -> Path:
+    copy = base.parent / precision
+    if not copy.exists():
+        layers = select_layers(family, meta_transformer(base / "transformer"), precision)
+        quantize_base(base, copy, QuantizeSettings(precision), maxima=dict.fromkeys(layers, 8.0), progress=False)
+    return copy
+
+
+@pytest.mark.slow
+def test_plans_of_full_width_projections_are_as_small_as_their_weights(wide: Path, family: Family, tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    sizes = {}
+    for precision, target in ((None, "sm89"), ("fp8", "sm89"), ("int8", "sm86"), ("int4", "sm86"), ("nvfp4", "sm120")):
+        base = wide if precision is None else wide_copy(wide, precision, family)
+        options = TensorRTOptions(targets=(target,), resolution=256)
+        settings = BuildSettings("tensorrt-rtx", dtype="bfloat16", batch=(1, 1, 4), options=options)
+        out = tmp_path / f"{precision}"
+        manifest = build_engine(base, wide_adapter(wide, family, "st"), out, settings, progress=False)
+        sizes[precision or "bfloat16"] = manifest.files["model.engine"]["bytes"]
+        shutil.rmtree(out)
+    ratios = {name: round(size / sizes["bfloat16"], 3) for name, size in sizes.items()}
+    sys.stdout.write(f"\nplans over bfloat16: {ratios}\n")
+    assert ratios["fp8"] <= 0.6
+    assert ratios["int8"] <= 0.75
+    assert ratios["int4"] <= 0.6
+    assert ratios["nvfp4"] <= 0.6
+
+
+@pytest.mark.slow
+def test_integer_weights_halve_a_step_on_the_cpu(wide: Path, family: Family, tmp_path: Path) -> None:
+    seconds: dict[str | None, list[float]] = {}
+    adapter = wide_adapter(wide, family, "st")
+    sessions = {}
+    for precision in (None, "int8", "int4"):
+        base = wide if precision is None else wide_copy(wide, precision, family)
+        manifest = build_engine(base, adapter, tmp_path / f"{precision}", progress=False)
+        sessions[precision] = open_engine(tmp_path / f"{precision}", RunSettings(threads=1))[1]
+    inputs = family.random_inputs(manifest.config, 1, 64, 512, torch.Generator().manual_seed(0))
+    mask = torch.zeros(1, 1, 64, dtype=torch.bool)
+    mask[:, :, :16] = True
+    inputs |= {"alpha": torch.full((1, 1), 0.5), "token_mask": mask}
+    for _ in range(4):
+        for precision, session in sessions.items():
+            started = time.perf_counter()
+            session(inputs)
+            seconds.setdefault(precision, []).append(time.perf_counter() - started)
+    best = {name: min(times[1:]) for name, times in seconds.items()}
+    over = {name: round(best[name] / best[None], 3) for name in ("int8", "int4")}
+    sys.stdout.write(f"\na step in float32 takes {best[None]:.2f} s on one thread; over it: {over}\n")
+    assert over["int8"] <= 0.55
