@@ -125,7 +125,8 @@ def slider_inputs(kind: Kind, size: Size, spans: tuple[int, ...], batch: int, de
 def engine_for(backbone: SliderBackbone, max_batch: int = BATCH) -> InductorEngine:
     """Create the engine that `slideredit-rt build --backend inductor` makes, around a loaded transformer.
 
-    It has the lowering that the build selects. After a folded engine, the transformer has to be made anew (`is_folded`).
+    It has the lowering that the build selects. A folded transformer cannot be restored, so the next column needs a new one
+    (`is_folded`).
     """
     family, backend = backbone.family, get_backend("inductor")
     config: Any = backbone.transformer.config
