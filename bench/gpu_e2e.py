@@ -9,6 +9,7 @@ times are meaningless.
 from __future__ import annotations
 
 import argparse
+import gc
 import statistics
 import sys
 import time
@@ -29,7 +30,7 @@ try:
     from slideredit_rt.bench import full_size, gpu_model
     from slideredit_rt.bench.clock import Clock, compiled_graphs
     from slideredit_rt.bench.full_size import FULL_SIZES, FullSize, noise_image
-    from slideredit_rt.bench.gpu_model import engine_for, peft_adapter, random_adapter
+    from slideredit_rt.bench.gpu_model import engine_for, is_folded, peft_adapter, random_adapter
     from slideredit_rt.bench.results import Mark, save_run, verdicts
     from slideredit_rt.checkpoint import quiet_libraries
     from slideredit_rt.editor import SliderEditor
@@ -52,7 +53,7 @@ COLUMNS = {
     "frozen": "our engine without an adapter: the limit",
     "ours ST, 1 slider": "one instruction of the prompt",
     "ours ST, 3 sliders": "three instructions",
-    "ours GST": "every row",
+    "ours GST": "every row, with folded projections",
     "diffusers + PEFT": "diffusers' pipeline in eager mode, GST; a moved slider keeps its prompt embeddings",
     "diffusers + PEFT, compiled": "the same with compiled blocks; every new strength compiles again",
     "published ST": "diffusers' pipeline in eager mode with the authors' module",
@@ -201,7 +202,7 @@ class Bench:
 
     def __init__(self, base: FullSize, size: Size, *, small: bool, device: torch.device) -> None:
         self.started = time.perf_counter()
-        self.base, self.size, self.family, self.device = base, size, base.family, device
+        self.base, self.size, self.small, self.family, self.device = base, size, small, base.family, device
         self.pipeline = base.pipeline(small=small, device=device)
         self.pipeline.set_progress_bar_config(disable=True)
         self.family.place(self.pipeline, device)
@@ -276,13 +277,19 @@ class Bench:
         backbone = SliderBackbone(self.family, self.pipeline.transformer, adapter)
         config = dict(self.pipeline.transformer.config)
         controls = Controls(kind or "st", StrengthCurve(), {})
-        engine = engine_for(backbone.requires_grad_(False), max_batch=self.base.batch)
+        engine = engine_for(backbone, max_batch=self.base.batch)
         limits = {"max_batch": self.base.batch, "max_sliders": gpu_model.MAX_SLIDERS}
         try:
             yield SliderEditor(self.family, self.pipeline, engine, config, controls, **limits)
         finally:
             engine.close()
             backbone.remove()
+            del backbone
+            if is_folded(engine):
+                # There may be no memory for two transformers, so the old one goes first.
+                self.pipeline.transformer = None
+                gc.collect()
+                self.pipeline.transformer = self.base.transformer(small=self.small, device=self.device)
 
     def ours(self, kind: Kind | None, columns: Mapping[str, tuple[str, ...]]) -> None:
         """Measure columns of ours that share compiled code.

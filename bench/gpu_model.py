@@ -9,6 +9,7 @@ where dynamo captures the graphs but does not compile them. Times of a rehearsal
 from __future__ import annotations
 
 import argparse
+import gc
 import statistics
 import sys
 import time
@@ -31,8 +32,8 @@ try:
     from slideredit_rt.bench.clock import Clock, compiled_graphs
     from slideredit_rt.bench.full_size import DTYPE, FULL_SIZES, FluxKontextBase, FullSize, fill
     from slideredit_rt.bench.results import Mark, save_run, verdicts
-    from slideredit_rt.engines import Manifest, inductor
-    from slideredit_rt.engines.inductor import InductorEngine
+    from slideredit_rt.engines import Manifest, get_backend, inductor
+    from slideredit_rt.engines.inductor import InductorEngine, engine_of
     from slideredit_rt.errors import SliderEditError
     from slideredit_rt.families import KINDS, Family, Kind
     from slideredit_rt.modules import SliderBackbone
@@ -47,7 +48,7 @@ COLUMNS = {
     "frozen": "no adapter, the lower limit",
     "ours ST, 1 slider": "16 text rows scaled",
     "ours ST, 3 sliders": "8 + 16 + 32 text rows scaled",
-    "ours GST": "every row scaled",
+    "ours GST": "every row scaled, projections folded",
     "published ST": "a masked LoRA per linear: the update of every row, multiplied by a bfloat16 scale and a mask",
     "PEFT GST": "`peft.inject_adapter_in_model`, no mask",
     "merged GST": "W + scale · BA written into the weights",
@@ -122,16 +123,20 @@ def slider_inputs(kind: Kind, size: Size, spans: tuple[int, ...], batch: int, de
 
 
 def engine_for(backbone: SliderBackbone, max_batch: int = BATCH) -> InductorEngine:
-    """Create the engine that `slideredit-rt build --backend inductor` makes, around a loaded transformer."""
-    family, transformer = backbone.family, backbone.transformer
-    config: Any = transformer.config
+    """Create the engine that `slideredit-rt build --backend inductor` makes, around a loaded transformer.
+
+    It has the lowering that the build selects. A folded transformer cannot be restored, so the next column needs a new one
+    (`is_folded`).
+    """
+    family, backend = backbone.family, get_backend("inductor")
+    config: Any = backbone.transformer.config
     manifest = Manifest(
         family=family.name,
         base={},
         adapter=None,
-        backend="inductor",
-        backend_version=torch.__version__,
-        lowering="operator",
+        backend=backend.name,
+        backend_version=backend.version(),
+        lowering=backend.default_lowering(backbone.kind),
         targets=[],
         max_batch=max_batch,
         max_sliders=MAX_SLIDERS,
@@ -142,7 +147,12 @@ def engine_for(backbone: SliderBackbone, max_batch: int = BATCH) -> InductorEngi
         created="",
         versions={},
     )
-    return InductorEngine(backbone, manifest)
+    return engine_of(backbone, manifest)
+
+
+def is_folded(engine: InductorEngine) -> bool:
+    """Return whether an engine has changed its transformer for good, so that the next column needs a new one."""
+    return engine.manifest.lowering == "folded"
 
 
 class PublishedLinear(nn.Module):
@@ -247,12 +257,12 @@ class Bench:
 
     def __init__(self, base: FullSize, size: Size, *, small: bool, device: torch.device) -> None:
         self.base, self.size, self.small, self.device = base, size, small, device
-        self.family = family = base.family
-        self.transformer = transformer = base.transformer(small=small, device=device)
+        self.family = base.family
+        self.make_transformer()
         self.clock = Clock(self.device)
         self.cuda = self.clock.cuda
-        self.inputs = random_inputs(family, transformer.config, size, 1, self.device)
-        self.adapters: dict[str, Adapter] = {kind: random_adapter(family, transformer, kind) for kind in KINDS}
+        self.inputs = random_inputs(self.family, self.transformer.config, size, 1, self.device)
+        self.adapters: dict[str, Adapter] = {kind: random_adapter(self.family, self.transformer, kind) for kind in KINDS}
         self.columns: list[Column] = []
         self.frozen_times: list[float] = []
         self.extra: dict[str, Any] = {}
@@ -292,12 +302,21 @@ class Bench:
         """Open an engine around the current transformer. On exit, remove it and everything compiled for it."""
         torch._dynamo.reset()
         backbone = SliderBackbone(self.family, self.transformer, adapter)
-        engine = engine_for(backbone.requires_grad_(False))
+        engine = engine_for(backbone)
         try:
             yield engine
         finally:
             engine.close()
             backbone.remove()
+            del backbone
+            if is_folded(engine):
+                self.make_transformer()
+
+    def make_transformer(self) -> None:
+        """Make the transformer, with the same weights each time. There may be no memory for two, so the old one goes first."""
+        self.transformer: Any = None
+        gc.collect()
+        self.transformer = self.base.transformer(small=self.small, device=self.device)
 
     def frozen(self, name: str) -> None:
         """Measure the frozen backbone."""

@@ -18,6 +18,7 @@ if (processes := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))) > 1:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
 
 import torch
+import torch._dynamo
 
 if not torch.cuda.is_available():
     # Read when a kernel is defined: before anything of ours is imported.
@@ -28,6 +29,7 @@ from trace_cache import TraceCache
 
 from slideredit_rt.assets import resolve_base
 from slideredit_rt.editor import SliderEditor
+from slideredit_rt.engines import inductor
 from slideredit_rt.export import linked_weights, onnx_graph
 from slideredit_rt.export.build import build_engine
 from slideredit_rt.families import Family, get_family
@@ -108,6 +110,18 @@ def st_editor(engines: dict[str, Path]) -> SliderEditor:
 @pytest.fixture(scope="session")
 def gst_editor(engines: dict[str, Path]) -> SliderEditor:
     return SliderEditor.from_engine(engines["gst"])
+
+
+@pytest.fixture
+def as_traced(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Dynamo runs the graphs that it captured, without compiling them to machine code; one thread is enough for them."""
+    monkeypatch.setattr(inductor, "COMPILER", "eager")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

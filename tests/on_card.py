@@ -18,7 +18,9 @@ from standin import CARD, StandIn
 from torch import Tensor
 
 from slideredit_rt.assets import resolve_base
+from slideredit_rt.bench.gpu_model import engine_for
 from slideredit_rt.editor import SliderEditor
+from slideredit_rt.engines.inductor import InductorEngine
 from slideredit_rt.evaluation.scorers import AttributeScorer, DistanceScorer, load_scorer
 from slideredit_rt.families import get_family
 from slideredit_rt.serving.requests import EditRequest
@@ -72,6 +74,8 @@ class Service(EditService):
 def put_on_card(editor: SliderEditor) -> None:
     """Move what an editor holds onto the card, including its engine."""
     editor.pipeline.to(CARD)
+    if isinstance(editor.engine, InductorEngine):
+        editor.engine.device = CARD
 
 
 def watch_loop(editor: SliderEditor, card: StandIn, fault: Callable[[Tensor], Tensor]) -> None:
@@ -188,14 +192,22 @@ def main() -> None:
     def shapes(kind: str) -> Callable[[], SliderEditor]:
         return lambda: SliderEditor.from_pretrained("shapes-kontext", f"shapes-{kind}")
 
+    def on_inductor() -> SliderEditor:
+        """GST as an Inductor engine runs it: folded, in buffers of the engine's own."""
+        editor = shapes("gst")()
+        editor.engine = engine_for(editor.engine.backbone)  # type: ignore[attr-defined]
+        return editor
+
     def same(latents: Tensor) -> Tensor:
         return latents
 
+    torch.compiler.set_stance("force_eager")  # the card has no compiler
     with tempfile.TemporaryDirectory() as folder:
         base = save_tiny_checkpoint(Path(folder) / "qwen")
         results = {
             "st": run_edit(shapes("st"), same, 2),
             "gst": run_edit(shapes("gst"), same, 1),
+            "gst on inductor": run_edit(on_inductor, same, 1),
             "qwen": run_edit(lambda: SliderEditor.from_pretrained(base, qwen_adapter(base)), same, 2),
             "an item() in the loop": run_edit(shapes("st"), lambda x: x * (x.abs().max().item() > 0), 2),
             "a copy in each step": run_edit(shapes("st"), lambda x: x.cpu().to(CARD), 2),

@@ -193,6 +193,24 @@ def test_members_that_act_together_add_up_in_every_lowering(
         assert (run(inputs) - expected).abs().max() <= 1e-5 * max(1, expected.abs().max())
 
 
+@pytest.mark.usefixtures("as_traced")
+@torch.no_grad()
+def test_an_inductor_engine_gives_each_member_its_own_strength(
+    files: list[str], family: Family, pipeline: Any, pair: list[Adapter], tmp_path: Path, kind: str
+) -> None:
+    """One member leaves every other module alone, and their ranks differ."""
+    build_engine("shapes-kontext", files, tmp_path / "engine", BuildSettings("inductor"), progress=False)
+    manifest, run = open_engine(tmp_path / "engine")
+    assert (manifest.lowering, len(manifest.members)) == ({"st": "operator", "gst": "folded"}[kind], 2)
+    inputs = bank_inputs(family, pipeline.transformer, pair, manifest.config)
+    eager = SliderBackbone(family, pipeline.transformer.eval(), bank_adapters(pair, ["a", "b"]))
+    expected, bound = eager(inputs), 1e-5 * max(1.0, float(eager(inputs).abs().max()))
+    assert (run(inputs) - expected).abs().max() <= bound
+    swapped = inputs | {"alpha": inputs["alpha"].flip(-1)}
+    assert (run(swapped) - eager(swapped)).abs().max() <= bound
+    assert (eager(swapped) - expected).abs().max() >= 100 * bound
+
+
 def test_row_scale_sums_sliders_member_by_member() -> None:
     mask = torch.tensor([[[1, 1, 0], [0, 1, 1]]], dtype=torch.bool)
     alpha = torch.tensor([[[0.5, 0.0], [0.0, -2.0]]])

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-EDITS = ["st", "gst", "qwen"]
+EDITS = ["st", "gst", "gst on inductor", "qwen"]
 
 
 @pytest.fixture(scope="module")

@@ -86,10 +86,11 @@ def test_bank_scales_each_column_by_its_member(family: Family, pipeline: Any) ->
 def test_query_key_and_value_become_one_projection_and_nothing_keeps_their_weights(family: Family, pipeline: Any) -> None:
     adapter = load_adapter("shapes-gst", family)
     folded, _ = folded_and_not(family, pipeline, adapter)
-    block, single = folded.transformer.transformer_blocks[0].attn, folded.transformer.single_transformer_blocks[0].attn
+    transformer: Any = folded.transformer
+    block, single = transformer.transformer_blocks[0].attn, transformer.single_transformer_blocks[0].attn
     assert {type(m) for m in (block.to_qkv, block.to_added_qkv, single.to_qkv)} == {FoldedLoRALinear}
     assert not hasattr(block, "to_q")
-    assert not any(isinstance(m, MaskedLoRALinear) for m in folded.transformer.modules())
+    assert not any(isinstance(m, MaskedLoRALinear) for m in transformer.modules())
     columns = -(-3 * adapter.rank // 8) * 8
     assert block.to_qkv.weight.shape == (3 * block.inner_dim, block.inner_dim + columns)
 
@@ -98,7 +99,8 @@ def test_query_key_and_value_become_one_projection_and_nothing_keeps_their_weigh
 def test_an_attention_of_which_a_part_is_frozen_keeps_its_projections_apart(family: Family, pipeline: Any) -> None:
     adapter = load_adapter("shapes-gst", family).without(["transformer_blocks.0.attn.add_k_proj"])
     folded, reference = folded_and_not(family, pipeline, adapter)
-    attention = folded.transformer.transformer_blocks[0].attn
+    transformer: Any = folded.transformer
+    attention = transformer.transformer_blocks[0].attn
     assert isinstance(attention.to_q, FoldedLoRALinear)
     assert type(attention.add_k_proj) is nn.Linear
     inputs = example_inputs(reference, pipeline.transformer.config, 1, 24, 128, 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import warnings
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,10 @@ import torch
 
 from slideredit_rt.bench import gpu_e2e
 from slideredit_rt.bench.clock import Clock
+from slideredit_rt.bench.full_size import FULL_SIZES, SMALL_SIDE
 from slideredit_rt.engines import inductor
+from slideredit_rt.engines.folding import FoldedLoRALinear
+from slideredit_rt.modules import MaskedLoRALinear
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a rehearsal is for machines without a GPU")
 
@@ -93,6 +97,28 @@ def test_an_edit_is_split_at_its_steps_and_only_waits_between_them_count(monkeyp
     # Steps end at 13, 19, 25 and 31 seconds, so the first one began at 7.
     assert (parts.encode, parts.step, parts.decode, parts.total) == (7.0, 6.0, 5.0, 36.0)
     assert parts.waits == 3
+
+
+def test_gst_edits_with_folded_weights_that_are_gone_before_equal_ones_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inductor, "COMPILER", "eager")
+    size = gpu_e2e.Size(SMALL_SIDE, 2, 1, 1.0, 520)
+    bench = gpu_e2e.Bench(FULL_SIZES["flux_kontext"], size, small=True, device=torch.device("cpu"))
+    before = {name: value.clone() for name, value in bench.pipeline.transformer.state_dict().items()}
+    old, make = weakref.ref(bench.pipeline.transformer), bench.base.transformer
+
+    def make_alone(**options: Any) -> Any:
+        assert old() is None, "there may be no memory for two"
+        return make(**options)
+
+    monkeypatch.setattr(bench.base, "transformer", make_alone)
+    with bench.editor("gst") as editor:
+        bench.our_edit(editor, gpu_e2e.INSTRUCTIONS[:1])(0.5, 2, encoded=True)
+        kinds = {type(module) for module in bench.pipeline.transformer.modules()}
+        assert FoldedLoRALinear in kinds
+        assert MaskedLoRALinear not in kinds
+    after = bench.pipeline.transformer.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], value) for name, value in before.items())
 
 
 @pytest.mark.parametrize(

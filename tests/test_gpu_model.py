@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ import torch
 from slideredit_rt.bench import gpu_model
 from slideredit_rt.bench.full_size import FULL_SIZES
 from slideredit_rt.bench.gpu_model import Bench, Size
-from slideredit_rt.modules import SliderBackbone
+from slideredit_rt.engines import inductor
+from slideredit_rt.engines.folding import FoldedLoRALinear
+from slideredit_rt.modules import MaskedLoRALinear, SliderBackbone
 
 
 def test_rehearsal_runs_every_column_and_writes_only_where_it_is_told(tmp_path: Path) -> None:
@@ -86,5 +89,29 @@ def test_columns_compute_what_they_say_and_leave_the_weights_as_they_were(name: 
             assert relative(run_base(transformer, bench.inputs), gst) < 0.05
         assert torch.equal(run_base(transformer, bench.inputs), frozen)
     after = transformer.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+def test_gst_is_measured_folded_and_the_old_weights_are_gone_before_equal_ones_are_made(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(inductor, "COMPILER", "eager")
+    device, size = torch.device("cpu"), Size(16, 32, (2, 3, 4), 1)
+    bench = Bench(FULL_SIZES["flux_kontext"], size, small=True, device=device)
+    before = {name: value.clone() for name, value in bench.transformer.state_dict().items()}
+    old, make = weakref.ref(bench.transformer), bench.base.transformer
+
+    def make_alone(**options: Any) -> Any:
+        assert old() is None, "there may be no memory for two"
+        return make(**options)
+
+    monkeypatch.setattr(bench.base, "transformer", make_alone)
+    with bench.engine(bench.adapters["gst"]) as engine:
+        engine(bench.inputs | gpu_model.slider_inputs("gst", size, (48,), 1, device))
+        kinds = {type(module) for module in bench.transformer.modules()}
+        assert FoldedLoRALinear in kinds
+        assert MaskedLoRALinear not in kinds
+    after = bench.transformer.state_dict()
     assert list(after) == list(before)
     assert all(torch.equal(after[name], value) for name, value in before.items())

@@ -11,7 +11,6 @@ import json
 import subprocess
 import sys
 import weakref
-from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -42,18 +41,6 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for kind in ("st", "gst"):
         build_engine("shapes-kontext", f"shapes-{kind}", root / kind, BuildSettings("inductor"), progress=False)
     return {kind: root / kind for kind in ("st", "gst")}
-
-
-@pytest.fixture
-def as_traced(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Dynamo runs the graphs that it captured, without compiling them to machine code; one thread is enough for them."""
-    monkeypatch.setattr(inductor, "COMPILER", "eager")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-    torch.set_num_threads(threads)
 
 
 def backbone(family: Family, kind: str, dtype: torch.dtype = torch.float32) -> SliderBackbone:

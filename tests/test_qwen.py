@@ -31,14 +31,16 @@ from slideredit_rt import cli
 from slideredit_rt.adapters import Adapter, load_adapter, save_adapter
 from slideredit_rt.assets import resolve_base
 from slideredit_rt.editor import SliderEditor
+from slideredit_rt.engines import BuildSettings, open_engine
 from slideredit_rt.engines.backend import Lowering
+from slideredit_rt.engines.folding import FoldedLoRALinear
 from slideredit_rt.engines.tensorrt.build import image_rows_of
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.export.build import build_engine
 from slideredit_rt.export.lowering import lower
 from slideredit_rt.export.onnx_graph import example_inputs, trace
 from slideredit_rt.families import KINDS, Family, Kind, family_of, get_family, qwen_image_edit
-from slideredit_rt.modules import SliderBackbone
+from slideredit_rt.modules import MaskedLoRALinear, SliderBackbone
 from slideredit_rt.sliders import Controls, Slider, compose_prompt
 from slideredit_rt.spans import find_spans, normalise
 from slideredit_rt.training.suppression import SuppressionConfig, SuppressionTrainer
@@ -467,6 +469,29 @@ def test_every_lowering_computes_what_eager_torch_does(
             error = np.abs(actual - expected.numpy()).max()
             assert error <= 1e-4
             assert error <= 1e-3 * float((expected - frozen).abs().max())
+
+
+@pytest.mark.usefixtures("as_traced")
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_inductor_engine_computes_what_eager_torch_does(
+    bases: dict[str, Path], adapters: dict[Kind, Path], family: Family, tmp_path: Path, kind: Kind
+) -> None:
+    """GST is folded one projection at a time, because the attention of Qwen never calls joint projections."""
+    base = bases["plus"]
+    build_engine(base, adapters[kind], tmp_path / "engine", BuildSettings("inductor"), progress=False)
+    manifest, engine = open_engine(tmp_path / "engine")
+    transformer = QwenImageTransformer2DModel.from_pretrained(base / "transformer").eval()
+    eager = SliderBackbone(family, transformer, load_adapter(adapters[kind], family))
+    for sizes in ((2, 24, 32, 2), (1, 7, 20, 1)):
+        inputs = example_inputs(eager, manifest.config, *sizes)
+        expected, frozen = eager(inputs), eager(inputs | {"alpha": torch.zeros_like(inputs["alpha"])})
+        error = (engine(inputs) - expected).abs().max()
+        assert error <= min(1e-4, 1e-3 * float((expected - frozen).abs().max()))
+    modules = dict(engine._backbone.transformer.named_modules())  # type: ignore[attr-defined]
+    form = {"st": MaskedLoRALinear, "gst": FoldedLoRALinear}[kind]
+    assert {name for name, module in modules.items() if isinstance(module, form)} == set(eager.adapted)
+    assert not any(name.endswith(("to_qkv", "to_added_qkv")) for name in modules)
 
 
 def test_the_negative_pass_is_told_by_being_it(encoders: dict[str, Any], bases: dict[str, Path], family: Family) -> None:

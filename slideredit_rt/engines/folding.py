@@ -8,6 +8,7 @@ torch counterpart of the lowering `folded` in `slideredit_rt.export.lowering`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -47,7 +48,7 @@ class FoldedLoRALinear(nn.Module):
             start, column = start + linear.out_features, column + rank
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.lora_A = nn.Parameter(lora_a, requires_grad=False)
-        biases = [weight.new_zeros(m.out_features) if m.bias is None else m.bias for m in linears]
+        biases: list[Tensor] = [weight.new_zeros(m.out_features) if m.bias is None else m.bias for m in linears]
         biased = any(linear.bias is not None for linear in linears)
         self.bias = nn.Parameter(torch.cat(biases), requires_grad=False) if biased else None
         # The member of a bank that each column belongs to. The padding's member does not matter.
@@ -78,7 +79,7 @@ def fold(backbone: SliderBackbone) -> None:
     """
     transformer, adapted = backbone.transformer, backbone.release_linears()
     for parent in sorted({name.rpartition(".")[0] for name in adapted}):
-        attention = transformer.get_submodule(parent)
+        attention: Any = transformer.get_submodule(parent)
         joint = _joint_projections(attention, parent, backbone.family.joint_projections, adapted)
         for name, parts in joint.items():
             linears = [adapted.pop(f"{parent}.{part}") for part in parts]

@@ -192,6 +192,20 @@ class InductorEngine:
         return torch.empty(shape, dtype=getattr(torch, dtype), device=self.device)
 
 
+def engine_of(backbone: SliderBackbone, manifest: Manifest) -> InductorEngine:
+    """Return an engine on a loaded backbone, in the form that the manifest's lowering asks for.
+
+    Args:
+        backbone: Backbone on its device, changed in place. A folded one cannot be restored.
+        manifest: Manifest of the engine.
+    """
+    if manifest.lowering == "folded":
+        fold(backbone)
+        if next(backbone.parameters()).is_cuda:
+            torch.cuda.empty_cache()  # Torch would keep the memory of the weights that were folded from other libraries.
+    return InductorEngine(backbone.eval().requires_grad_(False), manifest)
+
+
 def _fill(buffers: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> None:
     """Copy a call's inputs into the buffers. Pad the sliders with alpha 0 and empty masks."""
     for name, buffer in buffers.items():
@@ -242,11 +256,8 @@ class Inductor(Backend):
             adapter = dataclasses.replace(adapter, pairs=pairs, members=members)
         try:
             load_weights(transformer, [folder / name for name in (*own, *manifest.links)], device)
-            backbone = SliderBackbone(family, transformer, adapter)
-            if manifest.lowering == "folded":
-                fold(backbone)
+            return engine_of(SliderBackbone(family, transformer, adapter), manifest)
         except torch.OutOfMemoryError:
             raise OutOfDeviceMemory(
                 f"the GPU is out of memory for the weights of {str(folder)!r}; free some, or build with --dtype bfloat16"
             ) from None
-        return InductorEngine(backbone.eval().requires_grad_(False), manifest)
