@@ -127,7 +127,7 @@ def test_weights_are_stored_in_the_form_that_the_backend_reads(engine: Callable[
 
     fp8, int8 = engine("fp8", "st"), engine("int8", "st")
     assert {"QuantizeLinear", "DequantizeLinear"} <= operators(fp8)
-    assert not (fp8 / "converted.safetensors").exists(), "FP8 weights stay where they lie, linked"
+    assert (fp8 / "converted.safetensors").stat().st_size < 0.7e6, "FP8 weights stay where they lie; INT8 modulation does not"
     assert "MatMulNBits" in operators(int8)
     assert "DequantizeLinear" not in operators(int8)
     assert (int8 / "converted.safetensors").stat().st_size < 2.2e6, "unquantised, these weights take 7.7 MB"
