@@ -194,7 +194,7 @@ def export_weights(
     Raises:
         SliderEditError: See `export_linked`.
     """
-    weights = _link_weights(family, checkpoint, adapter, folder, options, {})
+    weights = _link_weights(family, checkpoint, adapter, folder, options, {}, by_name=True)
     with atomic_file(folder / CONFIG_FILE) as temporary:
         shutil.copyfile(checkpoint / "transformer" / CONFIG_FILE, temporary)
     return weights.export(folder, CONFIG_FILE, {lowering: len(adapter.pairs)} if adapter else {}, [])
@@ -207,10 +207,13 @@ def _link_weights(
     folder: Path,
     options: WeightOptions,
     forms: Mapping[str, Form],
+    *,
+    by_name: bool = False,
 ) -> _LinkedWeights:
     """Link the checkpoint's weights into `folder` and write the adapter's beside them (see `export_linked`).
 
-    Quantised weights are converted as their form in the graph needs; without a form, they stay as they are stored.
+    Quantised weights are converted as their form in the graph needs; without a form, they stay as they are stored. An engine
+    that finds tensors `by_name` gets copies of those that are rows of other tensors.
     """
     source = checkpoint / "transformer"
     stored, transformer = read_weights(source), meta_transformer(source)
@@ -235,6 +238,8 @@ def _link_weights(
     config = json.loads(json.dumps({k: v for k, v in transformer.config.items() if not k.startswith("_")}))
 
     foreign = _conversions(places, parts, dtype, forms)
+    if by_name:
+        foreign = _slices(places) | foreign
     links: dict[str, Link] = {}
     files = []
     for file in sorted({place.file for name, place in places.items() if name not in foreign}):
@@ -281,6 +286,13 @@ def _conversions(
         if form and (one := form.conversion(linear.precision, part, as_stored, linear.in_features, dtype)):
             found[name] = one
     return found
+
+
+def _slices(places: Mapping[str, Stored]) -> dict[str, Conversion]:
+    """Return the tensors that do not have their own name in their file, as copies."""
+    headers = {file: read_header(file)[0] for file in {place.file for place in places.values()}}
+    renamed = {name: place for name, place in places.items() if headers[place.file].get(name) != place}
+    return {name: Conversion(Part(place.dtype, place.shape), lambda tensor: tensor) for name, place in renamed.items()}
 
 
 def _check_places(places: Mapping[str, Stored], parts: Container[str], source: Path) -> None:

@@ -18,16 +18,20 @@ from slideredit_rt.quantization.precisions import PRECISIONS
 
 METHOD = "modelopt"
 _MIXED = "MIXED_PRECISION"
-_INSTEAD = (
+INSTEAD = (
     "pass the float32, bfloat16 or float16 checkpoint that it was made from, or quantise that with slideredit-rt quantize"
 )
+"""What to do about weights that cannot be used, for messages."""
 _NUNCHAKU = "Nunchaku's layout is for its own kernels; --precision int4 or nvfp4 comes closest"
 # By the beginning of a quant_method or of a file's name, or by its end.
 _OTHER_METHODS = {
     "bitsandbytes": "NF4 and LLM.int8() need bitsandbytes at run time; --precision int4 or int8 comes closest",
+    "modelopt": "slideredit-rt import makes a base of FP8 weights that ModelOpt wrote",
     "gguf": "GGUF blocks are not read; --precision int4 or int8 comes closest",
     "nunchaku": _NUNCHAKU,
     "svdq": _NUNCHAKU,
+    "nvfp4": "NVFP4 files of other tools are not read; --precision nvfp4 makes such weights",
+    ".safetensors": "slideredit-rt import makes a base of FP8 weights in a file",
 }
 
 
@@ -109,7 +113,7 @@ def read_layers(folder: Path) -> dict[str, QuantizedLayer]:
         if not isinstance(algorithm, str) or algorithm not in _LAYERS:
             raise SliderEditError(
                 f"checkpoint {str(folder)!r} stores {name} in the unknown quant_algo {json.dumps(algorithm)}; known: "
-                f"{', '.join(_LAYERS)}; {_INSTEAD}"
+                f"{', '.join(_LAYERS)}; {INSTEAD}"
             )
         found[name] = _LAYERS[algorithm]
     return found
@@ -133,6 +137,16 @@ def read_precision(folder: Path) -> str | None:
     return stated if isinstance(stated, str) and stated in PRECISIONS else max(sorted(set(counts)), key=counts.count)
 
 
+def hint_for(method: str) -> str:
+    """Return what to know about a foreign format, in brackets after a space; empty if it is unknown.
+
+    Args:
+        method: A `quant_method` or the name of a file.
+    """
+    found = (f" ({hint})" for name, hint in _OTHER_METHODS.items() if method.startswith(name) or method.endswith(name))
+    return next(found, "")
+
+
 def refusal(source: Path, configuration: Any) -> SliderEditError:
     """Make the error for weights whose quantisation cannot be read here.
 
@@ -142,12 +156,12 @@ def refusal(source: Path, configuration: Any) -> SliderEditError:
     """
     method = configuration.get("quant_method") if isinstance(configuration, Mapping) else None
     named = source.name if configuration is None else str(method)
-    why = next((f" ({hint})" for name, hint in _OTHER_METHODS.items() if named.startswith(name) or named.endswith(name)), "")
+    why = hint_for(named)
     if configuration is None:
         return SliderEditError(
-            f"base {str(source)!r} is a single file, not a folder saved with save_pretrained{why}; {_INSTEAD}"
+            f"base {str(source)!r} is a single file, not a folder saved with save_pretrained{why}; {INSTEAD}"
         )
     return SliderEditError(
         f"checkpoint {str(source)!r} is quantised ({method or 'according to its config.json'}) in a form that cannot be used "
-        f"here{why}; {_INSTEAD}"
+        f"here{why}; {INSTEAD}"
     )
