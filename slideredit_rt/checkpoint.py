@@ -6,6 +6,7 @@ import fnmatch
 import hashlib
 import inspect
 import json
+import operator
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -123,7 +124,8 @@ def _sliced(file: Path, index: Mapping[str, Any], headers: Mapping[str, Mapping[
     try:
         found = {name: headers[shard].get(name) for name, shard in index["weight_map"].items()}
         for name, entry in index[SLICES].items():
-            found[name] = take_rows(headers[index["weight_map"][name]][entry["tensor"]], *entry["rows"])
+            first, last = map(operator.index, entry["rows"])
+            found[name] = take_rows(headers[index["weight_map"][name]][entry["tensor"]], first, last)
         if lacking := [name for name, place in found.items() if place is None]:
             raise ValueError(f"its shards lack {lacking[0]}")
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -74,9 +74,10 @@ def _import(args: argparse.Namespace) -> int:
     from slideredit_rt.quantization.importing import import_base
 
     done = import_base(args.source, args.base, args.out, overwrite=args.overwrite)
+    how = "linked" if done.links else "copied"
     lines = [
         f"wrote {args.out} ({counts(done.layers)} linears, {done.kept} others)",
-        f"{'linked' if done.links else 'copied'} {done.linked_bytes / 1e9:.3g} GB, converted {done.converted_bytes / 1e9:.3g} GB",
+        f"{how} {done.linked_bytes / 1e9:.3g} GB, converted {done.converted_bytes / 1e9:.3g} GB",
     ]
     emit(args, {"out": str(args.out), **dataclasses.asdict(done)}, lines)
     return 0

@@ -18,9 +18,7 @@ from slideredit_rt.quantization.precisions import PRECISIONS
 
 METHOD = "modelopt"
 _MIXED = "MIXED_PRECISION"
-INSTEAD = (
-    "pass the float32, bfloat16 or float16 checkpoint that it was made from, or quantise that with slideredit-rt quantize"
-)
+INSTEAD = "pass the float32, bfloat16 or float16 checkpoint that it was made from, or quantise that with slideredit-rt quantize"
 """What to do about weights that cannot be used, for messages."""
 _NUNCHAKU = "Nunchaku's layout is for its own kernels; --precision int4 or nvfp4 comes closest"
 # By the beginning of a quant_method or of a file's name, or by its end.

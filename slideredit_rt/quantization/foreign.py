@@ -99,7 +99,9 @@ class ForeignWeights:
         for name in stored:
             for pattern, method in _OTHER_FORMATS:
                 if re.search(rf"({pattern})$", name):
-                    raise SliderEditError(f"{str(source)!r} holds {name}, so it cannot be used here{hint_for(method)}; {INSTEAD}")
+                    raise SliderEditError(
+                        f"{str(source)!r} holds {name}, so it cannot be used here{hint_for(method)}; {INSTEAD}"
+                    )
         own = {name: Rows(name, 0, len(tensor), len(tensor)) for name, tensor in state.items()}
         layouts = [(prefix, rows) for rows in (own, _original_rows(family, state)) for prefix in _PREFIXES]
 
@@ -110,8 +112,8 @@ class ForeignWeights:
         if missing := lacking((self._prefix, rows)):
             what = "is not one" if len(missing) > len(state) / 2 else f"lacks {self._prefix}{rows[missing[0]].tensor}"
             raise SliderEditError(
-                f"{str(source)!r} should hold a {family.name} transformer of the base's size, but {what}; pass a file that fits "
-                "the base, or the base that it was made from with --base"
+                f"{str(source)!r} should hold a {family.name} transformer of the base's size, but {what}; pass a file that "
+                "fits the base, or the base that it was made from with --base"
             )
         self.rows = {name: replace(one, tensor=self._prefix + one.tensor) for name, one in rows.items()}
         self.swapped = () if rows is own else family.swapped_halves
