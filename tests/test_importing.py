@@ -14,6 +14,7 @@ import torch
 from accelerate import init_empty_weights
 from diffusers import FluxTransformer2DModel
 from diffusers.loaders.single_file_utils import convert_flux_transformer_checkpoint_to_diffusers
+from qwen_checkpoint import save_tiny_checkpoint
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -27,7 +28,7 @@ from slideredit_rt.errors import SliderEditError
 from slideredit_rt.export.build import build_engine
 from slideredit_rt.export.linked_weights import export_weights
 from slideredit_rt.export.onnx_graph import example_inputs
-from slideredit_rt.families import Family
+from slideredit_rt.families import Family, get_family
 from slideredit_rt.memory import engine_footprint
 from slideredit_rt.modules import SliderBackbone
 from slideredit_rt.quantization.config import QuantizedLayer, describe_layers, read_layers
@@ -312,6 +313,28 @@ def test_input_scales_are_those_that_bfloat16_engines_have(tmp_path: Path, fused
     base = imported(tmp_path, saved(tmp_path / "x.safetensors", fused | given))
     linear = family.load_pipeline(base).transformer.get_submodule(TO_K)
     assert linear.input_scale.item() == torch.tensor(0.0123).bfloat16().item() != pytest.approx(0.0123, rel=1e-5)
+
+
+def test_the_base_may_lack_the_weights_of_its_transformer(
+    tmp_path: Path, own: Path, fused: dict[str, Tensor], family: Family
+) -> None:
+    shutil.copytree(resolve_base("shapes-kontext"), tmp_path / "base")
+    (tmp_path / "base" / "transformer" / WEIGHTS).unlink()
+    import_base(bfl(tmp_path, fused, family), tmp_path / "base", tmp_path / "out")
+    assert family.load_pipeline(tmp_path / "out").transformer.state_dict().keys() == read_weights(own / "transformer").keys()
+
+
+def test_qwen_files_have_diffusers_names_after_a_prefix(tmp_path: Path) -> None:
+    base, family = save_tiny_checkpoint(tmp_path / "base"), get_family("qwen_image_edit")
+    state = load_file(base / "transformer" / WEIGHTS)
+    plain = {f"model.diffusion_model.{name}": tensor.to(FP8) for name, tensor in state.items()}
+    import_base(saved(tmp_path / "qwen_fp8_e4m3fn.safetensors", plain), base, tmp_path / "out")
+    layers = read_layers(tmp_path / "out" / "transformer")
+    assert len(layers) == 2 * (12 + 2)
+    transformer = family.load_pipeline(tmp_path / "out").transformer
+    for name, tensor in transformer.state_dict().items():
+        if "scale" not in name:
+            assert torch.equal(tensor.float(), state[name].to(FP8).float()), name
 
 
 # Refusals
