@@ -280,6 +280,17 @@ def test_a_plain_file_has_scale_1_and_activations_that_are_not_quantised(tmp_pat
     assert stored == {FP8, torch.bfloat16}, "biases, norms and embedders"
 
 
+def test_each_linear_of_a_fused_one_has_the_scales_of_its_rows(
+    tmp_path: Path, fused: dict[str, Tensor], family: Family
+) -> None:
+    scales = torch.arange(1.0, 385)
+    base = imported(tmp_path, saved(tmp_path / "x.safetensors", fused | {f"{QKV}.weight_scale": scales[:, None]}))
+    transformer = family.load_pipeline(base).transformer
+    for number, part in enumerate(("to_q", "to_k", "to_v")):
+        found = transformer.get_submodule(f"transformer_blocks.1.attn.{part}").weight_scale
+        assert torch.equal(found, scales[128 * number : 128 * (number + 1)])
+
+
 def test_embedders_in_fp8_are_expanded_with_their_scale(tmp_path: Path, fused: dict[str, Tensor], family: Family) -> None:
     scaled = {"img_in.weight": (fused["img_in.weight"] * 4).to(FP8), "img_in.weight_scale": torch.tensor(0.25)}
     wide = {"txt_in.weight_scale": torch.tensor(2.0)}
