@@ -165,7 +165,8 @@ def imported(folder: Path, source: Path) -> Path:
 def test_names_and_rows_are_those_of_diffusers_own_converter(family: Family) -> None:
     with init_empty_weights():
         state = FluxTransformer2DModel(num_layers=1, num_single_layers=1, guidance_embeds=True).state_dict()
-    expected, whole = _original_rows(family, state), {}
+    expected = _original_rows(family, state)
+    whole: dict[str, Tensor] = {}
     for number, rows in enumerate(expected.values()):
         # Each row says which tensor and which of its rows it is.
         whole.setdefault(rows.tensor, torch.arange(rows.whole, dtype=torch.float64)[:, None] + number * 1e6)
@@ -193,8 +194,9 @@ def test_every_layout_is_the_same_base_as_in_our_own(
 
 
 def adapted_inputs(base: Path, family: Family) -> dict[str, Tensor]:
-    backbone = SliderBackbone(family, meta_transformer(base / "transformer"), load_adapter("shapes-gst", family))
-    return example_inputs(backbone, dict(backbone.transformer.config), 2, 24, 128, 1)
+    transformer = meta_transformer(base / "transformer")
+    backbone = SliderBackbone(family, transformer, load_adapter("shapes-gst", family))
+    return example_inputs(backbone, dict(transformer.config), 2, 24, 128, 1)
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -164,7 +165,7 @@ def _is_plain(scales: Scales | None) -> bool:
 def _stored_scales(scales: Scales) -> dict[str, _Converted]:
     """Return the scales of a quantised linear, by the names of its parts."""
     found = {"weight_scale": scales.weight} | ({} if scales.input is None else {"input_scale": scales.input})
-    return {name: _Converted(Part(scale.dtype, tuple(scale.shape)), lambda scale=scale: scale) for name, scale in found.items()}
+    return {name: _Converted(Part(scale.dtype, tuple(scale.shape)), partial(torch.clone, scale)) for name, scale in found.items()}
 
 
 def _reading(place: Stored, scales: Scales | None, dtype: torch.dtype, *, swap: bool) -> Callable[[], Tensor]:
