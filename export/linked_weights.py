@@ -256,15 +256,22 @@ def _link_weights(
         places |= read_header(folder / CONVERTED_FILE)[0]
     if adapter is not None:
         files.append(ADAPTER_FILE)
-        tensors = _adapter_tensors(adapter)
-        # Store the number of a bank's members, not their names: the header must stay the same when the adapter is replaced,
-        # because the graph refers to offsets after it.
-        metadata = {"kind": adapter.kind, "member_count": str(len(adapter.members))}
-        write_tensors(folder / ADAPTER_FILE, _header(tensors, dtype, metadata), tensors.values())
-        for key, place in read_header(folder / ADAPTER_FILE)[0].items():
-            module, _, part = key.removeprefix("transformer.").rpartition(".lora_")
-            places[f"{module}.lora_{part.removesuffix('.weight')}"] = place
+        places |= _write_adapter(folder / ADAPTER_FILE, adapter, dtype)
     return _LinkedWeights(backbone, config, dtype, files, links, places)
+
+
+def _write_adapter(path: Path, adapter: Adapter, dtype: torch.dtype) -> dict[str, Stored]:
+    """Write the adapter's file; return the places of its tensors under the names that they have in a backbone."""
+    tensors = _adapter_tensors(adapter)
+    # Store the number of a bank's members, not their names: the header must stay the same when the adapter is replaced,
+    # because the graph refers to offsets after it.
+    metadata = {"kind": adapter.kind, "member_count": str(len(adapter.members))}
+    write_tensors(path, _header(tensors, dtype, metadata), tensors.values())
+    places = {}
+    for key, place in read_header(path)[0].items():
+        module, _, part = key.removeprefix("transformer.").rpartition(".lora_")
+        places[f"{module}.lora_{part.removesuffix('.weight')}"] = place
+    return places
 
 
 def _conversions(

@@ -2,7 +2,7 @@
 
 The folder has an index of shards with a list of slices (see `slideredit_rt.checkpoint.SLICES`), because a fused projection of
 the file is several linears of the transformer. One more shard holds what cannot be linked: a scale per output channel, and
-tensors that are swapped, are no part of a quantised linear but FP8, or have another dtype than the rest.
+tensors whose halves are swapped, FP8 tensors that are not the weight of a quantised linear, and tensors of another dtype.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class _Converted:
 
 @dataclass(frozen=True)
 class _Plan:
-    """What becomes of the tensors of a transformer, by their own names: their places if linked, or how they are converted."""
+    """Tensors of a transformer by their own names: the places of those that are linked, and conversions of the others."""
 
     layers: dict[str, QuantizedLayer]
     linked: dict[str, Stored]
@@ -165,7 +165,8 @@ def _is_plain(scales: Scales | None) -> bool:
 def _stored_scales(scales: Scales) -> dict[str, _Converted]:
     """Return the scales of a quantised linear, by the names of its parts."""
     found = {"weight_scale": scales.weight} | ({} if scales.input is None else {"input_scale": scales.input})
-    return {name: _Converted(Part(scale.dtype, tuple(scale.shape)), partial(torch.clone, scale)) for name, scale in found.items()}
+    parts = {name: Part(scale.dtype, tuple(scale.shape)) for name, scale in found.items()}
+    return {name: _Converted(parts[name], partial(torch.clone, scale)) for name, scale in found.items()}
 
 
 def _reading(place: Stored, scales: Scales | None, dtype: torch.dtype, *, swap: bool) -> Callable[[], Tensor]:
