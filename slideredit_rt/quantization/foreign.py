@@ -86,7 +86,7 @@ class ForeignWeights:
         state: Tensors that the transformer needs, by diffusers' names; may be on the `meta` device.
 
     Attributes:
-        rows: For each tensor that the transformer needs, by diffusers' name: the rows of a stored tensor that it is.
+        rows: Rows of a stored tensor that each tensor of the transformer is, by diffusers' name.
         swapped: Modules, by diffusers' name, whose output features are in the other order of halves.
 
     Raises:
@@ -187,7 +187,7 @@ class ForeignWeights:
         if marker is not None and math.prod(marker.shape) == 2:
             yield from {rows.module for rows in self.rows.values()}
         for file in sorted({place.file for place in self._stored.values()}):
-            # The format of linears is read from their tensors, so a damaged description is no loss.
+            # The format of linears is read from their tensors, so a damaged description may be ignored.
             with suppress(ValueError, AttributeError, TypeError):
                 metadata = json.loads(read_header(file)[1][8:]).get("__metadata__", {})
                 for module, entry in json.loads(metadata.get(_METADATA, "{}")).get("layers", {}).items():
