@@ -194,7 +194,7 @@ def export_weights(
     Raises:
         SliderEditError: See `export_linked`.
     """
-    weights = _link_weights(family, checkpoint, adapter, folder, options, {})
+    weights = _link_weights(family, checkpoint, adapter, folder, options, {}, by_name=True)
     with atomic_file(folder / CONFIG_FILE) as temporary:
         shutil.copyfile(checkpoint / "transformer" / CONFIG_FILE, temporary)
     return weights.export(folder, CONFIG_FILE, {lowering: len(adapter.pairs)} if adapter else {}, [])
@@ -207,10 +207,13 @@ def _link_weights(
     folder: Path,
     options: WeightOptions,
     forms: Mapping[str, Form],
+    *,
+    by_name: bool = False,
 ) -> _LinkedWeights:
     """Link the checkpoint's weights into `folder` and write the adapter's beside them (see `export_linked`).
 
-    Quantised weights are converted as their form in the graph needs; without a form, they stay as they are stored.
+    Quantised weights are converted as their form in the graph needs; without a form, they stay as they are stored. An engine
+    that finds tensors `by_name` gets copies of those that are rows of other tensors.
     """
     source = checkpoint / "transformer"
     stored, transformer = read_weights(source), meta_transformer(source)
@@ -235,6 +238,8 @@ def _link_weights(
     config = json.loads(json.dumps({k: v for k, v in transformer.config.items() if not k.startswith("_")}))
 
     foreign = _conversions(places, parts, dtype, forms)
+    if by_name:
+        foreign = _slices(places) | foreign
     links: dict[str, Link] = {}
     files = []
     for file in sorted({place.file for name, place in places.items() if name not in foreign}):
@@ -251,15 +256,22 @@ def _link_weights(
         places |= read_header(folder / CONVERTED_FILE)[0]
     if adapter is not None:
         files.append(ADAPTER_FILE)
-        tensors = _adapter_tensors(adapter)
-        # Store the number of a bank's members, not their names: the header must stay the same when the adapter is replaced,
-        # because the graph refers to offsets after it.
-        metadata = {"kind": adapter.kind, "member_count": str(len(adapter.members))}
-        write_tensors(folder / ADAPTER_FILE, _header(tensors, dtype, metadata), tensors.values())
-        for key, place in read_header(folder / ADAPTER_FILE)[0].items():
-            module, _, part = key.removeprefix("transformer.").rpartition(".lora_")
-            places[f"{module}.lora_{part.removesuffix('.weight')}"] = place
+        places |= _write_adapter(folder / ADAPTER_FILE, adapter, dtype)
     return _LinkedWeights(backbone, config, dtype, files, links, places)
+
+
+def _write_adapter(path: Path, adapter: Adapter, dtype: torch.dtype) -> dict[str, Stored]:
+    """Write the adapter's file; return the places of its tensors under the names that they have in a backbone."""
+    tensors = _adapter_tensors(adapter)
+    # Store the number of a bank's members, not their names: the header must stay the same when the adapter is replaced,
+    # because the graph refers to offsets after it.
+    metadata = {"kind": adapter.kind, "member_count": str(len(adapter.members))}
+    write_tensors(path, _header(tensors, dtype, metadata), tensors.values())
+    places = {}
+    for key, place in read_header(path)[0].items():
+        module, _, part = key.removeprefix("transformer.").rpartition(".lora_")
+        places[f"{module}.lora_{part.removesuffix('.weight')}"] = place
+    return places
 
 
 def _conversions(
@@ -281,6 +293,13 @@ def _conversions(
         if form and (one := form.conversion(linear.precision, part, as_stored, linear.in_features, dtype)):
             found[name] = one
     return found
+
+
+def _slices(places: Mapping[str, Stored]) -> dict[str, Conversion]:
+    """Return the tensors that do not have their own name in their file, as copies."""
+    headers = {file: read_header(file)[0] for file in {place.file for place in places.values()}}
+    renamed = {name: place for name, place in places.items() if headers[place.file].get(name) != place}
+    return {name: Conversion(Part(place.dtype, place.shape), lambda tensor: tensor) for name, place in renamed.items()}
 
 
 def _check_places(places: Mapping[str, Stored], parts: Container[str], source: Path) -> None:

@@ -6,6 +6,7 @@ import fnmatch
 import hashlib
 import inspect
 import json
+import operator
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,12 +20,15 @@ from torch import Tensor
 
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.files import is_plain_name, read_json, sha256
-from slideredit_rt.quantization.config import read_layers, refusal
+from slideredit_rt.quantization.config import QuantizedLayer, read_layers, refusal
 from slideredit_rt.quantization.linear import QuantizedLinear, quantize_linears
-from slideredit_rt.tensor_files import LFS_HINT, LFS_POINTER, Stored, read_header
+from slideredit_rt.tensor_files import LFS_HINT, LFS_POINTER, Stored, read_header, take_rows
 
 INDEX_FILE = "model_index.json"
 CONFIG_FILE = "config.json"
+SLICES = "slices"
+"""Key in an imported model's index of shards: for each tensor that is rows of another one in its shard, that one's name as
+`tensor` and, as `rows`, the first row and the row after the last."""
 _LIBRARIES = {"diffusers": diffusers, "transformers": transformers}
 _WEIGHTS = {"diffusers": "diffusion_pytorch_model.safetensors", "transformers": "model.safetensors"}
 # All files besides the weights that diffusers and transformers read from a component's folder.
@@ -79,8 +83,12 @@ def weight_files(source: Path, library: str) -> list[Path]:
             # Links are created under these names, so they must stay inside the folder.
             raise ValueError(f"it lists a shard {odd[0]!r}, which is not a plain file name")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise SliderEditError(f"{str(index)!r} is not an index of shards ({error}); download the checkpoint again") from error
+        raise _bad_index(index, error) from error
     return [index, *(source / name for name in names)]
+
+
+def _bad_index(index: Path, reason: object) -> SliderEditError:
+    return SliderEditError(f"{str(index)!r} is not an index of shards ({reason}); download the checkpoint again")
 
 
 def read_weights(source: Path, library: str = "diffusers") -> dict[str, Stored]:
@@ -102,11 +110,27 @@ def read_weights(source: Path, library: str = "diffusers") -> dict[str, Stored]:
             f"{str(source)!r} has neither {_WEIGHTS[library]} nor its index{found}; "
             "pass a diffusers checkpoint stored as safetensors"
         )
+    headers = {file.name: read_header(file)[0] for file in files if file.suffix != ".json"}
+    if files[0].suffix == ".json" and SLICES in (index := read_json(files[0])):
+        return _sliced(files[0], index, headers)
     stored: dict[str, Stored] = {}
-    for file in files:
-        if file.suffix != ".json":
-            stored |= read_header(file)[0]
+    for header in headers.values():
+        stored |= header
     return stored
+
+
+def _sliced(file: Path, index: Mapping[str, Any], headers: Mapping[str, Mapping[str, Stored]]) -> dict[str, Stored]:
+    """Return the tensors of an imported model, some of which are rows of tensors with other names."""
+    try:
+        found = {name: headers[shard].get(name) for name, shard in index["weight_map"].items()}
+        for name, entry in index[SLICES].items():
+            first, last = map(operator.index, entry["rows"])
+            found[name] = take_rows(headers[index["weight_map"][name]][entry["tensor"]], first, last)
+        if lacking := [name for name, place in found.items() if place is None]:
+            raise ValueError(f"its shards lack {lacking[0]}")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _bad_index(file, error) from error
+    return {name: place for name, place in found.items() if place is not None}
 
 
 def check_not_quantised(source: Path) -> None:
@@ -168,10 +192,14 @@ def _mismatched(source: Path, name: str, stored: Collection[int], wanted: Collec
     )
 
 
-def meta_transformer(source: Path) -> Any:
+def meta_transformer(source: Path, layers: Mapping[str, QuantizedLayer] | None = None) -> Any:
     """Build the transformer that the `config.json` in `source` describes, on the `meta` device (without weights).
 
     Its quantised linears are `QuantizedLinear` modules.
+
+    Args:
+        source: Folder of the model.
+        layers: Format of the quantised linears, by name; None reads it from the configuration.
 
     Raises:
         SliderEditError: The configuration is missing, does not describe a diffusers model, or was quantised in a way that
@@ -180,7 +208,7 @@ def meta_transformer(source: Path) -> Any:
     path = source / CONFIG_FILE
     try:
         config = read_json(path)
-        layers = read_layers(source)
+        layers = read_layers(source) if layers is None else layers
         config.pop("quantization_config", None)
         model = meta_model(config["_class_name"], config)
         quantize_linears(model, layers)

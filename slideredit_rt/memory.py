@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import diffusers
+import onnx
 import torch
 import torch.nn.functional as F
+from google.protobuf.message import DecodeError
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
@@ -32,7 +34,7 @@ from slideredit_rt.checkpoint import (
     read_weights,
     weight_files,
 )
-from slideredit_rt.engines.manifest import Manifest
+from slideredit_rt.engines.manifest import MODEL_FILE, Manifest
 from slideredit_rt.engines.tensorrt import PLAN_FILE
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.families import get_family
@@ -326,8 +328,20 @@ def _engine_weights(folder: Path, manifest: Manifest) -> int:
     """Bytes of a plan, or of the weights that an engine reads: its own files hide tensors of the same name in linked ones."""
     if PLAN_FILE in manifest.files:
         return int(manifest.files[PLAN_FILE]["bytes"])
+    if MODEL_FILE in manifest.files:
+        return _graph_weights(folder / MODEL_FILE)
     names = [name for name in (*manifest.files, *manifest.links) if name.endswith(".safetensors")]
     tensors: dict[str, Stored] = {}
     for name in names:
         tensors = read_header(folder / name)[0] | tensors
     return sum(stored.length for stored in tensors.values())
+
+
+def _graph_weights(file: Path) -> int:
+    """Bytes of the tensors that a graph refers to: parts of its files, which may hold others as well."""
+    try:
+        graph = onnx.load(file, load_external_data=False).graph
+    except (OSError, DecodeError) as error:
+        raise SliderEditError(f"cannot read {str(file)!r} ({error}); build the engine again") from error
+    places = [{entry.key: entry.value for entry in tensor.external_data} for tensor in graph.initializer]
+    return sum(int(place["length"]) for place in places if place)

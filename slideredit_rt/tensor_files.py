@@ -81,6 +81,23 @@ def read_header(path: Path) -> tuple[dict[str, Stored], bytes]:
     return places, prefix + raw
 
 
+def take_rows(place: Stored, first: int, last: int) -> Stored:
+    """Return the location of some rows of a tensor, which lie together.
+
+    Args:
+        place: Location of the tensor, `[N, ...]`.
+        first: First row.
+        last: Row after the last one.
+
+    Raises:
+        ValueError: The tensor has no such rows.
+    """
+    if not place.shape or not 0 <= first < last <= place.shape[0]:
+        raise ValueError(f"a tensor of shape {list(place.shape)} has no rows {first} to {last}")
+    row = place.length // place.shape[0]
+    return Stored(place.file, place.dtype, (last - first, *place.shape[1:]), place.offset + first * row, (last - first) * row)
+
+
 def read_tensor(place: Stored) -> Tensor:
     """Read one tensor. Mapping it instead would count its pages as memory of this process."""
     with place.file.open("rb") as file:

@@ -458,6 +458,7 @@ def test_the_model_says_what_its_engine_is(client: httpx.Client, st_editor: Slid
         "kind": "st",
         "family": "flux_kontext",
         "backend": "onnxruntime",
+        "precision": None,
         "adapters": [],
         "max_sliders": st_editor.max_sliders,
         "num_inference_steps": st_editor.family.num_inference_steps,

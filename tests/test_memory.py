@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate import init_empty_weights
+from diffusers import FluxTransformer2DModel, QwenImageTransformer2DModel
 from torch import Tensor, nn
 
 from slideredit_rt.assets import resolve_base
 from slideredit_rt.engines.manifest import read_manifest
+from slideredit_rt.export.build import build_engine
+from slideredit_rt.families import get_family
 from slideredit_rt.memory import RESERVED, Footprint, engine_footprint, live_peak, plan_memory
+from slideredit_rt.quantization.linear import stored_parts
+from slideredit_rt.quantization.precisions import PRECISIONS
+from slideredit_rt.quantization.selection import select_layers
+from slideredit_rt.quantization.write import QuantizeSettings, quantize_base
 
 GIB = 2**30
 # In bfloat16 at 1024 × 1024, one source image: parameters counted on `meta`, activations by `live_peak`.
@@ -40,6 +51,10 @@ BASES = {
     ),
 }
 FLUX = BASES["FLUX.1-Kontext"]
+TRANSFORMERS: dict[str, tuple[str, Any, dict[str, Any]]] = {
+    "FLUX.1-Kontext": ("flux_kontext", FluxTransformer2DModel, {"guidance_embeds": True}),
+    "Qwen-Image-Edit": ("qwen_image_edit", QwenImageTransformer2DModel, {}),
+}
 
 
 class Chain(nn.Module):
@@ -118,10 +133,37 @@ def test_without_weight_streaming_a_small_card_does_not_fit() -> None:
     assert plan_memory(FLUX, 16 * GIB).fits
 
 
+def in_precision(name: str, precision: str) -> Footprint:
+    """The footprint of a base of which `slideredit-rt quantize` stores the linears in a precision."""
+    family, model_class, config = TRANSFORMERS[name]
+    with init_empty_weights():
+        transformer = model_class(**config)
+    size = 2 * sum(parameter.numel() for parameter in transformer.parameters())
+    assert size == pytest.approx(BASES[name].weights, rel=0.01)
+    for module, layer in select_layers(get_family(family), transformer, precision).items():
+        linear = transformer.get_submodule(module)
+        form = PRECISIONS[layer.precision]
+        parts = stored_parts(form, linear.out_features, linear.in_features, activations=layer.activations)
+        size += sum(math.prod(part.shape) * part.dtype.itemsize for part in parts.values()) - 2 * linear.weight.numel()
+    return replace(BASES[name], weights=size)
+
+
 def test_the_documentation_has_what_the_plan_says() -> None:
     how = {"none": "everything", "encoders": "`--offload encoders`", "all": "weight streaming"}
     page = (Path(__file__).parents[1] / "docs" / "engines.md").read_text()
-    for vram in (16, 24, 32, 48, 80):
-        plans = [plan_memory(footprint, vram * GIB) for footprint in BASES.values()]
+    rows = {f"{name}, bfloat16": footprint for name, footprint in BASES.items()}
+    rows |= {f"{name}, {precision}": in_precision(name, precision) for name in BASES for precision in ("fp8", "int4")}
+    for row, footprint in rows.items():
+        plans = [plan_memory(footprint, vram * GIB) for vram in (16, 24, 32, 48, 80)]
         cells = [f"{how[plan.offload]}, batch {plan.max_batch}" if plan.fits else "does not fit" for plan in plans]
-        assert f"| {vram} GB | {' | '.join(cells)} |" in page
+        assert f"| {row} | {footprint.weights / GIB:.1f} GiB | {' | '.join(cells)} |" in page
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_a_quantised_engine_takes_what_its_weights_and_scales_are_stored_in(tmp_path: Path, precision: str) -> None:
+    quantize_base("shapes-kontext", tmp_path / "base", QuantizeSettings(precision), progress=False)
+    manifest = build_engine(tmp_path / "base", None, tmp_path / "engine", progress=False)
+    found = engine_footprint(tmp_path / "engine", manifest, tmp_path / "base")
+    shard = (tmp_path / "base" / "transformer" / "diffusion_pytorch_model.safetensors").stat().st_size
+    # ONNX Runtime has a scale for each block of 128 inputs, where the base may have one per channel.
+    assert 0.98 * shard < found.weights < 1.1 * shard

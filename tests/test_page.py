@@ -28,6 +28,8 @@ from http_server import as_file, serving
 from PIL import Image
 
 from slideredit_rt.bench.serve import local_server
+from slideredit_rt.export.build import build_engine
+from slideredit_rt.quantization.write import QuantizeSettings, quantize_base
 from slideredit_rt.shapes.measurer import measure, response
 from slideredit_rt.shapes.world import Example, held_out_examples, scene_image
 
@@ -426,6 +428,15 @@ def test_a_gst_engine_has_one_slider(browser: Any, engines: dict[str, Path]) -> 
         settled(page)
         source = shown(page, "source").astype(int)
         assert np.abs(shown(page) - source).mean() < 0.4 * np.abs(at_one - source).mean()
+
+
+def test_the_engines_precision_is_shown(browser: Any, tmp_path: Path) -> None:
+    quantize_base("shapes-kontext", tmp_path / "base", QuantizeSettings("int8"), progress=False)
+    build_engine(tmp_path / "base", "shapes-gst", tmp_path / "engine", progress=False)
+    with serving(tmp_path / "engine") as url, opened(browser, url) as page:
+        assert httpx.get(f"{url}/v1/models").json()["data"][0]["engine"]["precision"] == "int8"
+        expect(page.locator("#engine")).to_have_text("shapes-kontext · GST sliders · onnxruntime · int8")
+        settled(page)
 
 
 def test_a_key_is_asked_for_and_stays_in_the_tab(browser: Any, engines: dict[str, Path]) -> None:

@@ -1,4 +1,4 @@
-"""`slideredit-rt quantize`."""
+"""`slideredit-rt quantize` and `import`."""
 
 from __future__ import annotations
 
@@ -68,8 +68,37 @@ def _quantize(args: argparse.Namespace) -> int:
     return 0
 
 
-def add_commands(commands: Commands) -> None:
-    """Add the commands of this module."""
+def _import(args: argparse.Namespace) -> int:
+    import dataclasses
+
+    from slideredit_rt.quantization.importing import import_base
+
+    done = import_base(args.source, args.base, args.out, overwrite=args.overwrite)
+    how = "linked" if done.links else "copied"
+    lines = [
+        f"wrote {args.out} ({counts(done.layers)} linears, {done.kept} others)",
+        f"{how} {done.linked_bytes / 1e9:.3g} GB, converted {done.converted_bytes / 1e9:.3g} GB",
+    ]
+    emit(args, {"out": str(args.out), **dataclasses.asdict(done)}, lines)
+    return 0
+
+
+def _add_import(commands: Commands) -> None:
+    sub = commands.add("import", _import, "make a base of FP8 weights that another tool wrote")
+    sub.add_argument(
+        "source",
+        type=user_path,
+        metavar="SOURCE",
+        help="safetensors file of ComfyUI or Black Forest Labs, or folder of ModelOpt",
+    )
+    sub.add_argument(
+        "--base", help="base that SOURCE was made from: a diffusers folder or a hub repository (default: SOURCE itself)"
+    )
+    sub.add_argument("--out", type=user_path, required=True, help="base folder to create")
+    sub.add_argument("--overwrite", action="store_true", help="replace an existing folder")
+
+
+def _add_quantize(commands: Commands) -> None:
     sub = commands.add("quantize", _quantize, "write a base with 8-bit or 4-bit weights, to build engines from")
     sub.add_argument("--base", required=True, help="base: shapes-kontext, a diffusers folder or a hub repository")
     sub.add_argument(
@@ -109,3 +138,9 @@ def add_commands(commands: Commands) -> None:
         choices=COMPONENT_DTYPES,
         help="dtype of the unquantised model (default: bfloat16 on a GPU, float32 on the CPU)",
     )
+
+
+def add_commands(commands: Commands) -> None:
+    """Add the commands of this module."""
+    _add_quantize(commands)
+    _add_import(commands)

@@ -153,6 +153,9 @@ class Family(ABC):
             name of that module and of its parts.
         no_float16: Reason why the family cannot compute in float16; None if it can.
         modulation: Pattern for the names (full match) of the linears that compute a block's shifts, scales and gates (adaLN).
+        original_names: Names of modules and tensors in single files that follow the model's authors, and those that their rows
+            have in diffusers, in order. `{}` stands for the number of a block. Empty if the names are diffusers' own.
+        swapped_halves: Modules, by diffusers' names, whose output features are in the other order of halves in such files.
     """
 
     name: ClassVar[str]
@@ -168,6 +171,8 @@ class Family(ABC):
     joint_projections: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     no_float16: ClassVar[str | None] = None
     modulation: ClassVar[str]
+    original_names: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    swapped_halves: ClassVar[tuple[str, ...]] = ()
 
     def check_base(self, folder: Path, *, transformer: bool = True) -> dict[str, Any]:
         """Check that the pipeline in `folder` is complete (see `slideredit_rt.checkpoint.check_pipeline`).

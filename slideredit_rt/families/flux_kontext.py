@@ -20,6 +20,48 @@ _IMAGE_LINEARS = r"transformer_blocks\.\d+\.(attn\.(to_[qkv]|to_out\.0)|ff\.net\
 _SINGLE_ATTENTION = r"single_transformer_blocks\.\d+\.attn\.to_[qkv]"
 _SINGLE_LINEARS = rf"({_SINGLE_ATTENTION}|single_transformer_blocks\.\d+\.proj_(mlp|out))"
 
+# Names of Black Forest Labs' own files. In the last norm, they put the shift before the scale.
+_ORIGINAL_EMBEDDERS = {
+    "img_in": ("x_embedder",),
+    "txt_in": ("context_embedder",),
+    "time_in.in_layer": ("time_text_embed.timestep_embedder.linear_1",),
+    "time_in.out_layer": ("time_text_embed.timestep_embedder.linear_2",),
+    "vector_in.in_layer": ("time_text_embed.text_embedder.linear_1",),
+    "vector_in.out_layer": ("time_text_embed.text_embedder.linear_2",),
+    "guidance_in.in_layer": ("time_text_embed.guidance_embedder.linear_1",),
+    "guidance_in.out_layer": ("time_text_embed.guidance_embedder.linear_2",),
+    "final_layer.linear": ("proj_out",),
+    "final_layer.adaLN_modulation.1": ("norm_out.linear",),
+}
+_ORIGINAL_DOUBLE = {
+    "img_mod.lin": ("norm1.linear",),
+    "txt_mod.lin": ("norm1_context.linear",),
+    "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+    "txt_attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+    "img_attn.norm.query_norm.scale": ("attn.norm_q.weight",),
+    "img_attn.norm.key_norm.scale": ("attn.norm_k.weight",),
+    "txt_attn.norm.query_norm.scale": ("attn.norm_added_q.weight",),
+    "txt_attn.norm.key_norm.scale": ("attn.norm_added_k.weight",),
+    "img_attn.proj": ("attn.to_out.0",),
+    "txt_attn.proj": ("attn.to_add_out",),
+    "img_mlp.0": ("ff.net.0.proj",),
+    "img_mlp.2": ("ff.net.2",),
+    "txt_mlp.0": ("ff_context.net.0.proj",),
+    "txt_mlp.2": ("ff_context.net.2",),
+}
+_ORIGINAL_SINGLE = {
+    "modulation.lin": ("norm.linear",),
+    "linear1": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
+    "linear2": ("proj_out",),
+    "norm.query_norm.scale": ("attn.norm_q.weight",),
+    "norm.key_norm.scale": ("attn.norm_k.weight",),
+}
+
+
+def _in_blocks(theirs: str, ours: str, names: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+    """Return names of a block with the block's own name before them."""
+    return {f"{theirs}.{{}}.{name}": tuple(f"{ours}.{{}}.{part}" for part in parts) for name, parts in names.items()}
+
 
 class FluxKontext(Family):
     """The FLUX.1-Kontext family."""
@@ -35,6 +77,12 @@ class FluxKontext(Family):
         "to_added_qkv": ("add_q_proj", "add_k_proj", "add_v_proj"),
     }
     no_float16 = "its activations exceed 65504, the largest float16 value, and become infinite"
+    original_names: ClassVar = {
+        **_ORIGINAL_EMBEDDERS,
+        **_in_blocks("double_blocks", "transformer_blocks", _ORIGINAL_DOUBLE),
+        **_in_blocks("single_blocks", "single_transformer_blocks", _ORIGINAL_SINGLE),
+    }
+    swapped_halves = ("norm_out.linear",)
     modulation = r"transformer_blocks\.\d+\.norm1(_context)?\.linear|single_transformer_blocks\.\d+\.norm\.linear"
 
     def load_pipeline(self, folder: Path, *, transformer: bool = True, dtype: torch.dtype = torch.float32) -> Any:

@@ -18,16 +18,18 @@ from slideredit_rt.quantization.precisions import PRECISIONS
 
 METHOD = "modelopt"
 _MIXED = "MIXED_PRECISION"
-_INSTEAD = (
-    "pass the float32, bfloat16 or float16 checkpoint that it was made from, or quantise that with slideredit-rt quantize"
-)
+INSTEAD = "pass the float32, bfloat16 or float16 checkpoint that it was made from, or quantise that with slideredit-rt quantize"
+"""What to do about weights that cannot be used, for messages."""
 _NUNCHAKU = "Nunchaku's layout is for its own kernels; --precision int4 or nvfp4 comes closest"
 # By the beginning of a quant_method or of a file's name, or by its end.
 _OTHER_METHODS = {
     "bitsandbytes": "NF4 and LLM.int8() need bitsandbytes at run time; --precision int4 or int8 comes closest",
+    "modelopt": "slideredit-rt import makes a base of FP8 weights that ModelOpt wrote",
     "gguf": "GGUF blocks are not read; --precision int4 or int8 comes closest",
     "nunchaku": _NUNCHAKU,
     "svdq": _NUNCHAKU,
+    "nvfp4": "NVFP4 files of other tools are not read; --precision nvfp4 makes such weights",
+    ".safetensors": "slideredit-rt import makes a base of FP8 weights in a file",
 }
 
 
@@ -64,14 +66,14 @@ _LAYERS = {
 
 
 def describe_layers(
-    layers: Mapping[str, QuantizedLayer], precision: str, source: str, fused: Collection[str] = ()
+    layers: Mapping[str, QuantizedLayer], precision: str, source: str | None = None, fused: Collection[str] = ()
 ) -> dict[str, Any]:
     """Return the `quantization_config` for linears, by name.
 
     Args:
         layers: Format of each linear.
         precision: Name of the precision that the base was quantised to.
-        source: Location of the original base, for `slideredit-rt verify`.
+        source: Location of the original base, for `slideredit-rt verify`; None if it is not known.
         fused: Locations of the LoRAs that were added to its weights.
     """
     algorithms = sorted({layer.algorithm for layer in layers.values()})
@@ -80,7 +82,7 @@ def describe_layers(
         "quant_algo": algorithms[0] if len(algorithms) == 1 else _MIXED,
         "producer": {"name": "slideredit-rt", "version": __version__},
         "precision": precision,
-        "source": source,
+        **({"source": source} if source else {}),
         **({"fused": list(fused)} if fused else {}),
         "quantized_layers": {name: {"quant_algo": layer.algorithm} for name, layer in layers.items()},
     }
@@ -115,7 +117,7 @@ def read_layers(folder: Path) -> dict[str, QuantizedLayer]:
         if not isinstance(algorithm, str) or algorithm not in _LAYERS:
             raise SliderEditError(
                 f"checkpoint {str(folder)!r} stores {name} in the unknown quant_algo {json.dumps(algorithm)}; known: "
-                f"{', '.join(_LAYERS)}; {_INSTEAD}"
+                f"{', '.join(_LAYERS)}; {INSTEAD}"
             )
         found[name] = _LAYERS[algorithm]
     return found
@@ -161,6 +163,16 @@ def read_source(folder: Path) -> str:
     return str(configuration["source"])
 
 
+def hint_for(method: str) -> str:
+    """Return what to know about a foreign format, in brackets after a space; empty if it is unknown.
+
+    Args:
+        method: A `quant_method` or the name of a file.
+    """
+    found = (f" ({hint})" for name, hint in _OTHER_METHODS.items() if method.startswith(name) or method.endswith(name))
+    return next(found, "")
+
+
 def refusal(source: Path, configuration: Any) -> SliderEditError:
     """Make the error for weights whose quantisation cannot be read here.
 
@@ -170,12 +182,12 @@ def refusal(source: Path, configuration: Any) -> SliderEditError:
     """
     method = configuration.get("quant_method") if isinstance(configuration, Mapping) else None
     named = source.name if configuration is None else str(method)
-    why = next((f" ({hint})" for name, hint in _OTHER_METHODS.items() if named.startswith(name) or named.endswith(name)), "")
+    why = hint_for(named)
     if configuration is None:
         return SliderEditError(
-            f"base {str(source)!r} is a single file, not a folder saved with save_pretrained{why}; {_INSTEAD}"
+            f"base {str(source)!r} is a single file, not a folder saved with save_pretrained{why}; {INSTEAD}"
         )
     return SliderEditError(
         f"checkpoint {str(source)!r} is quantised ({method or 'according to its config.json'}) in a form that cannot be used "
-        f"here{why}; {_INSTEAD}"
+        f"here{why}; {INSTEAD}"
     )

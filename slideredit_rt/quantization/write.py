@@ -123,7 +123,7 @@ def quantize_base(
     """
     folder = resolve_base(base)
     family, source = family_of(folder), folder / "transformer"
-    _check_places(folder, out, overwrite=overwrite)
+    check_output(folder, out, overwrite=overwrite)
     if (found := read_precision(source)) is not None:
         raise SliderEditError(f"base {str(folder)!r} is quantised already ({found}); pass the base that it was made from")
     family.check_base(folder)
@@ -132,13 +132,13 @@ def quantize_base(
     updates = read_updates(settings.fuse, family, transformer)
     stored = read_weights(source)
     entries = _plan({name: stored[name] for name in transformer.state_dict()}, layers, source)
-    _check_space(out, sum(entry.bytes for entry in entries))
+    check_space(out, sum(entry.bytes for entry in entries))
     calibrated = [name for name, layer in layers.items() if layer.activations]
     if calibrated and maxima is None:
         calibration_cases(settings.calibration, family, folder)
         maxima = measure_activations(family, folder, calibrated, settings.calibration, updates, progress=progress)
     with atomic_folder(out, overwrite=overwrite) as temporary:
-        _link_others(folder, temporary)
+        link_components(folder, temporary)
         target = temporary / "transformer"
         target.mkdir()
         written = _write_shards(target, entries, updates, maxima or {}, progress=progress)
@@ -160,7 +160,7 @@ def quantize_base(
     )
 
 
-def _check_places(folder: Path, out: Path, *, overwrite: bool) -> None:
+def check_output(folder: Path, out: Path, *, overwrite: bool) -> None:
     """Refuse an output folder that exists, or that is the base: its linked files would lose their only other copy."""
     if out.exists() and out.resolve() == folder.resolve():
         raise SliderEditError(f"{str(out)!r} is the base itself; choose another folder with --out")
@@ -168,7 +168,7 @@ def _check_places(folder: Path, out: Path, *, overwrite: bool) -> None:
         raise SliderEditError(f"{str(out)!r} exists already; choose another name or pass --overwrite")
 
 
-def _check_space(out: Path, needed: int) -> None:
+def check_space(out: Path, needed: int) -> None:
     """Refuse to start if the disk is too small for the weights."""
     existing = next(folder for folder in out.absolute().parents if folder.exists())
     free = shutil.disk_usage(existing).free
@@ -261,7 +261,7 @@ def _converted(entry: _Entry, updates: Updates, maxima: Mapping[str, float]) -> 
     return {name: parts[name] for name in entry.outputs}
 
 
-def _link_others(base: Path, out: Path) -> None:
+def link_components(base: Path, out: Path) -> None:
     """Link the weights of all other components into a folder, and copy their settings and the files beside them."""
     for name, (library, _) in components(base).items():
         for file in component_files(base / name, library) if name != "transformer" else ():

@@ -90,6 +90,7 @@ class Api:
             kind=editor.kind,
             family=editor.family.name,
             backend="torch" if manifest is None else manifest.backend,
+            precision=None if manifest is None else manifest.precision,
             adapters=list(editor.members),
             max_sliders=editor.max_sliders,
             num_inference_steps=editor.family.num_inference_steps,

@@ -173,6 +173,7 @@ class EngineInfo(BaseModel):
     kind: str = Field(description="st: a slider scales its own words; gst: one slider scales everything")
     family: str
     backend: str
+    precision: str | None = Field(description="precision of a quantised base, such as fp8; null if the base was not quantised")
     adapters: list[str] = Field(description="names of the adapters in a bank; empty if the engine has a single adapter")
     max_sliders: int
     num_inference_steps: int = Field(description="denoising steps of a full edit by default")

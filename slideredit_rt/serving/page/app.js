@@ -613,7 +613,8 @@ async function start() {
   try {
     const answer = await call("v1/models");
     ({ id: model, engine } = answer.data[0]);
-    $("engine").textContent = [model, `${engine.kind.toUpperCase()} sliders`, engine.backend].join(" · ");
+    const parts = [model, `${engine.kind.toUpperCase()} sliders`, engine.backend, engine.precision];
+    $("engine").textContent = parts.filter(Boolean).join(" · ");
     showError("");
     const first = ["make the circle red", "make the background dark"];
     for (const text of first.slice(0, sliderLimit())) addRow(text);
