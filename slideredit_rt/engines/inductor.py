@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch._dynamo
@@ -21,6 +21,7 @@ from slideredit_rt.engines.backend import Backend, BuildJob, Compiled
 from slideredit_rt.engines.cuda import CudaDevice
 from slideredit_rt.engines.folding import fold
 from slideredit_rt.engines.manifest import ADAPTER_FILE, Manifest
+from slideredit_rt.engines.quantised import ShareEqualNodes, prepare_quantised
 from slideredit_rt.engines.request import Outputs, check_request
 from slideredit_rt.engines.shapes import ShapeCache
 from slideredit_rt.errors import OutOfDeviceMemory, SliderEditError
@@ -210,6 +211,7 @@ class Inductor(Backend):
     title = "Inductor"
     package = "torch"
     lowerings = ("operator", "folded")
+    quantised: ClassVar = {"fp8": "module", "int8": "module", "int4": "module"}
 
     def compile(self, job: BuildJob, folder: Path) -> Compiled:
         """Write the transformer's configuration and link the weights beside it (see `Backend.compile`)."""
@@ -243,6 +245,7 @@ class Inductor(Backend):
         try:
             load_weights(transformer, [folder / name for name in (*own, *manifest.links)], device)
             backbone = SliderBackbone(family, transformer, adapter)
+            prepare_quantised(backbone)
             if manifest.lowering == "folded":
                 fold(backbone)
         except torch.OutOfMemoryError:
