@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch._dynamo
+import torch._inductor.config
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -27,6 +28,7 @@ from slideredit_rt.engines.shapes import ShapeCache
 from slideredit_rt.errors import OutOfDeviceMemory, SliderEditError
 from slideredit_rt.families import get_family
 from slideredit_rt.modules import SliderBackbone
+from slideredit_rt.quantization.precisions import PRECISIONS
 from slideredit_rt.settings import RunSettings
 
 COMPILER = "inductor"
@@ -168,7 +170,12 @@ class InductorEngine:
             # Use the call's values, because a kernel may index by them.
             _fill(buffers, inputs)
             limits = {"recompile_limit": RECOMPILE_LIMIT, "accumulated_recompile_limit": RECOMPILE_LIMIT}
-            with _COMPILING, torch._dynamo.config.patch(limits):  # type: ignore[attr-defined]
+            passes = {"post_grad_custom_pre_pass": ShareEqualNodes()}
+            with (
+                _COMPILING,
+                torch._dynamo.config.patch(limits),  # type: ignore[attr-defined]
+                torch._inductor.config.patch(passes),  # type: ignore[attr-defined]
+            ):
                 step()
             return _Binding(buffers, output, self._capture(step) if self._cuda else step)
         except torch.OutOfMemoryError:
@@ -223,7 +230,16 @@ class Inductor(Backend):
 
     def choose_device(self, manifest: Manifest, run: RunSettings) -> torch.device:
         """Return the requested device, by default a GPU if there is one (see `Backend.choose_device`)."""
-        return run.choose_device(torch.device("cuda") if torch.cuda.is_available() else None)
+        device = run.choose_device(torch.device("cuda") if torch.cuda.is_available() else None)
+        if device.type == "cuda":
+            major, minor = torch.cuda.get_device_capability(device)
+            for form in (PRECISIONS[name] for name in manifest.quantised):
+                if form.capabilities and 10 * major + minor < min(int(name[2:]) for name in form.capabilities):
+                    raise SliderEditError(
+                        f"the GPU {str(device)!r} is sm{major}{minor}, which does not compute in {form.name}, only "
+                        f"{', '.join(form.capabilities)} do; pass --device cpu, or build from a base quantised to int8 or int4"
+                    )
+        return device
 
     def open(self, folder: Path, manifest: Manifest, run: RunSettings) -> InductorEngine:
         """Load an engine folder onto a CUDA device, or the CPU if there is none (see `Backend.open`).

@@ -73,6 +73,8 @@ class FP8Linear(_CompiledLinear):
     def forward(self, x: Tensor) -> Tensor:
         """Project `[..., K]` to `[..., N]`, in the dtype of `x`."""
         rounded = to_fp8(x.flatten(0, -2).float() / self.input_scale).contiguous()
+        # The strides that it has already. Inductor stores such a tensor once; otherwise, each reader could round anew.
+        rounded = rounded.as_strided(rounded.shape, rounded.stride())
         # GPUs can apply a scale per channel in the product, but all of them do so only for a bfloat16 result.
         product = self.scaled_product if x.is_cuda and x.dtype == torch.bfloat16 else self.product_then_scale
         return product(rounded, x.dtype).view(*x.shape[:-1], -1)
@@ -176,20 +178,16 @@ def _share_input_scales(blocks: list[dict[str, QuantizedLinear]]) -> None:
 class ShareEqualNodes(CustomGraphPass):
     """Compiler pass that computes equal expressions once.
 
-    Inductor itself would write the rounded input of a query, a key and a value three times.
+    Without it, Inductor rounds the common input of a query, a key and a value three times.
     """
 
     def __call__(self, graph: fx.Graph) -> None:
-        """Replace nodes that repeat an earlier one, in place. The graph is functional except for its last copies."""
+        """Replace nodes that repeat an earlier one, in place."""
         seen: dict[Any, fx.Node] = {}
         for node in list(graph.nodes):
             if not _is_pure(node):
                 continue
-            key = node.target, node.args, tuple(sorted(node.kwargs.items(), key=lambda item: item[0]))
-            try:
-                first = seen.setdefault(key, node)
-            except TypeError:
-                continue
+            first = seen.setdefault((node.target, node.args, tuple(sorted(node.kwargs.items()))), node)
             if first is not node:
                 node.replace_all_uses_with(first)
                 graph.erase_node(node)
