@@ -338,9 +338,7 @@ def test_no_path_of_a_gpu_computes_with_the_reference(members: int | None, monke
 
 @pytest.mark.parametrize("path", ["update", "addmm"])
 @pytest.mark.parametrize("members", [None, 3])
-def test_update_alone_takes_the_path_of_its_projection(
-    members: int | None, path: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_update_alone_takes_the_path_of_its_projection(members: int | None, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What `masked_lora_update_` calls for CUDA tensors, here under the interpreter. A bank has one path."""
     from slideredit_rt.kernels import triton_ops
 

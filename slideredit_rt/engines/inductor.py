@@ -58,6 +58,11 @@ def compile_blocks(backbone: SliderBackbone) -> None:
     transformer.compile_repeated_blocks(fullgraph=True, dynamic=False, backend=COMPILER)
 
 
+def compiler_passes() -> dict[str, Any]:
+    """Return the settings of torch's compiler that add this package's passes."""
+    return {"post_grad_custom_pre_pass": ShareEqualNodes()}
+
+
 def load_weights(transformer: Any, files: Iterable[Path], device: torch.device) -> None:
     """Load the weights of a transformer on the `meta` device, reading files directly to the target device.
 
@@ -170,11 +175,10 @@ class InductorEngine:
             # Use the call's values, because a kernel may index by them.
             _fill(buffers, inputs)
             limits = {"recompile_limit": RECOMPILE_LIMIT, "accumulated_recompile_limit": RECOMPILE_LIMIT}
-            passes = {"post_grad_custom_pre_pass": ShareEqualNodes()}
             with (
                 _COMPILING,
                 torch._dynamo.config.patch(limits),  # type: ignore[attr-defined]
-                torch._inductor.config.patch(passes),  # type: ignore[attr-defined]
+                torch._inductor.config.patch(compiler_passes()),  # type: ignore[attr-defined]
             ):
                 step()
             return _Binding(buffers, output, self._capture(step) if self._cuda else step)

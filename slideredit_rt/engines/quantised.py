@@ -13,7 +13,6 @@ low-rank update is added in place, from the rows that are not rounded.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -144,7 +143,7 @@ def prepare_quantised(backbone: SliderBackbone) -> None:
     linears = quantized_linears(transformer)
     for block_class in transformer._repeated_blocks:
         blocks = [module for module in transformer.modules() if type(module).__name__ == block_class]
-        _share_input_scales([quantized_linears(block) for block in blocks])
+        share_input_scales([quantized_linears(block) for block in blocks])
     if linears:
         backbone.release_linears()
     for name, linear in linears.items():
@@ -155,7 +154,7 @@ def prepare_quantised(backbone: SliderBackbone) -> None:
         setattr(transformer.get_submodule(parent), child, form)
 
 
-def _share_input_scales(blocks: list[dict[str, QuantizedLinear]]) -> None:
+def share_input_scales(blocks: list[dict[str, QuantizedLinear]]) -> None:
     """Let linears whose input scales are equal use one tensor, by which the compiler knows that they round alike.
 
     They have to be equal in all blocks of a class: blocks that share other tensors than the first would be compiled anew.
