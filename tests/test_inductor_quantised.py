@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch._dynamo
 import torch._inductor.config
+from packaging.version import Version
 from test_quantization import linear_of
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
@@ -183,8 +184,14 @@ class Rows(nn.Module):
 
 
 @torch.no_grad()
-def test_projections_of_the_same_rows_round_them_once_and_updates_copy_nothing() -> None:
-    """Compiles C++."""
+@pytest.mark.parametrize("product", ["product_then_scale", "scaled_product"])
+def test_projections_of_the_same_rows_round_them_once_and_updates_copy_nothing(
+    product: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compiles C++. The second product is the GPUs', which CPUs take since torch 2.13."""
+    if product == "scaled_product" and Version(torch.__version__) < Version("2.13"):
+        pytest.skip("this torch has no scales per row on the CPU")
+    monkeypatch.setattr(FP8Linear, "product_then_scale", getattr(FP8Linear, product))
     rows = Rows().eval().requires_grad_(False)
     x, row_scale = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(1)), torch.ones(2, 5)
     with torch._inductor.config.patch(inductor.compiler_passes() | {"force_disable_caches": True}):
@@ -196,7 +203,8 @@ def test_projections_of_the_same_rows_round_them_once_and_updates_copy_nothing()
     updated = re.findall(r"masked_lora_update_\.default\(reinterpret_tensor\((\w+),", code)
     assert len(set(updated)) == 4
     for name in updated:
-        assert re.search(rf"\b{name} = buf\d+; del buf\d+  # reuse", code), "the product's memory, scaled in place"
+        reused = re.search(rf"\b{name} = (\w+); del \1  # reuse", code)
+        assert f"out={reused[1] if reused else name})" in code, "the update writes to the memory of the product"
 
 
 def test_engine_compiles_with_the_passes(bases: dict[str, Path], family: Family, tmp_path: Path, monkeypatch: Any) -> None:
@@ -223,6 +231,7 @@ def test_forms_compute_what_the_stored_linear_does(precision: str, dtype: torch.
     for n, k, form in ((48, 64, FP8Linear if precision == "fp8" else DequantisedLinear), (20, 64, DequantisedLinear)):
         linear = linear_of(precision, torch.randn(n, k, generator=generator), torch.randn(n, generator=generator))
         x = torch.randn(2, 5, k, generator=generator).to(dtype)
+        x[0, 0, 0] = 1e4  # beyond the calibration
         assert FP8Linear.takes(linear) == (form is FP8Linear)
         y = form(linear)(x)
         assert (y.dtype, y.shape, y.is_contiguous()) == (dtype, (2, 5, n), True)
@@ -237,30 +246,22 @@ def test_gpus_form_of_the_fp8_product_has_the_same_values() -> None:
     generator = torch.Generator().manual_seed(0)
     form = FP8Linear(linear_of("fp8", torch.randn(48, 64, generator=generator), torch.randn(48, generator=generator)))
     rounded = torch.randn(7, 64, generator=generator).mul(100).to(torch.float8_e4m3fn)
-    try:
-        actual = form.scaled_product(rounded, torch.bfloat16)
-    except RuntimeError:
+    if Version(torch.__version__) < Version("2.13"):
         pytest.skip("this torch has no scales per row on the CPU")
+    actual = form.scaled_product(rounded, torch.bfloat16)
     torch.testing.assert_close(actual, form.product_then_scale(rounded, torch.bfloat16))
-
-
-@torch.no_grad()
-def test_values_beyond_the_calibration_are_clamped() -> None:
-    linear = linear_of("fp8", torch.eye(16), amax=2.0)
-    x = torch.tensor([[1e6, -1e6] + [0.0] * 14])
-    y = FP8Linear(linear)(x)
-    assert y[0, :2].tolist() == pytest.approx([4.0, -4.0], rel=1e-2), "twice the calibrated range"
-    torch.testing.assert_close(y, linear(x))
 
 
 def test_input_scales_are_shared_where_all_blocks_of_a_class_agree(bases: dict[str, Path], family: Family) -> None:
     """A coincidence in one block would give it a form of its own, and a compilation."""
     backbone = reference(family, bases["fp8"], load_adapter("shapes-gst", family))
-    blocks = backbone.transformer.transformer_blocks
+    blocks: Any = backbone.transformer.transformer_blocks
     assert blocks[0].attn.to_q.input_scale == blocks[0].attn.to_k.input_scale
-    blocks[1].ff.net[2].input_scale = blocks[1].attn.to_q.input_scale.clone()
-    assert blocks[0].ff.net[2].input_scale != blocks[0].attn.to_q.input_scale
+    blocks[0].ff.net[2].input_scale = blocks[0].attn.to_q.input_scale.clone()
+    assert blocks[1].ff.net[2].input_scale != blocks[1].attn.to_q.input_scale
+    before = [block.ff.net[2].input_scale.item() for block in blocks]
     prepare_quantised(backbone)
+    assert [block.ff.net[2].linear.input_scale.item() for block in blocks] == before
     for block in blocks:
         query, key = block.attn.to_q, block.attn.to_k
         assert isinstance(query, UpdatedLinear)

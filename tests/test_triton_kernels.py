@@ -345,10 +345,21 @@ def test_update_alone_takes_the_path_of_its_projection(members: int | None, path
     p = projection.problem(2, 40, 60, 100, 6, torch.bfloat16, members=members, active=0.5)
     p = {name: tensor.to(DEVICE) for name, tensor in p.items()}
     asked, ran = [], []
+
+    def ask(*shape: object, exact: bool) -> str:
+        asked.append((*shape, exact))
+        return path
+
+    def recorded(name: str, update: Callable[..., None]) -> Callable[..., None]:
+        def run(*arguments: Tensor) -> None:
+            ran.append(name)
+            update(*arguments)
+
+        return run
+
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
-    monkeypatch.setattr(dispatch, "path", lambda *shape, exact: asked.append((*shape, exact)) or path)
-    for name, function in triton_ops.UPDATES.items():
-        monkeypatch.setitem(triton_ops.UPDATES, name, lambda *a, name=name, function=function: ran.append(name) or function(*a))
+    monkeypatch.setattr(dispatch, "path", ask)
+    monkeypatch.setattr(triton_ops, "UPDATES", {name: recorded(name, f) for name, f in triton_ops.UPDATES.items()})
     frozen = F.linear(p["x"], p["weight"], p["bias"])
     y = frozen.clone()
     triton_ops.update_by_dispatch(y, p["x"], p["lora_a"], p["lora_b"], p["row_scale"])

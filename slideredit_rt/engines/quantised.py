@@ -45,23 +45,25 @@ class _CompiledLinear(nn.Module):
         self.precision = linear.precision
 
 
-class FP8Linear(_CompiledLinear):
-    """FP8 activations times FP8 weights.
+def _stored(x: Tensor) -> Tensor:
+    """Return a contiguous matrix that the compiler stores once. Otherwise, it may compute `x` again for each product."""
+    x = x.contiguous()
+    return x.as_strided(x.shape, x.stride())
 
-    The scales of weight and activations are multiplied once, so a product has one scale per output channel.
+
+class FP8Linear(_CompiledLinear):
+    """FP8 activations times FP8 weights, with a scale for all activations and one per output channel.
 
     Args:
         linear: Linear that `takes` accepts.
     """
 
-    scale: Tensor
+    input_scale: Tensor
     one: Tensor
 
     def __init__(self, linear: QuantizedLinear) -> None:
         super().__init__(linear)
-        assert self.input_scale is not None
-        self.register_buffer("scale", (self.weight_scale * self.input_scale).reshape(1, -1))
-        self.register_buffer("one", torch.ones_like(self.input_scale))
+        self.register_buffer("one", torch.ones_like(self.weight_scale[0]))
 
     @staticmethod
     def takes(linear: QuantizedLinear) -> bool:
@@ -71,9 +73,7 @@ class FP8Linear(_CompiledLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Project `[..., K]` to `[..., N]`, in the dtype of `x`."""
-        rounded = to_fp8(x.flatten(0, -2).float() / self.input_scale).contiguous()
-        # The strides that it has already. Inductor stores such a tensor once; otherwise, each reader could round anew.
-        rounded = rounded.as_strided(rounded.shape, rounded.stride())
+        rounded = _stored(to_fp8(x.flatten(0, -2).float() / self.input_scale))
         # GPUs can apply a scale per channel in the product, but all of them do so only for a bfloat16 result.
         product = self.scaled_product if x.is_cuda and x.dtype == torch.bfloat16 else self.product_then_scale
         return product(rounded, x.dtype).view(*x.shape[:-1], -1)
@@ -85,14 +85,14 @@ class FP8Linear(_CompiledLinear):
             rounded: Activations, E4M3 `[M, K]`.
             dtype: Dtype of the result, `[M, N]`; bfloat16 on a GPU.
         """
-        rows = self.one.expand(len(rounded), 1).contiguous()
+        rows, channels = _stored(self.input_scale.expand(len(rounded), 1)), self.weight_scale.reshape(1, -1)
         bias = None if self.bias is None else self.bias.to(dtype)
-        return torch._scaled_mm(rounded, self.weight.t(), scale_a=rows, scale_b=self.scale, bias=bias, out_dtype=dtype)
+        return torch._scaled_mm(rounded, self.weight.t(), scale_a=rows, scale_b=channels, bias=bias, out_dtype=dtype)
 
     def product_then_scale(self, rounded: Tensor, dtype: torch.dtype) -> Tensor:
         """Multiply to float32, then scale and add the bias. Arguments are those of `scaled_product`, with any dtype."""
-        one = self.one
-        y = torch._scaled_mm(rounded, self.weight.t(), scale_a=one, scale_b=one, out_dtype=torch.float32) * self.scale
+        scale, weight = self.input_scale, self.weight.t()
+        y = torch._scaled_mm(rounded, weight, scale_a=scale, scale_b=self.one, out_dtype=torch.float32) * self.weight_scale
         return (y if self.bias is None else y + self.bias).to(dtype)
 
 
@@ -182,11 +182,12 @@ class ShareEqualNodes(CustomGraphPass):
 
     def __call__(self, graph: fx.Graph) -> None:
         """Replace nodes that repeat an earlier one, in place."""
-        seen: dict[Any, fx.Node] = {}
+        seen: dict[tuple[Any, str, str], fx.Node] = {}
         for node in list(graph.nodes):
             if not _is_pure(node):
                 continue
-            first = seen.setdefault((node.target, node.args, tuple(sorted(node.kwargs.items()))), node)
+            # As text, in which 1, 1.0 and True differ. Nodes have unique names.
+            first = seen.setdefault((node.target, repr(node.args), repr(node.kwargs)), node)
             if first is not node:
                 node.replace_all_uses_with(first)
                 graph.erase_node(node)
