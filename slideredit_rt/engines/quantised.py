@@ -157,7 +157,7 @@ def prepare_quantised(backbone: SliderBackbone) -> None:
 def share_input_scales(blocks: list[dict[str, QuantizedLinear]]) -> None:
     """Let linears whose input scales are equal use one tensor, by which the compiler knows that they round alike.
 
-    They have to be equal in all blocks of a class: blocks that share other tensors than the first would be compiled anew.
+    They have to be equal in all blocks of a class. Otherwise, a block that shares other tensors would be compiled separately.
 
     Args:
         blocks: The quantised linears of each block, by name.
