@@ -180,7 +180,8 @@ class Rows(nn.Module):
         self.scales.set(row_scale, x.shape[1])
         x = self.norm(x)
         query, key, value, hidden = (linear(x) for linear in self.linears)
-        return query * key + value * hidden
+        result: Tensor = query * key + value * hidden
+        return result
 
 
 @torch.no_grad()
@@ -235,9 +236,8 @@ def test_forms_compute_what_the_stored_linear_does(precision: str, dtype: torch.
         assert FP8Linear.takes(linear) == (form is FP8Linear)
         y = form(linear)(x)
         assert (y.dtype, y.shape, y.is_contiguous()) == (dtype, (2, 5, n), True)
-        torch.testing.assert_close(
-            y, linear(x), **({"rtol": 2e-2, "atol": 5e-2} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-4})
-        )
+        relative_bound, bound = (2e-2, 5e-2) if dtype == torch.bfloat16 else (1e-5, 1e-4)
+        torch.testing.assert_close(y, linear(x), rtol=relative_bound, atol=bound)
 
 
 @torch.no_grad()
