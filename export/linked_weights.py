@@ -40,6 +40,7 @@ from slideredit_rt.families import Family, TensorSpec
 from slideredit_rt.files import atomic_file
 from slideredit_rt.modules import SliderBackbone
 from slideredit_rt.quantization.linear import QuantizedLinear, quantized_linears, quantized_parts
+from slideredit_rt.quantization.loading import check_scale
 from slideredit_rt.quantization.precisions import Part
 from slideredit_rt.tensor_files import Stored, make_header, read_header, read_tensor, write_tensors
 
@@ -222,6 +223,9 @@ def _link_weights(
     check_parts(transformer, stored, source)
     places, parts = {name: stored[name] for name in state}, quantized_parts(transformer)
     _check_places(places, parts, source)
+    for name, (_, part) in parts.items():
+        if part != "weight":
+            check_scale(name, read_tensor(places[name]), source)
     dtype = _choose_dtype(family, {name: place for name, place in places.items() if name not in parts}, options.dtype, source)
     if parts and dtype == torch.float16:
         raise SliderEditError(

@@ -84,16 +84,15 @@ def _masked_lora_update_(y: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, r
     if _runs_reference(x):
         masked_lora_update_reference_(y, x, lora_a, lora_b, row_scale)
     else:
-        _cuda_paths().masked_lora_update_triton_(y, x, lora_a, lora_b, row_scale)
+        _cuda_paths().update_by_dispatch(y, x, lora_a, lora_b, row_scale)
 
 
 @torch.library.custom_op("slideredit::masked_lora_update", mutates_args=())
 def _masked_lora_update(y: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, row_scale: Tensor) -> Tensor:
     if _runs_reference(x):
         return masked_lora_update_reference(y, x, lora_a, lora_b, row_scale)
-    updated: Tensor = _cuda_paths().masked_lora_update_triton_(
-        y.clone(memory_format=torch.contiguous_format), x, lora_a, lora_b, row_scale
-    )
+    updated = y.clone(memory_format=torch.contiguous_format)
+    _cuda_paths().update_by_dispatch(updated, x, lora_a, lora_b, row_scale)
     return updated
 
 

@@ -91,11 +91,17 @@ def _masked_lora_accumulate_triton(
 def _masked_lora_addmm_triton(
     x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, row_scale: Tensor
 ) -> Tensor:
+    y = F.linear(x, weight, bias).contiguous()
+    _add_low_rank_(y, x, lora_a, lora_b, row_scale)
+    return y
+
+
+def _add_low_rank_(y: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, row_scale: Tensor) -> None:
+    """Add the update of one adapter to all rows of a contiguous `y`, with the vendor's GEMM."""
     flat, rank = _flat(x), lora_a.shape[0]
     low = flat.new_empty(flat.shape[0], rank)
     launch_low_rank(flat, lora_a.contiguous(), _scales(row_scale), _configuration("masked_low_rank", flat, rank), low)
-    y = F.linear(flat, weight, bias).addmm_(low, lora_b.to(x.dtype).T)
-    return y.view(*x.shape[:-1], weight.shape[0])
+    y.view(-1, y.shape[-1]).addmm_(low, lora_b.to(x.dtype).T)
 
 
 # Opaque on purpose. The kernel derives the rows that it stores to from `row_scale`, so torch's analysis of Triton kernels
@@ -224,6 +230,10 @@ PATHS: dict[dispatch.ProjectionPath, Callable[..., Tensor]] = {
     "accumulate": _masked_lora_accumulate_triton,
     "fused": _masked_lora_linear_triton,
 }
+UPDATES: dict[dispatch.ProjectionPath, Callable[..., None]] = {
+    "update": _masked_lora_update_triton_,
+    "addmm": _add_low_rank_,
+}
 
 
 def linear_by_dispatch(
@@ -234,8 +244,15 @@ def linear_by_dispatch(
     Only exact paths are used, so with every scale 0 the result equals the base model's, bit for bit. A bank of adapters has a
     kernel for one path only, the update.
     """
+    return PATHS[_exact_path(x, weight.shape[0], row_scale)](x, weight, bias, lora_a, lora_b, row_scale)
+
+
+def update_by_dispatch(y: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, row_scale: Tensor) -> None:
+    """Compute `masked_lora_update_` on CUDA tensors as `linear_by_dispatch` updates the same projection."""
+    UPDATES[_exact_path(x, y.shape[-1], row_scale)](y, x, lora_a, lora_b, row_scale)
+
+
+def _exact_path(x: Tensor, n: int, row_scale: Tensor) -> dispatch.ProjectionPath:
     if row_scale.ndim == x.ndim:
-        return _by_update(x, weight, bias, lora_a, lora_b, row_scale)
-    n, k = weight.shape
-    path = dispatch.path(row_scale.numel(), n, k, x.dtype, torch.cuda.get_device_name(x.device), exact=True)
-    return PATHS[path](x, weight, bias, lora_a, lora_b, row_scale)
+        return "update"
+    return dispatch.path(row_scale.numel(), n, x.shape[-1], x.dtype, torch.cuda.get_device_name(x.device), exact=True)

@@ -38,6 +38,7 @@ from slideredit_rt.quantization.selection import select_layers
 from slideredit_rt.quantization.write import QuantizeSettings, quantize_base
 from slideredit_rt.settings import RunSettings
 from slideredit_rt.sliders import Slider
+from slideredit_rt.tensor_files import read_header
 from slideredit_rt.verify import verify_engine
 
 SIZES = (2, 8, 16)
@@ -171,6 +172,22 @@ def test_what_a_quantised_base_cannot_be_built_with(
     command = ("build", "--base", base(precision), "--adapter", "shapes-gst", "--out", tmp_path / "e", "--quiet", *options)
     assert message in refused(capsys, *command)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_scale_of_zero_is_refused_before_anything_is_built(
+    base: Quantized, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "base"
+    shutil.copytree(base("int8"), copy)
+    shard = next((copy / "transformer").glob("*.safetensors"))
+    name = "transformer_blocks.0.attn.to_q.weight_scale"
+    place = read_header(shard)[0][name]
+    damaged = bytearray(shard.read_bytes())
+    damaged[place.offset : place.offset + 4] = bytes(4)
+    shard.write_bytes(damaged)
+    command = ("build", "--base", copy, "--adapter", "shapes-st", "--out", tmp_path / "e", "--quiet")
+    assert f"has a scale of 0 in {name}, but scales are positive finite numbers" in refused(capsys, *command)
+    assert not (tmp_path / "e").exists()
 
 
 def test_verify_needs_the_unquantised_base(

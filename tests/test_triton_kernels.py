@@ -336,6 +336,41 @@ def test_no_path_of_a_gpu_computes_with_the_reference(members: int | None, monke
     assert_close_to_exact("dispatch", y, p)
 
 
+@pytest.mark.parametrize("path", ["update", "addmm"])
+@pytest.mark.parametrize("members", [None, 3])
+def test_update_alone_takes_the_path_of_its_projection(members: int | None, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `masked_lora_update_` calls for CUDA tensors, here under the interpreter. A bank has one path."""
+    from slideredit_rt.kernels import triton_ops
+
+    p = projection.problem(2, 40, 60, 100, 6, torch.bfloat16, members=members, active=0.5)
+    p = {name: tensor.to(DEVICE) for name, tensor in p.items()}
+    asked, ran = [], []
+
+    def ask(*shape: object, exact: bool) -> str:
+        asked.append((*shape, exact))
+        return path
+
+    def recorded(name: str, update: Callable[..., None]) -> Callable[..., None]:
+        def run(*arguments: Tensor) -> None:
+            ran.append(name)
+            update(*arguments)
+
+        return run
+
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
+    monkeypatch.setattr(dispatch, "path", ask)
+    monkeypatch.setattr(triton_ops, "UPDATES", {name: recorded(name, f) for name, f in triton_ops.UPDATES.items()})
+    frozen = F.linear(p["x"], p["weight"], p["bias"])
+    y = frozen.clone()
+    triton_ops.update_by_dispatch(y, p["x"], p["lora_a"], p["lora_b"], p["row_scale"])
+    assert asked == ([] if members else [(80, 100, 60, torch.bfloat16, "a card", True)])
+    assert ran == ["update" if members else path]
+    assert_close_to_exact("dispatch", y, p)
+    off = (p["row_scale"].reshape(2, 40, -1) == 0).all(dim=-1)
+    assert off.any()
+    assert torch.equal(y[off], frozen[off])
+
+
 def test_bad_arguments_get_one_sentence(kernel: Callable[..., Tensor]) -> None:
     p = problem(1, 5, 12, 10, 3)
     with pytest.raises(SliderEditError, match="row_scale has shape"):

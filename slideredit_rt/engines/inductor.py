@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch._dynamo
+import torch._inductor.config
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -21,11 +22,13 @@ from slideredit_rt.engines.backend import Backend, BuildJob, Compiled
 from slideredit_rt.engines.cuda import CudaDevice
 from slideredit_rt.engines.folding import fold
 from slideredit_rt.engines.manifest import ADAPTER_FILE, Manifest
+from slideredit_rt.engines.quantised import ShareEqualNodes, prepare_quantised
 from slideredit_rt.engines.request import Outputs, check_request
 from slideredit_rt.engines.shapes import ShapeCache
 from slideredit_rt.errors import OutOfDeviceMemory, SliderEditError
 from slideredit_rt.families import get_family
 from slideredit_rt.modules import SliderBackbone
+from slideredit_rt.quantization.precisions import PRECISIONS
 from slideredit_rt.settings import RunSettings
 
 COMPILER = "inductor"
@@ -53,6 +56,11 @@ def compile_blocks(backbone: SliderBackbone) -> None:
     """
     transformer: Any = backbone.transformer
     transformer.compile_repeated_blocks(fullgraph=True, dynamic=False, backend=COMPILER)
+
+
+def compiler_passes() -> dict[str, Any]:
+    """Return the settings of torch's compiler that add this package's passes."""
+    return {"post_grad_custom_pre_pass": ShareEqualNodes()}
 
 
 def load_weights(transformer: Any, files: Iterable[Path], device: torch.device) -> None:
@@ -167,7 +175,11 @@ class InductorEngine:
             # Use the call's values, because a kernel may index by them.
             _fill(buffers, inputs)
             limits = {"recompile_limit": RECOMPILE_LIMIT, "accumulated_recompile_limit": RECOMPILE_LIMIT}
-            with _COMPILING, torch._dynamo.config.patch(limits):  # type: ignore[attr-defined]
+            with (
+                _COMPILING,
+                torch._dynamo.config.patch(limits),  # type: ignore[attr-defined]
+                torch._inductor.config.patch(compiler_passes()),  # type: ignore[attr-defined]
+            ):
                 step()
             return _Binding(buffers, output, self._capture(step) if self._cuda else step)
         except torch.OutOfMemoryError:
@@ -199,6 +211,7 @@ def engine_of(backbone: SliderBackbone, manifest: Manifest) -> InductorEngine:
         backbone: Backbone on its device, changed in place. A folded one cannot be restored.
         manifest: Manifest of the engine.
     """
+    prepare_quantised(backbone)
     if manifest.lowering == "folded":
         fold(backbone)
         if next(backbone.parameters()).is_cuda:
@@ -224,6 +237,7 @@ class Inductor(Backend):
     title = "Inductor"
     package = "torch"
     lowerings = ("operator", "folded")
+    quantised: ClassVar = {"fp8": "module", "int8": "module", "int4": "module"}
 
     def compile(self, job: BuildJob, folder: Path) -> Compiled:
         """Write the transformer's configuration and link the weights beside it (see `Backend.compile`)."""
@@ -235,7 +249,16 @@ class Inductor(Backend):
 
     def choose_device(self, manifest: Manifest, run: RunSettings) -> torch.device:
         """Return the requested device, by default a GPU if there is one (see `Backend.choose_device`)."""
-        return run.choose_device(torch.device("cuda") if torch.cuda.is_available() else None)
+        device = run.choose_device(torch.device("cuda") if torch.cuda.is_available() else None)
+        if device.type == "cuda":
+            major, minor = torch.cuda.get_device_capability(device)
+            for form in (PRECISIONS[name] for name in manifest.quantised):
+                if form.capabilities and 10 * major + minor < min(int(name[2:]) for name in form.capabilities):
+                    raise SliderEditError(
+                        f"the GPU {str(device)!r} is sm{major}{minor}, which does not compute in {form.name}, only "
+                        f"{', '.join(form.capabilities)} do; pass --device cpu, or build from a base quantised to int8 or int4"
+                    )
+        return device
 
     def open(self, folder: Path, manifest: Manifest, run: RunSettings) -> InductorEngine:
         """Load an engine folder onto a CUDA device, or the CPU if there is none (see `Backend.open`).

@@ -144,7 +144,8 @@ def scale_of(amax: Tensor, largest: float) -> Tensor:
     return torch.where(amax == 0, torch.ones_like(scale), scale)
 
 
-def _to_fp8(x: Tensor) -> Tensor:
+def to_fp8(x: Tensor) -> Tensor:
+    """Round to E4M3; values that are too large are clamped."""
     # Some versions of torch convert values above 448 to NaN.
     return x.clamp(-_FP8_MAX, _FP8_MAX).to(_FP8)
 
@@ -176,7 +177,7 @@ class FP8(Precision):
 
     def _rows(self, weight: Tensor, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
         scale = scale_of(weight.abs().amax(dim=1), _FP8_MAX)
-        return {"weight": _to_fp8(weight / scale[:, None]), "weight_scale": scale}
+        return {"weight": to_fp8(weight / scale[:, None]), "weight_scale": scale}
 
     def dequantise(self, parts: Mapping[str, Tensor]) -> Tensor:
         weight: Tensor = parts["weight"].float() * parts["weight_scale"].reshape(-1, 1)
@@ -186,7 +187,7 @@ class FP8(Precision):
         return float(scale_of(torch.tensor(_HEADROOM * amax), _FP8_MAX))
 
     def fake_quantise(self, x: Tensor, input_scale: Tensor) -> Tensor:
-        return _to_fp8(x / input_scale).to(x.dtype) * input_scale
+        return to_fp8(x / input_scale).to(x.dtype) * input_scale
 
 
 class INT8(Precision):
@@ -294,7 +295,7 @@ class NVFP4(Precision):
         blocks = x.unflatten(-1, (-1, _NVFP4_BLOCK))
         wide = blocks.abs().amax(dim=-1) / _FP4_MAX / second
         # The scale of a small block must not become 0; that of an empty block may have any value.
-        scale = _to_fp8(wide.clamp_min(_FP8_SMALLEST))
+        scale = to_fp8(wide.clamp_min(_FP8_SMALLEST))
         scaled = blocks / (scale.float() * second).unsqueeze(-1)
         size = scaled.abs()
         # The step between values is 0.5 up to 2, 1 up to 4, and 2 up to 6; ties go to the even code in each of these ranges.
