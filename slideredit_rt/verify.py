@@ -32,6 +32,21 @@ MAX_RMS_RATIO = 2.0
 
 
 @dataclass(frozen=True)
+class Origins:
+    """Locations of what an engine was built from; None takes those that are recorded.
+
+    Attributes:
+        base: Base.
+        adapter: Adapter, or several for a bank.
+        reference: Unquantised base, for a quantised engine.
+    """
+
+    base: str | None = None
+    adapter: str | Sequence[str] | None = None
+    reference: str | None = None
+
+
+@dataclass(frozen=True)
 class Comparison:
     """Error of a prediction against float32 eager torch, measured in float64.
 
@@ -252,10 +267,8 @@ def verify_engine(
     path: Path,
     image: Image.Image,
     sliders: list[Slider],
+    origins: Origins = Origins(),
     *,
-    base: str | None = None,
-    adapter: str | Sequence[str] | None = None,
-    reference: str | None = None,
     run: RunSettings | None = None,
     steps: int = 4,
 ) -> Verification:
@@ -270,9 +283,7 @@ def verify_engine(
         path: Engine folder.
         image: Image of the real edit.
         sliders: Sliders of the real edit. For a bank, sliders that name no member are assigned to the members in turn.
-        base: Location of the base; None takes the source recorded in the manifest.
-        adapter: Location of the adapter, or several for a bank; None takes the source recorded in the manifest.
-        reference: Location of the unquantised base, for a quantised engine; None takes the one recorded in the quantised base.
+        origins: Locations of the base and the adapter, where they are not the recorded ones.
         run: Device, threads and options of the engine; None uses the defaults. Everything else runs on the CPU in float32, for
             both.
         steps: Denoising steps of the final images.
@@ -284,9 +295,9 @@ def verify_engine(
     device = check_run(path, manifest, run)
     if manifest.adapter is None:
         raise SliderEditError(f"engine {str(path)!r} has no adapter to verify; rebuild it with --adapter")
-    base = base or manifest.base["source"]
+    base = origins.base or manifest.base["source"]
     members = manifest.adapter.get("members", {})
-    adapter = adapter or list(dict.fromkeys(m["source"] for m in members.values())) or manifest.adapter["source"]
+    adapter = origins.adapter or list(dict.fromkeys(m["source"] for m in members.values())) or manifest.adapter["source"]
     loaded = load_adapters(adapter, get_family(manifest.family)).without(manifest.adapter.get("dropped", ()))
     if loaded.fingerprint != manifest.adapter["fingerprint"]:
         raise SliderEditError(f"adapter {adapter!r} is not the one in engine {str(path)!r}; pass the original with --adapter")
@@ -294,7 +305,7 @@ def verify_engine(
     check_base(manifest, path, resolve_base(base))
     placement = choose_placement(path, manifest, resolve_base(base), run, device, encoders=False)
     compiled = open_engine(path, placement.run, manifest)[1]
-    exact = base if manifest.precision is None else reference or read_source(resolve_base(base) / "transformer")
+    exact = base if manifest.precision is None else origins.reference or read_source(resolve_base(base) / "transformer")
     eager = SliderEditor.from_pretrained(exact, loaded)
     engine = _on_cpu(eager, manifest, compiled)
     names = list(members)

@@ -28,7 +28,7 @@ from slideredit_rt.modules import SliderBackbone
 from slideredit_rt.sliders import Slider
 from slideredit_rt.spans import combine_row_scale
 from slideredit_rt.strength import StrengthCurve
-from slideredit_rt.verify import verify_engine
+from slideredit_rt.verify import Origins, verify_engine
 
 RED, DARK = "make the circle red", "make the background dark"
 PROMPT = f"{RED} and {DARK}"
@@ -340,9 +340,9 @@ def test_another_bank_takes_the_engines_place_and_other_numbers_of_members_do_no
 
 def test_verify_passes_and_finds_the_members_files(engine: Path, scene: Image.Image, files: list[str]) -> None:
     assert verify_engine(engine, scene, [Slider(RED)], steps=1).passed
-    assert verify_engine(engine, scene, [Slider(RED), Slider(DARK)], adapter=files, steps=1).passed
+    assert verify_engine(engine, scene, [Slider(RED), Slider(DARK)], Origins(adapter=files), steps=1).passed
     with pytest.raises(SliderEditError, match="is not the one in engine"):
-        verify_engine(engine, scene, [Slider(RED)], adapter=files[::-1], steps=1)
+        verify_engine(engine, scene, [Slider(RED)], Origins(adapter=files[::-1]), steps=1)
 
 
 def test_the_manifest_describes_the_members(engine: Path, files: list[str]) -> None:

@@ -31,7 +31,7 @@ from slideredit_rt.errors import SliderEditError
 from slideredit_rt.export.build import build_engine
 from slideredit_rt.families import Family, get_family
 from slideredit_rt.sliders import Slider
-from slideredit_rt.verify import verify_engine
+from slideredit_rt.verify import Origins, verify_engine
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 CLIP, T5 = "text_encoder/model.safetensors", "text_encoder_2/model.safetensors"
@@ -332,7 +332,7 @@ def test_verify_refuses_a_base_whose_transformer_is_another(pair: tuple[Path, Pa
     overwrite(weights, keep_times=False)
     read_manifest(engine)
     with pytest.raises(SliderEditError, match=r"is not the one that engine .* was built from: transformer differ"):
-        verify_engine(engine, scene, [SLIDER], base=str(base), steps=1)
+        verify_engine(engine, scene, [SLIDER], Origins(str(base)), steps=1)
 
 
 def test_a_touched_moved_or_relinked_engine_opens_and_is_read_whole_once(

@@ -184,7 +184,7 @@ def _verify(args: argparse.Namespace) -> int:
     check_engine_folder(args.engine)
     from slideredit_rt.images import open_image
     from slideredit_rt.shapes.world import held_out_examples, scene_image
-    from slideredit_rt.verify import verify_engine
+    from slideredit_rt.verify import Origins, verify_engine
 
     image = open_image(args.image) if args.image else scene_image(held_out_examples(1, 1)[0])
     sliders = with_members(args, [parse_slider(s) for s in args.slider or ["make the circle red"]])
@@ -192,9 +192,7 @@ def _verify(args: argparse.Namespace) -> int:
         args.engine,
         image,
         sliders,
-        base=args.base,
-        adapter=args.adapter,
-        reference=args.reference,
+        Origins(args.base, args.adapter, args.reference),
         run=run_settings(args),
     )
     half = report.dtype != "float32" and report.precision is None

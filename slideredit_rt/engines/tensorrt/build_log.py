@@ -1,4 +1,4 @@
-"""What a plan computes in, read from the log of its builder: the types of GEMM operands and of stored weights.
+"""Types that a plan computes in, read from the log of its builder: those of GEMM operands and of stored weights.
 
 With detailed profiling verbosity, the log has a section "Layers:" with a line per layer after fusion: type, inputs, constants
 and outputs with their dtypes, and the ONNX nodes that it came from. This needs no GPU. The format is that of TensorRT-RTX 1.7.
@@ -131,6 +131,6 @@ def check_precisions(layers: Iterable[Layer], precisions: Mapping[str, str], tit
         name = wider[0]
         others = f" (and {len(wider) - 1} others)" if len(wider) > 1 else ""
         raise SliderEditError(
-            f"{title} would multiply with a wider copy of the {precisions[name]} weight of {name}{others}, made anew in every "
+            f"{title} would multiply with a wider copy of the {precisions[name]} weight of {name}{others}, made again in every "
             "step; allow more than one batch size with --batch, use --dtype bfloat16, or keep the linear with quantize --keep"
         )
