@@ -135,7 +135,7 @@ def lower(model: ir.Model, lowering: Lowering, target: str | None = None) -> tup
                 _to_plugin(model.graph, node)
     if nodes or beside:
         model.opset_imports[DOMAIN] = 1
-    counts = collections.Counter({lowering: len(nodes) - len(native)})
+    counts: collections.Counter[str] = collections.Counter({lowering: len(nodes) - len(native)})
     counts["native"] += len(native) + len(beside)
     found = {name: count for name, count in counts.items() if count}
     return found, list(reasons.values())

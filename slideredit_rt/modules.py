@@ -185,7 +185,7 @@ class SliderBackbone(nn.Module):
             self._replace(name, module.frozen())
         self.adapted.clear()
 
-    def release_linears(self) -> dict[str, MaskedLoRALinear]:
+    def release_linears(self) -> dict[str, AdaptedLinear]:
         """Return the adapted linears by name and forget them, for a caller who replaces them. `remove()` then does nothing."""
         released = dict(self.adapted)
         self.adapted.clear()

@@ -333,4 +333,4 @@ def _effect_error(actual: Tensor, expected: Tensor) -> float:
     """Return the error of what sliders change between alpha 0 and alpha 1, divided by the RMS of that change."""
     first, last = ALPHAS.index(0.0), ALPHAS.index(1.0)
     effects = [(images[last] - images[first]).double() for images in (actual, expected)]
-    return ((effects[0] - effects[1]).norm() / effects[1].norm().clamp_min(1e-30)).item()
+    return float((effects[0] - effects[1]).norm() / effects[1].norm().clamp_min(1e-30))

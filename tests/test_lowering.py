@@ -21,7 +21,8 @@ from slideredit_rt.assets import resolve_base
 from slideredit_rt.engines import get_backend
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.export import lowering, tensorrt_plugin
-from slideredit_rt.export.lowering import DOMAIN, LINEAR, choose, lower
+from slideredit_rt.export.lowering import choose, lower
+from slideredit_rt.export.nodes import DOMAIN, LINEAR
 from slideredit_rt.export.onnx_graph import example_inputs, trace
 from slideredit_rt.families import KINDS, Family, Kind
 from slideredit_rt.modules import SliderBackbone

@@ -17,7 +17,7 @@ import pytest
 import torch
 from diffusers import FluxTransformer2DModel
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 
 from slideredit_rt import cli
 from slideredit_rt.adapters import load_adapter
@@ -25,6 +25,7 @@ from slideredit_rt.assets import resolve_base
 from slideredit_rt.checkpoint import meta_transformer
 from slideredit_rt.editor import SliderEditor
 from slideredit_rt.engines import BuildSettings, open_engine
+from slideredit_rt.engines.backend import DType
 from slideredit_rt.engines.tensorrt import TensorRTOptions
 from slideredit_rt.engines.tensorrt.build_log import check_precisions, plan_types, read_layers
 from slideredit_rt.errors import SliderEditError
@@ -67,7 +68,7 @@ def engine(base: Quantized, tmp_path_factory: pytest.TempPathFactory) -> Callabl
     def built(precision: str, kind: str, backend: str = "onnxruntime", targets: tuple[str, ...] | None = None) -> Path:
         folder = tmp_path_factory.mktemp("engines") / f"{precision}-{kind}-{backend}"
         options = None if backend == "onnxruntime" else TensorRTOptions(targets=targets)
-        dtype = None if backend == "onnxruntime" else "bfloat16"
+        dtype: DType | None = None if backend == "onnxruntime" else "bfloat16"
         settings = BuildSettings(backend, dtype=dtype, options=options)
         build_engine(base(precision), f"shapes-{kind}", folder, settings, progress=False)
         return folder
@@ -320,8 +321,12 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def wide_adapter(base: Path, family: Family, kind: str) -> Any:
     generator = torch.Generator().manual_seed(0)
     linears = {n: m for n, m in meta_transformer(base / "transformer").named_modules() if isinstance(m, nn.Linear)}
+
+    def matrix(*size: int) -> Tensor:
+        return 0.02 * torch.randn(size, generator=generator)
+
     pairs = {
-        name: tuple(0.02 * torch.randn(size, generator=generator) for size in ((16, m.in_features), (m.out_features, 16)))
+        name: (matrix(16, m.in_features), matrix(m.out_features, 16))
         for name, m in linears.items()
         if family.targets(kind).fullmatch(name)  # type: ignore[arg-type]
     }

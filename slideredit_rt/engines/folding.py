@@ -77,7 +77,8 @@ def fold(backbone: SliderBackbone) -> None:
     Args:
         backbone: Backbone with an adapter, whose A and B have the dtype of the weights.
     """
-    transformer, adapted = backbone.transformer, backbone.release_linears()
+    released = backbone.release_linears()
+    transformer, adapted = backbone.transformer, {n: m for n, m in released.items() if isinstance(m, MaskedLoRALinear)}
     for parent in sorted({name.rpartition(".")[0] for name in adapted}):
         attention: Any = transformer.get_submodule(parent)
         joint = _joint_projections(attention, parent, backbone.family.joint_projections, adapted)

@@ -59,8 +59,8 @@ class Manifest:
         links: SHA-256, size and `kind` (`hard` or `symbolic`) of each checkpoint file linked into the folder, by name.
         precision: Name of the precision that the base was quantised to; None for one that was not.
         quantised: Number of quantised linears by their precision.
-        plan: Types that a compiled plan computes in, as its builder reported: `gemms`, the number of GEMMs by the types of their
-            operands, and `weights`, bytes by type; empty for other engines.
+        plan: Types that a compiled plan computes in, as its builder reported: `gemms`, the number of GEMMs by the types of
+            their operands, and `weights`, bytes by type; empty for other engines.
         schema_version: Version of the manifest's format.
     """
 

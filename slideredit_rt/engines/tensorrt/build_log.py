@@ -33,7 +33,7 @@ class Operand:
 
     @property
     def is_matrix(self) -> bool:
-        """Whether it has two or more axes longer than 1, as weights have and scales of a channel have not."""
+        """True if two or more axes are longer than 1, as those of weights are and those of a channel's scales are not."""
         return sum(size != 1 for size in self.shape) >= 2
 
 
