@@ -38,6 +38,7 @@ from slideredit_rt.quantization.precisions import PRECISIONS
 from slideredit_rt.quantization.selection import select_layers
 from slideredit_rt.quantization.write import QuantizeSettings, quantize_base
 from slideredit_rt.settings import RunSettings
+from slideredit_rt.shapes.sweeps import evaluate_sliders, table
 from slideredit_rt.sliders import Slider
 from slideredit_rt.tensor_files import read_header
 from slideredit_rt.verify import verify_engine
@@ -140,6 +141,19 @@ def test_projections_of_the_same_rows_share_the_rounded_activations(engine: Call
     rounded = [node for node in graph.node if node.op_type == "QuantizeLinear"]
     # Two double blocks round 4 inputs in each stream, three single blocks 2. Modulation is not rounded.
     assert len(rounded) == 2 * 2 * 4 + 3 * 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp8", "int8", "int4"])
+def test_sliders_hold_the_marks_of_the_unquantised_editor(precision: str, engine: Callable[..., Path], kind: str) -> None:
+    editor = SliderEditor.from_engine(engine(precision, kind))
+    row: dict[str, Any] = table(evaluate_sliders(editor, 1, 16, progress=False))
+    sys.stdout.write(f"\n{precision} {kind}: {row}\n")
+    assert row["erased_below_quarter"] >= 0.9
+    assert row["spearman_at_least_0.95"] >= 0.9
+    assert row["beyond_at_1.5"] >= 0.6
+    if kind == "st":
+        assert row["linearity"] <= 0.12
 
 
 # Refusals
