@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from slideredit_rt.adapters import Adapter, fill_ranks
 from slideredit_rt.checkpoint import CONFIG_FILE, check_complete, check_parts, meta_transformer, read_weights
 from slideredit_rt.engines.backend import Lowering
-from slideredit_rt.engines.manifest import ADAPTER_FILE, MODEL_FILE
+from slideredit_rt.engines.manifest import ADAPTER_FILE, CONVERTED_FILE, MODEL_FILE
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.export.lowering import lower
 from slideredit_rt.export.onnx_graph import trace
@@ -44,7 +44,6 @@ from slideredit_rt.quantization.loading import check_scale
 from slideredit_rt.quantization.precisions import Part
 from slideredit_rt.tensor_files import Stored, make_header, read_header, read_tensor, write_tensors
 
-CONVERTED_FILE = "converted.safetensors"
 _OWN_FILES = (MODEL_FILE, ADAPTER_FILE, CONVERTED_FILE, CONFIG_FILE)
 _CODES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 # Number of elements: enough for shapes, slices and tables of position frequencies, far below any weight matrix.

@@ -8,10 +8,10 @@ row_scale is `[B, S, G]`, and member g owns the columns g·R/G to (g + 1)·R/G o
 - `folded`: one MatMul with extra inner columns, `[x | s·xAᵀ] · [W | B]ᵀ`. Projections of the same rows share the first
   factor. Meant for GST.
 - `plugin`: the node is kept, and TensorRT runs this package's Triton kernel. Projections without a kernel become `native`.
+- `operator`: no graph at all; Inductor runs this package's torch operator.
+
 A `slideredit::MaskedLoRAUpdate` node is the update beside a quantised projection, with y in place of weight and bias. It only
 has the native form: folding would put the quantised weight together with B, which rebuilds it in full in every step.
-
-- `operator`: no graph at all; Inductor runs this package's torch operator.
 
 Inductor has no graph for `folded` either; it folds modules when it opens an engine (`slideredit_rt.engines.folding`).
 """

@@ -211,7 +211,7 @@ def masked_lora_update_triton_(y: Tensor, x: Tensor, lora_a: Tensor, lora_b: Ten
     Raises:
         SliderEditError: Shapes, dtypes or devices do not match or are not supported, or `y` is not contiguous.
     """
-    check_update(y, x, lora_a, lora_b, row_scale)
+    check_update(y, x, lora_a, lora_b, row_scale, in_place=True)
     _require_launchable(x)
     _masked_lora_update_triton_(y, x, lora_a, lora_b, row_scale)
     return y

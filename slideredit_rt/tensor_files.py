@@ -70,6 +70,8 @@ def read_header(path: Path) -> tuple[dict[str, Stored], bytes]:
         places = {}
         for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
             first, last = entry["data_offsets"]
+            if not all(type(number) is int and number >= 0 for number in (first, last, *entry["shape"])):
+                raise ValueError(f"{name} has a shape or a place that is not made of whole numbers")
             if entry["dtype"] not in _DTYPES:
                 raise ValueError(f"{name} has the unknown dtype {entry['dtype']}")
             place = Stored(path, _DTYPES[entry["dtype"]], tuple(entry["shape"]), start + first, last - first)

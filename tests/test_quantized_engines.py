@@ -212,7 +212,10 @@ def test_verify_needs_the_unquantised_base(
     copy = tmp_path / "base"
     shutil.copytree(base("int8"), copy)
     config = json.loads((copy / "transformer" / "config.json").read_text())
-    for change, message in (({"source": None}, "does not say which base it was"), ({"fused": ["style"]}, "with fused LoRAs")):
+    for change, message in (
+        ({"source": "somebody/flux"}, "was not quantised from a base that is on this machine"),
+        ({"fused": ["style"]}, "with fused LoRAs"),
+    ):
         changed = config | {"quantization_config": config["quantization_config"] | change}
         (copy / "transformer" / "config.json").write_text(json.dumps(changed))
         manifest = tmp_path / "engine" / "manifest.json"
@@ -250,9 +253,8 @@ def layer(kind: str, inputs: str, constants: str, nodes: str = f"[ONNX Layer: {N
         ([layer("gemm", "FP8", "FP8"), layer("kgen", "BFloat16", "BFloat16")], "fp8", True),
         ([layer("kgen", "", "Int8"), layer("gemm", "BFloat16 BFloat16", "")], "int8", False),
         ([layer("gemm", "FP8", "FP8"), layer("gemm", "BFloat16", "BFloat16")], "fp8", False),
-        ([layer("gemm", "FP8", "FP8", "[ONNX Layer: another/base]")], "fp8", False),
     ],
-    ids=["fp8", "inside the gemm", "scaled after the gemm", "expanded before", "wider for one target", "absent"],
+    ids=["fp8", "inside the gemm", "scaled after the gemm", "expanded before", "wider for one target"],
 )
 def test_a_projection_counts_only_if_every_gemm_of_it_reads_the_stored_weight(
     lines: list[str], precision: str, holds: bool
@@ -265,6 +267,12 @@ def test_a_projection_counts_only_if_every_gemm_of_it_reads_the_stored_weight(
             SliderEditError, match=rf"TensorRT-RTX would multiply with a wider copy of the {precision} weight of {NAME}"
         ):
             check_precisions(layers, {NAME: precision}, "TensorRT-RTX")
+
+
+@pytest.mark.parametrize("lines", [[], [layer("gemm", "FP8", "FP8", "[ONNX Layer: another/base]")]], ids=["empty", "absent"])
+def test_a_log_that_does_not_mention_a_projection_proves_nothing(lines: list[str]) -> None:
+    with pytest.raises(SliderEditError, match=f"the build log of TensorRT does not say how {NAME} is computed"):
+        check_precisions(read_layers(lines), {NAME: "fp8"}, "TensorRT")
 
 
 def test_gemms_are_counted_by_their_operands_and_weights_by_their_bytes() -> None:

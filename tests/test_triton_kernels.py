@@ -287,6 +287,14 @@ def test_the_compiler_sees_the_kernel_and_that_it_writes_only_its_output() -> No
     assert done.stdout.split() == ["1", "y"], done.stderr
 
 
+def test_update_in_place_refuses_an_output_with_gaps() -> None:
+    p = problem(1, 4, 24, 16, 4)
+    beside = torch.zeros(1, 4, 32, device=DEVICE)
+    with pytest.raises(SliderEditError, match="y is not contiguous"):
+        kernels.masked_lora_update_triton_(beside[..., :16], p["x"], p["lora_a"], p["lora_b"], p["row_scale"])
+    assert not beside.any()
+
+
 def bank(rows: int, members: int, rank: int, dtype: torch.dtype) -> dict[str, Tensor]:
     """A bank whose rows use any number of members, also none."""
     p = projection.problem(2, rows, 60, 100, rank, dtype, members=members, active=0.6)

@@ -21,7 +21,7 @@ from slideredit_rt.checkpoint import CONFIG_FILE, meta_transformer
 from slideredit_rt.engines.backend import Backend, BuildJob, Compiled
 from slideredit_rt.engines.cuda import CudaDevice
 from slideredit_rt.engines.folding import fold
-from slideredit_rt.engines.manifest import ADAPTER_FILE, Manifest
+from slideredit_rt.engines.manifest import ADAPTER_FILE, CONVERTED_FILE, Manifest
 from slideredit_rt.engines.quantised import ShareEqualNodes, prepare_quantised
 from slideredit_rt.engines.request import Outputs, check_request
 from slideredit_rt.engines.shapes import ShapeCache
@@ -269,8 +269,9 @@ class Inductor(Backend):
             torch.set_num_threads(run.threads)
         device = self.choose_device(manifest, run)
         family, transformer = get_family(manifest.family), meta_transformer(folder)
-        # Converted weights take precedence over the checkpoint's shards, which hold the original ones.
+        # Converted weights take precedence over the checkpoint's shards, linked or copied, which hold the original ones.
         own = [name for name in manifest.files if name not in (CONFIG_FILE, ADAPTER_FILE)]
+        own.sort(key=lambda name: name != CONVERTED_FILE)
         adapter = load_adapter(folder / ADAPTER_FILE, family) if manifest.adapter else None
         if adapter is not None:
             dtype = getattr(torch, manifest.dtype)

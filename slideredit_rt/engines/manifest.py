@@ -21,6 +21,8 @@ SCHEMA_VERSION = 2
 NAME = MANIFEST
 MODEL_FILE = "model.onnx"
 ADAPTER_FILE = "adapter.safetensors"
+CONVERTED_FILE = "converted.safetensors"
+"""Weights of the base in another dtype or layout than the base's own files have them."""
 DIGESTS = ".digests.json"
 """Cached digests of an engine folder's large files. Not a part of the engine; written again when it is missing."""
 MAX_BATCH, MAX_SLIDERS = 1024, 256

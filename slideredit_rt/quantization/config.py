@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from slideredit_rt import __version__
+from slideredit_rt.assets import EMBEDDED_BASE
 from slideredit_rt.errors import SliderEditError
-from slideredit_rt.files import read_json
+from slideredit_rt.files import read_json, user_path
 from slideredit_rt.quantization.precisions import PRECISIONS
 
 METHOD = "modelopt"
@@ -142,13 +143,13 @@ def read_precision(folder: Path) -> str | None:
 
 
 def read_source(folder: Path) -> str:
-    """Return the location of the base that a model was quantised from.
+    """Return the location, on this machine, of the base that a model was quantised from.
 
     Args:
         folder: Folder of a model that is quantised.
 
     Raises:
-        SliderEditError: It is not recorded, or LoRAs were added to it.
+        SliderEditError: It is not recorded or not on this machine, or LoRAs were added to it.
     """
     configuration = _configuration(folder) or {}
     if configuration.get("fused"):
@@ -156,11 +157,14 @@ def read_source(folder: Path) -> str:
             f"{str(folder.parent)!r} was quantised from a base with fused LoRAs, which no folder holds; save that base without "
             "quantisation and pass it with --reference"
         )
-    if not isinstance(configuration.get("source"), str):
+    source = configuration.get("source")
+    if not isinstance(source, str) or not (source == EMBEDDED_BASE or user_path(source).exists()):
+        # A location elsewhere is not followed: the configuration may come from anybody.
         raise SliderEditError(
-            f"{str(folder.parent)!r} does not say which base it was quantised from; pass that with --reference"
+            f"{str(folder.parent)!r} was not quantised from a base that is on this machine; pass the unquantised base with "
+            "--reference"
         )
-    return str(configuration["source"])
+    return source
 
 
 def hint_for(method: str) -> str:

@@ -33,6 +33,8 @@ _INPUT_SCALES = ("input_scale", "scale_input")
 # ComfyUI's marker of scaled weights; with two elements, activations are not quantised.
 _MARKER = "scaled_fp8"
 _METADATA = "_quantization_metadata"
+_COMFY_FORMAT = "comfy_quant"
+_LONGEST_FORMAT = 4096  # bytes of a description of one linear
 _WEIGHTS_ONLY = "full_precision_matrix_mult"
 # Tensors that only other formats have, by the end of their names.
 _OTHER_FORMATS = (
@@ -171,6 +173,7 @@ class ForeignWeights:
                     f"{str(self._source)!r} stores {rows.tensor} with shape {list(place.shape)}, but the base needs "
                     f"{list(wanted)}; pass the base that it was made from with --base"
                 )
+        self._check_scale_names()
         used = {rows.tensor for rows in self.rows.values()}
         blocks = {rows.tensor.removeprefix(self._prefix).partition(".")[0] for rows in self.rows.values()}
         for name in self._stored.keys() - used:
@@ -181,6 +184,18 @@ class ForeignWeights:
                     "from with --base"
                 )
 
+    def _check_scale_names(self) -> None:
+        """Refuse tensors of an FP8 linear that are not known, such as scales under another name or for another formula."""
+        known = ("weight", "bias", *_WEIGHT_SCALES, *_INPUT_SCALES, _COMFY_FORMAT)
+        tensors = {rows.tensor for rows in self.rows.values()}
+        modules = {rows.module for rows in self.rows.values() if self._stored[rows.tensor].dtype == FP8}
+        for name in self._stored:
+            module, _, part = name.rpartition(".")
+            if module in modules and part not in known and name not in tensors:
+                raise SliderEditError(
+                    f"{str(self._source)!r} holds {name} beside an FP8 weight, and what it means is not known; {INSTEAD}"
+                )
+
     def _read_weights_only(self) -> Iterator[str]:
         """Yield the modules, by their names in the files, whose activations ComfyUI would not quantise."""
         marker = self._stored.get(self._prefix + _MARKER)
@@ -188,16 +203,16 @@ class ForeignWeights:
             yield from {rows.module for rows in self.rows.values()}
         for file in sorted({place.file for place in self._stored.values()}):
             # The format of linears is read from their tensors, so a damaged description may be ignored.
-            with suppress(ValueError, AttributeError, TypeError):
+            with suppress(ValueError, AttributeError, TypeError, RecursionError):
                 metadata = json.loads(read_header(file)[1][8:]).get("__metadata__", {})
                 for module, entry in json.loads(metadata.get(_METADATA, "{}")).get("layers", {}).items():
                     if _is_weights_only(entry):
                         yield self._prefix + module.removeprefix(self._prefix)
         for name, place in self._stored.items():
-            if name.endswith(".comfy_quant") and place.dtype == torch.uint8:
-                with suppress(ValueError, AttributeError):
+            if name.endswith(f".{_COMFY_FORMAT}") and place.dtype == torch.uint8 and place.length <= _LONGEST_FORMAT:
+                with suppress(ValueError, AttributeError, RecursionError):
                     if _is_weights_only(json.loads(bytes(read_tensor(place).tolist()))):
-                        yield name.removesuffix(".comfy_quant")
+                        yield name.removesuffix(f".{_COMFY_FORMAT}")
 
 
 def _is_weights_only(entry: Any) -> bool:

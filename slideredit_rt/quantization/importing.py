@@ -92,9 +92,7 @@ def import_base(source: Path, base: str | Path | None, out: Path, *, overwrite: 
     if base is None and not (source / INDEX_FILE).exists():
         raise SliderEditError(f"{str(source)!r} is a transformer alone; pass the base that it was made from with --base")
     folder = resolve_base(source if base is None else base)
-    if out.exists() and out.resolve() in (source.resolve(), *source.resolve().parents):
-        raise SliderEditError(f"{str(out)!r} holds the weights to import; choose another folder with --out")
-    check_output(folder, out, overwrite=overwrite)
+    check_output([source, folder], out, overwrite=overwrite)
     family = family_of(folder)
     family.check_base(folder, transformer=False)
     transformer = meta_transformer(folder / "transformer", {})

@@ -51,7 +51,7 @@ class Limits:
     """Accuracy that an engine of a precision must reach against the unquantised float32 reference.
 
     Attributes:
-        step_rms: Largest relative root mean square error of one denoising step.
+        step_rms: Largest relative root mean square error of a denoising step at timestep 0.7, and on average over all steps.
         psnr: Smallest peak signal-to-noise ratio of a final image, in dB.
     """
 

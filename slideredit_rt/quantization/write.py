@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from slideredit_rt.checkpoint import (
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.export.linked_weights import link_or_copy
 from slideredit_rt.families import family_of
-from slideredit_rt.files import atomic_file, atomic_folder, read_json
+from slideredit_rt.files import atomic_file, atomic_folder, read_json, user_path
 from slideredit_rt.quantization.calibrate import ActivationRun, calibration_cases, measure_activations
 from slideredit_rt.quantization.config import QuantizedLayer, describe_layers, read_precision
 from slideredit_rt.quantization.fusing import Fused, Updates, read_updates
@@ -123,7 +123,9 @@ def quantize_base(
     """
     folder = resolve_base(base)
     family, source = family_of(folder), folder / "transformer"
-    check_output(folder, out, overwrite=overwrite)
+    run = settings.calibration
+    read = [folder, *(user_path(lora.source) for lora in settings.fuse), *(path for path in (run.images, run.prompts) if path)]
+    check_output(read, out, overwrite=overwrite)
     if (found := read_precision(source)) is not None:
         raise SliderEditError(f"base {str(folder)!r} is quantised already ({found}); pass the base that it was made from")
     family.check_base(folder)
@@ -160,10 +162,20 @@ def quantize_base(
     )
 
 
-def check_output(folder: Path, out: Path, *, overwrite: bool) -> None:
-    """Refuse an output folder that exists, or that is the base: its linked files would lose their only other copy."""
-    if out.exists() and out.resolve() == folder.resolve():
-        raise SliderEditError(f"{str(out)!r} is the base itself; choose another folder with --out")
+def check_output(sources: Sequence[Path], out: Path, *, overwrite: bool) -> None:
+    """Refuse an output folder that exists, or that holds a source: replacing it would delete the source.
+
+    Args:
+        sources: Folders and files that are read.
+        out: Folder to create.
+        overwrite: Accept a folder that exists.
+
+    Raises:
+        SliderEditError: The folder cannot be used.
+    """
+    for source in sources:
+        if out.exists() and out.resolve() in (source.resolve(), *source.resolve().parents):
+            raise SliderEditError(f"{str(out)!r} holds {str(source)!r}, which is read; choose another folder with --out")
     if out.exists() and not overwrite:
         raise SliderEditError(f"{str(out)!r} exists already; choose another name or pass --overwrite")
 

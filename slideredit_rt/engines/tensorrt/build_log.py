@@ -102,7 +102,7 @@ def plan_types(layers: Iterable[Layer]) -> PlanTypes:
     weights: collections.Counter[str] = collections.Counter()
     for layer in layers:
         if layer.kind in _GEMMS:
-            matrices = [operand.dtype for operand in (*layer.inputs, *layer.constants) if operand.is_matrix]
+            matrices = [operand.dtype for operand in (*layer.inputs, *layer.constants) if operand.is_matrix] or ["vectors"]
             gemms[" × ".join(sorted(set(matrices)) if len(set(matrices)) > 1 else matrices[:1] * 2)] += 1
         for constant in layer.constants:
             weights[constant.dtype] += math.prod(constant.shape) * _BITS.get(constant.dtype, 8) // 8
@@ -110,23 +110,28 @@ def plan_types(layers: Iterable[Layer]) -> PlanTypes:
 
 
 def check_precisions(layers: Iterable[Layer], precisions: Mapping[str, str], title: str) -> None:
-    """Check that every quantised projection is computed from its stored weight, in the plan for every target.
+    """Check that every quantised projection is computed from its stored weight.
 
     Args:
-        layers: Layers of the plan.
+        layers: Layers of the plan, of all targets.
         precisions: Name of the precision of each quantised projection, by its name in the transformer.
         title: Name of the builder, for the message.
 
     Raises:
-        SliderEditError: A projection is computed from a wider copy of its weight, or the log does not mention it.
+        SliderEditError: A projection is computed from a wider copy of its weight, or the log does not say how it is computed.
     """
     computing: dict[str, list[Layer]] = {name: [] for name in precisions}
     for layer in layers:
         for node in layer.nodes:
             if layer.kind in _GEMMS and node.endswith("/base") and (name := node.removesuffix("/base")) in computing:
                 computing[name].append(layer)
+    if unknown := next((name for name, found in computing.items() if not found), None):
+        raise SliderEditError(
+            f"the build log of {title} does not say how {unknown} is computed, so its precision cannot be checked; report this "
+            "with the build's versions"
+        )
     stored = {name: _STORED[precision] for name, precision in precisions.items()}
-    wider = [name for name, found in computing.items() if not found or not all(x.multiplies(stored[name]) for x in found)]
+    wider = [name for name, found in computing.items() if not all(layer.multiplies(stored[name]) for layer in found)]
     if wider:
         name = wider[0]
         others = f" (and {len(wider) - 1} others)" if len(wider) > 1 else ""
