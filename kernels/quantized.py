@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from slideredit_rt.errors import SliderEditError
-from slideredit_rt.quantization.precisions import PRECISIONS, get_precision
+from slideredit_rt.quantization.precisions import PRECISIONS, Part, get_precision
 
 
 def quantized_linear_reference(
@@ -108,15 +108,18 @@ def quantized_linear(
     Raises:
         SliderEditError: The precision is unknown, or parts do not fit it or `x`.
     """
-    layout = get_precision(precision).layout(weight.shape[0], x.shape[-1])
-    if weight.dtype != layout["weight"].dtype or tuple(weight.shape) != layout["weight"].shape:
-        raise SliderEditError(
-            f"weight is {weight.dtype} {tuple(weight.shape)}; an {precision} projection of x with shape {tuple(x.shape)} needs "
-            f"{layout['weight'].dtype} {layout['weight'].shape}"
-        )
-    if (weight_scale_2 is None) == ("weight_scale_2" in layout):
-        raise SliderEditError(
-            f"weight_scale_2 is {weight_scale_2}, but {precision} {'needs' if weight_scale_2 is None else 'lacks'} one"
-        )
+    form = get_precision(precision)
+    layout = form.layout(weight.shape[0], x.shape[-1])
+    if form.quantises_activations and input_scale is not None:
+        layout = layout | {"input_scale": Part(torch.float32, ())}
+    parts = {"weight": weight, "weight_scale": weight_scale, "weight_scale_2": weight_scale_2, "input_scale": input_scale}
+    for name, part in parts.items():
+        if (part is None) == (name in layout):
+            raise SliderEditError(f"{name} is {part}, but {precision} {'needs' if part is None else 'lacks'} one")
+        if part is not None and (part.dtype, tuple(part.shape)) != (layout[name].dtype, layout[name].shape):
+            raise SliderEditError(
+                f"{name} is {part.dtype} {tuple(part.shape)}; an {precision} projection of x with shape {tuple(x.shape)} needs "
+                f"{layout[name].dtype} {layout[name].shape}"
+            )
     y: Tensor = _quantized_linear(x, weight, weight_scale, weight_scale_2, input_scale, bias, precision)
     return y

@@ -247,8 +247,8 @@ def test_weights_stay_in_the_source_and_only_scales_and_the_last_norm_are_writte
     assert "quantised already (fp8)" in refused(
         capsys, "quantize", "--base", out, "--precision", "int8", "--out", tmp_path / "again"
     )
-    assert "holds the weights to import" in refused(capsys, "import", out, "--out", out, "--overwrite")
-    assert "holds the weights to import" in refused(capsys, *command[:-1], tmp_path, "--overwrite")
+    assert "which is read; choose another folder" in refused(capsys, "import", out, "--out", out, "--overwrite")
+    assert "which is read; choose another folder" in refused(capsys, *command[:-1], tmp_path, "--overwrite")
 
 
 def test_engines_that_read_modules_get_slices_under_their_own_names(
@@ -385,6 +385,7 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, Tensor]], dict[str, Tensor]], str]] 
     "a negative scale": (plus(weight_scale=torch.tensor(-1.0)), "a scale of -1 in"),
     "a scale of NaN": (plus(weight_scale=torch.tensor(math.nan)), "a scale of nan in"),
     "an infinite input scale": (plus(input_scale=torch.tensor(math.inf)), "a scale of inf in"),
+    "a scale of another name": (plus(weight_scale_inv=torch.ones(1)), f"holds {QKV}.weight_scale_inv beside an FP8 weight"),
     "too few scales": (plus(weight_scale=torch.ones(128)), "of shape [128], but a scale per tensor or output channel"),
     "scales per block": (plus(weight_scale=torch.ones(3, 128)), "of shape [3, 128], but a scale per tensor or"),
     "a scale per input": (plus(input_scale=torch.ones(3)), "of shape [3], but a scale per tensor is"),

@@ -147,6 +147,15 @@ def test_frozen_engine_has_the_bits_of_an_adapted_one_at_alpha_zero(
     assert torch.equal(frozen(plain), adapted(inputs))
 
 
+@pytest.mark.parametrize("copy", [False, True])
+def test_converted_weights_hide_those_of_the_base(copy: bool, bases: dict[str, Path], tmp_path: Path) -> None:
+    """The embedded base is float32. Its shard always stays in the folder, because of the quantised weights."""
+    settings = BuildSettings("inductor", dtype="bfloat16", copy_weights=copy)
+    build_engine(bases["int8"], "shapes-st", tmp_path / "e", settings, progress=False)
+    engine: Any = open_engine(tmp_path / "e")[1]
+    assert {parameter.dtype for parameter in engine._backbone.parameters()} == {torch.bfloat16}
+
+
 @pytest.mark.usefixtures("as_traced")
 @precisions
 def test_bfloat16_errs_as_eager_does(precision: str, bases: dict[str, Path], family: Family, tmp_path: Path) -> None:

@@ -241,6 +241,10 @@ def test_parts_that_do_not_fit_are_refused() -> None:
         linear(x[:, :128])
     with pytest.raises(SliderEditError, match="nvfp4 needs one"):
         quantized_linear(x, torch.zeros(24, 128, dtype=torch.uint8), linear.weight_scale, None, None, None, "nvfp4")
+    with pytest.raises(SliderEditError, match=r"weight_scale is torch.float32 \(1,\); an int8 projection"):
+        quantized_linear(x, linear.weight, linear.weight_scale[:1], None, None, None, "int8")
+    with pytest.raises(SliderEditError, match="input_scale is 1.0, but int8 lacks one"):
+        quantized_linear(x, linear.weight, linear.weight_scale, None, torch.tensor(1.0), None, "int8")
 
 
 def test_the_update_keeps_the_bits_of_rows_whose_scale_is_zero() -> None:
@@ -660,9 +664,11 @@ def test_the_command_reports_what_it_wrote(tmp_path: Path, capsys: pytest.Captur
     before = (out / "transformer" / WEIGHTS).read_bytes()
     assert main([*command, "--overwrite", "--quiet"]) == 0
     assert (out / "transformer" / WEIGHTS).read_bytes() != before
-    assert "is the base itself" in refused(
-        capsys, "quantize", "--base", out, "--precision", "int8", "--out", out, "--overwrite"
-    )
+    for holder in (out, out.parent):
+        assert "which is read; choose another folder with --out" in refused(
+            capsys, "quantize", "--base", out, "--precision", "int8", "--out", holder, "--overwrite"
+        )
+    assert out.exists()
     assert "is quantised already (int8)" in refused(
         capsys, "quantize", "--base", out, "--precision", "int8", "--out", tmp_path / "other"
     )
