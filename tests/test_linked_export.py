@@ -31,11 +31,10 @@ from safetensors import safe_open
 from slideredit_rt.adapters import Adapter, load_adapter, save_adapter
 from slideredit_rt.assets import resolve_base
 from slideredit_rt.engines.backend import Lowering
-from slideredit_rt.engines.manifest import ADAPTER_FILE
+from slideredit_rt.engines.manifest import ADAPTER_FILE, CONVERTED_FILE
 from slideredit_rt.engines.tensorrt import TensorRT
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.export.linked_weights import (
-    CONVERTED_FILE,
     LinkedExport,
     WeightOptions,
     export_linked,

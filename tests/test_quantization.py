@@ -244,7 +244,7 @@ def test_parts_that_do_not_fit_are_refused() -> None:
         quantized_linear(x, torch.zeros(24, 128, dtype=torch.uint8), scale, None, None, None, "nvfp4")
     with pytest.raises(SliderEditError, match=r"weight_scale is torch.float32 \(1,\); an int8 projection"):
         quantized_linear(x, linear.weight, linear.weight_scale[:1], None, None, None, "int8")
-    with pytest.raises(SliderEditError, match="input_scale is 1.0, but int8 lacks one"):
+    with pytest.raises(SliderEditError, match=r"input_scale is 1\.0, but int8 lacks one"):
         quantized_linear(x, linear.weight, linear.weight_scale, None, torch.tensor(1.0), None, "int8")
 
 
