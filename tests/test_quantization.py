@@ -239,8 +239,8 @@ def test_parts_that_do_not_fit_are_refused() -> None:
     linear, x = linear_of("int8", random_weight()), torch.randn(2, 256)
     with pytest.raises(SliderEditError, match=r"an int8 projection of x with shape \(2, 128\) needs torch.int8 \(24, 128\)"):
         linear(x[:, :128])
+    scale = torch.ones(24, 16).to(torch.float8_e4m3fn)
     with pytest.raises(SliderEditError, match="nvfp4 needs one"):
-        scale = torch.ones(24, 16).to(torch.float8_e4m3fn)
         quantized_linear(x, torch.zeros(24, 128, dtype=torch.uint8), scale, None, None, None, "nvfp4")
     with pytest.raises(SliderEditError, match=r"weight_scale is torch.float32 \(1,\); an int8 projection"):
         quantized_linear(x, linear.weight, linear.weight_scale[:1], None, None, None, "int8")
