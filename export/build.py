@@ -138,8 +138,8 @@ def check_targets(targets: Sequence[str], precisions: Sequence[str]) -> None:
         if unable := [target for target in targets if not form.runs_on(target)]:
             anywhere = [name for name, other in PRECISIONS.items() if other.capabilities is None]
             raise SliderEditError(
-                f"GPUs of {unable[0]} do not compute in {form.name}, only {', '.join(form.capabilities or ())} do; leave "
-                f"{unable[0]} out of --targets, or quantise the base to {' or '.join(anywhere)}"
+                f"GPUs of {unable[0]} do not compute in {form.name}, which needs {(form.capabilities or unable)[0]} or later; "
+                f"leave {unable[0]} out of --targets, or quantise the base to {' or '.join(anywhere)}"
             )
 
 

@@ -173,10 +173,10 @@ def test_activations_are_clamped_and_share_the_static_scale() -> None:
 
 def test_the_registry_knows_which_cards_compute_in_a_precision() -> None:
     runs = {
-        name: [c for c in ("sm80", "sm86", "sm89", "sm90", "sm100", "sm120") if p.runs_on(c)] for name, p in PRECISIONS.items()
+        name: [c for c in ("sm80", "sm86", "sm89", "sm90", "sm103", "sm121") if p.runs_on(c)] for name, p in PRECISIONS.items()
     }
-    assert runs["fp8"] == ["sm89", "sm90", "sm100", "sm120"]
-    assert runs["nvfp4"] == ["sm100", "sm120"]
+    assert runs["fp8"] == ["sm89", "sm90", "sm103", "sm121"]
+    assert runs["nvfp4"] == ["sm103", "sm121"]
     assert len(runs["int8"]) == len(runs["int4"]) == 6
     with pytest.raises(SliderEditError, match="unknown precision 'fp6'; known: fp8, int8, int4, nvfp4"):
         get_precision("fp6")

@@ -171,7 +171,7 @@ def refused(capsys: pytest.CaptureFixture[str], *command: object) -> str:
         (
             "fp8",
             ("--backend", "tensorrt-rtx", "--targets", "sm86"),
-            "GPUs of sm86 do not compute in fp8, only sm89, sm90, sm100",
+            "GPUs of sm86 do not compute in fp8, which needs sm89 or later",
         ),
         ("int8", ("--lowering", "folded"), "'folded' would rebuild the quantised weights in every step; use --lowering native"),
     ],

@@ -207,6 +207,7 @@ def test_options_reach_the_engine(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: list[str], expected: RuntimeOptions | None
 ) -> None:
     asked = []
+    (tmp_path / "manifest.json").touch()
 
     def check_nothing(folder: Path, manifest: Manifest, run: RunSettings) -> None:
         asked.append(run)

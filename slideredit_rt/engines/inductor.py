@@ -252,11 +252,11 @@ class Inductor(Backend):
         device = run.choose_device(torch.device("cuda") if torch.cuda.is_available() else None)
         if device.type == "cuda":
             major, minor = torch.cuda.get_device_capability(device)
+            card = f"sm{major}{minor}"
             for form in (PRECISIONS[name] for name in manifest.quantised):
-                if form.capabilities and 10 * major + minor < min(int(name[2:]) for name in form.capabilities):
+                if not form.runs_on(card):
                     raise SliderEditError(
-                        f"the GPU {str(device)!r} is sm{major}{minor}, which does not compute in {form.name}, only "
-                        f"{', '.join(form.capabilities)} do; pass --device cpu, or build from a base quantised to int8 or int4"
+                        f"the GPU {str(device)!r} is {card}, which does not compute in {form.name}; pass --device cpu, or build from a base quantised to int8 or int4"
                     )
         return device
 

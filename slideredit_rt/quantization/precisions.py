@@ -67,7 +67,7 @@ class Precision(ABC):
         title: Description for people.
         algorithm: `quant_algo` of a linear in a checkpoint's configuration, in ModelOpt's terms.
         weight_only_algorithm: The same for a linear whose activations are not quantised; None if that is not offered.
-        capabilities: Compute capabilities of the GPUs that compute in it; None for all.
+        capabilities: Compute capabilities that are known to compute in it, the oldest first; later ones do, too. None for all.
         quantises_activations: True if activations are quantised as well, which needs a calibration.
         modulation: Name of the precision that modulation (adaLN) weights get beside it, weight-only.
         limits: Accuracy limits of engines.
@@ -88,7 +88,8 @@ class Precision(ABC):
 
     def runs_on(self, capability: str) -> bool:
         """Return whether a GPU of a compute capability, such as `sm89`, computes in this precision."""
-        return self.capabilities is None or capability in self.capabilities
+        number = int(capability.removeprefix("sm"))
+        return self.capabilities is None or number >= min(int(known.removeprefix("sm")) for known in self.capabilities)
 
     @abstractmethod
     def layout(self, n: int, k: int) -> dict[str, Part]:
