@@ -256,7 +256,8 @@ class Inductor(Backend):
             for form in (PRECISIONS[name] for name in manifest.quantised):
                 if not form.runs_on(card):
                     raise SliderEditError(
-                        f"the GPU {str(device)!r} is {card}, which does not compute in {form.name}; pass --device cpu, or build from a base quantised to int8 or int4"
+                        f"the GPU {str(device)!r} is {card}, which does not compute in {form.name}; pass --device cpu, or "
+                        "build from a base quantised to int8 or int4"
                     )
         return device
 
