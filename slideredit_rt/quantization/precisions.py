@@ -1,11 +1,9 @@
 """Number formats of quantised linears: how weights are stored and what activations are rounded to.
 
-| precision | `weight` | `weight_scale` | `weight_scale_2` | `input_scale` |
-|---|---|---|---|---|
-| fp8 | F8_E4M3 `[N, K]` | float32 `[N]` | – | float32 scalar |
-| int8 | I8 `[N, K]` | float32 `[N]` | – | – |
-| int4 | U8 `[N, K/2]` | float32 `[N, K/128]` | – | – |
-| nvfp4 | U8 `[N, K/2]` | F8_E4M3 `[N, K/16]` | float32 scalar | float32 scalar |
+- fp8: `weight` F8_E4M3 `[N, K]`, `weight_scale` float32 `[N]`, `input_scale` a float32 scalar
+- int8: `weight` I8 `[N, K]`, `weight_scale` float32 `[N]`
+- int4: `weight` U8 `[N, K/2]`, `weight_scale` float32 `[N, K/128]`
+- nvfp4: `weight` U8 `[N, K/2]`, `weight_scale` F8_E4M3 `[N, K/16]`, `weight_scale_2` and `input_scale` float32 scalars
 
 The names and the layouts of fp8 and nvfp4 are those of NVIDIA's ModelOpt. Two 4-bit values share a byte, the one with the even
 column in the low half, as in ONNX and ModelOpt.
