@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -57,18 +56,6 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for precision in PRECISIONS:
         quantize_base("shapes-kontext", root / precision, QuantizeSettings(precision), progress=False)
     return {precision: root / precision for precision in PRECISIONS}
-
-
-@pytest.fixture
-def as_traced(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Dynamo runs the graphs that it captured; one thread is enough for them."""
-    monkeypatch.setattr(inductor, "COMPILER", "eager")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-    torch.set_num_threads(threads)
 
 
 def reference(family: Family, base: Path, adapter: Adapter | None, dtype: torch.dtype = torch.float32) -> SliderBackbone:
