@@ -30,16 +30,15 @@ from triton.compiler import ASTSource
 
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.files import atomic_file
-from slideredit_rt.kernels import triton_accumulate, triton_linear, triton_update
+from slideredit_rt.kernels import triton_linear, triton_update
 from slideredit_rt.kernels.arguments import MAX_RANK
 from slideredit_rt.kernels.dispatch import SHARED_KIB, Configuration, configurations, padded_rank
 from slideredit_rt.kernels.spec import UNALIGNED, KernelSpec
 
 SPECS = (
     triton_linear.SPEC,
-    triton_update.SPEC,
-    triton_accumulate.LOW_RANK_SPEC,
-    triton_accumulate.LINEAR_SPEC,
+    triton_update.LOW_RANK_SPEC,
+    triton_update.UPDATE_SPEC,
 )
 DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 TARGETS = tuple(f"sm{capability}" for capability in SHARED_KIB)

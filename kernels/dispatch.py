@@ -14,9 +14,8 @@ from typing import Any, Literal
 
 import torch
 
-ProjectionPath = Literal["update", "addmm", "accumulate", "fused"]
-# Paths that start from the vendor's GEMM, so inactive rows equal its output bit for bit.
-EXACT_PATHS: tuple[ProjectionPath, ...] = ("update", "addmm")
+# Both start from the vendor's GEMM, so inactive rows equal its output bit for bit.
+ProjectionPath = Literal["update", "addmm"]
 TABLE = Path(__file__).parent / "dispatch.json"
 # Largest shared memory of a thread block, in KiB, by compute capability (CUDA C++ Programming Guide, technical
 # specifications). Capabilities that are not listed get the smallest of these.
@@ -93,7 +92,7 @@ def configurations(kernel: str, rank: int, dtype: torch.dtype, capability: int, 
     return found
 
 
-def path(rows: int, n: int, k: int, dtype: torch.dtype, gpu: str, *, exact: bool) -> ProjectionPath:
+def path(rows: int, n: int, k: int, dtype: torch.dtype, gpu: str) -> ProjectionPath:
     """Return the path that computes a projection of `rows` rows from `k` to `n` columns on this card.
 
     Rules measured on a card of that name and in that dtype come first, and the nearest measured shape decides. Other cards
@@ -105,13 +104,12 @@ def path(rows: int, n: int, k: int, dtype: torch.dtype, gpu: str, *, exact: bool
         k: Inner columns.
         dtype: Dtype of `x`.
         gpu: Name of the card, as `torch.cuda.get_device_name` returns it.
-        exact: Only choose paths whose rows of scale 0 equal the vendor's GEMM bit for bit.
     """
     measured = table()["paths"].get(gpu)
     name = str(dtype).removeprefix("torch.")
     if measured is not None and name == measured["dtype"]:
         nearest = min(measured["shapes"], key=lambda s: (abs(s["rows"] - rows), abs(s["n"] - n) + abs(s["k"] - k)))
-        chosen: ProjectionPath = nearest["exact_path" if exact else "path"]
+        chosen: ProjectionPath = nearest["path"]
         return chosen
     # The last rule has no condition.
     rules = table()["paths"]["default"]["rules"]

@@ -17,10 +17,8 @@ from slideredit_rt.errors import SliderEditError
 from slideredit_rt.kernels import dispatch
 from slideredit_rt.kernels.arguments import MAX_RANK, check_linear, check_one_scale_per_row, check_update, empty_projection
 from slideredit_rt.kernels.reference import member_scales
-from slideredit_rt.kernels.triton_accumulate import launch_linear as launch_accumulate_linear
-from slideredit_rt.kernels.triton_accumulate import launch_low_rank
 from slideredit_rt.kernels.triton_linear import launch as launch_masked_lora_linear
-from slideredit_rt.kernels.triton_update import launch as launch_masked_lora_update
+from slideredit_rt.kernels.triton_update import PARTS, launch_low_rank, launch_update
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 
@@ -73,20 +71,6 @@ def _masked_lora_linear_triton(
     return y.view(*x.shape[:-1], n)
 
 
-@_operator("masked_lora_accumulate_triton")
-def _masked_lora_accumulate_triton(
-    x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, row_scale: Tensor
-) -> Tensor:
-    flat, n, rank = _flat(x), weight.shape[0], lora_a.shape[0]
-    low = flat.new_empty(flat.shape[0], rank, dtype=torch.float32)
-    launch_low_rank(flat, lora_a.contiguous(), _scales(row_scale), _configuration("masked_low_rank", flat, rank), low)
-    y = flat.new_empty(flat.shape[0], n)
-    launch_accumulate_linear(
-        flat, weight.contiguous(), bias, low, lora_b.contiguous(), _configuration("accumulate_linear", flat, rank), y
-    )
-    return y.view(*x.shape[:-1], n)
-
-
 @_operator("masked_lora_addmm_triton")
 def _masked_lora_addmm_triton(
     x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, row_scale: Tensor
@@ -99,9 +83,10 @@ def _masked_lora_addmm_triton(
 def _add_low_rank_(y: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, row_scale: Tensor) -> None:
     """Add the update of one adapter to all rows of a contiguous `y`, with the vendor's GEMM."""
     flat, rank = _flat(x), lora_a.shape[0]
-    low = flat.new_empty(flat.shape[0], rank)
-    launch_low_rank(flat, lora_a.contiguous(), _scales(row_scale), _configuration("masked_low_rank", flat, rank), low)
-    y.view(-1, y.shape[-1]).addmm_(low, lora_b.to(x.dtype).T)
+    low = flat.new_empty(1, flat.shape[0], rank)
+    scales = _scales(row_scale).unsqueeze(-1)
+    launch_low_rank(flat, lora_a.contiguous(), scales, _configuration("masked_low_rank", flat, rank), low)
+    y.view(-1, y.shape[-1]).addmm_(low[0], lora_b.to(x.dtype).T)
 
 
 # Opaque on purpose. The kernel derives the rows that it stores to from `row_scale`, so torch's analysis of Triton kernels
@@ -115,11 +100,12 @@ def _masked_lora_update_triton_(y: Tensor, x: Tensor, lora_a: Tensor, lora_b: Te
     together = max(1, MAX_RANK // own)
     columns = (lora_a.split(together * own), lora_b.split(together * own, dim=1), scales.split(together, dim=1))
     for a, b, scale in zip(*columns, strict=True):
-        configuration = _configuration("masked_lora_update", flat, len(a))
-        launch_masked_lora_update(flat, a.contiguous(), b.contiguous(), scale.contiguous(), configuration, rows)
+        scale, low = scale.contiguous(), flat.new_empty(PARTS.value, len(flat), len(a), dtype=torch.float32)
+        launch_low_rank(flat, a.contiguous(), scale, _configuration("masked_low_rank", flat, len(a)), low)
+        launch_update(low, b.contiguous(), scale, _configuration("masked_lora_update", flat, len(a)), rows)
 
 
-for _projection in (_masked_lora_linear_triton, _masked_lora_accumulate_triton, _masked_lora_addmm_triton):
+for _projection in (_masked_lora_linear_triton, _masked_lora_addmm_triton):
     _projection.register_fake(empty_projection)
 
 
@@ -157,21 +143,6 @@ def masked_lora_linear_triton(
     return y
 
 
-def masked_lora_accumulate_triton(
-    x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, row_scale: Tensor
-) -> Tensor:
-    """Compute `masked_lora_linear` in two Triton kernels, for calls in which most rows are active.
-
-    The first kernel computes `row_scale · (x Aᵀ)` in float32 and skips tiles without an active row. The second adds it to the
-    projection as one more inner step of the GEMM. Arguments and errors are those of `masked_lora_linear_triton`.
-    """
-    check_linear(x, weight, bias, lora_a, lora_b, row_scale)
-    _require_launchable(x)
-    check_one_scale_per_row(x, row_scale)
-    y: Tensor = _masked_lora_accumulate_triton(x, weight, bias, lora_a, lora_b, row_scale)
-    return y
-
-
 def masked_lora_addmm_triton(
     x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, row_scale: Tensor
 ) -> Tensor:
@@ -185,17 +156,17 @@ def masked_lora_addmm_triton(
     check_one_scale_per_row(x, row_scale)
     if x.dtype == torch.float16:
         raise SliderEditError(
-            "x is float16, which the addmm path would overflow at large strengths; use masked_lora_accumulate_triton"
+            "x is float16, which the addmm path would overflow at large strengths; use masked_lora_update_triton_"
         )
     y: Tensor = _masked_lora_addmm_triton(x, weight, bias, lora_a, lora_b, row_scale)
     return y
 
 
 def masked_lora_update_triton_(y: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, row_scale: Tensor) -> Tensor:
-    """Compute `y += row_scale · (x Aᵀ) Bᵀ` in place in one Triton kernel, and return `y`.
+    """Compute `y += row_scale · (x Aᵀ) Bᵀ` in place with two Triton kernels, and return `y`.
 
-    The kernel gathers the active rows into dense tiles on the device; inactive rows of `y` are neither read nor written. The
-    launch depends on shapes only, so a captured CUDA graph can be replayed with other masks and scales.
+    Both skip tiles without an active row, and inactive rows of `y` are neither read nor written. Launches depend on shapes
+    only, so a captured CUDA graph can be replayed with other masks and scales.
 
     Args:
         y: `[..., S, N]`, contiguous, in the dtype of `x`.
@@ -227,8 +198,6 @@ def _by_update(x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, l
 PATHS: dict[dispatch.ProjectionPath, Callable[..., Tensor]] = {
     "update": _by_update,
     "addmm": _masked_lora_addmm_triton,
-    "accumulate": _masked_lora_accumulate_triton,
-    "fused": _masked_lora_linear_triton,
 }
 UPDATES: dict[dispatch.ProjectionPath, Callable[..., None]] = {
     "update": _masked_lora_update_triton_,
@@ -241,18 +210,18 @@ def linear_by_dispatch(
 ) -> Tensor:
     """Compute `masked_lora_linear` on CUDA tensors by the path that `dispatch.json` selects for this card and shape.
 
-    Only exact paths are used, so with every scale 0 the result equals the base model's, bit for bit. A bank of adapters has a
-    kernel for one path only, the update.
+    All paths start from the vendor's GEMM, so with every scale 0 the result equals the base model's, bit for bit. A bank of
+    adapters has a kernel for one path only, the update.
     """
-    return PATHS[_exact_path(x, weight.shape[0], row_scale)](x, weight, bias, lora_a, lora_b, row_scale)
+    return PATHS[_path(x, weight.shape[0], row_scale)](x, weight, bias, lora_a, lora_b, row_scale)
 
 
 def update_by_dispatch(y: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, row_scale: Tensor) -> None:
     """Compute `masked_lora_update_` on CUDA tensors as `linear_by_dispatch` updates the same projection."""
-    UPDATES[_exact_path(x, y.shape[-1], row_scale)](y, x, lora_a, lora_b, row_scale)
+    UPDATES[_path(x, y.shape[-1], row_scale)](y, x, lora_a, lora_b, row_scale)
 
 
-def _exact_path(x: Tensor, n: int, row_scale: Tensor) -> dispatch.ProjectionPath:
+def _path(x: Tensor, n: int, row_scale: Tensor) -> dispatch.ProjectionPath:
     if row_scale.ndim == x.ndim:
         return "update"
-    return dispatch.path(row_scale.numel(), n, x.shape[-1], x.dtype, torch.cuda.get_device_name(x.device), exact=True)
+    return dispatch.path(row_scale.numel(), n, x.shape[-1], x.dtype, torch.cuda.get_device_name(x.device))

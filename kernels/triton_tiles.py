@@ -98,11 +98,20 @@ def project(x_rows, weight_rows, K, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 
 @triton.jit
 def project_low(
-    x_rows, lora_a, rank, K, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, RANK: tl.constexpr, EVEN_K: tl.constexpr
+    x_rows,
+    lora_a,
+    rank,
+    first,
+    last,
+    K,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    RANK: tl.constexpr,
+    EVEN_K: tl.constexpr,
 ):
-    """Return `x Aᵀ`, float32 `[BLOCK_M, RANK]`."""
+    """Return `x Aᵀ` over the inner columns from `first` to `last`, float32 `[BLOCK_M, RANK]`."""
     low = tl.zeros((BLOCK_M, RANK), tl.float32)
-    for start in range(0, K, BLOCK_K):
+    for start in range(first, last, BLOCK_K):
         inner = start + tl.arange(0, BLOCK_K)
         x = load_rows(x_rows, inner, K, EVEN_K)
         a = cast(load_lora_a(lora_a, inner, K, rank, RANK, EVEN_K), x.dtype)

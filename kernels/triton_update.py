@@ -1,8 +1,9 @@
 """The low-rank update alone, added in place to the active rows of a projection computed by a vendor GEMM.
 
-Each program gathers the active rows of its chunk into dense tiles on the device. The launch depends on shapes only, so a
-captured CUDA graph can be replayed with any other mask and alpha. In a bank of adapters, a row is active if the scale of any
-member is not 0.
+Two kernels. The first computes `row_scale · (x Aᵀ)`, in parts that share the inner columns, so that a few rows occupy the whole
+GPU. The second adds the sum of the parts, times Bᵀ, to the active rows of `y`. Both skip tiles without an active row. Launches
+depend on shapes only, so a captured CUDA graph can be replayed with any other mask and alpha. In a bank of adapters, a row is
+active if the scale of any member is not 0.
 """
 
 from __future__ import annotations
@@ -16,19 +17,66 @@ from slideredit_rt.kernels.dispatch import Configuration
 from slideredit_rt.kernels.spec import KernelSpec, cdiv
 from slideredit_rt.kernels.triton_tiles import cast, load_lora_b, multiply_low, project_low
 
-# CHUNK is the number of rows compacted together; SPLIT programs share the tiles of one chunk and column range.
-CHUNK: tl.constexpr = tl.constexpr(256)
-SPLIT: tl.constexpr = tl.constexpr(4)
+# Number of parts into which the update divides the inner columns of the low-rank product.
+PARTS: tl.constexpr = tl.constexpr(8)
+
+
+@triton.jit
+def load_member_scales(row_scale, row, rows, rank, members, RANK: tl.constexpr):
+    """Load `[rows, RANK]`: for every column of the low-rank product, the scale of the member that owns it."""
+    slot = tl.arange(0, RANK)
+    owner = slot // (rank // members)
+    mask = (row[:, None] < rows) & (slot[None, :] < rank)
+    return tl.load(row_scale + row[:, None] * members + owner[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def active_rows(scale):
+    """Return which rows have any scale that is not 0. NaN counts as not 0."""
+    return tl.max((scale != 0).to(tl.int32), axis=1) != 0
+
+
+@triton.jit(do_not_specialize=["rows"])
+def masked_low_rank_kernel(
+    x,
+    lora_a,
+    row_scale,
+    rows,
+    K,
+    rank,
+    members,
+    low,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    RANK: tl.constexpr,
+    EVEN_K: tl.constexpr,
+):
+    """Compute `low[part] = row_scale · (x Aᵀ)` over the inner columns of each part, `[parts, rows, rank]`.
+
+    Programs along the second axis of the grid are the parts. Tiles without an active row store 0 and do not read `x`.
+    """
+    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    scale = load_member_scales(row_scale, row, rows, rank, members, RANK)
+    product = tl.zeros((BLOCK_M, RANK), tl.float32)
+    if tl.max(active_rows(scale).to(tl.int32), axis=0) != 0:
+        columns = tl.cdiv(tl.cdiv(K, BLOCK_K), tl.num_programs(1)) * BLOCK_K
+        first = tl.program_id(1) * columns
+        x_rows = x + tl.minimum(row, rows - 1) * K
+        product = project_low(x_rows, lora_a, rank, first, tl.minimum(first + columns, K), K, BLOCK_M, BLOCK_K, RANK, EVEN_K)
+    # A member of scale 0 adds nothing, even where its product is NaN or infinite.
+    scaled = cast(tl.where(scale != 0, scale * product, 0.0), low.dtype.element_ty)
+    slot = tl.arange(0, RANK)
+    low_rows = low + (tl.program_id(1).to(tl.int64) * rows + row) * rank
+    tl.store(low_rows[:, None] + slot[None, :], scaled, mask=(row[:, None] < rows) & (slot[None, :] < rank))
 
 
 @triton.jit(do_not_specialize=["rows"])
 def masked_lora_update_kernel(
-    x,
-    lora_a,
+    low,
     lora_b,
     row_scale,
     rows,
-    K,
     N,
     rank,
     members,
@@ -39,58 +87,64 @@ def masked_lora_update_kernel(
     RANK: tl.constexpr,
     EVEN_K: tl.constexpr,
 ):
-    """Compute `y += row_scale · (x Aᵀ) Bᵀ` on the rows with a scale that is not 0. `row_scale` is `[rows, members]`."""
-    chunk = tl.arange(0, CHUNK)
-    chunk_start = (tl.program_id(1) // SPLIT).to(tl.int64) * CHUNK
-    active = chunk < 0
-    for member in range(0, members):
-        row = chunk_start + chunk
-        active |= tl.load(row_scale + row * members + member, mask=row < rows, other=0.0) != 0
-    # Position of each active row among the active ones of the chunk.
-    position = tl.cumsum(active.to(tl.int32), axis=0) - 1
-    count = tl.sum(active.to(tl.int32), axis=0)
-    first = (tl.program_id(1) % SPLIT) * BLOCK_M
-    if first < count:
-        column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-        b = load_lora_b(lora_b, column, N, rank, RANK)
+    """Compute `y += low Bᵀ` on the active rows, where `low` is the sum of `PARTS` parts, `[PARTS, rows, rank]`."""
+    row = tl.program_id(1).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    active = active_rows(load_member_scales(row_scale, row, rows, rank, members, RANK))
+    if tl.max(active.to(tl.int32), axis=0) != 0:
         slot = tl.arange(0, RANK)
-        owner = slot // (rank // members)
-        for start in range(first, count, SPLIT * BLOCK_M):
-            wanted = start + tl.arange(0, BLOCK_M)
-            hit = active[None, :] & (position[None, :] == wanted[:, None])
-            # Positions past the last active row match no row. They load the chunk's first row and are not stored.
-            row = chunk_start + tl.sum(tl.where(hit, chunk[None, :], 0), axis=1)
-            owned = (wanted[:, None] < count) & (slot[None, :] < rank)
-            scale = tl.load(row_scale + row[:, None] * members + owner[None, :], mask=owned, other=0.0)
-            y_tile = y + row[:, None] * N + column[None, :]
-            mask = (wanted[:, None] < count) & (column[None, :] < N)
-            base = tl.load(y_tile, mask=mask, other=0.0)
-            low = project_low(x + row * K, lora_a, rank, K, BLOCK_M, BLOCK_K, RANK, EVEN_K)
-            # A member of scale 0 adds nothing, even where `low` is NaN or infinite.
-            scaled_low = tl.where(scale != 0, scale * low, 0.0)
-            updated = multiply_low(scaled_low, b, base.to(tl.float32), x.dtype.element_ty)
-            tl.store(y_tile, cast(updated, y.dtype.element_ty), mask=mask)
+        stored = active[:, None] & (slot[None, :] < rank)
+        total = tl.zeros((BLOCK_M, RANK), tl.float32)
+        for part in tl.static_range(PARTS):
+            total += tl.load(low + (part * rows + row)[:, None] * rank + slot[None, :], mask=stored, other=0.0)
+        column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+        y_tile = y + row[:, None] * N + column[None, :]
+        mask = active[:, None] & (column[None, :] < N)
+        frozen = tl.load(y_tile, mask=mask, other=0.0).to(tl.float32)
+        updated = multiply_low(total, load_lora_b(lora_b, column, N, rank, RANK), frozen, y.dtype.element_ty)
+        tl.store(y_tile, cast(updated, y.dtype.element_ty), mask=mask)
 
 
-def grid(configuration: Configuration, rows: int, n: int) -> tuple[int, int]:
-    """Return the number of programs of a launch over `rows` rows and `n` output columns."""
-    return cdiv(n, configuration.block_n), cdiv(rows, CHUNK.value) * SPLIT.value
+def low_rank_grid(configuration: Configuration, rows: int, n: int) -> tuple[int, int]:
+    """Return the number of programs of the first launch. `n` is unused."""
+    return cdiv(rows, configuration.block_m), PARTS.value
 
 
-SPEC = KernelSpec(
+def update_grid(configuration: Configuration, rows: int, n: int) -> tuple[int, int]:
+    """Return the number of programs of the second launch over `rows` rows and `n` output columns."""
+    return cdiv(n, configuration.block_n), cdiv(rows, configuration.block_m)
+
+
+LOW_RANK_SPEC = KernelSpec(
+    function=masked_low_rank_kernel,
+    inputs=("x", "lora_a", "row_scale"),
+    outputs=("low",),
+    grid=low_rank_grid,
+)
+UPDATE_SPEC = KernelSpec(
     function=masked_lora_update_kernel,
-    inputs=("x", "lora_a", "lora_b", "row_scale"),
+    inputs=("low", "lora_b", "row_scale"),
     outputs=("y",),
-    grid=grid,
+    grid=update_grid,
 )
 
 
-def launch(x: Tensor, lora_a: Tensor, lora_b: Tensor, row_scale: Tensor, configuration: Configuration, y: Tensor) -> None:
+def launch_low_rank(x: Tensor, lora_a: Tensor, row_scale: Tensor, configuration: Configuration, low: Tensor) -> None:
+    """Write `low`, float32 or the dtype of `x`, `[P, M, R]`, whose sum over any number P of parts is the scaled product.
+
+    All tensors are contiguous: x `[M, K]`, lora_a `[R, K]`, row_scale float32 `[M, G]`.
+    """
+    (rows, k), (rank, members) = x.shape, (lora_a.shape[0], row_scale.shape[1])
+    wrap_triton(masked_low_rank_kernel)[(cdiv(rows, configuration.block_m), low.shape[0])](
+        x, lora_a, row_scale, rows, k, rank, members, low, **configuration.meta(k, rank)
+    )
+
+
+def launch_update(low: Tensor, lora_b: Tensor, row_scale: Tensor, configuration: Configuration, y: Tensor) -> None:
     """Update `y` in place.
 
-    All tensors are contiguous: x `[M, K]`, lora_a `[R, K]`, lora_b `[N, R]`, row_scale `[M, G]`, y `[M, N]`.
+    All tensors are contiguous: low float32 `[PARTS, M, R]`, lora_b `[N, R]`, row_scale float32 `[M, G]`, y `[M, N]`.
     """
-    (rows, k), n, (rank, members) = x.shape, y.shape[1], (lora_a.shape[0], row_scale.shape[1])
-    wrap_triton(masked_lora_update_kernel)[grid(configuration, rows, n)](
-        x, lora_a, lora_b, row_scale, rows, k, n, rank, members, y, **configuration.meta(k, rank)
+    (rows, n), rank, members = y.shape, lora_b.shape[1], row_scale.shape[1]
+    wrap_triton(masked_lora_update_kernel)[update_grid(configuration, rows, n)](
+        low, lora_b, row_scale, rows, n, rank, members, y, **configuration.meta(n, rank)
     )

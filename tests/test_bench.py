@@ -25,12 +25,12 @@ def run(*arguments: str, bench: str = "gpu_kernels") -> subprocess.CompletedProc
 
 @pytest.fixture
 def measured() -> list[Measurement]:
-    """Two shapes; `fused` is fastest on the first, `accumulate` on the second, and `addmm` was wrong there."""
+    """Two shapes; `fused` is fastest on the first, `folded` on the second, and `addmm` was wrong there."""
     st = Case("ST", "text", "q", 1, 512, 32, 3072, 3072)
     gst = Case("GST", "joint", "q", 1, 8704, 8704, 3072, 3072)
     times: dict[Case, dict[str, float | None]] = {
-        st: {"base": 16.0, "update": 18.0, "addmm": 20.0, "accumulate": 19.0, "fused": 17.0, "PEFT eager": 24.0},
-        gst: {"base": 250.0, "update": 400.0, "addmm": None, "accumulate": 255.0, "fused": 270.0, "PEFT eager": 350.0},
+        st: {"base": 16.0, "update": 18.0, "addmm": 20.0, "folded": 19.0, "fused": 17.0, "PEFT eager": 24.0},
+        gst: {"base": 250.0, "update": 400.0, "addmm": None, "folded": 255.0, "fused": 270.0, "PEFT eager": 350.0},
     }
     found = []
     for case, row in times.items():
@@ -45,9 +45,9 @@ def test_rehearsal_computes_every_path_and_times_none() -> None:
     done = run("--rehearse")
     assert done.returncode == 0, done.stderr
     header, _, *rows = done.stdout.strip().splitlines()
-    assert all(name in header for name in (*gpu_kernels.OURS, *gpu_kernels.OTHERS))
+    assert all(name in header for name in (*gpu_kernels.PATHS, *gpu_kernels.OTHERS))
     assert len(rows) == 2
-    assert all(row.count("right") == len(gpu_kernels.OURS) + len(gpu_kernels.OTHERS) for row in rows)
+    assert all(row.count("right") == len(gpu_kernels.PATHS) + len(gpu_kernels.OTHERS) for row in rows)
 
 
 @pytest.mark.parametrize("bench", ["gpu_kernels", "gpu_tensorrt"])
@@ -82,8 +82,8 @@ def test_marks_are_the_worst_cases_of_the_best_path(measured: list[Measurement])
 def test_dispatch_takes_the_fastest_right_path_per_shape(measured: list[Measurement], tmp_path: Path) -> None:
     rules = gpu_kernels.dispatch_rules(measured)
     assert rules == [
-        {"rows": 512, "n": 3072, "k": 3072, "path": "fused", "exact_path": "update"},
-        {"rows": 8704, "n": 3072, "k": 3072, "path": "accumulate", "exact_path": "update"},
+        {"rows": 512, "n": 3072, "k": 3072, "path": "update"},
+        {"rows": 8704, "n": 3072, "k": 3072, "path": "update"},
     ]
     copy = tmp_path / "dispatch.json"
     copy.write_text(dispatch.TABLE.read_text())

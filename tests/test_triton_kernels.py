@@ -21,7 +21,7 @@ from torch import Tensor
 from slideredit_rt import SliderEditError, kernels
 from slideredit_rt.bench import projection
 from slideredit_rt.bench.projection import exact, plain
-from slideredit_rt.kernels import dispatch, triton_accumulate
+from slideredit_rt.kernels import dispatch, triton_update
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -55,7 +55,6 @@ def update(**p: Tensor) -> Tensor:
 
 KERNELS: dict[str, Callable[..., Tensor]] = {
     "linear": kernels.masked_lora_linear_triton,
-    "accumulate": kernels.masked_lora_accumulate_triton,
     "addmm": kernels.masked_lora_addmm_triton,
     "update": update,
 }
@@ -73,12 +72,16 @@ def run(kernel: Callable[..., Tensor], p: dict[str, Tensor]) -> Tensor:
 
 
 def assert_close_to_exact(name: str, y: Tensor, p: dict[str, Tensor]) -> None:
-    """At most twice the error that the same-dtype expression makes on the same inputs."""
+    """At most twice the error of the same-dtype expression, or what rounding and summation in float32 cost."""
     expected = exact(p)
     error, allowed = ((t.double() - expected).abs().max().item() for t in (y, plain(p)))
     # Half a unit in the last place of the largest value: what rounding the exact result may cost.
     rounding = torch.finfo(y.dtype).eps / 2 * expected.abs().max().item()
-    assert error <= max(2 * allowed, rounding), f"{name}: error {error:.2e}, the plain expression's {allowed:.2e}"
+    # Sums one after the other, as the kernels compute them, err by about √K half units (Higham and Mary 2019); a vendor's sums
+    # in blocks err less.
+    terms = exact({argument: tensor.abs() for argument, tensor in p.items()}).max().item()
+    summation = p["x"].shape[-1] ** 0.5 * torch.finfo(torch.float32).eps / 2 * terms
+    assert error <= max(2 * allowed, rounding, summation), f"{name}: error {error:.2e}, the plain expression's {allowed:.2e}"
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -168,7 +171,7 @@ def test_a_nan_scale_is_not_taken_for_an_idle_row(kernel: Callable[..., Tensor])
 @given(
     mask=st.lists(st.booleans(), min_size=1, max_size=600),
     scale=st.sampled_from([-2.0, 0.5, 1e3]),
-    name=st.sampled_from(["linear", "accumulate", "update"]),
+    name=st.sampled_from(["linear", "update"]),
 )
 def test_any_mask(mask: list[bool], scale: float, name: str) -> None:
     # Rows that follow the mask make enough values for the largest errors of two float32 sums to compare: on a single row the
@@ -210,10 +213,10 @@ def test_adapter_in_float32_beside_a_bfloat16_base(kernel: Callable[..., Tensor]
     assert_close_to_exact(kernel.__name__, run(kernel, wide), p)
 
 
-@pytest.mark.parametrize("name", ["update", "low_rank", "linear", "accumulate", "addmm"])
+@pytest.mark.parametrize("name", ["update", "low_rank", "linear", "addmm"])
 def test_addresses_beyond_two_to_the_31(name: str) -> None:
     """The last row of `x` starts past 2³¹ elements."""
-    if name in ("linear", "accumulate", "addmm") and DEVICE == "cpu":
+    if name in ("linear", "addmm") and DEVICE == "cpu":
         pytest.skip("reads 4 GiB: hours under the interpreter")
     rows, k = 2**15 + 1, 2**16
     p = problem(1, 1, k, 16, 4, torch.bfloat16, active=1.0)
@@ -230,9 +233,10 @@ def test_addresses_beyond_two_to_the_31(name: str) -> None:
     x[0, -1] = p["x"][0, 0]
     expected = exact(p | {"row_scale": scale[:, -1:]})[0, 0]
     if name == "low_rank":
-        low = torch.empty(rows, 4, device=DEVICE)
+        low = torch.empty(2, rows, 4, device=DEVICE)
         configuration = dispatch.configuration("masked_low_rank", rows, 4, x.dtype, 80)
-        triton_accumulate.launch_low_rank(x[0], p["lora_a"], scale[0], configuration, low)
+        triton_update.launch_low_rank(x[0], p["lora_a"], scale[0, :, None], configuration, low)
+        low = low.sum(0)
         last, others = low[-1].double() @ p["lora_b"].double().T, low[:-1]
     else:
         y = run(KERNELS[name], p | {"x": x, "row_scale": scale}) if name != "update" else x.new_zeros(1, rows, 16)
@@ -243,7 +247,7 @@ def test_addresses_beyond_two_to_the_31(name: str) -> None:
     assert not others.any()
 
 
-OPERATORS = ["linear", "accumulate", "addmm", "update"]
+OPERATORS = ["linear", "addmm", "update"]
 
 
 @pytest.mark.parametrize("name", OPERATORS)
@@ -354,8 +358,8 @@ def test_update_alone_takes_the_path_of_its_projection(members: int | None, path
     p = {name: tensor.to(DEVICE) for name, tensor in p.items()}
     asked, ran = [], []
 
-    def ask(*shape: object, exact: bool) -> str:
-        asked.append((*shape, exact))
+    def ask(*shape: object) -> str:
+        asked.append(shape)
         return path
 
     def recorded(name: str, update: Callable[..., None]) -> Callable[..., None]:
@@ -371,7 +375,7 @@ def test_update_alone_takes_the_path_of_its_projection(members: int | None, path
     frozen = F.linear(p["x"], p["weight"], p["bias"])
     y = frozen.clone()
     triton_ops.update_by_dispatch(y, p["x"], p["lora_a"], p["lora_b"], p["row_scale"])
-    assert asked == ([] if members else [(80, 100, 60, torch.bfloat16, "a card", True)])
+    assert asked == ([] if members else [(80, 100, 60, torch.bfloat16, "a card")])
     assert ran == ["update" if members else path]
     assert_close_to_exact("dispatch", y, p)
     off = (p["row_scale"].reshape(2, 40, -1) == 0).all(dim=-1)
@@ -402,19 +406,18 @@ def test_every_shipped_configuration_is_reachable_and_every_shape_has_one() -> N
 
 
 def test_measured_paths_win_over_the_default_rules(monkeypatch: pytest.MonkeyPatch) -> None:
-    def path(rows: int, n: int, gpu: str, dtype: torch.dtype = torch.bfloat16, exact: bool = True) -> str:
-        return dispatch.path(rows, n, 3072, dtype, gpu, exact=exact)
+    def path(rows: int, n: int, gpu: str, dtype: torch.dtype = torch.bfloat16) -> str:
+        return dispatch.path(rows, n, 3072, dtype, gpu)
 
     assert path(512, 3072, "a card nobody measured") == "update"
     assert path(8704, 3072, "a card nobody measured") == "addmm"
     assert path(8704, 3072, "a card nobody measured", torch.float16) == "update", "float16 could overflow in addmm"
     shapes = [
-        {"rows": 512, "n": 3072, "k": 3072, "path": "fused", "exact_path": "update"},
-        {"rows": 8704, "n": 3072, "k": 3072, "path": "accumulate", "exact_path": "addmm"},
+        {"rows": 512, "n": 3072, "k": 3072, "path": "addmm"},
+        {"rows": 8704, "n": 3072, "k": 3072, "path": "update"},
     ]
     table = {"paths": {"default": dispatch.table()["paths"]["default"], "Card": {"dtype": "bfloat16", "shapes": shapes}}}
     monkeypatch.setattr(dispatch, "table", lambda: table)
-    assert path(500, 3072, "Card", exact=False) == "fused"
-    assert path(500, 3072, "Card") == "update"
-    assert path(8192, 12288, "Card", exact=False) == "accumulate"
+    assert path(500, 3072, "Card") == "addmm"
+    assert path(8192, 12288, "Card") == "update"
     assert path(8192, 12288, "Card", torch.float16) == "update", "measured in bfloat16 only"
