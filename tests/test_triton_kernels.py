@@ -25,8 +25,8 @@ from slideredit_rt.kernels import dispatch, triton_update
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-# Rows, K, N, rank: nothing is a multiple of a tile.
-ODD_SHAPES = [(1, 60, 100, 4), (63, 60, 100, 16), (129, 128, 33, 33), (300, 72, 257, 128)]
+# Rows, K, N, rank: nothing is a multiple of a tile, and the last has enough inner columns for every part of the update.
+ODD_SHAPES = [(1, 60, 100, 4), (63, 60, 100, 16), (129, 128, 33, 33), (300, 72, 257, 128), (20, 2040, 33, 5)]
 
 
 @pytest.fixture(autouse=True)
