@@ -80,7 +80,7 @@ def accumulate_linear_kernel(
     low_tile = tl.load(low + row[:, None] * rank + slot[None, :], mask=mask, other=0.0)
     x_rows = x + tl.minimum(row, rows - 1) * K
     weight_rows = weight + tl.minimum(column, N - 1).to(tl.int64) * K
-    accumulator = project(x_rows, weight_rows, K, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K)
+    accumulator = project(x_rows, weight_rows, None, K, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K)
     accumulator = add_low_rank(accumulator, low_tile, lora_b, column, N, rank, RANK, x.dtype.element_ty)
     store_tile(y, accumulator, bias, row, column, rows, N)
 
