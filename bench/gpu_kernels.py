@@ -2,8 +2,8 @@
 
 Every candidate is captured in a CUDA graph together with a write that evicts L2, ten times, and the time of the same graph
 without the candidate is subtracted. Launches therefore cost what they cost in a replayed graph, and data is cold. Candidates
-with a wrong result are not timed. `--rehearse` runs every path once on small shapes without timing, on any machine (with
-`TRITON_INTERPRET=1` on a CPU).
+with a wrong result are not timed. A second table compares FP8 forms of the projections at batch 1. `--rehearse` runs every path
+once on small shapes without timing, on any machine (with `TRITON_INTERPRET=1` on a CPU).
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ from slideredit_rt import kernels
 from slideredit_rt.bench.projection import exact, plain, problem
 from slideredit_rt.files import atomic_file
 from slideredit_rt.kernels import dispatch
+from slideredit_rt.kernels.triton_fp8_linear import SPEC as FP8_SPEC
+from slideredit_rt.quantization.precisions import FP8, to_fp8
 
 RANK = 16
 REPEATS = 10
@@ -43,6 +45,11 @@ PATHS = {
     "addmm": "vendor GEMM, low-rank product by Triton, vendor addmm",
     "fused": "one kernel, as in TensorRT plugins",
     "folded": "vendor GEMM on `x` and its low-rank product side by side, as in GST engines; `x` is already in the wider matrix",
+}
+FP8_FORMS = {
+    "fp8 base": "activations rounded by a compiled kernel, then the vendor's FP8 GEMM, without an update",
+    "fp8 vendor + update": "the same, then the active rows in place",
+    "fp8 fused": "one kernel, which rounds the activations itself",
 }
 
 
@@ -163,6 +170,60 @@ OTHERS: dict[str, Callable[[dict[str, Tensor]], Tensor]] = {
 }
 
 
+def fp8_inputs(case: Case, dtype: torch.dtype, device: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the arguments of a 16-bit projection, and those of the same projection in FP8."""
+    p, form = inputs(case, dtype, device), FP8()
+    scale = torch.tensor(form.input_scale(float(p["x"].abs().max())), device=device)
+    return p, p | form.quantise(p["weight"].float()) | {"input_scale": scale}
+
+
+def fp8_expected(p: dict[str, Tensor]) -> Tensor:
+    """Return the exact result of the first batch item, from activations that torch rounds in float32."""
+    weight = p["weight"].double() * p["weight_scale"].double()[:, None]
+    x = FP8().fake_quantise(p["x"].float(), p["input_scale"]).double()
+    scaled_low = p["x"].double() @ p["lora_a"].double().T * p["row_scale"].double().unsqueeze(-1)
+    return (x @ weight.T + p["bias"].double() + scaled_low @ p["lora_b"].double().T)[0]
+
+
+def rounded(x: Tensor, input_scale: Tensor) -> Tensor:
+    """Return the rows of `x` in E4M3, `[M, K]`."""
+    return to_fp8(x.flatten(0, -2).float() / input_scale)
+
+
+@dataclass
+class FP8Candidates:
+    """FP8 forms of a projection.
+
+    Attributes:
+        quantise: `rounded`, or its compiled form, as engines run it.
+        row_scales: Input scale of each row, float32 `[M, 1]`, as the vendor's GEMM takes it.
+    """
+
+    quantise: Callable[[Tensor, Tensor], Tensor]
+    row_scales: Tensor
+
+    def base(self, p: dict[str, Tensor]) -> Tensor:
+        """Round the activations and multiply with the vendor's GEMM, which scales and adds the bias where it can."""
+        x, weight = self.quantise(p["x"], p["input_scale"]), p["weight"].T
+        if x.is_cuda:
+            channels = p["weight_scale"][None]
+            y = torch._scaled_mm(x, weight, self.row_scales, channels, bias=p["bias"], out_dtype=p["x"].dtype)
+        else:
+            one = torch.ones_like(p["input_scale"])
+            wide = torch._scaled_mm(x, weight, scale_a=p["input_scale"], scale_b=one, out_dtype=torch.float32)
+            y = (wide * p["weight_scale"] + p["bias"]).to(p["x"].dtype)
+        return y.view(*p["x"].shape[:-1], -1)
+
+    def by_update(self, p: dict[str, Tensor]) -> Tensor:
+        """Update the result of `base` in place."""
+        return kernels.masked_lora_update_triton_(self.base(p), p["x"], p["lora_a"], p["lora_b"], p["row_scale"])
+
+    def by_name(self) -> dict[str, Callable[[dict[str, Tensor]], Tensor]]:
+        """Return the candidates by name."""
+        forms = (self.base, self.by_update, lambda p: kernels.masked_lora_fp8_linear_triton(**p))
+        return dict(zip(FP8_FORMS, forms, strict=True))
+
+
 class GraphTimer:
     """Timer of a call inside a replayed CUDA graph with cold L2, in microseconds."""
 
@@ -198,6 +259,18 @@ class GraphTimer:
         return self._replays(call) - self.empty
 
 
+def compared(case: Case) -> slice:
+    """Return an eighth of the rows, including the middle of the active span, to keep the float64 computation short."""
+    middle, count = case.rows // 2, max(1, case.rows // 8)
+    return slice(max(0, middle - count // 2), middle + count // 2 + 1)
+
+
+def takes_fp8(device: str) -> bool:
+    """Return whether a device runs the FP8 forms."""
+    major, minor = torch.cuda.get_device_capability() if device == "cuda" else (8, 9)
+    return 10 * major + minor >= FP8_SPEC.min_capability
+
+
 @dataclass
 class Bench:
     """Runner of the cases, which collects the measurements."""
@@ -207,36 +280,56 @@ class Bench:
     timer: Callable[[Callable[[], object]], float] | None
     deadline: float
     measurements: list[Measurement] = field(default_factory=list)
+    fp8_measurements: list[Measurement] = field(default_factory=list)
     # torch.compile recompiles it for every new shape.
     compiled_peft: Callable[[dict[str, Tensor]], Tensor] = field(default_factory=lambda: torch.compile(plain, dynamic=False))
+    # Once for all shapes.
+    compiled_rounded: Callable[[Tensor, Tensor], Tensor] = field(default_factory=lambda: torch.compile(rounded, dynamic=True))
 
     def run(self, case: Case) -> None:
         """Run every candidate on one case, and time those with a correct result."""
-        p = inputs(case, self.dtype, self.device)
-        # Compare an eighth of the rows, including the middle of the active span, to keep the float64 computation short.
-        middle, count = case.rows // 2, max(1, case.rows // 8)
-        rows = slice(max(0, middle - count // 2), middle + count // 2 + 1)
+        p, rows = inputs(case, self.dtype, self.device), compared(case)
         expected = exact(p | {"x": p["x"][:1, rows], "row_scale": p["row_scale"][:1, rows]})[0]
         allowed = 2 * float((plain(p)[0, rows].double() - expected).abs().max())
         candidates = {"base": base, **OURS, "folded": by_folding(p), **OTHERS}
         if self.timer is not None and case.batch == 1 and time.monotonic() < self.deadline:
             candidates["PEFT compiled"] = self.compiled_peft
+        calls = {name: partial(candidate, p) for name, candidate in candidates.items()}
+        self.measurements += self.measure(case, calls, expected, allowed)
+
+    def run_fp8(self, case: Case) -> None:
+        """Run the FP8 forms and the 16-bit base on one case."""
+        (wide, p), rows = fp8_inputs(case, self.dtype, self.device), compared(case)
+        some = p | {"x": p["x"][:1, rows], "row_scale": p["row_scale"][:1, rows]}
+        expected = fp8_expected(some)
+        allowed = 2 * float((kernels.masked_lora_fp8_linear_reference(**some)[0].double() - expected).abs().max())
+        candidates = FP8Candidates(
+            rounded if self.timer is None else self.compiled_rounded,
+            p["input_scale"].expand(case.batch * case.rows, 1).contiguous(),
+        )
+        calls = {"base": partial(base, wide)} | {name: partial(f, p) for name, f in candidates.by_name().items()}
+        self.fp8_measurements += self.measure(case, calls, expected, allowed)
+
+    def measure(
+        self, case: Case, calls: dict[str, Callable[[], Tensor]], expected: Tensor, allowed: float
+    ) -> Iterator[Measurement]:
+        """Yield a measurement of each call; bases, which have no update, are not compared with the expected rows."""
         base_time: float | None = None
-        for name, candidate in candidates.items():
+        for name, call in calls.items():
             measurement = Measurement(case, name, 0.0, allowed)
-            if name != "base":
-                measurement.error = float((candidate(p)[0, rows].double() - expected).abs().max())
+            if not name.endswith("base"):
+                measurement.error = float((call()[0, compared(case)].double() - expected).abs().max())
             if not measurement.error <= allowed:
                 measurement.note = "wrong result, not timed"
             elif self.timer is not None:
-                elapsed = self.timer(partial(candidate, p))
+                elapsed = self.timer(call)
                 base_time = elapsed if name == "base" else base_time
                 assert base_time is not None
                 measurement.microseconds = round(elapsed, 2)
                 measurement.ratio_to_base = round(elapsed / base_time, 4)
                 measurement.tflops = round(case.flops / elapsed / 1e6, 1)
                 measurement.gbytes_per_s = round(case.bytes / elapsed / 1e3, 1)
-            self.measurements.append(measurement)
+            yield measurement
 
 
 def table(measurements: list[Measurement]) -> str:
@@ -259,6 +352,31 @@ def table(measurements: list[Measurement]) -> str:
         limit = (of["base"].microseconds, of["base"].tflops)
         lines.append("| " + " | ".join(map(str, (*head, *limit, *(cell(n) for n in names[1:])))) + " |")
     return "\n".join(lines) + "\n"
+
+
+def fp8_summary(measurements: list[Measurement]) -> str:
+    """Return a sentence that compares the fused form with the vendor's GEMM and the update, over the timed cases."""
+    fused, vendor = (
+        {m.case: m.microseconds for m in measurements if m.candidate == name and m.microseconds is not None}
+        for name in ("fp8 fused", "fp8 vendor + update")
+    )
+    ratios = [fused[case] / vendor[case] for case in fused if case in vendor]
+    if not ratios:
+        return ""
+    faster = sum(ratio < 1 for ratio in ratios)
+    return (
+        f"`fp8 fused` is faster than `fp8 vendor + update` in {faster} of {len(ratios)} cases; "
+        f"ratios of their times: {min(ratios):.3f} to {max(ratios):.3f}, median {statistics.median(ratios):.3f}.\n"
+    )
+
+
+def fp8_section(measurements: list[Measurement]) -> str:
+    """Return the heading, the meaning of the columns, the table and the summary of the FP8 forms, for those that were run."""
+    if not measurements:
+        return "## FP8\n\nNot run: this GPU does not compute in FP8.\n"
+    lines = ["## FP8", "", "Ratios to the 16-bit GEMM alone. Scales per channel, one for all activations.", ""]
+    lines += [f"- `{name}`: {meaning}" for name, meaning in FP8_FORMS.items()]
+    return "\n".join(lines) + f"\n\n{table(measurements)}\n{fp8_summary(measurements)}"
 
 
 def marks(measurements: list[Measurement]) -> dict[str, object]:
@@ -337,6 +455,8 @@ def main() -> int:
     with torch.inference_mode():
         for case in rehearsal_cases() if args.rehearse else cases(tuple(args.batches)):
             bench.run(case)
+            if case.batch == 1 and takes_fp8(bench.device):
+                bench.run_fp8(case)
             sys.stderr.write(f"{case.kind} {case.stream} {case.projection} B={case.batch} active={case.active}: done\n")
     now = datetime.now(UTC).date().isoformat()
     about = {
@@ -347,7 +467,8 @@ def main() -> int:
         "triton": triton.__version__,
     }
     wrong = [m for m in bench.measurements if m.candidate in PATHS and m.note]
-    text = table(bench.measurements)
+    wrong_fp8 = [m for m in bench.fp8_measurements if m.note]
+    text = f"{table(bench.measurements)}\n{fp8_section(bench.fp8_measurements)}"
     sys.stdout.write(text)
     if not args.rehearse:
         folder = args.out / about["gpu"].lower().replace(" ", "-")
@@ -356,6 +477,7 @@ def main() -> int:
             "command": "make gpu-bench",
             "marks": marks(bench.measurements),
             "measurements": [asdict(m) for m in bench.measurements],
+            "fp8_measurements": [asdict(m) for m in bench.fp8_measurements],
         }
         with atomic_file(folder / f"{now}-kernels.json") as temporary:
             temporary.write_text(json.dumps(content, indent=1) + "\n")
@@ -364,9 +486,9 @@ def main() -> int:
         sys.stdout.write(json.dumps(content["marks"], indent=2) + "\n")
         if args.write_dispatch and not wrong:
             write_dispatch(dispatch_rules(bench.measurements), about, args.write_dispatch)
-    for m in wrong:
+    for m in wrong + wrong_fp8:
         sys.stderr.write(f"WRONG: {m.candidate} on {m.case}: error {m.error:.2e}, allowed {m.allowed_error:.2e}\n")
-    return 1 if wrong else 0
+    return 1 if wrong or wrong_fp8 else 0
 
 
 if __name__ == "__main__":
