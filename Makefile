@@ -89,6 +89,8 @@ ablations: $(STAMP) ## repeat the studies of training method, rank and calibrati
 # on a copy of the package laid out as it would be installed.
 GPU_PYTHON ?= $(PYTHON)
 STAGE := build/stage
+# Without the safe path, python -m would find the package's folder in the repository, which lacks kernels, export and bench.
+ON_GPU = PYTHONSAFEPATH=1 PYTHONPATH=$(STAGE)$${PYTHONPATH:+:$$PYTHONPATH} $(GPU_PYTHON)
 
 $(STAGE): FORCE
 	rm -rf $@ && mkdir -p $@
@@ -97,22 +99,22 @@ $(STAGE): FORCE
 FORCE:
 
 gpu-test: $(STAGE) ## test the kernels on a GPU, with a Python that has torch and triton
-	PYTHONPATH=$(STAGE)$${PYTHONPATH:+:$$PYTHONPATH} $(GPU_PYTHON) -m pytest --noconftest -rs -p no:cacheprovider tests/test_gpu.py tests/test_triton_kernels.py
+	$(ON_GPU) -m pytest --noconftest -rs -p no:cacheprovider tests/test_gpu.py tests/test_triton_kernels.py
 
 gpu-bench: $(STAGE) ## time every kernel path on a GPU and write its dispatch rules
-	PYTHONPATH=$(STAGE)$${PYTHONPATH:+:$$PYTHONPATH} $(GPU_PYTHON) -m slideredit_rt.bench.gpu_kernels --out bench/results --write-dispatch kernels/dispatch.json $(BENCH_OPTIONS)
+	$(ON_GPU) -m slideredit_rt.bench.gpu_kernels --out bench/results --write-dispatch kernels/dispatch.json $(BENCH_OPTIONS)
 
 # Needs slideredit-rt's own dependencies as well (diffusers, onnx, onnxruntime, …), and tensorrt or tensorrt-rtx.
 gpu-trt: $(STAGE) ## build, run and time TensorRT engines on a GPU
-	PYTHONPATH=$(STAGE)$${PYTHONPATH:+:$$PYTHONPATH} $(GPU_PYTHON) -m slideredit_rt.bench.gpu_tensorrt --out bench/results $(BENCH_OPTIONS)
+	$(ON_GPU) -m slideredit_rt.bench.gpu_tensorrt --out bench/results $(BENCH_OPTIONS)
 
 # Needs slideredit-rt's own dependencies as well; a GPU of 48 GB for FLUX, of 80 GB with BENCH_OPTIONS="--family qwen_image_edit".
 gpu-model: $(STAGE) ## time a full-size transformer with random weights on a GPU
-	PYTHONPATH=$(STAGE)$${PYTHONPATH:+:$$PYTHONPATH} $(GPU_PYTHON) -m slideredit_rt.bench.gpu_model --out bench/results $(BENCH_OPTIONS)
+	$(ON_GPU) -m slideredit_rt.bench.gpu_model --out bench/results $(BENCH_OPTIONS)
 
 # A GPU of 48 GB for FLUX, of 80 GB with BENCH_OPTIONS="--family qwen_image_edit" or qwen_image_edit_plus.
 gpu-e2e: $(STAGE) ## time whole edits on a GPU beside diffusers with PEFT
-	PYTHONPATH=$(STAGE)$${PYTHONPATH:+:$$PYTHONPATH} $(GPU_PYTHON) -m slideredit_rt.bench.gpu_e2e --out bench/results $(BENCH_OPTIONS)
+	$(ON_GPU) -m slideredit_rt.bench.gpu_e2e --out bench/results $(BENCH_OPTIONS)
 
 clean: ## remove .venv, demo and build
 	rm -rf $(VENV) demo build *.egg-info

@@ -15,6 +15,8 @@ from slideredit_rt.bench import gpu_kernels, gpu_tensorrt
 from slideredit_rt.bench.gpu_kernels import Case, Measurement
 from slideredit_rt.kernels import dispatch
 
+ROOT = Path(__file__).parents[1]
+
 
 def run(*arguments: str, bench: str = "gpu_kernels") -> subprocess.CompletedProcess[str]:
     # One thread: on small matrices several wait for each other longer than they compute.
@@ -39,6 +41,19 @@ def measured() -> list[Measurement]:
             m.note = "" if elapsed else "wrong result, not timed"
             found.append(m)
     return found
+
+
+@pytest.mark.parametrize("target", ["gpu-test", "gpu-bench", "gpu-trt", "gpu-model", "gpu-e2e"])
+def test_gpu_targets_run_a_complete_copy_of_the_package(target: str, tmp_path: Path) -> None:
+    """Seen by a Python without site-packages, in which the package is not installed."""
+    python, stage = tmp_path / "python", tmp_path / "stage"
+    where = "from importlib.util import find_spec; print(find_spec('slideredit_rt.kernels').origin)"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} -S -c "{where}"\n')
+    python.chmod(0o755)
+    line = ["make", target, f"STAGE={stage}", f"GPU_PYTHON={python}"]
+    done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == str(stage / "slideredit_rt" / "kernels" / "__init__.py")
 
 
 def test_rehearsal_computes_every_path_and_times_none() -> None:
