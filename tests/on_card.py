@@ -18,7 +18,7 @@ from standin import CARD, StandIn
 from torch import Tensor
 
 from slideredit_rt.assets import resolve_base
-from slideredit_rt.bench.gpu_model import engine_for
+from slideredit_rt.bench.columns import engine_for
 from slideredit_rt.editor import SliderEditor
 from slideredit_rt.engines.inductor import InductorEngine
 from slideredit_rt.evaluation.scorers import AttributeScorer, DistanceScorer, load_scorer

@@ -15,6 +15,7 @@ import torch
 
 from slideredit_rt.bench import gpu_e2e
 from slideredit_rt.bench.clock import Clock
+from slideredit_rt.bench.columns import Selection
 from slideredit_rt.bench.full_size import FULL_SIZES, SMALL_SIDE
 from slideredit_rt.engines import inductor
 from slideredit_rt.engines.folding import FoldedLoRALinear
@@ -102,7 +103,7 @@ def test_an_edit_is_split_at_its_steps_and_only_waits_between_them_count(monkeyp
 def test_gst_edits_with_folded_weights_that_are_gone_before_equal_ones_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inductor, "COMPILER", "eager")
     size = gpu_e2e.Size(SMALL_SIDE, 2, 1, 1.0, 520)
-    bench = gpu_e2e.Bench(FULL_SIZES["flux_kontext"], size, small=True, device=torch.device("cpu"))
+    bench = gpu_e2e.Bench(FULL_SIZES["flux_kontext"], size, Selection(), small=True, device=torch.device("cpu"))
     before = {name: value.clone() for name, value in bench.pipeline.transformer.state_dict().items()}
     old, make = weakref.ref(bench.pipeline.transformer), bench.base.transformer
 
@@ -116,7 +117,7 @@ def test_gst_edits_with_folded_weights_that_are_gone_before_equal_ones_are_made(
         kinds = {type(module) for module in bench.pipeline.transformer.modules()}
         assert FoldedLoRALinear in kinds
         assert MaskedLoRALinear not in kinds
-    after = bench.pipeline.transformer.state_dict()
+    after = bench.use().state_dict()
     assert list(after) == list(before)
     assert all(torch.equal(after[name], value) for name, value in before.items())
 

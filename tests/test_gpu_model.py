@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from slideredit_rt.bench import gpu_model
+from slideredit_rt.bench.columns import Selection
 from slideredit_rt.bench.full_size import FULL_SIZES
 from slideredit_rt.bench.gpu_model import Bench, Size
 from slideredit_rt.engines import inductor
@@ -60,8 +61,8 @@ def test_without_a_gpu_it_says_so_and_writes_nothing(
 def test_columns_compute_what_they_say_and_leave_the_weights_as_they_were(name: str) -> None:
     device = torch.device("cpu")
     size = Size(16, 32, (2, 3, 4), 1)
-    bench = Bench(FULL_SIZES[name], size, small=True, device=device)
-    transformer = bench.transformer
+    bench = Bench(FULL_SIZES[name], size, Selection(), small=True, device=device)
+    transformer = bench.use()
     before = {name: value.clone() for name, value in transformer.state_dict().items()}
     run_base = bench.family.run
 
@@ -98,20 +99,20 @@ def test_gst_is_measured_folded_and_the_old_weights_are_gone_before_equal_ones_a
 ) -> None:
     monkeypatch.setattr(inductor, "COMPILER", "eager")
     device, size = torch.device("cpu"), Size(16, 32, (2, 3, 4), 1)
-    bench = Bench(FULL_SIZES["flux_kontext"], size, small=True, device=device)
-    before = {name: value.clone() for name, value in bench.transformer.state_dict().items()}
-    old, make = weakref.ref(bench.transformer), bench.base.transformer
+    bench = Bench(FULL_SIZES["flux_kontext"], size, Selection(), small=True, device=device)
+    before = {name: value.clone() for name, value in bench.use().state_dict().items()}
+    old, make = weakref.ref(bench.use()), bench.base.transformer
 
     def make_alone(**options: Any) -> Any:
         assert old() is None, "there may be no memory for two"
         return make(**options)
 
     monkeypatch.setattr(bench.base, "transformer", make_alone)
-    with bench.engine(bench.adapters["gst"]) as engine:
+    with bench.engine(bench.adapters["gst"], gpu_model.BATCH) as engine:
         engine(bench.inputs | gpu_model.slider_inputs("gst", size, (48,), 1, device))
-        kinds = {type(module) for module in bench.transformer.modules()}
+        kinds = {type(module) for module in bench.use().modules()}
         assert FoldedLoRALinear in kinds
         assert MaskedLoRALinear not in kinds
-    after = bench.transformer.state_dict()
+    after = bench.use().state_dict()
     assert list(after) == list(before)
     assert all(torch.equal(after[name], value) for name, value in before.items())
