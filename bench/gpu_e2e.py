@@ -51,12 +51,12 @@ SWEEP = tuple(0.25 * i for i in range(7))
 FEWEST_STEPS = 2
 COLUMNS = {
     "frozen": "our engine without an adapter: the limit",
-    "ours ST, 1 slider": "one instruction of the prompt",
-    "ours ST, 3 sliders": "three instructions",
     "ours GST": "every row, with folded projections",
+    "ours ST, 3 sliders": "three instructions",
+    "ours ST, 1 slider": "one instruction of the prompt",
     "diffusers + PEFT": "diffusers' pipeline in eager mode, GST; a moved slider keeps its prompt embeddings",
-    "diffusers + PEFT, compiled": "the same with compiled blocks; every new strength compiles again",
     "published ST": "diffusers' pipeline in eager mode with the authors' module",
+    "diffusers + PEFT, compiled": "diffusers + PEFT with compiled blocks; every new strength compiles again",
 }
 
 
@@ -456,7 +456,7 @@ def table(bench: Bench) -> str:
     }
     lines = ["| | " + " | ".join(fields) + " | |", "|" + "---|" * (len(fields) + 2)]
     names = COLUMNS | quantised_columns(bench.selection.precisions)
-    for column in sorted(bench.columns, key=lambda column: list(names).index(column.name)):
+    for column in bench.columns:
         values = [getattr(column, name) for name in fields.values()]
         scaled = [v * 1e3 if name == "step ms" else v for name, v in zip(fields, values, strict=True)]
         cells = ["–" if v is None else str(v) if isinstance(v, int) else f"{v:.3f}" for v in scaled]
