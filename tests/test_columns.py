@@ -162,8 +162,24 @@ def test_a_column_that_fails_is_noted_and_the_others_are_measured(
     assert quantised["ratio_to_frozen"] is None, "there is no frozen column in int8"
 
 
-def test_results_of_a_run_that_ends_early_are_those_before(rehearse: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_model, "published", breaking(KeyboardInterrupt()))
-    status, report, _ = rehearse("frozen", "published ST")
+def interrupt(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_run_that_ends_early_leaves_the_columns_before(module: Any, rehearse: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    # It ends after a column, in a measurement that shares its engine.
+    extra = {gpu_model: "sweep", gpu_e2e: "sweep_at_once"}[module]
+    monkeypatch.setattr(module.Bench, extra, interrupt)
+    status, report, table = rehearse("frozen", "ours ST, 3 sliders", *(["sweep"] if module is gpu_model else []))
     assert status == 130
-    assert [column["name"] for column in report["columns"]] == ["frozen"]
+    assert [column["name"] for column in report["columns"]] == ["frozen", "ours ST, 3 sliders"]
+    assert "| ours ST, 3 sliders |" in table
+
+
+def test_a_run_that_ends_early_leaves_the_failures_before(module: Any, rehearse: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_model, "published", breaking(RuntimeError("no kernel")))
+    next_one = {gpu_model: ("merged GST", "merged"), gpu_e2e: ("diffusers + PEFT, compiled", "peft")}[module]
+    monkeypatch.setattr(module.Bench, next_one[1], interrupt)
+    status, report, _ = rehearse("published ST", next_one[0])
+    assert (status, report["columns"]) == (130, [])
+    assert report["failed"] == {"published ST": "RuntimeError: no kernel"}

@@ -40,14 +40,19 @@ def rehearse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., A
     return run
 
 
-@pytest.mark.parametrize(("family", "scale"), [("flux_kontext", 1.0), ("qwen_image_edit", 4.0)])
+@pytest.mark.parametrize(
+    ("family", "scale", "precisions"), [("flux_kontext", 1.0, ("int8",)), ("qwen_image_edit", 4.0, ("fp8",))]
+)
 def test_a_rehearsal_runs_every_column_and_writes_only_where_it_is_told(
-    family: str, scale: float, rehearse: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+    family: str, scale: float, precisions: tuple[str, ...], rehearse: Callable[..., Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    name, report = rehearse("--family", family)
+    name, report = rehearse("--family", family, "--precisions", *precisions)
     assert (name, report["true_cfg_scale"]) == (f"e2e_{family}", scale)
     columns = {column["name"]: column for column in report["columns"]}
-    assert list(columns) == list(gpu_e2e.COLUMNS)
+    quantised = [f"{name}, {precision}" for precision in precisions for name in ("frozen", "ours ST, 3 sliders", "ours GST")]
+    assert [name for name in columns if name not in quantised] == list(gpu_e2e.COLUMNS)
+    after_the_marks = list(gpu_e2e.COLUMNS).index("diffusers + PEFT") + 1
+    assert list(columns)[after_the_marks : after_the_marks + 3] == quantised
     assert (report["rehearsal"], report["left_out"]) == (True, [])
     for name, column in columns.items():
         compiled = name == "diffusers + PEFT, compiled"
