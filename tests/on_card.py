@@ -195,7 +195,7 @@ def main() -> None:
     def on_inductor() -> SliderEditor:
         """GST as an Inductor engine runs it: folded, in buffers of the engine's own."""
         editor = shapes("gst")()
-        editor.engine = engine_for(editor.engine.backbone)  # type: ignore[attr-defined]
+        editor.engine = engine_for(editor.engine.backbone, max_batch=4)  # type: ignore[attr-defined]
         return editor
 
     def same(latents: Tensor) -> Tensor:
