@@ -28,9 +28,14 @@ from torch import Tensor, nn
 from slideredit_rt.assets import resolve_base
 from slideredit_rt.families import Family, get_family
 from slideredit_rt.families.qwen_image_edit import SourceImageProcessor
+from slideredit_rt.quantization.linear import QuantizedLinear, quantize_linears, quantized_linears
+from slideredit_rt.quantization.precisions import get_precision
+from slideredit_rt.quantization.selection import select_layers
 
 DTYPE = torch.bfloat16
 SIDE, SMALL_SIDE = 1024, 64
+RANDOM_AMAX = 8.0
+"""Largest activation to expect of a transformer with random weights."""
 _NARROW = {"num_attention_heads": 2, "attention_head_dim": 32, "axes_dims_rope": (4, 14, 14), "joint_attention_dim": 64}
 _QWEN_SPECIAL_TOKENS = (
     "<|endoftext|>",
@@ -53,9 +58,30 @@ def fill(name: str, parameter: Tensor) -> None:
         parameter.fill_(1.0 if name.endswith("weight") else 0.0)
 
 
+def fill_quantised(name: str, linear: QuantizedLinear, device: torch.device) -> None:
+    """Quantise the random weight of a linear on the device.
+
+    The scale of activations is a constant that covers values up to `RANDOM_AMAX`, because the time of a product does not depend
+    on values. A calibration would take a forward pass of the unquantised transformer.
+    """
+    form = get_precision(linear.precision)
+    weight = torch.empty(linear.out_features, linear.in_features, dtype=DTYPE, device=device)
+    fill(f"{name}.weight", weight)
+    parts = form.quantise(weight.float())
+    if linear.activations:
+        parts["input_scale"] = torch.tensor(form.input_scale(RANDOM_AMAX), device=device)
+    for part, tensor in parts.items():
+        setattr(linear, part, tensor)
+
+
 @torch.no_grad()
 def materialise(module: nn.Module, device: torch.device) -> Any:
-    """Create random weights on the device for a module whose parameters are on `meta`."""
+    """Create random weights on the device for a module whose parameters are on `meta`.
+
+    Weights of quantised linears have the same values, quantised one at a time, so there is never a second set of weights.
+    """
+    for name, linear in quantized_linears(module).items():
+        fill_quantised(name, linear, device)
     for name, parameter in list(module.named_parameters()):
         owner, _, leaf = name.rpartition(".")
         filled = torch.empty(parameter.shape, dtype=DTYPE, device=device)
@@ -131,10 +157,18 @@ class FullSize(ABC):
         """Family of the base."""
         return get_family(self.family_name)
 
-    def transformer(self, *, small: bool, device: torch.device) -> Any:
-        """Create the transformer."""
+    def transformer(self, *, small: bool, device: torch.device, precision: str | None = None) -> Any:
+        """Create the transformer.
+
+        Args:
+            small: Create the small one.
+            device: Device of its weights.
+            precision: Precision of the linears that `slideredit-rt quantize` would quantise; None quantises none.
+        """
         with init_empty_weights():
             transformer = getattr(diffusers, self.transformer_class)(**(self.narrow if small else self.full))
+        if precision is not None:
+            quantize_linears(transformer, select_layers(self.family, transformer, precision))
         return materialise(transformer, device)
 
     @abstractmethod

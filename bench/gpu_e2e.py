@@ -2,19 +2,19 @@
 
 The pipeline has the sizes of a released base and random bfloat16 weights, text encoders and autoencoder included: speed and
 memory do not depend on their values. Every column edits the same image with the same prompt, steps and dtype, and true
-classifier-free guidance as the family's default asks. `--rehearse` runs the same code on small modules, on a CPU too; its
-times are meaningless.
+classifier-free guidance as the family's default asks. Columns such as "ours GST, fp8" run a quantised transformer with the same
+random weights, in every precision of `--precisions`. Results are written after each column, and a column that fails does not
+end the run. `--rehearse` runs the same code on small modules, on a CPU too; its times are meaningless.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -27,10 +27,11 @@ from tqdm import tqdm
 
 try:
     from slideredit_rt.adapters import Adapter
-    from slideredit_rt.bench import full_size, gpu_model
+    from slideredit_rt.bench import columns, full_size, gpu_model
     from slideredit_rt.bench.clock import Clock, compiled_graphs
+    from slideredit_rt.bench.columns import ColumnBench, Selection, card_of, quantised_columns, read_selection
     from slideredit_rt.bench.full_size import FULL_SIZES, FullSize, noise_image
-    from slideredit_rt.bench.gpu_model import engine_for, is_folded, peft_adapter, random_adapter
+    from slideredit_rt.bench.gpu_model import peft_adapter, random_adapter
     from slideredit_rt.bench.results import Mark, save_run, verdicts
     from slideredit_rt.checkpoint import quiet_libraries
     from slideredit_rt.editor import SliderEditor
@@ -38,7 +39,6 @@ try:
     from slideredit_rt.engines.inductor import RECOMPILE_LIMIT
     from slideredit_rt.errors import SliderEditError
     from slideredit_rt.families import KINDS, Kind
-    from slideredit_rt.modules import SliderBackbone
     from slideredit_rt.sliders import Controls, Slider, compose_prompt
     from slideredit_rt.strength import StrengthCurve
 except ModuleNotFoundError as missing:
@@ -51,12 +51,12 @@ SWEEP = tuple(0.25 * i for i in range(7))
 FEWEST_STEPS = 2
 COLUMNS = {
     "frozen": "our engine without an adapter: the limit",
-    "ours ST, 1 slider": "one instruction of the prompt",
-    "ours ST, 3 sliders": "three instructions",
     "ours GST": "every row, with folded projections",
+    "ours ST, 3 sliders": "three instructions",
+    "ours ST, 1 slider": "one instruction of the prompt",
     "diffusers + PEFT": "diffusers' pipeline in eager mode, GST; a moved slider keeps its prompt embeddings",
-    "diffusers + PEFT, compiled": "the same with compiled blocks; every new strength compiles again",
     "published ST": "diffusers' pipeline in eager mode with the authors' module",
+    "diffusers + PEFT, compiled": "diffusers + PEFT with compiled blocks; every new strength compiles again",
 }
 
 
@@ -84,9 +84,9 @@ class Size:
         return max(FEWEST_STEPS, self.steps // len(SWEEP))
 
 
-@dataclass
-class Column:
-    """One way to edit.
+@dataclass(kw_only=True)
+class Column(columns.Column):
+    """One way to edit (see `columns.Column`).
 
     Attributes:
         first_seconds: An edit whose image and prompt are new; nothing is left to compile.
@@ -102,10 +102,8 @@ class Column:
         synchronisations: Waits of the host between the first and the last step of an edit; None on a CPU.
         recompilations: Graphs captured by dynamo after the first edit.
         captures: Sets of shapes for which our engine captured a CUDA graph after the first edit; None for diffusers.
-        peak_gib: Device memory that tensors held, weights included; None on a CPU.
     """
 
-    name: str
     first_seconds: float
     moved_seconds: float
     sweep_seconds: float | None
@@ -118,8 +116,11 @@ class Column:
     synchronisations: int | None
     recompilations: int
     captures: int | None
-    peak_gib: float | None
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def step(self) -> float:
+        return self.step_seconds
 
 
 class Edit(Protocol):
@@ -151,7 +152,10 @@ class Parts:
         with warnings.catch_warnings(record=True) as found:
             warnings.simplefilter("always")
             start = clock.now()
-            edit(STRENGTH, steps, encoded=False, after_step=self._after_step)
+            try:
+                edit(STRENGTH, steps, encoded=False, after_step=self._after_step)
+            finally:
+                self._report_waits("default")  # an edit that fails between its steps does not get to the last one
             end = clock.now()
         first, last = self._times
         self.total = end - start
@@ -186,32 +190,26 @@ class StepBar(tqdm):  # type: ignore[type-arg]
         return None
 
 
-class Bench:
+class Bench(ColumnBench[Column]):
     """Runs the columns on one pipeline.
 
     Args:
         base: Base with random weights.
         size: Sizes of the edits.
+        selection: Columns to measure.
         small: Use the small modules.
         device: Device to run on.
-
-    Attributes:
-        columns: Measured columns.
-        left_out: Names of columns for which there was no time.
     """
 
-    def __init__(self, base: FullSize, size: Size, *, small: bool, device: torch.device) -> None:
+    def __init__(self, base: FullSize, size: Size, selection: Selection, *, small: bool, device: torch.device) -> None:
         self.started = time.perf_counter()
-        self.base, self.size, self.small, self.family, self.device = base, size, small, base.family, device
-        self.pipeline = base.pipeline(small=small, device=device)
+        self.pipeline, self.size = base.pipeline(small=small, device=device), size
+        super().__init__(base, selection, self.pipeline, small=small, device=device)
         self.pipeline.set_progress_bar_config(disable=True)
         self.family.place(self.pipeline, device)
-        self.clock = Clock(device)
         self.image = noise_image(size.side)
         self.negative = self.family.negative_prompt if size.true_cfg_scale > 1 else None
         self.adapters = {kind: random_adapter(self.family, self.pipeline.transformer, kind) for kind in KINDS}
-        self.columns: list[Column] = []
-        self.left_out: list[str] = []
         self._longest = 0.0
 
     def elapsed(self) -> float:
@@ -226,7 +224,15 @@ class Bench:
         sys.stderr.write(f"{name}: left out, because --budget {self.size.budget:g} would not suffice\n")
         return False
 
-    def measure(self, name: str, edit: Edit, *, captures: Callable[[], int] | None = None, constant: bool = False) -> Column:
+    def measure(
+        self,
+        name: str,
+        edit: Edit,
+        *,
+        captures: Callable[[], int] | None = None,
+        constant: bool = False,
+        precision: str | None = None,
+    ) -> Column:
         """Time the rows of the table.
 
         Args:
@@ -234,6 +240,7 @@ class Bench:
             edit: Method.
             captures: Function that counts captured graphs; None for methods that capture none.
             constant: The strength is a constant of compiled code, so that every new one compiles.
+            precision: Precision of the quantised base; None for bfloat16.
         """
         size, clock, began = self.size, self.clock, self.elapsed()
         torch._dynamo.utils.counters.clear()
@@ -247,6 +254,7 @@ class Bench:
         outside = moved - size.steps * parts.step
         column = Column(
             name=name,
+            precision=precision,
             first_seconds=parts.total,
             moved_seconds=moved,
             sweep_seconds=sweep,
@@ -261,7 +269,7 @@ class Bench:
             captures=captures() - captured if captures else None,
             peak_gib=clock.peak_gib(),
         )
-        self.columns.append(column)
+        self.add(column)
         self._longest = max(self._longest, self.elapsed() - began)
         sys.stderr.write(
             f"{name}: first edit {parts.total:.3f} s, moved slider {moved:.3f} s, compilation {column.compile_seconds:.1f} s, "
@@ -270,40 +278,29 @@ class Bench:
         return column
 
     @contextmanager
-    def editor(self, kind: Kind | None) -> Iterator[SliderEditor]:
-        """Make an editor on the pipeline as it is; for the frozen backbone, one whose sliders do nothing."""
-        torch._dynamo.reset()
+    def editor(self, kind: Kind | None, precision: str | None = None) -> Iterator[SliderEditor]:
+        """Make an editor on the pipeline with a transformer; for the frozen backbone, one whose sliders do nothing."""
         adapter: Adapter | None = self.adapters[kind] if kind else None
-        backbone = SliderBackbone(self.family, self.pipeline.transformer, adapter)
-        config = dict(self.pipeline.transformer.config)
         controls = Controls(kind or "st", StrengthCurve(), {})
-        engine = engine_for(backbone, max_batch=self.base.batch)
-        limits = {"max_batch": self.base.batch, "max_sliders": gpu_model.MAX_SLIDERS}
-        try:
+        limits = {"max_batch": self.base.batch, "max_sliders": columns.MAX_SLIDERS}
+        with self.engine(adapter, self.base.batch, precision) as engine:
+            config = dict(self.pipeline.transformer.config)
             yield SliderEditor(self.family, self.pipeline, engine, config, controls, **limits)
-        finally:
-            engine.close()
-            backbone.remove()
-            del backbone
-            if is_folded(engine):
-                # There may be no memory for two transformers, so the old one goes first.
-                self.pipeline.transformer = None
-                gc.collect()
-                self.pipeline.transformer = self.base.transformer(small=self.small, device=self.device)
 
-    def ours(self, kind: Kind | None, columns: Mapping[str, tuple[str, ...]]) -> None:
+    def ours(self, kind: Kind | None, edits: Mapping[str, tuple[str, ...]], precision: str | None = None) -> None:
         """Measure columns of ours that share compiled code.
 
         Args:
             kind: Kind of the adapter; None for the frozen backbone.
-            columns: Instructions of the sliders by column.
+            edits: Instructions of the sliders by column.
+            precision: Precision of the quantised base; None for bfloat16.
         """
-        with self.editor(kind) as editor:
-            for name, instructions in columns.items():
-                if self.has_time(name):
+        with self.editor(kind, precision) as editor:
+            for name, instructions in edits.items():
+                if self.selection.wants(name) and self.has_time(name):
                     edit, bindings = self.our_edit(editor, instructions), editor.engine._bindings  # type: ignore[attr-defined]
-                    column = self.measure(name, edit, captures=partial(len, bindings))
-                    if len(instructions) == len(INSTRUCTIONS):
+                    column = self.measure(name, edit, captures=partial(len, bindings), precision=precision)
+                    if len(instructions) == len(INSTRUCTIONS) and precision is None:
                         self.sweep_at_once(editor, column)
 
     def our_edit(self, editor: SliderEditor, instructions: tuple[str, ...]) -> Edit:
@@ -336,8 +333,6 @@ class Bench:
 
     def diffusers(self, name: str, set_strength: Callable[[float], None], *, compile_blocks: bool = False) -> None:
         """Measure diffusers' own pipeline with something in its transformer that scales an edit."""
-        if not self.has_time(name):
-            return
         torch._dynamo.reset()
         self._run_blocks_eagerly()
         if compile_blocks:
@@ -376,22 +371,45 @@ class Bench:
         for module in self.pipeline.transformer.modules():
             module._compiled_call_impl = None
 
+    def peft(self, name: str, *, compile_blocks: bool = False) -> None:
+        """Measure diffusers' pipeline with PEFT."""
+        with peft_adapter(self.use(), self.adapters["gst"]) as set_strength:
+            self.diffusers(name, set_strength, compile_blocks=compile_blocks)
+
+    def published(self, name: str) -> None:
+        """Measure diffusers' pipeline with the published module."""
+        transformer, text_rows = self.use(), self.embeddings()["prompt_embeds"].shape[1]
+        rows = gpu_model.Size(text_rows, 0, (8, 16, 32) if text_rows > 64 else (2, 3, 4), 1)
+        with gpu_model.published(transformer, self.adapters["st"], rows) as set_strength:
+            self.diffusers(name, set_strength)
+
+    def tasks(self) -> Iterable[tuple[tuple[str, ...], Callable[[], object]]]:
+        """Return the columns of the marks first, then those of quantised bases."""
+        three, one = INSTRUCTIONS, INSTRUCTIONS[:1]
+        st = {"ours ST, 3 sliders": three, "ours ST, 1 slider": one}
+        yield ("frozen",), partial(self.ours, None, {"frozen": one})
+        yield ("ours GST",), partial(self.ours, "gst", {"ours GST": one})
+        yield tuple(st), partial(self.ours, "st", st)
+        yield ("diffusers + PEFT",), partial(self.peft, "diffusers + PEFT")
+        for precision in self.selection.precisions:
+            frozen, three_sliders, gst = quantised_columns([precision])
+            yield (frozen,), partial(self.ours, None, {frozen: one}, precision)
+            yield (three_sliders,), partial(self.ours, "st", {three_sliders: three}, precision)
+            yield (gst,), partial(self.ours, "gst", {gst: one}, precision)
+        yield ("published ST",), partial(self.published, "published ST")
+        compiled = "diffusers + PEFT, compiled"
+        yield (compiled,), partial(self.peft, compiled, compile_blocks=True)
+
+    def attempt(self, names: Sequence[str], measure: Callable[[], object]) -> None:
+        wanted = [name for name in names if self.selection.wants(name)]
+        if wanted and not self.has_time(wanted[0]):
+            self.left_out += wanted[1:]
+        else:
+            super().attempt(names, measure)
+
     def run(self) -> None:
-        """Measure the columns, those of the marks first."""
         with self.base.edits_of(self.size.side):
-            self.ours(None, {"frozen": INSTRUCTIONS[:1]})
-            self.ours("gst", {"ours GST": INSTRUCTIONS[:1]})
-            self.ours("st", {"ours ST, 3 sliders": INSTRUCTIONS, "ours ST, 1 slider": INSTRUCTIONS[:1]})
-            transformer = self.pipeline.transformer
-            with peft_adapter(transformer, self.adapters["gst"]) as set_strength:
-                self.diffusers("diffusers + PEFT", set_strength)
-            text_rows = self.embeddings()["prompt_embeds"].shape[1]
-            rows = gpu_model.Size(text_rows, 0, (8, 16, 32) if text_rows > 64 else (2, 3, 4), 1)
-            with gpu_model.published(transformer, self.adapters["st"], rows) as set_strength:
-                self.diffusers("published ST", set_strength)
-            with peft_adapter(transformer, self.adapters["gst"]) as set_strength:
-                self.diffusers("diffusers + PEFT, compiled", set_strength, compile_blocks=True)
-        self.columns.sort(key=lambda column: list(COLUMNS).index(column.name))
+            super().run()
 
 
 def marks(bench: Bench) -> list[Mark]:
@@ -430,16 +448,21 @@ def table(bench: Bench) -> str:
         "waits": "synchronisations",
         "recompiled": "recompilations",
         "captured": "captures",
+        "step / frozen": "ratio_to_frozen",
+        "bf16 frozen / step": "speed_up",
         "peak GiB": "peak_gib",
+        "peak / bf16 frozen": "peak_share",
         "compilation s": "compile_seconds",
     }
     lines = ["| | " + " | ".join(fields) + " | |", "|" + "---|" * (len(fields) + 2)]
+    names = COLUMNS | quantised_columns(bench.selection.precisions)
     for column in bench.columns:
         values = [getattr(column, name) for name in fields.values()]
         scaled = [v * 1e3 if name == "step ms" else v for name, v in zip(fields, values, strict=True)]
         cells = ["–" if v is None else str(v) if isinstance(v, int) else f"{v:.3f}" for v in scaled]
-        about = "; ".join([COLUMNS[column.name], *column.notes])
+        about = "; ".join([names[column.name], *column.notes])
         lines.append(f"| {column.name} | " + " | ".join(cells) + f" | {about} |")
+    lines += bench.failures(len(fields))
     if bench.left_out:
         lines += ["", f"Left out for lack of time (`--budget {bench.size.budget:g}`): {', '.join(bench.left_out)}."]
     return "\n".join(lines) + "\n"
@@ -484,49 +507,69 @@ def options() -> argparse.ArgumentParser:
         default=520,
         help="seconds after which no further column is measured (default: %(default)s)",
     )
+    columns.add_options(parser)
     parser.add_argument("--rehearse", action="store_true", help="small modules on any machine; the times are meaningless")
     return parser
 
 
+def report(bench: Bench, out: Path | None) -> str:
+    """Write the results so far, and return them in Markdown.
+
+    Args:
+        bench: Bench with at least its pipeline.
+        out: Results folder; None writes nothing.
+    """
+    size, base, usual = bench.size, bench.base, bench.family.true_cfg_scale
+    about = {
+        **asdict(size),
+        "sweep_steps": size.sweep_steps,
+        "family": base.name,
+        "rehearsal": bench.small,
+        "seconds": round(bench.elapsed(), 1),
+    }
+    content = {
+        "columns": [asdict(column) for column in bench.columns],
+        "left_out": bench.left_out,
+        "failed": bench.failed,
+    }
+    found = verdicts(marks(bench), timed=not bench.small)
+    given = f"--family {base.name} --steps {size.steps} --repeats {size.repeats} --budget {size.budget:g}"
+    given += "" if size.true_cfg_scale == usual else f" --true-cfg-scale {size.true_cfg_scale:g}"
+    command = f"make gpu-e2e BENCH_OPTIONS='{given} {bench.selection.options()}'"
+    name = f"e2e_{base.name}" + ("" if size.true_cfg_scale == usual else f"_cfg_{size.true_cfg_scale:g}")
+    return save_run(name + bench.selection.suffix, command, bench.device, about, content, table(bench), found, out)
+
+
 def main() -> int:
-    """Run the bench; 0 also where a mark is missed, which the table says."""
-    args = options().parse_args()
+    """Run the bench and return the exit status: 1 if a column failed, 0 also where a mark is missed, which the table says."""
+    parser = options()
+    args = parser.parse_args()
     rehearse: bool = args.rehearse
     cuda = torch.cuda.is_available()
     if not cuda and not rehearse:
         sys.stderr.write("gpu_e2e: no CUDA device found; pass --rehearse to run small modules on the CPU\n")
         return 2
-    base, usual = FULL_SIZES[args.family], FULL_SIZES[args.family].family.true_cfg_scale
-    scale = args.true_cfg_scale or usual
+    base = FULL_SIZES[args.family]
+    scale = args.true_cfg_scale or base.family.true_cfg_scale
     size = Size(full_size.SIDE, args.steps or base.steps, args.repeats, scale, args.budget)
     if rehearse:
         inductor.COMPILER, size = "eager", Size(full_size.SMALL_SIDE, FEWEST_STEPS, 1, scale, args.budget)
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
-    try:
-        with quiet_libraries():
-            bench = Bench(base, size, small=rehearse, device=device)
-            bench.run()
-    except torch.OutOfMemoryError:
-        sys.stderr.write(f"gpu_e2e: out of GPU memory; {base.name} needs a card of {base.gib} GB\n")
-        return 2
-    except SliderEditError as error:
-        sys.stderr.write(f"gpu_e2e: {error}\n")
-        return 2
-    about = {
-        **asdict(size),
-        "sweep_steps": size.sweep_steps,
-        "family": base.name,
-        "rehearsal": rehearse,
-        "seconds": round(bench.elapsed(), 1),
-    }
-    content = {"columns": [asdict(column) for column in bench.columns], "left_out": bench.left_out}
-    found = verdicts(marks(bench), timed=not rehearse)
+    selection = read_selection(parser, args, COLUMNS, card_of(device))
     out = args.out if rehearse else args.out or Path("bench/results")
-    given = f"--family {base.name} --steps {size.steps} --repeats {size.repeats} --budget {size.budget:g}"
-    given += "" if scale == usual else f" --true-cfg-scale {scale:g}"
-    name = f"e2e_{base.name}" + ("" if scale == usual else f"_cfg_{scale:g}")
-    sys.stdout.write(save_run(name, f"make gpu-e2e BENCH_OPTIONS='{given}'", device, about, content, table(bench), found, out))
-    return 0
+    with quiet_libraries():
+        try:
+            bench = Bench(base, size, selection, small=rehearse, device=device)
+        except torch.OutOfMemoryError:
+            sys.stderr.write(f"gpu_e2e: out of GPU memory; {base.name} needs a card of {base.gib} GB\n")
+            return 2
+        except SliderEditError as error:
+            sys.stderr.write(f"gpu_e2e: {error}\n")
+            return 2
+        bench.after_column = partial(report, bench, out)
+        bench.run()
+    sys.stdout.write(report(bench, out))
+    return 1 if bench.failed else 0
 
 
 if __name__ == "__main__":

@@ -2,22 +2,24 @@
 
 The transformer has random bfloat16 weights, created on the device, because speed and memory do not depend on their values.
 Every column runs the same transformer with a different adapter through the same engine, with `torch.compile`d blocks in one
-CUDA graph. The frozen backbone is measured first and last. `--rehearse` runs the same code on small blocks, also on a CPU,
+CUDA graph. The frozen backbone is measured first and last. Columns such as "ours GST, fp8" run a quantised transformer with the
+same random weights, in every precision of `--precisions`. Results are written after each column, and a column that fails does
+not end the run. `--rehearse` runs the same code on small blocks, also on a CPU,
 where dynamo captures the graphs but does not compile them. Times of a rehearsal are meaningless.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -29,19 +31,20 @@ try:
     from peft.tuners.lora import LoraLayer
 
     from slideredit_rt.adapters import Adapter
-    from slideredit_rt.bench.clock import Clock, compiled_graphs
+    from slideredit_rt.bench import columns
+    from slideredit_rt.bench.clock import compiled_graphs
+    from slideredit_rt.bench.columns import ColumnBench, Selection, card_of, quantised_columns, read_selection
     from slideredit_rt.bench.full_size import DTYPE, FULL_SIZES, FluxKontextBase, FullSize, fill
     from slideredit_rt.bench.results import Mark, save_run, verdicts
-    from slideredit_rt.engines import Manifest, get_backend, inductor
-    from slideredit_rt.engines.inductor import InductorEngine, engine_of
+    from slideredit_rt.engines import inductor
+    from slideredit_rt.engines.inductor import InductorEngine
     from slideredit_rt.errors import SliderEditError
     from slideredit_rt.families import KINDS, Family, Kind
-    from slideredit_rt.modules import SliderBackbone
 except ModuleNotFoundError as missing:
     sys.exit(f"gpu_model: the package {missing.name} is missing; install slideredit-rt's dependencies into GPU_PYTHON")
 
 RANK, SCALE = 16, 0.5
-BATCH, MAX_SLIDERS = 4, 8
+BATCH = 4
 SETTINGS = 20
 SWEEP, SWEEP_STEPS = 15, 4
 COLUMNS = {
@@ -49,11 +52,13 @@ COLUMNS = {
     "ours ST, 1 slider": "16 text rows scaled",
     "ours ST, 3 sliders": "8 + 16 + 32 text rows scaled",
     "ours GST": "every row scaled, projections folded",
-    "published ST": "a masked LoRA per linear: the update of every row, multiplied by a bfloat16 scale and a mask",
     "PEFT GST": "`peft.inject_adapter_in_model`, no mask",
+    "published ST": "a masked LoRA per linear: the update of every row, multiplied by a bfloat16 scale and a mask",
     "merged GST": "W + scale · BA written into the weights",
     "frozen, again": "drift of the card",
 }
+EXTRAS = ("sweep", "batch of 4")
+"""Measurements beside the columns, which `--columns` also selects."""
 
 
 @dataclass(frozen=True)
@@ -66,31 +71,29 @@ class Size:
     steps: int
 
 
-@dataclass
-class Column:
-    """Result of one method of running the backbone.
+@dataclass(kw_only=True)
+class Column(columns.Column):
+    """Result of one method of running the backbone (see `columns.Column`).
 
     Attributes:
-        name: Name of the method, a key of `COLUMNS`.
         milliseconds: Median time of a step.
         first_call_seconds: Time of compilation, capture and one step.
         compiled_graphs: Number of graphs that dynamo captured.
-        ratio_to_frozen: Ratio to the median of the two columns of the frozen backbone.
-        peak_gib: Peak device memory of tensors, including the weights; None on a CPU.
         strength_change_ms: Time to change every strength; None without strengths.
         recompilations: Recompilations in the steps after a change.
         allocations: Allocations of device memory over 20 changes with a step after each; None on a CPU and for other methods.
     """
 
-    name: str
     milliseconds: float
     first_call_seconds: float
     compiled_graphs: int
-    ratio_to_frozen: float | None = None
-    peak_gib: float | None = None
     strength_change_ms: float | None = None
     recompilations: int | None = None
     allocations: int | None = None
+
+    @property
+    def step(self) -> float:
+        return self.milliseconds
 
 
 def random_adapter(family: Family, transformer: nn.Module, kind: Kind) -> Adapter:
@@ -120,39 +123,6 @@ def slider_inputs(kind: Kind, size: Size, spans: tuple[int, ...], batch: int, de
         mask[:, slider, start : start + span] = True
         start += span
     return {"alpha": torch.full((batch, len(spans)), SCALE, device=device), "token_mask": mask.to(device)}
-
-
-def engine_for(backbone: SliderBackbone, max_batch: int = BATCH) -> InductorEngine:
-    """Create the engine that `slideredit-rt build --backend inductor` makes, around a loaded transformer.
-
-    It has the lowering that the build selects. A folded transformer cannot be restored, so the next column needs a new one
-    (`is_folded`).
-    """
-    family, backend = backbone.family, get_backend("inductor")
-    config: Any = backbone.transformer.config
-    manifest = Manifest(
-        family=family.name,
-        base={},
-        adapter=None,
-        backend=backend.name,
-        backend_version=backend.version(),
-        lowering=backend.default_lowering(backbone.kind),
-        targets=[],
-        max_batch=max_batch,
-        max_sliders=MAX_SLIDERS,
-        config={},
-        inputs=[*family.input_specs(config), *backbone.slider_specs()],
-        outputs=[family.output_spec(config)],
-        files={},
-        created="",
-        versions={},
-    )
-    return engine_of(backbone, manifest)
-
-
-def is_folded(engine: InductorEngine) -> bool:
-    """Return whether an engine has changed its transformer for good, so that the next column needs a new one."""
-    return engine.manifest.lowering == "folded"
 
 
 class PublishedLinear(nn.Module):
@@ -245,26 +215,25 @@ def merged(transformer: nn.Module, adapter: Adapter) -> Iterator[Callable[[float
                 fill(f"{name}.weight", transformer.get_parameter(f"{name}.weight"))
 
 
-class Bench:
+class Bench(ColumnBench[Column]):
     """Runner of all columns on one transformer.
 
     Args:
         base: Base to measure.
         size: Size of the requests.
+        selection: Columns to measure.
         small: Use the small transformer.
         device: Device to run on.
     """
 
-    def __init__(self, base: FullSize, size: Size, *, small: bool, device: torch.device) -> None:
-        self.base, self.size, self.small, self.device = base, size, small, device
-        self.family = base.family
-        self.make_transformer()
-        self.clock = Clock(self.device)
-        self.cuda = self.clock.cuda
-        self.inputs = random_inputs(self.family, self.transformer.config, size, 1, self.device)
-        self.adapters: dict[str, Adapter] = {kind: random_adapter(self.family, self.transformer, kind) for kind in KINDS}
-        self.columns: list[Column] = []
-        self.frozen_times: list[float] = []
+    def __init__(self, base: FullSize, size: Size, selection: Selection, *, small: bool, device: torch.device) -> None:
+        super().__init__(base, selection, SimpleNamespace(transformer=None), small=small, device=device)
+        self.size, self.cuda = size, self.clock.cuda
+        transformer = self.use()
+        self.config = transformer.config
+        self.parameters = sum(p.numel() for p in transformer.parameters())
+        self.inputs = random_inputs(self.family, self.config, size, 1, self.device)
+        self.adapters: dict[str, Adapter] = {kind: random_adapter(self.family, transformer, kind) for kind in KINDS}
         self.extra: dict[str, Any] = {}
 
     def milliseconds(self, call: Callable[[], object]) -> float:
@@ -282,7 +251,7 @@ class Bench:
         """Return the number of allocations of device memory so far; 0 on a CPU."""
         return int(torch.cuda.memory_stats(self.device)["allocation.all.allocated"]) if self.cuda else 0
 
-    def column(self, name: str, engine: InductorEngine, inputs: Mapping[str, Tensor]) -> Column:
+    def column(self, name: str, engine: InductorEngine, inputs: Mapping[str, Tensor], precision: str | None = None) -> Column:
         """Compile, warm up and time a step, and return its column."""
         self.clock.forget_peak()
         before = compiled_graphs()
@@ -290,52 +259,44 @@ class Bench:
         for _ in range(2):
             engine(inputs)
         times = [self.milliseconds(lambda: engine(inputs)) for _ in range(self.size.steps)]
-        if name.startswith("frozen"):
-            self.frozen_times += times
-        column = Column(name, statistics.median(times), first, compiled_graphs() - before, peak_gib=self.clock.peak_gib())
-        self.columns.append(column)
+        column = Column(
+            name=name,
+            precision=precision,
+            milliseconds=statistics.median(times),
+            first_call_seconds=first,
+            compiled_graphs=compiled_graphs() - before,
+            peak_gib=self.clock.peak_gib(),
+        )
+        self.add(column)
         sys.stderr.write(f"{name}: {column.milliseconds:.3f} ms a step, first call {first:.1f} s\n")
         return column
 
-    @contextmanager
-    def engine(self, adapter: Adapter | None) -> Iterator[InductorEngine]:
-        """Open an engine around the current transformer. On exit, remove it and everything compiled for it."""
-        torch._dynamo.reset()
-        backbone = SliderBackbone(self.family, self.transformer, adapter)
-        engine = engine_for(backbone)
-        try:
-            yield engine
-        finally:
-            engine.close()
-            backbone.remove()
-            del backbone
-            if is_folded(engine):
-                self.make_transformer()
-
-    def make_transformer(self) -> None:
-        """Make the transformer, with the same weights each time. There may be no memory for two, so the old one goes first."""
-        self.transformer: Any = None
-        gc.collect()
-        self.transformer = self.base.transformer(small=self.small, device=self.device)
-
-    def frozen(self, name: str) -> None:
+    def frozen(self, name: str, precision: str | None = None) -> None:
         """Measure the frozen backbone."""
-        with self.engine(None) as engine:
-            self.column(name, engine, self.inputs)
+        with self.engine(None, BATCH, precision) as engine:
+            self.column(name, engine, self.inputs, precision)
 
-    def ours(self) -> None:
-        """Measure ST and GST, and for ST also a sweep and a batch with mixed sliders."""
-        with self.engine(self.adapters["st"]) as engine:
-            one = self.inputs | slider_inputs("st", self.size, self.size.spans[1:2], 1, self.device)
-            three = self.inputs | slider_inputs("st", self.size, self.size.spans, 1, self.device)
-            self.move(self.column("ours ST, 1 slider", engine, one), engine, one)
-            self.move(self.column("ours ST, 3 sliders", engine, three), engine, three)
-            self.sweep(engine, three)
-            self.mixed_batch(engine)
-        with self.engine(self.adapters["gst"]) as engine:
-            rows = self.size.text_rows + self.size.image_rows
-            inputs = self.inputs | slider_inputs("gst", self.size, (rows,), 1, self.device)
-            self.move(self.column("ours GST", engine, inputs), engine, inputs)
+    def spans(self, kind: Kind) -> tuple[int, ...]:
+        """Return the rows of each slider: three sliders for ST, one with every row for GST."""
+        return self.size.spans if kind == "st" else (self.size.text_rows + self.size.image_rows,)
+
+    def adapted(self, name: str, kind: Kind, precision: str | None = None) -> None:
+        """Measure an adapter with the sliders of `spans`."""
+        with self.engine(self.adapters[kind], BATCH, precision) as engine:
+            inputs = self.inputs | slider_inputs(kind, self.size, self.spans(kind), 1, self.device)
+            self.move(self.column(name, engine, inputs, precision), engine, inputs)
+
+    def st(self) -> None:
+        """Measure ST with one and three sliders, a sweep and a batch with mixed sliders, which share compiled code."""
+        with self.engine(self.adapters["st"], BATCH) as engine:
+            for name, spans in (("ours ST, 1 slider", self.size.spans[1:2]), ("ours ST, 3 sliders", self.size.spans)):
+                if self.selection.wants(name):
+                    inputs = self.inputs | slider_inputs("st", self.size, spans, 1, self.device)
+                    self.move(self.column(name, engine, inputs), engine, inputs)
+            if self.selection.wants("sweep"):
+                self.sweep(engine, self.inputs | slider_inputs("st", self.size, self.size.spans, 1, self.device))
+            if self.selection.wants("batch of 4"):
+                self.mixed_batch(engine)
 
     def move(self, column: Column, engine: InductorEngine, inputs: dict[str, Tensor]) -> None:
         """Measure a change of every strength, which only writes the caller's `alpha` on the device."""
@@ -353,7 +314,7 @@ class Bench:
 
     def mixed_batch(self, engine: InductorEngine) -> None:
         """Compare a batch of four equal slider settings with a batch of four different ones, in turns."""
-        inputs = random_inputs(self.family, self.transformer.config, self.size, BATCH, self.device)
+        inputs = random_inputs(self.family, self.config, self.size, BATCH, self.device)
         equal = inputs | slider_inputs("st", self.size, self.size.spans, BATCH, self.device)
         mixed = {name: tensor.clone() for name, tensor in equal.items()}
         for row in range(BATCH):
@@ -412,13 +373,19 @@ class Bench:
             "decoder with random weights, as wide as FLUX's; the decoder runs on constant latents",
         }
 
-    def others(self) -> None:
-        """Measure the published module, PEFT and merged weights."""
-        with published(self.transformer, self.adapters["st"], self.size) as set_strength, self.engine(None) as engine:
+    def published(self) -> None:
+        """Measure the published module."""
+        with published(self.use(), self.adapters["st"], self.size) as set_strength, self.engine(None, BATCH) as engine:
             self.set(self.column("published ST", engine, self.inputs), engine, set_strength)
-        with peft_adapter(self.transformer, self.adapters["gst"]) as set_strength, self.engine(None) as engine:
+
+    def peft(self) -> None:
+        """Measure PEFT."""
+        with peft_adapter(self.use(), self.adapters["gst"]) as set_strength, self.engine(None, BATCH) as engine:
             self.set(self.column("PEFT GST", engine, self.inputs), engine, set_strength, stale=True)
-        with merged(self.transformer, self.adapters["gst"]) as set_strength, self.engine(None) as engine:
+
+    def merged(self) -> None:
+        """Measure merged weights."""
+        with merged(self.use(), self.adapters["gst"]) as set_strength, self.engine(None, BATCH) as engine:
             self.set(self.column("merged GST", engine, self.inputs), engine, set_strength)
 
     def set(self, column: Column, engine: InductorEngine, set_strength: Callable[[float], None], stale: bool = False) -> None:
@@ -434,15 +401,20 @@ class Bench:
         column.strength_change_ms = 1e3 * self.clock.seconds(change)
         column.recompilations = compiled_graphs() - before
 
-    def run(self) -> None:
-        """Measure every column."""
-        self.frozen("frozen")
-        self.ours()
-        self.others()
-        self.frozen("frozen, again")
-        limit = statistics.median(self.frozen_times)
-        for column in self.columns:
-            column.ratio_to_frozen = column.milliseconds / limit
+    def tasks(self) -> Iterable[tuple[tuple[str, ...], Callable[[], object]]]:
+        """Return the columns of the marks first, then those of quantised bases."""
+        yield ("frozen",), partial(self.frozen, "frozen")
+        yield ("ours ST, 1 slider", "ours ST, 3 sliders", *EXTRAS), self.st
+        yield ("ours GST",), partial(self.adapted, "ours GST", "gst")
+        yield ("PEFT GST",), self.peft
+        for precision in self.selection.precisions:
+            frozen, st, gst = quantised_columns([precision])
+            yield (frozen,), partial(self.frozen, frozen, precision)
+            yield (st,), partial(self.adapted, st, "st", precision)
+            yield (gst,), partial(self.adapted, gst, "gst", precision)
+        yield ("published ST",), self.published
+        yield ("merged GST",), self.merged
+        yield ("frozen, again",), partial(self.frozen, "frozen, again")
 
 
 def flux_calls(
@@ -469,55 +441,98 @@ def flux_calls(
 
 
 def marks(bench: Bench) -> list[Mark]:
-    """Return the marks of a run with their values and limits."""
+    """Return the marks of a run with their values and limits, as far as their columns were measured. They are for bfloat16."""
     of = {column.name: column for column in bench.columns}
-    ours = [column for column in bench.columns if column.name.startswith("ours")]
-    st = max(column.ratio_to_frozen or 0.0 for column in ours if "ST, " in column.name)
-    found = [
-        Mark("ST step / frozen step", st, "<=", 1.005),
-        Mark("GST step / frozen step", of["ours GST"].ratio_to_frozen or 0.0, "<=", 1.02),
-        Mark("PEFT GST step / ours", of["PEFT GST"].milliseconds / of["ours GST"].milliseconds, ">=", 1.08),
-        Mark("strength change, ms", max(column.strength_change_ms or 0.0 for column in ours), "<", 0.1),
-        Mark("strength change, recompilations", max(column.recompilations or 0 for column in ours), "<=", 0, counted=True),
-        Mark("mixed batch / uniform batch", bench.extra["batch of 4"]["mixed_over_uniform"], "<=", 1.01),
-    ]
-    if bench.cuda:
-        found.append(Mark("strength change, allocations", max(c.allocations or 0 for c in ours), "<=", 0, counted=True))
+    ours = [column for column in bench.columns if column.name.startswith("ours") and column.precision is None]
+    found = []
+    if st := [column.ratio_to_frozen for column in ours if "ST, " in column.name and column.ratio_to_frozen is not None]:
+        found.append(Mark("ST step / frozen step", max(st), "<=", 1.005))
+    gst, peft_gst = of.get("ours GST"), of.get("PEFT GST")
+    if gst and gst.ratio_to_frozen is not None:
+        found.append(Mark("GST step / frozen step", gst.ratio_to_frozen, "<=", 1.02))
+    if gst and peft_gst:
+        found.append(Mark("PEFT GST step / ours", peft_gst.milliseconds / gst.milliseconds, ">=", 1.08))
+    # A column whose change of strength failed has its step time only.
+    moved = [column for column in ours if column.strength_change_ms is not None]
+    if moved:
+        found.append(Mark("strength change, ms", max(c.strength_change_ms or 0.0 for c in moved), "<", 0.1))
+        count = max(c.recompilations or 0 for c in moved)
+        found.append(Mark("strength change, recompilations", count, "<=", 0, counted=True))
+    if "batch of 4" in bench.extra:
+        found.append(Mark("mixed batch / uniform batch", bench.extra["batch of 4"]["mixed_over_uniform"], "<=", 1.01))
+    if bench.cuda and moved:
+        found.append(Mark("strength change, allocations", max(c.allocations or 0 for c in moved), "<=", 0, counted=True))
     return found
 
 
 def table(bench: Bench) -> str:
     """Return a Markdown table of the columns, and the other results."""
     lines = [
-        "| | step ms | / frozen | peak GiB | first call s | strength change ms | recompilations | allocations | |",
-        "|" + "---|" * 9,
+        "| | step ms | step / frozen | bf16 frozen / step | peak GiB | peak / bf16 frozen | first call s | strength change ms "
+        "| recompilations | allocations | |",
+        "|" + "---|" * 11,
     ]
+    abouts = COLUMNS | quantised_columns(bench.selection.precisions)
     for column in bench.columns:
         numbers = [
             "–" if value is None else form.format(value)
             for value, form in (
                 (column.milliseconds, "{:.3f}"),
                 (column.ratio_to_frozen, "{:.4f}"),
+                (column.speed_up, "{:.3f}"),
                 (column.peak_gib, "{:.2f}"),
+                (column.peak_share, "{:.3f}"),
                 (column.first_call_seconds, "{:.1f}"),
                 (column.strength_change_ms, "{:.3f}"),
                 (column.recompilations, "{}"),
                 (column.allocations, "{}"),
             )
         ]
-        lines.append("| " + " | ".join([column.name, *numbers, COLUMNS[column.name]]) + " |")
+        lines.append("| " + " | ".join([column.name, *numbers, abouts[column.name]]) + " |")
+    lines += bench.failures(cells=9)
     for name, values in bench.extra.items():
         lines += ["", f"{name}: " + ", ".join(f"{key} {value}" for key, value in values.items())]
     return "\n".join(lines) + "\n"
 
 
-def main() -> int:
-    """Run the benchmark and return the exit status, which is 0 even if a mark is missed."""
+def options() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--family", choices=tuple(FULL_SIZES), default="flux_kontext", help="(default: %(default)s)")
     parser.add_argument("--out", type=Path, help="results folder (default: bench/results; none in a rehearsal)")
     parser.add_argument("--steps", type=int, default=20, help="timed steps of each column (default: %(default)s)")
+    columns.add_options(parser)
     parser.add_argument("--rehearse", action="store_true", help="run small blocks on any machine; times are meaningless")
+    return parser
+
+
+def report(bench: Bench, started: float, out: Path | None) -> str:
+    """Write the results so far, and return them in Markdown.
+
+    Args:
+        bench: Bench with at least its transformer.
+        started: Time of the start by `time.perf_counter`.
+        out: Results folder; None writes nothing.
+    """
+    about = {
+        "family": bench.base.name,
+        "parameters": bench.parameters,
+        "text_rows": bench.size.text_rows,
+        "image_rows": bench.size.image_rows,
+        "steps": bench.size.steps,
+        "rehearsal": bench.small,
+        "seconds": round(time.perf_counter() - started, 1),
+    }
+    content = {"columns": [asdict(column) for column in bench.columns], "failed": bench.failed, **bench.extra}
+    given = f"--family {bench.base.name} --steps {bench.size.steps} {bench.selection.options()}"
+    found = verdicts(marks(bench), timed=not bench.small)
+    name = f"model_{bench.base.name}{bench.selection.suffix}"
+    return save_run(name, f"make gpu-model BENCH_OPTIONS='{given}'", bench.device, about, content, table(bench), found, out)
+
+
+def main() -> int:
+    """Run the benchmark and return the exit status: 1 if a column failed, 0 also where a mark is missed."""
+    parser = options()
     args = parser.parse_args()
     rehearse: bool = args.rehearse
     cuda = torch.cuda.is_available()
@@ -528,30 +543,21 @@ def main() -> int:
     if rehearse:
         inductor.COMPILER, size = "eager", Size(16, 32, (2, 3, 4), 2)
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
-    started = time.perf_counter()
+    selection = read_selection(parser, args, [*COLUMNS, *EXTRAS], card_of(device))
+    base, started = FULL_SIZES[args.family], time.perf_counter()
     try:
-        bench = Bench(FULL_SIZES[args.family], size, small=rehearse, device=device)
-        bench.run()
+        bench = Bench(base, size, selection, small=rehearse, device=device)
     except torch.OutOfMemoryError:
-        sys.stderr.write(f"gpu_model: out of GPU memory; {args.family} needs a card of {FULL_SIZES[args.family].gib} GB\n")
+        sys.stderr.write(f"gpu_model: out of GPU memory; {base.name} needs a card of {base.gib} GB\n")
         return 2
     except SliderEditError as error:
         sys.stderr.write(f"gpu_model: {error}\n")
         return 2
-    about = {
-        "family": args.family,
-        "parameters": sum(p.numel() for p in bench.transformer.parameters()),
-        "text_rows": size.text_rows,
-        "image_rows": size.image_rows,
-        "steps": size.steps,
-        "rehearsal": rehearse,
-        "seconds": round(time.perf_counter() - started, 1),
-    }
-    content = {"columns": [asdict(column) for column in bench.columns], **bench.extra}
-    found = verdicts(marks(bench), timed=not rehearse)
     out = args.out if rehearse else args.out or Path("bench/results")
-    sys.stdout.write(save_run(f"model_{args.family}", "make gpu-model", device, about, content, table(bench), found, out))
-    return 0
+    bench.after_column = partial(report, bench, started, out)
+    bench.run()
+    sys.stdout.write(report(bench, started, out))
+    return 1 if bench.failed else 0
 
 
 if __name__ == "__main__":

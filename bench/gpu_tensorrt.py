@@ -33,6 +33,7 @@ try:
 
     from slideredit_rt.adapters import Adapter, load_adapter
     from slideredit_rt.assets import resolve_base
+    from slideredit_rt.bench.full_size import RANDOM_AMAX
     from slideredit_rt.bench.gpu_kernels import commit
     from slideredit_rt.checkpoint import meta_transformer
     from slideredit_rt.engines import BACKENDS, BuildSettings, RuntimeOptions, get_backend, open_engine
@@ -60,7 +61,6 @@ SETTINGS = 20
 STEPS = 50
 # A plan may round at other places than eager torch, so it may have twice eager's error. FLOOR is for float32.
 FACTOR, FLOOR = 2.0, 1e-5
-RANDOM_AMAX = 8.0  # largest activation to expect of a transformer with random weights
 FULL_WIDTH = {"num_layers": 2, "num_single_layers": 2, "guidance_embeds": True}
 
 

@@ -75,7 +75,7 @@ def choose(asked: str, kind: Kind | None, backend: Backend, *, bank: bool = Fals
             quantised and it would need the weights in 16 bits.
     """
     if asked == "auto":
-        return backend.lowerings[0] if quantised else backend.default_lowering(kind)
+        return backend.default_lowering(kind, quantised=quantised)
     if asked not in LOWERINGS:
         raise SliderEditError(f"unknown lowering {asked!r}; choose auto, {', '.join(LOWERINGS)}")
     if asked not in backend.lowerings:

@@ -18,7 +18,7 @@ from standin import CARD, StandIn
 from torch import Tensor
 
 from slideredit_rt.assets import resolve_base
-from slideredit_rt.bench.gpu_model import engine_for
+from slideredit_rt.bench.columns import engine_for
 from slideredit_rt.editor import SliderEditor
 from slideredit_rt.engines.inductor import InductorEngine
 from slideredit_rt.evaluation.scorers import AttributeScorer, DistanceScorer, load_scorer
@@ -195,7 +195,7 @@ def main() -> None:
     def on_inductor() -> SliderEditor:
         """GST as an Inductor engine runs it: folded, in buffers of the engine's own."""
         editor = shapes("gst")()
-        editor.engine = engine_for(editor.engine.backbone)  # type: ignore[attr-defined]
+        editor.engine = engine_for(editor.engine.backbone, max_batch=4)  # type: ignore[attr-defined]
         return editor
 
     def same(latents: Tensor) -> Tensor:

@@ -11,6 +11,9 @@ from slideredit_rt.bench.full_size import FULL_SIZES
 from slideredit_rt.editor import SliderEditor
 from slideredit_rt.engines.eager import EagerEngine
 from slideredit_rt.modules import SliderBackbone
+from slideredit_rt.quantization.linear import quantized_linears
+from slideredit_rt.quantization.precisions import PRECISIONS
+from slideredit_rt.quantization.selection import select_layers
 from slideredit_rt.sliders import Controls, Slider
 
 CPU = torch.device("cpu")
@@ -59,3 +62,26 @@ def test_a_small_base_edits_the_same_in_diffusers_and_here(name: str) -> None:
     assert ours.shape == edits[0].shape == (1, 3, side, side)
     assert torch.equal(edits[0], edits[1]), "embeddings stand for the prompts"
     torch.testing.assert_close(ours, edits[0].float(), atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize("precision", ["fp8", "int8", "int4"])
+@pytest.mark.parametrize("name", ["flux_kontext", "qwen_image_edit"])
+def test_a_quantised_transformer_has_the_same_random_weights_quantised(name: str, precision: str) -> None:
+    base = FULL_SIZES[name]
+    plain = base.transformer(small=True, device=CPU)
+    quantised = base.transformer(small=True, device=CPU, precision=precision)
+    linears = quantized_linears(quantised)
+    chosen = select_layers(base.family, plain, precision)
+    assert {name: linear.precision for name, linear in linears.items()} == {n: layer.precision for n, layer in chosen.items()}
+    assert {precision, "int8"} == {linear.precision for linear in linears.values()}
+    for name, linear in linears.items():
+        form, weight = PRECISIONS[linear.precision], plain.get_parameter(f"{name}.weight").float()
+        for part, tensor in form.quantise(weight).items():
+            assert torch.equal(getattr(linear, part).float(), tensor.float()), (name, part)
+        if linear.activations:
+            assert linear.input_scale is not None
+            assert linear.input_scale.item() == form.input_scale(full_size.RANDOM_AMAX)
+        assert linear.activations == (linear.precision == "fp8")
+    kept = dict(quantised.named_parameters())
+    assert kept.keys() < dict(plain.named_parameters()).keys()
+    assert all(torch.equal(value, plain.get_parameter(name)) for name, value in kept.items())

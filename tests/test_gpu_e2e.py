@@ -15,6 +15,7 @@ import torch
 
 from slideredit_rt.bench import gpu_e2e
 from slideredit_rt.bench.clock import Clock
+from slideredit_rt.bench.columns import Selection
 from slideredit_rt.bench.full_size import FULL_SIZES, SMALL_SIDE
 from slideredit_rt.engines import inductor
 from slideredit_rt.engines.folding import FoldedLoRALinear
@@ -39,14 +40,19 @@ def rehearse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., A
     return run
 
 
-@pytest.mark.parametrize(("family", "scale"), [("flux_kontext", 1.0), ("qwen_image_edit", 4.0)])
+@pytest.mark.parametrize(
+    ("family", "scale", "precisions"), [("flux_kontext", 1.0, ("int8",)), ("qwen_image_edit", 4.0, ("fp8",))]
+)
 def test_a_rehearsal_runs_every_column_and_writes_only_where_it_is_told(
-    family: str, scale: float, rehearse: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+    family: str, scale: float, precisions: tuple[str, ...], rehearse: Callable[..., Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    name, report = rehearse("--family", family)
+    name, report = rehearse("--family", family, "--precisions", *precisions)
     assert (name, report["true_cfg_scale"]) == (f"e2e_{family}", scale)
     columns = {column["name"]: column for column in report["columns"]}
-    assert list(columns) == list(gpu_e2e.COLUMNS)
+    quantised = [f"{name}, {precision}" for precision in precisions for name in ("frozen", "ours ST, 3 sliders", "ours GST")]
+    assert [name for name in columns if name not in quantised] == list(gpu_e2e.COLUMNS)
+    after_the_marks = list(gpu_e2e.COLUMNS).index("diffusers + PEFT") + 1
+    assert list(columns)[after_the_marks : after_the_marks + 3] == quantised
     assert (report["rehearsal"], report["left_out"]) == (True, [])
     for name, column in columns.items():
         compiled = name == "diffusers + PEFT, compiled"
@@ -102,7 +108,7 @@ def test_an_edit_is_split_at_its_steps_and_only_waits_between_them_count(monkeyp
 def test_gst_edits_with_folded_weights_that_are_gone_before_equal_ones_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inductor, "COMPILER", "eager")
     size = gpu_e2e.Size(SMALL_SIDE, 2, 1, 1.0, 520)
-    bench = gpu_e2e.Bench(FULL_SIZES["flux_kontext"], size, small=True, device=torch.device("cpu"))
+    bench = gpu_e2e.Bench(FULL_SIZES["flux_kontext"], size, Selection(), small=True, device=torch.device("cpu"))
     before = {name: value.clone() for name, value in bench.pipeline.transformer.state_dict().items()}
     old, make = weakref.ref(bench.pipeline.transformer), bench.base.transformer
 
@@ -116,7 +122,7 @@ def test_gst_edits_with_folded_weights_that_are_gone_before_equal_ones_are_made(
         kinds = {type(module) for module in bench.pipeline.transformer.modules()}
         assert FoldedLoRALinear in kinds
         assert MaskedLoRALinear not in kinds
-    after = bench.pipeline.transformer.state_dict()
+    after = bench.use().state_dict()
     assert list(after) == list(before)
     assert all(torch.equal(after[name], value) for name, value in before.items())
 

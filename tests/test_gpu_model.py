@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from slideredit_rt.bench import gpu_model
+from slideredit_rt.bench.columns import Selection
 from slideredit_rt.bench.full_size import FULL_SIZES
 from slideredit_rt.bench.gpu_model import Bench, Size
 from slideredit_rt.engines import inductor
@@ -22,14 +23,17 @@ from slideredit_rt.modules import MaskedLoRALinear, SliderBackbone
 
 
 def test_rehearsal_runs_every_column_and_writes_only_where_it_is_told(tmp_path: Path) -> None:
-    line = [sys.executable, "-m", "slideredit_rt.bench.gpu_model", "--rehearse", "--out", str(tmp_path)]
+    line = [sys.executable, "-m", "slideredit_rt.bench.gpu_model", "--rehearse", "--precisions", "fp8", "--out", str(tmp_path)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(line, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     assert sorted(p.name for p in (tmp_path / "none").iterdir()) == ["model_flux_kontext.json", "model_flux_kontext.md"]
     report = json.loads((tmp_path / "none" / "model_flux_kontext.json").read_text())
     columns = {column["name"]: column for column in report["columns"]}
-    assert list(columns) == list(gpu_model.COLUMNS)
+    quantised = [f"{name}, fp8" for name in ("frozen", "ours ST, 3 sliders", "ours GST")]
+    assert [name for name in columns if name not in quantised] == list(gpu_model.COLUMNS)
+    assert [name for name, column in columns.items() if column["precision"] == "fp8"] == quantised
+    assert report["failed"] == {}
     assert report["rehearsal"] is True
     for name, column in columns.items():
         assert column["milliseconds"] > 0
@@ -60,8 +64,8 @@ def test_without_a_gpu_it_says_so_and_writes_nothing(
 def test_columns_compute_what_they_say_and_leave_the_weights_as_they_were(name: str) -> None:
     device = torch.device("cpu")
     size = Size(16, 32, (2, 3, 4), 1)
-    bench = Bench(FULL_SIZES[name], size, small=True, device=device)
-    transformer = bench.transformer
+    bench = Bench(FULL_SIZES[name], size, Selection(), small=True, device=device)
+    transformer = bench.use()
     before = {name: value.clone() for name, value in transformer.state_dict().items()}
     run_base = bench.family.run
 
@@ -98,20 +102,43 @@ def test_gst_is_measured_folded_and_the_old_weights_are_gone_before_equal_ones_a
 ) -> None:
     monkeypatch.setattr(inductor, "COMPILER", "eager")
     device, size = torch.device("cpu"), Size(16, 32, (2, 3, 4), 1)
-    bench = Bench(FULL_SIZES["flux_kontext"], size, small=True, device=device)
-    before = {name: value.clone() for name, value in bench.transformer.state_dict().items()}
-    old, make = weakref.ref(bench.transformer), bench.base.transformer
+    bench = Bench(FULL_SIZES["flux_kontext"], size, Selection(), small=True, device=device)
+    before = {name: value.clone() for name, value in bench.use().state_dict().items()}
+    old, make = weakref.ref(bench.use()), bench.base.transformer
 
     def make_alone(**options: Any) -> Any:
         assert old() is None, "there may be no memory for two"
         return make(**options)
 
     monkeypatch.setattr(bench.base, "transformer", make_alone)
-    with bench.engine(bench.adapters["gst"]) as engine:
+    with bench.engine(bench.adapters["gst"], gpu_model.BATCH) as engine:
         engine(bench.inputs | gpu_model.slider_inputs("gst", size, (48,), 1, device))
-        kinds = {type(module) for module in bench.transformer.modules()}
+        kinds = {type(module) for module in bench.use().modules()}
         assert FoldedLoRALinear in kinds
         assert MaskedLoRALinear not in kinds
-    after = bench.transformer.state_dict()
+    after = bench.use().state_dict()
     assert list(after) == list(before)
     assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+@pytest.mark.parametrize("kind", ["st", "gst"])
+@pytest.mark.parametrize("precision", ["fp8", "int8", "int4"])
+def test_columns_of_a_quantised_base_compute_with_it_and_leave_the_usual_weights_to_the_next(
+    kind: str, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inductor, "COMPILER", "eager")
+    device, size = torch.device("cpu"), Size(16, 32, (2, 3, 4), 1)
+    bench = Bench(FULL_SIZES["flux_kontext"], size, Selection(), small=True, device=device)
+    inputs = bench.inputs | gpu_model.slider_inputs(kind, size, bench.spans(kind), 1, device)  # type: ignore[arg-type]
+    backbone = SliderBackbone(bench.family, bench.use(), bench.adapters[kind])
+    with torch.no_grad():
+        exact = backbone(inputs)
+    backbone.remove()
+    with bench.engine(bench.adapters[kind], gpu_model.BATCH, precision) as engine:
+        assert (engine.manifest.lowering, set(engine.manifest.quantised)) == ("operator", {precision, "int8"})
+        actual, off = (engine(inputs | {"alpha": alpha}).clone() for alpha in (inputs["alpha"], 0 * inputs["alpha"]))
+    error = float((actual - exact).norm() / exact.norm())
+    assert 1e-3 < error < 0.3, "it is quantised, but the same transformer"
+    assert not torch.equal(actual, off)
+    with bench.engine(None, gpu_model.BATCH) as engine:
+        assert engine.manifest.quantised == {}

@@ -268,7 +268,7 @@ class Backend(ABC):
         """
         return run.choose_device()
 
-    def default_lowering(self, kind: Kind | None) -> Lowering:
+    def default_lowering(self, kind: Kind | None, *, quantised: bool = False) -> Lowering:
         """Return the lowering that `auto` selects.
 
         This is `folded` for GST if the backend supports it, else the backend's first lowering. A GST update touches every row,
@@ -279,8 +279,9 @@ class Backend(ABC):
 
         Args:
             kind: Kind of the adapter; None for a frozen backbone.
+            quantised: True for a quantised base, whose updates stand beside the projections in the first lowering.
         """
-        return "folded" if kind == "gst" and "folded" in self.lowerings else self.lowerings[0]
+        return "folded" if kind == "gst" and "folded" in self.lowerings and not quantised else self.lowerings[0]
 
     def choose_dtype(self, asked: DType | None) -> DType | None:
         """Return the dtype of weights and arithmetic; None keeps the checkpoint's.
