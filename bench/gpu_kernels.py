@@ -15,7 +15,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from functools import partial
@@ -311,7 +311,7 @@ class Bench:
         self.fp8_measurements += self.measure(case, calls, expected, allowed)
 
     def measure(
-        self, case: Case, calls: dict[str, Callable[[], Tensor]], expected: Tensor, allowed: float
+        self, case: Case, calls: Mapping[str, Callable[[], Tensor]], expected: Tensor, allowed: float
     ) -> Iterator[Measurement]:
         """Yield a measurement of each call; bases, which have no update, are not compared with the expected rows."""
         base_time: float | None = None

@@ -75,19 +75,19 @@ def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor,
 def check_fp8_linear(
     x: Tensor,
     weight: Tensor,
-    weight_scale: Tensor,
-    input_scale: Tensor,
+    scales: tuple[Tensor, Tensor],
     bias: Tensor | None,
     lora_a: Tensor,
     lora_b: Tensor,
     row_scale: Tensor,
 ) -> None:
-    """Raise `SliderEditError` unless these are valid arguments of `masked_lora_fp8_linear_reference`."""
+    """Raise `SliderEditError` unless these, with the scales of weight and input, are valid for an FP8 projection."""
     _check_shapes(x, weight, bias)
     n, k = weight.shape
     _require(weight.dtype == torch.float8_e4m3fn, f"weight is {weight.dtype}; pass it in float8_e4m3fn")
     _require(k % FP8_MULTIPLE == 0, f"weight has {k} columns; FP8 products need a multiple of {FP8_MULTIPLE}")
-    for name, scale, shapes in (("weight_scale", weight_scale, ((n,), (n, 1))), ("input_scale", input_scale, ((), (1,)))):
+    names, shapes_of = ("weight_scale", "input_scale"), (((n,), (n, 1)), ((), (1,)))
+    for name, scale, shapes in zip(names, scales, shapes_of, strict=True):
         _require(
             scale.dtype == torch.float32 and tuple(scale.shape) in shapes,
             f"{name} is {scale.dtype} {tuple(scale.shape)}; pass float32 of shape {shapes[0]}",

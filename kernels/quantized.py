@@ -67,7 +67,7 @@ def masked_lora_fp8_linear_reference(
     Raises:
         SliderEditError: Shapes, dtypes or devices do not match.
     """
-    check_fp8_linear(x, weight, weight_scale, input_scale, bias, lora_a, lora_b, row_scale)
+    check_fp8_linear(x, weight, (weight_scale, input_scale), bias, lora_a, lora_b, row_scale)
     y = quantized_linear_reference(x, weight, weight_scale, None, input_scale, bias, "fp8")
     return masked_lora_update_reference(y, x, lora_a, lora_b, row_scale)
 

@@ -228,7 +228,7 @@ def masked_lora_fp8_linear_triton(
     Raises:
         SliderEditError: Shapes, dtypes or devices do not match or are not supported, or the GPU is older than sm89.
     """
-    check_fp8_linear(x, weight, weight_scale, input_scale, bias, lora_a, lora_b, row_scale)
+    check_fp8_linear(x, weight, (weight_scale, input_scale), bias, lora_a, lora_b, row_scale)
     _require_launchable(x, triton_fp8_linear.SPEC)
     check_one_scale_per_row(x, row_scale)
     y: Tensor = _masked_lora_fp8_linear_triton(x, weight, weight_scale, input_scale, bias, lora_a, lora_b, row_scale)

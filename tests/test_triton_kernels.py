@@ -11,6 +11,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -303,6 +304,7 @@ def test_the_compiler_sees_the_kernel_and_that_it_writes_only_its_output(name: s
     script = """
         import sys
         from types import SimpleNamespace
+from typing import Any
         import torch, triton
         from torch._subclasses import FakeTensorMode
         from torch._subclasses.functional_tensor import dispatch_functionalize
@@ -339,7 +341,7 @@ def test_the_compiler_sees_the_kernel_and_that_it_writes_only_its_output(name: s
 
 
 @triton.jit
-def quantise_kernel(x, scale, y, BLOCK: tl.constexpr):  # noqa: N803
+def quantise_kernel(x: Any, scale: Any, y: Any, BLOCK: tl.constexpr) -> None:  # noqa: N803
     """Store `quantise` of each value, for the test below."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     tl.store(y + i, quantise(tl.load(x + i), tl.load(scale)))
