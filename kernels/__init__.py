@@ -1,7 +1,7 @@
 """The masked low-rank update: `y = x Wᵀ + bias + row_scale · (x Aᵀ) Bᵀ`.
 
 Each operation has three forms: the plain name dispatches by device and shape, `…_reference` is the plain PyTorch
-expression, and `…_triton` always runs the Triton kernel. `masked_lora_fp8_linear` has the last two forms only.
+expression, and `…_triton` always runs the Triton kernel.
 """
 
 from __future__ import annotations
@@ -9,11 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from slideredit_rt.kernels.ops import masked_lora_linear, masked_lora_update, masked_lora_update_
-from slideredit_rt.kernels.quantized import (
-    masked_lora_fp8_linear_reference,
-    quantized_linear,
-    quantized_linear_reference,
-)
+from slideredit_rt.kernels.quantized import quantized_linear, quantized_linear_reference
 from slideredit_rt.kernels.reference import (
     masked_lora_linear_reference,
     masked_lora_update_reference,
@@ -23,15 +19,12 @@ from slideredit_rt.kernels.reference import (
 if TYPE_CHECKING:
     from slideredit_rt.kernels.triton_ops import (
         masked_lora_addmm_triton,
-        masked_lora_fp8_linear_triton,
         masked_lora_linear_triton,
         masked_lora_update_triton_,
     )
 
 __all__ = [
     "masked_lora_addmm_triton",
-    "masked_lora_fp8_linear_reference",
-    "masked_lora_fp8_linear_triton",
     "masked_lora_linear",
     "masked_lora_linear_reference",
     "masked_lora_linear_triton",

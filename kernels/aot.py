@@ -30,16 +30,15 @@ from triton.compiler import ASTSource
 
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.files import atomic_file
-from slideredit_rt.kernels import triton_fp8_linear, triton_linear, triton_update
+from slideredit_rt.kernels import triton_linear, triton_update
 from slideredit_rt.kernels.arguments import MAX_RANK
 from slideredit_rt.kernels.dispatch import SHARED_KIB, Configuration, configurations, padded_rank
-from slideredit_rt.kernels.spec import FLOAT32, UNALIGNED, KernelSpec
+from slideredit_rt.kernels.spec import UNALIGNED, KernelSpec
 
 SPECS = (
     triton_linear.SPEC,
     triton_update.LOW_RANK_SPEC,
     triton_update.UPDATE_SPEC,
-    triton_fp8_linear.SPEC,
 )
 DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 TARGETS = tuple(f"sm{capability}" for capability in SHARED_KIB)
@@ -83,8 +82,6 @@ class Job:
 def jobs(targets: Sequence[str], dtypes: Sequence[str], ranks: Iterable[int], ptx_isa: str = DEFAULT_PTX_ISA) -> list[Job]:
     """List a job for every configuration that the dispatch table may choose for these targets, dtypes and ranks.
 
-    Kernels are left out for targets and dtypes that they do not support.
-
     Raises:
         SliderEditError: A target or dtype is unknown, a rank is out of range, or `ptx_isa` is not a version.
     """
@@ -100,9 +97,7 @@ def jobs(targets: Sequence[str], dtypes: Sequence[str], ranks: Iterable[int], pt
         Job(spec.name, configuration, dtype, rank, target, ptx_isa)
         for target in targets
         for spec in SPECS
-        if int(target[2:]) >= spec.min_capability
         for dtype in dtypes
-        if dtype in spec.dtypes
         for rank in sorted({padded_rank(r) for r in ranks})
         for configuration in configurations(spec.name, rank, getattr(torch, dtype), int(target[2:]))
     ]
@@ -110,10 +105,11 @@ def jobs(targets: Sequence[str], dtypes: Sequence[str], ranks: Iterable[int], pt
 
 def argument_types(spec: KernelSpec, dtype: str) -> list[dict[str, str]]:
     """Return `[{name, type}]` in launch order. `*bf16` is a pointer, `i32` a 32-bit integer; scales are always float32."""
-    types = dict.fromkeys(FLOAT32, "fp32") | ({"weight": spec.weight_type} if spec.weight_type else {})
 
     def kind(name: str) -> str:
-        return "i32" if name in spec.scalars else f"*{types.get(name, DTYPES[dtype])}"
+        if name in spec.scalars:
+            return "i32"
+        return "*fp32" if name in ("row_scale", "low") else f"*{DTYPES[dtype]}"
 
     return [{"name": name, "type": kind(name)} for name in (*spec.inputs, *spec.scalars, *spec.outputs)]
 

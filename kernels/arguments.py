@@ -8,8 +8,6 @@ from torch import Tensor
 from slideredit_rt.errors import SliderEditError
 
 MAX_RANK = 128
-# GPUs multiply FP8 matrices whose inner size is a multiple of this.
-FP8_MULTIPLE = 16
 
 
 def _require(holds: bool, message: str) -> None:
@@ -45,11 +43,12 @@ def _check_low_rank(x: Tensor, n: int, lora_a: Tensor, lora_b: Tensor, row_scale
         _require(tensor.device == x.device, f"{name} is on {tensor.device} and x on {x.device}; move them to one device")
 
 
-def _check_shapes(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+def _check_projection(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     _require(
         weight.ndim == 2 and weight.shape[1] == x.shape[-1],
         f"weight has shape {tuple(weight.shape)}; pass [N, {x.shape[-1]}] for x of shape {tuple(x.shape)}",
     )
+    _require(weight.dtype == x.dtype, f"weight is {weight.dtype} and x is {x.dtype}; pass both in the same dtype")
     _require(
         bias is None or bias.shape == (weight.shape[0],),
         f"bias has shape {None if bias is None else tuple(bias.shape)}; pass [{weight.shape[0]}]",
@@ -67,33 +66,8 @@ def check_one_scale_per_row(x: Tensor, row_scale: Tensor) -> None:
 
 def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, row_scale: Tensor) -> None:
     """Raise `SliderEditError` unless these are valid arguments of `masked_lora_linear`."""
-    _check_shapes(x, weight, bias)
-    _require(weight.dtype == x.dtype, f"weight is {weight.dtype} and x is {x.dtype}; pass both in the same dtype")
+    _check_projection(x, weight, bias)
     _check_low_rank(x, weight.shape[0], lora_a, lora_b, row_scale)
-
-
-def check_fp8_linear(
-    x: Tensor,
-    weight: Tensor,
-    scales: tuple[Tensor, Tensor],
-    bias: Tensor | None,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    row_scale: Tensor,
-) -> None:
-    """Raise `SliderEditError` unless these, with the scales of weight and input, are valid for an FP8 projection."""
-    _check_shapes(x, weight, bias)
-    n, k = weight.shape
-    _require(weight.dtype == torch.float8_e4m3fn, f"weight is {weight.dtype}; pass it in float8_e4m3fn")
-    _require(k % FP8_MULTIPLE == 0, f"weight has {k} columns; FP8 products need a multiple of {FP8_MULTIPLE}")
-    names, shapes_of = ("weight_scale", "input_scale"), (((n,), (n, 1)), ((), (1,)))
-    for name, scale, shapes in zip(names, scales, shapes_of, strict=True):
-        _require(
-            scale.dtype == torch.float32 and tuple(scale.shape) in shapes,
-            f"{name} is {scale.dtype} {tuple(scale.shape)}; pass float32 of shape {shapes[0]}",
-        )
-        _require(scale.device == x.device, f"{name} is on {scale.device} and x on {x.device}; move them to one device")
-    _check_low_rank(x, n, lora_a, lora_b, row_scale)
 
 
 def check_update(y: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, row_scale: Tensor, *, in_place: bool = False) -> None:
@@ -109,6 +83,8 @@ def check_update(y: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, row_scale
     _check_low_rank(x, y.shape[-1], lora_a, lora_b, row_scale)
 
 
-def empty_projection(x: Tensor, weight: Tensor, *others: Tensor | None) -> Tensor:
+def empty_projection(
+    x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, row_scale: Tensor
+) -> Tensor:
     """Return an uninitialised `[..., S, N]`, the output that a compiler traces with."""
     return x.new_empty(*x.shape[:-1], weight.shape[0])

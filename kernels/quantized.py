@@ -1,7 +1,6 @@
 """The quantised projection `slideredit::quantized_linear`: one opaque operator for all precisions.
 
-It runs the reference on every device. Engines replace the node with their own form of the precision. The reference of an FP8
-projection with a masked low-rank update, which one Triton kernel computes, is here, too.
+It runs the reference on every device. Engines replace the node with their own form of the precision.
 """
 
 from __future__ import annotations
@@ -13,8 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from slideredit_rt.errors import SliderEditError
-from slideredit_rt.kernels.arguments import check_fp8_linear
-from slideredit_rt.kernels.reference import masked_lora_update_reference
 from slideredit_rt.quantization.precisions import PRECISIONS, Part, get_precision
 
 
@@ -34,42 +31,6 @@ def quantized_linear_reference(
         wide = form.fake_quantise(wide, input_scale)
     dequantised = _dequantised(weight, weight_scale, weight_scale_2, precision).to(wide.dtype)
     return F.linear(wide, dequantised, None if bias is None else bias.to(wide.dtype)).to(x.dtype)
-
-
-def masked_lora_fp8_linear_reference(
-    x: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    input_scale: Tensor,
-    bias: Tensor | None,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    row_scale: Tensor,
-) -> Tensor:
-    """Compute `input_scale · weight_scale · (q(x) Wᵀ) + bias + row_scale · (x Aᵀ) Bᵀ`, a masked update beside an FP8 product.
-
-    q(x) is `x / input_scale` in E4M3, clamped at ±448. The update is computed from the rows before they are rounded. Rows whose
-    scale is 0 get the frozen projection, bit for bit.
-
-    Args:
-        x: `[..., S, K]`, floating point, K a multiple of 16.
-        weight: `[N, K]`, float8_e4m3fn.
-        weight_scale: Scale per output channel, float32 `[N]` or `[N, 1]`.
-        input_scale: Scale of the activations, a positive float32 scalar.
-        bias: `[N]` in any floating dtype, or None.
-        lora_a: `[R, K]`, in any floating dtype.
-        lora_b: `[N, R]`, with LoRA's `lora_alpha / r` already folded in.
-        row_scale: `[..., S]`, float32; `[..., S, G]` for a bank of G adapters.
-
-    Returns:
-        `[..., S, N]` in the dtype of `x`. The frozen projection and the update are computed in float32.
-
-    Raises:
-        SliderEditError: Shapes, dtypes or devices do not match.
-    """
-    check_fp8_linear(x, weight, (weight_scale, input_scale), bias, lora_a, lora_b, row_scale)
-    y = quantized_linear_reference(x, weight, weight_scale, None, input_scale, bias, "fp8")
-    return masked_lora_update_reference(y, x, lora_a, lora_b, row_scale)
 
 
 def _dequantised(weight: Tensor, weight_scale: Tensor, weight_scale_2: Tensor | None, precision: str) -> Tensor:

@@ -24,18 +24,12 @@ class KernelSpec:
         outputs: Names of the output pointers.
         grid: Function of the configuration, the number of rows and the number of output columns that returns the number of
             programs along x and y.
-        weight_type: Triton's name of the dtype of `weight`, such as `fp8e4nv`; None if it is that of `x`.
-        dtypes: Dtypes of `x` that the kernel takes.
-        min_capability: Oldest compute capability that runs the kernel, such as 89.
     """
 
     function: Any
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     grid: Callable[[Configuration, int, int], tuple[int, int]]
-    weight_type: str | None = None
-    dtypes: tuple[str, ...] = ("bfloat16", "float16", "float32")
-    min_capability: int = 80
 
     @property
     def name(self) -> str:
@@ -51,6 +45,4 @@ class KernelSpec:
 
 UNALIGNED = ("rows", "members")
 """Scalars that may have any value. All other sizes of a projection are multiples of 16."""
-FLOAT32 = ("row_scale", "weight_scale", "input_scale", "low")
-"""Pointers that are float32 in every kernel."""
 CONSTANTS = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "RANK", "EVEN_K")

@@ -54,10 +54,10 @@ def masked_lora_tile(
     x_rows = x + tl.minimum(row, rows - 1) * K
     weight_rows = weight + tl.minimum(column, N - 1).to(tl.int64) * K
     if any_active(scale):
-        accumulator, low = project_both(x_rows, weight_rows, None, lora_a, rank, K, BLOCK_M, BLOCK_N, BLOCK_K, RANK, EVEN_K)
+        accumulator, low = project_both(x_rows, weight_rows, lora_a, rank, K, BLOCK_M, BLOCK_N, BLOCK_K, RANK, EVEN_K)
         accumulator = add_low_rank(accumulator, scaled(scale, low), lora_b, column, N, rank, RANK, x.dtype.element_ty)
     else:
-        accumulator = project(x_rows, weight_rows, None, K, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K)
+        accumulator = project(x_rows, weight_rows, K, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K)
     store_tile(y, accumulator, bias, row, column, rows, N)
 
 

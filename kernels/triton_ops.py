@@ -14,17 +14,11 @@ import triton
 from torch import Tensor
 
 from slideredit_rt.errors import SliderEditError
-from slideredit_rt.kernels import dispatch, triton_fp8_linear, triton_linear, triton_update
-from slideredit_rt.kernels.arguments import (
-    MAX_RANK,
-    check_fp8_linear,
-    check_linear,
-    check_one_scale_per_row,
-    check_update,
-    empty_projection,
-)
+from slideredit_rt.kernels import dispatch
+from slideredit_rt.kernels.arguments import MAX_RANK, check_linear, check_one_scale_per_row, check_update, empty_projection
 from slideredit_rt.kernels.reference import member_scales
-from slideredit_rt.kernels.spec import KernelSpec
+from slideredit_rt.kernels.triton_linear import launch as launch_masked_lora_linear
+from slideredit_rt.kernels.triton_update import PARTS, launch_low_rank, launch_update
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 
@@ -45,24 +39,18 @@ def _scales(row_scale: Tensor) -> Tensor:
     return row_scale.reshape(-1).contiguous()
 
 
-def _configuration(spec: KernelSpec, x: Tensor, rank: int) -> dispatch.Configuration:
-    capability = spec.min_capability
+def _configuration(kernel: str, x: Tensor, rank: int) -> dispatch.Configuration:
+    capability = 80
     if x.is_cuda and torch.cuda.is_available():
         major, minor = torch.cuda.get_device_capability(x.device)
         capability = 10 * major + minor
-    if capability < spec.min_capability:
-        raise SliderEditError(
-            f"{spec.name} needs a GPU of compute capability sm{spec.min_capability} or later; this one is sm{capability}. "
-            f"Use {spec.name}_reference instead"
-        )
-    return dispatch.configuration(spec.name, x.shape[0], rank, x.dtype, capability)
+    return dispatch.configuration(kernel, x.shape[0], rank, x.dtype, capability)
 
 
-def _require_launchable(x: Tensor, spec: KernelSpec) -> None:
-    if str(x.dtype).removeprefix("torch.") not in spec.dtypes:
+def _require_launchable(x: Tensor) -> None:
+    if x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise SliderEditError(
-            f"x is {x.dtype}; the Triton kernel takes {', '.join(spec.dtypes[:-1])} or {spec.dtypes[-1]}. "
-            "Use the …_reference operator instead"
+            f"x is {x.dtype}; the Triton kernels take bfloat16, float16 or float32. Use the …_reference operator instead"
         )
     if not x.is_cuda and not INTERPRETED:
         raise SliderEditError(
@@ -76,8 +64,8 @@ def _masked_lora_linear_triton(
 ) -> Tensor:
     flat, n = _flat(x), weight.shape[0]
     y = flat.new_empty(flat.shape[0], n)
-    configuration = _configuration(triton_linear.SPEC, flat, lora_a.shape[0])
-    triton_linear.launch(
+    configuration = _configuration("masked_lora_linear", flat, lora_a.shape[0])
+    launch_masked_lora_linear(
         flat, weight.contiguous(), bias, lora_a.contiguous(), lora_b.contiguous(), _scales(row_scale), configuration, y
     )
     return y.view(*x.shape[:-1], n)
@@ -96,28 +84,9 @@ def _add_low_rank_(y: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, row_sca
     """Add the update of one adapter to all rows of a contiguous `y`, with the vendor's GEMM."""
     flat, rank = _flat(x), lora_a.shape[0]
     low = flat.new_empty(1, flat.shape[0], rank)
-    configuration = _configuration(triton_update.LOW_RANK_SPEC, flat, rank)
-    triton_update.launch_low_rank(flat, lora_a.contiguous(), _scales(row_scale).unsqueeze(-1), configuration, low)
+    scales = _scales(row_scale).unsqueeze(-1)
+    launch_low_rank(flat, lora_a.contiguous(), scales, _configuration("masked_low_rank", flat, rank), low)
     y.view(-1, y.shape[-1]).addmm_(low[0], lora_b.to(x.dtype).T)
-
-
-@_operator("masked_lora_fp8_linear_triton")
-def _masked_lora_fp8_linear_triton(
-    x: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    input_scale: Tensor,
-    bias: Tensor | None,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    row_scale: Tensor,
-) -> Tensor:
-    flat, n = _flat(x), weight.shape[0]
-    y = flat.new_empty(flat.shape[0], n)
-    scales, low_rank = (_scales(weight_scale), input_scale), (lora_a.contiguous(), lora_b.contiguous(), _scales(row_scale))
-    configuration = _configuration(triton_fp8_linear.SPEC, flat, lora_a.shape[0])
-    triton_fp8_linear.launch(flat, weight.contiguous(), scales, bias, low_rank, configuration, y)
-    return y.view(*x.shape[:-1], n)
 
 
 # Opaque on purpose. The kernel derives the rows that it stores to from `row_scale`, so torch's analysis of Triton kernels
@@ -131,15 +100,12 @@ def _masked_lora_update_triton_(y: Tensor, x: Tensor, lora_a: Tensor, lora_b: Te
     together = max(1, MAX_RANK // own)
     columns = (lora_a.split(together * own), lora_b.split(together * own, dim=1), scales.split(together, dim=1))
     for a, b, scale in zip(*columns, strict=True):
-        scale, rank = scale.contiguous(), len(a)
-        low = flat.new_empty(triton_update.PARTS.value, len(flat), rank, dtype=torch.float32)
-        configuration = _configuration(triton_update.LOW_RANK_SPEC, flat, rank)
-        triton_update.launch_low_rank(flat, a.contiguous(), scale, configuration, low)
-        configuration = _configuration(triton_update.UPDATE_SPEC, flat, rank)
-        triton_update.launch_update(low, b.contiguous(), scale, configuration, rows)
+        scale, low = scale.contiguous(), flat.new_empty(PARTS.value, len(flat), len(a), dtype=torch.float32)
+        launch_low_rank(flat, a.contiguous(), scale, _configuration("masked_low_rank", flat, len(a)), low)
+        launch_update(low, b.contiguous(), scale, _configuration("masked_lora_update", flat, len(a)), rows)
 
 
-for _projection in (_masked_lora_linear_triton, _masked_lora_addmm_triton, _masked_lora_fp8_linear_triton):
+for _projection in (_masked_lora_linear_triton, _masked_lora_addmm_triton):
     _projection.register_fake(empty_projection)
 
 
@@ -171,7 +137,7 @@ def masked_lora_linear_triton(
         SliderEditError: Shapes, dtypes or devices do not match or are not supported, or `row_scale` is that of a bank.
     """
     check_linear(x, weight, bias, lora_a, lora_b, row_scale)
-    _require_launchable(x, triton_linear.SPEC)
+    _require_launchable(x)
     check_one_scale_per_row(x, row_scale)
     y: Tensor = _masked_lora_linear_triton(x, weight, bias, lora_a, lora_b, row_scale)
     return y
@@ -186,52 +152,13 @@ def masked_lora_addmm_triton(
     errors are those of `masked_lora_linear_triton`, except that float16 raises an error because large scales would overflow.
     """
     check_linear(x, weight, bias, lora_a, lora_b, row_scale)
-    _require_launchable(x, triton_update.LOW_RANK_SPEC)
+    _require_launchable(x)
     check_one_scale_per_row(x, row_scale)
     if x.dtype == torch.float16:
         raise SliderEditError(
             "x is float16, which the addmm path would overflow at large strengths; use masked_lora_update_triton_"
         )
     y: Tensor = _masked_lora_addmm_triton(x, weight, bias, lora_a, lora_b, row_scale)
-    return y
-
-
-def masked_lora_fp8_linear_triton(
-    x: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    input_scale: Tensor,
-    bias: Tensor | None,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    row_scale: Tensor,
-) -> Tensor:
-    """Compute `input_scale · weight_scale · (q(x) Wᵀ) + bias + row_scale · (x Aᵀ) Bᵀ` in one Triton kernel.
-
-    The kernel rounds tiles of `x` to E4M3, multiplies them with the FP8 weight and accumulates in float32. Tiles without an
-    active row skip the low-rank product, which takes the tiles before they are rounded. The kernel reads `input_scale` on the
-    device, so a captured CUDA graph can be replayed with another one.
-
-    Args:
-        x: `[..., S, K]`, bfloat16 or float16, K a multiple of 16.
-        weight: `[N, K]`, float8_e4m3fn.
-        weight_scale: Scale per output channel, float32 `[N]` or `[N, 1]`.
-        input_scale: Scale of the activations, a positive float32 scalar on the device of `x`.
-        bias: `[N]` in any floating dtype, or None.
-        lora_a: `[R, K]` with R from 1 to 128, in any floating dtype.
-        lora_b: `[N, R]`, with LoRA's `lora_alpha / r` already folded in.
-        row_scale: `[..., S]`, float32.
-
-    Returns:
-        `[..., S, N]` in the dtype of `x`.
-
-    Raises:
-        SliderEditError: Shapes, dtypes or devices do not match or are not supported, or the GPU is older than sm89.
-    """
-    check_fp8_linear(x, weight, (weight_scale, input_scale), bias, lora_a, lora_b, row_scale)
-    _require_launchable(x, triton_fp8_linear.SPEC)
-    check_one_scale_per_row(x, row_scale)
-    y: Tensor = _masked_lora_fp8_linear_triton(x, weight, weight_scale, input_scale, bias, lora_a, lora_b, row_scale)
     return y
 
 
@@ -256,7 +183,7 @@ def masked_lora_update_triton_(y: Tensor, x: Tensor, lora_a: Tensor, lora_b: Ten
         SliderEditError: Shapes, dtypes or devices do not match or are not supported, or `y` is not contiguous.
     """
     check_update(y, x, lora_a, lora_b, row_scale, in_place=True)
-    _require_launchable(x, triton_update.UPDATE_SPEC)
+    _require_launchable(x)
     _masked_lora_update_triton_(y, x, lora_a, lora_b, row_scale)
     return y
 

@@ -8,14 +8,6 @@ import triton.language as tl
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 # Number of tile rows that advance through the columns together, so that weight tiles are reused while they are in L2.
 GROUP_M: tl.constexpr = tl.constexpr(8)
-E4M3_MAX: tl.constexpr = tl.constexpr(448.0)
-# PTX that rounds four values of float32 to E4M3, the first to the lowest byte.
-E4M3_OF_FOUR: tl.constexpr = tl.constexpr("""{
-    .reg .b16 low, high;
-    cvt.rn.satfinite.e4m3x2.f32 low, $2, $1;
-    cvt.rn.satfinite.e4m3x2.f32 high, $4, $3;
-    mov.b32 $0, {low, high};
-}""")
 
 
 @triton.jit
@@ -23,83 +15,19 @@ def multiply(a, b, accumulator, PRECISION: tl.constexpr):
     """Return `accumulator + a @ b` in float32. `PRECISION` applies to float32 operands only."""
     if INTERPRETED:
         # The interpreter would multiply the raw bits of bfloat16. Products of 16-bit floats are exact in float32.
-        return tl.dot(_widened(a), _widened(b), accumulator)
-    if a.dtype == tl.float8e4nv:
-        # Hopper's tensor cores add FP8 products with about 14 bits, so each block of 64 or 128 inner columns gets its own sum,
-        # and these are added in float32. CUTLASS does this every 128 columns, and so does torch without fast accumulation.
-        # `max_num_imprecise_acc` means the same, but Triton drops it for operands in registers. On other cards, Triton makes
-        # this one product with an accumulator.
-        return accumulator + tl.dot(a, b)
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), accumulator)
     return tl.dot(a, b, accumulator, input_precision=PRECISION)
 
 
 @triton.jit
 def cast(value, dtype: tl.constexpr):
-    """Convert to `dtype`, rounding to nearest even. Too large values become the largest of E4M3."""
-    # The hardware rounds, but the interpreter does not, and knows no NaN of E4M3.
+    """Convert to `dtype`, rounding to nearest even."""
     if INTERPRETED and dtype == tl.bfloat16 and value.dtype == tl.float32:
+        # The hardware rounds, but the interpreter truncates.
         bits = value.to(tl.uint32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
         value = tl.where(value == value, rounded, value)
-    if INTERPRETED and dtype == tl.float8e4nv:
-        return _e4m3_code(value).to(tl.float8e4nv, bitcast=True)
-    if dtype == tl.float8e4nv:
-        # For sm89, Triton would round to float16 first, and so round twice.
-        codes = tl.inline_asm_elementwise(E4M3_OF_FOUR, "=r,r,r,r,r", [value], dtype=tl.int8, is_pure=True, pack=4)
-        return codes.to(tl.float8e4nv, bitcast=True)
     return value.to(dtype)
-
-
-@triton.jit
-def _e4m3_code(value):
-    """Return the bits of float32 values in E4M3, for the interpreter."""
-    sign = (value.to(tl.uint32, bitcast=True) >> 24) & 0x80
-    size = tl.minimum(tl.abs(value), E4M3_MAX)
-    bits = size.to(tl.uint32, bitcast=True)
-    # Keep three bits of the mantissa and change the bias of the exponent from 127 to 7.
-    normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - ((127 - 7) << 3)
-    # Below 2⁻⁶, values are multiples of 2⁻⁹, the last place of a float32 of 2¹⁴.
-    subnormal = (size + 16384.0).to(tl.uint32, bitcast=True) & 0xF
-    code = tl.where(size < 0.015625, subnormal, normal)
-    return (tl.where(value == value, code, 0x7F) | sign).to(tl.uint8)
-
-
-@triton.jit
-def _widened(value):
-    """Convert to float32, for the interpreter."""
-    if value.dtype == tl.float8e4nv:
-        bits = value.to(tl.uint8, bitcast=True)
-        size = bits & 0x7F
-        # Seven places up, these are the bits of a float16 that is 2⁸ times smaller.
-        wide = (size.to(tl.uint16) << 7).to(tl.float16, bitcast=True).to(tl.float32) * 256.0
-        wide = tl.where(size == 0x7F, float("nan"), wide)
-        return tl.where(bits >= 0x80, -wide, wide)
-    return value.to(tl.float32)
-
-
-@triton.jit
-def multiply_add(a, b, c):
-    """Return `a · b + c` of float32 values, rounded once."""
-    if INTERPRETED:
-        # The interpreter would round the product. In float64 it is exact.
-        return (a.to(tl.float64) * b.to(tl.float64) + c.to(tl.float64)).to(tl.float32)
-    return tl.fma(a, b, c)
-
-
-@triton.jit
-def quantise(x, scale):
-    """Return `x / scale` in E4M3, rounded and clamped as `to_fp8` does it. `scale` is a positive scalar; NaN stays NaN.
-
-    The quotient is that of a float32 division, bit for bit: an approximate one could round a tie to the other neighbour. With
-    the reciprocal at hand, a product and two fused operations take the place of a division.
-    """
-    reciprocal = tl.div_rn(1.0, scale)
-    # Clamped before the division, because the remainder of an infinite quotient would be NaN.
-    limit = scale * E4M3_MAX
-    x = tl.minimum(tl.maximum(x.to(tl.float32), -limit, tl.PropagateNan.ALL), limit, tl.PropagateNan.ALL)
-    quotient = x * reciprocal
-    excess = multiply_add(quotient, scale, -x)
-    return cast(multiply_add(excess, -reciprocal, quotient), tl.float8e4nv)
 
 
 @triton.jit
@@ -157,34 +85,14 @@ def load_lora_b(lora_b, column, N, rank, RANK: tl.constexpr):
 
 
 @triton.jit
-def operand(x, input_scale):
-    """Return a tile of `x` as the frozen product takes it: quantised, or as it is if `input_scale` is None."""
-    if input_scale is not None:
-        x = quantise(x, input_scale)
-    return x
-
-
-@triton.jit
-def project(
-    x_rows,
-    weight_rows,
-    input_scale,
-    K,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    EVEN_K: tl.constexpr,
-):
-    """Return `x Wᵀ`, or `q(x) Wᵀ` with an `input_scale`, float32 `[BLOCK_M, BLOCK_N]`.
-
-    `x_rows` and `weight_rows` point to the first element of each row.
-    """
+def project(x_rows, weight_rows, K, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr):
+    """Return `x Wᵀ`, float32 `[BLOCK_M, BLOCK_N]`. `x_rows` and `weight_rows` point to the first element of each row."""
     accumulator = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(0, K, BLOCK_K):
         inner = start + tl.arange(0, BLOCK_K)
         x = load_rows(x_rows, inner, K, EVEN_K)
         w = load_rows(weight_rows, inner, K, EVEN_K)
-        accumulator = multiply(operand(x, input_scale), w.T, accumulator, "ieee")
+        accumulator = multiply(x, w.T, accumulator, "ieee")
     return accumulator
 
 
@@ -215,7 +123,6 @@ def project_low(
 def project_both(
     x_rows,
     weight_rows,
-    input_scale,
     lora_a,
     rank,
     K,
@@ -225,7 +132,7 @@ def project_both(
     RANK: tl.constexpr,
     EVEN_K: tl.constexpr,
 ):
-    """Return `x Wᵀ`, or `q(x) Wᵀ` with an `input_scale`, and `x Aᵀ`, computed from the same loads of `x`."""
+    """Return `x Wᵀ` and `x Aᵀ`, computed from the same loads of `x`."""
     accumulator = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     low = tl.zeros((BLOCK_M, RANK), tl.float32)
     for start in range(0, K, BLOCK_K):
@@ -233,7 +140,7 @@ def project_both(
         x = load_rows(x_rows, inner, K, EVEN_K)
         w = load_rows(weight_rows, inner, K, EVEN_K)
         a = cast(load_lora_a(lora_a, inner, K, rank, RANK, EVEN_K), x.dtype)
-        accumulator = multiply(operand(x, input_scale), w.T, accumulator, "ieee")
+        accumulator = multiply(x, w.T, accumulator, "ieee")
         low = multiply(x, a.T, low, "ieee")
     return accumulator, low
 

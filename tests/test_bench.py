@@ -67,17 +67,13 @@ def test_rehearsal_computes_every_path_and_times_none() -> None:
     header, _, row = (line for line in fp8.splitlines() if line.startswith("|"))
     assert all(name in header for name in gpu_kernels.FP8_FORMS)
     assert row.count("right") == len(gpu_kernels.FP8_FORMS)
-    assert "faster than" not in fp8, "nothing was timed"
 
 
-def test_fp8_section_says_how_often_the_fused_kernel_wins() -> None:
-    times = {"base": 40.0, "fp8 base": 24.0, "fp8 vendor + update": 30.0, "fp8 fused": 27.0}
-    shapes = [Case("ST", "text", "q", 1, rows, 32, 3072, 3072) for rows in (512, 513)]
-    measured = [Measurement(case, name, 0.0, 0.1, time, time / 40) for case in shapes for name, time in times.items()]
-    measured[-1].microseconds = 33.0
-    text = gpu_kernels.fp8_section(measured)
-    assert "in 1 of 2 cases; ratios of their times: 0.900 to 1.100, median 1.000" in text
-    assert "| 40.0 | None | 0.600 | 0.750 | 0.675 |" in text
+def test_fp8_section_compares_with_the_16_bit_product() -> None:
+    case = Case("ST", "text", "q", 1, 512, 32, 3072, 3072)
+    times = {"base": 40.0, "fp8 base": 24.0, "fp8 vendor + update": 30.0}
+    text = gpu_kernels.fp8_section([Measurement(case, name, 0.0, 0.1, time, time / 40) for name, time in times.items()])
+    assert "| 40.0 | None | 0.600 | 0.750 |" in text
     assert "this GPU does not compute in FP8" in gpu_kernels.fp8_section([])
 
 

@@ -122,13 +122,8 @@ def test_a_new_backend_is_one_file_and_one_line(
     assert "build it with --backend onnxruntime or tensorrt" in capsys.readouterr().err
 
 
-# Signatures that others fix: the released pipeline's, TensorRT's for a plugin, that of the FP8 operator for its reference, and
-# those of Triton kernels and their launches.
-FIXED_SIGNATURES = {
-    "slideredit_rt.compat.__call__",
-    "slideredit_rt.export.tensorrt_plugin.implement",
-    "slideredit_rt.kernels.quantized.masked_lora_fp8_linear_reference",
-}
+# Signatures that others fix: the released pipeline's, TensorRT's for a plugin, and those of Triton kernels and their launches.
+FIXED_SIGNATURES = {"slideredit_rt.compat.__call__", "slideredit_rt.export.tensorrt_plugin.implement"}
 
 
 def test_functions_are_short_and_take_few_arguments() -> None:

@@ -10,14 +10,10 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -25,10 +21,7 @@ from torch import Tensor
 from slideredit_rt import SliderEditError, kernels
 from slideredit_rt.bench import projection
 from slideredit_rt.bench.projection import exact, plain
-from slideredit_rt.kernels import dispatch, triton_ops, triton_update
-from slideredit_rt.kernels.triton_fp8_linear import SPEC as FP8_SPEC
-from slideredit_rt.kernels.triton_tiles import quantise
-from slideredit_rt.quantization.precisions import FP8, to_fp8
+from slideredit_rt.kernels import dispatch, triton_update
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -52,34 +45,6 @@ def problem(
     """The same numbers on every device; most rows are inactive."""
     p = projection.problem(batch, rows, k, n, rank, dtype, active=active)
     return {name: tensor.to(DEVICE) for name, tensor in p.items()}
-
-
-def fp8_problem(
-    batch: int, rows: int, k: int, n: int, rank: int, dtype: torch.dtype = torch.bfloat16, active: float = 0.3
-) -> dict[str, Tensor]:
-    """The same with a quantised weight, whose scales differ by up to 100 times, and activations of which some are clamped."""
-    p = projection.problem(batch, rows, k, n, rank, dtype, active=active)
-    parts = FP8().quantise(p["weight"].float() * torch.logspace(-1, 1, n)[:, None])
-    scales = {"weight_scale": parts["weight_scale"], "input_scale": torch.tensor(2.5 / 448)}
-    order = ("x", "weight", "weight_scale", "input_scale", "bias", "lora_a", "lora_b", "row_scale")
-    p = p | {"weight": parts["weight"]} | scales
-    return {name: p[name].to(DEVICE) for name in order}
-
-
-def fp8_exact(p: dict[str, Tensor]) -> Tensor:
-    """The formula in float64, from activations that torch rounds in float32."""
-    rounded = to_fp8(p["x"].float() / p["input_scale"]).double()
-    weight = p["weight"].double() * p["weight_scale"].double().reshape(-1, 1)
-    frozen = rounded * p["input_scale"].double() @ weight.T
-    low = p["x"].double() @ p["lora_a"].double().T * p["row_scale"].double().unsqueeze(-1)
-    return frozen + p["bias"].double() + low @ p["lora_b"].double().T
-
-
-def has_fp8() -> bool:
-    return DEVICE == "cpu" or torch.cuda.get_device_capability() >= (8, 9)
-
-
-needs_fp8 = pytest.mark.skipif(not has_fp8(), reason="this GPU does not compute in FP8")
 
 
 def update(**p: Tensor) -> Tensor:
@@ -282,29 +247,24 @@ def test_addresses_beyond_two_to_the_31(name: str) -> None:
     assert not others.any()
 
 
-OPERATORS = ["linear", "addmm", "update", pytest.param("fp8_linear", marks=needs_fp8)]
+OPERATORS = ["linear", "addmm", "update"]
 
 
 @pytest.mark.parametrize("name", OPERATORS)
 def test_operator_passes_torch_library_opcheck(name: str) -> None:
-    p = fp8_problem(2, 5, 16, 10, 3) if name == "fp8_linear" else problem(2, 5, 12, 10, 3)
+    p = problem(2, 5, 12, 10, 3)
     arguments = {
         "update": (torch.zeros(2, 5, 10, device=DEVICE), p["x"], p["lora_a"], p["lora_b"], p["row_scale"]),
     }.get(name, tuple(p.values()))
     suffix = "triton_" if name == "update" else "triton"
     operator = getattr(torch.ops.slideredit, f"masked_lora_{name}_{suffix}").default
-    # The schema test compares the arguments before and after, for which torch has no FP8 arithmetic on the CPU.
-    tests = ["test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
-    torch.library.opcheck(operator, arguments, test_utils=tests if name == "fp8_linear" else ["test_schema", *tests])
+    torch.library.opcheck(operator, arguments)
 
 
-@pytest.mark.parametrize("name", ["masked_lora_linear", "masked_lora_fp8_linear"])
-def test_the_compiler_sees_the_kernel_and_that_it_writes_only_its_output(name: str) -> None:
+def test_the_compiler_sees_the_kernel_and_that_it_writes_only_its_output() -> None:
     """Traced for a card that is not here: the graph holds the launch, and torch's analysis finds one written argument."""
     script = """
-        import sys
         from types import SimpleNamespace
-from typing import Any
         import torch, triton
         from torch._subclasses import FakeTensorMode
         from torch._subclasses.functional_tensor import dispatch_functionalize
@@ -315,148 +275,20 @@ from typing import Any
         target = SimpleNamespace(get_current_target=lambda: GPUTarget("cuda", 90, 32), get_current_device=lambda: 0)
         triton.runtime.driver.set_active(target)
         with FakeTensorMode():
-            def empty(*shape, dtype=torch.bfloat16):
-                return torch.empty(*shape, device="cuda", dtype=dtype)
-            weights = {
-                "masked_lora_linear": [empty(3072, 3072)],
-                "masked_lora_fp8_linear": [
-                    empty(3072, 3072, dtype=torch.float8_e4m3fn),
-                    empty(3072, dtype=torch.float32),
-                    empty(1, dtype=torch.float32),
-                ],
-            }[sys.argv[1]]
-            low_rank = (empty(16, 3072), empty(3072, 16), empty(2, 512, dtype=torch.float32))
-            operator = getattr(kernels, f"{sys.argv[1]}_triton")
-            graph = make_fx(dispatch_functionalize(operator), tracing_mode="fake")(
-                empty(2, 512, 3072), *weights, empty(3072), *low_rank
+            def empty(*shape):
+                return torch.empty(*shape, device="cuda", dtype=torch.bfloat16)
+            arguments = (empty(2, 512, 3072), empty(3072, 3072), empty(3072), empty(16, 3072), empty(3072, 16))
+            graph = make_fx(dispatch_functionalize(kernels.masked_lora_linear_triton), tracing_mode="fake")(
+                *arguments, torch.empty(2, 512, device="cuda")
             )
         calls = [n for n in graph.graph.nodes if "triton_kernel_wrapper" in str(n.target)]
         print(len(calls), *calls[0].kwargs["tensors_to_clone"])
     """
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script), name], capture_output=True, text=True, env=environment, check=False
+        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, env=environment, check=False
     )
     assert done.stdout.split() == ["1", "y"], done.stderr
-
-
-@triton.jit
-def quantise_kernel(x: Any, scale: Any, y: Any, BLOCK: tl.constexpr) -> None:  # noqa: N803
-    """Store `quantise` of each value, for the test below."""
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(y + i, quantise(tl.load(x + i), tl.load(scale)))
-
-
-@needs_fp8
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("scale", [1.0, 3.0, 2.5 / 448, 2.0**-7, 0.013, 1 / 3, 1e-20, 1e20], ids=str)
-def test_activations_are_rounded_as_torch_does_it_for_all_values_of_16_bits(scale: float, dtype: torch.dtype) -> None:
-    x = torch.arange(1 << 16, dtype=torch.int32, device=DEVICE).to(torch.int16).view(dtype)
-    y, one = torch.empty_like(x, dtype=torch.uint8).view(torch.float8_e4m3fn), torch.tensor(scale, device=DEVICE)
-    quantise_kernel[(16,)](x, one, y, BLOCK=4096)
-    expected, nan = to_fp8(x.cpu().float() / one.cpu()), x.cpu().isnan()
-    y = y.cpu()
-    assert y.float()[nan].isnan().all()
-    assert torch.equal(y.view(torch.uint8)[~nan], expected.view(torch.uint8)[~nan])
-
-
-@needs_fp8
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("shape", [(1, 48, 100, 4), (63, 80, 100, 16), (129, 128, 33, 33), (300, 144, 257, 128)], ids=str)
-def test_fp8_error_is_at_most_twice_that_of_the_plain_expression(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
-    p = fp8_problem(2, *shape, dtype)
-    expected = fp8_exact(p)
-    y, plain_y = kernels.masked_lora_fp8_linear_triton(**p), kernels.masked_lora_fp8_linear_reference(**p)
-    # Per channel, because their sizes differ.
-    error, allowed = ((t.double() - expected).abs().amax(dim=(0, 1)) for t in (y, plain_y))
-    rounding = torch.finfo(dtype).eps / 2 * expected.abs().amax(dim=(0, 1))
-    assert (error <= torch.maximum(2 * allowed, rounding)).all()
-
-
-@needs_fp8
-@pytest.mark.parametrize("active", ["none", "one", "all"])
-def test_fp8_rows_of_scale_zero_get_the_frozen_projection_bit_for_bit(active: str) -> None:
-    p = fp8_problem(1, 140, 80, 100, 16, active=1.0)
-    frozen = kernels.masked_lora_fp8_linear_triton(**p | {"row_scale": torch.zeros_like(p["row_scale"])})
-    if active == "one":
-        p["row_scale"][0, torch.arange(140, device=DEVICE) != 133] = 0
-    elif active == "none":
-        p["row_scale"].zero_()
-    y = kernels.masked_lora_fp8_linear_triton(**p)
-    off = p["row_scale"][0] == 0
-    assert torch.equal(y[0, off], frozen[0, off])
-    assert (y[0, ~off] != frozen[0, ~off]).any(dim=-1).all()
-
-
-@needs_fp8
-def test_fp8_idle_rows_are_the_frozen_projection_even_where_the_low_rank_product_is_nan() -> None:
-    p = fp8_problem(1, 40, 80, 100, 16, active=1.0)
-    p["row_scale"][0, 7:] = 0
-    frozen = kernels.masked_lora_fp8_linear_triton(**p | {"row_scale": torch.zeros_like(p["row_scale"])})
-    p["lora_a"][3] = float("nan")
-    y = kernels.masked_lora_fp8_linear_triton(**p)
-    assert torch.equal(y[0, 7:], frozen[0, 7:])
-    assert y[0, :7].isnan().all()
-
-
-@needs_fp8
-def test_fp8_clamps_infinite_activations_and_keeps_nan_in_its_row() -> None:
-    p = fp8_problem(1, 20, 80, 100, 4, active=0.0)
-    clean = kernels.masked_lora_fp8_linear_triton(**p)
-    p["x"][0, 2, 5], p["x"][0, 9, 5] = float("-inf"), float("nan")
-    y = kernels.masked_lora_fp8_linear_triton(**p)
-    assert y[0, 9].isnan().all()
-    clamped = p["input_scale"] * -448 * p["weight"][:, 5].float() * p["weight_scale"]
-    p["x"][0, 2, 5] = 0
-    without = kernels.masked_lora_fp8_linear_triton(**p)
-    torch.testing.assert_close(y[0, 2].float(), without[0, 2].float() + clamped, atol=2e-2, rtol=2**-6)
-    others = [row for row in range(20) if row not in (2, 9)]
-    assert torch.equal(y[0, others], clean[0, others])
-
-
-@needs_fp8
-def test_fp8_takes_strided_input_stored_scales_no_bias_and_a_float32_adapter() -> None:
-    p = fp8_problem(2, 30, 80, 100, 16)
-    y = kernels.masked_lora_fp8_linear_triton(**p)
-    wide = torch.randn(2, 45, 96, device=DEVICE).bfloat16()
-    wide[:, 9:39, 5:85] = p["x"]
-    other = {"x": wide[:, 9:39, 5:85], "weight_scale": p["weight_scale"][:, None], "input_scale": p["input_scale"][None]}
-    assert torch.equal(kernels.masked_lora_fp8_linear_triton(**p | other), y)
-    adapter = {"lora_a": p["lora_a"].float(), "lora_b": p["lora_b"].float()}
-    assert torch.equal(kernels.masked_lora_fp8_linear_triton(**p | adapter), y)
-    assert torch.equal(kernels.masked_lora_fp8_linear_triton(**p | {"x": p["x"][0], "row_scale": p["row_scale"][0]}), y[0])
-    zero = {"bias": torch.zeros_like(p["bias"])}
-    unbiased = kernels.masked_lora_fp8_linear_triton(**p | {"bias": None})  # type: ignore[arg-type]
-    assert torch.equal(unbiased, kernels.masked_lora_fp8_linear_triton(**p | zero))
-
-
-def test_fp8_bad_arguments_get_one_sentence() -> None:
-    p = fp8_problem(1, 5, 32, 10, 3)
-    run = kernels.masked_lora_fp8_linear_triton
-    for change, message in [
-        ({"weight": p["weight"].float()}, r"weight is torch\.float32; pass it in float8_e4m3fn"),
-        ({"weight_scale": p["weight_scale"][:9]}, r"weight_scale is torch\.float32 \(9,\); pass float32 of shape \(10,\)"),
-        ({"input_scale": p["input_scale"].double()}, r"input_scale is torch\.float64 \(\); pass float32 of shape \(\)"),
-        ({"x": p["x"].float()}, r"x is torch\.float32; the Triton kernel takes bfloat16 or float16"),
-        ({"x": p["x"][..., :16]}, r"pass \[N, 16\] for x of shape"),
-        ({"row_scale": p["row_scale"][..., None]}, "one scale per member of a bank; this kernel takes one per row"),
-    ]:
-        with pytest.raises(SliderEditError, match=message):
-            run(**p | change)
-    narrow = {"x": p["x"][..., :24], "weight": p["weight"][:, :24], "lora_a": p["lora_a"][:, :24]}
-    for operator in (run, kernels.masked_lora_fp8_linear_reference):
-        with pytest.raises(SliderEditError, match="weight has 24 columns; FP8 products need a multiple of 16"):
-            operator(**p | narrow)
-
-
-def test_a_gpu_without_fp8_is_refused_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
-    x = SimpleNamespace(is_cuda=True, device="cuda", shape=(5, 16), dtype=torch.bfloat16)
-    with pytest.raises(SliderEditError, match="needs a GPU of compute capability sm89 or later; this one is sm86"):
-        triton_ops._configuration(FP8_SPEC, x, 16)  # type: ignore[arg-type]
-    targets = [f"sm{capability}" for capability in dispatch.SHARED_KIB]
-    assert [t for t in targets if int(t[2:]) >= FP8_SPEC.min_capability] == [t for t in targets if FP8().runs_on(t)]
 
 
 def test_update_in_place_refuses_an_output_with_gaps() -> None:
@@ -501,7 +333,7 @@ def test_a_member_of_scale_zero_adds_nothing_even_where_its_product_is_nan() -> 
 @pytest.mark.parametrize("members", [None, 3])
 def test_no_path_of_a_gpu_computes_with_the_reference(members: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """What `masked_lora_linear` calls for CUDA tensors, here under the interpreter."""
-    from slideredit_rt.kernels import reference
+    from slideredit_rt.kernels import reference, triton_ops
 
     p = {n: t.to(DEVICE) for n, t in projection.problem(2, 40, 60, 100, 4, torch.bfloat16, members=members).items()}
 
@@ -520,6 +352,8 @@ def test_no_path_of_a_gpu_computes_with_the_reference(members: int | None, monke
 @pytest.mark.parametrize("members", [None, 3])
 def test_update_alone_takes_the_path_of_its_projection(members: int | None, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What `masked_lora_update_` calls for CUDA tensors, here under the interpreter. A bank has one path."""
+    from slideredit_rt.kernels import triton_ops
+
     p = projection.problem(2, 40, 60, 100, 6, torch.bfloat16, members=members, active=0.5)
     p = {name: tensor.to(DEVICE) for name, tensor in p.items()}
     asked, ran = [], []
