@@ -151,7 +151,7 @@ def compile_job(job: Job) -> tuple[str, dict[str, Any]]:
         "multiples": {
             "address": ALIGNMENT,
             **{name: ALIGNMENT for name in spec.scalars if name not in UNALIGNED},
-            "K": job.configuration.block_k,
+            **({"K": job.configuration.block_k} if "K" in spec.scalars else {}),
         },
         "triton": triton.__version__,
         "source_sha256": source_sha256,

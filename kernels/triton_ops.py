@@ -18,7 +18,7 @@ from slideredit_rt.kernels import dispatch
 from slideredit_rt.kernels.arguments import MAX_RANK, check_linear, check_one_scale_per_row, check_update, empty_projection
 from slideredit_rt.kernels.reference import member_scales
 from slideredit_rt.kernels.triton_linear import launch as launch_masked_lora_linear
-from slideredit_rt.kernels.triton_update import PARTS, launch_low_rank, launch_update
+from slideredit_rt.kernels.triton_update import launch_low_rank, launch_update
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 
@@ -100,9 +100,10 @@ def _masked_lora_update_triton_(y: Tensor, x: Tensor, lora_a: Tensor, lora_b: Te
     together = max(1, MAX_RANK // own)
     columns = (lora_a.split(together * own), lora_b.split(together * own, dim=1), scales.split(together, dim=1))
     for a, b, scale in zip(*columns, strict=True):
-        scale, low = scale.contiguous(), flat.new_empty(PARTS.value, len(flat), len(a), dtype=torch.float32)
+        scale, configuration = scale.contiguous(), _configuration("masked_lora_update", flat, len(a))
+        low = flat.new_empty(configuration.block_k, len(flat), len(a), dtype=torch.float32)
         launch_low_rank(flat, a.contiguous(), scale, _configuration("masked_low_rank", flat, len(a)), low)
-        launch_update(low, b.contiguous(), scale, _configuration("masked_lora_update", flat, len(a)), rows)
+        launch_update(low, b.contiguous(), scale, configuration, rows)
 
 
 for _projection in (_masked_lora_linear_triton, _masked_lora_addmm_triton):
