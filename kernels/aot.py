@@ -32,7 +32,7 @@ from slideredit_rt.errors import SliderEditError
 from slideredit_rt.files import atomic_file
 from slideredit_rt.kernels import triton_linear, triton_update
 from slideredit_rt.kernels.arguments import MAX_RANK
-from slideredit_rt.kernels.dispatch import SHARED_KIB, Configuration, configurations, padded_rank
+from slideredit_rt.kernels.configurations import SHARED_KIB, Configuration, configurations, padded_rank
 from slideredit_rt.kernels.spec import UNALIGNED, KernelSpec
 
 SPECS = (
@@ -80,7 +80,7 @@ class Job:
 
 
 def jobs(targets: Sequence[str], dtypes: Sequence[str], ranks: Iterable[int], ptx_isa: str = DEFAULT_PTX_ISA) -> list[Job]:
-    """List a job for every configuration that the dispatch table may choose for these targets, dtypes and ranks.
+    """List a job for every configuration that the table may choose for these targets, dtypes and ranks.
 
     Raises:
         SliderEditError: A target or dtype is unknown, a rank is out of range, or `ptx_isa` is not a version.
@@ -130,7 +130,7 @@ def compile_job(job: Job) -> tuple[str, dict[str, Any]]:
     if any(scratch.values()):
         raise SliderEditError(
             f"{job.name} for {job.target} needs scratch memory ({scratch}), which launchers outside Triton do not provide; "
-            "choose another configuration in dispatch.json"
+            "choose another configuration in configurations.json"
         )
     ptx = _without_scratch_pointers(compiled.asm["ptx"], len(arguments), job)
     rows, n = sympy.symbols("rows N", integer=True)

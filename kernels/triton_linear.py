@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
-from slideredit_rt.kernels.dispatch import Configuration
+from slideredit_rt.kernels.configurations import Configuration
 from slideredit_rt.kernels.spec import KernelSpec, cdiv
 from slideredit_rt.kernels.triton_tiles import (
     add_low_rank,

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
-from slideredit_rt.kernels.dispatch import Configuration
+from slideredit_rt.kernels.configurations import Configuration
 from slideredit_rt.kernels.spec import KernelSpec, cdiv
 from slideredit_rt.kernels.triton_tiles import cast, load_lora_b, multiply_low, project_low
 
@@ -129,7 +129,7 @@ UPDATE_SPEC = KernelSpec(
 
 
 def launch_low_rank(x: Tensor, lora_a: Tensor, row_scale: Tensor, configuration: Configuration, low: Tensor) -> None:
-    """Write `low`, float32 or the dtype of `x`, `[P, M, R]`, whose sum over any number P of parts is the scaled product.
+    """Write `low`, float32 `[P, M, R]`, whose sum over any number P of parts is the scaled product.
 
     All tensors are contiguous: x `[M, K]`, lora_a `[R, K]`, row_scale float32 `[M, G]`.
     """

@@ -15,7 +15,7 @@ import pytest
 
 from slideredit_rt import cli
 from slideredit_rt.kernels import aot
-from slideredit_rt.kernels.dispatch import SHARED_KIB
+from slideredit_rt.kernels.configurations import SHARED_KIB
 
 TARGETS = ("sm80", "sm86", "sm89", "sm90", "sm100", "sm120")
 
