@@ -21,7 +21,6 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import sympy
 import torch
 import triton
 from tqdm import tqdm
@@ -33,7 +32,7 @@ from slideredit_rt.files import atomic_file
 from slideredit_rt.kernels import triton_linear, triton_update
 from slideredit_rt.kernels.arguments import MAX_RANK
 from slideredit_rt.kernels.configurations import SHARED_KIB, Configuration, configurations, padded_rank
-from slideredit_rt.kernels.spec import UNALIGNED, KernelSpec
+from slideredit_rt.kernels.spec import UNALIGNED, KernelSpec, Size
 
 SPECS = (
     triton_linear.SPEC,
@@ -132,14 +131,13 @@ def compile_job(job: Job) -> tuple[str, dict[str, Any]]:
             f"{job.name} for {job.target} needs scratch memory ({scratch}), which launchers outside Triton do not provide; "
             "choose another configuration in configurations.json"
         )
-    ptx = _without_scratch_pointers(compiled.asm["ptx"], len(arguments), job)
-    rows, n = sympy.symbols("rows N", integer=True)
+    ptx = _without_scratch_pointers(_without_debug_information(compiled.asm["ptx"]), len(arguments), job)
     return ptx, {
         "kernel": spec.name,
         "target": job.target,
         "entry": str(metadata.name),
         "arguments": arguments,
-        "grid": [str(size) for size in spec.grid(job.configuration, rows, n)],
+        "grid": [str(size) for size in spec.grid(job.configuration, Size("rows"), Size("N"))],
         "num_warps": metadata.num_warps,
         "shared_bytes": metadata.shared,
         "ptx_isa": job.ptx_isa,
@@ -183,6 +181,12 @@ def parameters(ptx: str) -> list[str]:
     """Return the types of the entry's parameters, such as `u64` and `u32`, in order."""
     header = ptx[ptx.index(".visible .entry") : ptx.index("{", ptx.index(".visible .entry"))]
     return re.findall(r"\.param \.(\w+)", header)
+
+
+def _without_debug_information(ptx: str) -> str:
+    """Remove source positions: they name paths of the machine that compiled, or that filled Triton's cache."""
+    ptx = re.sub(r"^\s*\.(file|loc)\b.*\n", "", ptx, flags=re.MULTILINE)
+    return re.sub(r"^\s*\.section\s+\.debug_\w+\s*\{[^}]*\}", "", ptx, flags=re.MULTILINE)
 
 
 def _without_scratch_pointers(ptx: str, count: int, job: Job) -> str:

@@ -10,8 +10,21 @@ from slideredit_rt.kernels.configurations import Configuration
 
 
 def cdiv(a: Any, b: int) -> Any:
-    """Divide and round up. `a` may be an integer or a symbolic expression."""
-    return (a + b - 1) // b
+    """Divide and round up. `a` may be an integer, a symbolic expression or a `Size`."""
+    return (a + (b - 1)) // b
+
+
+class Size(str):
+    """Name of a size, or an expression of sizes and integers, as text that Python and C with integer division agree on."""
+
+    def __add__(self, other: object) -> Size:
+        return Size(f"({self} + {other})")
+
+    def __mul__(self, other: object) -> Size:
+        return Size(f"({self} * {other})")
+
+    def __floordiv__(self, other: object) -> Size:
+        return Size(f"({self} // {other})")
 
 
 @dataclass(frozen=True)
