@@ -51,8 +51,8 @@ def save_adapter(adapter: Adapter, path: Path, form: Format = "canonical", *, dt
     joint = [name for name in adapter.pairs if get_family(adapter.family).rows_of(name) == "joint"]
     if form == "slideredit-st" and joint:
         raise SliderEditError(
-            f"adapter {adapter.source!r} also updates {joint[0]}, on joint rows; a slideredit-st file, which does not state its "
-            "kind, would be read as GST; use canonical, diffusers or peft"
+            f"adapter {adapter.source!r} also updates {joint[0]}, on joint rows; a slideredit-st file, which does not state "
+            "its kind, would be read as GST; use canonical, diffusers or peft"
         )
     if form != "canonical" and adapter.members:
         raise SliderEditError(
