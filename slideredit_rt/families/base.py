@@ -30,7 +30,8 @@ Kind = Literal["st", "gst"]
 RowSet = Literal["text", "image", "joint"]
 
 KINDS: tuple[Kind, ...] = ("st", "gst")
-"""`st` (selective token) scales the text rows of the slider's own instruction; `gst` scales every text and image row."""
+"""`st` (selective token) scales the text rows of the slider's own instruction, also among joint rows; `gst` scales every text
+and image row."""
 
 
 @dataclass(frozen=True)
@@ -232,7 +233,8 @@ class Family(ABC):
 
         Args:
             kind: `st` or `gst`.
-            all_projections: Match every linear whose rows the kind can scale, instead of those of the released adapters.
+            all_projections: Match every linear whose rows the kind can scale, instead of those of the released adapters. ST
+                can scale text rows and joint rows, GST all rows.
         """
 
     def is_modulation(self, module_name: str) -> bool:
