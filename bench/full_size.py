@@ -124,6 +124,24 @@ def qwen_tokenizer(template: str, corpus: Iterable[str], max_length: int) -> tra
     )
 
 
+def qwen3_tokenizer(corpus: Iterable[str], max_length: int) -> transformers.Qwen2Tokenizer:
+    """Train a small tokenizer with a chat template like Qwen3's: a user's turn, then an assistant's with an empty thought.
+
+    Args:
+        corpus: Texts that the vocabulary is learnt from, besides the template.
+        max_length: Largest number of tokens.
+    """
+    turn = "<|im_start|>{}\n{}<|im_end|>\n"
+    tokenizer = qwen_tokenizer(turn.format("user", "{}") + "<|im_start|>assistant\n", corpus, max_length)
+    tokenizer.add_tokens(["<think>", "</think>"])
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+        "{% if enable_thinking is false %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}"
+    )
+    return tokenizer
+
+
 def noise_image(side: int) -> Image.Image:
     """Make a noisy RGB image of `side` × `side` pixels."""
     return Image.effect_noise((side, side), 60).convert("RGB")
