@@ -7,6 +7,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -156,6 +157,8 @@ class Family(ABC):
             name of that module and of its parts.
         no_float16: Reason why the family cannot compute in float16; None if it can.
         modulation: Pattern for the names (full match) of the linears that compute a block's shifts, scales and gates (adaLN).
+        proportions: Output features of linears for each input feature, by patterns for their names (full match), where files
+            of several families use the same names.
         original_names: Names of modules and tensors in single files that follow the model's authors, and those that their rows
             have in diffusers, in order. `{}` stands for the number of a block. Empty if the names are diffusers' own.
         swapped_halves: Modules, by diffusers' names, whose output features are in the other order of halves in such files.
@@ -176,6 +179,7 @@ class Family(ABC):
     joint_projections: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     no_float16: ClassVar[str | None] = None
     modulation: ClassVar[str]
+    proportions: ClassVar[Mapping[str, Fraction]] = {}
     original_names: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     swapped_halves: ClassVar[tuple[str, ...]] = ()
 
@@ -239,6 +243,11 @@ class Family(ABC):
             kind: `st` or `gst`.
             all_projections: Match every linear whose rows the kind can scale, instead of those of the released adapters.
         """
+
+    def has_proportions(self, module_name: str, in_features: int, out_features: int) -> bool:
+        """Return whether a linear of these sizes can be `module_name`, to tell families apart whose files share names."""
+        outputs = next((ratio for pattern, ratio in self.proportions.items() if re.fullmatch(pattern, module_name)), None)
+        return outputs is None or out_features == outputs * in_features
 
     def is_modulation(self, module_name: str) -> bool:
         """Return whether a linear computes a block's shifts, scales and gates from the timestep."""

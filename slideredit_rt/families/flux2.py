@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from typing import Any, ClassVar
 
 import torch
@@ -46,6 +47,13 @@ class Flux2(Family):
         "to_added_qkv": ("add_q_proj", "add_k_proj", "add_v_proj"),
     }
     no_float16 = "its activations can exceed 65504, the largest float16 value, and diffusers would clip them"
+    # The gated feed-forward layer is three times as wide as the model.
+    proportions: ClassVar = {
+        r"transformer_blocks\.\d+\.ff(_context)?\.linear_in": Fraction(6),
+        r"transformer_blocks\.\d+\.ff(_context)?\.linear_out": Fraction(1, 3),
+        r"single_transformer_blocks\.\d+\.attn\.to_qkv_mlp_proj": Fraction(9),
+        r"single_transformer_blocks\.\d+\.attn\.to_out": Fraction(1, 4),
+    }
     modulation = r"(double_stream_modulation_(img|txt)|single_stream_modulation)\.linear"
 
     def default_steps(self, pipeline: Any) -> int:

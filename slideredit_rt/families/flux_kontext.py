@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -77,6 +78,11 @@ class FluxKontext(Family):
         "to_added_qkv": ("add_q_proj", "add_k_proj", "add_v_proj"),
     }
     no_float16 = "its activations exceed 65504, the largest float16 value, and become infinite"
+    proportions: ClassVar = {
+        r"transformer_blocks\.\d+\.ff(_context)?\.net\.0\.proj": Fraction(4),
+        r"transformer_blocks\.\d+\.ff(_context)?\.net\.2": Fraction(1, 4),
+        r"single_transformer_blocks\.\d+\.proj_out": Fraction(1, 5),
+    }
     original_names: ClassVar = {
         **_ORIGINAL_EMBEDDERS,
         **_in_blocks("double_blocks", "transformer_blocks", _ORIGINAL_DOUBLE),

@@ -26,7 +26,7 @@ from slideredit_rt.engines.tensorrt.logger import make_logger
 from slideredit_rt.engines.tensorrt.options import TensorRTOptions
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.export import tensorrt_plugin
-from slideredit_rt.families import TensorSpec, family_of
+from slideredit_rt.families import TensorSpec
 from slideredit_rt.files import atomic_file
 
 if TYPE_CHECKING:
@@ -45,16 +45,17 @@ def profile_ranges(batch: Range, text_rows: Range, image_rows: Range, sliders: R
     return sizes | {"rows": (low, usual, high)}
 
 
-def image_rows_of(base: Path, resolution: int) -> Range:
+def image_rows_of(base: Path, resolution: int, *, small_images: bool = False) -> Range:
     """Return the range of image rows for edits at about `resolution`² pixels: noise and one reference.
 
     The range leaves room for other aspect ratios, whose area may exceed the square's by 2%, or by 5% for Qwen's autoencoder:
     Kontext's preferred sizes are all within 1.5% of 1024² (diffusers, `PREFERRED_KONTEXT_RESOLUTIONS`), Qwen's multiples of
-    32 pixels within 4.3% up to an aspect ratio of 8. FLUX.2 does not enlarge images, so its range has no lower limit.
+    32 pixels within 4.3% up to an aspect ratio of 8.
 
     Args:
         base: Folder of the checkpoint.
         resolution: Width and height of a square image, in pixels.
+        small_images: Let the range begin with the smallest images, for a family that does not enlarge them.
 
     Raises:
         SliderEditError: The checkpoint has no autoencoder configuration, or the resolution is not a multiple of its patch.
@@ -69,7 +70,7 @@ def image_rows_of(base: Path, resolution: int) -> Range:
     if resolution < patch or resolution % patch:
         raise SliderEditError(f"resolution {resolution} is not a multiple of {patch}, this base's patch size; choose another")
     rows = 2 * (resolution // patch) ** 2
-    low = 2 if family_of(base).keeps_small_images else max(2, rows // 4)
+    low = 2 if small_images else max(2, rows // 4)
     return low, rows, math.ceil(rows * margin)
 
 
