@@ -10,11 +10,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import torch
 from accelerate import init_empty_weights
 from diffusers import Flux2KleinPipeline, Flux2Transformer2DModel
 from flux2_checkpoint import SIDE, TEXT_ROWS, diffusers_edit, flux2_adapter, save_tiny_checkpoint
+from http_server import as_file, image_of, serving
 from PIL import Image
 from qwen_checkpoint import random_image
 from test_qwen import AWKWARD
@@ -387,6 +389,98 @@ def test_a_checkpoint_tells_its_family_and_its_rows(bases: dict[str, Path], fami
     (tmp_path / "kv" / "model_index.json").write_text(json.dumps(index | {"_class_name": "Flux2KleinKVPipeline"}))
     with pytest.raises(SliderEditError, match=r"is a Flux2KleinKVPipeline, which is not supported"):
         family_of(tmp_path / "kv")
+
+
+def test_a_bank_gives_each_member_its_own_strength(bases: dict[str, Path], adapters: dict[Kind, Path], tmp_path: Path) -> None:
+    other = flux2_adapter(bases["base"], "st", seed=4)
+    save_adapter(other, tmp_path / "other.safetensors")
+    files = [str(adapters["st"]), str(tmp_path / "other.safetensors")]
+    build_engine(bases["distilled"], files, tmp_path / "bank", progress=False)
+    editor = SliderEditor.from_engine(tmp_path / "bank")
+    sliders = [Slider(part, adapter=name) for part, name in zip(PARTS, editor.members, strict=True)]
+    prepared = editor.prepare(images_of(1), sliders)
+    drawn = editor.render_tensor(prepared, [[0.2, 1.0], [1.0, 0.2]], steps=2)
+    for member, (source, part) in enumerate(zip(files, PARTS, strict=True)):
+        alone = SliderEditor.from_pretrained(bases["distilled"], source)
+        expected = alone.render_tensor(alone.prepare(images_of(1), [part], prompt=PROMPT), [[0.2]], steps=2)
+        assert (drawn[member] - expected[0]).abs().max() <= 1e-4
+
+
+def test_commands_show_and_convert_an_adapter(
+    bases: dict[str, Path], adapters: dict[Kind, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["adapter", "show", str(adapters["gst"]), "--base", str(bases["base"]), "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert (shown["family"], shown["kind"], shown["modules"]) == ("flux2", "gst", 28)
+    out = tmp_path / "converted.safetensors"
+    assert cli.main(["adapter", "convert", str(adapters["st"]), str(out), "--dtype", "bfloat16"]) == 0
+    assert load_adapter(out).family == "flux2"
+
+
+def test_a_quantised_base_makes_an_engine_that_passes(
+    bases: dict[str, Path], adapters: dict[Kind, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "images").mkdir()
+    random_image(64, 64).save(tmp_path / "images" / "one.png")
+    (tmp_path / "edits.jsonl").write_text(json.dumps({"instructions": list(PARTS)}) + "\n")
+    own = ["--calibrate", str(tmp_path / "images"), "--prompts", str(tmp_path / "edits.jsonl"), "--steps", "2"]
+    for precision, given in (("int8", []), ("fp8", own)):
+        out, engine = tmp_path / precision, tmp_path / f"engine-{precision}"
+        command = ["quantize", "--base", str(bases["distilled"]), "--precision", precision, "--out", str(out), *given]
+        assert cli.main([*command, "--quiet", "--json"]) == 0
+        # All projections and the three modulations of a block, which both kinds of blocks share.
+        assert sum(json.loads(capsys.readouterr().out)["layers"].values()) == 28 + 3
+        build_engine(out, adapters["st"], engine, progress=False)
+        result = verify_engine(engine, random_image(), [Slider(p) for p in PARTS], steps=2, original=bases["distilled"])
+        assert result.passed, result.verdict
+
+
+def test_inspect_estimates_the_memory_of_an_edit(
+    flux2_engines: dict[tuple[str, str], Path],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cli.main(["inspect", str(flux2_engines["base", "gst"]), "--vram", "8", "--json"]) == 0
+    memory = json.loads(capsys.readouterr().out)["memory"]
+    assert (memory["fits"], memory["offload"]) == (True, "none")
+
+
+def test_the_server_edits_several_images_as_the_editor_does(flux2_engines: dict[tuple[str, str], Path]) -> None:
+    engine, images = flux2_engines["distilled", "st"], images_of(2)
+    fields = {"prompt": PARTS[0], "seed": "3", "sliders": json.dumps([{"instruction": PARTS[0], "strength": 0.4}])}
+    with serving(engine) as address, httpx.Client(base_url=address, timeout=60) as client:
+        parts = [("image", (f"{i}.png", as_file(image), "image/png")) for i, image in enumerate(images)]
+        answer = client.post("/v1/images/edits", files=parts, data=fields).json()
+        described = client.get("/v1/models").json()["data"][0]["engine"]
+    assert (described["num_inference_steps"], described["max_images"]) == (4, 16)
+    expected = SliderEditor.from_engine(engine).edit(images, [Slider(PARTS[0], 0.4)], prompt=PARTS[0], seed=3)
+    assert image_of(answer["data"][0]).tobytes() == expected.tobytes()
+    assert answer["size"] == "96x128"
+    # Rows of 16 × 16 pixels: two source images of 96 × 128 and 80 × 64, and the edit.
+    usage = answer["usage"]
+    assert (usage["input_tokens_details"]["image_tokens"], usage["output_tokens"]) == (6 * 8 + 5 * 4, 6 * 8)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tensorrt_rtx_builds_a_plan(bases: dict[str, Path], adapters: dict[Kind, Path], tmp_path: Path, kind: Kind) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    from slideredit_rt.engines.tensorrt import TensorRTOptions
+
+    options = TensorRTOptions(resolution=SIDE, max_text_rows=TEXT_ROWS, targets=("sm89",))
+    settings = BuildSettings("tensorrt-rtx", batch=(1, 1, 4), options=options)
+    manifest = build_engine(bases["base"], adapters[kind], tmp_path / "rtx", settings, progress=False)
+    assert (manifest.family, manifest.targets) == ("flux2", ["sm89"])
+    assert manifest.ranges["image_rows"] == [2, 128, 131]
+
+
+def test_calibration_learns_a_curve(bases: dict[str, Path], adapters: dict[Kind, Path], tmp_path: Path) -> None:
+    engine, out = tmp_path / "engine", tmp_path / "calibrated.safetensors"
+    build_engine(bases["distilled"], adapters["st"], engine, progress=False)
+    size = ["--cases", "2", "--samples", "5", "--steps", "2", "--quiet"]
+    assert cli.main(["adapter", "calibrate", str(adapters["st"]), str(out), "--engine", str(engine), *size]) == 0
+    assert len(load_adapter(out).curve.strengths) > 2
 
 
 class _TwoEdits:
