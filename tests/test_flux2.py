@@ -431,7 +431,7 @@ def test_a_quantised_base_makes_an_engine_that_passes(
         # All projections and the three modulations of a block, which both kinds of blocks share.
         assert sum(json.loads(capsys.readouterr().out)["layers"].values()) == 28 + 3
         build_engine(out, adapters["st"], engine, progress=False)
-        result = verify_engine(engine, random_image(), [Slider(p) for p in PARTS], steps=2, original=bases["distilled"])
+        result = verify_engine(engine, random_image(), [Slider(p) for p in PARTS], steps=2)
         assert result.passed, result.verdict
 
 
@@ -478,7 +478,7 @@ def test_tensorrt_rtx_builds_a_plan(bases: dict[str, Path], adapters: dict[Kind,
 def test_calibration_learns_a_curve(bases: dict[str, Path], adapters: dict[Kind, Path], tmp_path: Path) -> None:
     engine, out = tmp_path / "engine", tmp_path / "calibrated.safetensors"
     build_engine(bases["distilled"], adapters["st"], engine, progress=False)
-    size = ["--cases", "2", "--samples", "5", "--steps", "2", "--quiet"]
+    size = ["--base", str(bases["distilled"]), "--cases", "2", "--samples", "5", "--steps", "2", "--quiet"]
     assert cli.main(["adapter", "calibrate", str(adapters["st"]), str(out), "--engine", str(engine), *size]) == 0
     assert len(load_adapter(out).curve.strengths) > 2
 

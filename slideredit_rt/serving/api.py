@@ -152,6 +152,8 @@ class Api:
             partial_every=math.ceil(self.editor.number_of_steps(settings) / (partial_images + 1)) if partial_images else 0,
         )
         pixels_per_row = (2 * self.editor.pipeline.vae_scale_factor) ** 2
+        others = list(images)
+        del others[self.editor.family.sized_by]
         prompt = normalise(fields.prompt) if fields.prompt else compose_prompt([s.instruction for s in sliders])
         form = Form(
             output_format=output_format,
@@ -161,7 +163,7 @@ class Api:
             strip=strip,
             text_tokens=sum(token.end > token.start for token in self.tokens.of(prompt, images)),
             pixels_per_row=pixels_per_row,
-            other_rows=sum(math.prod(self.editor.edited_size([image])) // pixels_per_row for image in images[:-1]),
+            other_rows=sum(math.prod(self.editor.edited_size([image])) // pixels_per_row for image in others),
         )
         return request, form
 
