@@ -132,6 +132,17 @@ def decode_in_tiles(vae: Any) -> None:
     vae.enable_tiling()
 
 
+def in_blocks(theirs: str, ours: str, names: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+    """Return names of a block with the block's own name before them, for `Family.original_names`.
+
+    Args:
+        theirs: Name of the blocks in files of the model's authors.
+        ours: Name of the blocks in diffusers.
+        names: Names within a block, as in `Family.original_names`.
+    """
+    return {f"{theirs}.{{}}.{name}": tuple(f"{ours}.{{}}.{part}" for part in parts) for name, parts in names.items()}
+
+
 Backbone = Callable[[Mapping[str, Tensor]], Tensor]
 """A function that runs the backbone once: named inputs (with `alpha` and `token_mask`) to `[batch, image_rows, C]`."""
 

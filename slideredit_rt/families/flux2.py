@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from slideredit_rt.errors import SliderEditError
-from slideredit_rt.families.base import EncodedImages, Family, Kind, RowSet, TensorSpec
+from slideredit_rt.families.base import EncodedImages, Family, Kind, RowSet, TensorSpec, in_blocks
 from slideredit_rt.spans import PromptToken
 
 _TEXT_LINEARS = r"transformer_blocks\.\d+\.(attn\.(add_[qkv]_proj|to_add_out)|ff_context\.linear_(in|out))"
@@ -29,6 +29,39 @@ _IMAGE_STEP = 10
 _SMALLEST_SIDE, _LARGEST_ASPECT = 64, 8
 # A character that no prompt contains, which marks the place of the prompt in the chat template.
 _PLACE = "\ue000"
+
+# Names of Black Forest Labs' own files. In the last norm, they put the shift before the scale.
+_ORIGINAL_SHARED = {
+    "img_in": ("x_embedder",),
+    "txt_in": ("context_embedder",),
+    "time_in.in_layer": ("time_guidance_embed.timestep_embedder.linear_1",),
+    "time_in.out_layer": ("time_guidance_embed.timestep_embedder.linear_2",),
+    "double_stream_modulation_img.lin": ("double_stream_modulation_img.linear",),
+    "double_stream_modulation_txt.lin": ("double_stream_modulation_txt.linear",),
+    "single_stream_modulation.lin": ("single_stream_modulation.linear",),
+    "final_layer.linear": ("proj_out",),
+    "final_layer.adaLN_modulation.1": ("norm_out.linear",),
+}
+_ORIGINAL_DOUBLE = {
+    "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+    "txt_attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+    "img_attn.norm.query_norm.scale": ("attn.norm_q.weight",),
+    "img_attn.norm.key_norm.scale": ("attn.norm_k.weight",),
+    "txt_attn.norm.query_norm.scale": ("attn.norm_added_q.weight",),
+    "txt_attn.norm.key_norm.scale": ("attn.norm_added_k.weight",),
+    "img_attn.proj": ("attn.to_out.0",),
+    "txt_attn.proj": ("attn.to_add_out",),
+    "img_mlp.0": ("ff.linear_in",),
+    "img_mlp.2": ("ff.linear_out",),
+    "txt_mlp.0": ("ff_context.linear_in",),
+    "txt_mlp.2": ("ff_context.linear_out",),
+}
+_ORIGINAL_SINGLE = {
+    "linear1": ("attn.to_qkv_mlp_proj",),
+    "linear2": ("attn.to_out",),
+    "norm.query_norm.scale": ("attn.norm_q.weight",),
+    "norm.key_norm.scale": ("attn.norm_k.weight",),
+}
 
 
 class Flux2(Family):
@@ -54,6 +87,12 @@ class Flux2(Family):
         r"single_transformer_blocks\.\d+\.attn\.to_qkv_mlp_proj": Fraction(9),
         r"single_transformer_blocks\.\d+\.attn\.to_out": Fraction(1, 4),
     }
+    original_names: ClassVar = {
+        **_ORIGINAL_SHARED,
+        **in_blocks("double_blocks", "transformer_blocks", _ORIGINAL_DOUBLE),
+        **in_blocks("single_blocks", "single_transformer_blocks", _ORIGINAL_SINGLE),
+    }
+    swapped_halves = ("norm_out.linear",)
     modulation = r"(double_stream_modulation_(img|txt)|single_stream_modulation)\.linear"
 
     def default_steps(self, pipeline: Any) -> int:
