@@ -62,20 +62,24 @@ def save_tiny_checkpoint(folder: Path, *, distilled: bool = True, seed: int = 0)
     return folder
 
 
-def flux2_adapter(base: Path, kind: Kind, *, seed: int = 3, scale: float = 0.3) -> Adapter:
+def flux2_adapter(base: Path, kind: Kind, *, seed: int = 3) -> Adapter:
+    """A random adapter for a checkpoint."""
+    return random_pairs(Flux2Transformer2DModel.from_pretrained(base / "transformer"), kind, seed=seed)
+
+
+def random_pairs(transformer: torch.nn.Module, kind: Kind, *, rank: int = 4, seed: int = 3) -> Adapter:
     """A random adapter on all targets of its kind."""
     family = get_family("flux2")
-    transformer = Flux2Transformer2DModel.from_pretrained(base / "transformer")
     generator, target = torch.Generator().manual_seed(seed), family.targets(kind)
     pairs = {
         name: (
-            torch.randn(4, module.in_features, generator=generator) * scale,
-            torch.randn(module.out_features, 4, generator=generator) * scale,
+            torch.randn(rank, module.in_features, generator=generator) * 0.3,
+            torch.randn(module.out_features, rank, generator=generator) * 0.3,
         )
         for name, module in transformer.named_modules()
         if isinstance(module, torch.nn.Linear) and target.fullmatch(name)
     }
-    return Adapter(family.name, kind, 4, pairs, f"random-{kind}")
+    return Adapter(family.name, kind, rank, pairs, f"random-{kind}")
 
 
 def diffusers_edit(pipeline: Any, images: list[Image.Image], prompt: str, scale: float, steps: int) -> torch.Tensor:
