@@ -19,13 +19,21 @@ import diffusers
 import torch
 import transformers
 from accelerate import init_empty_weights
-from diffusers import AutoencoderKL, AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler, FluxKontextPipeline
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLFlux2,
+    AutoencoderKLQwenImage,
+    FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    FluxKontextPipeline,
+)
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus
 from PIL import Image
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor, nn
 
 from slideredit_rt.assets import resolve_base
+from slideredit_rt.errors import SliderEditError
 from slideredit_rt.families import Family, get_family
 from slideredit_rt.families.qwen_image_edit import SourceImageProcessor
 from slideredit_rt.quantization.linear import QuantizedLinear, quantize_linears, quantized_linears
@@ -122,6 +130,24 @@ def qwen_tokenizer(template: str, corpus: Iterable[str], max_length: int) -> tra
         extra_special_tokens=list(_QWEN_SPECIAL_TOKENS[1:]),
         model_max_length=max_length,
     )
+
+
+def qwen3_tokenizer(corpus: Iterable[str], max_length: int) -> transformers.Qwen2Tokenizer:
+    """Train a small tokenizer with a chat template like Qwen3's: a user's turn, then an assistant's with an empty thought.
+
+    Args:
+        corpus: Texts that the vocabulary is learnt from, besides the template.
+        max_length: Largest number of tokens.
+    """
+    turn = "<|im_start|>{}\n{}<|im_end|>\n"
+    tokenizer = qwen_tokenizer(turn.format("user", "{}") + "<|im_start|>assistant\n", corpus, max_length)
+    tokenizer.add_tokens(["<think>", "</think>"])
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+        "{% if enable_thinking is false %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}"
+    )
+    return tokenizer
 
 
 def noise_image(side: int) -> Image.Image:
@@ -360,6 +386,87 @@ class QwenImageEditPlusBase(QwenImageEditBase):
     module = pipeline_qwenimage_edit_plus
 
 
+class Flux2Klein4B(FullSize):
+    """FLUX.2-klein of 4 billion parameters in 25 blocks, distilled: Qwen3 of 4 billion, an autoencoder of factor 8."""
+
+    name, family_name = "flux2_klein_4b", "flux2"
+    transformer_class = "Flux2Transformer2DModel"
+    full: ClassVar[Mapping[str, Any]] = {
+        "num_layers": 5,
+        "num_single_layers": 20,
+        "num_attention_heads": 24,
+        "joint_attention_dim": 3 * 2560,
+        "guidance_embeds": False,
+    }
+    narrow: ClassVar[Mapping[str, Any]] = {
+        "in_channels": 16,
+        "num_layers": 2,
+        "num_single_layers": 2,
+        "num_attention_heads": 2,
+        "attention_head_dim": 32,
+        "axes_dims_rope": (8, 8, 8, 8),
+        "joint_attention_dim": 3 * 64,
+        "guidance_embeds": False,
+    }
+    gib, steps, batch = 24, 4, 7
+    encoder: ClassVar[Mapping[str, Any]] = {"hidden_size": 2560, "intermediate_size": 9728, "tie_word_embeddings": True}
+
+    def text_encoder(self, tokenizer: Any, *, small: bool, device: torch.device) -> Any:
+        """Create Qwen3 for a tokenizer. The pipeline reads its layers 9, 18 and 27."""
+        full = {"vocab_size": 151936, "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8}
+        narrow = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
+        narrow |= {"vocab_size": len(tokenizer), "num_hidden_layers": 27, "tie_word_embeddings": True}
+        sizes = narrow if small else full | dict(self.encoder)
+        with init_empty_weights():
+            config = transformers.Qwen3Config(head_dim=32 if small else 128, bos_token_id=None, eos_token_id=None, **sizes)
+            encoder = transformers.Qwen3ForCausalLM(config)
+        return materialise(encoder, device)
+
+    def autoencoder(self, *, small: bool, device: torch.device) -> Any:
+        """Create the autoencoder."""
+        blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+        sizes = {"block_out_channels": (32,) * 4, "layers_per_block": 1, "latent_channels": 4, "sample_size": SMALL_SIDE}
+        with init_empty_weights():
+            vae = AutoencoderKLFlux2(**blocks, **(sizes if small else {}))
+        return materialise(vae, device)
+
+    def pipeline(self, *, small: bool, device: torch.device) -> Any:
+        tokenizer = qwen3_tokenizer((), 128 if small else 131072)
+        return Flux2KleinPipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+            vae=self.autoencoder(small=small, device=device),
+            text_encoder=self.text_encoder(tokenizer, small=small, device=device),
+            tokenizer=tokenizer,
+            transformer=self.transformer(small=small, device=device),
+            is_distilled=True,
+        )
+
+    def options(self, pipeline: Any, true_cfg_scale: float) -> dict[str, Any]:
+        if true_cfg_scale > 1:
+            raise SliderEditError(f"{self.name} is distilled, and diffusers ignores its guidance; leave --true-cfg-scale out")
+        return {"guidance_scale": true_cfg_scale, "max_sequence_length": self.family.max_text_rows(pipeline)}
+
+    def embeddings(self, pipeline: Any, image: Image.Image, prompt: str, negative: str | None) -> dict[str, Any]:
+        rows = self.family.max_text_rows(pipeline)
+        return {"prompt_embeds": pipeline.encode_prompt(prompt, max_sequence_length=rows)[0]}
+
+
+class Flux2Klein9B(Flux2Klein4B):
+    """FLUX.2-klein of 9 billion parameters in 32 blocks, distilled: Qwen3 of 8 billion."""
+
+    name = "flux2_klein_9b"
+    full: ClassVar[Mapping[str, Any]] = {
+        "num_layers": 8,
+        "num_single_layers": 24,
+        "num_attention_heads": 32,
+        "joint_attention_dim": 3 * 4096,
+        "guidance_embeds": False,
+    }
+    gib = 48
+    encoder: ClassVar[Mapping[str, Any]] = {"hidden_size": 4096, "intermediate_size": 12288, "tie_word_embeddings": False}
+
+
 FULL_SIZES: Mapping[str, FullSize] = {
-    base.name: base for base in (FluxKontextBase(), QwenImageEditBase(), QwenImageEditPlusBase())
+    base.name: base
+    for base in (FluxKontextBase(), QwenImageEditBase(), QwenImageEditPlusBase(), Flux2Klein4B(), Flux2Klein9B())
 }

@@ -204,6 +204,7 @@ class Bench(ColumnBench[Column]):
     def __init__(self, base: FullSize, size: Size, selection: Selection, *, small: bool, device: torch.device) -> None:
         self.started = time.perf_counter()
         self.pipeline, self.size = base.pipeline(small=small, device=device), size
+        self.options = base.options(self.pipeline, size.true_cfg_scale)
         super().__init__(base, selection, self.pipeline, small=small, device=device)
         self.pipeline.set_progress_bar_config(disable=True)
         self.family.place(self.pipeline, device)
@@ -347,7 +348,6 @@ class Bench(ColumnBench[Column]):
         """Return diffusers' way to edit."""
         texts = {"prompt": PROMPT} | ({} if self.negative is None else {"negative_prompt": self.negative})
         embeddings = self.embeddings()
-        options = self.base.options(self.pipeline, self.size.true_cfg_scale)
 
         def edit(strength: float, steps: int, *, encoded: bool, after_step: Callable[[], None] | None = None) -> object:
             def after(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
@@ -358,7 +358,9 @@ class Bench(ColumnBench[Column]):
             set_strength(strength)
             words = embeddings if encoded else texts
             callback = after if after_step else None
-            return self.pipeline(image=self.image, num_inference_steps=steps, callback_on_step_end=callback, **options, **words)
+            return self.pipeline(
+                image=self.image, num_inference_steps=steps, callback_on_step_end=callback, **self.options, **words
+            )
 
         return edit
 

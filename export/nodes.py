@@ -107,6 +107,11 @@ def present(values: Sequence[ir.Value | None]) -> list[ir.Value]:
     return found
 
 
+def every_input(node: ir.Node, count: int) -> list[ir.Value | None]:
+    """Return the inputs of a node with None for those that are left out, also at the end."""
+    return [*node.inputs, *[None] * (count - len(node.inputs))]
+
+
 def projection_name(node: ir.Node) -> str:
     """Return a projection's name in the transformer, from the name of its weight, the second input."""
     weight = node.inputs[1]

@@ -29,6 +29,7 @@ from slideredit_rt.export.nodes import (
     QUANTIZED_LINEAR,
     Builder,
     constant,
+    every_input,
     present,
     projection_name,
     replace_node,
@@ -105,7 +106,7 @@ class QDQ(Form):
         return Conversion(Part(dtype, stored.shape), lambda tensor: tensor.to(dtype))
 
     def replace(self, graph: ir.Graph, node: ir.Node, precision: str) -> None:
-        x, weight, weight_scale, weight_scale_2, input_scale, bias = node.inputs
+        x, weight, weight_scale, weight_scale_2, input_scale, bias = every_input(node, 6)
         x, weight, weight_scale = present([x, weight, weight_scale])
         build, k = Builder(projection_name(node)), size_of(x, -1)
         if precision in _PACKED:
@@ -164,7 +165,7 @@ class NBits(Form):
         )
 
     def replace(self, graph: ir.Graph, node: ir.Node, precision: str) -> None:
-        x, weight, weight_scale, _, _, bias = node.inputs
+        x, weight, weight_scale, _, _, bias = every_input(node, 6)
         x, weight, weight_scale = present([x, weight, weight_scale])
         build, bits = Builder(projection_name(node)), _BITS[precision]
         attributes = {

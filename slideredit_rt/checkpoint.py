@@ -299,7 +299,8 @@ def check_pipeline(base: Path, *, skip: Collection[str] = (), classes: Mapping[s
     pipeline_class = getattr(diffusers, read_index(base)["_class_name"])
     parameters = list(inspect.signature(pipeline_class.__init__).parameters.values())[1:]
     described, loaded = components(base), {}
-    for name in (p.name for p in parameters if p.name not in skip):
+    # Parameters with other defaults, such as `is_distilled`, are settings.
+    for name in (p.name for p in parameters if p.name not in skip and p.default in (p.empty, None)):
         if name not in described:
             if name in pipeline_class._optional_components:
                 continue

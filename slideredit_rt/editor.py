@@ -332,7 +332,8 @@ class SliderEditor:
         family = self.family
         if settings.guidance_scale is not None and family.guidance_scale is None:
             raise SliderEditError(f"{family.name} has no embedded guidance; use the true-CFG scale (--true-cfg-scale)")
-        true_cfg_scale = family.true_cfg_scale if settings.true_cfg_scale is None else float(settings.true_cfg_scale)
+        usual = family.default_true_cfg_scale(self.pipeline)
+        true_cfg_scale = usual if settings.true_cfg_scale is None else float(settings.true_cfg_scale)
         if settings.negative_prompt is not None and settings.true_cfg_scale is None and true_cfg_scale <= 1:
             raise SliderEditError(
                 f"{family.name} runs without a negative pass by default, so a negative prompt has no effect; pass a true-CFG "
@@ -421,7 +422,7 @@ class SliderEditor:
 
     def number_of_steps(self, settings: EditSettings) -> int:
         """Return the number of denoising steps of an edit with these settings."""
-        return self.family.num_inference_steps if settings.steps is None else settings.steps
+        return self.family.default_steps(self.pipeline) if settings.steps is None else settings.steps
 
     @torch.no_grad()
     def render_tensor(
@@ -530,7 +531,7 @@ class SliderEditor:
 
     def edited_size(self, images: Sequence[Image.Image]) -> tuple[int, int]:
         """Return the width and height of an edit of these RGB images, in pixels."""
-        height, width = self.family.preprocess(self.pipeline, images[-1]).shape[-2:]
+        height, width = self.family.preprocess(self.pipeline, images[self.family.sized_by]).shape[-2:]
         return width, height
 
     def edit(

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import QwenImageEditPipeline, QwenImageTransformer2DModel
+from diffusers import Flux2KleinPipeline, Flux2Transformer2DModel, QwenImageEditPipeline, QwenImageTransformer2DModel
 from safetensors.torch import load_file, save_file
 from test_adapters import expected_updates, gives
 from torch import Tensor
@@ -44,6 +44,18 @@ QWEN = [
     *(f"{DUAL}.0.attn.{x}" for x in ("add_q_proj", "to_add_out", "to_k", "to_out.0")),
     *(f"{DUAL}.1.{stream}_mlp.net.{x}" for stream in ("txt", "img") for x in ("0.proj", "2")),
 ]
+# FLUX.2's, by Black Forest Labs' names, and of the first single-stream block.
+BFL2 = {
+    "double_blocks.0.txt_attn.qkv": [f"{DUAL}.0.attn.add_{x}_proj" for x in "qkv"],
+    "double_blocks.0.img_attn.qkv": [f"{DUAL}.0.attn.to_{x}" for x in "qkv"],
+    "double_blocks.1.txt_attn.proj": [f"{DUAL}.1.attn.to_add_out"],
+    "double_blocks.1.img_attn.proj": [f"{DUAL}.1.attn.to_out.0"],
+    "double_blocks.0.txt_mlp.0": [f"{DUAL}.0.ff_context.linear_in"],
+    "double_blocks.1.img_mlp.2": [f"{DUAL}.1.ff.linear_out"],
+    "single_blocks.0.linear1": [f"{SINGLE}.0.attn.to_qkv_mlp_proj"],
+    "single_blocks.1.linear2": [f"{SINGLE}.1.attn.to_out"],
+}
+NATIVE2 = [name for names in BFL2.values() for name in names]
 RANK = 4
 
 
@@ -71,6 +83,19 @@ FLUX_LAYOUTS_OF_OURS = {
     "onetrainer-mlp": (alone(NATIVE, "lora_transformer_", flat=True), ".lora_down", True),
     "lora_down": (alone(NATIVE, "transformer."), ".lora_down", True),
     "lycoris": (alone(NATIVE, "lycoris_", flat=True), ".lora_down", True),
+}
+FLUX2_LAYOUTS = {
+    "kohya": (flattened(BFL2, "lora_unet_"), ".lora_down", True),
+    "ai-toolkit": ({f"diffusion_model.{name}": linears for name, linears in BFL2.items()}, ".lora_A", False),
+    "peft": ({f"base_model.model.{name}": linears for name, linears in BFL2.items()}, ".lora_A", False),
+    "diffusers": (alone(NATIVE2, "transformer."), ".lora_A", False),
+}
+# What diffusers refuses, or takes for no LoRA.
+FLUX2_LAYOUTS_OF_OURS = {
+    "ai-toolkit-alphas": ({f"diffusion_model.{name}": linears for name, linears in BFL2.items()}, ".lora_A", True),
+    "comfyui": ({f"diffusion_model.{name}": linears for name, linears in BFL2.items()}, ".lora_down", True),
+    "black-forest-labs": (BFL2, ".lora_A", False),
+    "onetrainer": (alone(NATIVE2, "lora_transformer_", flat=True), ".lora_down", True),
 }
 QWEN_LAYOUTS = {
     "kohya": (alone(QWEN, "lora_unet_", flat=True), ".lora_down", True),
@@ -104,6 +129,21 @@ def write(
 @pytest.fixture(scope="module")
 def flux() -> Any:
     return meta_transformer(resolve_base("shapes-kontext") / "transformer")
+
+
+@pytest.fixture(scope="module")
+def flux2() -> Any:
+    torch.manual_seed(0)
+    return Flux2Transformer2DModel(
+        in_channels=16,
+        num_layers=2,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=96,
+        axes_dims_rope=(4, 4, 4, 4),
+        guidance_embeds=False,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +187,40 @@ def test_qwen_layouts_give_what_diffusers_loads(qwen: Any, tmp_path: Path, layou
     loaded = QwenImageTransformer2DModel.from_config(qwen.config)
     loaded.load_lora_adapter(QwenImageEditPipeline.lora_state_dict(str(tmp_path), weight_name="a.safetensors"))
     assert gives(adapter, expected_updates(loaded))
+
+
+@pytest.mark.parametrize("layout", FLUX2_LAYOUTS)
+def test_flux2_layouts_give_what_diffusers_loads(flux2: Any, tmp_path: Path, layout: str) -> None:
+    updates = write(tmp_path / "a.safetensors", *FLUX2_LAYOUTS[layout], flux2)
+    for known in (get_family("flux2"), None):
+        adapter = load_adapter(tmp_path / "a.safetensors", known)
+        assert adapter.family == "flux2"
+        assert gives(adapter, updates)
+    loaded = Flux2Transformer2DModel.from_config(flux2.config)
+    loaded.load_lora_adapter(Flux2KleinPipeline.lora_state_dict(str(tmp_path), weight_name="a.safetensors"))
+    assert gives(adapter, expected_updates(loaded))
+
+
+@pytest.mark.parametrize("layout", FLUX2_LAYOUTS_OF_OURS)
+def test_flux2_layouts_that_diffusers_misreads(flux2: Any, tmp_path: Path, layout: str) -> None:
+    updates = write(tmp_path / "a.safetensors", *FLUX2_LAYOUTS_OF_OURS[layout], flux2)
+    for known in (get_family("flux2"), None):
+        adapter = load_adapter(tmp_path / "a.safetensors", known)
+        assert adapter.family == "flux2"
+        assert gives(adapter, updates)
+
+
+def test_names_that_both_families_of_flux_share_need_a_base(flux: Any, flux2: Any, tmp_path: Path) -> None:
+    attention = {name: linears for name, linears in BFL2.items() if "attn" in name}
+    updates = write(tmp_path / "attention.safetensors", flattened(attention, "lora_unet_"), ".lora_down", True, flux2)
+    with pytest.raises(SliderEditError, match="fits flux_kontext and flux2; choose one with --base"):
+        load_adapter(tmp_path / "attention.safetensors")
+    for name in ("flux_kontext", "flux2"):
+        assert gives(load_adapter(tmp_path / "attention.safetensors", get_family(name)), updates)
+    # The proportions of the feed-forward linears tell the families apart.
+    for transformer, layouts, name in ((flux, FLUX_LAYOUTS, "flux_kontext"), (flux2, FLUX2_LAYOUTS, "flux2")):
+        write(tmp_path / "a.safetensors", *layouts["kohya"], transformer)
+        assert load_adapter(tmp_path / "a.safetensors").family == name
 
 
 def test_a_torch_file_of_another_trainer(family: Family, flux: Any, tmp_path: Path) -> None:
@@ -245,7 +319,7 @@ def test_another_familys_file_is_refused_by_name(flux: Any, qwen: Any, tmp_path:
         load_adapter(tmp_path / "flux.safetensors", get_family("qwen_image_edit"))
     attention = flattened({"double_blocks.0.txt_attn.proj": [f"{DUAL}.0.attn.to_add_out"]}, "lora_unet_")
     write(tmp_path / "attention.safetensors", attention, ".lora_down", True, flux)
-    with pytest.raises(SliderEditError, match="is for flux_kontext, not for qwen_image_edit"):
+    with pytest.raises(SliderEditError, match="is for flux_kontext or flux2, not for qwen_image_edit"):
         load_adapter(tmp_path / "attention.safetensors", get_family("qwen_image_edit"))
     write(tmp_path / "qwen.safetensors", *QWEN_LAYOUTS["kohya"], qwen)
     with pytest.raises(SliderEditError, match="is for qwen_image_edit, not for flux_kontext"):

@@ -23,6 +23,8 @@ PARAMETERS = {  # of the released checkpoints
     "flux_kontext": {"transformer": 11.9e9, "text_encoder": 0.123e9, "text_encoder_2": 4.76e9, "vae": 0.084e9},
     "qwen_image_edit": {"transformer": 20.4e9, "text_encoder": 8.29e9, "vae": 0.127e9},
     "qwen_image_edit_plus": {"transformer": 20.4e9, "text_encoder": 8.29e9, "vae": 0.127e9},
+    "flux2_klein_4b": {"transformer": 3.88e9, "text_encoder": 4.02e9, "vae": 0.084e9},
+    "flux2_klein_9b": {"transformer": 9.08e9, "text_encoder": 8.19e9, "vae": 0.084e9},
 }
 
 
@@ -65,7 +67,7 @@ def test_a_small_base_edits_the_same_in_diffusers_and_here(name: str) -> None:
 
 
 @pytest.mark.parametrize("precision", ["fp8", "int8", "int4"])
-@pytest.mark.parametrize("name", ["flux_kontext", "qwen_image_edit"])
+@pytest.mark.parametrize("name", ["flux_kontext", "qwen_image_edit", "flux2_klein_4b"])
 def test_a_quantised_transformer_has_the_same_random_weights_quantised(name: str, precision: str) -> None:
     base = FULL_SIZES[name]
     plain = base.transformer(small=True, device=CPU)

@@ -41,7 +41,8 @@ def rehearse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., A
 
 
 @pytest.mark.parametrize(
-    ("family", "scale", "precisions"), [("flux_kontext", 1.0, ("int8",)), ("qwen_image_edit", 4.0, ("fp8",))]
+    ("family", "scale", "precisions"),
+    [("flux_kontext", 1.0, ("int8",)), ("qwen_image_edit", 4.0, ("fp8",)), ("flux2_klein_4b", 1.0, ("int8",))],
 )
 def test_a_rehearsal_runs_every_column_and_writes_only_where_it_is_told(
     family: str, scale: float, precisions: tuple[str, ...], rehearse: Callable[..., Any], capsys: pytest.CaptureFixture[str]

@@ -60,7 +60,7 @@ def test_without_a_gpu_it_says_so_and_writes_nothing(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", ["flux_kontext", "qwen_image_edit"])
+@pytest.mark.parametrize("name", ["flux_kontext", "qwen_image_edit", "flux2_klein_4b"])
 def test_columns_compute_what_they_say_and_leave_the_weights_as_they_were(name: str) -> None:
     device = torch.device("cpu")
     size = Size(16, 32, (2, 3, 4), 1)

@@ -12,8 +12,11 @@ from typing import Any
 import pytest
 import torch
 from accelerate import init_empty_weights
-from diffusers import FluxTransformer2DModel
-from diffusers.loaders.single_file_utils import convert_flux_transformer_checkpoint_to_diffusers
+from diffusers import Flux2Transformer2DModel, FluxTransformer2DModel
+from diffusers.loaders.single_file_utils import (
+    convert_flux2_transformer_checkpoint_to_diffusers,
+    convert_flux_transformer_checkpoint_to_diffusers,
+)
 from qwen_checkpoint import save_tiny_checkpoint
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -162,15 +165,25 @@ def imported(folder: Path, source: Path) -> Path:
     return folder / "imported"
 
 
-def test_names_and_rows_are_those_of_diffusers_own_converter(family: Family) -> None:
+@pytest.mark.parametrize(
+    ("name", "model_class", "guidance", "convert"),
+    [
+        ("flux_kontext", FluxTransformer2DModel, True, convert_flux_transformer_checkpoint_to_diffusers),
+        ("flux2", Flux2Transformer2DModel, False, convert_flux2_transformer_checkpoint_to_diffusers),
+    ],
+)
+def test_names_and_rows_are_those_of_diffusers_own_converter(
+    name: str, model_class: Any, guidance: bool, convert: Callable[..., dict[str, Tensor]]
+) -> None:
+    family = get_family(name)
     with init_empty_weights():
-        state = FluxTransformer2DModel(num_layers=1, num_single_layers=1, guidance_embeds=True).state_dict()
+        state = model_class(num_layers=1, num_single_layers=1, guidance_embeds=guidance).state_dict()
     expected = _original_rows(family, state)
     whole: dict[str, Tensor] = {}
     for number, rows in enumerate(expected.values()):
         # Each row says which tensor and which of its rows it is.
         whole.setdefault(rows.tensor, torch.arange(rows.whole, dtype=torch.float64)[:, None] + number * 1e6)
-    converted = convert_flux_transformer_checkpoint_to_diffusers({name: tensor.clone() for name, tensor in whole.items()})
+    converted = convert({name: tensor.clone() for name, tensor in whole.items()})
     assert converted.keys() == state.keys()
     for name, tensor in converted.items():
         mine = whole[expected[name].tensor][expected[name].first : expected[name].last]

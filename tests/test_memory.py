@@ -11,10 +11,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import init_empty_weights
-from diffusers import FluxTransformer2DModel, QwenImageTransformer2DModel
+from diffusers import Flux2Transformer2DModel, FluxTransformer2DModel, QwenImageTransformer2DModel
 from torch import Tensor, nn
 
 from slideredit_rt.assets import resolve_base
+from slideredit_rt.bench.full_size import FULL_SIZES
 from slideredit_rt.engines.manifest import read_manifest
 from slideredit_rt.export.build import build_engine
 from slideredit_rt.families import get_family
@@ -49,11 +50,35 @@ BASES = {
         max_batch=16,
         streams=True,
     ),
+    "FLUX.2-klein 4B": Footprint(
+        weights=int(7.22 * GIB),
+        encoders=int(7.5 * GIB),
+        largest_encoder_weight=151936 * 2560 * 2,
+        decoder=int(0.16 * GIB),
+        step=int(1.08 * GIB),
+        decode=int(1.51 * GIB),
+        tiled_decode=int(0.4 * GIB),
+        max_batch=16,
+        streams=True,
+    ),
+    "FLUX.2-klein 9B": Footprint(
+        weights=int(16.91 * GIB),
+        encoders=int(15.3 * GIB),
+        largest_encoder_weight=151936 * 4096 * 2,
+        decoder=int(0.16 * GIB),
+        step=int(1.43 * GIB),
+        decode=int(1.51 * GIB),
+        tiled_decode=int(0.4 * GIB),
+        max_batch=16,
+        streams=True,
+    ),
 }
 FLUX = BASES["FLUX.1-Kontext"]
 TRANSFORMERS: dict[str, tuple[str, Any, dict[str, Any]]] = {
     "FLUX.1-Kontext": ("flux_kontext", FluxTransformer2DModel, {"guidance_embeds": True}),
     "Qwen-Image-Edit": ("qwen_image_edit", QwenImageTransformer2DModel, {}),
+    "FLUX.2-klein 4B": ("flux2", Flux2Transformer2DModel, dict(FULL_SIZES["flux2_klein_4b"].full)),
+    "FLUX.2-klein 9B": ("flux2", Flux2Transformer2DModel, dict(FULL_SIZES["flux2_klein_9b"].full)),
 }
 
 

@@ -20,12 +20,13 @@ from typing import Any
 import pytest
 import torch
 from accelerate import init_empty_weights
-from diffusers import FluxTransformer2DModel, QwenImageTransformer2DModel
+from diffusers import Flux2Transformer2DModel, FluxTransformer2DModel, QwenImageTransformer2DModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from slideredit_rt.adapters import Adapter, load_adapter, save_adapter
 from slideredit_rt.assets import resolve_base
+from slideredit_rt.bench.full_size import FULL_SIZES
 from slideredit_rt.bench.quantized_accuracy import measure_accuracy
 from slideredit_rt.checkpoint import fingerprint_base, meta_transformer
 from slideredit_rt.cli import main
@@ -309,6 +310,17 @@ def test_qwen_keeps_its_first_two_and_last_two_blocks() -> None:
     layers = select_layers(get_family("qwen_image_edit"), transformer, "fp8")
     assert {int(name.split(".")[1]) for name in layers} == set(range(2, 58))
     assert _count(layers) == {("fp8", True): 56 * 12, ("int8", False): 56 * 2}
+
+
+def test_flux2_quantises_projections_and_the_modulation_that_its_blocks_share() -> None:
+    for name, projections in (("flux2_klein_4b", 100), ("flux2_klein_9b", 144)):
+        with init_empty_weights():
+            transformer = Flux2Transformer2DModel(**FULL_SIZES[name].full)
+        layers = select_layers(get_family("flux2"), transformer, "nvfp4")
+        assert _count(layers) == {("nvfp4", True): projections, ("int8", False): 3}
+        linears = [name for name, m in transformer.named_modules() if isinstance(m, torch.nn.Linear)]
+        kept = {name.partition(".")[0] for name in linears if name not in layers}
+        assert kept == {"x_embedder", "context_embedder", "time_guidance_embed", "norm_out", "proj_out"}
 
 
 def test_keep_leaves_linears_out_and_must_match_one(family: Family) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +12,7 @@ import torch
 from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
 from torch import Tensor
 
+from slideredit_rt.checkpoint import quiet_libraries
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.families import FAMILIES, Family
 
@@ -124,35 +125,27 @@ def _module(name: str) -> str:
     return name
 
 
-def with_diffusers_names(pairs: Mapping[str, Pair], source: str | Path) -> tuple[dict[str, Pair], Family | None]:
+def with_diffusers_names(
+    pairs: Mapping[str, Pair], family: Family | None, source: str | Path
+) -> tuple[dict[str, Pair], Family | None]:
     """Rename modules to diffusers' names with diffusers' own converters, which also split fused projections.
 
     Args:
         pairs: A and B by module, under the file's own names.
+        family: Family of the base, which decides if the names fit several families; None if it is not known.
         source: Path or name of the adapter, for messages.
 
     Returns:
         The renamed pairs, and the family whose converter was used; None if the names were already diffusers'.
 
     Raises:
-        SliderEditError: No family's converter knows the names, or two of them stand for one linear.
+        SliderEditError: No family's converter knows the names, they are another family's, they fit several families and none
+            was given, or two names stand for one linear.
     """
     foreign = {name: pair for name, pair in pairs.items() if _FOREIGN.match(name)}
     if not foreign:
         return dict(pairs), None
-    attempts = []
-    reason: Exception | None = None
-    for family in FAMILIES.values():
-        try:
-            attempts.append((family, [item for name, pair in foreign.items() for item in _convert(family, name, pair)]))
-        except Exception as error:  # diffusers raises various exceptions for names and sizes that it does not know
-            reason = error
-    if not attempts:
-        raise SliderEditError(
-            f"adapter {str(source)!r} has module names or sizes that diffusers cannot convert "
-            f"(first module: {min(foreign)}: {type(reason).__name__}); use a LoRA for {' or '.join(FAMILIES)}"
-        )
-    family, converted = max(attempts, key=lambda attempt: sum(attempt[0].rows_of(name) is not None for name, _ in attempt[1]))
+    family, converted = _best_conversion(foreign, family, source)
     named = {name: pair for name, pair in pairs.items() if name not in foreign}
     for name, pair in converted:
         if name in named:
@@ -161,20 +154,78 @@ def with_diffusers_names(pairs: Mapping[str, Pair], source: str | Path) -> tuple
     return named, family
 
 
+def _best_conversion(
+    foreign: Mapping[str, Pair], family: Family | None, source: str | Path
+) -> tuple[Family, list[tuple[str, Pair]]]:
+    """Return the family whose converter gives the most linears that its sliders can scale, and what it gives."""
+    attempts = []
+    reason: Exception | None = None
+    for candidate in FAMILIES.values():
+        try:
+            # Converters of other families warn about names that they do not know.
+            with quiet_libraries():
+                converted = [item for name, pair in foreign.items() for item in _convert(candidate, name, pair)]
+        except Exception as error:  # diffusers raises various exceptions for names and sizes that it does not know
+            reason = error
+        else:
+            attempts.append((sum(candidate.rows_of(name) is not None for name, _ in converted), candidate, converted))
+    if not attempts:
+        raise SliderEditError(
+            f"adapter {str(source)!r} has module names or sizes that diffusers cannot convert "
+            f"(first module: {min(foreign)}: {type(reason).__name__}); use a LoRA for {' or '.join(FAMILIES)}"
+        )
+    most = max(count for count, _, _ in attempts)
+    best = {candidate.name: (candidate, converted) for count, candidate, converted in attempts if count == most}
+    if family is not None and family.name in best:
+        return best[family.name]
+    # Feed-forward linears of different families may share a name in the file, but not their proportions.
+    best = {name: attempt for name, attempt in best.items() if _has_proportions(*attempt)} or best
+    if family is not None:
+        raise SliderEditError(
+            f"adapter {str(source)!r} is for {' or '.join(best)}, not for {family.name}, by the names of its linears; "
+            f"use it with a {' or '.join(best)} base"
+        )
+    if len(best) > 1:
+        raise fits_several(best, source)
+    return next(iter(best.values()))
+
+
+def _has_proportions(family: Family, pairs: Sequence[tuple[str, Pair]]) -> bool:
+    return all(family.has_proportions(name, a.shape[1], b.shape[0]) for name, (a, b) in pairs)
+
+
+def fits_several(names: Collection[str], source: str | Path) -> SliderEditError:
+    """Make the error for an adapter whose linears exist in several families."""
+    *first, last = names
+    return SliderEditError(f"adapter {str(source)!r} fits {', '.join(first)} and {last}; choose one with --base")
+
+
 def _convert(family: Family, name: str, pair: Pair) -> list[tuple[str, Pair]]:
-    """Convert a single module with diffusers' converter for `family`. One at a time, so that none is dropped silently."""
-    loader = getattr(diffusers, family.pipeline_classes[0])
+    """Convert a single module with diffusers' converter for `family`. One at a time, so that none is dropped silently.
+
+    The scale is already in B, but some layouts require an alpha and others refuse it.
+    """
+    a, b = pair
     if ".processor." in name:
-        state = {f"{name}.down.weight": pair[0], f"{name}.up.weight": pair[1]}
-    else:
-        name = name if _FLAT.match(name) else f"diffusion_model.{name}"
-        # The scale is already in B, but some layouts require an alpha.
-        alpha = torch.tensor(float(len(pair[0])))
-        state = {f"{name}.lora_down.weight": pair[0], f"{name}.lora_up.weight": pair[1], f"{name}.alpha": alpha}
+        return _converted(family, name, {f"{name}.down.weight": a, f"{name}.up.weight": b})
+    flat = _FLAT.match(name)
+    full, alpha = name if flat else f"diffusion_model.{name}", torch.tensor(float(len(a)))
+    try:
+        state = {f"{full}.lora_down.weight": a, f"{full}.lora_up.weight": b, f"{full}.alpha": alpha}
+        return _converted(family, name, state)
+    except Exception:  # see `_best_conversion`
+        if flat:
+            raise
+        return _converted(family, name, {f"{full}.lora_A.weight": a, f"{full}.lora_B.weight": b})
+
+
+def _converted(family: Family, name: str, state: dict[str, Tensor]) -> list[tuple[str, Pair]]:
+    """Convert the tensors of one module, and check that they became complete pairs."""
+    loader = getattr(diffusers, family.pipeline_classes[0])
     halves: dict[str, dict[str, Tensor]] = {}
     for key, tensor in loader.lora_state_dict(state).items():
         match = _KEY.match(_PREFIX.sub("", key))
-        if match is None:
+        if match is None or _FOREIGN.match(match["module"]):
             raise ValueError(f"{name} became {key}")
         halves.setdefault(match["module"], {})[match["part"]] = tensor
     if not halves:

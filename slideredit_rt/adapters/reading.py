@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from slideredit_rt.adapters.adapter import Adapter, Member, bank_adapters
-from slideredit_rt.adapters.layouts import Layout, Pair, read_layout, with_diffusers_names
+from slideredit_rt.adapters.layouts import Layout, Pair, fits_several, read_layout, with_diffusers_names
 from slideredit_rt.adapters.scales import Statement, metadata_statements, module_scale, peft_statement, read_settings
 from slideredit_rt.adapters.writing import DIFFUSERS_FILE, PEFT_CONFIG, PEFT_FILE
 from slideredit_rt.assets import resolve_adapter
@@ -108,7 +108,7 @@ def _recognise(modules: Collection[str], family: Family | None, source: str | Pa
         )
     if family is None:
         if len(best) > 1:
-            raise SliderEditError(f"adapter {str(source)!r} fits both {' and '.join(best)}; choose one with --base")
+            raise fits_several(best, source)
         return FAMILIES[best[0]]
     if known.get(family.name, 0) < known[best[0]]:
         odd = next(m for m in sorted(modules) if family.rows_of(m) is None and FAMILIES[best[0]].rows_of(m) is not None)
@@ -153,12 +153,7 @@ def load_adapter(source: str | Path, family: Family | None = None, *, mixed_dtyp
             "slideredit-rt adapter convert --dtype"
         )
     family = _stated_family(metadata, family, source)
-    pairs, named_for = with_diffusers_names(_scaled(layout, ranks, statements, source), source)
-    if family and named_for and family.name != named_for.name:
-        raise SliderEditError(
-            f"adapter {str(source)!r} is for {named_for.name}, not for {family.name}, by the names of its linears; "
-            f"use it with a {named_for.name} base"
-        )
+    pairs, named_for = with_diffusers_names(_scaled(layout, ranks, statements, source), family, source)
     family = _recognise(pairs, family or named_for, source)
     ranks = {module: len(a) for module, (a, _) in pairs.items()}
     return Adapter(

@@ -7,10 +7,11 @@ from pathlib import Path
 from slideredit_rt.checkpoint import read_index
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.families.base import KINDS, Backbone, Conditioning, EncodedImages, Family, Kind, RowSet, Schedule, TensorSpec
+from slideredit_rt.families.flux2 import Flux2
 from slideredit_rt.families.flux_kontext import FluxKontext
 from slideredit_rt.families.qwen_image_edit import QwenImageEdit
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (FluxKontext(), QwenImageEdit())}
+FAMILIES: dict[str, Family] = {family.name: family for family in (FluxKontext(), QwenImageEdit(), Flux2())}
 
 __all__ = [
     "FAMILIES",

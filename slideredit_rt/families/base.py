@@ -7,6 +7,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -132,6 +133,17 @@ def decode_in_tiles(vae: Any) -> None:
     vae.enable_tiling()
 
 
+def in_blocks(theirs: str, ours: str, names: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+    """Return names of a block with the block's own name before them, for `Family.original_names`.
+
+    Args:
+        theirs: Name of the blocks in files of the model's authors.
+        ours: Name of the blocks in diffusers.
+        names: Names within a block, as in `Family.original_names`.
+    """
+    return {f"{theirs}.{{}}.{name}": tuple(f"{ours}.{{}}.{part}" for part in parts) for name, parts in names.items()}
+
+
 Backbone = Callable[[Mapping[str, Tensor]], Tensor]
 """A function that runs the backbone once: named inputs (with `alpha` and `token_mask`) to `[batch, image_rows, C]`."""
 
@@ -144,16 +156,21 @@ class Family(ABC):
         pipeline_classes: Names of the diffusers pipelines whose checkpoints belong to it.
         guidance_scale: Default of the embedded guidance, which is an input of the backbone; None for a family without it.
         true_cfg_scale: Default scale of true classifier-free guidance; 1 runs without a negative pass.
-        num_inference_steps: Default number of denoising steps.
+        num_inference_steps: Default number of denoising steps. Checkpoints may have defaults of their own, see `default_steps`
+            and `default_true_cfg_scale`.
         neutral_prompt: Prompt that does not ask for an edit, for training.
         negative_prompt: Default prompt of the negative pass.
         usual_text_rows: Default largest number of text rows of an engine that is compiled for a range.
         text_reads_images: True if the text encoder also sees the images.
+        sized_by: Index of the source image whose shape the edited image has.
+        keeps_small_images: True if images that are smaller than the base's square keep their size.
         component_classes: Replacements for classes in `model_index.json`, by component.
         joint_projections: Projections of the same rows that the transformer's attention can also compute as one module: the
             name of that module and of its parts.
         no_float16: Reason why the family cannot compute in float16; None if it can.
         modulation: Pattern for the names (full match) of the linears that compute a block's shifts, scales and gates (adaLN).
+        proportions: Output features of linears for each input feature, by patterns for their names (full match), where files
+            of several families use the same names.
         original_names: Names of modules and tensors in single files that follow the model's authors, and those that their rows
             have in diffusers, in order. `{}` stands for the number of a block. Empty if the names are diffusers' own.
         swapped_halves: Modules, by diffusers' names, whose output features are in the other order of halves in such files.
@@ -168,10 +185,13 @@ class Family(ABC):
     negative_prompt: ClassVar[str] = ""
     usual_text_rows: ClassVar[int] = 512
     text_reads_images: ClassVar[bool] = False
+    sized_by: ClassVar[int] = -1
+    keeps_small_images: ClassVar[bool] = False
     component_classes: ClassVar[Mapping[str, Any]] = {}
     joint_projections: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     no_float16: ClassVar[str | None] = None
     modulation: ClassVar[str]
+    proportions: ClassVar[Mapping[str, Fraction]] = {}
     original_names: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     swapped_halves: ClassVar[tuple[str, ...]] = ()
 
@@ -237,6 +257,11 @@ class Family(ABC):
                 can scale text rows and joint rows, GST all rows.
         """
 
+    def has_proportions(self, module_name: str, in_features: int, out_features: int) -> bool:
+        """Return whether a linear of these sizes can be `module_name`, to tell families apart whose files share names."""
+        outputs = next((ratio for pattern, ratio in self.proportions.items() if re.fullmatch(pattern, module_name)), None)
+        return outputs is None or out_features == outputs * in_features
+
     def is_modulation(self, module_name: str) -> bool:
         """Return whether a linear computes a block's shifts, scales and gates from the timestep."""
         return re.fullmatch(self.modulation, module_name) is not None
@@ -271,6 +296,14 @@ class Family(ABC):
     def side(self, pipeline: Any) -> int:
         """Return the edge of the square that the base edits, in pixels: the autoencoder's `sample_size`, else 1024."""
         return int(pipeline.vae.config.get("sample_size", 1024))
+
+    def default_steps(self, pipeline: Any) -> int:
+        """Return the number of denoising steps of an edit that does not set it."""
+        return self.num_inference_steps
+
+    def default_true_cfg_scale(self, pipeline: Any) -> float:
+        """Return the scale of true classifier-free guidance of an edit that does not set it."""
+        return self.true_cfg_scale
 
     def takes_several_images(self, pipeline: Any) -> bool:
         """Return whether an edit can have more than one source image."""
@@ -388,10 +421,27 @@ class Family(ABC):
     def preprocess(self, pipeline: Any, image: Image.Image) -> Tensor:
         """Resize an image to the size that the base edits; return `[1, 3, H, W]` in [−1, 1]."""
 
+    def shift(self, config: Mapping[str, Any], latent_rows: int, steps: int) -> float:
+        """Return how far noise levels shift towards noise (diffusers' `mu`).
+
+        Args:
+            config: Configuration of the scheduler.
+            latent_rows: Rows of the edited image.
+            steps: Denoising steps.
+        """
+        mu: float = calculate_shift(
+            latent_rows,
+            config.get("base_image_seq_len", 256),
+            config.get("max_image_seq_len", 4096),
+            config.get("base_shift", 0.5),
+            config.get("max_shift", 1.15),
+        )
+        return mu
+
     def schedule(self, pipeline: Any, latent_rows: int, steps: int) -> Schedule:
         """Return the noise levels of a run, on the CPU.
 
-        The default follows diffusers' flow matching, where noise levels shift with the number of latent rows.
+        They follow diffusers' flow matching and shift with the number of latent rows (see `shift`).
 
         Args:
             pipeline: diffusers pipeline, for its scheduler.
@@ -408,13 +458,7 @@ class Family(ABC):
                 f"this base's scheduler is a {type(scheduler).__name__}, and edits need a FlowMatchEulerDiscreteScheduler "
                 "without stochastic sampling; change scheduler/scheduler_config.json of the base"
             )
-        mu = calculate_shift(
-            latent_rows,
-            config.get("base_image_seq_len", 256),
-            config.get("max_image_seq_len", 4096),
-            config.get("base_shift", 0.5),
-            config.get("max_shift", 1.15),
-        )
+        mu = self.shift(config, latent_rows, steps)
         sigmas = np.linspace(1.0, 1 / steps, steps)
         timesteps: Tensor = retrieve_timesteps(scheduler, steps, "cpu", sigmas=sigmas, mu=mu)[0]
         # `shift_terminal` stretches a schedule to a last noise level, which divides by zero for a single step.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -12,7 +13,7 @@ from diffusers.pipelines.flux.pipeline_flux_kontext import PREFERRED_KONTEXT_RES
 from PIL import Image
 from torch import Tensor, nn
 
-from slideredit_rt.families.base import EncodedImages, Family, Kind, RowSet, TensorSpec
+from slideredit_rt.families.base import EncodedImages, Family, Kind, RowSet, TensorSpec, in_blocks
 from slideredit_rt.spans import PromptToken
 
 _TEXT_LINEARS = r"transformer_blocks\.\d+\.(attn\.(add_[qkv]_proj|to_add_out)|ff_context\.net\.(0\.proj|2))"
@@ -58,11 +59,6 @@ _ORIGINAL_SINGLE = {
 }
 
 
-def _in_blocks(theirs: str, ours: str, names: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
-    """Return names of a block with the block's own name before them."""
-    return {f"{theirs}.{{}}.{name}": tuple(f"{ours}.{{}}.{part}" for part in parts) for name, parts in names.items()}
-
-
 class FluxKontext(Family):
     """The FLUX.1-Kontext family."""
 
@@ -77,10 +73,15 @@ class FluxKontext(Family):
         "to_added_qkv": ("add_q_proj", "add_k_proj", "add_v_proj"),
     }
     no_float16 = "its activations exceed 65504, the largest float16 value, and become infinite"
+    proportions: ClassVar = {
+        r"transformer_blocks\.\d+\.ff(_context)?\.net\.0\.proj": Fraction(4),
+        r"transformer_blocks\.\d+\.ff(_context)?\.net\.2": Fraction(1, 4),
+        r"single_transformer_blocks\.\d+\.proj_out": Fraction(1, 5),
+    }
     original_names: ClassVar = {
         **_ORIGINAL_EMBEDDERS,
-        **_in_blocks("double_blocks", "transformer_blocks", _ORIGINAL_DOUBLE),
-        **_in_blocks("single_blocks", "single_transformer_blocks", _ORIGINAL_SINGLE),
+        **in_blocks("double_blocks", "transformer_blocks", _ORIGINAL_DOUBLE),
+        **in_blocks("single_blocks", "single_transformer_blocks", _ORIGINAL_SINGLE),
     }
     swapped_halves = ("norm_out.linear",)
     modulation = r"transformer_blocks\.\d+\.norm1(_context)?\.linear|single_transformer_blocks\.\d+\.norm\.linear"

@@ -95,7 +95,7 @@ class Form:
         strip: The swept slider's instruction and index if the images are laid side by side in one, else None.
         text_tokens: Number of tokens in the prompt.
         pixels_per_row: Pixels that one image row of the backbone stands for.
-        other_rows: Image rows of all source images but the last, which has the size of the edit.
+        other_rows: Image rows of all source images except the one that the edit has the size of.
     """
 
     output_format: OutputFormat
@@ -108,7 +108,7 @@ class Form:
     other_rows: int = 0
 
     def usage(self, size: tuple[int, int], images: int) -> Usage:
-        # The last source image is encoded at the size of the edit.
+        # One source image is encoded at the size of the edit.
         rows = size[0] * size[1] // self.pixels_per_row
         inputs = InputTokens(text_tokens=self.text_tokens, image_tokens=self.other_rows + rows)
         total = inputs.text_tokens + inputs.image_tokens

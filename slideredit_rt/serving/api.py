@@ -77,7 +77,7 @@ class Api:
         self.service = service
         self.editor = service.editor
         self.limits = limits
-        self.preview_steps = min(preview_steps, self.editor.family.num_inference_steps)
+        self.preview_steps = min(preview_steps, self.editor.family.default_steps(self.editor.pipeline))
         self.max_images = MAX_SOURCES if self.editor.family.takes_several_images(self.editor.pipeline) else 1
         self.tokens = Tokens(self.editor)
         self._workers = CapacityLimiter(_DECODERS)
@@ -93,7 +93,7 @@ class Api:
             precision=None if manifest is None else manifest.precision,
             adapters=list(editor.members),
             max_sliders=editor.max_sliders,
-            num_inference_steps=editor.family.num_inference_steps,
+            num_inference_steps=editor.family.default_steps(editor.pipeline),
             preview_steps=self.preview_steps,
             max_images=self.max_images,
             side=editor.family.side(editor.pipeline),
@@ -152,6 +152,8 @@ class Api:
             partial_every=math.ceil(self.editor.number_of_steps(settings) / (partial_images + 1)) if partial_images else 0,
         )
         pixels_per_row = (2 * self.editor.pipeline.vae_scale_factor) ** 2
+        others = list(images)
+        del others[self.editor.family.sized_by]
         prompt = normalise(fields.prompt) if fields.prompt else compose_prompt([s.instruction for s in sliders])
         form = Form(
             output_format=output_format,
@@ -161,7 +163,7 @@ class Api:
             strip=strip,
             text_tokens=sum(token.end > token.start for token in self.tokens.of(prompt, images)),
             pixels_per_row=pixels_per_row,
-            other_rows=sum(math.prod(self.editor.edited_size([image])) // pixels_per_row for image in images[:-1]),
+            other_rows=sum(math.prod(self.editor.edited_size([image])) // pixels_per_row for image in others),
         )
         return request, form
 

@@ -136,7 +136,7 @@ class TensorRT(Backend):
         ranges = profile_ranges(
             batch=settings.batch,
             text_rows=(1, text_rows, text_rows),
-            image_rows=image_rows_of(base, options.resolution),
+            image_rows=image_rows_of(base, options.resolution, small_images=family.keeps_small_images),
             sliders=(1, min(2, settings.max_sliders), settings.max_sliders),
         )
         return Limits(ranges, targets, self.compatibility(options))

@@ -45,7 +45,7 @@ def profile_ranges(batch: Range, text_rows: Range, image_rows: Range, sliders: R
     return sizes | {"rows": (low, usual, high)}
 
 
-def image_rows_of(base: Path, resolution: int) -> Range:
+def image_rows_of(base: Path, resolution: int, *, small_images: bool = False) -> Range:
     """Return the range of image rows for edits at about `resolution`² pixels: noise and one reference.
 
     The range leaves room for other aspect ratios, whose area may exceed the square's by 2%, or by 5% for Qwen's autoencoder:
@@ -55,6 +55,7 @@ def image_rows_of(base: Path, resolution: int) -> Range:
     Args:
         base: Folder of the checkpoint.
         resolution: Width and height of a square image, in pixels.
+        small_images: Let the range begin with the smallest images, for a family that does not enlarge them.
 
     Raises:
         SliderEditError: The checkpoint has no autoencoder configuration, or the resolution is not a multiple of its patch.
@@ -69,7 +70,8 @@ def image_rows_of(base: Path, resolution: int) -> Range:
     if resolution < patch or resolution % patch:
         raise SliderEditError(f"resolution {resolution} is not a multiple of {patch}, this base's patch size; choose another")
     rows = 2 * (resolution // patch) ** 2
-    return max(2, rows // 4), rows, math.ceil(rows * margin)
+    low = 2 if small_images else max(2, rows // 4)
+    return low, rows, math.ceil(rows * margin)
 
 
 def memory_needed(weight_bytes: int) -> int:
