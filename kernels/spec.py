@@ -42,7 +42,7 @@ class KernelSpec:
     function: Any
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
-    grid: Callable[[Configuration, int, int], tuple[int, int]]
+    grid: Callable[[Configuration, Any, Any], tuple[Any, Any]]
 
     @property
     def name(self) -> str:

@@ -11,6 +11,8 @@ columns of its product.
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -104,12 +106,12 @@ def masked_lora_update_kernel(
         tl.store(y_tile, cast(updated, y.dtype.element_ty), mask=mask)
 
 
-def low_rank_grid(configuration: Configuration, rows: int, n: int) -> tuple[int, int]:
+def low_rank_grid(configuration: Configuration, rows: Any, n: Any) -> tuple[Any, Any]:
     """Return the number of programs of the first launch for one part. `n` is unused."""
     return cdiv(rows, configuration.block_m), 1
 
 
-def update_grid(configuration: Configuration, rows: int, n: int) -> tuple[int, int]:
+def update_grid(configuration: Configuration, rows: Any, n: Any) -> tuple[Any, Any]:
     """Return the number of programs of the second launch over `rows` rows and `n` output columns."""
     return cdiv(n, configuration.block_n), cdiv(rows, configuration.block_m)
 

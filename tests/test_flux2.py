@@ -71,9 +71,11 @@ def adapters(bases: dict[str, Path]) -> dict[Kind, Path]:
 @pytest.fixture(scope="module")
 def flux2_engines(bases: dict[str, Path], adapters: dict[Kind, Path]) -> dict[tuple[str, str], Path]:
     """An engine of each kind for each checkpoint. Both checkpoints have the same weights."""
-    engines = {(base, kind): bases[base].parent / f"engine-{base}-{kind}" for base in bases for kind in adapters}
-    for (base, kind), path in engines.items():
-        build_engine(bases[base], adapters[kind], path, progress=False)
+    engines: dict[tuple[str, str], Path] = {}
+    for base, checkpoint in bases.items():
+        for kind, adapter in adapters.items():
+            engines[base, kind] = checkpoint.parent / f"engine-{base}-{kind}"
+            build_engine(checkpoint, adapter, engines[base, kind], progress=False)
     return engines
 
 
