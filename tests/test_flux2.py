@@ -70,7 +70,9 @@ def adapters(bases: dict[str, Path]) -> dict[Kind, Path]:
 @pytest.fixture(scope="module")
 def flux2_engines(bases: dict[str, Path], adapters: dict[Kind, Path]) -> dict[tuple[str, str], Path]:
     """An engine of each kind for each checkpoint. Both checkpoints have the same weights."""
-    engines = {(base, kind): bases[base].parent / f"engine-{base}-{kind}" for base in bases for kind in adapters}
+    engines: dict[tuple[str, str], Path] = {
+        (base, kind): bases[base].parent / f"engine-{base}-{kind}" for base in bases for kind in adapters
+    }
     for (base, kind), path in engines.items():
         build_engine(bases[base], adapters[kind], path, progress=False)
     return engines
