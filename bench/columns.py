@@ -1,6 +1,6 @@
 """Columns of the benches of full-size bases: which ones run, what happens when one fails, and what they are compared with.
 
-Both benches (`gpu_model`, `gpu_e2e`) run one method after another on one transformer. A run on a lent GPU may end at any time,
+Both benches (`gpu_model`, `gpu_e2e`) run one method after another on one transformer. A run may be cut off,
 so results are written after every column, and a column that fails does not end the run.
 """
 

@@ -2,7 +2,7 @@
 
     python examples/call_a_kernel.py
 
-CPU tensors run the plain expression, CUDA tensors the kernel that the dispatch table names for the card and the shape.
+CPU tensors run the plain expression, CUDA tensors the vendor's GEMM and the update kernels.
 """
 
 import torch

@@ -1,6 +1,6 @@
 """The masked low-rank update: `y = x Wᵀ + bias + row_scale · (x Aᵀ) Bᵀ`.
 
-Each operation has three forms: the plain name dispatches by device and shape, `…_reference` is the plain PyTorch
+Each operation has three forms: the plain name chooses by device, `…_reference` is the plain PyTorch
 expression, and `…_triton` always runs the Triton kernel.
 """
 

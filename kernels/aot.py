@@ -3,6 +3,9 @@
 The parameters of `<name>.<target>.ptx` are exactly those listed under `arguments` in its JSON file. To launch it through
 the CUDA driver, use the grid given by `grid` (in thread blocks), blocks of `num_warps` · 32 threads, and `shared_bytes` of
 dynamic shared memory. Set `CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES` to at least that size first.
+
+`masked_low_rank` writes `low`, `[parts, rows, rank]`, in as many parts as its grid has along y, and `masked_lora_update` adds up
+the number of parts that its JSON file names.
 """
 
 from __future__ import annotations
@@ -138,6 +141,7 @@ def compile_job(job: Job) -> tuple[str, dict[str, Any]]:
         "entry": str(metadata.name),
         "arguments": arguments,
         "grid": [str(size) for size in spec.grid(job.configuration, Size("rows"), Size("N"))],
+        **({"parts": job.configuration.block_k} if spec is triton_update.UPDATE_SPEC else {}),
         "num_warps": metadata.num_warps,
         "shared_bytes": metadata.shared,
         "ptx_isa": job.ptx_isa,

@@ -1,6 +1,7 @@
 """Choice of tile sizes per card and shape, read from `configurations.json`.
 
-Those of 16-bit dtypes are the fastest of a few on one H200 (bench/NOTES.md). The others were chosen by arithmetic.
+Those of 16-bit dtypes and ranks up to 32 are the fastest of a few on one H200 (bench/NOTES.md). The others were chosen by
+arithmetic.
 """
 
 from __future__ import annotations

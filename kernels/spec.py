@@ -15,7 +15,7 @@ def cdiv(a: Any, b: int) -> Any:
 
 
 class Size(str):
-    """Name of a size, or an expression of sizes and integers, as text that Python and C with integer division agree on."""
+    """Name of a size, or an expression of whole numbers as Python writes it: `//` rounds down."""
 
     def __add__(self, other: object) -> Size:
         return Size(f"({self} + {other})")

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.library import wrap_triton
 
 from slideredit_rt.kernels.configurations import Configuration
-from slideredit_rt.kernels.spec import KernelSpec, cdiv
+from slideredit_rt.kernels.spec import KernelSpec, Size, cdiv
 from slideredit_rt.kernels.triton_tiles import cast, load_lora_b, multiply_low, project_low
 
 
@@ -107,8 +107,8 @@ def masked_lora_update_kernel(
 
 
 def low_rank_grid(configuration: Configuration, rows: Any, n: Any) -> tuple[Any, Any]:
-    """Return the number of programs of the first launch for one part. `n` is unused."""
-    return cdiv(rows, configuration.block_m), 1
+    """Return the number of programs of the first launch, along y by its name: as many as `low` has parts. `n` is unused."""
+    return cdiv(rows, configuration.block_m), Size("parts")
 
 
 def update_grid(configuration: Configuration, rows: Any, n: Any) -> tuple[Any, Any]:
@@ -136,8 +136,7 @@ def launch_low_rank(x: Tensor, lora_a: Tensor, row_scale: Tensor, configuration:
     All tensors are contiguous: x `[M, K]`, lora_a `[R, K]`, row_scale float32 `[M, G]`.
     """
     (rows, k), (rank, members) = x.shape, (lora_a.shape[0], row_scale.shape[1])
-    tiles, _ = low_rank_grid(configuration, rows, rank)
-    wrap_triton(masked_low_rank_kernel)[tiles, low.shape[0]](
+    wrap_triton(masked_low_rank_kernel)[cdiv(rows, configuration.block_m), low.shape[0]](
         x, lora_a, row_scale, rows, k, rank, members, low, **configuration.meta(k, rank)
     )
 

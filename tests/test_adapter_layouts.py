@@ -221,6 +221,9 @@ def test_names_that_both_families_of_flux_share_need_a_base(flux: Any, flux2: An
     for transformer, layouts, name in ((flux, FLUX_LAYOUTS, "flux_kontext"), (flux2, FLUX2_LAYOUTS, "flux2")):
         write(tmp_path / "a.safetensors", *layouts["kohya"], transformer)
         assert load_adapter(tmp_path / "a.safetensors").family == name
+        (other,) = {"flux_kontext", "flux2"} - {name}
+        with pytest.raises(SliderEditError, match=f"is for {name}, not for {other}, by the names and sizes of its linears"):
+            load_adapter(tmp_path / "a.safetensors", get_family(other))
 
 
 def test_a_torch_file_of_another_trainer(family: Family, flux: Any, tmp_path: Path) -> None:

@@ -84,16 +84,18 @@ def test_arguments_are_inputs_then_sizes_then_outputs(descriptions: list[dict[st
 
 @pytest.mark.parametrize(("rows", "n"), [(1, 16), (33, 3072), (1000, 3088)])
 def test_grid_covers_the_output(descriptions: list[dict[str, Any]], rows: int, n: int) -> None:
-    """As whole numbers, by which a launcher in C divides, too."""
+    """In whole numbers."""
     for d in descriptions:
-        programs = [eval(size, {"rows": rows, "N": n}) for size in d["grid"]]
+        programs = [eval(size, {"rows": rows, "N": n, "parts": 8}) for size in d["grid"]]
         assert all(isinstance(count, int) for count in programs)
         block_m, block_n, _ = map(int, d["configuration"].split("-")[0].split("x"))
         if d["kernel"] == "masked_lora_linear":
             assert programs == [-(-rows // block_m) * -(-n // block_n), 1]
         if d["kernel"] == "masked_low_rank":
-            assert programs == [-(-rows // block_m), 1]
+            assert programs == [-(-rows // block_m), 8]
+        assert ("parts" in d) == (d["kernel"] == "masked_lora_update")
         if d["kernel"] == "masked_lora_update":
+            assert d["parts"] == int(d["configuration"].split("-")[0].split("x")[2])
             assert programs == [-(-n // block_n), -(-rows // block_m)]
 
 
@@ -102,6 +104,7 @@ def test_operands_of_the_second_product_are_rounded(folder: Path, descriptions: 
     for d in descriptions:
         ptx = (folder / d["file"]).read_text()
         multiplies = any("tf32" in line and "mma" in line for line in ptx.splitlines())
+        assert multiplies == (d["kernel"] != "masked_low_rank"), d["file"]
         assert multiplies == ("cvt.rna.tf32.f32" in ptx), d["file"]
 
 

@@ -99,12 +99,32 @@ def test_ahead_of_time_ptx_computes_the_formula(spec: Any, dtype: str) -> None:
             t["y"] = F.linear(t["x"], t["weight"], t["bias"])
         sizes = {"rows": rows, "K": k, "N": n, "rank": rank, "members": 1}
         values = [sizes[a["name"]] if a["type"] == "i32" else t[a["name"]] for a in d["arguments"]]
-        launch(ptx, d, spec.grid(job.configuration, rows, n), values)
+        grid = [eval(size, {"rows": rows, "N": n, "parts": 1}) for size in d["grid"]]
+        launch(ptx, d, (grid[0], grid[1]), values)
         for name in spec.outputs:
             want = expected(t, low_rank_only=low_rank_only)
             got = t[name].double().sum(0) if name == "low" else t[name].double()
             error = (got - want).abs().max() / want.abs().max()
             assert error <= 2 * torch.finfo(t[name].dtype).eps + 2**-11, f"{job.name}: {name} is off by {error:.2e}"
+
+
+def test_ahead_of_time_update_adds_up_what_the_low_rank_product_wrote() -> None:
+    """Both launched by their descriptions alone."""
+    rows, k, n, rank = 333, 2048, 528, 16
+    jobs = [job for job in aot.jobs([target()], ["bfloat16"], [rank]) if job.spec_name == "masked_lora_update"]
+    low_rank = next(job for job in aot.jobs([target()], ["bfloat16"], [rank]) if job.spec_name == "masked_low_rank")
+    for update in jobs:
+        t, parts = tensors(rows, k, n, rank, torch.bfloat16), aot.compile_job(update)[1]["parts"]
+        t["low"] = torch.full((parts, rows, rank), float("nan"), device="cuda")
+        t["y"] = F.linear(t["x"], t["weight"], t["bias"])
+        sizes = {"rows": rows, "K": k, "N": n, "rank": rank, "members": 1}
+        for job in (low_rank, update):
+            ptx, d = aot.compile_job(job)
+            grid = [eval(size, {"rows": rows, "N": n, "parts": parts}) for size in d["grid"]]
+            values = [sizes[a["name"]] if a["type"] == "i32" else t[a["name"]] for a in d["arguments"]]
+            launch(ptx, d, (grid[0], grid[1]), values)
+        want = expected(t)
+        assert (t["y"].double() - want).abs().max() <= 2**-7 * want.abs().max(), update.name
 
 
 @pytest.mark.parametrize("rows", [512, 8704])

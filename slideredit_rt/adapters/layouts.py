@@ -176,13 +176,13 @@ def _best_conversion(
         )
     most = max(count for count, _, _ in attempts)
     best = {candidate.name: (candidate, converted) for count, candidate, converted in attempts if count == most}
-    if family is not None and family.name in best:
-        return best[family.name]
     # Feed-forward linears of different families may share a name in the file, but not their proportions.
     best = {name: attempt for name, attempt in best.items() if _has_proportions(*attempt)} or best
+    if family is not None and family.name in best:
+        return best[family.name]
     if family is not None:
         raise SliderEditError(
-            f"adapter {str(source)!r} is for {' or '.join(best)}, not for {family.name}, by the names of its linears; "
+            f"adapter {str(source)!r} is for {' or '.join(best)}, not for {family.name}, by the names and sizes of its linears; "
             f"use it with a {' or '.join(best)} base"
         )
     if len(best) > 1:

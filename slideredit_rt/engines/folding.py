@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from slideredit_rt.modules import MaskedLoRALinear, SliderBackbone
 
-_ALIGNMENT = {"cuda": 64, "cpu": 8}
+_GPU_ALIGNMENT, _ALIGNMENT = 64, 8
 """Columns of the operands, extra ones included, are a multiple of this. GPUs read 128 bytes at a time, 64 values of 16 bits."""
 
 
@@ -37,7 +37,7 @@ class FoldedLoRALinear(nn.Module):
         self.rows, self.scales = first.rows, first.scales
         self.in_features = first.in_features
         ranks = [len(linear.lora_A) for linear in linears]
-        unit = _ALIGNMENT[first.weight.device.type]
+        unit = _GPU_ALIGNMENT if first.weight.is_cuda else _ALIGNMENT
         columns = -(-(self.in_features + sum(ranks)) // unit) * unit - self.in_features
         weight, start = first.weight.new_zeros(sum(linear.out_features for linear in linears), self.in_features + columns), 0
         lora_a, column = first.weight.new_zeros(columns, self.in_features), 0
