@@ -4,8 +4,8 @@ The parameters of `<name>.<target>.ptx` are exactly those listed under `argument
 the CUDA driver, use the grid given by `grid` (in thread blocks), blocks of `num_warps` · 32 threads, and `shared_bytes` of
 dynamic shared memory. Set `CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES` to at least that size first.
 
-`masked_low_rank` writes `low`, `[parts, rows, rank]`, in as many parts as its grid has along y, and `masked_lora_update` adds up
-the number of parts that its JSON file names.
+`masked_low_rank` writes `low`, `[parts, rows, rank]`, in as many parts as its grid has along y, and `masked_lora_update` adds
+up the number of parts that its JSON file names.
 """
 
 from __future__ import annotations

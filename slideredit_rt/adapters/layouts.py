@@ -182,8 +182,8 @@ def _best_conversion(
         return best[family.name]
     if family is not None:
         raise SliderEditError(
-            f"adapter {str(source)!r} is for {' or '.join(best)}, not for {family.name}, by the names and sizes of its linears; "
-            f"use it with a {' or '.join(best)} base"
+            f"adapter {str(source)!r} is for {' or '.join(best)}, not for {family.name}, by the names and sizes of its "
+            f"linears; use it with a {' or '.join(best)} base"
         )
     if len(best) > 1:
         raise fits_several(best, source)
