@@ -172,7 +172,7 @@ def engine_for(backbone: SliderBackbone, max_batch: int) -> InductorEngine:
         max_sliders=MAX_SLIDERS,
         config={},
         inputs=[*family.input_specs(config), *backbone.slider_specs()],
-        outputs=[family.output_spec(config)],
+        outputs=family.output_specs(config),
         files={},
         created="",
         versions={},
