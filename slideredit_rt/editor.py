@@ -97,9 +97,7 @@ class _Encoder:
 
     def sources(self) -> EncodedImages:
         editor = self.editor
-        sources = self._recall(
-            ("images", self._images_key), lambda: editor.family.encode_sources(editor.pipeline, self.images)
-        )
+        sources = self._recall(("images", self._images_key), lambda: editor.family.encode_sources(editor.pipeline, self.images))
         if not editor.family.reads_images_once:
             return sources
         keys_values = self._recall(("keys_values", self._images_key), lambda: editor.read(sources))

@@ -86,9 +86,7 @@ def flux2_adapter(base: Path, kind: Kind, *, family_name: str = "flux2", seed: i
     return Adapter(family.name, kind, 4, pairs, f"random-{kind}")
 
 
-def diffusers_edit(
-    pipeline: Any, images: list[Image.Image], prompt: str, scale: float | None, steps: int
-) -> torch.Tensor:
+def diffusers_edit(pipeline: Any, images: list[Image.Image], prompt: str, scale: float | None, steps: int) -> torch.Tensor:
     """An image in [0, 1], float32 `[3, H, W]`, with seed 5; no scale for a pipeline without guidance."""
     pipeline.set_progress_bar_config(disable=True)
     output: torch.Tensor = pipeline(

@@ -241,9 +241,7 @@ def test_verification_compares_the_reading_of_the_image_as_well(
     assert not verify_engine(engines[kind], random_image(), sliders, steps=2).comparisons[0].passed
 
 
-def test_engines_in_half_precision_and_of_a_quantised_base_pass(
-    base: Path, adapters: dict[Kind, Path], tmp_path: Path
-) -> None:
+def test_engines_in_half_precision_and_of_a_quantised_base_pass(base: Path, adapters: dict[Kind, Path], tmp_path: Path) -> None:
     command = ["quantize", "--base", str(base), "--precision", "int8", "--out", str(tmp_path / "int8"), "--quiet"]
     assert cli.main(command) == 0
     build_engine(tmp_path / "int8", adapters["st"], tmp_path / "engine", progress=False)
@@ -343,9 +341,7 @@ def test_what_cannot_read_images_once_is_refused(
     assert not (tmp_path / "out").exists()
 
 
-def test_an_engine_and_its_base_are_of_the_same_family(
-    base: Path, engines: dict[Kind, Path], tmp_path: Path
-) -> None:
+def test_an_engine_and_its_base_are_of_the_same_family(base: Path, engines: dict[Kind, Path], tmp_path: Path) -> None:
     plain = save_tiny_checkpoint(tmp_path / "plain")
     with pytest.raises(SliderEditError, match=r"is a flux2, but engine .* was built from a flux2_kv"):
         SliderEditor.from_engine(engines["st"], base=plain)

@@ -6,7 +6,18 @@ from pathlib import Path
 
 from slideredit_rt.checkpoint import read_index
 from slideredit_rt.errors import SliderEditError
-from slideredit_rt.families.base import KINDS, Backbone, Conditioning, EncodedImages, Family, Kind, Reader, RowSet, Schedule, TensorSpec
+from slideredit_rt.families.base import (
+    KINDS,
+    Backbone,
+    Conditioning,
+    EncodedImages,
+    Family,
+    Kind,
+    Reader,
+    RowSet,
+    Schedule,
+    TensorSpec,
+)
 from slideredit_rt.families.flux2 import Flux2
 from slideredit_rt.families.flux2_kv import Flux2KV
 from slideredit_rt.families.flux_kontext import FluxKontext

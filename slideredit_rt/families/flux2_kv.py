@@ -110,7 +110,9 @@ class Flux2KV(Flux2):
     def read_inputs(self, config: Mapping[str, Any], sources: EncodedImages) -> dict[str, Tensor]:
         latents = sources.reference
         rows, device = latents.shape[1], latents.device
-        none = self._stored(config, _KEYS_VALUES, "references", "reference_rows").resolve({"references": 1, "reference_rows": 0})
+        none = self._stored(config, _KEYS_VALUES, "references", "reference_rows").resolve(
+            {"references": 1, "reference_rows": 0}
+        )
         return {
             "hidden_states": latents.contiguous(),
             "encoder_hidden_states": latents.new_zeros(1, 0, config["joint_attention_dim"]),
@@ -182,9 +184,7 @@ class _References:
         dtype: Dtype of its arithmetic.
     """
 
-    def __init__(
-        self, stored: Tensor, reference: Tensor, kept: Tensor | None, transformer: Any, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, stored: Tensor, reference: Tensor, kept: Tensor | None, transformer: Any, dtype: torch.dtype) -> None:
         self.num_ref_tokens = stored.shape[3]
         self._stored, self._reference, self._kept, self._dtype = stored, reference, kept, dtype
         self._dual = len(transformer.transformer_blocks)
