@@ -108,11 +108,13 @@ gpu-bench: $(STAGE) ## time every kernel path on a GPU and write its dispatch ru
 gpu-trt: $(STAGE) ## build, run and time TensorRT engines on a GPU
 	$(ON_GPU) -m slideredit_rt.bench.gpu_tensorrt --out bench/results $(BENCH_OPTIONS)
 
-# Needs slideredit-rt's own dependencies as well; a GPU of 48 GB for FLUX, of 80 GB with BENCH_OPTIONS="--family qwen_image_edit".
+# Needs slideredit-rt's own dependencies as well; a GPU of 48 GB for FLUX, of 24 GB with
+# BENCH_OPTIONS="--family flux2_klein_4b", of 80 GB with "--family qwen_image_edit".
 gpu-model: $(STAGE) ## time a full-size transformer with random weights on a GPU
 	$(ON_GPU) -m slideredit_rt.bench.gpu_model --out bench/results $(BENCH_OPTIONS)
 
-# A GPU of 48 GB for FLUX, of 80 GB with BENCH_OPTIONS="--family qwen_image_edit" or qwen_image_edit_plus.
+# A GPU of 48 GB for FLUX and flux2_klein_9b, of 24 GB with BENCH_OPTIONS="--family flux2_klein_4b", of 80 GB with
+# qwen_image_edit or qwen_image_edit_plus.
 gpu-e2e: $(STAGE) ## time whole edits on a GPU beside diffusers with PEFT
 	$(ON_GPU) -m slideredit_rt.bench.gpu_e2e --out bench/results $(BENCH_OPTIONS)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -70,20 +71,25 @@ def save_tiny_checkpoint(folder: Path, *, distilled: bool = True, kv: bool = Fal
     return folder
 
 
-def flux2_adapter(base: Path, kind: Kind, *, family_name: str = "flux2", seed: int = 3, scale: float = 0.3) -> Adapter:
-    """A random adapter on all targets of its kind."""
-    family = get_family(family_name)
+def flux2_adapter(base: Path, kind: Kind, *, family_name: str = "flux2", seed: int = 3) -> Adapter:
+    """A random adapter for a checkpoint."""
     transformer = Flux2Transformer2DModel.from_pretrained(base / "transformer")
+    return dataclasses.replace(random_pairs(transformer, kind, seed=seed), family=family_name)
+
+
+def random_pairs(transformer: torch.nn.Module, kind: Kind, *, rank: int = 4, seed: int = 3) -> Adapter:
+    """A random adapter on all targets of its kind."""
+    family = get_family("flux2")
     generator, target = torch.Generator().manual_seed(seed), family.targets(kind)
     pairs = {
         name: (
-            torch.randn(4, module.in_features, generator=generator) * scale,
-            torch.randn(module.out_features, 4, generator=generator) * scale,
+            torch.randn(rank, module.in_features, generator=generator) * 0.3,
+            torch.randn(module.out_features, rank, generator=generator) * 0.3,
         )
         for name, module in transformer.named_modules()
         if isinstance(module, torch.nn.Linear) and target.fullmatch(name)
     }
-    return Adapter(family.name, kind, 4, pairs, f"random-{kind}")
+    return Adapter(family.name, kind, rank, pairs, f"random-{kind}")
 
 
 def diffusers_edit(pipeline: Any, images: list[Image.Image], prompt: str, scale: float | None, steps: int) -> torch.Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import random
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,21 +15,24 @@ import pytest
 import torch
 from accelerate import init_empty_weights
 from diffusers import Flux2KleinPipeline, Flux2Transformer2DModel
-from flux2_checkpoint import SIDE, TEXT_ROWS, diffusers_edit, flux2_adapter, save_tiny_checkpoint
+from flux2_checkpoint import SIDE, TEXT_ROWS, diffusers_edit, flux2_adapter, random_pairs, save_tiny_checkpoint
 from http_server import as_file, image_of, serving
 from PIL import Image
 from qwen_checkpoint import random_image
+from test_linked_export import sparse_checkpoint
 from test_qwen import AWKWARD
 
 from slideredit_rt import cli
 from slideredit_rt.adapters import load_adapter, save_adapter
-from slideredit_rt.bench.full_size import qwen3_tokenizer
+from slideredit_rt.bench.full_size import FULL_SIZES, qwen3_tokenizer
 from slideredit_rt.editor import SliderEditor
 from slideredit_rt.engines import BuildSettings, open_engine
+from slideredit_rt.engines.backend import Lowering
 from slideredit_rt.engines.folding import FoldedLoRALinear
 from slideredit_rt.engines.tensorrt.build import image_rows_of
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.export.build import build_engine
+from slideredit_rt.export.linked_weights import export_linked
 from slideredit_rt.export.onnx_graph import example_inputs
 from slideredit_rt.families import KINDS, Family, Kind, family_of, get_family
 from slideredit_rt.modules import MaskedLoRALinear, SliderBackbone
@@ -65,7 +69,9 @@ def adapters(bases: dict[str, Path]) -> dict[Kind, Path]:
 @pytest.fixture(scope="module")
 def flux2_engines(bases: dict[str, Path], adapters: dict[Kind, Path]) -> dict[tuple[str, str], Path]:
     """An engine of each kind for each checkpoint. Both checkpoints have the same weights."""
-    engines = {(base, kind): bases[base].parent / f"engine-{base}-{kind}" for base in bases for kind in adapters}
+    engines: dict[tuple[str, str], Path] = {
+        (base, kind): bases[base].parent / f"engine-{base}-{kind}" for base in bases for kind in adapters
+    }
     for (base, kind), path in engines.items():
         build_engine(bases[base], adapters[kind], path, progress=False)
     return engines
@@ -495,3 +501,25 @@ def test_training_learns(bases: dict[str, Path], family: Family, tmp_path: Path,
     assert len(adapter.pairs) == {"st": 12, "gst": 28}[kind]
     assert all(b.any() for _, b in adapter.pairs.values()), "text rows reach the output through the single-stream blocks"
     assert load_adapter(tmp_path / "new.safetensors", family).kind == kind
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "form"), [("st", "native"), ("gst", "folded")])
+def test_the_full_4b_transformer_exports_without_its_weights(
+    tmp_path: Path, family: Family, kind: Kind, form: Lowering, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with init_empty_weights():
+        transformer = Flux2Transformer2DModel(**FULL_SIZES["flux2_klein_4b"].full)
+    sparse_checkpoint(tmp_path / "base" / "transformer", transformer)
+    adapter = random_pairs(transformer, kind, rank=16)
+    (tmp_path / "engine").mkdir()
+    started = time.perf_counter()
+    result = export_linked(family, tmp_path / "base", adapter, tmp_path / "engine", lowering=form)
+    seconds = time.perf_counter() - started
+    linked = sum((tmp_path / "engine" / name).stat().st_size for name in result.links)
+    with capsys.disabled():
+        print(f"\n{kind}, {form}: {seconds:.0f} s, {result.bytes_written / 1e6:.0f} MB, linked {linked / 1e9:.1f} GB")  # noqa: T201
+    assert set(result.links.values()) == {"hard"}
+    assert linked == pytest.approx(7.75e9, rel=0.01)
+    assert result.bytes_written < 100e6
+    assert result.updates == {form: len(adapter.pairs)}

@@ -294,7 +294,7 @@ def test_an_edit_that_does_not_fit_its_images_is_refused(base: Path, adapters: d
     prepared, other = (editor.prepare(images_of(number), PARTS) for number in (1, 2))
     inputs = prepared.conditioning.inputs
     stored = inputs.pop("reference_keys_values")
-    with pytest.raises(SliderEditError, match="keys and values of the source images are missing.*prepare the edit"):
+    with pytest.raises(SliderEditError, match=r"keys and values of the source images are missing.*prepare the edit"):
         editor.render(prepared, [[0.5, 0.5]], steps=1)
     inputs["reference_keys_values"] = other.conditioning.inputs["reference_keys_values"]
     with pytest.raises(SliderEditError, match="of 68 image rows, but the source images have 48; they were changed"):
@@ -329,7 +329,7 @@ def refuse_training(base: Path, adapter: Path, out: Path) -> None:
     ("attempt", "reason"),
     [
         (refuse_an_engine_without_readings, "which this engine does not have; build the engine from this base again"),
-        (refuse_a_backend_without_readings, "tensorrt-rtx cannot build engines.*use --backend inductor or onnxruntime"),
+        (refuse_a_backend_without_readings, r"tensorrt-rtx cannot build engines.*use --backend inductor or onnxruntime"),
         (refuse_training, "training on a flux2_kv base is not supported; train an ST adapter on a flux2 base"),
     ],
 )

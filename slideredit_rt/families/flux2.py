@@ -260,7 +260,7 @@ class Flux2(Family):
         return latents
 
     def shift(self, config: Mapping[str, Any], latent_rows: int, steps: int) -> float:
-        return compute_empirical_mu(latent_rows, steps)
+        return float(compute_empirical_mu(latent_rows, steps))
 
     def decode_pixels(self, pipeline: Any, latents: Tensor, height: int, width: int) -> Tensor:
         vae, patch = pipeline.vae, 2 * pipeline.vae_scale_factor

@@ -110,16 +110,14 @@ class Flux2KV(Flux2):
     def read_inputs(self, config: Mapping[str, Any], sources: EncodedImages) -> dict[str, Tensor]:
         latents = sources.reference
         rows, device = latents.shape[1], latents.device
-        none = self._stored(config, _KEYS_VALUES, "references", "reference_rows").resolve(
-            {"references": 1, "reference_rows": 0}
-        )
+        spec = self._stored(config, _KEYS_VALUES, "references", "reference_rows")
         return {
             "hidden_states": latents.contiguous(),
             "encoder_hidden_states": latents.new_zeros(1, 0, config["joint_attention_dim"]),
             "timestep": latents.new_zeros(1),
             "img_ids": sources.inputs["reference_ids"].contiguous(),
             "txt_ids": latents.new_zeros(0, sources.inputs["reference_ids"].shape[1]),
-            _KEYS_VALUES: latents.new_zeros(none),
+            _KEYS_VALUES: latents.new_zeros(spec.resolve({"references": 1, "reference_rows": 0})),
             "reference": torch.zeros(1, dtype=torch.int64, device=device),
             "kept": torch.arange(rows, device=device),
         }
@@ -207,7 +205,7 @@ class _References:
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, text_rows: int, layer: _Layer, backend: Any) -> Tensor:
-    """Attend to text, source images and noisy rows; return `[B, rows, heads · D]`. Keep the image rows that `layer` asks for."""
+    """Attend to text, source images and noisy rows; return `[B, rows, heads · D]`. Keep what `layer` asks for."""
     if layer.kept is not None:
         layer.own = tuple(one[:, text_rows:].index_select(1, layer.kept) for one in (key, value))
     keys, values = (
