@@ -64,7 +64,7 @@ def main() -> None:
             "step after a reading": lambda: engines["flux2_kv"](split),
             "reading": lambda: engines["flux2_kv"].read(reading),
         }
-        times = {name: [] for name in calls}
+        times: dict[str, list[float]] = {name: [] for name in calls}
         for _ in range(ROUNDS + 1):
             for name, call in calls.items():
                 start = time.perf_counter()

@@ -352,7 +352,7 @@ def verify_engine(
         if manifest.dtype != "float32":
             same_dtype = SliderEditor.from_pretrained(base, loaded, dtype=getattr(torch, manifest.dtype))
         comparisons = compare_reading(engine, eager, same_dtype, image)
-        half = same_dtype and same_dtype.engine
+        half = None if same_dtype is None else same_dtype.engine
         comparisons += compare_backbones(engine, eager.engine, half, prepared, manifest.max_batch)
     if not math.isfinite(_largest(c.max_abs_error for c in comparisons)):
         return Verification(manifest.dtype, comparisons, {f"alpha {a:+.2f}": math.nan for a in ALPHAS}, manifest.precision)
