@@ -72,8 +72,9 @@ def flux2_engines(bases: dict[str, Path], adapters: dict[Kind, Path]) -> dict[tu
     engines: dict[tuple[str, str], Path] = {
         (base, kind): bases[base].parent / f"engine-{base}-{kind}" for base in bases for kind in adapters
     }
-    for (base, kind), path in engines.items():
-        build_engine(bases[base], adapters[kind], path, progress=False)
+    for base, folder in bases.items():
+        for kind, adapter in adapters.items():
+            build_engine(folder, adapter, engines[base, kind], progress=False)
     return engines
 
 

@@ -196,16 +196,18 @@ def test_rows_of_a_batch_share_an_image_and_differ_in_images(engines: dict[Kind,
 def test_guidance_against_a_negative_prompt_uses_the_same_keys_and_values(base: Path, adapters: dict[Kind, Path]) -> None:
     editor = SliderEditor.from_pretrained(base, adapters["st"])
     editor.engine = counted = Counted(editor.engine)
-    prepared = editor.prepare(images_of(1), PARTS, seed=3, true_cfg_scale=2.0, negative_prompt="blurred")
-    (row,) = make_rows(editor, prepared, [[0.2, 1.0]], [3], steps=2)
-    batch = Batch(editor, [row])
+    sources = [random_image(96, 128), random_image(96, 128, seed=1)]
+    prepared = [editor.prepare(one, PARTS, seed=3, true_cfg_scale=2.0, negative_prompt="blurred") for one in sources]
+    rows = [row for one in prepared for row in make_rows(editor, one, [[0.2, 1.0]], [3], steps=2)]
+    batch = Batch(editor, rows)
     assert batch.negative is not None
     assert batch.negative["reference_keys_values"] is batch.inputs["reference_keys_values"]
-    while not row.done:
+    while not rows[0].done:
         batch.advance()
-    expected = editor.render_tensor(prepared, [[0.2, 1.0]], steps=2)
-    assert (editor.decode(row.latents, row.height, row.width) - expected).abs().max() <= 1e-5
-    assert counted.readings == 1
+    for row, one in zip(rows, prepared, strict=True):
+        expected = editor.render_tensor(one, [[0.2, 1.0]], steps=2)
+        assert (editor.decode(row.latents, row.height, row.width) - expected).abs().max() <= 1e-5
+    assert counted.readings == 2
 
 
 def test_the_server_reads_an_image_once(engines: dict[Kind, Path]) -> None:
