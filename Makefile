@@ -101,8 +101,8 @@ FORCE:
 gpu-test: $(STAGE) ## test the kernels on a GPU, with a Python that has torch and triton
 	$(ON_GPU) -m pytest --noconftest -rs -p no:cacheprovider tests/test_gpu.py tests/test_triton_kernels.py
 
-gpu-bench: $(STAGE) ## time every kernel path on a GPU and write its dispatch rules
-	$(ON_GPU) -m slideredit_rt.bench.gpu_kernels --out bench/results --write-dispatch kernels/dispatch.json $(BENCH_OPTIONS)
+gpu-bench: $(STAGE) ## time every form of a projection on a GPU
+	$(ON_GPU) -m slideredit_rt.bench.gpu_kernels --out bench/results $(BENCH_OPTIONS)
 
 # Needs slideredit-rt's own dependencies as well (diffusers, onnx, onnxruntime, …), and tensorrt or tensorrt-rtx.
 gpu-trt: $(STAGE) ## build, run and time TensorRT engines on a GPU

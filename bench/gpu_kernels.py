@@ -20,7 +20,6 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import get_args
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +29,6 @@ from torch import Tensor
 from slideredit_rt import kernels
 from slideredit_rt.bench.projection import exact, plain, problem
 from slideredit_rt.files import atomic_file
-from slideredit_rt.kernels import dispatch
 from slideredit_rt.quantization.precisions import FP8, to_fp8
 
 RANK = 16
@@ -41,7 +39,6 @@ PROJECTIONS = {"q, k, v, out": (3072, 3072), "MLP up": (3072, 12288), "MLP down"
 SINGLE_PROJECTIONS = {"q, k, v": (3072, 3072), "MLP up": (3072, 12288), "out": (15360, 3072)}
 PATHS = {
     "update": "vendor GEMM, then the active rows in place by two kernels",
-    "addmm": "vendor GEMM, low-rank product by Triton, vendor addmm",
     "fused": "one kernel, as in TensorRT plugins",
     "folded": "vendor GEMM on `x` and its low-rank product side by side, as in GST engines; `x` is already in the wider matrix",
 }
@@ -158,7 +155,6 @@ def by_folding(p: dict[str, Tensor]) -> Callable[[dict[str, Tensor]], Tensor]:
 
 OURS: dict[str, Callable[[dict[str, Tensor]], Tensor]] = {
     "update": by_update,
-    "addmm": lambda p: kernels.masked_lora_addmm_triton(**p),
     "fused": lambda p: kernels.masked_lora_linear_triton(**p),
 }
 OTHERS: dict[str, Callable[[dict[str, Tensor]], Tensor]] = {
@@ -378,25 +374,6 @@ def marks(measurements: list[Measurement]) -> dict[str, object]:
     }
 
 
-def dispatch_rules(measurements: list[Measurement]) -> list[dict[str, object]]:
-    """Return the fastest path per shape: by ST with 32 active rows for text rows, and by GST for the others."""
-    rules: list[dict[str, object]] = []
-    for case in dict.fromkeys(m.case for m in measurements):
-        if (case.kind == "ST" and case.active == 32) or (case.kind == "GST" and case.stream != "text"):
-            of = {m.candidate: m.microseconds for m in measurements if m.case == case and m.microseconds is not None}
-            path = min((name for name in get_args(dispatch.ProjectionPath) if name in of), key=lambda name: of[name])
-            rules.append({"rows": case.batch * case.rows, "n": case.n, "k": case.k, "path": path})
-    return rules
-
-
-def write_dispatch(rules: list[dict[str, object]], about: dict[str, str], file: Path) -> None:
-    """Add a card's rules to a `dispatch.json`."""
-    content = json.loads(file.read_text())
-    content["paths"][about["gpu"]] = {"dtype": "bfloat16", "source": "make gpu-bench", **about, "shapes": rules}
-    with atomic_file(file) as temporary:
-        temporary.write_text(json.dumps(content, indent=2) + "\n")
-
-
 def heading(about: dict[str, str]) -> str:
     """Return the text above the table: title, origin and the meaning of our columns."""
     lines = [f"# Masked low-rank projections on {about['gpu']}", "", "Ratios to the base GEMM alone, cold L2, graph-replayed."]
@@ -418,7 +395,6 @@ def main() -> int:
     parser.add_argument("--rehearse", action="store_true", help="run every path once on small shapes, without timing")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--compile-seconds", type=float, default=240, help="time after which torch.compile is left out")
-    parser.add_argument("--write-dispatch", type=Path, metavar="FILE", help="dispatch.json to add the fastest paths to")
     args = parser.parse_args()
     cuda = torch.cuda.is_available()
     if not cuda and not args.rehearse:
@@ -465,8 +441,6 @@ def main() -> int:
         with atomic_file(folder / f"{now}-kernels.md") as temporary:
             temporary.write_text(f"{heading(about)}\n{text}")
         sys.stdout.write(json.dumps(content["marks"], indent=2) + "\n")
-        if args.write_dispatch and not wrong:
-            write_dispatch(dispatch_rules(bench.measurements), about, args.write_dispatch)
     for m in wrong + wrong_fp8:
         sys.stderr.write(f"WRONG: {m.candidate} on {m.case}: error {m.error:.2e}, allowed {m.allowed_error:.2e}\n")
     return 1 if wrong or wrong_fp8 else 0

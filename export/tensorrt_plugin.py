@@ -24,7 +24,7 @@ import torch
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.kernels import aot
 from slideredit_rt.kernels.arguments import MAX_RANK
-from slideredit_rt.kernels.dispatch import Configuration, configurations, padded_rank
+from slideredit_rt.kernels.configurations import Configuration, configurations, padded_rank
 from slideredit_rt.kernels.triton_linear import SPEC
 
 NAMESPACE = "slideredit"
@@ -64,7 +64,7 @@ def graph_rank(rank: int) -> int:
 def tactics(k: int, rank: int, dtype: str, target: str) -> list[Configuration]:
     """Return the configurations that TensorRT can choose from for a projection; tactic i is the i-th, counted from 1.
 
-    These are the dispatch table's configurations for this rank, dtype and target, followed by its tile for 4-byte elements.
+    These are the table's configurations for this rank, dtype and target, followed by its tile for 4-byte elements.
     The latter needs less than 48 KiB of shared memory, the most that a block has unless its launcher requests more.
 
     Args:

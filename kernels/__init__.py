@@ -18,13 +18,11 @@ from slideredit_rt.kernels.reference import (
 
 if TYPE_CHECKING:
     from slideredit_rt.kernels.triton_ops import (
-        masked_lora_addmm_triton,
         masked_lora_linear_triton,
         masked_lora_update_triton_,
     )
 
 __all__ = [
-    "masked_lora_addmm_triton",
     "masked_lora_linear",
     "masked_lora_linear_reference",
     "masked_lora_linear_triton",

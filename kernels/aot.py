@@ -21,7 +21,6 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import sympy
 import torch
 import triton
 from tqdm import tqdm
@@ -32,8 +31,8 @@ from slideredit_rt.errors import SliderEditError
 from slideredit_rt.files import atomic_file
 from slideredit_rt.kernels import triton_linear, triton_update
 from slideredit_rt.kernels.arguments import MAX_RANK
-from slideredit_rt.kernels.dispatch import SHARED_KIB, Configuration, configurations, padded_rank
-from slideredit_rt.kernels.spec import UNALIGNED, KernelSpec
+from slideredit_rt.kernels.configurations import SHARED_KIB, Configuration, configurations, padded_rank
+from slideredit_rt.kernels.spec import UNALIGNED, KernelSpec, Size
 
 SPECS = (
     triton_linear.SPEC,
@@ -80,7 +79,7 @@ class Job:
 
 
 def jobs(targets: Sequence[str], dtypes: Sequence[str], ranks: Iterable[int], ptx_isa: str = DEFAULT_PTX_ISA) -> list[Job]:
-    """List a job for every configuration that the dispatch table may choose for these targets, dtypes and ranks.
+    """List a job for every configuration that the table may choose for these targets, dtypes and ranks.
 
     Raises:
         SliderEditError: A target or dtype is unknown, a rank is out of range, or `ptx_isa` is not a version.
@@ -130,16 +129,15 @@ def compile_job(job: Job) -> tuple[str, dict[str, Any]]:
     if any(scratch.values()):
         raise SliderEditError(
             f"{job.name} for {job.target} needs scratch memory ({scratch}), which launchers outside Triton do not provide; "
-            "choose another configuration in dispatch.json"
+            "choose another configuration in configurations.json"
         )
-    ptx = _without_scratch_pointers(compiled.asm["ptx"], len(arguments), job)
-    rows, n = sympy.symbols("rows N", integer=True)
+    ptx = _without_scratch_pointers(_without_debug_information(compiled.asm["ptx"]), len(arguments), job)
     return ptx, {
         "kernel": spec.name,
         "target": job.target,
         "entry": str(metadata.name),
         "arguments": arguments,
-        "grid": [str(size) for size in spec.grid(job.configuration, rows, n)],
+        "grid": [str(size) for size in spec.grid(job.configuration, Size("rows"), Size("N"))],
         "num_warps": metadata.num_warps,
         "shared_bytes": metadata.shared,
         "ptx_isa": job.ptx_isa,
@@ -151,7 +149,7 @@ def compile_job(job: Job) -> tuple[str, dict[str, Any]]:
         "multiples": {
             "address": ALIGNMENT,
             **{name: ALIGNMENT for name in spec.scalars if name not in UNALIGNED},
-            "K": job.configuration.block_k,
+            **({"K": job.configuration.block_k} if "K" in spec.scalars else {}),
         },
         "triton": triton.__version__,
         "source_sha256": source_sha256,
@@ -183,6 +181,12 @@ def parameters(ptx: str) -> list[str]:
     """Return the types of the entry's parameters, such as `u64` and `u32`, in order."""
     header = ptx[ptx.index(".visible .entry") : ptx.index("{", ptx.index(".visible .entry"))]
     return re.findall(r"\.param \.(\w+)", header)
+
+
+def _without_debug_information(ptx: str) -> str:
+    """Remove source positions: they name paths of the machine that compiled, or that filled Triton's cache."""
+    ptx = re.sub(r"^\s*\.(file|loc)\b.*\n", "", ptx, flags=re.MULTILINE)
+    return re.sub(r"^\s*\.section\s+\.debug_\w+\s*\{[^}]*\}", "", ptx, flags=re.MULTILINE)
 
 
 def _without_scratch_pointers(ptx: str, count: int, job: Job) -> str:

@@ -1,7 +1,6 @@
 """Operators of the `slideredit` namespace for eager mode, autograd, `torch.compile` and `torch.export`.
 
-On CPU tensors the operators run the reference. On CUDA tensors they run the path that `dispatch.json` selects for the card
-and shape; a bank of adapters (`row_scale` `[..., S, G]`) always runs the update kernel after the vendor's GEMM.
+On CPU tensors the operators run the reference, on CUDA tensors the vendor's GEMM and the update kernels.
 `masked_lora_linear` is an opaque node, which an exporter can replace with its own subgraph. The `…_triton` operators that
 write whole outputs are transparent to the compiler.
 """
@@ -22,7 +21,7 @@ from slideredit_rt.kernels.reference import (
 )
 
 
-def _cuda_paths() -> Any:
+def _triton() -> Any:
     """Import the Triton operators on the first CUDA call: Triton is Linux-only and takes a second to import."""
     from slideredit_rt.kernels import triton_ops
 
@@ -40,7 +39,7 @@ def _masked_lora_linear(
 ) -> Tensor:
     if _runs_reference(x):
         return masked_lora_linear_reference(x, weight, bias, lora_a, lora_b, row_scale)
-    y: Tensor = _cuda_paths().linear_by_dispatch(x, weight, bias, lora_a, lora_b, row_scale)
+    y: Tensor = _triton().linear_then_update(x, weight, bias, lora_a, lora_b, row_scale)
     return y
 
 
@@ -84,7 +83,7 @@ def _masked_lora_update_(y: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, r
     if _runs_reference(x):
         masked_lora_update_reference_(y, x, lora_a, lora_b, row_scale)
     else:
-        _cuda_paths().update_by_dispatch(y, x, lora_a, lora_b, row_scale)
+        _triton()._masked_lora_update_triton_(y, x, lora_a, lora_b, row_scale)
 
 
 @torch.library.custom_op("slideredit::masked_lora_update", mutates_args=())
@@ -92,7 +91,7 @@ def _masked_lora_update(y: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, ro
     if _runs_reference(x):
         return masked_lora_update_reference(y, x, lora_a, lora_b, row_scale)
     updated = y.clone(memory_format=torch.contiguous_format)
-    _cuda_paths().update_by_dispatch(updated, x, lora_a, lora_b, row_scale)
+    _triton()._masked_lora_update_triton_(updated, x, lora_a, lora_b, row_scale)
     return updated
 
 

@@ -6,12 +6,25 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from slideredit_rt.kernels.dispatch import Configuration
+from slideredit_rt.kernels.configurations import Configuration
 
 
 def cdiv(a: Any, b: int) -> Any:
-    """Divide and round up. `a` may be an integer or a symbolic expression."""
-    return (a + b - 1) // b
+    """Divide and round up. `a` may be an integer, a symbolic expression or a `Size`."""
+    return (a + (b - 1)) // b
+
+
+class Size(str):
+    """Name of a size, or an expression of sizes and integers, as text that Python and C with integer division agree on."""
+
+    def __add__(self, other: object) -> Size:
+        return Size(f"({self} + {other})")
+
+    def __mul__(self, other: object) -> Size:
+        return Size(f"({self} * {other})")
+
+    def __floordiv__(self, other: object) -> Size:
+        return Size(f"({self} // {other})")
 
 
 @dataclass(frozen=True)
@@ -29,7 +42,7 @@ class KernelSpec:
     function: Any
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
-    grid: Callable[[Configuration, int, int], tuple[int, int]]
+    grid: Callable[[Configuration, Any, Any], tuple[Any, Any]]
 
     @property
     def name(self) -> str:

@@ -6,12 +6,14 @@ kernel writes its whole output, as ahead-of-time TensorRT plugins must.
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
-from slideredit_rt.kernels.dispatch import Configuration
+from slideredit_rt.kernels.configurations import Configuration
 from slideredit_rt.kernels.spec import KernelSpec, cdiv
 from slideredit_rt.kernels.triton_tiles import (
     add_low_rank,
@@ -87,7 +89,7 @@ def masked_lora_linear_kernel(
     )
 
 
-def grid(configuration: Configuration, rows: int, n: int) -> tuple[int, int]:
+def grid(configuration: Configuration, rows: Any, n: Any) -> tuple[Any, Any]:
     """Return the number of programs of a launch over `rows` rows and `n` output columns."""
     return cdiv(rows, configuration.block_m) * cdiv(n, configuration.block_n), 1
 

@@ -1,4 +1,4 @@
-"""The `…_triton` operators, and the paths that dispatch chooses from on CUDA tensors.
+"""The `…_triton` operators, and `masked_lora_linear` on CUDA tensors.
 
 CPU tensors need Triton's interpreter, in a process started with `TRITON_INTERPRET=1`.
 """
@@ -14,11 +14,11 @@ import triton
 from torch import Tensor
 
 from slideredit_rt.errors import SliderEditError
-from slideredit_rt.kernels import dispatch
 from slideredit_rt.kernels.arguments import MAX_RANK, check_linear, check_one_scale_per_row, check_update, empty_projection
+from slideredit_rt.kernels.configurations import Configuration, configuration
 from slideredit_rt.kernels.reference import member_scales
 from slideredit_rt.kernels.triton_linear import launch as launch_masked_lora_linear
-from slideredit_rt.kernels.triton_update import PARTS, launch_low_rank, launch_update
+from slideredit_rt.kernels.triton_update import launch_low_rank, launch_update
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 
@@ -39,12 +39,12 @@ def _scales(row_scale: Tensor) -> Tensor:
     return row_scale.reshape(-1).contiguous()
 
 
-def _configuration(kernel: str, x: Tensor, rank: int) -> dispatch.Configuration:
+def _configuration(kernel: str, x: Tensor, rank: int) -> Configuration:
     capability = 80
     if x.is_cuda and torch.cuda.is_available():
         major, minor = torch.cuda.get_device_capability(x.device)
         capability = 10 * major + minor
-    return dispatch.configuration(kernel, x.shape[0], rank, x.dtype, capability)
+    return configuration(kernel, x.shape[0], rank, x.dtype, capability)
 
 
 def _require_launchable(x: Tensor) -> None:
@@ -71,26 +71,7 @@ def _masked_lora_linear_triton(
     return y.view(*x.shape[:-1], n)
 
 
-@_operator("masked_lora_addmm_triton")
-def _masked_lora_addmm_triton(
-    x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, row_scale: Tensor
-) -> Tensor:
-    y = F.linear(x, weight, bias).contiguous()
-    _add_low_rank_(y, x, lora_a, lora_b, row_scale)
-    return y
-
-
-def _add_low_rank_(y: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, row_scale: Tensor) -> None:
-    """Add the update of one adapter to all rows of a contiguous `y`, with the vendor's GEMM."""
-    flat, rank = _flat(x), lora_a.shape[0]
-    low = flat.new_empty(1, flat.shape[0], rank)
-    scales = _scales(row_scale).unsqueeze(-1)
-    launch_low_rank(flat, lora_a.contiguous(), scales, _configuration("masked_low_rank", flat, rank), low)
-    y.view(-1, y.shape[-1]).addmm_(low[0], lora_b.to(x.dtype).T)
-
-
-# Opaque on purpose. The kernel derives the rows that it stores to from `row_scale`, so torch's analysis of Triton kernels
-# would treat `row_scale` as written and clone it before each launch.
+# Opaque on purpose: torch's analysis of Triton kernels need not find out which arguments the launches write.
 @torch.library.custom_op("slideredit::masked_lora_update_triton_", mutates_args=("y",))
 def _masked_lora_update_triton_(y: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, row_scale: Tensor) -> None:
     flat, rows = _flat(x), y.view(-1, y.shape[-1])
@@ -100,13 +81,13 @@ def _masked_lora_update_triton_(y: Tensor, x: Tensor, lora_a: Tensor, lora_b: Te
     together = max(1, MAX_RANK // own)
     columns = (lora_a.split(together * own), lora_b.split(together * own, dim=1), scales.split(together, dim=1))
     for a, b, scale in zip(*columns, strict=True):
-        scale, low = scale.contiguous(), flat.new_empty(PARTS.value, len(flat), len(a), dtype=torch.float32)
+        scale, tiles = scale.contiguous(), _configuration("masked_lora_update", flat, len(a))
+        low = flat.new_empty(tiles.block_k, len(flat), len(a), dtype=torch.float32)
         launch_low_rank(flat, a.contiguous(), scale, _configuration("masked_low_rank", flat, len(a)), low)
-        launch_update(low, b.contiguous(), scale, _configuration("masked_lora_update", flat, len(a)), rows)
+        launch_update(low, b.contiguous(), scale, tiles, rows)
 
 
-for _projection in (_masked_lora_linear_triton, _masked_lora_addmm_triton):
-    _projection.register_fake(empty_projection)
+_masked_lora_linear_triton.register_fake(empty_projection)
 
 
 @_masked_lora_update_triton_.register_fake
@@ -143,25 +124,6 @@ def masked_lora_linear_triton(
     return y
 
 
-def masked_lora_addmm_triton(
-    x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, row_scale: Tensor
-) -> Tensor:
-    """Compute `masked_lora_linear` with the vendor's GEMM and `addmm`, for calls in which most rows are active.
-
-    A Triton kernel computes `row_scale · (x Aᵀ)` in the dtype of `x` and skips tiles without an active row. Arguments and
-    errors are those of `masked_lora_linear_triton`, except that float16 raises an error because large scales would overflow.
-    """
-    check_linear(x, weight, bias, lora_a, lora_b, row_scale)
-    _require_launchable(x)
-    check_one_scale_per_row(x, row_scale)
-    if x.dtype == torch.float16:
-        raise SliderEditError(
-            "x is float16, which the addmm path would overflow at large strengths; use masked_lora_update_triton_"
-        )
-    y: Tensor = _masked_lora_addmm_triton(x, weight, bias, lora_a, lora_b, row_scale)
-    return y
-
-
 def masked_lora_update_triton_(y: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, row_scale: Tensor) -> Tensor:
     """Compute `y += row_scale · (x Aᵀ) Bᵀ` in place with two Triton kernels, and return `y`.
 
@@ -188,40 +150,13 @@ def masked_lora_update_triton_(y: Tensor, x: Tensor, lora_a: Tensor, lora_b: Ten
     return y
 
 
-def _by_update(x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, row_scale: Tensor) -> Tensor:
-    """Run the vendor's GEMM, then update the active rows in place."""
+def linear_then_update(
+    x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, row_scale: Tensor
+) -> Tensor:
+    """Compute `masked_lora_linear` on CUDA tensors: the vendor's GEMM, then the update of the active rows in place.
+
+    Rows of scale 0 equal the base model's, bit for bit.
+    """
     y = F.linear(x, weight, bias).contiguous()
     _masked_lora_update_triton_(y, x, lora_a, lora_b, row_scale)
     return y
-
-
-PATHS: dict[dispatch.ProjectionPath, Callable[..., Tensor]] = {
-    "update": _by_update,
-    "addmm": _masked_lora_addmm_triton,
-}
-UPDATES: dict[dispatch.ProjectionPath, Callable[..., None]] = {
-    "update": _masked_lora_update_triton_,
-    "addmm": _add_low_rank_,
-}
-
-
-def linear_by_dispatch(
-    x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, row_scale: Tensor
-) -> Tensor:
-    """Compute `masked_lora_linear` on CUDA tensors by the path that `dispatch.json` selects for this card and shape.
-
-    All paths start from the vendor's GEMM, so with every scale 0 the result equals the base model's, bit for bit. A bank of
-    adapters has a kernel for one path only, the update.
-    """
-    return PATHS[_path(x, weight.shape[0], row_scale)](x, weight, bias, lora_a, lora_b, row_scale)
-
-
-def update_by_dispatch(y: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, row_scale: Tensor) -> None:
-    """Compute `masked_lora_update_` on CUDA tensors as `linear_by_dispatch` updates the same projection."""
-    UPDATES[_path(x, y.shape[-1], row_scale)](y, x, lora_a, lora_b, row_scale)
-
-
-def _path(x: Tensor, n: int, row_scale: Tensor) -> dispatch.ProjectionPath:
-    if row_scale.ndim == x.ndim:
-        return "update"
-    return dispatch.path(row_scale.numel(), n, x.shape[-1], x.dtype, torch.cuda.get_device_name(x.device))

@@ -146,13 +146,23 @@ def project_both(
 
 
 @triton.jit
+def rounded_to_tf32(value):
+    """Round float32 values to TF32. Triton's interpreter multiplies in full, and they stay as they are."""
+    if INTERPRETED:
+        return value
+    return tl.inline_asm_elementwise("cvt.rna.tf32.f32 $0, $1;", "=r,r", [value], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
 def multiply_low(low, b, accumulator, dtype: tl.constexpr):
     """Return `accumulator + low Bᵀ`.
 
-    `low` includes the scale, which 16 bits could overflow or round, so the operands are TF32 or float32.
+    `low` includes the scale, at which 16 bits could overflow. For 16-bit dtypes the operands are therefore TF32. Tensor cores
+    drop the low bits, which alone would make every update smaller, so `low` and `b` are rounded first.
     """
-    PRECISION: tl.constexpr = "ieee" if dtype == tl.float32 else "tf32"
-    return multiply(low.to(tl.float32), b.to(tl.float32).T, accumulator, PRECISION)
+    if dtype == tl.float32:
+        return multiply(low, b.to(tl.float32).T, accumulator, "ieee")
+    return multiply(rounded_to_tf32(low), rounded_to_tf32(b.to(tl.float32)).T, accumulator, "tf32")
 
 
 @triton.jit

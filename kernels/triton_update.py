@@ -1,24 +1,26 @@
 """The low-rank update alone, added in place to the active rows of a projection computed by a vendor GEMM.
 
-Two kernels. The first computes `row_scale · (x Aᵀ)`, in parts that share the inner columns, so that a few rows occupy the whole
-GPU. The second adds the sum of the parts, times Bᵀ, to the active rows of `y`. Both skip tiles without an active row. Launches
-depend on shapes only, so a captured CUDA graph can be replayed with any other mask and alpha. In a bank of adapters, a row is
-active if the scale of any member is not 0.
+Two kernels. The first computes `row_scale · (x Aᵀ)`; where rows are few, in parts that share the inner columns, so that it
+occupies the whole GPU. The second adds the sum of the parts, times Bᵀ, to the active rows of `y`. Both skip tiles without an
+active row. Launches depend on shapes only, so a captured CUDA graph can be replayed with any other mask and alpha. In a bank of
+adapters, a row is active if the scale of any member is not 0.
+
+The number of parts stands in the second kernel's configuration, as `block_k`: the low-rank columns of all parts are the inner
+columns of its product.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import triton
 import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
-from slideredit_rt.kernels.dispatch import Configuration
+from slideredit_rt.kernels.configurations import Configuration
 from slideredit_rt.kernels.spec import KernelSpec, cdiv
 from slideredit_rt.kernels.triton_tiles import cast, load_lora_b, multiply_low, project_low
-
-# Number of parts into which the update divides the inner columns of the low-rank product.
-PARTS: tl.constexpr = tl.constexpr(8)
 
 
 @triton.jit
@@ -87,14 +89,14 @@ def masked_lora_update_kernel(
     RANK: tl.constexpr,
     EVEN_K: tl.constexpr,
 ):
-    """Compute `y += low Bᵀ` on the active rows, where `low` is the sum of `PARTS` parts, `[PARTS, rows, rank]`."""
+    """Compute `y += low Bᵀ` on the active rows, where `low` is the sum of `BLOCK_K` parts, `[BLOCK_K, rows, rank]`."""
     row = tl.program_id(1).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     active = active_rows(load_member_scales(row_scale, row, rows, rank, members, RANK))
     if tl.max(active.to(tl.int32), axis=0) != 0:
         slot = tl.arange(0, RANK)
         stored = active[:, None] & (slot[None, :] < rank)
         total = tl.zeros((BLOCK_M, RANK), tl.float32)
-        for part in tl.static_range(PARTS):
+        for part in tl.static_range(BLOCK_K):
             total += tl.load(low + (part * rows + row)[:, None] * rank + slot[None, :], mask=stored, other=0.0)
         column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
         y_tile = y + row[:, None] * N + column[None, :]
@@ -104,12 +106,12 @@ def masked_lora_update_kernel(
         tl.store(y_tile, cast(updated, y.dtype.element_ty), mask=mask)
 
 
-def low_rank_grid(configuration: Configuration, rows: int, n: int) -> tuple[int, int]:
-    """Return the number of programs of the first launch. `n` is unused."""
-    return cdiv(rows, configuration.block_m), PARTS.value
+def low_rank_grid(configuration: Configuration, rows: Any, n: Any) -> tuple[Any, Any]:
+    """Return the number of programs of the first launch for one part. `n` is unused."""
+    return cdiv(rows, configuration.block_m), 1
 
 
-def update_grid(configuration: Configuration, rows: int, n: int) -> tuple[int, int]:
+def update_grid(configuration: Configuration, rows: Any, n: Any) -> tuple[Any, Any]:
     """Return the number of programs of the second launch over `rows` rows and `n` output columns."""
     return cdiv(n, configuration.block_n), cdiv(rows, configuration.block_m)
 
@@ -129,12 +131,13 @@ UPDATE_SPEC = KernelSpec(
 
 
 def launch_low_rank(x: Tensor, lora_a: Tensor, row_scale: Tensor, configuration: Configuration, low: Tensor) -> None:
-    """Write `low`, float32 or the dtype of `x`, `[P, M, R]`, whose sum over any number P of parts is the scaled product.
+    """Write `low`, float32 `[P, M, R]`, whose sum over any number P of parts is the scaled product.
 
     All tensors are contiguous: x `[M, K]`, lora_a `[R, K]`, row_scale float32 `[M, G]`.
     """
     (rows, k), (rank, members) = x.shape, (lora_a.shape[0], row_scale.shape[1])
-    wrap_triton(masked_low_rank_kernel)[(cdiv(rows, configuration.block_m), low.shape[0])](
+    tiles, _ = low_rank_grid(configuration, rows, rank)
+    wrap_triton(masked_low_rank_kernel)[tiles, low.shape[0]](
         x, lora_a, row_scale, rows, k, rank, members, low, **configuration.meta(k, rank)
     )
 
@@ -142,7 +145,8 @@ def launch_low_rank(x: Tensor, lora_a: Tensor, row_scale: Tensor, configuration:
 def launch_update(low: Tensor, lora_b: Tensor, row_scale: Tensor, configuration: Configuration, y: Tensor) -> None:
     """Update `y` in place.
 
-    All tensors are contiguous: low float32 `[PARTS, M, R]`, lora_b `[N, R]`, row_scale float32 `[M, G]`, y `[M, N]`.
+    All tensors are contiguous: low float32 `[P, M, R]` with P of `configuration.block_k`, lora_b `[N, R]`, row_scale float32
+    `[M, G]`, y `[M, N]`.
     """
     (rows, n), rank, members = y.shape, lora_b.shape[1], row_scale.shape[1]
     wrap_triton(masked_lora_update_kernel)[update_grid(configuration, rows, n)](

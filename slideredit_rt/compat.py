@@ -130,12 +130,12 @@ class SliderEditFluxKontextPipeline(FluxKontextPipeline):
         row_scale = self._row_scale
         # The negative prompt is encoded second. Its position ids identify it: callbacks may replace any other tensor.
         if row_scale is None or any(kwargs["txt_ids"] is ids for ids in self._text_ids[1:]):
-            self._backbone.set_scales(None, 0)
+            self._backbone.set_scales(None, 0, 0)
             return
         text_rows, image_rows = kwargs["encoder_hidden_states"].shape[1], kwargs["hidden_states"].shape[1]
         if self._backbone.kind == "gst":
             row_scale = row_scale.expand(-1, text_rows + image_rows).contiguous()
-        self._backbone.set_scales(row_scale.to(kwargs["hidden_states"].device), text_rows)
+        self._backbone.set_scales(row_scale.to(kwargs["hidden_states"].device), text_rows, image_rows)
 
     def __call__(
         self,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -21,18 +22,25 @@ class RowScales:
     def __init__(self) -> None:
         self._parts: dict[RowSet, Tensor] = {}
 
-    def set(self, row_scale: Tensor | None, text_rows: int) -> None:
+    def set(self, row_scale: Tensor | None, text_rows: int, unscaled: int | None = None) -> None:
         """Set the row scales of a call. Text and image rows are split once here, not by every linear.
+
+        Joint rows are text rows, then image rows.
 
         Args:
             row_scale: float32 `[B, S]`, for a bank `[B, S, G]`: text rows, then image rows for a GST adapter. None turns the
                 adapter off.
             text_rows: Number of text rows.
+            unscaled: Number of image rows that `row_scale` leaves out; they get the scale 0 among the joint rows. None if it
+                has a scale for every row.
         """
         self._parts = {}
         if row_scale is not None:
-            text, image = row_scale[:, :text_rows], row_scale[:, text_rows:]
-            self._parts = {"joint": row_scale, "text": text.contiguous(), "image": image.contiguous()}
+            text, image, joint = row_scale[:, :text_rows], row_scale[:, text_rows:], row_scale
+            if unscaled is not None:
+                zeros = row_scale.new_zeros(row_scale.shape[0], unscaled, *row_scale.shape[2:])
+                joint = torch.cat([row_scale, zeros], dim=1)
+            self._parts = {"joint": joint, "text": text.contiguous(), "image": image.contiguous()}
 
     def of(self, rows: RowSet) -> Tensor | None:
         """Return the scales of text, image or joint rows; None while the adapter is off."""
@@ -153,7 +161,7 @@ class SliderBackbone(nn.Module):
             linear, rows = self.transformer.get_submodule(name), self.family.rows_of(name)
             assert isinstance(linear, nn.Linear | QuantizedLinear)
             assert rows is not None
-            if adapter.kind == "st" and rows != "text":
+            if adapter.kind == "st" and rows == "image":
                 raise SliderEditError(
                     f"adapter {adapter.source!r} is marked as ST but updates {name}, which does not project text rows; "
                     "use an ST adapter, or mark this one as gst in its metadata"
@@ -192,8 +200,14 @@ class SliderBackbone(nn.Module):
         self._attention.clear()
         return released
 
-    def set_scales(self, row_scale: Tensor | None, text_rows: int) -> None:
-        """Set the row scales of the next call of the transformer; see `RowScales.set`.
+    def set_scales(self, row_scale: Tensor | None, text_rows: int, image_rows: int) -> None:
+        """Set the row scales of the next call of the transformer.
+
+        Args:
+            row_scale: float32 `[B, S]`, for a bank `[B, S, G]`, where S is the text rows for an ST adapter, and text and image
+                rows for a GST adapter. None turns the adapter off.
+            text_rows: Number of text rows.
+            image_rows: Number of image rows, which an ST adapter never updates.
 
         Raises:
             SliderEditError: The projections were fused after the adapter was added, so the transformer bypasses it.
@@ -204,7 +218,7 @@ class SliderBackbone(nn.Module):
                     f"the projections of {name} were fused after the adapter was added, which leaves the adapter out; call "
                     "unfuse_qkv_projections(), or do not call fuse_qkv_projections()"
                 )
-        self.scales.set(row_scale, text_rows)
+        self.scales.set(row_scale, text_rows, image_rows if self.kind == "st" else None)
 
     def slider_specs(self) -> list[TensorSpec]:
         """Return the specs of the slider inputs; empty for a frozen backbone."""
@@ -243,7 +257,7 @@ class SliderBackbone(nn.Module):
         alpha, token_mask = backbone_inputs.pop("alpha", None), backbone_inputs.pop("token_mask", None)
         # Keep the scales set after the call: with gradient checkpointing, the linears run again during the backward pass.
         row_scale = None if alpha is None or token_mask is None else combine_row_scale(alpha, token_mask)
-        self.set_scales(row_scale, inputs["encoder_hidden_states"].shape[1])
+        self.set_scales(row_scale, inputs["encoder_hidden_states"].shape[1], inputs["hidden_states"].shape[1])
         return backbone_inputs
 
 

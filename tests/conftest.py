@@ -18,12 +18,12 @@ if (processes := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))) > 1:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
 
 import torch
-import torch._dynamo
 
 if not torch.cuda.is_available():
     # Read when a kernel is defined: before anything of ours is imported.
     os.environ["TRITON_INTERPRET"] = "1"
 
+import torch._dynamo
 from PIL import Image
 from trace_cache import TraceCache
 

@@ -71,16 +71,21 @@ def save_tiny_checkpoint(folder: Path, *, distilled: bool = True, kv: bool = Fal
     return folder
 
 
-def flux2_adapter(base: Path, kind: Kind, *, family_name: str = "flux2", seed: int = 3) -> Adapter:
+def flux2_adapter(
+    base: Path, kind: Kind, *, family_name: str = "flux2", seed: int = 3, all_projections: bool = False
+) -> Adapter:
     """A random adapter for a checkpoint."""
     transformer = Flux2Transformer2DModel.from_pretrained(base / "transformer")
-    return dataclasses.replace(random_pairs(transformer, kind, seed=seed), family=family_name)
+    adapter = random_pairs(transformer, kind, seed=seed, all_projections=all_projections)
+    return dataclasses.replace(adapter, family=family_name)
 
 
-def random_pairs(transformer: torch.nn.Module, kind: Kind, *, rank: int = 4, seed: int = 3) -> Adapter:
-    """A random adapter on all targets of its kind."""
+def random_pairs(
+    transformer: torch.nn.Module, kind: Kind, *, rank: int = 4, seed: int = 3, all_projections: bool = False
+) -> Adapter:
+    """A random adapter on the usual targets of its kind, or on all projections."""
     family = get_family("flux2")
-    generator, target = torch.Generator().manual_seed(seed), family.targets(kind)
+    generator, target = torch.Generator().manual_seed(seed), family.targets(kind, all_projections=all_projections)
     pairs = {
         name: (
             torch.randn(rank, module.in_features, generator=generator) * 0.3,

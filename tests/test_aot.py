@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 import sys
-from math import floor
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import pytest
 
 from slideredit_rt import cli
 from slideredit_rt.kernels import aot
-from slideredit_rt.kernels.dispatch import SHARED_KIB
+from slideredit_rt.kernels.configurations import SHARED_KIB
 
 TARGETS = ("sm80", "sm86", "sm89", "sm90", "sm100", "sm120")
 
@@ -83,18 +82,42 @@ def test_arguments_are_inputs_then_sizes_then_outputs(descriptions: list[dict[st
     assert next(a["type"] for a in d["arguments"] if a["name"] == "row_scale") == "*fp32", "strengths are never rounded"
 
 
-def test_grid_covers_the_output(descriptions: list[dict[str, Any]]) -> None:
+@pytest.mark.parametrize(("rows", "n"), [(1, 16), (33, 3072), (1000, 3088)])
+def test_grid_covers_the_output(descriptions: list[dict[str, Any]], rows: int, n: int) -> None:
+    """As whole numbers, by which a launcher in C divides, too."""
     for d in descriptions:
-        rows, n = 1000, 3072
-        programs = [eval(size, {"floor": floor, "rows": rows, "N": n}) for size in d["grid"]]
+        programs = [eval(size, {"rows": rows, "N": n}) for size in d["grid"]]
+        assert all(isinstance(count, int) for count in programs)
         block_m, block_n, _ = map(int, d["configuration"].split("-")[0].split("x"))
         if d["kernel"] == "masked_lora_linear":
             assert programs == [-(-rows // block_m) * -(-n // block_n), 1]
         if d["kernel"] == "masked_low_rank":
-            # Eight parts of the inner columns.
-            assert programs == [-(-rows // block_m), 8]
+            assert programs == [-(-rows // block_m), 1]
         if d["kernel"] == "masked_lora_update":
             assert programs == [-(-n // block_n), -(-rows // block_m)]
+
+
+def test_operands_of_the_second_product_are_rounded(folder: Path, descriptions: list[dict[str, Any]]) -> None:
+    """Tensor cores drop the low bits of TF32 operands."""
+    for d in descriptions:
+        ptx = (folder / d["file"]).read_text()
+        multiplies = any("tf32" in line and "mma" in line for line in ptx.splitlines())
+        assert multiplies == ("cvt.rna.tf32.f32" in ptx), d["file"]
+
+
+def test_ptx_names_no_path_of_the_machine(tmp_path: Path) -> None:
+    """Compiled from two copies of the package: equal files, without source positions."""
+    script = "from slideredit_rt.kernels import aot; print(aot.compile_job(aot.jobs(['sm90'], ['bfloat16'], [16])[-1])[0])"
+    ptx = []
+    for place in ("here", "elsewhere"):
+        line = ["make", f"STAGE={tmp_path / place}", str(tmp_path / place)]
+        subprocess.run(line, check=True, capture_output=True, cwd=Path(__file__).parents[1])
+        environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+        environment |= {"PYTHONPATH": str(tmp_path / place), "TRITON_CACHE_DIR": str(tmp_path / f"cache of {place}")}
+        done = subprocess.run([sys.executable, "-P", "-c", script], check=True, capture_output=True, text=True, env=environment)
+        ptx.append(done.stdout)
+    assert ptx[0] == ptx[1]
+    assert not re.search(r"^\s*\.(file|loc|section)\b", ptx[0], re.MULTILINE)
 
 
 def test_a_second_build_compiles_nothing_and_a_damaged_file_is_built_again(folder: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import httpx
 import pytest
 import torch
+import torch.nn.functional as F
 from accelerate import init_empty_weights
 from diffusers import Flux2KleinPipeline, Flux2Transformer2DModel
 from flux2_checkpoint import SIDE, TEXT_ROWS, diffusers_edit, flux2_adapter, random_pairs, save_tiny_checkpoint
@@ -23,7 +24,7 @@ from test_linked_export import sparse_checkpoint
 from test_qwen import AWKWARD
 
 from slideredit_rt import cli
-from slideredit_rt.adapters import load_adapter, save_adapter
+from slideredit_rt.adapters import Adapter, load_adapter, save_adapter
 from slideredit_rt.bench.full_size import FULL_SIZES, qwen3_tokenizer
 from slideredit_rt.editor import SliderEditor
 from slideredit_rt.engines import BuildSettings, open_engine
@@ -69,12 +70,11 @@ def adapters(bases: dict[str, Path]) -> dict[Kind, Path]:
 @pytest.fixture(scope="module")
 def flux2_engines(bases: dict[str, Path], adapters: dict[Kind, Path]) -> dict[tuple[str, str], Path]:
     """An engine of each kind for each checkpoint. Both checkpoints have the same weights."""
-    engines: dict[tuple[str, str], Path] = {
-        (base, kind): bases[base].parent / f"engine-{base}-{kind}" for base in bases for kind in adapters
-    }
-    for base, folder in bases.items():
+    engines: dict[tuple[str, str], Path] = {}
+    for base, checkpoint in bases.items():
         for kind, adapter in adapters.items():
-            build_engine(folder, adapter, engines[base, kind], progress=False)
+            engines[base, kind] = checkpoint.parent / f"engine-{base}-{kind}"
+            build_engine(checkpoint, adapter, engines[base, kind], progress=False)
     return engines
 
 
@@ -98,17 +98,32 @@ def only_with_prompt(pipeline: Any, monkeypatch: pytest.MonkeyPatch, switch: Cal
     monkeypatch.setattr(pipeline.transformer, "cache_context", context)
 
 
-@pytest.mark.parametrize(("base", "images"), [("distilled", 1), ("distilled", 2), ("base", 1), ("base", 2)])
+@pytest.fixture(scope="module")
+def st_editors(
+    flux2_engines: dict[tuple[str, str], Path], bases: dict[str, Path], adapters: dict[Kind, Path], family: Family
+) -> dict[tuple[str, str], tuple[SliderEditor, Adapter]]:
+    """Editors with ST adapters, on text rows alone and on those among the joint rows as well."""
+    joint, path = flux2_adapter(bases["base"], "st", all_projections=True), bases["base"].parent / "engine-joint"
+    build_engine(bases["distilled"], joint, path, progress=False)
+    text = load_adapter(adapters["st"], family)
+    editors = {(base, "text"): (SliderEditor.from_engine(flux2_engines[base, "st"]), text) for base in BASES}
+    return editors | {("distilled", "joint"): (SliderEditor.from_engine(path), joint)}
+
+
+@pytest.mark.parametrize(
+    ("base", "rows", "images"),
+    [("distilled", "text", 1), ("distilled", "text", 2), ("distilled", "joint", 2), ("base", "text", 1), ("base", "text", 2)],
+)
 def test_st_engine_draws_what_diffusers_does_with_the_update_on_the_sliders_rows(
-    flux2_engines: dict[tuple[str, str], Path],
+    st_editors: dict[tuple[str, str], tuple[SliderEditor, Adapter]],
     bases: dict[str, Path],
-    adapters: dict[Kind, Path],
     family: Family,
     monkeypatch: pytest.MonkeyPatch,
     base: str,
+    rows: str,
     images: int,
 ) -> None:
-    editor, strengths = SliderEditor.from_engine(flux2_engines[base, "st"]), [0.25, 1.5]
+    (editor, adapter), strengths = st_editors[base, rows], [0.25, 1.5]
     prepared = editor.prepare(images_of(images), PARTS, seed=5)
     drawn = editor.render_tensor(prepared, [strengths, [1.0, 1.0]], steps=3)
     assert drawn.shape == (2, 3, 128, 96), "the edited image has the size of the first one"
@@ -120,12 +135,17 @@ def test_st_engine_draws_what_diffusers_does_with_the_update_on_the_sliders_rows
     on = [True]
 
     def update(a: torch.Tensor, b: torch.Tensor) -> Any:
-        return lambda _, args, y: y + row_scale * (args[0] @ a.T @ b.T) if on[0] else y
+        def hook(_: torch.nn.Module, args: tuple[torch.Tensor], y: torch.Tensor) -> torch.Tensor:
+            # Joint rows begin with the text rows.
+            scale = F.pad(row_scale, (0, 0, 0, y.shape[1] - TEXT_ROWS))
+            return y + scale * (args[0] @ a.T @ b.T) if on[0] else y
+
+        return hook
 
     only_with_prompt(pipeline, monkeypatch, lambda with_prompt: on.__setitem__(0, with_prompt))
     # A distilled checkpoint ignores the scale.
     frozen = diffusers_edit(pipeline, images_of(images), PROMPT, 4.0, steps=3)
-    for name, pair in load_adapter(adapters["st"], family).pairs.items():
+    for name, pair in adapter.pairs.items():
         pipeline.transformer.get_submodule(name).register_forward_hook(update(*pair))
     expected = diffusers_edit(pipeline, images_of(images), PROMPT, 4.0, steps=3)
     assert (drawn[0] - expected).abs().max() <= 1e-4
@@ -183,16 +203,17 @@ def test_alpha_zero_is_the_base_bit_for_bit_in_eager(
 @pytest.mark.parametrize(
     ("sizes", "counts"),
     [
-        ({"num_layers": 5, "num_single_layers": 20, "num_attention_heads": 24, "joint_attention_dim": 7680}, (30, 100)),
-        ({"num_layers": 8, "num_single_layers": 24, "num_attention_heads": 32, "joint_attention_dim": 12288}, (48, 144)),
+        ({"num_layers": 5, "num_single_layers": 20, "num_attention_heads": 24, "joint_attention_dim": 7680}, (30, 70, 100)),
+        ({"num_layers": 8, "num_single_layers": 24, "num_attention_heads": 32, "joint_attention_dim": 12288}, (48, 96, 144)),
     ],
     ids=["4B", "9B"],
 )
-def test_targets_of_the_full_size_models(family: Family, sizes: dict[str, int], counts: tuple[int, int]) -> None:
+def test_targets_of_the_full_size_models(family: Family, sizes: dict[str, int], counts: tuple[int, int, int]) -> None:
     with init_empty_weights():
         transformer = Flux2Transformer2DModel(**sizes, guidance_embeds=False)
     linears = [name for name, m in transformer.named_modules() if isinstance(m, torch.nn.Linear)]
-    assert tuple(sum(bool(family.targets(kind).fullmatch(n)) for n in linears) for kind in KINDS) == counts
+    targets = (family.targets("st"), family.targets("st", all_projections=True), family.targets("gst"))
+    assert tuple(sum(bool(target.fullmatch(n)) for n in linears) for target in targets) == counts
     assert {family.rows_of(n) for n in linears if family.targets("st").fullmatch(n)} == {"text"}
     assert all(family.targets("gst").fullmatch(n) for n in linears if family.rows_of(n) is not None)
     # The blocks share their modulation. Embedders and the last norm and projection are left.

@@ -49,7 +49,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def adapters(base: Path) -> dict[Kind, Path]:
     paths: dict[Kind, Path] = {kind: base.parent / f"{kind}.safetensors" for kind in KINDS}
     for kind, path in paths.items():
-        save_adapter(flux2_adapter(base, kind, family_name="flux2_kv"), path)
+        save_adapter(flux2_adapter(base, kind, family_name="flux2_kv", all_projections=True), path)
     return paths
 
 
@@ -272,7 +272,7 @@ def test_adapters_of_the_plain_family_fit_if_they_leave_reference_rows_out(
     base: Path, adapters: dict[Kind, Path], tmp_path: Path
 ) -> None:
     for kind in KINDS:
-        save_adapter(flux2_adapter(base, kind), tmp_path / f"{kind}.safetensors")
+        save_adapter(flux2_adapter(base, kind, all_projections=True), tmp_path / f"{kind}.safetensors")
     drawn = [
         SliderEditor.from_pretrained(base, adapter).edit(images_of(1), [Slider(PARTS[0], 0.3)], steps=2)
         for adapter in (adapters["st"], tmp_path / "st.safetensors")

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from slideredit_rt import kernels
 from slideredit_rt.export import tensorrt_plugin
-from slideredit_rt.kernels import aot, triton_linear, triton_update
+from slideredit_rt.kernels import aot, triton_linear
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")]
 
@@ -81,7 +81,7 @@ def launch(ptx: str, d: dict[str, Any], grid: tuple[int, int], values: list[Tens
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("spec", aot.SPECS, ids=lambda spec: spec.name)
 def test_ahead_of_time_ptx_computes_the_formula(spec: Any, dtype: str) -> None:
-    rows, k, n, rank, parts = 333, 768, 528, 16, triton_update.PARTS.value
+    rows, k, n, rank = 333, 768, 528, 16
     jobs = [j for j in aot.jobs([target()], [dtype], [rank]) if j.spec_name == spec.name]
     if spec.name == triton_linear.SPEC.name:
         # TensorRT gets these, one of them a tile that no other launcher does.
@@ -92,6 +92,7 @@ def test_ahead_of_time_ptx_computes_the_formula(spec: Any, dtype: str) -> None:
         ptx, d = aot.compile_job(job)
         t = tensors(rows, k, n, rank, getattr(torch, dtype))
         low_rank_only = spec.name == "masked_low_rank"
+        parts = job.configuration.block_k if spec.name == "masked_lora_update" else 1
         t["low"] = torch.full((parts, rows, rank), float("nan"), device="cuda")
         if spec.name == "masked_lora_update":
             t["low"][:] = expected(t, low_rank_only=True).float() / parts
@@ -125,6 +126,15 @@ def test_captured_graph_replays_with_other_masks_and_alphas(rows: int) -> None:
         assert torch.equal(y, kernels.masked_lora_linear(*arguments)), f"setting {setting}"
 
 
+def test_updates_are_not_smaller_than_they_should_be_on_average() -> None:
+    """Tensor cores drop the low bits of float32 operands: without rounding first, by 0.035%."""
+    t = tensors(2048, 768, 528, 16, torch.float16)
+    y = torch.zeros_like(t["y"])
+    kernels.masked_lora_update_triton_(y, t["x"], t["lora_a"], t["lora_b"], t["row_scale"])
+    want = expected(t, low_rank_only=True) @ t["lora_b"].double().T
+    assert abs((y.double() * want).sum() / (want * want).sum() - 1) < 2e-5
+
+
 def test_alpha_zero_on_every_row_is_the_frozen_projection_bit_for_bit() -> None:
     for rows in (512, 8704):
         t = tensors(rows, 768, 512, 16, torch.bfloat16)
@@ -134,7 +144,7 @@ def test_alpha_zero_on_every_row_is_the_frozen_projection_bit_for_bit() -> None:
         assert torch.equal(y, F.linear(t["x"], t["weight"], t["bias"]))
 
 
-@pytest.mark.parametrize("name", ["linear", "addmm", "update"])
+@pytest.mark.parametrize("name", ["linear", "update"])
 def test_compiled_graph_gives_what_eager_gives(name: str) -> None:
     t = tensors(300, 768, 528, 16, torch.bfloat16)
 
@@ -160,8 +170,7 @@ def test_kernels_touch_no_memory_that_is_not_theirs() -> None:
         s[[0, 77, 128]] = 0.5
         w, b = torch.randn(100, 60, device="cuda").bfloat16(), torch.randn(100, device="cuda").bfloat16()
         a, lb = torch.randn(4, 60, device="cuda").bfloat16(), torch.randn(100, 4, device="cuda").bfloat16()
-        for f in (kernels.masked_lora_linear_triton, kernels.masked_lora_addmm_triton):
-            f(x, w, b, a, lb, s)
+        kernels.masked_lora_linear_triton(x, w, b, a, lb, s)
         kernels.masked_lora_update_triton_(torch.zeros(129, 100, device="cuda").bfloat16(), x, a, lb, s)
         torch.cuda.synchronize()
     """
@@ -200,12 +209,12 @@ def test_lanes_hand_tensors_over_while_the_host_goes_on() -> None:
     codec, steps = Lane(device), Lane(device, urgent=True)
     for giver, taker in ((codec, steps), (steps, codec)):
         with giver.work():
-            torch.cuda._sleep(200_000_000)
+            torch.cuda._sleep(1_000_000_000)
             x = torch.full((1 << 20,), 7.0, device=device)
             mark = giver.mark()
         with taker.work():
             taker.take(mark, [x])
-            torch.cuda._sleep(200_000_000)
+            torch.cuda._sleep(1_000_000_000)
             y = 2 * x
         assert mark is not None
         assert not mark.query(), "the host did not wait"

@@ -437,7 +437,7 @@ def test_the_low_rank_update_reads_the_unquantised_rows(bases: dict[str, Path], 
     backbone = SliderBackbone(family, transformer, load_adapter("shapes-gst", family))
     module = backbone.adapted[TO_Q]
     x = torch.randn(1, 4, 128) * 100  # far beyond the calibrated range
-    backbone.set_scales(torch.ones(1, 2 + 4), text_rows=2)
+    backbone.set_scales(torch.ones(1, 2 + 4), text_rows=2, image_rows=4)
     assert isinstance(module, MaskedLoRAQuantizedLinear)
     frozen = quantized_linear_reference(x, module.weight, module.weight_scale, None, module.input_scale, module.bias, "fp8")
     with torch.no_grad():

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.export import tensorrt_plugin
 from slideredit_rt.kernels import aot, triton_linear
-from slideredit_rt.kernels.dispatch import configurations
+from slideredit_rt.kernels.configurations import configurations
 
 TARGET = "sm90"
 # FLUX's feed-forward, and a projection whose K only the smallest tile divides: dtype, K, N, rank.
@@ -172,7 +172,7 @@ def test_every_tensor_is_bfloat16_or_float16_but_strengths_stay_float32(report: 
         assert answer["formats"] == ["LINEAR"]
 
 
-def test_tactics_are_the_configurations_of_the_dispatch_table(report: dict[str, Any]) -> None:
+def test_tactics_are_the_configurations_of_the_table(report: dict[str, Any]) -> None:
     found = [t["description"]["configuration"] for t in report["projections"]["wide"]["tactics"].values()]
     table = [c.name for c in configurations("masked_lora_linear", 16, torch.bfloat16, 90)]
     assert found == [*table, "64x64x32-w8-s2"]

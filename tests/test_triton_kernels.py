@@ -21,7 +21,8 @@ from torch import Tensor
 from slideredit_rt import SliderEditError, kernels
 from slideredit_rt.bench import projection
 from slideredit_rt.bench.projection import exact, plain
-from slideredit_rt.kernels import dispatch, triton_update
+from slideredit_rt.kernels import triton_update
+from slideredit_rt.kernels.configurations import SHARED_KIB, configuration, configurations, table
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -55,7 +56,6 @@ def update(**p: Tensor) -> Tensor:
 
 KERNELS: dict[str, Callable[..., Tensor]] = {
     "linear": kernels.masked_lora_linear_triton,
-    "addmm": kernels.masked_lora_addmm_triton,
     "update": update,
 }
 
@@ -66,8 +66,6 @@ def kernel(request: pytest.FixtureRequest) -> Callable[..., Tensor]:
 
 
 def run(kernel: Callable[..., Tensor], p: dict[str, Tensor]) -> Tensor:
-    if kernel is kernels.masked_lora_addmm_triton and p["x"].dtype == torch.float16:
-        pytest.skip("addmm does not take float16")
     return kernel(**p)
 
 
@@ -114,7 +112,7 @@ def test_rows_of_scale_zero_get_the_frozen_projection_bit_for_bit(
     off = p["row_scale"][0] == 0
     assert torch.equal(y[0, off], frozen[0, off])
     assert (y[0, ~off] != frozen[0, ~off]).any(dim=-1).all()
-    if kernel in (update, kernels.masked_lora_addmm_triton):
+    if kernel is update:
         assert torch.equal(frozen, F.linear(p["x"], p["weight"], p["bias"])), "the vendor's bits are kept"
 
 
@@ -213,10 +211,10 @@ def test_adapter_in_float32_beside_a_bfloat16_base(kernel: Callable[..., Tensor]
     assert_close_to_exact(kernel.__name__, run(kernel, wide), p)
 
 
-@pytest.mark.parametrize("name", ["update", "low_rank", "linear", "addmm"])
+@pytest.mark.parametrize("name", ["update", "low_rank", "linear"])
 def test_addresses_beyond_two_to_the_31(name: str) -> None:
     """The last row of `x` starts past 2³¹ elements."""
-    if name in ("linear", "addmm") and DEVICE == "cpu":
+    if name == "linear" and DEVICE == "cpu":
         pytest.skip("reads 4 GiB: hours under the interpreter")
     rows, k = 2**15 + 1, 2**16
     p = problem(1, 1, k, 16, 4, torch.bfloat16, active=1.0)
@@ -234,8 +232,8 @@ def test_addresses_beyond_two_to_the_31(name: str) -> None:
     expected = exact(p | {"row_scale": scale[:, -1:]})[0, 0]
     if name == "low_rank":
         low = torch.empty(2, rows, 4, device=DEVICE)
-        configuration = dispatch.configuration("masked_low_rank", rows, 4, x.dtype, 80)
-        triton_update.launch_low_rank(x[0], p["lora_a"], scale[0, :, None], configuration, low)
+        tiles = configuration("masked_low_rank", rows, 4, x.dtype, 80)
+        triton_update.launch_low_rank(x[0], p["lora_a"], scale[0, :, None], tiles, low)
         low = low.sum(0)
         last, others = low[-1].double() @ p["lora_b"].double().T, low[:-1]
     else:
@@ -247,7 +245,7 @@ def test_addresses_beyond_two_to_the_31(name: str) -> None:
     assert not others.any()
 
 
-OPERATORS = ["linear", "addmm", "update"]
+OPERATORS = ["linear", "update"]
 
 
 @pytest.mark.parametrize("name", OPERATORS)
@@ -331,7 +329,7 @@ def test_a_member_of_scale_zero_adds_nothing_even_where_its_product_is_nan() -> 
 
 
 @pytest.mark.parametrize("members", [None, 3])
-def test_no_path_of_a_gpu_computes_with_the_reference(members: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_on_a_gpu_computes_with_the_reference(members: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """What `masked_lora_linear` calls for CUDA tensors, here under the interpreter."""
     from slideredit_rt.kernels import reference, triton_ops
 
@@ -342,45 +340,8 @@ def test_no_path_of_a_gpu_computes_with_the_reference(members: int | None, monke
 
     for name in ("_updated", "scaled_low_rank"):
         monkeypatch.setattr(reference, name, refuse)
-    if DEVICE == "cpu":
-        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card nobody measured")
-    y = kernels.masked_lora_linear(**p) if DEVICE == "cuda" else triton_ops.linear_by_dispatch(**p)
-    assert_close_to_exact("dispatch", y, p)
-
-
-@pytest.mark.parametrize("path", ["update", "addmm"])
-@pytest.mark.parametrize("members", [None, 3])
-def test_update_alone_takes_the_path_of_its_projection(members: int | None, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What `masked_lora_update_` calls for CUDA tensors, here under the interpreter. A bank has one path."""
-    from slideredit_rt.kernels import triton_ops
-
-    p = projection.problem(2, 40, 60, 100, 6, torch.bfloat16, members=members, active=0.5)
-    p = {name: tensor.to(DEVICE) for name, tensor in p.items()}
-    asked, ran = [], []
-
-    def ask(*shape: object) -> str:
-        asked.append(shape)
-        return path
-
-    def recorded(name: str, update: Callable[..., None]) -> Callable[..., None]:
-        def run(*arguments: Tensor) -> None:
-            ran.append(name)
-            update(*arguments)
-
-        return run
-
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
-    monkeypatch.setattr(dispatch, "path", ask)
-    monkeypatch.setattr(triton_ops, "UPDATES", {name: recorded(name, f) for name, f in triton_ops.UPDATES.items()})
-    frozen = F.linear(p["x"], p["weight"], p["bias"])
-    y = frozen.clone()
-    triton_ops.update_by_dispatch(y, p["x"], p["lora_a"], p["lora_b"], p["row_scale"])
-    assert asked == ([] if members else [(80, 100, 60, torch.bfloat16, "a card")])
-    assert ran == ["update" if members else path]
-    assert_close_to_exact("dispatch", y, p)
-    off = (p["row_scale"].reshape(2, 40, -1) == 0).all(dim=-1)
-    assert off.any()
-    assert torch.equal(y[off], frozen[off])
+    y = kernels.masked_lora_linear(**p) if DEVICE == "cuda" else triton_ops.linear_then_update(**p)
+    assert_close_to_exact("on a GPU", y, p)
 
 
 def test_bad_arguments_get_one_sentence(kernel: Callable[..., Tensor]) -> None:
@@ -394,30 +355,12 @@ def test_bad_arguments_get_one_sentence(kernel: Callable[..., Tensor]) -> None:
 
 
 def test_every_shipped_configuration_is_reachable_and_every_shape_has_one() -> None:
-    for name, rules in dispatch.table()["configurations"].items():
+    for name, rules in table().items():
         reached = set()
-        for capability in dispatch.SHARED_KIB:
+        for capability in SHARED_KIB:
             for rank in (4, 16, 33, 128):
                 for dtype in DTYPES:
-                    found = dispatch.configurations(name, rank, dtype, capability)
-                    assert dispatch.configuration(name, 1, rank, dtype, capability) == found[-1]
+                    found = configurations(name, rank, dtype, capability)
+                    assert configuration(name, 1, rank, dtype, capability) == found[-1]
                     reached.update(found)
         assert {tuple(rule["blocks"]) for rule in rules} == {(c.block_m, c.block_n, c.block_k) for c in reached}
-
-
-def test_measured_paths_win_over_the_default_rules(monkeypatch: pytest.MonkeyPatch) -> None:
-    def path(rows: int, n: int, gpu: str, dtype: torch.dtype = torch.bfloat16) -> str:
-        return dispatch.path(rows, n, 3072, dtype, gpu)
-
-    assert path(512, 3072, "a card nobody measured") == "update"
-    assert path(8704, 3072, "a card nobody measured") == "addmm"
-    assert path(8704, 3072, "a card nobody measured", torch.float16) == "update", "float16 could overflow in addmm"
-    shapes = [
-        {"rows": 512, "n": 3072, "k": 3072, "path": "addmm"},
-        {"rows": 8704, "n": 3072, "k": 3072, "path": "update"},
-    ]
-    table = {"paths": {"default": dispatch.table()["paths"]["default"], "Card": {"dtype": "bfloat16", "shapes": shapes}}}
-    monkeypatch.setattr(dispatch, "table", lambda: table)
-    assert path(500, 3072, "Card") == "addmm"
-    assert path(8192, 12288, "Card") == "update"
-    assert path(8192, 12288, "Card", torch.float16) == "update", "measured in bfloat16 only"

@@ -78,12 +78,12 @@ def test_the_wheel_holds_every_file_and_its_version(wheel: Path) -> None:
 PROGRAM = """
 from fastapi import FastAPI
 from slideredit_rt import cli
-from slideredit_rt.kernels import dispatch
+from slideredit_rt.kernels import configurations
 from slideredit_rt.serving.static import serve_page
 
 assert cli.main(["adapter", "show", "shapes-st", "--base", "shapes-kontext", "--json"]) == 0
 assert cli.main(["spans", "--slider", "make the circle red", "--json"]) == 0
-assert dispatch.table()
+assert configurations.table()
 serve_page(app := FastAPI())
 print(cli.__file__, *(route.path for route in app.routes))
 """

@@ -24,7 +24,8 @@ def structure(backbone: SliderBackbone, config: Any) -> str:
     """A digest of everything that a trace depends on within one run: modules, shapes, dtypes and devices, but no values."""
     described = {
         "family": backbone.family.name,
-        "config": dict(config),
+        # Without the class, the version and the path of the checkpoint.
+        "config": {name: value for name, value in dict(config).items() if not name.startswith("_")},
         "modules": str(backbone),
         "adapted": list(backbone.adapted),
         "sliders": [repr(spec) for spec in backbone.slider_specs()],

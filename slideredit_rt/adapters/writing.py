@@ -14,6 +14,7 @@ from torch import Tensor
 from slideredit_rt.adapters.adapter import Adapter
 from slideredit_rt.adapters.scales import DIFFUSERS_METADATA
 from slideredit_rt.errors import SliderEditError
+from slideredit_rt.families import get_family
 from slideredit_rt.files import atomic_file, atomic_folder
 
 Format = Literal["canonical", "diffusers", "peft", "slideredit-st"]
@@ -46,6 +47,12 @@ def save_adapter(adapter: Adapter, path: Path, form: Format = "canonical", *, dt
         raise SliderEditError(
             f"adapter {adapter.source!r} is not an ST adapter with the same rank everywhere, and slideredit-st holds only "
             "those; use canonical, diffusers or peft"
+        )
+    joint = [name for name in adapter.pairs if get_family(adapter.family).rows_of(name) == "joint"]
+    if form == "slideredit-st" and joint:
+        raise SliderEditError(
+            f"adapter {adapter.source!r} also updates {joint[0]}, on joint rows; a slideredit-st file, which does not state "
+            "its kind, would be read as GST; use canonical, diffusers or peft"
         )
     if form != "canonical" and adapter.members:
         raise SliderEditError(

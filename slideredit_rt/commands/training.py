@@ -203,7 +203,8 @@ def add_commands(commands: Commands) -> None:
         "--all-projections",
         action="store_const",
         const=True,
-        help="adapt every linear whose rows the kind can scale (default: only those of the released adapters)",
+        help="adapt every linear whose rows the kind can scale, for st also those of the text rows among joint rows "
+        "(default: only those of the released adapters)",
     )
 
     concepts = kinds.add("concepts", _train_concepts, "train Concept Sliders, a bank with one LoRA per instruction")

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from slideredit_rt.modules import MaskedLoRALinear, SliderBackbone
 
-_COLUMNS = 8
-"""The extra columns are padded to a multiple of this: 16 bytes in half precision, the row alignment that GEMMs need."""
+_ALIGNMENT = {"cuda": 64, "cpu": 8}
+"""Columns of the operands, extra ones included, are a multiple of this. GPUs read 128 bytes at a time, 64 values of 16 bits."""
 
 
 class FoldedLoRALinear(nn.Module):
@@ -37,7 +37,8 @@ class FoldedLoRALinear(nn.Module):
         self.rows, self.scales = first.rows, first.scales
         self.in_features = first.in_features
         ranks = [len(linear.lora_A) for linear in linears]
-        columns = -(-sum(ranks) // _COLUMNS) * _COLUMNS
+        unit = _ALIGNMENT[first.weight.device.type]
+        columns = -(-(self.in_features + sum(ranks)) // unit) * unit - self.in_features
         weight, start = first.weight.new_zeros(sum(linear.out_features for linear in linears), self.in_features + columns), 0
         lora_a, column = first.weight.new_zeros(columns, self.in_features), 0
         for linear, rank in zip(linears, ranks, strict=True):

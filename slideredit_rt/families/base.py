@@ -31,7 +31,8 @@ Kind = Literal["st", "gst"]
 RowSet = Literal["text", "image", "joint"]
 
 KINDS: tuple[Kind, ...] = ("st", "gst")
-"""`st` (selective token) scales the text rows of the slider's own instruction; `gst` scales every text and image row."""
+"""`st` (selective token) scales the text rows of the slider's own instruction, also among joint rows; `gst` scales every text
+and image row."""
 
 
 @dataclass(frozen=True)
@@ -270,7 +271,8 @@ class Family(ABC):
 
         Args:
             kind: `st` or `gst`.
-            all_projections: Match every linear whose rows the kind can scale, instead of those of the released adapters.
+            all_projections: Match every linear whose rows the kind can scale, instead of those of the released adapters. ST
+                can scale text rows and joint rows, GST all rows.
         """
 
     def has_proportions(self, module_name: str, in_features: int, out_features: int) -> bool:

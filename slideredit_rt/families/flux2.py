@@ -110,8 +110,10 @@ class Flux2(Family):
         return next((rows for pattern, rows in patterns if re.fullmatch(pattern, module_name)), None)
 
     def targets(self, kind: Kind, *, all_projections: bool = False) -> re.Pattern[str]:
-        # 30 and 100 linears on the model of 4 billion parameters, 48 and 144 on that of 9; there are no further projections.
-        return re.compile(_TEXT_LINEARS if kind == "st" else f"{_TEXT_LINEARS}|{_IMAGE_LINEARS}|{_JOINT_LINEARS}")
+        # On the models of 4 and 9 billion parameters: 30 and 48 linears for ST, 70 and 96 with joint rows, 100 and 144 for GST.
+        if kind == "st":
+            return re.compile(f"{_TEXT_LINEARS}|{_JOINT_LINEARS}" if all_projections else _TEXT_LINEARS)
+        return re.compile(f"{_TEXT_LINEARS}|{_IMAGE_LINEARS}|{_JOINT_LINEARS}")
 
     def input_specs(self, config: Mapping[str, Any]) -> list[TensorSpec]:
         return [

@@ -102,7 +102,8 @@ class FluxKontext(Family):
 
     def targets(self, kind: Kind, *, all_projections: bool = False) -> re.Pattern[str]:
         if kind == "st":
-            return re.compile(_TEXT_LINEARS)
+            # 114 modules on the full model, and 190 more on joint rows, of which the slider scales its text rows.
+            return re.compile(rf"{_TEXT_LINEARS}|{_SINGLE_LINEARS}" if all_projections else _TEXT_LINEARS)
         # The q/k/v suffixes of the released GST adapters also match the single-stream blocks, so they have 342 modules on the
         # full model. All projections would be 418.
         single = _SINGLE_LINEARS if all_projections else _SINGLE_ATTENTION

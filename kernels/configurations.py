@@ -1,7 +1,6 @@
-"""Choice of path and tile sizes per card and shape, read from `dispatch.json`.
+"""Choice of tile sizes per card and shape, read from `configurations.json`.
 
-`make gpu-bench` measures every path on the installed card and adds rules for that card to the table, with the GPU, the date
-and the commit of the measurement.
+Those of 16-bit dtypes are the fastest of a few on one H200 (bench/NOTES.md). The others were chosen by arithmetic.
 """
 
 from __future__ import annotations
@@ -10,13 +9,11 @@ import json
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
-# Both start from the vendor's GEMM, so inactive rows equal its output bit for bit.
-ProjectionPath = Literal["update", "addmm"]
-TABLE = Path(__file__).parent / "dispatch.json"
+TABLE = Path(__file__).parent / "configurations.json"
 # Largest shared memory of a thread block, in KiB, by compute capability (CUDA C++ Programming Guide, technical
 # specifications). Capabilities that are not listed get the smallest of these.
 SHARED_KIB = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99}
@@ -60,7 +57,7 @@ def padded_rank(rank: int) -> int:
 
 @lru_cache
 def table() -> dict[str, Any]:
-    """Return the parsed `dispatch.json`."""
+    """Return the rules by kernel."""
     parsed: dict[str, Any] = json.loads(TABLE.read_text())
     return parsed
 
@@ -82,7 +79,7 @@ def configuration(kernel: str, rows: int, rank: int, dtype: torch.dtype, capabil
 def configurations(kernel: str, rank: int, dtype: torch.dtype, capability: int, rows: int | None = None) -> list[Configuration]:
     """Return the configurations that a launch may get, preferred first: for any number of rows, or for `rows` only."""
     found = []
-    for rule in table()["configurations"][kernel]:
+    for rule in table()[kernel]:
         if _fits(rule, rows, rank, dtype, capability):
             block_m, block_n, block_k = rule["blocks"]
             found.append(Configuration(block_m, block_n, block_k, rule["num_warps"], rule["num_stages"]))
@@ -90,28 +87,3 @@ def configurations(kernel: str, rank: int, dtype: torch.dtype, capability: int, 
                 # This rule matches any number of rows, so later rules are unreachable.
                 break
     return found
-
-
-def path(rows: int, n: int, k: int, dtype: torch.dtype, gpu: str) -> ProjectionPath:
-    """Return the path that computes a projection of `rows` rows from `k` to `n` columns on this card.
-
-    Rules measured on a card of that name and in that dtype come first, and the nearest measured shape decides. Other cards
-    use the default rules.
-
-    Args:
-        rows: Number of rows of `x`.
-        n: Output columns.
-        k: Inner columns.
-        dtype: Dtype of `x`.
-        gpu: Name of the card, as `torch.cuda.get_device_name` returns it.
-    """
-    measured = table()["paths"].get(gpu)
-    name = str(dtype).removeprefix("torch.")
-    if measured is not None and name == measured["dtype"]:
-        nearest = min(measured["shapes"], key=lambda s: (abs(s["rows"] - rows), abs(s["n"] - n) + abs(s["k"] - k)))
-        chosen: ProjectionPath = nearest["path"]
-        return chosen
-    # The last rule has no condition.
-    rules = table()["paths"]["default"]["rules"]
-    by_rule: ProjectionPath = next(r["path"] for r in rules if rows >= r.get("min_rows", 0) and name in r.get("dtypes", [name]))
-    return by_rule
