@@ -23,7 +23,7 @@ import torch._dynamo
 from slideredit_rt.adapters import Adapter
 from slideredit_rt.bench.clock import Clock
 from slideredit_rt.bench.full_size import FullSize
-from slideredit_rt.engines import Manifest, get_backend
+from slideredit_rt.engines import Backend, Manifest, get_backend
 from slideredit_rt.engines.inductor import Inductor, InductorEngine, engine_of
 from slideredit_rt.modules import SliderBackbone
 from slideredit_rt.quantization.linear import quantized_linears
@@ -157,10 +157,15 @@ def engine_for(backbone: SliderBackbone, max_batch: int) -> InductorEngine:
 
     It has the lowering that the build selects. The next column may need a new transformer (`spends_transformer`).
     """
-    family, backend = backbone.family, get_backend("inductor")
+    return engine_of(backbone, manifest_of(backbone, get_backend("inductor"), max_batch))
+
+
+def manifest_of(backbone: SliderBackbone, backend: Backend, max_batch: int) -> Manifest:
+    """Describe an engine that is not in a folder, with the lowering that the build selects."""
+    family = backbone.family
     config: Any = backbone.transformer.config
     quantised = Counter(linear.precision for linear in quantized_linears(backbone.transformer).values())
-    manifest = Manifest(
+    return Manifest(
         family=family.name,
         base={},
         adapter=None,
@@ -172,13 +177,12 @@ def engine_for(backbone: SliderBackbone, max_batch: int) -> InductorEngine:
         max_sliders=MAX_SLIDERS,
         config={},
         inputs=[*family.input_specs(config), *backbone.slider_specs()],
-        outputs=[family.output_spec(config)],
+        outputs=family.output_specs(config),
         files={},
         created="",
         versions={},
         quantised=dict(quantised),
     )
-    return engine_of(backbone, manifest)
 
 
 def spends_transformer(engine: InductorEngine) -> bool:

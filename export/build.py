@@ -76,6 +76,12 @@ def build_engine(
     quantised = sorted({layer.precision for layer in read_layers(path / "transformer").values()})
     check_precisions(backend, quantised)
     lowering = choose(settings.lowering, kind, backend, bank=bank, quantised=bool(quantised))
+    if family.reads_images_once and not backend.reads_images:
+        able = [name for name, other in BACKENDS.items() if other.reads_images]
+        raise SliderEditError(
+            f"the backend {backend.name} cannot build engines that read the source images once, as a {family.name} base does; "
+            f"use --backend {' or '.join(able)}"
+        )
     # The transformer is checked later, when its weights are linked.
     family.check_base(path, transformer=False)
     limits = backend.precheck(family, path, settings)

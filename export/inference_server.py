@@ -58,6 +58,11 @@ def export_triton(
     if max_queue_delay_us < 0:
         raise SliderEditError(f"the queue delay is {max_queue_delay_us} µs; pass 0 or more")
     manifest = read_manifest(engine)
+    if len(manifest.outputs) > 1:
+        raise SliderEditError(
+            f"engine {str(engine)!r} reads its source images in a call of their own, which the model repository does not have; "
+            "serve it with slideredit-rt serve"
+        )
     served = {name: backend.served for name, backend in BACKENDS.items() if backend.served is not None}
     if manifest.backend not in served:
         raise SliderEditError(

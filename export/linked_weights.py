@@ -118,7 +118,7 @@ class _LinkedWeights:
             config=self.config,
             dtype=str(self.dtype).removeprefix("torch."),
             inputs=[*family.input_specs(self.config), *self.backbone.slider_specs()],
-            outputs=[family.output_spec(self.config)],
+            outputs=family.output_specs(self.config),
             files=files,
             links=self.links,
             bytes_written=sum((folder / name).stat().st_size for name in files),

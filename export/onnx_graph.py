@@ -15,6 +15,7 @@ from typing import Any
 import onnx
 import onnxscript
 import torch
+from torch import nn
 from torch.export import Dim
 
 from slideredit_rt.export.nodes import DOMAIN, LINEAR, QUANTIZED_LINEAR, UPDATE
@@ -88,10 +89,10 @@ _TRANSLATIONS: dict[Any, Callable[..., Any]] = {
 
 
 def _dynamic_shapes(backbone: SliderBackbone, config: Any) -> dict[str, dict[int, Any]]:
-    dims = {name: Dim(name, min=1) for name in ("batch", "text_rows", "image_rows", "sliders")}
+    specs = backbone.family.input_specs(config) + backbone.slider_specs()
+    dims: dict[str, Any] = {axis: Dim(axis, min=1) for spec in specs for axis in spec.shape if isinstance(axis, str)}
     # A sum of two dimensions cannot be declared, so the exporter has to derive it from the graph.
     dims["rows"] = Dim.DYNAMIC
-    specs = backbone.family.input_specs(config) + backbone.slider_specs()
     return {s.name: {i: dims[axis] for i, axis in enumerate(s.shape) if isinstance(axis, str)} for s in specs}
 
 
@@ -148,15 +149,27 @@ def trace(backbone: SliderBackbone, config: Any) -> torch.onnx.ONNXProgram:
     return program
 
 
+class _Graph(nn.Module):
+    """A backbone with all outputs of its family. The parameters have the same names as the backbone's."""
+
+    def __init__(self, backbone: SliderBackbone) -> None:
+        super().__init__()
+        self.transformer = backbone.transformer
+        self.outputs = backbone.outputs
+
+    def forward(self, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        return self.outputs(inputs)
+
+
 def _export(backbone: SliderBackbone, config: Any, inputs: dict[str, torch.Tensor]) -> torch.onnx.ONNXProgram | None:
     return torch.onnx.export(
-        backbone.eval(),
+        _Graph(backbone.eval()),
         kwargs={"inputs": inputs},
         dynamo=True,
         optimize=False,
         opset_version=OPSET,
         input_names=list(inputs),
-        output_names=[backbone.family.output_spec(config).name],
+        output_names=[spec.name for spec in backbone.family.output_specs(config)],
         dynamic_shapes={"inputs": _dynamic_shapes(backbone, config)},
         custom_translation_table=_TRANSLATIONS,
         verbose=False,

@@ -20,7 +20,7 @@ from slideredit_rt.engines import check_run, open_engine
 from slideredit_rt.engines.eager import EagerEngine
 from slideredit_rt.engines.manifest import check_base, read_manifest
 from slideredit_rt.errors import OutOfDeviceMemory, SliderEditError
-from slideredit_rt.families import Backbone, Conditioning, EncodedImages, Family, family_of, get_family
+from slideredit_rt.families import Backbone, Conditioning, EncodedImages, Family, Reader, family_of, get_family
 from slideredit_rt.images import ImageSource, read_images
 from slideredit_rt.modules import SliderBackbone
 from slideredit_rt.placement import Placement, choose_placement
@@ -97,7 +97,11 @@ class _Encoder:
 
     def sources(self) -> EncodedImages:
         editor = self.editor
-        return self._recall(("images", self._images_key), lambda: editor.family.encode_sources(editor.pipeline, self.images))
+        sources = self._recall(("images", self._images_key), lambda: editor.family.encode_sources(editor.pipeline, self.images))
+        if not editor.family.reads_images_once:
+            return sources
+        keys_values = self._recall(("keys_values", self._images_key), lambda: editor.read(sources))
+        return editor.family.with_read(sources, keys_values)
 
 
 class SliderEditor:
@@ -266,8 +270,8 @@ class SliderEditor:
                 that takes them.
             sliders: Instructions, or sliders, whose strengths are not used here.
             settings: Settings of the edit; None takes the defaults.
-            remember: Cache for encodings. Keys of `images` depend on the images, those of `tokens` and `text` on the prompt,
-                and also on the images if the text encoder reads them. None encodes everything.
+            remember: Cache for encodings. Keys of `images` and `keys_values` depend on the images, those of `tokens` and `text`
+                on the prompt, and also on the images if the text encoder reads them. None encodes everything.
             **given: Fields that replace those of `settings`, such as `prompt` or `seed`.
 
         Raises:
@@ -300,6 +304,24 @@ class SliderEditor:
             members=members,
             settings=settings,
         )
+
+    @torch.no_grad()
+    def read(self, sources: EncodedImages) -> Tensor:
+        """Compute the keys and values of source images with the engine, for a family that reads them once.
+
+        Args:
+            sources: Source images from the family's `encode_sources`.
+
+        Raises:
+            SliderEditError: The engine cannot read source images.
+        """
+        if not isinstance(self.engine, Reader):
+            raise SliderEditError(
+                f"a {self.family.name} base reads its source images in a call of its own, which this engine does not have; "
+                "build the engine from this base again"
+            )
+        # Clone, because the engine's next call may overwrite its output.
+        return self.engine.read(self.family.read_inputs(self.config, sources)).to(sources.reference.device).clone()
 
     def _images_of(self, image: ImageSource | Sequence[ImageSource]) -> list[Image.Image]:
         """Read RGB images, and check that the base edits as many."""

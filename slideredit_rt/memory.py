@@ -67,6 +67,8 @@ class Footprint:
         tiled_decode: Activations of decoding one image in tiles.
         max_batch: Largest batch of the engine.
         streams: True if weights can be streamed from the host.
+        keys_values: Keys and values of the source image of an edit, for a family that reads source images once. Edits of the
+            same image share them; the plan counts them for each image of a batch.
     """
 
     weights: int
@@ -78,6 +80,12 @@ class Footprint:
     tiled_decode: int
     max_batch: int
     streams: bool
+    keys_values: int = 0
+
+    @property
+    def image(self) -> int:
+        """Bytes of a denoising step for each image of a batch, with its keys and values."""
+        return self.step + self.keys_values
 
 
 @dataclass(frozen=True)
@@ -90,6 +98,7 @@ class MemoryPlan:
         encoders_gib: Text encoders; on the card only during an encoding unless `offload` is `none`.
         decoder_gib: Autoencoder.
         activations_gib: Activations of a batch of 1.
+        keys_values_gib: Keys and values of the source image of an edit; 0 for a family that reads source images in every step.
         offload: First of `none`, `encoders` and, for engines with weight streaming, `all` that fits, or the last of them.
         max_batch: The largest batch that fits, up to the engine's; 0 where not even one image does.
         fits: True if one image fits.
@@ -102,6 +111,7 @@ class MemoryPlan:
     encoders_gib: float
     decoder_gib: float
     activations_gib: float
+    keys_values_gib: float
     offload: MemoryMode
     max_batch: int
     fits: bool
@@ -123,14 +133,14 @@ def plan_memory(footprint: Footprint, vram: int, modes: Sequence[MemoryMode] = M
     room = vram - RESERVED - footprint.decoder
     # A text encoder visits the card a layer at a time, and not while an image is decoded.
     offloaded = max(footprint.tiled_decode, footprint.largest_encoder_weight)
-    streamed = min(footprint.weights, max(int(STREAMED_SHARE * footprint.weights), room - offloaded - footprint.step))
+    streamed = min(footprint.weights, max(int(STREAMED_SHARE * footprint.weights), room - offloaded - footprint.image))
     choices = {
         "none": _Choice(footprint.weights, footprint.encoders, footprint.decode),
         "encoders": _Choice(footprint.weights, 0, offloaded),
         "all": _Choice(streamed, 0, offloaded),
     }
     allowed = [mode for mode in modes if mode != "all" or footprint.streams]
-    fitting = (mode for mode in allowed if choices[mode].room(footprint.step) <= room)
+    fitting = (mode for mode in allowed if choices[mode].room(footprint.image) <= room)
     mode = next(fitting, allowed[-1])
     return _plan(footprint, vram, mode, choices[mode], room)
 
@@ -152,15 +162,16 @@ class _Choice:
 
 
 def _plan(footprint: Footprint, vram: int, mode: MemoryMode, choice: _Choice, room: int) -> MemoryPlan:
-    missing = max(0, choice.room(footprint.step) - room)
-    everything = footprint.weights + footprint.encoders + footprint.decode + footprint.step
-    batch = 0 if missing else min((room - choice.room(0)) // footprint.step, footprint.max_batch)
+    missing = max(0, choice.room(footprint.image) - room)
+    everything = footprint.weights + footprint.encoders + footprint.decode + footprint.image
+    batch = 0 if missing else min((room - choice.room(0)) // footprint.image, footprint.max_batch)
     return MemoryPlan(
         vram_gib=_gib(vram),
         weights_gib=_gib(choice.weights),
         encoders_gib=_gib(footprint.encoders),
         decoder_gib=_gib(footprint.decoder),
         activations_gib=_gib(footprint.step + choice.other),
+        keys_values_gib=_gib(footprint.keys_values),
         offload=mode,
         max_batch=batch,
         fits=not missing,
@@ -207,7 +218,24 @@ def engine_footprint(folder: Path, manifest: Manifest, base: Path, dtype: torch.
         **vars(_kept_activations(manifest, base, dtype)),
         max_batch=manifest.max_batch,
         streams=manifest.weight_streaming,
+        keys_values=_keys_values(manifest, base, dtype),
     )
+
+
+def _keys_values(manifest: Manifest, base: Path, dtype: torch.dtype) -> int:
+    """Return the bytes of the keys and values of one source image of the base's usual size; 0 if an engine takes none."""
+    specs = [spec for spec in manifest.inputs if "reference_rows" in spec.shape]
+    if not specs:
+        return 0
+    with quiet_libraries():
+        rows = _usual_rows(manifest, _decoding_pipeline(manifest, base, dtype))
+    sizes = {"references": 1, "reference_rows": rows}
+    return sum(math.prod(spec.resolve(sizes)) * getattr(torch, spec.dtype).itemsize for spec in specs)
+
+
+def _usual_rows(manifest: Manifest, pipeline: Any) -> int:
+    """Return the rows of an image of the base's usual size."""
+    return int((get_family(manifest.family).side(pipeline) // (2 * pipeline.vae_scale_factor)) ** 2)
 
 
 def _kept_activations(manifest: Manifest, base: Path, dtype: torch.dtype) -> _Activations:
@@ -235,13 +263,13 @@ def _activations(manifest: Manifest, base: Path, dtype: torch.dtype) -> _Activat
     """Count activations on the `meta` device."""
     family = get_family(manifest.family)
     with quiet_libraries():
-        pipeline = _decoding_pipeline(base, dtype)
+        pipeline = _decoding_pipeline(manifest, base, dtype)
         # The base may have been downloaded without its transformer.
         transformer = meta_model(components(base)["transformer"][1], manifest.config).to(getattr(torch, manifest.dtype))
     side = family.side(pipeline)
-    rows = (side // (2 * pipeline.vae_scale_factor)) ** 2
+    rows = _usual_rows(manifest, pipeline)
     family.prepare_transformer(transformer)
-    inputs = family.random_inputs(manifest.config, 1, _text_rows(manifest), 2 * rows, torch.Generator())
+    inputs = family.random_inputs(manifest.config, 1, _text_rows(manifest), family.step_rows(rows), torch.Generator())
     on_meta = {name: value.to("meta") for name, value in inputs.items()}
     latents = torch.empty(1, rows, int(manifest.config["in_channels"]), device="meta")
 
@@ -306,9 +334,9 @@ class _FusedAttention(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _decoding_pipeline(base: Path, dtype: torch.dtype) -> Any:
+def _decoding_pipeline(manifest: Manifest, base: Path, dtype: torch.dtype) -> Any:
     """Make a base's pipeline with nothing but its autoencoder, on `meta`: enough to decode."""
-    pipeline_class = getattr(diffusers, read_index(base)["_class_name"])
+    pipeline_class: Any = get_family(manifest.family).encoding_pipeline or getattr(diffusers, read_index(base)["_class_name"])
     names = list(inspect.signature(pipeline_class.__init__).parameters)[1:]
     vae = meta_transformer(base / "vae").to(dtype)
     return pipeline_class(**{name: {"vae": vae}.get(name) for name in names})

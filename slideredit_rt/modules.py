@@ -241,9 +241,26 @@ class SliderBackbone(nn.Module):
         Returns:
             Prediction `[B, image_rows, C]`.
         """
+        return self.family.run(self.transformer, self._scaled(inputs))
+
+    def outputs(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        """Predict one step like `forward`; return all outputs of the family (see `Family.outputs`)."""
+        return self.family.outputs(self.transformer, self._scaled(inputs))
+
+    def read(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Read source images with the adapter off (see `Family.read`)."""
+        return self.family.read(self.transformer, self._scaled(without_sliders(inputs)))
+
+    def _scaled(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Set the row scales of a call; return its inputs without those of the sliders."""
         backbone_inputs = dict(inputs)
         alpha, token_mask = backbone_inputs.pop("alpha", None), backbone_inputs.pop("token_mask", None)
         # Keep the scales set after the call: with gradient checkpointing, the linears run again during the backward pass.
         row_scale = None if alpha is None or token_mask is None else combine_row_scale(alpha, token_mask)
         self.set_scales(row_scale, inputs["encoder_hidden_states"].shape[1], inputs["hidden_states"].shape[1])
-        return self.family.run(self.transformer, backbone_inputs)
+        return backbone_inputs
+
+
+def without_sliders(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the inputs of a backbone without those of the sliders."""
+    return {name: value for name, value in inputs.items() if name not in ("alpha", "token_mask")}

@@ -18,7 +18,7 @@ from slideredit_rt.editor import Prepared, SliderEditor
 from slideredit_rt.engines import Engine, Manifest, check_run, open_engine, read_manifest
 from slideredit_rt.engines.manifest import check_base
 from slideredit_rt.errors import SliderEditError
-from slideredit_rt.families import Backbone, get_family
+from slideredit_rt.families import Backbone, Reader, get_family
 from slideredit_rt.placement import choose_placement
 from slideredit_rt.quantization.config import read_source
 from slideredit_rt.quantization.precisions import PRECISIONS
@@ -223,6 +223,25 @@ def compare_quantised(
     return found
 
 
+def compare_reading(
+    editor: SliderEditor, eager: SliderEditor, same_dtype: SliderEditor | None, image: Image.Image, limit: float | None = None
+) -> list[Comparison]:
+    """Compare the keys and values of a source image; return nothing for a family that reads source images in every step.
+
+    Args:
+        editor: Editor with the engine to verify.
+        eager: Editor with the eager backbone in float32.
+        same_dtype: Editor with an eager backbone in the engine's dtype; None for a float32 engine.
+        image: Source image.
+        limit: Largest accepted relative RMS of a quantised engine; None for other engines.
+    """
+    if not editor.family.reads_images_once:
+        return []
+    sources = editor.family.encode_sources(editor.pipeline, [image])
+    half = None if same_dtype is None else same_dtype.read(sources)
+    return [replace(compare("source image", editor.read(sources), eager.read(sources), half), limit=limit)]
+
+
 def _alphas(editor: SliderEditor, prepared: Prepared, alphas: Sequence[float]) -> Tensor:
     """Return the engine's alphas for settings in which all sliders have the same alpha: `[N, K]`, for a bank `[N, K, G]`."""
     alpha = torch.tensor(alphas)[:, None].repeat(1, len(prepared.token_mask))
@@ -251,16 +270,29 @@ def _random_inputs(editor: SliderEditor, like: Mapping[str, Tensor], batch: int)
     return inputs | {"token_mask": mask}
 
 
+class _Carried:
+    """An engine on any device that takes and returns tensors on the CPU."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def __call__(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        return self._engine(self._moved(inputs)).cpu()
+
+    def read(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        assert isinstance(self._engine, Reader)
+        return self._engine.read(self._moved(inputs)).cpu()
+
+    def _moved(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: tensor.to(self._engine.device) for name, tensor in inputs.items()}
+
+
 def _on_cpu(eager: SliderEditor, manifest: Manifest, engine: Engine) -> SliderEditor:
     """Make an editor that encodes and decodes as the eager one does, on the CPU, and denoises with an engine on any device."""
-
-    def carried(inputs: Mapping[str, Tensor]) -> Tensor:
-        return engine({name: tensor.to(engine.device) for name, tensor in inputs.items()}).cpu()
-
     assert manifest.kind is not None
     controls = Controls(manifest.kind, manifest.curve, manifest.members)
     limits = {"max_batch": manifest.max_batch, "max_sliders": manifest.max_sliders}
-    return SliderEditor(eager.family, eager.pipeline, carried, manifest.config, controls, **limits)
+    return SliderEditor(eager.family, eager.pipeline, _Carried(engine), manifest.config, controls, **limits)
 
 
 def verify_engine(
@@ -313,15 +345,20 @@ def verify_engine(
     prepared = engine.prepare(image, sliders, steps=steps)
     if manifest.precision is not None:
         limit = PRECISIONS[manifest.precision].limits.step_rms
-        comparisons = compare_quantised(engine, eager.engine, prepared, manifest.max_batch, limit)
+        comparisons = compare_reading(engine, eager, None, image, limit)
+        comparisons += compare_quantised(engine, eager.engine, prepared, manifest.max_batch, limit)
     else:
         same_dtype = None
         if manifest.dtype != "float32":
-            same_dtype = SliderEditor.from_pretrained(base, loaded, dtype=getattr(torch, manifest.dtype)).engine
-        comparisons = compare_backbones(engine, eager.engine, same_dtype, prepared, manifest.max_batch)
+            same_dtype = SliderEditor.from_pretrained(base, loaded, dtype=getattr(torch, manifest.dtype))
+        comparisons = compare_reading(engine, eager, same_dtype, image)
+        half = None if same_dtype is None else same_dtype.engine
+        comparisons += compare_backbones(engine, eager.engine, half, prepared, manifest.max_batch)
     if not math.isfinite(_largest(c.max_abs_error for c in comparisons)):
         return Verification(manifest.dtype, comparisons, {f"alpha {a:+.2f}": math.nan for a in ALPHAS}, manifest.precision)
-    finals = [_final_images(editor, prepared, steps) for editor in (engine, eager)]
+    # An engine that reads source images once has prepared the edit itself, so eager torch prepares its own.
+    expected = eager.prepare(image, sliders, steps=steps) if eager.family.reads_images_once else prepared
+    finals = [_final_images(engine, prepared, steps), _final_images(eager, expected, steps)]
     errors = (finals[0] - finals[1]).double().square().flatten(1).mean(1)
     psnr = {
         f"alpha {a:+.2f}": math.inf if e == 0 else -10 * math.log10(e) for a, e in zip(ALPHAS, errors.tolist(), strict=True)

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline, Flux2Transformer2DModel
+from diffusers import (
+    AutoencoderKLFlux2,
+    FlowMatchEulerDiscreteScheduler,
+    Flux2KleinKVPipeline,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
+)
 from PIL import Image
 from qwen_checkpoint import CORPUS
 from transformers import Qwen3Config, Qwen3ForCausalLM
@@ -18,7 +25,7 @@ from slideredit_rt.families import Kind, get_family
 SIDE, TEXT_ROWS = 128, 96
 
 
-def save_tiny_checkpoint(folder: Path, *, distilled: bool = True, seed: int = 0) -> Path:
+def save_tiny_checkpoint(folder: Path, *, distilled: bool = True, kv: bool = False, seed: int = 0) -> Path:
     """Save a pipeline that edits up to 128²: 64 image rows an image, a VAE of factor 8, two dual and two single blocks."""
     torch.manual_seed(seed)
     vae = AutoencoderKLFlux2(
@@ -58,14 +65,19 @@ def save_tiny_checkpoint(folder: Path, *, distilled: bool = True, seed: int = 0)
         )
     ).eval()
     scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
-    Flux2KleinPipeline(scheduler, vae, encoder, tokenizer, transformer, is_distilled=distilled).save_pretrained(folder)
+    parts = scheduler, vae, encoder, tokenizer, transformer
+    pipeline = Flux2KleinKVPipeline(*parts) if kv else Flux2KleinPipeline(*parts, is_distilled=distilled)
+    pipeline.save_pretrained(folder)
     return folder
 
 
-def flux2_adapter(base: Path, kind: Kind, *, seed: int = 3, all_projections: bool = False) -> Adapter:
+def flux2_adapter(
+    base: Path, kind: Kind, *, family_name: str = "flux2", seed: int = 3, all_projections: bool = False
+) -> Adapter:
     """A random adapter for a checkpoint."""
     transformer = Flux2Transformer2DModel.from_pretrained(base / "transformer")
-    return random_pairs(transformer, kind, seed=seed, all_projections=all_projections)
+    adapter = random_pairs(transformer, kind, seed=seed, all_projections=all_projections)
+    return dataclasses.replace(adapter, family=family_name)
 
 
 def random_pairs(
@@ -85,13 +97,13 @@ def random_pairs(
     return Adapter(family.name, kind, rank, pairs, f"random-{kind}")
 
 
-def diffusers_edit(pipeline: Any, images: list[Image.Image], prompt: str, scale: float, steps: int) -> torch.Tensor:
-    """An image in [0, 1], float32 `[3, H, W]`, with seed 5."""
+def diffusers_edit(pipeline: Any, images: list[Image.Image], prompt: str, scale: float | None, steps: int) -> torch.Tensor:
+    """An image in [0, 1], float32 `[3, H, W]`, with seed 5; no scale for a pipeline without guidance."""
     pipeline.set_progress_bar_config(disable=True)
     output: torch.Tensor = pipeline(
         image=images,
         prompt=prompt,
-        guidance_scale=scale,
+        **({} if scale is None else {"guidance_scale": scale}),
         num_inference_steps=steps,
         max_sequence_length=TEXT_ROWS,
         output_type="pt",

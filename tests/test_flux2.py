@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import random
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -412,11 +411,6 @@ def test_a_checkpoint_tells_its_family_and_its_rows(bases: dict[str, Path], fami
         assert family_of(path) is family
         # Images are never enlarged, so an engine has to take small ones as well.
         assert image_rows_of(path, SIDE, small_images=family.keeps_small_images) == (2, 128, 131)
-    shutil.copytree(bases["distilled"], tmp_path / "kv")
-    index = json.loads((tmp_path / "kv" / "model_index.json").read_text())
-    (tmp_path / "kv" / "model_index.json").write_text(json.dumps(index | {"_class_name": "Flux2KleinKVPipeline"}))
-    with pytest.raises(SliderEditError, match=r"is a Flux2KleinKVPipeline, which is not supported"):
-        family_of(tmp_path / "kv")
 
 
 def test_a_bank_gives_each_member_its_own_strength(bases: dict[str, Path], adapters: dict[Kind, Path], tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from slideredit_rt.checkpoint import quiet_libraries
 from slideredit_rt.errors import SliderEditError
-from slideredit_rt.families import FAMILIES, Family
+from slideredit_rt.families import FAMILIES, Family, families_by_name
 
 Pair = tuple[Tensor, Tensor]
 
@@ -160,7 +160,7 @@ def _best_conversion(
     """Return the family whose converter gives the most linears that its sliders can scale, and what it gives."""
     attempts = []
     reason: Exception | None = None
-    for candidate in FAMILIES.values():
+    for candidate in families_by_name(family).values():
         try:
             # Converters of other families warn about names that they do not know.
             with quiet_libraries():

@@ -62,8 +62,15 @@ def fit_adapter(adapter: Adapter, family: Family, transformer: nn.Module, *, all
         The adapter, without the modules that were dropped.
 
     Raises:
-        SliderEditError: The transformer lacks some of the modules (all of them with `allow_partial`), or a size differs.
+        SliderEditError: The transformer lacks some of the modules (all of them with `allow_partial`), a size differs, or a GST
+            adapter scales rows of source images that the family reads without sliders.
     """
+    if adapter.kind == "gst" and family.reads_images_once and adapter.family != family.name:
+        raise SliderEditError(
+            f"adapter {adapter.source!r} was trained for {adapter.family} on the rows of source images as well, which a "
+            f"{family.name} reads without sliders; use a {adapter.family} base, or a GST adapter that was trained for "
+            f"{family.name}"
+        )
     match = match_adapter(adapter, family, transformer)
     if match.mismatched:
         name = match.mismatched[0]

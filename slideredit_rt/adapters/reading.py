@@ -16,7 +16,7 @@ from slideredit_rt.adapters.scales import Statement, metadata_statements, module
 from slideredit_rt.adapters.writing import DIFFUSERS_FILE, PEFT_CONFIG, PEFT_FILE
 from slideredit_rt.assets import resolve_adapter
 from slideredit_rt.errors import SliderEditError
-from slideredit_rt.families import FAMILIES, KINDS, Family, Kind, get_family
+from slideredit_rt.families import FAMILIES, KINDS, Family, Kind, families_by_name, get_family
 from slideredit_rt.strength import StrengthCurve
 
 _FOLDER_FILES = (DIFFUSERS_FILE, PEFT_FILE, "adapter_model.bin")
@@ -99,7 +99,7 @@ def _curve(metadata: Mapping[str, str], path: Path) -> StrengthCurve:
 
 def _recognise(modules: Collection[str], family: Family | None, source: str | Path) -> Family:
     """Return the family that these linears belong to. Refuse an adapter whose family is not `family`."""
-    known = {name: sum(f.rows_of(module) is not None for module in modules) for name, f in FAMILIES.items()}
+    known = {name: sum(f.rows_of(module) is not None for module in modules) for name, f in families_by_name(family).items()}
     best = [name for name, count in known.items() if count == max(known.values())]
     if not any(known.values()):
         raise SliderEditError(
@@ -153,11 +153,12 @@ def load_adapter(source: str | Path, family: Family | None = None, *, mixed_dtyp
             "slideredit-rt adapter convert --dtype"
         )
     family = _stated_family(metadata, family, source)
+    stated = metadata.get("family")
     pairs, named_for = with_diffusers_names(_scaled(layout, ranks, statements, source), family, source)
     family = _recognise(pairs, family or named_for, source)
     ranks = {module: len(a) for module, (a, _) in pairs.items()}
     return Adapter(
-        family=family.name,
+        family=stated or family.name,
         kind=_kind(pairs, metadata, family, source),
         rank=max(ranks.values()),
         pairs=pairs,
@@ -231,11 +232,11 @@ def _stated_family(metadata: Mapping[str, str], family: Family | None, source: s
     stated = metadata.get("family")
     if stated is None:
         return family
-    if family is not None and stated != family.name:
+    if family is not None and stated not in (family.name, family.variant_of):
         raise SliderEditError(
             f"adapter {str(source)!r} was trained for {stated}, not for {family.name}; use it with a {stated} base"
         )
-    return get_family(stated)
+    return family or get_family(stated)
 
 
 def _rank(module: str, parts: Mapping[str, Tensor], source: str | Path) -> int:

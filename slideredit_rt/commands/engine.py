@@ -156,6 +156,11 @@ def _memory(args: argparse.Namespace, manifest: Manifest) -> tuple[dict[str, Any
         f"memory     {plan.vram_gib:g} GiB: {verdict} {how}",
         f"memory     weights {plan.weights_gib:g}, encoders {plan.encoders_gib:g}, autoencoder {plan.decoder_gib:g}, "
         f"activations {plan.activations_gib:g} GiB (batch 1); 1.5 GiB are reserved",
+        *(
+            [f"memory     keys and values {plan.keys_values_gib:g} GiB for each source image, also in the server's cache"]
+            if plan.keys_values_gib
+            else []
+        ),
     ]
 
 

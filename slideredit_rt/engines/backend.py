@@ -189,6 +189,8 @@ class Backend(ABC):
         quantised: Precisions of quantised bases that it runs, and the form of their projections in its graph (see
             `slideredit_rt.export.quantised`); `module` for a backend without a graph.
         streams: True if it can build engines whose weights are copied from the host in every step.
+        reads_images: True if its engines have `read` (see `slideredit_rt.families.Reader`), for families that read source
+            images once.
     """
 
     name: ClassVar[str]
@@ -200,6 +202,7 @@ class Backend(ABC):
     served: ClassVar[ServedModel | None] = None
     quantised: ClassVar[Mapping[str, str]] = {}
     streams: ClassVar[bool] = False
+    reads_images: ClassVar[bool] = False
 
     def version(self) -> str:
         """Return the version of the installed package, for the manifest."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from slideredit_rt.engines.cuda import on_device
+from slideredit_rt.errors import SliderEditError
+from slideredit_rt.families import Backbone, Reader
 
 
 class EagerEngine:
@@ -19,7 +21,7 @@ class EagerEngine:
         device: Device of its weights.
     """
 
-    def __init__(self, backbone: Callable[[Mapping[str, Tensor]], Tensor], device: torch.device) -> None:
+    def __init__(self, backbone: Backbone, device: torch.device) -> None:
         self.backbone = backbone
         self.device = device
         self._lock = threading.Lock()  # the linears share the row scales of a call
@@ -29,3 +31,11 @@ class EagerEngine:
         """Predict one step (see `slideredit_rt.engines.Engine`)."""
         with self._lock, on_device(self.device):
             return self.backbone(inputs)
+
+    @torch.no_grad()
+    def read(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Read source images (see `slideredit_rt.families.Reader`)."""
+        with self._lock, on_device(self.device):
+            if not isinstance(self.backbone, Reader):
+                raise SliderEditError("this backbone cannot read source images in a call of its own; use a SliderBackbone")
+            return self.backbone.read(inputs)

@@ -23,7 +23,7 @@ from slideredit_rt.engines.cuda import CudaDevice
 from slideredit_rt.engines.folding import fold
 from slideredit_rt.engines.manifest import ADAPTER_FILE, CONVERTED_FILE, Manifest
 from slideredit_rt.engines.quantised import ShareEqualNodes, prepare_quantised
-from slideredit_rt.engines.request import Outputs, check_request
+from slideredit_rt.engines.request import Outputs, check_request, reading_request
 from slideredit_rt.engines.shapes import ShapeCache
 from slideredit_rt.errors import OutOfDeviceMemory, SliderEditError
 from slideredit_rt.families import get_family
@@ -143,17 +143,30 @@ class InductorEngine:
             SliderEditError: The engine is closed, an input does not match the manifest, the device is out of memory, or torch
                 cannot compile here.
         """
+        return self._run(inputs)
+
+    @torch.no_grad()
+    def read(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Read source images with the same weights (see `slideredit_rt.families.Reader`).
+
+        Raises:
+            SliderEditError: See `__call__`.
+        """
+        return self._run(reading_request(self.manifest, inputs), 1)
+
+    def _run(self, inputs: Mapping[str, Tensor], output: int = 0) -> Tensor:
+        """Run a step, or with the second output a reading of source images."""
         sizes = check_request(self.manifest, inputs)
         if "sliders" in sizes:
             sizes |= {"sliders": self.manifest.max_sliders}
-        key = tuple(sizes.values())
+        key = (output, *sizes.values())
         with self._lock:
             backbone = self._backbone
             if backbone is None:
                 raise SliderEditError("the engine is closed; open it again")
-            result = self._outputs.of(self.manifest, sizes, inputs)
+            result = self._outputs.of(self.manifest, sizes, inputs, output)
             with self._stream():
-                binding = self._bindings.get(key, lambda: self._bind(backbone, sizes, inputs))
+                binding = self._bindings.get(key, lambda: self._bind(backbone, sizes, inputs, output))
                 _fill(binding.inputs, inputs)
                 binding.step()
                 result.copy_(binding.output)
@@ -162,15 +175,15 @@ class InductorEngine:
     def _stream(self) -> AbstractContextManager[Any]:
         return self._cuda.stream() if self._cuda else nullcontext()
 
-    def _bind(self, backbone: SliderBackbone, sizes: Mapping[str, int], inputs: Mapping[str, Tensor]) -> _Binding:
+    def _bind(self, backbone: SliderBackbone, sizes: Mapping[str, int], inputs: Mapping[str, Tensor], index: int) -> _Binding:
         """Allocate buffers for one set of shapes, compile, and capture."""
-        spec = self.manifest.outputs[0]
+        spec, run = self.manifest.outputs[index], (backbone, backbone.read)[index]
         try:
             buffers = {s.name: self._empty(s.resolve(sizes), s.dtype) for s in self.manifest.inputs}
             output = self._empty(spec.resolve(sizes), spec.dtype)
 
             def step() -> None:
-                output.copy_(backbone(buffers))
+                output.copy_(run(buffers))
 
             # Use the call's values, because a kernel may index by them.
             _fill(buffers, inputs)
@@ -237,6 +250,7 @@ class Inductor(Backend):
     title = "Inductor"
     package = "torch"
     lowerings = ("operator", "folded")
+    reads_images = True
     quantised: ClassVar = {"fp8": "module", "int8": "module", "int4": "module"}
 
     def compile(self, job: BuildJob, folder: Path) -> Compiled:

@@ -330,12 +330,12 @@ def _rising(value: Any, where: str) -> None:
 
 
 _COUNTS = _mapping(_whole(0, _LARGEST))
-_AXES = ("batch", "text_rows", "image_rows", "sliders", "rows")
+_AXES = ("batch", "text_rows", "image_rows", "sliders", "rows", "references", "reference_rows", "kept_rows")
 _SPECS = _list(
     _record(
         {
             "name": _text,
-            "dtype": _one_of("float32", "bool"),
+            "dtype": _one_of("float32", "bool", "int64"),
             "shape": _list(_either(_one_of(*_AXES), _whole(1, _LARGEST)), 1, 8),
         }
     ),
@@ -407,9 +407,9 @@ def _parse(data: dict[str, Any]) -> Manifest:
     # An unknown family is reported later, with a list of the known ones.
     if family := FAMILIES.get(manifest.family):
         try:
-            inputs, output = family.input_specs(manifest.config), family.output_spec(manifest.config)
+            inputs, outputs = family.input_specs(manifest.config), family.output_specs(manifest.config)
         except (KeyError, TypeError, ValueError, ArithmeticError) as error:
             raise ValueError(f"config lacks what a {family.name} needs: {error}") from None
-        if manifest.inputs[: len(inputs)] != inputs or manifest.outputs != [output]:
+        if manifest.inputs[: len(inputs)] != inputs or manifest.outputs != outputs:
             raise ValueError(f"inputs and outputs are not those that this version gives a {family.name} with this config")
     return manifest

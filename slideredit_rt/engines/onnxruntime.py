@@ -16,13 +16,13 @@ from torch import Tensor
 from slideredit_rt.engines.backend import Backend, BuildJob, Compiled, DType, ServedModel
 from slideredit_rt.engines.cuda import CudaDevice
 from slideredit_rt.engines.manifest import MODEL_FILE, Manifest
-from slideredit_rt.engines.request import check_request
+from slideredit_rt.engines.request import check_request, reading_request
 from slideredit_rt.engines.shapes import ShapeCache
 from slideredit_rt.errors import OutOfDeviceMemory, SliderEditError
 from slideredit_rt.settings import RunSettings
 
-_NUMPY = {"float32": np.float32, "bool": np.bool_}
-_TORCH = {"float32": torch.float32, "bool": torch.bool}
+_NUMPY = {"float32": np.float32, "bool": np.bool_, "int64": np.int64}
+_TORCH = {"float32": torch.float32, "bool": torch.bool, "int64": torch.int64}
 _CUDA_PROVIDER = "CUDAExecutionProvider"
 _MAX_BINDINGS = 16
 _SPIN_MICROSECONDS = 50
@@ -114,10 +114,19 @@ class OnnxRuntimeEngine:
         with self._lock:
             return self._run(inputs)
 
-    def _run(self, inputs: Mapping[str, Tensor]) -> Tensor:
+    def read(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Read source images with the same graph (see `slideredit_rt.families.Reader`).
+
+        Raises:
+            SliderEditError: An input does not match the manifest.
+        """
+        with self._lock:
+            return self._run(reading_request(self.manifest, inputs), 1)
+
+    def _run(self, inputs: Mapping[str, Tensor], output: int = 0) -> Tensor:
         specs = self.manifest.inputs
-        key = tuple(tuple(inputs[s.name].shape) if s.name in inputs else () for s in specs)
-        binding = self._bindings.by_shapes.get(key, lambda: self._bind(inputs))
+        key = (output, *(tuple(inputs[s.name].shape) if s.name in inputs else () for s in specs))
+        binding = self._bindings.by_shapes.get(key, lambda: self._bind(inputs, output))
         for spec in specs:
             tensor = inputs[spec.name]
             # Check every call: the address of a bound tensor may have been reused for another dtype or layout.
@@ -145,8 +154,8 @@ class OnnxRuntimeEngine:
                 raise
         return binding.output
 
-    def _bind(self, inputs: Mapping[str, Tensor]) -> _Binding:
-        output = self.manifest.outputs[0]
+    def _bind(self, inputs: Mapping[str, Tensor], index: int) -> _Binding:
+        output = self.manifest.outputs[index]
         return _Binding(self.session, output.name, output.resolve(check_request(self.manifest, inputs)), self.device)
 
 
@@ -157,6 +166,7 @@ class OnnxRuntime(Backend):
     title = "ONNX Runtime"
     package = "onnxruntime"
     lowerings = ("native", "folded")
+    reads_images = True
     served = ServedModel("onnxruntime_onnx", MODEL_FILE, MODEL_FILE, is_graph=True)
     # fp8 has no fast kernel on a CPU: it is for comparing accuracy.
     quantised: ClassVar = {"int8": "nbits", "int4": "nbits", "fp8": "qdq"}

@@ -57,6 +57,24 @@ def check_request(manifest: Manifest, inputs: Mapping[str, Tensor]) -> dict[str,
     return sizes
 
 
+def reading_request(manifest: Manifest, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the inputs of a call that reads source images, with all sliders off.
+
+    Args:
+        manifest: Manifest of the engine.
+        inputs: Result of `Family.read_inputs`.
+    """
+    sizes = {"batch": 1, "sliders": 1, "text_rows": inputs["encoder_hidden_states"].shape[1]}
+    sizes["rows"] = sizes["text_rows"] + inputs["hidden_states"].shape[1]
+    device = inputs["hidden_states"].device
+    off = {
+        spec.name: torch.zeros(spec.resolve(sizes), dtype=getattr(torch, spec.dtype), device=device)
+        for spec in manifest.inputs
+        if spec.name in ("alpha", "token_mask")
+    }
+    return {**inputs, **off}
+
+
 class Outputs(threading.local):
     """Output tensors of one thread, one for each set of shapes. Their addresses are fixed and no other thread writes them.
 
@@ -67,7 +85,7 @@ class Outputs(threading.local):
     def __init__(self, most: int) -> None:
         self._tensors: ShapeCache[Tensor] = ShapeCache(most)
 
-    def of(self, manifest: Manifest, sizes: Mapping[str, int], inputs: Mapping[str, Tensor]) -> Tensor:
+    def of(self, manifest: Manifest, sizes: Mapping[str, int], inputs: Mapping[str, Tensor], index: int = 0) -> Tensor:
         """Return the output tensor for a call, on the device of its inputs. The caller fills it before releasing its lock.
 
         Call it on the caller's CUDA stream, so that the memory belongs to that stream; the engine's stream waits for it and
@@ -77,11 +95,12 @@ class Outputs(threading.local):
             manifest: Manifest of the engine.
             sizes: Result of `check_request`.
             inputs: Inputs of the call.
+            index: Index of the output in the manifest.
 
         Raises:
             SliderEditError: The device is out of memory.
         """
-        spec, device = manifest.outputs[0], inputs[manifest.inputs[0].name].device
+        spec, device = manifest.outputs[index], inputs[manifest.inputs[0].name].device
         shape = spec.resolve(sizes)
         try:
             return self._tensors.get(

@@ -6,12 +6,24 @@ from pathlib import Path
 
 from slideredit_rt.checkpoint import read_index
 from slideredit_rt.errors import SliderEditError
-from slideredit_rt.families.base import KINDS, Backbone, Conditioning, EncodedImages, Family, Kind, RowSet, Schedule, TensorSpec
+from slideredit_rt.families.base import (
+    KINDS,
+    Backbone,
+    Conditioning,
+    EncodedImages,
+    Family,
+    Kind,
+    Reader,
+    RowSet,
+    Schedule,
+    TensorSpec,
+)
 from slideredit_rt.families.flux2 import Flux2
+from slideredit_rt.families.flux2_kv import Flux2KV
 from slideredit_rt.families.flux_kontext import FluxKontext
 from slideredit_rt.families.qwen_image_edit import QwenImageEdit
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (FluxKontext(), QwenImageEdit(), Flux2())}
+FAMILIES: dict[str, Family] = {family.name: family for family in (FluxKontext(), QwenImageEdit(), Flux2(), Flux2KV())}
 
 __all__ = [
     "FAMILIES",
@@ -21,9 +33,11 @@ __all__ = [
     "EncodedImages",
     "Family",
     "Kind",
+    "Reader",
     "RowSet",
     "Schedule",
     "TensorSpec",
+    "families_by_name",
     "family_of",
     "get_family",
 ]
@@ -38,6 +52,11 @@ def get_family(name: str) -> Family:
     if name not in FAMILIES:
         raise SliderEditError(f"unknown family {name!r}; known: {', '.join(FAMILIES)}")
     return FAMILIES[name]
+
+
+def families_by_name(wanted: Family | None = None) -> dict[str, Family]:
+    """Return the families that the names of linears tell apart: without variants, apart from the wanted family."""
+    return {name: family for name, family in FAMILIES.items() if family.variant_of is None or family is wanted}
 
 
 def family_of(base: Path) -> Family:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import diffusers
 import numpy as np
@@ -39,7 +39,8 @@ and image row."""
 class TensorSpec:
     """Name, dtype (as torch names it) and shape of an engine input or output.
 
-    Axes are numbers or the symbols `batch`, `text_rows`, `image_rows`, `sliders`, `rows` (text rows, then image rows).
+    Axes are numbers or the symbols `batch`, `text_rows`, `image_rows`, `sliders`, `rows` (text rows, then image rows). Families
+    that read source images once also have `references` (edits with different source images), `reference_rows` and `kept_rows`.
     """
 
     name: str
@@ -148,6 +149,15 @@ Backbone = Callable[[Mapping[str, Tensor]], Tensor]
 """A function that runs the backbone once: named inputs (with `alpha` and `token_mask`) to `[batch, image_rows, C]`."""
 
 
+@runtime_checkable
+class Reader(Protocol):
+    """A `Backbone` that also reads source images, for families that read them once."""
+
+    def read(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Return the keys and values of the rows `kept`, with all sliders off (see `Family.read`)."""
+        ...
+
+
 class Family(ABC):
     """One base-model architecture. A family does not hold weights; it works on a loaded diffusers pipeline.
 
@@ -174,6 +184,10 @@ class Family(ABC):
         original_names: Names of modules and tensors in single files that follow the model's authors, and those that their rows
             have in diffusers, in order. `{}` stands for the number of a block. Empty if the names are diffusers' own.
         swapped_halves: Modules, by diffusers' names, whose output features are in the other order of halves in such files.
+        variant_of: Name of the family whose linears this one shares, and whose ST adapters it takes; None if there is none.
+        reads_images_once: True if the source images are read in a call of their own (see `read`) instead of in every step. Its
+            GST adapters do not scale rows of source images.
+        encoding_pipeline: Pipeline class for a checkpoint that is loaded without its transformer; None takes the checkpoint's.
     """
 
     name: ClassVar[str]
@@ -194,6 +208,9 @@ class Family(ABC):
     proportions: ClassVar[Mapping[str, Fraction]] = {}
     original_names: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     swapped_halves: ClassVar[tuple[str, ...]] = ()
+    variant_of: ClassVar[str | None] = None
+    reads_images_once: ClassVar[bool] = False
+    encoding_pipeline: ClassVar[type | None] = None
 
     def check_base(self, folder: Path, *, transformer: bool = True) -> dict[str, Any]:
         """Check that the pipeline in `folder` is complete (see `slideredit_rt.checkpoint.check_pipeline`).
@@ -220,7 +237,8 @@ class Family(ABC):
             parts["transformer"] = load_transformer(folder / "transformer", dtype)
         options = {"dtype": dtype, "local_files_only": True, **parts}
         with quiet_libraries():
-            return load_components(folder, lambda: diffusers.DiffusionPipeline.from_pretrained(folder, **options))
+            sort: Any = diffusers.DiffusionPipeline if transformer else self.encoding_pipeline or diffusers.DiffusionPipeline
+            return load_components(folder, lambda: sort.from_pretrained(folder, **options))
 
     def place(self, pipeline: Any, device: torch.device, *, offload: Offload = "none") -> None:
         """Move a pipeline to a device, and let it decode a batch one image at a time there.
@@ -281,7 +299,11 @@ class Family(ABC):
 
     @abstractmethod
     def output_spec(self, config: Mapping[str, Any]) -> TensorSpec:
-        """Return the backbone's output for a transformer's configuration."""
+        """Return the prediction, the backbone's first output, for a transformer's configuration."""
+
+    def output_specs(self, config: Mapping[str, Any]) -> list[TensorSpec]:
+        """Return all of the backbone's outputs for a transformer's configuration."""
+        return [self.output_spec(config)]
 
     @abstractmethod
     def random_inputs(
@@ -292,6 +314,39 @@ class Family(ABC):
     @abstractmethod
     def run(self, transformer: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
         """Call the diffusers transformer with the inputs listed by `input_specs`; return `[B, image_rows, C]`."""
+
+    def outputs(self, transformer: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        """Call the transformer like `run`; return the outputs listed by `output_specs`."""
+        return (self.run(transformer, inputs),)
+
+    def read(self, transformer: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Read source images. For families that read them once.
+
+        Args:
+            transformer: diffusers transformer.
+            inputs: Result of `read_inputs`.
+
+        Returns:
+            Keys and values of the rows, float32, for `with_read`.
+        """
+        raise NotImplementedError
+
+    def read_inputs(self, config: Mapping[str, Any], sources: EncodedImages) -> dict[str, Tensor]:
+        """Return the inputs of `read`, without those of the sliders. For families that read source images once.
+
+        Args:
+            config: Configuration of the transformer.
+            sources: Source images from `encode_sources`.
+        """
+        raise NotImplementedError
+
+    def with_read(self, sources: EncodedImages, keys_values: Tensor) -> EncodedImages:
+        """Replace the latents of source images by what `read` returned. For families that read source images once."""
+        raise NotImplementedError
+
+    def step_rows(self, rows: int) -> int:
+        """Return the image rows of a step that edits one source image, where the edited image and the source have `rows`."""
+        return 2 * rows
 
     def side(self, pipeline: Any) -> int:
         """Return the edge of the square that the base edits, in pixels: the autoencoder's `sample_size`, else 1024."""

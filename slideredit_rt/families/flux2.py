@@ -241,7 +241,7 @@ class Flux2(Family):
             **text,
             "hidden_states": torch.cat([noisy, reference], dim=1),
             "timestep": sigma,
-            "img_ids": torch.cat([ids, _numbered(ids, 1)]),
+            "img_ids": torch.cat([ids, number_ids(ids, 1)]),
         }
 
     @torch.no_grad()
@@ -250,7 +250,7 @@ class Flux2(Family):
         latents, ids = zip(*(self.encode_image(pipeline, one) for one in pixels), strict=True)
         # The edited image has the shape of the first source image.
         height, width = pixels[self.sized_by].shape[-2:]
-        joint = torch.cat([ids[self.sized_by], *(_numbered(one, number) for number, one in enumerate(ids, 1))])
+        joint = torch.cat([ids[self.sized_by], *(number_ids(one, number) for number, one in enumerate(ids, 1))])
         factor = pipeline.vae_scale_factor
         sizes = tuple((one.shape[-2] // factor, one.shape[-1] // factor) for one in pixels)
         return EncodedImages(torch.cat(latents, dim=1), {"img_ids": joint}, sizes, height, width)
@@ -273,7 +273,7 @@ class Flux2(Family):
         return pixels
 
 
-def _numbered(ids: Tensor, number: int) -> Tensor:
+def number_ids(ids: Tensor, number: int) -> Tensor:
     """Return position ids of a noisy image's rows, `[rows, 4]`, as those of the source image with this number, from 1."""
     ids = ids.clone()
     ids[:, 0] = _IMAGE_STEP * number

@@ -167,6 +167,8 @@ def _watched(transformer: nn.Module, linears: Collection[str], maxima: dict[str,
 
     def watch(name: str) -> Any:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            if not inputs[0].numel():  # a reading of source images has no text rows
+                return
             largest = inputs[0].detach().abs().amax().float()
             maxima[name] = torch.maximum(maxima[name], largest) if name in maxima else largest
 

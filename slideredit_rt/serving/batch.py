@@ -14,6 +14,7 @@ from slideredit_rt.editor import Prepared, SliderEditor
 from slideredit_rt.families import Schedule
 
 _SLIDERS = ("alpha", "token_mask")  # padded to the engine's max_sliders
+_REFERENCE = "reference"  # index of each row's source images, for families that read them once
 _OF_THE_STEP = ("hidden_states", "timestep")  # written in every step and shared with the negative pass
 
 
@@ -123,6 +124,23 @@ def _batched(editor: SliderEditor) -> set[str]:
     return {spec.name for spec in editor.family.input_specs(editor.config) if spec.shape[0] == "batch"}
 
 
+def _of_references(editor: SliderEditor) -> dict[str, int]:
+    """Return the backbone inputs that rows with the same source images share, and their axis of different source images."""
+    specs = editor.family.input_specs(editor.config)
+    return {spec.name: spec.shape.index("references") for spec in specs if "references" in spec.shape}
+
+
+def _share(values: Sequence[Tensor], axis: int) -> tuple[Tensor, list[int]]:
+    """Join different tensors along an axis of size 1; return the result and the index of each tensor in it.
+
+    A single tensor that all rows share is not copied.
+    """
+    different = {value.data_ptr(): value for value in values}
+    places = {pointer: index for index, pointer in enumerate(different)}
+    first, *others = different.values()
+    return torch.cat([first, *others], axis) if others else first, [places[value.data_ptr()] for value in values]
+
+
 def _shapes(inputs: dict[str, Tensor]) -> tuple[Hashable, ...]:
     """Return the shapes that must be equal for inputs to share a call.
 
@@ -146,8 +164,9 @@ class Batch:
         negatives = [row.negative for row in rows if row.negative is not None]
         self.negative = None
         if negatives:
-            own = [{name: value for name, value in n.items() if name not in _OF_THE_STEP} for n in negatives]
-            self.negative = self._gather(own) | {name: self.inputs[name] for name in _OF_THE_STEP}
+            shared = {*_OF_THE_STEP, *_of_references(editor), _REFERENCE} & self.inputs.keys()
+            own = [{name: value for name, value in n.items() if name not in shared} for n in negatives]
+            self.negative = self._gather(own) | {name: self.inputs[name] for name in shared}
         self.true_cfg_scale = torch.cat([row.true_cfg_scale for row in rows])
         # Column j is the step that each row makes j steps from now. No row of a batch outlives the first that is done.
         self._made, left = 0, min(row.steps - row.step for row in rows)
@@ -157,7 +176,7 @@ class Batch:
         )
 
     def _gather(self, inputs: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-        batched = _batched(self.editor)
+        batched, of_references = _batched(self.editor), _of_references(self.editor)
         sliders = self.editor.max_sliders
         gathered = {}
         for name, first in inputs[0].items():
@@ -166,6 +185,11 @@ class Batch:
                 # alpha 0 and an empty mask.
                 values = [pad(i[name], (0, 0) * (first.ndim - 2) + (0, sliders - i[name].shape[1])) for i in inputs]
                 gathered[name] = torch.cat(values)
+            elif name in of_references:
+                gathered[name], places = _share([i[name] for i in inputs], of_references[name])
+                gathered[_REFERENCE] = torch.cat([i[_REFERENCE] + place for i, place in zip(inputs, places, strict=True)])
+            elif name == _REFERENCE:
+                continue
             else:
                 gathered[name] = torch.cat([i[name] for i in inputs]) if name in batched else first
         return gathered

@@ -109,6 +109,9 @@ class Trainer(ABC, Generic[Trained]):
         what: Name of what is trained, for the progress bar.
         betas: Betas of AdamW.
         weight_decay: Weight decay of AdamW.
+
+    Raises:
+        SliderEditError: The family reads source images once.
     """
 
     what: str
@@ -124,6 +127,11 @@ class Trainer(ABC, Generic[Trained]):
         out: Path,
         device: torch.device | None = None,
     ) -> None:
+        if family.reads_images_once:
+            raise SliderEditError(
+                f"training on a {family.name} base is not supported; train an ST adapter on a {family.variant_of} base, which "
+                "also fits this one"
+            )
         self.family, self.pipeline, self.data, self.out = family, pipeline, data, out
         self.settings = config
         self.device = device or pick_device()
