@@ -46,6 +46,8 @@ LONGEST = (
     "test_linked_export.py",
     "test_bench.py",
     "test_aot.py",
+    "test_flux2.py",
+    "test_flux2_kv.py",
     "test_marks.py",
     "test_inductor.py",
     "test_training.py",
