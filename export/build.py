@@ -94,8 +94,7 @@ def build_engine(
             stage("trace the backbone and write the graph", 0)
             compiled = backend.compile(job, folder)
             if progress:
-                ignored = (*(fitted.ignored if fitted else ()), *updates.ignored)
-                for note in compiled.export.notes + _partial_notes(match, ignored):
+                for note in compiled.export.notes + _partial_notes(match, fitted, updates):
                     tqdm.write(note, file=sys.stderr)
             stage("fingerprint the base", 2)
             # Linked files belong to the base. Hash them once, and cache the digests for later opening of the engine.
@@ -210,12 +209,14 @@ def _describe(job: BuildJob, backend: Backend, compiled: Compiled, folder: Path,
     )
 
 
-def _partial_notes(match: AdapterMatch | None, ignored: Sequence[str]) -> list[str]:
+def _partial_notes(match: AdapterMatch | None, adapter: Adapter | None, updates: Updates) -> list[str]:
     """Describe the modules that only the adapter or only the base has, and those for text encoders."""
     notes = []
-    if ignored:
-        names = f"{', '.join(ignored[:4])}{', …' if len(ignored) > 4 else ''}"
-        notes.append(f"ignored {len(ignored)} text-encoder linears that the adapter or a fused LoRA also updates: {names}")
+    ignored = {"the adapter also updates": adapter.ignored if adapter else (), "fused LoRAs also update": updates.ignored}
+    for what, linears in ignored.items():
+        if linears:
+            names = f"{', '.join(linears[:4])}{', …' if len(linears) > 4 else ''}"
+            notes.append(f"ignored {len(linears)} text-encoder linears that {what}: {names}")
     if match and match.unexpected:
         notes.append(
             f"dropped {len(match.unexpected)} modules of the adapter that the base lacks: {', '.join(match.unexpected)}"
