@@ -236,12 +236,12 @@ def test_an_editor_takes_the_engines_defaults_and_explicit_values_win(fused: Pat
     editor = SliderEditor.from_engine(fused)
     usual = editor.prepare(scene, [RED])
     assert editor.number_of_steps(usual.settings) == 3
-    assert usual.conditioning.shared["guidance"].item() == 2.5
+    assert editor.frozen_inputs(usual, 1)["guidance"].item() == 2.5
     assert usual.conditioning.true_cfg_scale == 1.5
     assert usual.conditioning.negative is not None
     asked = editor.prepare(scene, [RED], steps=5, guidance_scale=4.0, true_cfg_scale=1.0)
     assert editor.number_of_steps(asked.settings) == 5
-    assert asked.conditioning.shared["guidance"].item() == 4.0
+    assert editor.frozen_inputs(asked, 1)["guidance"].item() == 4.0
     assert asked.conditioning.negative is None
 
 
