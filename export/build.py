@@ -19,10 +19,12 @@ from slideredit_rt.adapters import (
     Adapter,
     AdapterMatch,
     AdapterSource,
+    Updates,
     describe_members,
     fit_adapter,
     load_adapters,
     match_adapter,
+    read_updates,
 )
 from slideredit_rt.assets import from_anywhere, resolve_base
 from slideredit_rt.checkpoint import fingerprint_base, meta_transformer
@@ -55,7 +57,7 @@ def build_engine(
         adapter: Embedded name, file, folder or loaded adapter. Several names, files or folders make a bank of adapters with
             separate strengths. None builds an engine of the frozen backbone without slider inputs.
         out: Folder to create. It is written atomically.
-        settings: Backend, lowering, dtype and limits.
+        settings: Backend, lowering, dtype, limits, LoRAs to fuse and defaults of edits.
         overwrite: Replace an existing folder.
         progress: Show a progress bar on standard error.
 
@@ -63,7 +65,7 @@ def build_engine(
         The manifest of the engine.
 
     Raises:
-        SliderEditError: The base, the adapter, the output folder or an option cannot be used.
+        SliderEditError: The base, the adapter, a LoRA, the output folder or an option cannot be used.
     """
     backend = get_backend(settings.backend)
     if settings.options is not None and not isinstance(settings.options, backend.build_options or ()):
@@ -84,6 +86,7 @@ def build_engine(
         )
     # The transformer is checked later, when its weights are linked.
     family.check_base(path, transformer=False)
+    updates = _read_fused(family, path, settings, quantised)
     limits = backend.precheck(family, path, settings)
     check_targets(limits.targets, quantised)
     with tqdm(total=4, desc="build", disable=not progress, bar_format="{desc}: {bar} {n_fmt}/{total_fmt} [{elapsed}]") as bar:
@@ -92,12 +95,12 @@ def build_engine(
             bar.n = finished
             bar.set_description(f"build: {name}")
 
-        job = BuildJob(family, path, fitted, lowering, settings, limits, stage, progress)
+        job = BuildJob(family, path, fitted, lowering, settings, limits, stage, progress, updates)
         with atomic_folder(out, overwrite=overwrite) as folder:
             stage("trace the backbone and write the graph", 0)
             compiled = backend.compile(job, folder)
             if progress:
-                for note in compiled.export.notes + _partial_notes(match, fitted.ignored if fitted else ()):
+                for note in compiled.export.notes + _partial_notes(match, fitted, updates):
                     tqdm.write(note, file=sys.stderr)
             stage("fingerprint the base", 2)
             # Linked files belong to the base. Hash them once, and cache the digests for later opening of the engine.
@@ -160,6 +163,23 @@ def _fit(
     return fit_adapter(adapter, family, transformer, allow_partial=allow_partial), match
 
 
+def _read_fused(family: Family, base: Path, settings: BuildSettings, quantised: Sequence[str]) -> Updates:
+    """Read the LoRAs to fuse, and check them and the defaults of edits against the base."""
+    if settings.defaults.guidance_scale is not None and family.guidance_scale is None:
+        raise SliderEditError(
+            f"{family.name} has no embedded guidance, so it cannot have a default; set the true-CFG scale "
+            "(--default-true-cfg-scale)"
+        )
+    if not settings.fuse:
+        return Updates()
+    if quantised:
+        raise SliderEditError(
+            f"base {str(base)!r} is quantised ({quantised[0]}), and LoRAs are fused before weights are quantised; pass --fuse "
+            "to slideredit-rt quantize instead"
+        )
+    return read_updates(settings.fuse, family, meta_transformer(base / "transformer"))
+
+
 def _describe(job: BuildJob, backend: Backend, compiled: Compiled, folder: Path, digests: Digests) -> Manifest:
     """Make the manifest without its sections on the base and the adapter."""
     settings, limits, export = job.settings, job.limits, compiled.export
@@ -189,16 +209,20 @@ def _describe(job: BuildJob, backend: Backend, compiled: Compiled, folder: Path,
         plan=dict(compiled.plan),
         compatibility=dict(limits.compatibility),
         weight_streaming=compiled.weight_streaming,
+        fused=list(job.updates.loras),
+        defaults=settings.defaults.to_json(),
         links={name: described | {"kind": compiled.links[name]} for name, described in linked.items()},
     )
 
 
-def _partial_notes(match: AdapterMatch | None, ignored: Sequence[str]) -> list[str]:
+def _partial_notes(match: AdapterMatch | None, adapter: Adapter | None, updates: Updates) -> list[str]:
     """Describe the modules that only the adapter or only the base has, and those for text encoders."""
     notes = []
-    if ignored:
-        names = f"{', '.join(ignored[:4])}{', …' if len(ignored) > 4 else ''}"
-        notes.append(f"ignored {len(ignored)} text-encoder linears that the adapter also updates: {names}")
+    ignored = {"the adapter also updates": adapter.ignored if adapter else (), "fused LoRAs also update": updates.ignored}
+    for what, linears in ignored.items():
+        if linears:
+            names = f"{', '.join(linears[:4])}{', …' if len(linears) > 4 else ''}"
+            notes.append(f"ignored {len(linears)} text-encoder linears that {what}: {names}")
     if match and match.unexpected:
         notes.append(
             f"dropped {len(match.unexpected)} modules of the adapter that the base lacks: {', '.join(match.unexpected)}"

@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Container, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,7 +28,7 @@ import torch
 from onnx_ir.passes import common as passes
 from torch import Tensor, nn
 
-from slideredit_rt.adapters import Adapter, fill_ranks
+from slideredit_rt.adapters import Adapter, Updates, fill_ranks
 from slideredit_rt.checkpoint import CONFIG_FILE, check_complete, check_parts, meta_transformer, read_weights
 from slideredit_rt.engines.backend import Lowering
 from slideredit_rt.engines.manifest import ADAPTER_FILE, CONVERTED_FILE, MODEL_FILE
@@ -63,12 +64,14 @@ class WeightOptions:
         copy: Copy instead of linking.
         quantised: Form of quantised projections in the graph, by the name of their precision (see
             `slideredit_rt.export.quantised`).
+        updates: LoRAs to add to the weights. The weights that they change are written into a file of their own.
     """
 
     dtype: torch.dtype | None = None
     symbolic_links: bool = True
     copy: bool = False
     quantised: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    updates: Updates = dataclasses.field(default_factory=Updates)
 
 
 @dataclass(frozen=True)
@@ -243,6 +246,7 @@ def _link_weights(
     foreign = _conversions(places, parts, dtype, forms)
     if by_name:
         foreign = _slices(places) | foreign
+    foreign |= _fusions(places, options.updates, dtype)
     links: dict[str, Link] = {}
     files = []
     for file in sorted({place.file for name, place in places.items() if name not in foreign}):
@@ -296,6 +300,16 @@ def _conversions(
         if form and (one := form.conversion(linear.precision, part, as_stored, linear.in_features, dtype)):
             found[name] = one
     return found
+
+
+def _fusions(places: Mapping[str, Stored], updates: Updates, dtype: torch.dtype) -> dict[str, Conversion]:
+    """Return the weights that LoRAs are added to, and how."""
+    return {
+        f"{module}.weight": Conversion(
+            Part(dtype, places[f"{module}.weight"].shape), partial(updates.apply, module, dtype=dtype)
+        )
+        for module in updates.pairs
+    }
 
 
 def _slices(places: Mapping[str, Stored]) -> dict[str, Conversion]:

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from slideredit_rt.adapters import AdapterSource, load_adapters
+from slideredit_rt.adapters import AdapterSource, Fused, load_adapters, read_updates
 from slideredit_rt.assets import resolve_base
 from slideredit_rt.engines import check_run, open_engine
 from slideredit_rt.engines.eager import EagerEngine
@@ -24,7 +24,7 @@ from slideredit_rt.families import Backbone, Conditioning, EncodedImages, Family
 from slideredit_rt.images import ImageSource, read_images
 from slideredit_rt.modules import SliderBackbone
 from slideredit_rt.placement import Placement, choose_placement
-from slideredit_rt.settings import EditOptions, EditSettings, RunSettings, merge
+from slideredit_rt.settings import EditDefaults, EditOptions, EditSettings, RunSettings, merge
 from slideredit_rt.sliders import Controls, Slider, compose_prompt
 from slideredit_rt.spans import PromptToken, normalise, row_mask
 from slideredit_rt.strength import StrengthCurve, check_strength
@@ -119,8 +119,10 @@ class SliderEditor:
         max_batch: Largest batch of the engine.
         max_sliders: Largest number of sliders of the engine.
         placement: Parts that `from_engine` left in host memory, and why.
+        defaults: Values that an engine has for settings that an edit does not set.
     """
 
+    defaults = EditDefaults()
     placement = Placement(RunSettings(offload="none"))
 
     def __init__(
@@ -149,6 +151,24 @@ class SliderEditor:
         """Device that encodes, denoises and decodes: the pipeline's."""
         device: torch.device = self.pipeline.vae.device
         return device
+
+    @property
+    def default_steps(self) -> int:
+        """Denoising steps of an edit that does not set them."""
+        given = self.defaults.steps
+        return self.family.default_steps(self.pipeline) if given is None else given
+
+    @property
+    def default_guidance_scale(self) -> float | None:
+        """Scale of the embedded guidance of an edit that does not set it; None for a family without it."""
+        given = self.defaults.guidance_scale
+        return self.family.guidance_scale if given is None else given
+
+    @property
+    def default_true_cfg_scale(self) -> float:
+        """Scale of guidance with a negative pass of an edit that does not set it; 1 runs without the pass."""
+        given = self.defaults.true_cfg_scale
+        return self.family.default_true_cfg_scale(self.pipeline) if given is None else given
 
     @property
     def kind(self) -> str:
@@ -213,7 +233,9 @@ class SliderEditor:
         controls = Controls(manifest.kind, manifest.curve, manifest.members)
         limits = {"max_batch": manifest.max_batch, "max_sliders": manifest.max_sliders}
         editor = cls(family, pipeline, engine, manifest.config, controls, **limits)
-        editor.placement = placement
+        editor.placement, editor.defaults = placement, manifest.edit_defaults
+        if editor.defaults.timestep_shift is not None:
+            family.fix_shift(pipeline, editor.defaults.timestep_shift)
         return editor
 
     @classmethod
@@ -226,6 +248,7 @@ class SliderEditor:
         max_sliders: int = 8,
         dtype: torch.dtype = torch.float32,
         device: str = "cpu",
+        fuse: Sequence[Fused] = (),
     ) -> SliderEditor:
         """Load a checkpoint and an adapter for eager torch, which is slower than an engine and serves as its reference.
 
@@ -236,15 +259,17 @@ class SliderEditor:
             max_sliders: Largest number of sliders.
             dtype: Dtype of all weights and arithmetic.
             device: `cpu`, `cuda` or `cuda:N`.
+            fuse: LoRAs that are added to the transformer's weights.
 
         Raises:
-            SliderEditError: The base or the adapter cannot be loaded, or they do not fit.
+            SliderEditError: The base, the adapter or a LoRA cannot be loaded, or they do not fit.
         """
         place = RunSettings(device).choose_device()
         folder = resolve_base(base)
         family = family_of(folder)
         with _LOADING:
             pipeline = family.load_pipeline(folder, dtype=dtype)
+            read_updates(fuse, family, pipeline.transformer).fuse_into(pipeline.transformer)
             family.place(pipeline, place)
         loaded = load_adapters(adapter, family)
         backbone = SliderBackbone(family, pipeline.transformer.eval(), loaded).to(place, dtype)
@@ -354,14 +379,13 @@ class SliderEditor:
         family = self.family
         if settings.guidance_scale is not None and family.guidance_scale is None:
             raise SliderEditError(f"{family.name} has no embedded guidance; use the true-CFG scale (--true-cfg-scale)")
-        usual = family.default_true_cfg_scale(self.pipeline)
-        true_cfg_scale = usual if settings.true_cfg_scale is None else float(settings.true_cfg_scale)
+        true_cfg_scale = self.default_true_cfg_scale if settings.true_cfg_scale is None else float(settings.true_cfg_scale)
         if settings.negative_prompt is not None and settings.true_cfg_scale is None and true_cfg_scale <= 1:
             raise SliderEditError(
-                f"{family.name} runs without a negative pass by default, so a negative prompt has no effect; pass a true-CFG "
+                "this editor runs without a negative pass by default, so a negative prompt has no effect; pass a true-CFG "
                 "scale above 1 as well (--true-cfg-scale)"
             )
-        guidance_scale = family.guidance_scale if settings.guidance_scale is None else float(settings.guidance_scale)
+        guidance_scale = self.default_guidance_scale if settings.guidance_scale is None else float(settings.guidance_scale)
         against = family.negative_prompt if settings.negative_prompt is None else settings.negative_prompt
         return guidance_scale, true_cfg_scale, against if true_cfg_scale > 1 else None
 
@@ -444,7 +468,7 @@ class SliderEditor:
 
     def number_of_steps(self, settings: EditSettings) -> int:
         """Return the number of denoising steps of an edit with these settings."""
-        return self.family.default_steps(self.pipeline) if settings.steps is None else settings.steps
+        return self.default_steps if settings.steps is None else settings.steps
 
     @torch.no_grad()
     def render_tensor(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from numbers import Integral
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args
 
@@ -42,11 +42,11 @@ class EditSettings:
             prompt with one slider, which can name any part of it, or one slider per member of a bank. A slider of a GST bank
             that is named after a member and has no `adapter` need not be in the prompt, but then a prompt is required.
         seed: Seed of the initial noise.
-        steps: Denoising steps; None takes the family's default.
-        guidance_scale: Scale of the embedded guidance, which is an input of the backbone; None takes the family's default.
+        steps: Denoising steps; None takes the editor's default.
+        guidance_scale: Scale of the embedded guidance, which is an input of the backbone; None takes the editor's default.
         true_cfg_scale: Scale of classifier-free guidance with a negative pass, in which sliders are off; None takes the
-            family's default, 1 runs without the pass.
-        negative_prompt: Prompt of the negative pass; None takes the family's default.
+            editor's default, 1 runs without the pass.
+        negative_prompt: Prompt of the negative pass; None takes the editor's default.
 
     Raises:
         SliderEditError: The seed is out of range, there are no steps, or a scale is not finite.
@@ -66,6 +66,36 @@ class EditSettings:
         for name, scale in (("guidance scale", self.guidance_scale), ("true-CFG scale", self.true_cfg_scale)):
             if scale is not None and not math.isfinite(scale):
                 raise SliderEditError(f"the {name} is {scale}; pass a finite number")
+
+
+@dataclass(frozen=True)
+class EditDefaults:
+    """Values that an engine gives to settings of an edit that are not set, such as those of a few-step LoRA.
+
+    Attributes:
+        steps: Denoising steps; None takes the family's default.
+        guidance_scale: Scale of the embedded guidance; None takes the family's default.
+        true_cfg_scale: Scale of classifier-free guidance with a negative pass; None takes the family's default.
+        timestep_shift: Fixed shift s of the noise levels, `σ' = s σ / (1 + (s − 1) σ)`; None takes the base's scheduler as it
+            is.
+
+    Raises:
+        SliderEditError: There are no steps, a scale is not finite, or the shift is not above 0.
+    """
+
+    steps: int | None = None
+    guidance_scale: float | None = None
+    true_cfg_scale: float | None = None
+    timestep_shift: float | None = None
+
+    def __post_init__(self) -> None:
+        EditSettings(steps=self.steps, guidance_scale=self.guidance_scale, true_cfg_scale=self.true_cfg_scale)
+        if self.timestep_shift is not None and not 0 < self.timestep_shift < math.inf:
+            raise SliderEditError(f"the timestep shift is {self.timestep_shift}; pass a number above 0, such as 3")
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the values that are set."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 class EditOptions(TypedDict, total=False):

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from slideredit_rt.adapters import load_adapters
+from slideredit_rt.adapters import Fused, load_adapters
 from slideredit_rt.assets import resolve_base
 from slideredit_rt.editor import Prepared, SliderEditor
 from slideredit_rt.engines import Engine, Manifest, check_run, open_engine, read_manifest
@@ -39,11 +39,13 @@ class Origins:
         base: Base.
         adapter: Adapter, or several for a bank.
         reference: Unquantised base, for a quantised engine.
+        fuse: LoRAs that were fused into the weights, in the order of the build.
     """
 
     base: str | None = None
     adapter: str | Sequence[str] | None = None
     reference: str | None = None
+    fuse: Sequence[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -292,7 +294,26 @@ def _on_cpu(eager: SliderEditor, manifest: Manifest, engine: Engine) -> SliderEd
     assert manifest.kind is not None
     controls = Controls(manifest.kind, manifest.curve, manifest.members)
     limits = {"max_batch": manifest.max_batch, "max_sliders": manifest.max_sliders}
-    return SliderEditor(eager.family, eager.pipeline, _Carried(engine), manifest.config, controls, **limits)
+    editor = SliderEditor(eager.family, eager.pipeline, _Carried(engine), manifest.config, controls, **limits)
+    editor.defaults = manifest.edit_defaults
+    return editor
+
+
+def _find_fused(path: Path, manifest: Manifest, given: Sequence[str] | None) -> list[Fused]:
+    """Return the LoRAs that were fused into an engine, and check that they are unchanged."""
+    sources = [lora["source"] for lora in manifest.fused] if given is None else given
+    if len(sources) != len(manifest.fused):
+        raise SliderEditError(
+            f"got {len(sources)} LoRAs, but {len(manifest.fused)} were fused into engine {str(path)!r}; pass one --fuse for "
+            "each, in the order of the build"
+        )
+    loras = [Fused(source, lora["scale"]) for source, lora in zip(sources, manifest.fused, strict=True)]
+    for lora, recorded in zip(loras, manifest.fused, strict=True):
+        if lora.load(get_family(manifest.family)).fingerprint != recorded["fingerprint"]:
+            raise SliderEditError(
+                f"LoRA {str(lora.source)!r} is not the one fused into engine {str(path)!r}; pass the original with --fuse"
+            )
+    return loras
 
 
 def verify_engine(
@@ -315,13 +336,13 @@ def verify_engine(
         path: Engine folder.
         image: Image of the real edit.
         sliders: Sliders of the real edit. For a bank, sliders that name no member are assigned to the members in turn.
-        origins: Locations of the base and the adapter, where they are not the recorded ones.
+        origins: Locations of the base, the adapter and fused LoRAs, where they are not the recorded ones.
         run: Device, threads and options of the engine; None uses the defaults. Everything else runs on the CPU in float32, for
             both.
         steps: Denoising steps of the final images.
 
     Raises:
-        SliderEditError: The engine has no adapter, or it was built from another base or adapter.
+        SliderEditError: The engine has no adapter, or it was built from another base, adapter or LoRA.
     """
     run, manifest = run or RunSettings(), read_manifest(path)
     device = check_run(path, manifest, run)
@@ -333,12 +354,13 @@ def verify_engine(
     loaded = load_adapters(adapter, get_family(manifest.family)).without(manifest.adapter.get("dropped", ()))
     if loaded.fingerprint != manifest.adapter["fingerprint"]:
         raise SliderEditError(f"adapter {adapter!r} is not the one in engine {str(path)!r}; pass the original with --adapter")
+    loras = _find_fused(path, manifest, origins.fuse)
     # Check all components, because the eager reference uses them all.
     check_base(manifest, path, resolve_base(base))
     placement = choose_placement(path, manifest, resolve_base(base), run, device, encoders=False)
     compiled = open_engine(path, placement.run, manifest)[1]
     exact = base if manifest.precision is None else origins.reference or read_source(resolve_base(base) / "transformer")
-    eager = SliderEditor.from_pretrained(exact, loaded)
+    eager = SliderEditor.from_pretrained(exact, loaded, fuse=loras)
     engine = _on_cpu(eager, manifest, compiled)
     names = list(members)
     sliders = [replace(s, adapter=s.adapter or names[i % len(names)]) for i, s in enumerate(sliders)] if names else sliders
@@ -350,7 +372,8 @@ def verify_engine(
     else:
         same_dtype = None
         if manifest.dtype != "float32":
-            same_dtype = SliderEditor.from_pretrained(base, loaded, dtype=getattr(torch, manifest.dtype))
+            dtype = getattr(torch, manifest.dtype)
+            same_dtype = SliderEditor.from_pretrained(base, loaded, dtype=dtype, fuse=loras)
         comparisons = compare_reading(engine, eager, same_dtype, image)
         half = None if same_dtype is None else same_dtype.engine
         comparisons += compare_backbones(engine, eager.engine, half, prepared, manifest.max_batch)

@@ -462,6 +462,8 @@ def test_the_model_says_what_its_engine_is(client: httpx.Client, st_editor: Slid
         "adapters": [],
         "max_sliders": st_editor.max_sliders,
         "num_inference_steps": st_editor.family.num_inference_steps,
+        "guidance_scale": st_editor.family.guidance_scale,
+        "true_cfg_scale": st_editor.family.true_cfg_scale,
         "preview_steps": PREVIEW_STEPS,
         "max_images": 1,
         "side": 64,

@@ -24,7 +24,7 @@ from diffusers import Flux2Transformer2DModel, FluxTransformer2DModel, QwenImage
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from slideredit_rt.adapters import Adapter, load_adapter, save_adapter
+from slideredit_rt.adapters import Adapter, Fused, load_adapter, read_updates, save_adapter
 from slideredit_rt.assets import resolve_base
 from slideredit_rt.bench.full_size import FULL_SIZES
 from slideredit_rt.bench.quantized_accuracy import measure_accuracy
@@ -40,7 +40,6 @@ from slideredit_rt.modules import MaskedLoRAQuantizedLinear, SliderBackbone
 from slideredit_rt.quantization import write
 from slideredit_rt.quantization.calibrate import ActivationRun, measure_activations
 from slideredit_rt.quantization.config import QuantizedLayer, describe_layers, read_layers
-from slideredit_rt.quantization.fusing import Fused, read_updates
 from slideredit_rt.quantization.linear import QuantizedLinear
 from slideredit_rt.quantization.precisions import PRECISIONS, get_precision
 from slideredit_rt.quantization.selection import select_layers

@@ -590,7 +590,7 @@ def test_several_images_need_a_base_that_takes_them(
         for images in ([], [scene, scene]):
             with pytest.raises(SliderEditError, match=f"got {len(images)} images, but a {name} edits one"):
                 one_image.prepare(images, PARTS)
-    with pytest.raises(SliderEditError, match="flux_kontext runs without a negative pass by default"):
+    with pytest.raises(SliderEditError, match="this editor runs without a negative pass by default"):
         kontext.prepare(scene, PARTS, negative_prompt=" ")
     with pytest.raises(SliderEditError, match="qwen_image_edit has no embedded guidance; use the true-CFG scale"):
         qwen.prepare(scene, PARTS, guidance_scale=3.5)

@@ -210,10 +210,10 @@ def _add_image_options(sub: argparse.ArgumentParser, example: str, text: str) ->
         "--prompt", help="whole prompt, with every instruction in it (default: the instructions joined by ' and ')"
     )
     sub.add_argument("--seed", type=int, default=EditSettings.seed, help="seed of the initial noise (default: %(default)s)")
-    sub.add_argument("--steps", type=int, help="denoising steps (default: the family's)")
-    sub.add_argument("--guidance-scale", type=float, help="scale of the embedded guidance (default: the family's)")
+    sub.add_argument("--steps", type=int, help="denoising steps (default: the engine's)")
+    sub.add_argument("--guidance-scale", type=float, help="scale of the embedded guidance (default: the engine's)")
     sub.add_argument(
-        "--true-cfg-scale", type=float, help="scale of guidance with a negative pass (default: the family's; 1: no pass)"
+        "--true-cfg-scale", type=float, help="scale of guidance with a negative pass (default: the engine's; 1: no pass)"
     )
     sub.add_argument("--negative-prompt", help="prompt of the negative pass (default: the family's)")
     sub.add_argument("--base", help="base checkpoint (default: the location in the manifest)")

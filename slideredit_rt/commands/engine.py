@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from slideredit_rt.commands.edit import parse_slider
 from slideredit_rt.commands.shared import (
     Commands,
+    add_fuse_option,
     add_member_option,
     add_run_options,
     counts,
@@ -16,11 +17,13 @@ from slideredit_rt.commands.shared import (
     listed,
     mib,
     options_given,
+    parse_fused,
     run_settings,
     with_members,
 )
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.files import check_engine_folder, user_path
+from slideredit_rt.settings import EditDefaults
 
 if TYPE_CHECKING:
     from slideredit_rt.engines import Backend, Manifest
@@ -41,12 +44,26 @@ def _build(args: argparse.Namespace) -> int:
         allow_partial=args.allow_partial,
         copy_weights=args.copy_weights,
         options=_build_options(args, get_backend(args.backend)),
+        fuse=tuple(parse_fused(text) for text in args.fuse),
+        defaults=_edit_defaults(args),
         **given,
     )
     manifest = build_engine(args.base, args.adapter, args.out, settings, overwrite=args.overwrite, progress=not args.quiet)
     ends = ", ".join(f"{count} {name}" for name, count in manifest.updates.items()) or "no sliders"
-    emit(args, {"out": str(args.out), "manifest": manifest.to_json()}, [f"built {args.out} ({manifest.backend}; {ends})"])
+    lines = [f"built {args.out} ({manifest.backend}; {ends})", *_fused_lines(manifest)]
+    emit(args, {"out": str(args.out), "manifest": manifest.to_json()}, lines)
     return 0
+
+
+def _edit_defaults(args: argparse.Namespace) -> EditDefaults:
+    """Return the defaults of edits, as given on the command line."""
+    given = options_given(args, "default_steps", "default_guidance_scale", "default_true_cfg_scale", "timestep_shift")
+    return EditDefaults(**{name.removeprefix("default_"): value for name, value in given.items()})
+
+
+def _fused_lines(manifest: Manifest) -> list[str]:
+    """Describe the LoRAs in an engine's weights."""
+    return [f"fused      {m['source']} (scale {m['scale']:g}, {m['modules']} linears)" for m in manifest.fused]
 
 
 def _build_options(args: argparse.Namespace, backend: Backend) -> Any:
@@ -84,11 +101,13 @@ def _inspect(args: argparse.Namespace) -> int:
         if adapter
         else "adapter    none",
         *(f"member     {name} ({member['source']})" for name, member in (adapter or {}).get("members", {}).items()),
+        *_fused_lines(manifest),
         f"backend    {manifest.backend} {manifest.backend_version}{later}",
         f"dtype      {manifest.dtype}",
         *([f"precision  {manifest.precision}; linears: {counts(manifest.quantised)}"] if manifest.precision else []),
         f"lowering   {manifest.lowering}; updates: {counts(manifest.updates) or 'none'}",
         f"limits     batch {manifest.max_batch}, sliders {manifest.max_sliders}",
+        *(f"default    {name} {value:g}" for name, value in manifest.defaults.items()),
         *([f"targets    {', '.join(manifest.targets)}"] if manifest.targets else []),
         *([f"hardware   {hardware}"] if hardware != "none" else []),
         *(f"profile    {axis} {low} to {high}, usually {usual}" for axis, (low, usual, high) in manifest.ranges.items()),
@@ -197,7 +216,7 @@ def _verify(args: argparse.Namespace) -> int:
         args.engine,
         image,
         sliders,
-        Origins(args.base, args.adapter, args.reference),
+        Origins(args.base, args.adapter, args.reference, args.fuse),
         run=run_settings(args),
     )
     half = report.dtype != "float32" and report.precision is None
@@ -250,7 +269,30 @@ def _add_build(commands: Commands) -> None:
         help="copy the base's weights instead of linking them, so that the base can be changed or deleted",
     )
     build.add_argument("--overwrite", action="store_true", help="replace an existing folder")
+    add_fuse_option(build)
+    _add_edit_defaults(build)
     _add_compiler_options(build)
+
+
+def _add_edit_defaults(build: argparse.ArgumentParser) -> None:
+    """Add the options that `_edit_defaults` reads."""
+    usual = build.add_argument_group("defaults of edits with the engine, for example those of a LoRA for fewer steps")
+    usual.add_argument("--default-steps", type=int, metavar="N", help="denoising steps (default: the family's)")
+    usual.add_argument(
+        "--default-guidance-scale", type=float, metavar="SCALE", help="scale of the embedded guidance (default: the family's)"
+    )
+    usual.add_argument(
+        "--default-true-cfg-scale",
+        type=float,
+        metavar="SCALE",
+        help="scale of guidance with a negative pass (default: the family's; 1: no pass)",
+    )
+    usual.add_argument(
+        "--timestep-shift",
+        type=float,
+        metavar="SHIFT",
+        help="fixed shift of the noise levels, for any image size (default: the base's scheduler as it is)",
+    )
 
 
 def _add_compiler_options(build: argparse.ArgumentParser) -> None:
@@ -310,6 +352,12 @@ def add_commands(commands: Commands) -> None:
     verify.add_argument("--base", help="base checkpoint (default: the location in the manifest)")
     verify.add_argument(
         "--adapter", action="append", help="adapter (default: the location in the manifest); repeatable, for a bank"
+    )
+    verify.add_argument(
+        "--fuse",
+        action="append",
+        metavar="LORA",
+        help="fused LoRA, in the order of the build (default: the locations in the manifest); repeatable",
     )
     verify.add_argument(
         "--reference", help="unquantised base, for a quantised engine (default: the one that its base was quantised from)"

@@ -3,32 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import math
-from typing import TYPE_CHECKING
 
-from slideredit_rt.commands.shared import Commands, counts, emit, options_given
+from slideredit_rt.commands.shared import Commands, add_fuse_option, counts, emit, options_given, parse_fused
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.files import user_path
 from slideredit_rt.settings import COMPONENT_DTYPES, RunSettings
-
-if TYPE_CHECKING:
-    from slideredit_rt.quantization.fusing import Fused
-
-
-def parse_fused(text: str) -> Fused:
-    """Parse `LORA=SCALE`, or `LORA` with scale 1. A text that names an existing file is a LoRA, even with `=` in it."""
-    from slideredit_rt.quantization.fusing import Fused
-
-    source, separator, value = text.rpartition("=")
-    if not separator or user_path(text).exists():
-        return Fused(text)
-    try:
-        scale = float(value)
-    except ValueError:
-        scale = math.nan
-    if not source or math.isnan(scale):
-        raise SliderEditError(f"--fuse {text!r} has scale {value!r}, not a number; write it as style.safetensors=0.8")
-    return Fused(source, scale)
 
 
 def _quantize(args: argparse.Namespace) -> int:
@@ -108,13 +87,7 @@ def _add_quantize(commands: Commands) -> None:
         help="format of the projections; modulation gets 8-bit weights, embedders and the last projection are kept",
     )
     sub.add_argument("--out", type=user_path, required=True, help="base folder to create")
-    sub.add_argument(
-        "--fuse",
-        action="append",
-        default=[],
-        metavar="LORA[=SCALE]",
-        help="permanent LoRA to add to the weights first, such as one for fewer steps; repeatable (default scale: 1)",
-    )
+    add_fuse_option(sub)
     sub.add_argument(
         "--keep",
         action="append",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -17,6 +18,7 @@ from slideredit_rt.settings import COMPONENT_DTYPES, OFFLOADS, RunSettings
 from slideredit_rt.sliders import Slider
 
 if TYPE_CHECKING:
+    from slideredit_rt.adapters import Fused
     from slideredit_rt.engines import RuntimeOptions
     from slideredit_rt.evaluation.own_images import OwnImageOptions
 
@@ -99,6 +101,33 @@ def budget(text: str) -> int | str:
     if text == "auto" or text.isdecimal():
         return text if text == "auto" else int(text)
     raise argparse.ArgumentTypeError(f"{text!r} is neither a number of MiB nor 'auto'")
+
+
+def parse_fused(text: str) -> Fused:
+    """Parse `LORA=SCALE`, or `LORA` with scale 1. A text that names an existing file is a LoRA, even with `=` in it."""
+    from slideredit_rt.adapters import Fused
+
+    source, separator, value = text.rpartition("=")
+    if not separator or user_path(text).exists():
+        return Fused(text)
+    try:
+        scale = float(value)
+    except ValueError:
+        scale = math.nan
+    if not source or math.isnan(scale):
+        raise SliderEditError(f"--fuse {text!r} has scale {value!r}, not a number; write it as style.safetensors=0.8")
+    return Fused(source, scale)
+
+
+def add_fuse_option(sub: argparse.ArgumentParser) -> None:
+    """Add the option whose values `parse_fused` reads."""
+    sub.add_argument(
+        "--fuse",
+        action="append",
+        default=[],
+        metavar="LORA[=SCALE]",
+        help="permanent LoRA to add to the weights first, such as one for fewer steps; repeatable (default scale: 1)",
+    )
 
 
 def runtime_options(args: argparse.Namespace) -> RuntimeOptions | None:

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 import torch
 from torch import Tensor
 
-from slideredit_rt.adapters import Adapter
-from slideredit_rt.engines.manifest import MAX_BATCH, MAX_SLIDERS, Manifest
+from slideredit_rt.adapters import Adapter, Fused, Updates
+from slideredit_rt.engines.manifest import MAX_BATCH, MAX_FUSED, MAX_SLIDERS, Manifest
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.families import Family, Kind, TensorSpec
-from slideredit_rt.settings import RunSettings
+from slideredit_rt.settings import EditDefaults, RunSettings
 
 if TYPE_CHECKING:
     from slideredit_rt.export.linked_weights import Link, LinkedExport
@@ -63,9 +63,11 @@ class BuildSettings:
         copy_weights: Copy the base's weights instead of linking them, so that the base may be changed or deleted. Compiled
             plans always contain the weights.
         options: Options specific to the backend, an instance of its `build_options`; None uses its defaults.
+        fuse: LoRAs that are added to the base's weights.
+        defaults: Values of settings that an edit with the engine does not set.
 
     Raises:
-        SliderEditError: The batch sizes are not in ascending order, or a limit is out of range.
+        SliderEditError: The batch sizes are not in ascending order, a limit is out of range, or there are too many LoRAs.
     """
 
     backend: str = "onnxruntime"
@@ -76,8 +78,12 @@ class BuildSettings:
     allow_partial: bool = False
     copy_weights: bool = False
     options: Any = None
+    fuse: tuple[Fused, ...] = ()
+    defaults: EditDefaults = field(default_factory=EditDefaults)
 
     def __post_init__(self) -> None:
+        if len(self.fuse) > MAX_FUSED:
+            raise SliderEditError(f"got {len(self.fuse)} LoRAs to fuse; pass at most {MAX_FUSED}")
         if not 1 <= self.batch[0] <= self.batch[1] <= self.batch[2]:
             sizes = ",".join(map(str, self.batch))
             raise SliderEditError(f"the batch sizes {sizes} are not ascending from at least 1; pass MIN,OPT,MAX")
@@ -119,6 +125,7 @@ class BuildJob:
         limits: Result of the backend's `precheck`.
         stage: Function that is called with the name of each further stage, for the progress bar.
         progress: Allow progress bars and notes on standard error.
+        updates: LoRAs to add to the base's weights.
     """
 
     family: Family
@@ -129,6 +136,7 @@ class BuildJob:
     limits: Limits = field(default_factory=Limits)
     stage: Callable[[str], None] = lambda name: None
     progress: bool = False
+    updates: Updates = field(default_factory=Updates)
 
     @property
     def dtype(self) -> torch.dtype | None:

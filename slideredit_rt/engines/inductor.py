@@ -257,7 +257,7 @@ class Inductor(Backend):
         """Write the transformer's configuration and link the weights beside it (see `Backend.compile`)."""
         from slideredit_rt.export.linked_weights import WeightOptions, export_weights
 
-        weights = WeightOptions(job.dtype, copy=job.settings.copy_weights)
+        weights = WeightOptions(job.dtype, copy=job.settings.copy_weights, updates=job.updates)
         exported = export_weights(job.family, job.base, job.adapter, folder, weights, lowering=job.lowering)
         return Compiled(exported, exported.files, exported.links)
 

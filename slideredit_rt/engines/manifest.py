@@ -15,6 +15,7 @@ from slideredit_rt.errors import SliderEditError
 from slideredit_rt.families import FAMILIES, KINDS, TensorSpec
 from slideredit_rt.files import MANIFEST, Digests, atomic_file, check_engine_folder, is_plain_name, read_json, sha256
 from slideredit_rt.quantization.precisions import PRECISIONS
+from slideredit_rt.settings import EditDefaults
 from slideredit_rt.strength import StrengthCurve
 
 SCHEMA_VERSION = 2
@@ -22,11 +23,13 @@ NAME = MANIFEST
 MODEL_FILE = "model.onnx"
 ADAPTER_FILE = "adapter.safetensors"
 CONVERTED_FILE = "converted.safetensors"
-"""Weights of the base in another dtype or layout than the base's own files have them."""
+"""Weights of the base in another dtype or layout than the base's own files have them, or with fused LoRAs."""
 DIGESTS = ".digests.json"
 """Cached digests of an engine folder's large files. Not a part of the engine; written again when it is missing."""
 MAX_BATCH, MAX_SLIDERS = 1024, 256
 """The largest limits that an engine may have."""
+MAX_FUSED = 64
+"""Most LoRAs that may be fused into an engine."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,9 @@ class Manifest:
         quantised: Number of quantised linears by their precision.
         plan: Types that a compiled plan computes in, as its builder reported: `gemms`, the number of GEMMs by the types of
             their operands, and `weights`, bytes by type; empty for other engines.
+        fused: LoRAs that were added to the base's weights: `source`, `scale`, `fingerprint` and number of `modules` of each
+            (see `slideredit_rt.adapters.Updates`).
+        defaults: Fields of `EditDefaults` that were set at the build.
         schema_version: Version of the manifest's format.
     """
 
@@ -91,6 +97,8 @@ class Manifest:
     precision: str | None = None
     quantised: dict[str, int] = dataclasses.field(default_factory=dict)
     plan: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)
+    fused: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    defaults: dict[str, Any] = dataclasses.field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
 
     @property
@@ -107,6 +115,11 @@ class Manifest:
         """Strength curves of a bank's members, in the order of the last axis of `alpha`; empty without a bank."""
         described = (self.adapter or {}).get("members", {})
         return {name: StrengthCurve.from_json(member["strength_curve"]) for name, member in described.items()}
+
+    @property
+    def edit_defaults(self) -> EditDefaults:
+        """Values of settings that an edit does not set."""
+        return EditDefaults(**self.defaults)
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -244,6 +257,14 @@ def _whole(low: int, high: int) -> _Check:
     return check
 
 
+def _number(low: float, high: float) -> _Check:
+    def check(value: Any, where: str) -> None:
+        if type(value) not in (int, float) or not low <= value <= high:
+            raise _refuse(where, value, f"a number from {low:g} to {high:g}")
+
+    return check
+
+
 def _one_of(*known: Any) -> _Check:
     def check(value: Any, where: str) -> None:
         if not any(type(value) is type(one) and value == one for one in known):
@@ -329,6 +350,16 @@ def _rising(value: Any, where: str) -> None:
         raise _refuse(where, value, "three numbers in ascending order")
 
 
+def _defaults(value: Any, where: str) -> None:
+    scale = _number(-_LARGEST, _LARGEST)
+    numbers = {"guidance_scale": scale, "true_cfg_scale": scale, "timestep_shift": scale}
+    _record({}, {"steps": _whole(1, _LARGEST), **numbers})(value, where)
+    try:
+        EditDefaults(**value)
+    except SliderEditError:
+        raise _refuse(where, value, "defaults of an edit") from None
+
+
 _COUNTS = _mapping(_whole(0, _LARGEST))
 _AXES = ("batch", "text_rows", "image_rows", "sliders", "rows", "references", "reference_rows", "kept_rows")
 _SPECS = _list(
@@ -358,6 +389,9 @@ _ADAPTER = _record(
         "members": _mapping(_record({"source": _text, "strength_curve": _curve}), most=MAX_SLIDERS),
         "dropped": _list(_text, most=_LARGEST),
     },
+)
+_FUSED = _record(
+    {"source": _text, "scale": _number(-_LARGEST, _LARGEST), "fingerprint": _sha256, "modules": _whole(1, _LARGEST)}
 )
 _MANIFEST = _record(
     {
@@ -390,6 +424,8 @@ _MANIFEST = _record(
         "precision": _one_of(None, *PRECISIONS),
         "quantised": _mapping(_whole(1, _LARGEST), key=_one_of(*PRECISIONS)),
         "plan": _record({}, {"gemms": _COUNTS, "weights": _mapping(_BYTES)}),
+        "fused": _list(_FUSED, most=MAX_FUSED),
+        "defaults": _defaults,
         "links": _mapping(_record(_FILE | {"kind": _one_of("hard", "symbolic")}), key=_file_name),
     },
 )

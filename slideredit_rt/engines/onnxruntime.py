@@ -182,7 +182,13 @@ class OnnxRuntime(Backend):
         from slideredit_rt.export.linked_weights import WeightOptions, export_linked
 
         # ONNX Runtime does not follow symbolic links.
-        weights = WeightOptions(job.dtype, symbolic_links=False, copy=job.settings.copy_weights, quantised=self.quantised)
+        weights = WeightOptions(
+            job.dtype,
+            symbolic_links=False,
+            copy=job.settings.copy_weights,
+            quantised=self.quantised,
+            updates=job.updates,
+        )
         exported = export_linked(job.family, job.base, job.adapter, folder, weights, lowering=job.lowering)
         return Compiled(exported, exported.files, exported.links)
 

@@ -521,6 +521,16 @@ class Family(ABC):
             raise SliderEditError(f"this base's scheduler cannot make a schedule of {steps} step; use at least 2 steps")
         return Schedule(timesteps / 1000, scheduler.sigmas.diff())
 
+    def fix_shift(self, pipeline: Any, shift: float) -> None:
+        """Make a pipeline's scheduler shift noise levels by a fixed amount, for any size and number of steps.
+
+        Args:
+            pipeline: diffusers pipeline, changed in place.
+            shift: Shift s; a noise level σ becomes `s σ / (1 + (s − 1) σ)`.
+        """
+        fixed = {"use_dynamic_shifting": False, "shift": shift, "shift_terminal": None}
+        pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, **fixed)
+
     @abstractmethod
     def decode_pixels(self, pipeline: Any, latents: Tensor, height: int, width: int) -> Tensor:
         """Decode latents `[B, latent_rows, C]` to images `[B, 3, height, width]` in about [−1, 1], without clamping."""

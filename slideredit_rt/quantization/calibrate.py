@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from slideredit_rt.adapters import Adapter, AdapterSource, load_adapters
+from slideredit_rt.adapters import Adapter, AdapterSource, Updates, load_adapters
 from slideredit_rt.assets import EMBEDDED_BASE, resolve_base
 from slideredit_rt.editor import SliderEditor
 from slideredit_rt.engines.eager import EagerEngine
@@ -23,7 +23,6 @@ from slideredit_rt.evaluation.own_images import open_cases, pair_images
 from slideredit_rt.evaluation.shapes import CALIBRATION_SEEDS, ShapesScenes
 from slideredit_rt.families import Family
 from slideredit_rt.modules import SliderBackbone
-from slideredit_rt.quantization.fusing import Updates
 from slideredit_rt.settings import RunSettings
 from slideredit_rt.sliders import Controls
 from slideredit_rt.strength import StrengthCurve
@@ -114,9 +113,7 @@ def measure_activations(
     adapters: list[Adapter | None] = [_single(load_adapters(source, family)) for source in run.adapters]
     pipeline = family.load_pipeline(base, dtype=run.run.choose_dtype(device))
     if updates is not None:
-        for name in updates.pairs:
-            linear = pipeline.transformer.get_submodule(name)
-            linear.weight.data = updates.apply(name, linear.weight.data)
+        updates.fuse_into(pipeline.transformer)
     family.place(pipeline, device)
     maxima: dict[str, Tensor] = {}
     with tqdm(total=len(cases) * len(adapters or [None]), desc="calibrate", unit="edit", disable=not progress) as bar:

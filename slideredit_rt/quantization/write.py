@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from slideredit_rt.adapters import Fused, Updates, read_updates
 from slideredit_rt.assets import from_anywhere, resolve_base
 from slideredit_rt.checkpoint import (
     CONFIG_FILE,
@@ -30,7 +31,6 @@ from slideredit_rt.families import family_of
 from slideredit_rt.files import atomic_file, atomic_folder, read_json, user_path
 from slideredit_rt.quantization.calibrate import ActivationRun, calibration_cases, measure_activations
 from slideredit_rt.quantization.config import QuantizedLayer, describe_layers, read_precision
-from slideredit_rt.quantization.fusing import Fused, Updates, read_updates
 from slideredit_rt.quantization.linear import stored_parts
 from slideredit_rt.quantization.precisions import PRECISIONS, Part
 from slideredit_rt.quantization.selection import select_layers
@@ -258,12 +258,9 @@ def _converted(entry: _Entry, updates: Updates, maxima: Mapping[str, float]) -> 
     fused = entry.name == f"{entry.module}.weight" and entry.module in updates.pairs
     if not fused and entry.layer is None:
         return {entry.name: tensor}
-    wide = updates.apply(entry.module, tensor.float()) if fused else tensor.float()
-    if not wide.aminmax().max.isfinite() or not wide.aminmax().min.isfinite():
-        raise SliderEditError(
-            f"{entry.name} holds NaN or infinity{' after fusing' if fused else ''}; download the base"
-            f"{' or the LoRA' if fused else ''} again"
-        )
+    wide = updates.apply(entry.module, tensor, torch.float32) if fused else tensor.float()
+    if not all(bound.isfinite() for bound in wide.aminmax()):
+        raise SliderEditError(f"{entry.name} holds NaN or infinity; download the base again")
     if entry.layer is None:
         return {entry.name: wide.to(tensor.dtype)}
     precision = PRECISIONS[entry.layer.precision]

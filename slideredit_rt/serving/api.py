@@ -77,7 +77,7 @@ class Api:
         self.service = service
         self.editor = service.editor
         self.limits = limits
-        self.preview_steps = min(preview_steps, self.editor.family.default_steps(self.editor.pipeline))
+        self.preview_steps = min(preview_steps, self.editor.default_steps)
         self.max_images = MAX_SOURCES if self.editor.family.takes_several_images(self.editor.pipeline) else 1
         self.tokens = Tokens(self.editor)
         self._workers = CapacityLimiter(_DECODERS)
@@ -93,7 +93,9 @@ class Api:
             precision=None if manifest is None else manifest.precision,
             adapters=list(editor.members),
             max_sliders=editor.max_sliders,
-            num_inference_steps=editor.family.default_steps(editor.pipeline),
+            num_inference_steps=editor.default_steps,
+            guidance_scale=editor.default_guidance_scale,
+            true_cfg_scale=editor.default_true_cfg_scale,
             preview_steps=self.preview_steps,
             max_images=self.max_images,
             side=editor.family.side(editor.pipeline),

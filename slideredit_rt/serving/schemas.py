@@ -83,9 +83,9 @@ class EditFields(_Strict):
         "JavaScript cannot represent all integers above 2⁵³ exactly",
     )
     num_inference_steps: int | None = Field(None, ge=1, le=MAX_STEPS, description="denoising steps; default: the engine's")
-    guidance_scale: _Scale | None = Field(None, description="scale of the embedded guidance; default: the family's")
+    guidance_scale: _Scale | None = Field(None, description="scale of the embedded guidance; default: the engine's")
     true_cfg_scale: _Scale | None = Field(
-        None, description="scale of guidance with a negative pass, 1 for no such pass; default: the family's"
+        None, description="scale of guidance with a negative pass, 1 for no such pass; default: the engine's"
     )
     negative_prompt: Annotated[str, Field(max_length=MAX_CHARACTERS)] | None = Field(
         None, description="prompt of the negative pass; default: the family's"
@@ -177,6 +177,10 @@ class EngineInfo(BaseModel):
     adapters: list[str] = Field(description="names of the adapters in a bank; empty if the engine has a single adapter")
     max_sliders: int
     num_inference_steps: int = Field(description="denoising steps of a full edit by default")
+    guidance_scale: float | None = Field(
+        description="scale of the embedded guidance by default; null for a family that has none"
+    )
+    true_cfg_scale: float = Field(description="scale of guidance with a negative pass by default; 1 for no such pass")
     preview_steps: int = Field(description="denoising steps of a preview by default")
     max_images: int = Field(description="maximum number of source images of an edit")
     side: int = Field(description="width and height of the square images that the engine edits, in pixels")

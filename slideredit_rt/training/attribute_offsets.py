@@ -86,7 +86,7 @@ class AttributeOffsets:
         Returns:
             Float32 `[N, 3, H, W]` in [0, 1].
         """
-        images, steps = [], editor.family.default_steps(editor.pipeline) if steps is None else steps
+        images, steps = [], editor.default_steps if steps is None else steps
         for chunk in scales.split(editor.max_batch):
             inputs = editor.frozen_inputs(prepared, len(chunk))
             embeddings = inputs["encoder_hidden_states"]

@@ -154,7 +154,7 @@ class TensorRT(Backend):
                 job.base,
                 job.adapter,
                 graph,
-                WeightOptions(job.dtype, quantised=self.quantised),
+                WeightOptions(job.dtype, quantised=self.quantised, updates=job.updates),
                 lowering=lowering,
                 target=plugin_target(targets, self.options_of(job.settings)) if lowering == "plugin" else None,
             )
