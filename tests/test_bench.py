@@ -48,7 +48,7 @@ def test_gpu_targets_run_a_complete_copy_of_the_package(target: str, tmp_path: P
     where = "from importlib.util import find_spec; print(find_spec('slideredit_rt.kernels').origin)"
     python.write_text(f'#!/bin/sh\nexec {sys.executable} -S -c "{where}"\n')
     python.chmod(0o755)
-    line = ["make", target, f"STAGE={stage}", f"GPU_PYTHON={python}"]
+    line = ["make", "--no-print-directory", target, f"STAGE={stage}", f"GPU_PYTHON={python}"]
     done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == str(stage / "slideredit_rt" / "kernels" / "__init__.py")
