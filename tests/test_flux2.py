@@ -439,6 +439,7 @@ def test_commands_show_and_convert_an_adapter(
     assert load_adapter(out).family == "flux2"
 
 
+@pytest.mark.slow
 def test_a_quantised_base_makes_an_engine_that_passes(
     bases: dict[str, Path], adapters: dict[Kind, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

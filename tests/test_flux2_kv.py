@@ -243,6 +243,7 @@ def test_verification_compares_the_reading_of_the_image_as_well(
     assert not verify_engine(engines[kind], random_image(), sliders, steps=2).comparisons[0].passed
 
 
+@pytest.mark.slow
 def test_engines_in_half_precision_and_of_a_quantised_base_pass(base: Path, adapters: dict[Kind, Path], tmp_path: Path) -> None:
     command = ["quantize", "--base", str(base), "--precision", "int8", "--out", str(tmp_path / "int8"), "--quiet"]
     assert cli.main(command) == 0

@@ -244,6 +244,7 @@ def test_a_bank_holds_members_with_and_without_joint_rows(
         assert (run(inputs | {"alpha": alpha}) - own(inputs)).abs().max() <= 2e-5
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.usefixtures("as_traced")
 def test_quantised_bases_take_such_an_adapter(family: Family, adapter: Adapter, tmp_path: Path) -> None:
