@@ -374,10 +374,10 @@ def marks(measurements: list[Measurement]) -> dict[str, object]:
     }
 
 
-def heading(about: dict[str, str]) -> str:
+def heading(about: dict[str, str], command: str) -> str:
     """Return the text above the table: title, origin and the meaning of our columns."""
     lines = [f"# Masked low-rank projections on {about['gpu']}", "", "Ratios to the base GEMM alone, cold L2, graph-replayed."]
-    lines += [f"{', '.join(f'{k} {v}' for k, v in about.items() if k != 'gpu')}. Reproduce: `make gpu-bench`.", ""]
+    lines += [f"{', '.join(f'{k} {v}' for k, v in about.items() if k != 'gpu')}. Reproduce: `{command}`.", ""]
     return "\n".join(lines + [f"- `{name}`: {meaning}" for name, meaning in PATHS.items()]) + "\n"
 
 
@@ -416,6 +416,8 @@ def main() -> int:
                 bench.run_fp8(case)
             sys.stderr.write(f"{case.kind} {case.stream} {case.projection} B={case.batch} active={case.active}: done\n")
     now = datetime.now(UTC).date().isoformat()
+    batches = " ".join(map(str, args.batches))
+    command = f"make gpu-bench BENCH_OPTIONS='--batches {batches} --compile-seconds {args.compile_seconds:g}'"
     about = {
         "gpu": torch.cuda.get_device_name() if cuda else "none",
         "date": now,
@@ -431,7 +433,7 @@ def main() -> int:
         folder = args.out / about["gpu"].lower().replace(" ", "-")
         content = {
             **about,
-            "command": "make gpu-bench",
+            "command": command,
             "marks": marks(bench.measurements),
             "measurements": [asdict(m) for m in bench.measurements],
             "fp8_measurements": [asdict(m) for m in bench.fp8_measurements],
@@ -439,7 +441,7 @@ def main() -> int:
         with atomic_file(folder / f"{now}-kernels.json") as temporary:
             temporary.write_text(json.dumps(content, indent=1) + "\n")
         with atomic_file(folder / f"{now}-kernels.md") as temporary:
-            temporary.write_text(f"{heading(about)}\n{text}")
+            temporary.write_text(f"{heading(about, command)}\n{text}")
         sys.stdout.write(json.dumps(content["marks"], indent=2) + "\n")
     for m in wrong + wrong_fp8:
         sys.stderr.write(f"WRONG: {m.candidate} on {m.case}: error {m.error:.2e}, allowed {m.allowed_error:.2e}\n")

@@ -148,6 +148,7 @@ def launch_update(low: Tensor, lora_b: Tensor, row_scale: Tensor, configuration:
     `[M, G]`, y `[M, N]`.
     """
     (rows, n), rank, members = y.shape, lora_b.shape[1], row_scale.shape[1]
+    # The kernel has no inner columns to be even, so any number stands for them.
     wrap_triton(masked_lora_update_kernel)[update_grid(configuration, rows, n)](
         low, lora_b, row_scale, rows, n, rank, members, y, **configuration.meta(n, rank)
     )

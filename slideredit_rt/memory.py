@@ -83,7 +83,7 @@ class Footprint:
     keys_values: int = 0
 
     @property
-    def image(self) -> int:
+    def per_image(self) -> int:
         """Bytes of a denoising step for each image of a batch, with its keys and values."""
         return self.step + self.keys_values
 
@@ -133,14 +133,14 @@ def plan_memory(footprint: Footprint, vram: int, modes: Sequence[MemoryMode] = M
     room = vram - RESERVED - footprint.decoder
     # A text encoder visits the card a layer at a time, and not while an image is decoded.
     offloaded = max(footprint.tiled_decode, footprint.largest_encoder_weight)
-    streamed = min(footprint.weights, max(int(STREAMED_SHARE * footprint.weights), room - offloaded - footprint.image))
+    streamed = min(footprint.weights, max(int(STREAMED_SHARE * footprint.weights), room - offloaded - footprint.per_image))
     choices = {
         "none": _Choice(footprint.weights, footprint.encoders, footprint.decode),
         "encoders": _Choice(footprint.weights, 0, offloaded),
         "all": _Choice(streamed, 0, offloaded),
     }
     allowed = [mode for mode in modes if mode != "all" or footprint.streams]
-    fitting = (mode for mode in allowed if choices[mode].room(footprint.image) <= room)
+    fitting = (mode for mode in allowed if choices[mode].room(footprint.per_image) <= room)
     mode = next(fitting, allowed[-1])
     return _plan(footprint, vram, mode, choices[mode], room)
 
@@ -162,9 +162,9 @@ class _Choice:
 
 
 def _plan(footprint: Footprint, vram: int, mode: MemoryMode, choice: _Choice, room: int) -> MemoryPlan:
-    missing = max(0, choice.room(footprint.image) - room)
-    everything = footprint.weights + footprint.encoders + footprint.decode + footprint.image
-    batch = 0 if missing else min((room - choice.room(0)) // footprint.image, footprint.max_batch)
+    missing = max(0, choice.room(footprint.per_image) - room)
+    everything = footprint.weights + footprint.encoders + footprint.decode + footprint.per_image
+    batch = 0 if missing else min((room - choice.room(0)) // footprint.per_image, footprint.max_batch)
     return MemoryPlan(
         vram_gib=_gib(vram),
         weights_gib=_gib(choice.weights),

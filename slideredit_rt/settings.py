@@ -80,7 +80,7 @@ class EditDefaults:
             is.
 
     Raises:
-        SliderEditError: There are no steps, a scale is not finite, or the shift is not above 0.
+        SliderEditError: `steps` is below 1, a scale is not finite, or the shift is not above 0.
     """
 
     steps: int | None = None

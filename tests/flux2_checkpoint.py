@@ -25,6 +25,20 @@ from slideredit_rt.families import Kind, get_family
 SIDE, TEXT_ROWS = 128, 96
 
 
+def tiny_transformer() -> Flux2Transformer2DModel:
+    """A transformer of two dual-stream and two single-stream blocks with random weights."""
+    return Flux2Transformer2DModel(
+        in_channels=16,
+        num_layers=2,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=96,
+        axes_dims_rope=(4, 4, 4, 4),
+        guidance_embeds=False,
+    ).eval()
+
+
 def save_tiny_checkpoint(folder: Path, *, distilled: bool = True, kv: bool = False, seed: int = 0) -> Path:
     """Save a pipeline that edits up to 128²: 64 image rows an image, a VAE of factor 8, two dual and two single blocks."""
     torch.manual_seed(seed)
@@ -39,16 +53,7 @@ def save_tiny_checkpoint(folder: Path, *, distilled: bool = True, kv: bool = Fal
     ).eval()
     vae.bn.running_mean.normal_(0, 0.3)
     vae.bn.running_var.uniform_(0.5, 2.0)
-    transformer = Flux2Transformer2DModel(
-        in_channels=16,
-        num_layers=2,
-        num_single_layers=2,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=96,
-        axes_dims_rope=(4, 4, 4, 4),
-        guidance_embeds=False,
-    ).eval()
+    transformer = tiny_transformer()
     tokenizer = qwen3_tokenizer(CORPUS, TEXT_ROWS)
     encoder = Qwen3ForCausalLM(
         Qwen3Config(

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import Flux2KleinPipeline, Flux2Transformer2DModel, QwenImageEditPipeline, QwenImageTransformer2DModel
+from flux2_checkpoint import tiny_transformer
 from safetensors.torch import load_file, save_file
 from test_adapters import expected_updates, gives
 from torch import Tensor
@@ -134,16 +135,7 @@ def flux() -> Any:
 @pytest.fixture(scope="module")
 def flux2() -> Any:
     torch.manual_seed(0)
-    return Flux2Transformer2DModel(
-        in_channels=16,
-        num_layers=2,
-        num_single_layers=2,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=96,
-        axes_dims_rope=(4, 4, 4, 4),
-        guidance_embeds=False,
-    )
+    return tiny_transformer()
 
 
 @pytest.fixture(scope="module")

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import random
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,7 @@ from http_server import as_file, image_of, serving
 from PIL import Image
 from qwen_checkpoint import random_image
 from test_linked_export import sparse_checkpoint
-from test_qwen import AWKWARD
+from test_qwen import AWKWARD, only_with_prompt
 
 from slideredit_rt import cli
 from slideredit_rt.adapters import Adapter, load_adapter, save_adapter
@@ -85,17 +83,6 @@ def encoders(bases: dict[str, Path], family: Family) -> Any:
 
 def images_of(number: int) -> list[Image.Image]:
     return [random_image(96, 128), random_image(83, 70, seed=1)][:number]
-
-
-def only_with_prompt(pipeline: Any, monkeypatch: pytest.MonkeyPatch, switch: Callable[[bool], None]) -> None:
-    """Turn an adapter off for diffusers' negative passes: they run in a cache context of their own."""
-
-    @contextlib.contextmanager
-    def context(name: str) -> Iterator[None]:
-        switch(name == "cond")
-        yield
-
-    monkeypatch.setattr(pipeline.transformer, "cache_context", context)
 
 
 @pytest.fixture(scope="module")

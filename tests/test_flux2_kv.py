@@ -147,7 +147,7 @@ def test_moved_sliders_and_new_prompts_do_not_read_the_image_again(engines: dict
 
 @pytest.mark.usefixtures("as_traced")
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_inductor_engine_captures_nothing_anew_for_new_settings(
+def test_an_inductor_engine_captures_nothing_more_for_other_settings(
     base: Path, adapters: dict[Kind, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Kind
 ) -> None:
     build_engine(base, adapters[kind], tmp_path / "engine", BuildSettings("inductor"), progress=False)

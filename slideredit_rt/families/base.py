@@ -154,7 +154,7 @@ class Reader(Protocol):
     """A `Backbone` that also reads source images, for families that read them once."""
 
     def read(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Return the keys and values of the rows `kept`, with all sliders off (see `Family.read`)."""
+        """Return the keys and values of the rows `kept`, float32 `[blocks, 2, 1, kept_rows, heads, D]` (see `Family.read`)."""
         ...
 
 
@@ -170,6 +170,7 @@ class Family(ABC):
             and `default_true_cfg_scale`.
         neutral_prompt: Prompt that does not ask for an edit, for training.
         negative_prompt: Default prompt of the negative pass.
+        linears: Patterns of the names (full match) of the linears that sliders can scale, by the rows that they project.
         usual_text_rows: Default largest number of text rows of an engine that is compiled for a range.
         text_reads_images: True if the text encoder also sees the images.
         sized_by: Index of the source image whose shape the edited image has.
@@ -197,6 +198,7 @@ class Family(ABC):
     num_inference_steps: ClassVar[int]
     neutral_prompt: ClassVar[str]
     negative_prompt: ClassVar[str] = ""
+    linears: ClassVar[Mapping[RowSet, str]]
     usual_text_rows: ClassVar[int] = 512
     text_reads_images: ClassVar[bool] = False
     sized_by: ClassVar[int] = -1
@@ -261,9 +263,9 @@ class Family(ABC):
     def prepare_transformer(self, transformer: Any) -> None:  # noqa: B027
         """Make a transformer accept tensors where diffusers passes Python objects. Diffusers' own calls work as before."""
 
-    @abstractmethod
     def rows_of(self, module_name: str) -> RowSet | None:
         """Return which rows the linear `module_name` projects; None if sliders cannot scale it."""
+        return next((rows for rows, pattern in self.linears.items() if re.fullmatch(pattern, module_name)), None)
 
     @abstractmethod
     def targets(self, kind: Kind, *, all_projections: bool = False) -> re.Pattern[str]:
@@ -327,7 +329,7 @@ class Family(ABC):
             inputs: Result of `read_inputs`.
 
         Returns:
-            Keys and values of the rows, float32, for `with_read`.
+            Keys and values of the rows, float32 `[blocks, 2, 1, kept_rows, heads, D]`, for `with_read`.
         """
         raise NotImplementedError
 

@@ -75,6 +75,7 @@ class Flux2(Family):
     neutral_prompt = "keep the image the same"
     sized_by = 0
     keeps_small_images = True
+    linears: ClassVar[Mapping[RowSet, str]] = {"text": _TEXT_LINEARS, "image": _IMAGE_LINEARS, "joint": _JOINT_LINEARS}
     joint_projections: ClassVar = {
         "to_qkv": ("to_q", "to_k", "to_v"),
         "to_added_qkv": ("add_q_proj", "add_k_proj", "add_v_proj"),
@@ -100,14 +101,6 @@ class Flux2(Family):
 
     def default_true_cfg_scale(self, pipeline: Any) -> float:
         return 1.0 if pipeline.config.is_distilled else 4.0
-
-    def rows_of(self, module_name: str) -> RowSet | None:
-        patterns: tuple[tuple[str, RowSet], ...] = (
-            (_TEXT_LINEARS, "text"),
-            (_IMAGE_LINEARS, "image"),
-            (_JOINT_LINEARS, "joint"),
-        )
-        return next((rows for pattern, rows in patterns if re.fullmatch(pattern, module_name)), None)
 
     def targets(self, kind: Kind, *, all_projections: bool = False) -> re.Pattern[str]:
         # On the models of 4 and 9 billion parameters: 30 and 48 linears for ST, 70 and 96 with joint rows, 100 and 144 for GST.

@@ -68,6 +68,7 @@ class FluxKontext(Family):
     guidance_scale = 3.5
     num_inference_steps = 28
     neutral_prompt = "keep the image the same"
+    linears: ClassVar[Mapping[RowSet, str]] = {"text": _TEXT_LINEARS, "image": _IMAGE_LINEARS, "joint": _SINGLE_LINEARS}
     joint_projections: ClassVar = {
         "to_qkv": ("to_q", "to_k", "to_v"),
         "to_added_qkv": ("add_q_proj", "add_k_proj", "add_v_proj"),
@@ -91,14 +92,6 @@ class FluxKontext(Family):
         # On a CPU, convolutions are faster in this layout: decoding a batch takes two thirds of the time.
         pipeline.vae.to(memory_format=torch.channels_last)
         return pipeline
-
-    def rows_of(self, module_name: str) -> RowSet | None:
-        patterns: tuple[tuple[str, RowSet], ...] = (
-            (_TEXT_LINEARS, "text"),
-            (_IMAGE_LINEARS, "image"),
-            (_SINGLE_LINEARS, "joint"),
-        )
-        return next((rows for pattern, rows in patterns if re.fullmatch(pattern, module_name)), None)
 
     def targets(self, kind: Kind, *, all_projections: bool = False) -> re.Pattern[str]:
         if kind == "st":

@@ -205,6 +205,7 @@ class QwenImageEdit(Family):
     guidance_scale = None
     true_cfg_scale = 4.0
     num_inference_steps = 40
+    linears: ClassVar[Mapping[RowSet, str]] = {"text": _TEXT_LINEARS, "image": _IMAGE_LINEARS}
     neutral_prompt = "keep the image the same"
     negative_prompt = " "
     # An image of 1024² pixels takes about 1,370 text rows.
@@ -221,11 +222,6 @@ class QwenImageEdit(Family):
             block.attn.set_processor(_RealRotaryProcessor())
             if transformer.zero_cond_t:
                 block.register_forward_pre_hook(_give_reference_rows, with_kwargs=True)
-
-    def rows_of(self, module_name: str) -> RowSet | None:
-        if re.fullmatch(_TEXT_LINEARS, module_name):
-            return "text"
-        return "image" if re.fullmatch(_IMAGE_LINEARS, module_name) else None
 
     def targets(self, kind: Kind, *, all_projections: bool = False) -> re.Pattern[str]:
         # 360 and 720 linears on the full model; there are no further projections.
