@@ -1,0 +1,251 @@
+"""The portraits world: people whose appearance instructions change, with the correct result of every edit.
+
+A person is a row of parameters (`person`), and an instruction moves some of them, in proportion to its strength. Instructions of
+different attributes move different parameters, so edits commute.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from slideredit_rt.errors import SliderEditError
+from slideredit_rt.portraits.drawing import LAYERS, SIZE, layers, render
+from slideredit_rt.portraits.person import COLUMN, PARAMETERS, RANGES, draw_people
+
+__all__ = [
+    "ATTRIBUTES",
+    "INSTRUCTIONS",
+    "LAYERS",
+    "PARAMETERS",
+    "SIZE",
+    "Example",
+    "Instruction",
+    "applicable",
+    "draw_people",
+    "edit",
+    "find_instruction",
+    "held_out_examples",
+    "layers",
+    "portrait_image",
+    "render",
+    "sample_instructions",
+]
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """An instruction in words.
+
+    Attributes:
+        text: The instruction as it stands in a prompt.
+        attribute: Group of parameters that it changes. Two instructions on the same attribute contradict each other.
+        towards: Parameters and the values that they have at strength 1.
+        by: Parameters and what strength 1 adds to them.
+    """
+
+    text: str
+    attribute: str
+    towards: dict[str, float] = field(default_factory=dict, hash=False)
+    by: dict[str, float] = field(default_factory=dict, hash=False)
+
+
+def _tint(kind: str, red: float, green: float, blue: float) -> dict[str, float]:
+    return {f"{kind}_red": red, f"{kind}_green": green, f"{kind}_blue": blue}
+
+
+def _expression(curve: float, opened: float, stretch: float, brows: tuple[float, float], squint: float) -> dict[str, float]:
+    return {
+        "mouth_curve": curve,
+        "mouth_open": opened,
+        "mouth_stretch": stretch,
+        "brow_raise": brows[0],
+        "brow_slant": brows[1],
+        "squint": squint,
+    }
+
+
+INSTRUCTIONS: tuple[Instruction, ...] = (
+    Instruction("make the person smile", "expression", _expression(5.0, 5.0, 0.22, (0.8, 0.0), 0.2)),
+    Instruction("make the person sad", "expression", _expression(-3.2, 0.0, -0.12, (0.8, 0.32), 0.1)),
+    Instruction("make the person surprised", "expression", _expression(0.6, 7.5, -0.38, (4.0, 0.0), -0.3)),
+    Instruction("make the person older", "age", by={"age": 1.0}),
+    Instruction("make the hair red", "hair colour", _tint("hair", 0.74, 0.24, 0.13)),
+    Instruction("make the hair blond", "hair colour", _tint("hair", 0.90, 0.74, 0.40)),
+    Instruction("make the hair black", "hair colour", _tint("hair", 0.12, 0.11, 0.13)),
+    Instruction("make the hair grey", "hair colour", _tint("hair", 0.70, 0.70, 0.72)),
+    Instruction("make the hair longer", "hair length", by={"hair_length": 0.55}),
+    Instruction("make the hair curly", "curl", towards={"curl": 1.1}),
+    Instruction("make the eyes bigger", "eye size", by={"eye_scale": 0.32}),
+    Instruction("make the eyes closed", "eyelids", towards={"lids": 1.0}),
+    Instruction("make the skin tanned", "skin", by={"tan": 0.8}),
+    Instruction("add blush", "blush", by={"blush": 1.0}),
+    Instruction("add a beard", "beard", towards={"beard": 1.0}),
+    Instruction("add a moustache", "moustache", towards={"moustache": 1.0}),
+    Instruction("add glasses", "glasses", towards={"glasses": 1.0}),
+    Instruction("add sunglasses", "glasses", towards={"glasses": 1.0, "dark_lenses": 1.0}),
+    Instruction("add a hat", "hat", towards={"hat": 1.0}),
+    Instruction("make the clothes red", "clothes", _tint("clothes", 0.78, 0.20, 0.20)),
+    Instruction("make the clothes green", "clothes", _tint("clothes", 0.24, 0.56, 0.30)),
+    Instruction("make the background blue", "background", _tint("background", 0.36, 0.56, 0.84)),
+    Instruction("make the background dark", "background", _tint("background", 0.20, 0.20, 0.24)),
+    Instruction("make the background bright", "background", _tint("background", 0.90, 0.88, 0.84)),
+)
+"""All instructions, in the order of the columns of strengths."""
+
+ATTRIBUTES: tuple[str, ...] = tuple(dict.fromkeys(i.attribute for i in INSTRUCTIONS))
+
+# Smallest change of each parameter that can be seen. An instruction applies to a person if it makes a change of 1 in these units.
+_VISIBLE = {
+    "mouth_curve": 2.0,
+    "mouth_open": 2.5,
+    "brow_raise": 2.0,
+    "hair_length": 0.3,
+    "curl": 0.5,
+    "eye_scale": 0.15,
+    "lids": 0.5,
+    "age": 0.5,
+    "tan": 0.4,
+    "blush": 0.5,
+    "beard": 0.5,
+    "moustache": 0.5,
+    "glasses": 0.5,
+    "hat": 0.5,
+}
+_VISIBLE_COLOUR = 0.16
+
+
+def _visible(name: str) -> float:
+    if name.endswith(("_red", "_green", "_blue")):
+        return 1 / _VISIBLE_COLOUR
+    return 1 / _VISIBLE[name] if name in _VISIBLE else 0.0
+
+
+def _tables(like: Tensor) -> tuple[Tensor, Tensor]:
+    """Return which parameters each instruction moves to a value, and what it adds to them, both `[I, P]`.
+
+    The change at strength 1 is the second minus the first times the parameters.
+    """
+    replaced, added = torch.zeros(2, len(INSTRUCTIONS), len(PARAMETERS)).unbind(0)
+    for row, instruction in enumerate(INSTRUCTIONS):
+        for name, value in instruction.towards.items():
+            replaced[row, COLUMN[name]] = 1
+            added[row, COLUMN[name]] = value
+        for name, value in instruction.by.items():
+            added[row, COLUMN[name]] = value
+    return replaced.to(like), added.to(like)
+
+
+def applicable(people: Tensor) -> Tensor:
+    """Return whether each instruction changes each person enough to see, bool `[N, I]`.
+
+    Args:
+        people: Parameters, `[N, P]`.
+    """
+    replaced, added = _tables(people)
+    weight = people.new_tensor([_visible(name) for name in PARAMETERS])
+    change = (added - replaced * people[:, None]) * weight
+    seen = change.square().sum(-1) > 1
+    # Faces with long lashes grow no beard.
+    smooth = torch.tensor([i.attribute in ("beard", "moustache") for i in INSTRUCTIONS], device=people.device)
+    return seen & ~(smooth & (people[:, COLUMN["lashes"], None] > 0.5))
+
+
+def edit(people: Tensor, strengths: Tensor) -> Tensor:
+    """Return edited people, `[N, P]`.
+
+    Args:
+        people: Parameters, `[N, P]`.
+        strengths: Strength of each instruction, `[N, I]`: 0 leaves a person as it is, 1 is the edit, values between are on the
+            way and values above 1 go beyond it.
+    """
+    replaced, added = _tables(people)
+    low, high = people.new_tensor([RANGES[name] for name in PARAMETERS]).unbind(1)
+    moved = people + strengths @ added - people * (strengths @ replaced)
+    return moved.clamp(low, high)
+
+
+def sample_instructions(people: Tensor, counts: Tensor, generator: torch.Generator) -> Tensor:
+    """Draw instructions of different attributes that apply to the people.
+
+    Args:
+        people: Parameters, `[N, P]`.
+        counts: Number of instructions of each person, integers `[N]`.
+        generator: Random number generator. It draws on its own device.
+
+    Returns:
+        Strengths, float32 `[N, I]`: 1 for the drawn instructions and 0 for the others.
+    """
+    scores = torch.rand(len(people), len(INSTRUCTIONS), generator=generator, device=generator.device).to(people.device)
+    scores = torch.where(applicable(people), scores, -1.0)
+    group = torch.tensor([ATTRIBUTES.index(i.attribute) for i in INSTRUCTIONS], device=people.device).expand(len(people), -1)
+    best = scores.new_full((len(people), len(ATTRIBUTES)), -1.0).scatter_reduce(1, group, scores, "amax")
+    scores = torch.where((scores == best.gather(1, group)) & (scores >= 0), scores, -1.0)
+    rank = scores.argsort(dim=1, descending=True).argsort(dim=1)
+    return ((rank < counts.to(people.device)[:, None]) & (scores >= 0)).to(people.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class Example:
+    """A person and the instructions to apply.
+
+    Attributes:
+        people: Parameters of the person, float32 `[1, P]`.
+        instructions: Instructions of different attributes.
+    """
+
+    people: Tensor
+    instructions: tuple[Instruction, ...]
+
+    @property
+    def prompt(self) -> str:
+        return " and ".join(i.text for i in self.instructions)
+
+    @property
+    def strengths(self) -> Tensor:
+        """Strengths of the complete edit, float32 `[1, I]`."""
+        return torch.tensor([[float(i in self.instructions) for i in INSTRUCTIONS]])
+
+    @property
+    def target(self) -> Tensor:
+        """Parameters of the correct result, float32 `[1, P]`."""
+        return edit(self.people, self.strengths)
+
+
+def held_out_examples(number: int, count: int, seed: int = 0) -> list[Example]:
+    """Return `number` examples of `count` instructions each. They are reproducible by `seed`, and no recipe trains on them.
+
+    The seed of their generator has bit 62 set, and recipes use small seeds.
+    """
+    generator = torch.Generator().manual_seed(random.Random(f"held-out/{seed}/{count}").getrandbits(62) | 1 << 62)
+    people = draw_people(number, generator)
+    strengths = sample_instructions(people, torch.full((number,), count), generator)
+    return [
+        Example(person[None], tuple(i for i, one in zip(INSTRUCTIONS, chosen, strict=True) if one))
+        for person, chosen in zip(people, strengths.tolist(), strict=True)
+    ]
+
+
+def find_instruction(text: str) -> Instruction:
+    """Return the instruction of the world with the text `text`.
+
+    Raises:
+        SliderEditError: The text is not an instruction of the world.
+    """
+    found = next((i for i in INSTRUCTIONS if i.text == text), None)
+    if found is None:
+        raise SliderEditError(
+            f"{text!r} is not an instruction of the portraits world; write one such as {INSTRUCTIONS[0].text!r}"
+        )
+    return found
+
+
+def portrait_image(example: Example) -> Image.Image:
+    """Render the source person of an example as an image with 8 bits per channel."""
+    pixels = (render(example.people)[0].permute(1, 2, 0) * 255).round().to(torch.uint8)
+    return Image.fromarray(pixels.numpy())
