@@ -19,16 +19,22 @@ LAYERS: tuple[str, ...] = ("clothes", "hair", "skin", "eyes", "brows", "mouth", 
 
 _Window = tuple[slice, slice]
 _ALL: _Window = (slice(0, SIZE), slice(0, SIZE))
-_BODY: _Window = (slice(84, SIZE), slice(0, SIZE))
-_HEAD: _Window = (slice(8, 116), slice(18, 110))
-_EYES: _Window = (slice(36, 92), slice(22, 106))
-_NOSE: _Window = (slice(58, 92), slice(44, 84))
-_MOUTH: _Window = (slice(68, 110), slice(34, 94))
-_CHIN: _Window = (slice(56, SIZE), slice(24, 104))
-_HAT: _Window = (slice(0, 64), slice(16, 112))
+_BODY: _Window = (slice(88, SIZE), slice(0, SIZE))
+_HEAD: _Window = (slice(12, 116), slice(20, 108))
+_CROWN: _Window = (slice(8, 108), slice(10, 118))
+_EYES: _Window = (slice(38, 94), slice(24, 104))
+_NOSE: _Window = (slice(58, 96), slice(46, 82))
+_MOUTH: _Window = (slice(72, 116), slice(36, 92))
+_CHIN: _Window = (slice(56, SIZE), slice(20, 108))
+_HAT: _Window = (slice(0, 66), slice(14, 114))
 
 _EDGE = 1.4
-"""Width of the soft edge of an outline in pixels."""
+"""Width of the soft edge of an outline in units of the drawing."""
+
+_SCALE = 1.12
+"""Pixels in a unit of the drawing."""
+_MIDDLE = 3.0
+"""Height of the middle of a face below the middle of the image, in pixels."""
 
 
 def _cover(distance: Tensor) -> Tensor:
@@ -98,14 +104,15 @@ class _LayerCanvas(_Canvas):
 class _Painter:
     """Paints people on a canvas, part by part from the back to the front.
 
-    Coordinates are pixels from the middle of the face along the axes of the tilted head: `u` to the right and `v` downwards.
+    Coordinates are units of `_SCALE` pixels from the middle of the face: `x` and `y` along the axes of the image, and `u` and `v`
+    along the axes of the tilted head, to the right and downwards.
     """
 
     def __init__(self, people: Tensor, canvas: _Canvas) -> None:
         self.people, self.canvas = people, canvas
         centre = torch.arange(SIZE, dtype=people.dtype, device=people.device) + (0.5 - SIZE / 2)
-        self.x, self.y = centre[None, None, :], centre[None, :, None]
-        x, y = self.x - self.of("shift_x"), self.y - (self.of("shift_y") + 2)
+        self.x, self.y = centre[None, None, :] / _SCALE, (centre[None, :, None] - _MIDDLE) / _SCALE
+        x, y = self.x - self.of("shift_x"), self.y - self.of("shift_y")
         cos, sin = torch.cos(self.of("tilt")), torch.sin(self.of("tilt"))
         self.u, self.v = x * cos + y * sin, y * cos - x * sin
         skin = self.colour("skin")
@@ -153,46 +160,48 @@ class _Painter:
 
     def background(self) -> None:
         away = torch.sqrt((self.x + 14).square() + (self.y + 18).square())
-        self.canvas.fill("background", self.colour("background"), (1.14 - away * 0.0034)[:, None])
+        self.canvas.fill("background", self.colour("background"), (1.13 - away * 0.0036)[:, None])
 
     def body(self) -> None:
         x, y = self.x - self.of("shift_x") * 0.5, self.y[:, _BODY[0]]
         cloth = self.colour("clothes")
-        width = self.of("shoulder_width")
-        fourth = ((x / width).square().square() + ((y - 66) / 25).square().square() + 1e-8).sqrt().sqrt()
-        cover = _cover((fourth - 1) * 25)
+        part = x / self.of("shoulder_width")
+        line = 38.5 + 24 * part.square().square()
+        steep = torch.rsqrt(1 + (96 / self.of("shoulder_width") * part * part.square()).square())
+        cover = _cover((line - y) * steep)
         self.canvas.paint("clothes", cover, cloth, _BODY)
-        fold = cover * (_ramp(x.abs(), 22, 40) * 0.35)
+        fold = cover * (_ramp(x.abs() + (y - 52) * 0.35, 24, 44) * 0.45)
         self.canvas.shade(fold, cloth * 0.72, _BODY)
-        collar = _cover(_ellipse(x, y - 43, self.of("neck_width") + 6, self.of("neckline") + 4.5)) * cover
-        self.canvas.shade(collar, cloth * 0.70, _BODY)
+        collar = _cover(_ellipse(x, y - 40, self.of("neck_width") + 6, self.of("neckline") + 4.0)) * cover
+        self.canvas.shade(collar, cloth * 0.68, _BODY)
 
     def hair_behind(self) -> None:
         length, volume, curl = self.of("hair_length"), self.of("volume"), self.of("curl")
-        self.wave = torch.sin(self.u * 0.62) * torch.sin(self.v * 0.62 + 0.8)
-        lift = volume + curl * 2.5
-        self.cap = (
-            _ellipse(self.u, self.v + 5, self.of("face_width") + lift, self.of("face_height") - 2 + lift)
-            - (curl * 1.8) * self.wave
-        )
-        bottom = 6 + 42 * length
-        width = self.of("face_width") - 2.5 + (lift + 2.5) * _ramp(length, 0.05, 0.55) + length * 2
-        fall = self.v + 5
-        half = (bottom + 5) / 2
-        side = _box(self.u, fall - half, width + (fall * length * 0.07), half, 8.0) - curl * 2.2 * self.wave
-        side = torch.maximum(side, -fall)
-        self.back = torch.minimum(self.cap, side)
-        cover = _cover(self.back)
+        u, v, crown = self.u, self.v, self.of("face_height")
+        self.wave = torch.sin(u * 0.52 + 1.2 * torch.sin(v * 0.31)) * torch.sin(v * 0.52 + 1.1 * torch.sin(u * 0.37))
+        bump = 1.5 * curl.clamp(max=1.1)
+        aside = self.of("face_width") + 1.0 + volume * 0.45 + 2.0 * _ramp(length, 0.1, 0.6) + curl * 2.5
+        self.cap = _ellipse(u, v + 6, aside, crown - 4 + volume * 1.2 + curl * 3.0) - bump * self.wave
+        bottom = 5 + 42 * length
+        fall = v + 6
+        half = (bottom + 6) / 2
+        width = aside - 3.5 * _ramp(length, 0.5, 0.1) + fall * length * 0.06
+        side = _box(u, fall - half, width, half, 11.0) - bump * self.wave
+        # Long hair falls over the shoulders, on both sides of the chest.
+        chest = (10 + (v - 32) * 0.35).clamp(min=0) * _ramp(v, 32, 37) - u.abs()
+        side = torch.maximum(torch.maximum(side, -fall), chest)
+        behind = torch.minimum(torch.maximum(self.cap, (v - bottom) * 0.7), side)
+        cover = _cover(behind)
         self.canvas.paint("hair", cover, self.hair_dark)
-        strands = (0.5 + 0.5 * torch.sin(self.u * 0.75)) * (1 - curl * 0.5).clamp(min=0) + curl * self.wave * 0.8
-        self.canvas.shade(cover * _ramp(self.u.abs(), 20, 30) * strands.clamp(0, 1) * 0.8, self.hair)
+        strands = (0.5 + 0.5 * torch.sin(u * 0.70 + v * 0.04)) * (1 - curl * 0.6).clamp(min=0) + curl * self.wave * 0.8
+        self.canvas.shade(cover * _ramp(u.abs(), 20, 30) * strands.clamp(0, 1) * 0.8, self.hair)
 
     def neck(self) -> None:
         x, y = (self.x - self.of("shift_x") * 0.7)[:, :, _CHIN[1]], self.y[:, _CHIN[0]]
         width = self.of("neck_width")
-        flare = width + ((y - 34) * 0.35).clamp(min=0)
-        throat = torch.maximum(x.abs() - flare, y - 44)
-        dip = _ellipse(x, y - 43, width + 3, self.of("neckline"))
+        flare = width + ((y - 32) * 0.35).clamp(min=0)
+        throat = torch.maximum(x.abs() - flare, y - 41)
+        dip = _ellipse(x, y - 40, width + 3, self.of("neckline"))
         cover = _cover(torch.minimum(throat, dip)) * _ramp(y, -2, 10)
         self.canvas.paint("skin", cover, self.skin, _CHIN)
         u, v = self.at(_CHIN)
@@ -214,8 +223,8 @@ class _Painter:
         down = v / height
         across = u / (width * (1 - self.of("narrowing") * down))
         square = across.square()
-        low = down.clamp(min=0)
-        shape = square + down.square() - (self.of("jaw") + 0.1 * self.of("age")) * square * low.square()
+        low = down.clamp(0, 1.1)
+        shape = square + down.square() - (self.of("jaw") + 0.08 * self.of("age")) * square.clamp(max=1.2) * low.square()
         self.outline = (torch.sqrt(shape.clamp(min=1e-6)) - 1) * ((width + height) / 2)
         self.inside = _cover(self.outline)
         self.canvas.paint("skin", self.inside, self.skin, _HEAD)
@@ -241,22 +250,19 @@ class _Painter:
         lines = torch.maximum(lines, torch.exp(-fold.square() * 0.55) * _ramp((v - 18).abs(), 7, 4))
         bag = (v - self.of("eye_y") - 8.0 + (aside - self.of("eye_x")).square() * 0.06).abs()
         lines = torch.maximum(lines, torch.exp(-bag.square() * 0.6) * _ramp((aside - self.of("eye_x")).abs(), 6.5, 4))
-        self.canvas.shade(self.inside * lines * (age * 0.75).clamp(max=1), self.skin * self.plain(0.64, 0.50, 0.46), _HEAD)
+        self.canvas.shade(self.inside * lines * (age * 0.62).clamp(max=1), self.skin * self.plain(0.64, 0.50, 0.46), _HEAD)
 
     def beard(self) -> None:
         u, v = self.at(_HEAD)
-        beard, moustache = self.of("beard"), self.of("moustache")
-        colour = self.hair * 0.80
+        beard = self.of("beard")
         grown = (beard - 0.3).clamp(min=0)
-        jaw = _ellipse(u, v - 8, self.of("face_width") + 0.5 + grown, self.of("face_height") - 7 + 6 * grown)
-        upper = self.of("mouth_y") - 1 - (u.square() * 0.045).clamp(max=26)
-        cover = _cover(torch.maximum(jaw, (upper - v) * 0.6)) * (1 - _cover(_ellipse(u, v - self.of("mouth_y"), 8.5, 3.5)))
-        self.canvas.paint("beard", cover * beard.clamp(max=1), colour, _HEAD)
-        aside = u.abs()
-        whiskers = _ellipse(
-            aside - 5.2, v - self.of("mouth_y") + 4.2 - aside * 0.12, 6.0 + 1.6 * moustache, 1.5 + 1.4 * moustache
-        )
-        self.canvas.paint("beard", _cover(whiskers) * moustache.clamp(max=1), self.hair * 0.74, _HEAD)
+        jaw = _ellipse(u, v - 6, self.of("face_width") - 0.5 + grown, self.of("face_height") - 6 + 4.5 * grown)
+        low = v - self.of("mouth_y")
+        cheek = (-5.5 - u.square() * 0.018 + 2.2 * torch.exp(-u.square() * 0.25) - low) * 0.8
+        bare = _cover(_ellipse(u, low - 1.2, self.of("mouth_width") * 0.9, 4.2) * 0.8)
+        cover = _cover(torch.maximum(jaw, cheek)) * (1 - bare) * beard.clamp(max=1)
+        self.canvas.paint("beard", cover, self.hair * 0.82, _HEAD)
+        self.canvas.shade(cover * _ramp(u + v * 0.5, 8, 34) * 0.6, self.hair * 0.6, _HEAD)
 
     def mouth(self) -> None:
         u, v = self.at(_MOUTH)
@@ -266,12 +272,17 @@ class _Painter:
         part = u / width
         arc = (1 - part.square()).clamp(min=0)
         lift = curve * (1 - part.square()).clamp(min=-0.5)
-        bow = arc.clamp(min=1e-4).sqrt() * 0.6 + arc * 0.4
+        bow = arc.clamp(min=1e-4).sqrt()
         lips = self.of("lips")
         slope = torch.rsqrt(1 + (2 * curve * part / width).square())
         upper = lift - opened * 0.45 * bow
         lower = lift + opened * 0.55 * bow
-        rose = self.skin * 0.45 + self.plain(0.36, 0.10, 0.12) + 0.1 * self.of("blush")[..., None] * self.plain(1, -0.4, 0.1)
+        made_up = (0.35 + 0.25 * self.of("lashes"))[..., None]
+        rose = (
+            self.skin * (1 - made_up)
+            + made_up * self.plain(0.66, 0.16, 0.20)
+            + 0.1 * self.of("blush")[..., None] * self.plain(1, -0.4, 0.1)
+        )
         mask = _ramp(part.abs(), 1.12, 0.92)
         outer = torch.maximum(upper - lips * (0.25 + 0.6 * bow) - low, low - lower - lips * (0.25 + 0.85 * bow)) * slope
         self.canvas.paint("mouth", _cover(outer) * mask, rose, _MOUTH)
@@ -329,38 +340,41 @@ class _Painter:
         self.canvas.paint("brows", _cover((v - middle - curve).abs() - thick) * ends, colour, _EYES)
 
     def hair_in_front(self) -> None:
-        curl, parting = self.of("curl"), self.of("parting")
-        along = self.u - parting
-        bend = self.of("hairline_bend")
-        line = bend * along.square() - self.of("hairline") + curl * 2.2 * self.wave
-        steep = torch.rsqrt(1 + (2 * bend * along).square())
-        front = torch.maximum(self.cap, (self.v - line) * steep)
-        cover = _cover(front)
-        self.canvas.paint("hair", cover, self.hair)
+        u, v = self.at(_CROWN)
+        cap, wave = (t[:, _CROWN[0], _CROWN[1]] for t in (self.cap, self.wave))
+        curl, bend = self.of("curl"), self.of("hairline_bend")
+        # The hairline is a hyperbola, which falls off on both sides of its highest point.
+        part = (u - self.of("parting")) * bend * (1 / 0.55)
+        rise = torch.sqrt(1 + part.square())
+        line = (rise - 1) * (0.62 / bend) - self.of("hairline") + curl.clamp(max=1.2) * 1.8 * wave
+        steep = torch.rsqrt(1 + (1.12 * part / rise).square())
+        under = (v - line) * steep
+        cast = torch.exp(-under.clamp(min=0) * 0.45) * _cover(cap + 2.5)
+        self.canvas.shade(cast * 0.5, self.shadow * 0.9, _CROWN)
+        cover = _cover(torch.maximum(cap, under))
+        self.canvas.paint("hair", cover, self.hair, _CROWN)
         straight = (1 - curl).clamp(min=0)
-        arc = torch.exp(-(self.cap + 9 + self.u * 0.08).square() * 0.06) * _ramp(self.u, 22, -8)
-        self.canvas.shade(cover * arc * (0.25 + 0.55 * straight), self.hair_light)
-        root = torch.exp(-((line - self.v) * steep).clamp(min=0) * 0.30) * 0.55
-        curls = (self.wave * curl).clamp(-1, 1)
-        self.canvas.shade(cover * torch.maximum(root, -curls * 0.9), self.hair_dark)
-        self.canvas.shade(cover * (curls - 0.25).clamp(min=0) * 0.8, self.hair_light)
+        combed = (0.5 + 0.5 * torch.sin(under * 0.85 + u * 0.12)) * straight
+        arc = torch.exp(-(cap + 8 + u * 0.08).square() * 0.05) * _ramp(u, 24, -10)
+        self.canvas.shade(cover * arc * (0.25 + straight * 0.35 + combed * 0.4), self.hair_light, _CROWN)
+        root = torch.exp(under.clamp(max=0) * 0.30) * 0.5
+        curls = (wave * curl).clamp(-1, 1)
+        dark = torch.maximum(root, combed * 0.35) + (-curls).clamp(min=0) * 0.8
+        self.canvas.shade(cover * dark.clamp(max=1), self.hair_dark, _CROWN)
+        self.canvas.shade(cover * (curls - 0.25).clamp(min=0) * 0.7, self.hair_light, _CROWN)
 
     def glasses(self) -> None:
         u, v = self.at(_EYES)
         amount, dark = self.of("glasses"), self.of("dark_lenses")
         seen = amount.clamp(0, 1)
         aside, low = u.abs() - self.of("eye_x") - 0.6, v - self.of("eye_y") - 0.6
-        rim = _box(aside, low, 9.6, 8.4, 6.5)
+        rim = _box(aside, low, 9.4, 8.6, 7.4)
         lens = _cover(rim) * seen
-        self.canvas.paint(
-            "glasses",
-            lens * (0.14 + 0.78 * dark).clamp(0, 0.97),
-            self.plain(0.86, 0.92, 0.96) * (1 - dark[..., None]).clamp(0, 1) + 0.10,
-            _EYES,
-        )
-        glare = _cover((aside + low * 0.7 + 3.2).abs() - 1.6) * _cover(rim + 2.0) * seen * 0.35
+        self.canvas.paint("glasses", lens * 0.10, self.plain(0.92, 0.96, 1.0), _EYES)
+        self.canvas.paint("glasses", lens * (0.9 * dark).clamp(0, 0.97), self.plain(0.13, 0.12, 0.17), _EYES)
+        glare = _cover((aside + low * 0.7 + 3.0).abs() - 1.6) * _cover(rim + 2.0) * seen * (0.16 + 0.14 * dark)
         self.canvas.paint("glasses", glare, self.plain(1, 1, 1), _EYES)
-        thick = 0.55 + 0.65 * amount
+        thick = 0.5 + 0.5 * amount
         frame = rim.abs() - thick
         bridge = torch.maximum((low + 2.5 + (u * 0.18).square()).abs() - thick, u.abs() - self.of("eye_x") + 8.5)
         temple = torch.maximum((low + 3.0).abs() - thick, torch.maximum(9.0 - aside, u.abs() - self.of("face_width") - 2))
@@ -371,7 +385,7 @@ class _Painter:
         u, v = self.at(_HAT)
         hat = self.of("hat")
         seen, more = hat.clamp(0, 1), (hat - 1).clamp(min=0)
-        width = self.of("face_width") + self.of("volume") + 2.0
+        width = self.of("face_width") + 5.5
         brim = v + self.of("face_height") * 0.56 + 5 * (1 - seen)
         wool = self.plain(0.85, 0.36, 0.26)
         dome = torch.maximum(_ellipse(u, brim, width, 27 + 7 * more), brim)

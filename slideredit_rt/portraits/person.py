@@ -62,7 +62,6 @@ RANGES: dict[str, tuple[float, float]] = {
     "tan": (-0.3, 1.6),
     "blush": (0.0, 2.0),
     "beard": (0.0, 2.0),
-    "moustache": (0.0, 2.0),
     "glasses": (0.0, 2.0),
     "dark_lenses": (0.0, 1.25),
     "hat": (0.0, 2.0),
@@ -90,14 +89,17 @@ _SKINS = (
     (0.43, 0.28, 0.20),
 )
 _HAIRS = (
-    (0.13, 0.11, 0.12),
-    (0.24, 0.16, 0.12),
-    (0.37, 0.23, 0.14),
-    (0.52, 0.33, 0.18),
+    (0.15, 0.13, 0.14),
+    (0.26, 0.17, 0.12),
+    (0.39, 0.24, 0.14),
+    (0.54, 0.35, 0.19),
     (0.88, 0.70, 0.38),
-    (0.68, 0.28, 0.13),
+    (0.66, 0.27, 0.13),
     (0.66, 0.66, 0.68),
 )
+# How often the hair colours and the eye colours occur with light, medium and dark skin.
+_HAIR_WEIGHTS = ((1, 2, 3, 3, 3, 3, 1), (4, 4, 3, 1, 0.5, 0.5, 1), (6, 4, 1, 0.2, 0.1, 0.2, 1))
+_IRIS_WEIGHTS = ((1, 1, 2, 2), (4, 3, 0.3, 1), (6, 3, 0, 0.2))
 _IRISES = ((0.30, 0.18, 0.10), (0.42, 0.27, 0.13), (0.24, 0.44, 0.66), (0.30, 0.48, 0.32))
 _CLOTHES = (
     (0.20, 0.38, 0.62),
@@ -138,15 +140,17 @@ _DRAWN: dict[str, tuple[float, float]] = {
     "squint": (-0.05, 0.05),
     "eye_scale": (0.95, 1.08),
     "lids": (0.0, 0.12),
-    "age": (0.0, 0.3),
+    "age": (0.0, 0.12),
     "tan": (-0.1, 0.2),
     "blush": (0.0, 0.2),
     "beard": (0.0, 0.0),
-    "moustache": (0.0, 0.0),
     "glasses": (0.0, 0.0),
     "dark_lenses": (0.0, 0.0),
     "hat": (0.0, 0.0),
 }
+USUAL: dict[str, float] = {name: (low + high) / 2 for name, (low, high) in _DRAWN.items()}
+"""Usual value of the parameters that people draw from an interval of their own."""
+
 _JITTER = {"hairline": 1.2, "hairline_bend": 0.003, "parting": 2.0, "volume": 0.8, "hair_length": 0.05, "curl": 0.05}
 _STUBBLE = 0.3
 
@@ -172,23 +176,29 @@ def draw_people(count: int, generator: torch.Generator, device: torch.device | s
     def uniform(width: int) -> Tensor:
         return torch.rand(count, width, generator=generator, device=where)
 
-    def pick(rows: tuple[tuple[float, ...], ...]) -> Tensor:
-        return torch.tensor(rows, device=where)[torch.randint(len(rows), (count,), generator=generator, device=where)]
+    def pick(rows: tuple[tuple[float, ...], ...], weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if weights is None:
+            weights = torch.ones(count, len(rows), device=where)
+        chosen = torch.multinomial(weights, 1, generator=generator)[:, 0]
+        return chosen, torch.tensor(rows, device=where)[chosen]
 
     low, high = torch.tensor([_DRAWN.get(name, RANGES[name]) for name in PARAMETERS], device=where).unbind(1)
     people = low + (high - low) * uniform(len(PARAMETERS))
-    for kind, palette in {
-        "skin": _SKINS,
-        "hair": _HAIRS,
-        "iris": _IRISES,
-        "clothes": _CLOTHES,
-        "background": _BACKGROUNDS,
-    }.items():
+    skin, skins = pick(_SKINS)
+    depth = (skin * 3).div(len(_SKINS), rounding_mode="floor")
+    colours = {
+        "skin": skins,
+        "hair": pick(_HAIRS, torch.tensor(_HAIR_WEIGHTS, device=where)[depth])[1],
+        "iris": pick(_IRISES, torch.tensor(_IRIS_WEIGHTS, device=where)[depth])[1],
+        "clothes": pick(_CLOTHES)[1],
+        "background": pick(_BACKGROUNDS)[1],
+    }
+    for kind, colour in colours.items():
         # A common factor changes the brightness, and a smaller one per channel the hue.
-        people[:, columns(kind)] = pick(palette) * (0.94 + 0.12 * uniform(1)) * (0.97 + 0.06 * uniform(3))
+        people[:, columns(kind)] = colour * (0.94 + 0.12 * uniform(1)) * (0.97 + 0.06 * uniform(3))
     style = [COLUMN[name] for name in _STYLE_COLUMNS]
     spread = torch.tensor([_JITTER.get(name, 0.0) for name in _STYLE_COLUMNS], device=where)
-    people[:, style] = pick(_STYLES) + spread * (2 * uniform(len(style)) - 1)
+    people[:, style] = pick(_STYLES)[1] + spread * (2 * uniform(len(style)) - 1)
     # Some people without lashes have stubble.
     stubble = (1 - people[:, COLUMN["lashes"]]) * (uniform(2)[:, 0] - 0.5).clamp(min=0) * 2 * _STUBBLE
     people[:, COLUMN["beard"]] = stubble

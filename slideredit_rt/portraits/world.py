@@ -7,7 +7,6 @@ different attributes move different parameters, so edits commute.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.portraits.drawing import LAYERS, SIZE, layers, render
-from slideredit_rt.portraits.person import COLUMN, PARAMETERS, RANGES, draw_people
+from slideredit_rt.portraits.person import COLUMN, PARAMETERS, RANGES, USUAL, columns, draw_people
 
 __all__ = [
     "ATTRIBUTES",
@@ -47,16 +46,21 @@ class Instruction:
         attribute: Group of parameters that it changes. Two instructions on the same attribute contradict each other.
         towards: Parameters and the values that they have at strength 1.
         by: Parameters and what strength 1 adds to them.
+        beyond: Parameters and what a strength of 2 adds to the edit. The default is what strength 1 adds to most people.
     """
 
     text: str
     attribute: str
     towards: dict[str, float] = field(default_factory=dict, hash=False)
     by: dict[str, float] = field(default_factory=dict, hash=False)
+    beyond: dict[str, float] = field(default_factory=dict, hash=False)
 
 
-def _tint(kind: str, red: float, green: float, blue: float) -> dict[str, float]:
-    return {f"{kind}_red": red, f"{kind}_green": green, f"{kind}_blue": blue}
+def _tint(text: str, kind: str, colour: tuple[float, float, float], beyond: tuple[float, float, float]) -> Instruction:
+    """Return an instruction that gives `kind` a colour. Beyond strength 1 the colour changes by `beyond`, whatever it was before."""
+    names = [PARAMETERS[column] for column in columns(kind)]
+    attribute = "hair colour" if kind == "hair" else kind
+    return Instruction(text, attribute, dict(zip(names, colour, strict=True)), beyond=dict(zip(names, beyond, strict=True)))
 
 
 def _expression(curve: float, opened: float, stretch: float, brows: tuple[float, float], squint: float) -> dict[str, float]:
@@ -72,13 +76,13 @@ def _expression(curve: float, opened: float, stretch: float, brows: tuple[float,
 
 INSTRUCTIONS: tuple[Instruction, ...] = (
     Instruction("make the person smile", "expression", _expression(5.0, 5.0, 0.22, (0.8, 0.0), 0.2)),
-    Instruction("make the person sad", "expression", _expression(-3.2, 0.0, -0.12, (0.8, 0.32), 0.1)),
-    Instruction("make the person surprised", "expression", _expression(0.6, 7.5, -0.38, (4.0, 0.0), -0.3)),
+    Instruction("make the person sad", "expression", _expression(-2.4, 0.0, -0.10, (0.6, 0.34), 0.15)),
+    Instruction("make the person surprised", "expression", _expression(0.4, 7.5, -0.36, (3.6, 0.0), -0.3)),
     Instruction("make the person older", "age", by={"age": 1.0}),
-    Instruction("make the hair red", "hair colour", _tint("hair", 0.74, 0.24, 0.13)),
-    Instruction("make the hair blond", "hair colour", _tint("hair", 0.90, 0.74, 0.40)),
-    Instruction("make the hair black", "hair colour", _tint("hair", 0.12, 0.11, 0.13)),
-    Instruction("make the hair grey", "hair colour", _tint("hair", 0.70, 0.70, 0.72)),
+    _tint("make the hair red", "hair", (0.74, 0.24, 0.13), (0.30, -0.04, -0.06)),
+    _tint("make the hair blond", "hair", (0.90, 0.74, 0.40), (0.14, 0.22, 0.26)),
+    _tint("make the hair black", "hair", (0.12, 0.11, 0.13), (-0.10, -0.09, -0.08)),
+    _tint("make the hair grey", "hair", (0.70, 0.70, 0.72), (0.30, 0.30, 0.30)),
     Instruction("make the hair longer", "hair length", by={"hair_length": 0.55}),
     Instruction("make the hair curly", "curl", towards={"curl": 1.1}),
     Instruction("make the eyes bigger", "eye size", by={"eye_scale": 0.32}),
@@ -86,21 +90,21 @@ INSTRUCTIONS: tuple[Instruction, ...] = (
     Instruction("make the skin tanned", "skin", by={"tan": 0.8}),
     Instruction("add blush", "blush", by={"blush": 1.0}),
     Instruction("add a beard", "beard", towards={"beard": 1.0}),
-    Instruction("add a moustache", "moustache", towards={"moustache": 1.0}),
     Instruction("add glasses", "glasses", towards={"glasses": 1.0}),
     Instruction("add sunglasses", "glasses", towards={"glasses": 1.0, "dark_lenses": 1.0}),
     Instruction("add a hat", "hat", towards={"hat": 1.0}),
-    Instruction("make the clothes red", "clothes", _tint("clothes", 0.78, 0.20, 0.20)),
-    Instruction("make the clothes green", "clothes", _tint("clothes", 0.24, 0.56, 0.30)),
-    Instruction("make the background blue", "background", _tint("background", 0.36, 0.56, 0.84)),
-    Instruction("make the background dark", "background", _tint("background", 0.20, 0.20, 0.24)),
-    Instruction("make the background bright", "background", _tint("background", 0.90, 0.88, 0.84)),
+    _tint("make the clothes red", "clothes", (0.78, 0.20, 0.20), (0.24, -0.16, -0.14)),
+    _tint("make the clothes green", "clothes", (0.24, 0.56, 0.30), (-0.16, 0.20, -0.12)),
+    _tint("make the background blue", "background", (0.36, 0.56, 0.84), (-0.24, -0.16, 0.20)),
+    _tint("make the background dark", "background", (0.20, 0.20, 0.24), (-0.20, -0.20, -0.22)),
+    _tint("make the background bright", "background", (0.90, 0.88, 0.84), (0.14, 0.15, 0.18)),
 )
 """All instructions, in the order of the columns of strengths."""
 
 ATTRIBUTES: tuple[str, ...] = tuple(dict.fromkeys(i.attribute for i in INSTRUCTIONS))
 
-# Smallest change of each parameter that can be seen. An instruction applies to a person if it makes a change of 1 in these units.
+# Smallest change of each parameter that can be seen. An instruction applies to a person
+# if it makes a change of 1 in these units.
 _VISIBLE = {
     "mouth_curve": 2.0,
     "mouth_open": 2.5,
@@ -113,7 +117,6 @@ _VISIBLE = {
     "tan": 0.4,
     "blush": 0.5,
     "beard": 0.5,
-    "moustache": 0.5,
     "glasses": 0.5,
     "hat": 0.5,
 }
@@ -126,19 +129,20 @@ def _visible(name: str) -> float:
     return 1 / _VISIBLE[name] if name in _VISIBLE else 0.0
 
 
-def _tables(like: Tensor) -> tuple[Tensor, Tensor]:
-    """Return which parameters each instruction moves to a value, and what it adds to them, both `[I, P]`.
+def _tables(like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what the instructions do to the parameters, three tensors `[I, P]`: `replaced`, `added` and `beyond`.
 
-    The change at strength 1 is the second minus the first times the parameters.
+    Strength 1 changes parameters by `added - replaced * parameters`, and each further unit by `beyond`.
     """
-    replaced, added = torch.zeros(2, len(INSTRUCTIONS), len(PARAMETERS)).unbind(0)
+    replaced, added, beyond = torch.zeros(3, len(INSTRUCTIONS), len(PARAMETERS)).unbind(0)
     for row, instruction in enumerate(INSTRUCTIONS):
         for name, value in instruction.towards.items():
             replaced[row, COLUMN[name]] = 1
             added[row, COLUMN[name]] = value
+            beyond[row, COLUMN[name]] = instruction.beyond.get(name, value - USUAL.get(name, 0.0))
         for name, value in instruction.by.items():
-            added[row, COLUMN[name]] = value
-    return replaced.to(like), added.to(like)
+            added[row, COLUMN[name]] = beyond[row, COLUMN[name]] = value
+    return replaced.to(like), added.to(like), beyond.to(like)
 
 
 def applicable(people: Tensor) -> Tensor:
@@ -147,12 +151,12 @@ def applicable(people: Tensor) -> Tensor:
     Args:
         people: Parameters, `[N, P]`.
     """
-    replaced, added = _tables(people)
+    replaced, added, _ = _tables(people)
     weight = people.new_tensor([_visible(name) for name in PARAMETERS])
     change = (added - replaced * people[:, None]) * weight
     seen = change.square().sum(-1) > 1
     # Faces with long lashes grow no beard.
-    smooth = torch.tensor([i.attribute in ("beard", "moustache") for i in INSTRUCTIONS], device=people.device)
+    smooth = torch.tensor([i.attribute == "beard" for i in INSTRUCTIONS], device=people.device)
     return seen & ~(smooth & (people[:, COLUMN["lashes"], None] > 0.5))
 
 
@@ -164,9 +168,10 @@ def edit(people: Tensor, strengths: Tensor) -> Tensor:
         strengths: Strength of each instruction, `[N, I]`: 0 leaves a person as it is, 1 is the edit, values between are on the
             way and values above 1 go beyond it.
     """
-    replaced, added = _tables(people)
+    replaced, added, beyond = _tables(people)
     low, high = people.new_tensor([RANGES[name] for name in PARAMETERS]).unbind(1)
-    moved = people + strengths @ added - people * (strengths @ replaced)
+    within = strengths.clamp(max=1)
+    moved = people + within @ added - people * (within @ replaced) + (strengths - within) @ beyond
     return moved.clamp(low, high)
 
 
