@@ -19,7 +19,7 @@ LAYERS: tuple[str, ...] = ("clothes", "hair", "skin", "eyes", "brows", "mouth", 
 
 _Window = tuple[slice, slice]
 _ALL: _Window = (slice(0, SIZE), slice(0, SIZE))
-_BODY: _Window = (slice(88, SIZE), slice(0, SIZE))
+_BODY: _Window = (slice(84, SIZE), slice(0, SIZE))
 _HEAD: _Window = (slice(12, 116), slice(20, 108))
 _CROWN: _Window = (slice(8, 108), slice(10, 118))
 _EYES: _Window = (slice(38, 94), slice(24, 104))
@@ -33,7 +33,7 @@ _EDGE = 1.4
 
 _SCALE = 1.12
 """Pixels in a unit of the drawing."""
-_MIDDLE = 3.0
+_MIDDLE = 1.5
 """Height of the middle of a face below the middle of the image, in pixels."""
 
 
@@ -50,6 +50,14 @@ def _ramp(value: Tensor, start: float, end: float) -> Tensor:
 def _ellipse(x: Tensor, y: Tensor, width: Tensor | float, height: Tensor | float) -> Tensor:
     """Return about the distance to an ellipse around the origin with the half axes `width` and `height`."""
     return (torch.sqrt((x / width).square() + (y / height).square() + 1e-8) - 1) * ((width + height) / 2)
+
+
+def _flat_ellipse(x: Tensor, y: Tensor, width: Tensor, height: Tensor) -> Tensor:
+    """Return the distance to an ellipse to first order, which suits ellipses of very different half axes."""
+    across, down = x / width, y / height
+    radius = torch.sqrt(across.square() + down.square() + 1e-6)
+    steep = torch.sqrt((across / width).square() + (down / height).square() + 1e-6)
+    return radius * (radius - 1) / steep
 
 
 def _box(x: Tensor, y: Tensor, width: Tensor | float, height: Tensor | float, corner: float) -> Tensor:
@@ -118,7 +126,7 @@ class _Painter:
         skin = self.colour("skin")
         tanned = skin * torch.tensor([0.80, 0.64, 0.50], dtype=people.dtype, device=people.device)[:, None, None]
         self.skin = (skin + self.of("tan")[..., None] * (tanned - skin)).clamp(0.02, 0.98)
-        self.shadow = self.skin * self.plain(0.80, 0.70, 0.68)
+        self.shadow = self.skin * self.plain(0.81, 0.72, 0.70)
         self.light = self.skin + (1 - self.skin) * 0.45
         self.hair = self.colour("hair")
         self.hair_dark = self.hair * 0.68
@@ -166,13 +174,13 @@ class _Painter:
         x, y = self.x - self.of("shift_x") * 0.5, self.y[:, _BODY[0]]
         cloth = self.colour("clothes")
         part = x / self.of("shoulder_width")
-        line = 38.5 + 24 * part.square().square()
-        steep = torch.rsqrt(1 + (96 / self.of("shoulder_width") * part * part.square()).square())
+        line = 37 + 22 * part.square().square()
+        steep = torch.rsqrt(1 + (88 / self.of("shoulder_width") * part * part.square()).square())
         cover = _cover((line - y) * steep)
         self.canvas.paint("clothes", cover, cloth, _BODY)
         fold = cover * (_ramp(x.abs() + (y - 52) * 0.35, 24, 44) * 0.45)
         self.canvas.shade(fold, cloth * 0.72, _BODY)
-        collar = _cover(_ellipse(x, y - 40, self.of("neck_width") + 6, self.of("neckline") + 4.0)) * cover
+        collar = _cover(_ellipse(x, y - 38.5, self.of("neck_width") + 6, self.of("neckline") + 4.0)) * cover
         self.canvas.shade(collar, cloth * 0.68, _BODY)
 
     def hair_behind(self) -> None:
@@ -181,14 +189,17 @@ class _Painter:
         self.wave = torch.sin(u * 0.52 + 1.2 * torch.sin(v * 0.31)) * torch.sin(v * 0.52 + 1.1 * torch.sin(u * 0.37))
         bump = 1.5 * curl.clamp(max=1.1)
         aside = self.of("face_width") + 1.0 + volume * 0.45 + 2.0 * _ramp(length, 0.1, 0.6) + curl * 2.5
-        self.cap = _ellipse(u, v + 6, aside, crown - 4 + volume * 1.2 + curl * 3.0) - bump * self.wave
+        # The crown leans to the side of the parting, and its outline is uneven.
+        lean = self.of("parting") * 0.4 * _ramp(v, -8, -40)
+        uneven = self.of("tousle") * (1 - curl).clamp(min=0) * torch.sin(u * 0.46 + v * 0.22) * _ramp(v, -10, -26)
+        self.cap = _ellipse(u - lean, v + 6, aside, crown - 4 + volume * 1.2 + curl * 3.0) - bump * self.wave - uneven
         bottom = 5 + 42 * length
         fall = v + 6
         half = (bottom + 6) / 2
         width = aside - 3.5 * _ramp(length, 0.5, 0.1) + fall * length * 0.06
         side = _box(u, fall - half, width, half, 11.0) - bump * self.wave
         # Long hair falls over the shoulders, on both sides of the chest.
-        chest = (10 + (v - 32) * 0.35).clamp(min=0) * _ramp(v, 32, 37) - u.abs()
+        chest = (10 + (v - 36) * 0.30).clamp(min=0) * _ramp(v, 37, 42) - u.abs()
         side = torch.maximum(torch.maximum(side, -fall), chest)
         behind = torch.minimum(torch.maximum(self.cap, (v - bottom) * 0.7), side)
         cover = _cover(behind)
@@ -200,8 +211,8 @@ class _Painter:
         x, y = (self.x - self.of("shift_x") * 0.7)[:, :, _CHIN[1]], self.y[:, _CHIN[0]]
         width = self.of("neck_width")
         flare = width + ((y - 32) * 0.35).clamp(min=0)
-        throat = torch.maximum(x.abs() - flare, y - 41)
-        dip = _ellipse(x, y - 40, width + 3, self.of("neckline"))
+        throat = torch.maximum(x.abs() - flare, y - 39)
+        dip = _ellipse(x, y - 38.5, width + 3, self.of("neckline"))
         cover = _cover(torch.minimum(throat, dip)) * _ramp(y, -2, 10)
         self.canvas.paint("skin", cover, self.skin, _CHIN)
         u, v = self.at(_CHIN)
@@ -229,7 +240,7 @@ class _Painter:
         self.inside = _cover(self.outline)
         self.canvas.paint("skin", self.inside, self.skin, _HEAD)
         # Light comes from the upper left.
-        self.canvas.shade(self.inside * (_ramp(u * 0.9 + v * 0.25, 6, 32) * 0.6), self.shadow, _HEAD)
+        self.canvas.shade(self.inside * (_ramp(u * 0.9 + v * 0.25, 6, 32) * 0.55), self.shadow, _HEAD)
         glow = torch.exp(-((u + 9).square() + (v + 14).square()) * (1 / 220))
         self.canvas.shade(self.inside * glow * 0.35, self.light, _HEAD)
 
@@ -258,41 +269,35 @@ class _Painter:
         grown = (beard - 0.3).clamp(min=0)
         jaw = _ellipse(u, v - 6, self.of("face_width") - 0.5 + grown, self.of("face_height") - 6 + 4.5 * grown)
         low = v - self.of("mouth_y")
-        cheek = (-5.5 - u.square() * 0.018 + 2.2 * torch.exp(-u.square() * 0.25) - low) * 0.8
-        bare = _cover(_ellipse(u, low - 1.2, self.of("mouth_width") * 0.9, 4.2) * 0.8)
+        cheek = (-4.8 - u.square() * 0.013 + 2.0 * torch.exp(-u.square() * 0.25) - low) * 0.5
+        bare = _cover(_ellipse(u, low - 1.0, self.of("mouth_width") * 0.86, 3.4) * 0.8)
         cover = _cover(torch.maximum(jaw, cheek)) * (1 - bare) * beard.clamp(max=1)
-        self.canvas.paint("beard", cover, self.hair * 0.82, _HEAD)
-        self.canvas.shade(cover * _ramp(u + v * 0.5, 8, 34) * 0.6, self.hair * 0.6, _HEAD)
+        colour = self.hair * 0.86 + 0.02
+        self.canvas.paint("beard", cover, colour, _HEAD)
+        hairs = (0.5 + 0.5 * torch.sin(u * 0.85 * (1 + 0.004 * v))) * _ramp(low, -3, 5)
+        self.canvas.shade(cover * hairs * 0.6, self.hair_light, _HEAD)
+        self.canvas.shade(cover * _ramp(u + v * 0.5, 8, 34) * 0.6, colour * 0.66, _HEAD)
 
     def mouth(self) -> None:
         u, v = self.at(_MOUTH)
         width = self.of("mouth_width") * (1 + self.of("mouth_stretch"))
-        curve, opened = self.of("mouth_curve"), self.of("mouth_open")
-        low = v - self.of("mouth_y") + curve * 0.5
+        curve, opened, lips = self.of("mouth_curve"), self.of("mouth_open"), self.of("lips")
         part = u / width
-        arc = (1 - part.square()).clamp(min=0)
-        lift = curve * (1 - part.square()).clamp(min=-0.5)
-        bow = arc.clamp(min=1e-4).sqrt()
-        lips = self.of("lips")
+        # Height below the line of the mouth, which is a parabola.
+        low = v - self.of("mouth_y") + curve * (part.square().clamp(max=1.5) - 0.5)
         slope = torch.rsqrt(1 + (2 * curve * part / width).square())
-        upper = lift - opened * 0.45 * bow
-        lower = lift + opened * 0.55 * bow
-        made_up = (0.35 + 0.25 * self.of("lashes"))[..., None]
-        rose = (
-            self.skin * (1 - made_up)
-            + made_up * self.plain(0.66, 0.16, 0.20)
-            + 0.1 * self.of("blush")[..., None] * self.plain(1, -0.4, 0.1)
-        )
-        mask = _ramp(part.abs(), 1.12, 0.92)
-        outer = torch.maximum(upper - lips * (0.25 + 0.6 * bow) - low, low - lower - lips * (0.25 + 0.85 * bow)) * slope
-        self.canvas.paint("mouth", _cover(outer) * mask, rose, _MOUTH)
-        hole = torch.maximum(upper - low, low - lower) * slope
-        gap = _cover(hole) * mask * _ramp(opened, 0.2, 2.2)
+        made_up = (0.28 + 0.27 * self.of("lashes") + 0.10 * self.of("blush"))[..., None]
+        rose = self.skin * (1 - made_up) + made_up * self.plain(0.68, 0.15, 0.20)
+        half = opened * 0.5 + 0.4
+        outer = _flat_ellipse(u, low - 0.2 * lips, width + 0.6, half + lips) * slope
+        self.canvas.paint("mouth", _cover(outer), rose, _MOUTH)
+        hole = _flat_ellipse(u, low, width - 0.4, half) * slope
+        gap = _cover(hole) * _ramp(opened, 0.2, 2.2)
         self.canvas.paint("mouth", gap, self.plain(0.33, 0.09, 0.11), _MOUTH)
-        teeth = gap * _cover(low - upper - opened * 0.42) * _ramp(curve, 1.0, 3.5)
+        teeth = gap * _cover(low + opened * 0.06 * (1 + curve * 0.1)) * _ramp(curve, 1.0, 3.5)
         self.canvas.paint("mouth", teeth, self.plain(0.97, 0.95, 0.92), _MOUTH)
-        seam = torch.exp(-((low - lift) * slope).square() * 0.8) * mask * _ramp(opened, 2.0, 0.2)
-        self.canvas.shade(seam * 0.75, rose * 0.55, _MOUTH)
+        seam = torch.exp(-(low * slope).square() * 0.9) * _ramp(part.abs(), 1.05, 0.85) * _ramp(opened, 2.0, 0.2)
+        self.canvas.shade(seam * 0.7, rose * 0.55, _MOUTH)
 
     def nose(self) -> None:
         u, v = self.at(_NOSE)
@@ -347,6 +352,7 @@ class _Painter:
         part = (u - self.of("parting")) * bend * (1 / 0.55)
         rise = torch.sqrt(1 + part.square())
         line = (rise - 1) * (0.62 / bend) - self.of("hairline") + curl.clamp(max=1.2) * 1.8 * wave
+        line = line + self.of("tousle") * (1 - curl).clamp(min=0) * torch.sin(u * 0.62 + 1.0) * 0.8
         steep = torch.rsqrt(1 + (1.12 * part / rise).square())
         under = (v - line) * steep
         cast = torch.exp(-under.clamp(min=0) * 0.45) * _cover(cap + 2.5)
@@ -359,7 +365,7 @@ class _Painter:
         self.canvas.shade(cover * arc * (0.25 + straight * 0.35 + combed * 0.4), self.hair_light, _CROWN)
         root = torch.exp(under.clamp(max=0) * 0.30) * 0.5
         curls = (wave * curl).clamp(-1, 1)
-        dark = torch.maximum(root, combed * 0.35) + (-curls).clamp(min=0) * 0.8
+        dark = torch.maximum(root, combed * 0.35) + (-curls).clamp(min=0) * 0.6
         self.canvas.shade(cover * dark.clamp(max=1), self.hair_dark, _CROWN)
         self.canvas.shade(cover * (curls - 0.25).clamp(min=0) * 0.7, self.hair_light, _CROWN)
 
@@ -386,9 +392,9 @@ class _Painter:
         hat = self.of("hat")
         seen, more = hat.clamp(0, 1), (hat - 1).clamp(min=0)
         width = self.of("face_width") + 5.5
-        brim = v + self.of("face_height") * 0.56 + 5 * (1 - seen)
+        brim = v + self.of("face_height") * 0.52 + 5 * (1 - seen)
         wool = self.plain(0.85, 0.36, 0.26)
-        dome = torch.maximum(_ellipse(u, brim, width, 27 + 7 * more), brim)
+        dome = torch.maximum(_ellipse(u, brim, width, 28 + 7 * more), brim)
         cover = _cover(dome) * seen
         self.canvas.paint("hat", cover, wool, _HAT)
         self.canvas.shade(cover * _ramp(u + brim * 0.4, -4, 22) * 0.7, wool * 0.74, _HAT)

@@ -17,7 +17,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "jaw": (0.0, 0.55),
     "ear_size": (0.85, 1.15),
     "neck_width": (8.5, 12.5),
-    "shoulder_width": (42.0, 52.0),
+    "shoulder_width": (50.0, 60.0),
     # Features: pixels from the middle of the face, unless they are factors.
     "eye_x": (10.8, 12.8),
     "eye_y": (0.5, 3.5),
@@ -32,11 +32,13 @@ RANGES: dict[str, tuple[float, float]] = {
     "mouth_width": (8.0, 10.5),
     "lips": (1.6, 2.8),
     "neckline": (4.0, 12.0),
-    # Hair: height of the hairline above the middle of the face, its bend, its highest point, and the volume, in pixels.
+    # Hair: height of the hairline above the middle of the face, its bend, its highest point, the volume
+    # and the unevenness.
     "hairline": (13.0, 25.0),
     "hairline_bend": (0.010, 0.040),
     "parting": (-12.0, 12.0),
     "volume": (2.5, 7.0),
+    "tousle": (0.0, 1.6),
     # Colours.
     "skin_red": (0.0, 1.0),
     "skin_green": (0.0, 1.0),
@@ -118,16 +120,17 @@ _BACKGROUNDS = (
     (0.62, 0.70, 0.74),
     (0.80, 0.74, 0.52),
 )
-_STYLE_COLUMNS = ("hairline", "hairline_bend", "parting", "volume", "hair_length", "curl", "lashes")
+_STYLE_COLUMNS = ("hairline", "hairline_bend", "parting", "volume", "tousle", "hair_length", "curl", "lashes")
 _STYLES = (
-    (22.0, 0.030, 0.0, 3.5, 0.08, 0.0, 0.0),  # short
-    (20.0, 0.024, 9.0, 5.0, 0.10, 0.0, 0.0),  # short, swept to one side
-    (21.0, 0.026, -8.0, 6.0, 0.12, 0.8, 0.0),  # short curls
-    (14.5, 0.014, 2.0, 4.0, 0.50, 0.0, 1.0),  # a bob with a fringe
-    (22.0, 0.032, -9.0, 4.5, 0.62, 0.0, 1.0),  # to the chin, parted at the side
-    (23.0, 0.036, 0.0, 4.5, 0.95, 0.0, 1.0),  # long, parted in the middle
-    (21.0, 0.030, 6.0, 6.0, 0.60, 0.9, 1.0),  # curls to the chin
-    (21.0, 0.028, -6.0, 4.5, 0.35, 0.2, 0.0),  # to the ears
+    (22.5, 0.028, 2.0, 4.0, 1.0, 0.08, 0.0, 0.0),  # short
+    (20.0, 0.024, 10.0, 6.0, 1.2, 0.10, 0.0, 0.0),  # short, swept to one side
+    (21.0, 0.026, -8.0, 5.5, 0.0, 0.12, 0.8, 0.0),  # short curls
+    (21.5, 0.026, -10.0, 5.0, 1.4, 0.16, 0.1, 0.0),  # tousled
+    (14.5, 0.012, 2.0, 4.0, 0.5, 0.50, 0.0, 1.0),  # a bob with a fringe
+    (22.0, 0.032, -9.0, 4.5, 0.0, 0.62, 0.0, 1.0),  # to the chin, parted at the side
+    (23.0, 0.036, 0.0, 4.5, 0.0, 0.95, 0.0, 1.0),  # long, parted in the middle
+    (21.0, 0.030, 6.0, 6.0, 0.0, 0.60, 0.9, 1.0),  # curls to the chin
+    (21.0, 0.030, 8.0, 5.0, 0.3, 0.85, 0.3, 1.0),  # long waves
 )
 
 # Parameters that every person draws from an interval of their own within RANGES.
@@ -151,8 +154,16 @@ _DRAWN: dict[str, tuple[float, float]] = {
 USUAL: dict[str, float] = {name: (low + high) / 2 for name, (low, high) in _DRAWN.items()}
 """Usual value of the parameters that people draw from an interval of their own."""
 
-_JITTER = {"hairline": 1.2, "hairline_bend": 0.003, "parting": 2.0, "volume": 0.8, "hair_length": 0.05, "curl": 0.05}
-_STUBBLE = 0.3
+_JITTER = {
+    "hairline": 1.2,
+    "hairline_bend": 0.003,
+    "parting": 2.0,
+    "volume": 0.8,
+    "tousle": 0.2,
+    "hair_length": 0.05,
+    "curl": 0.05,
+}
+_STUBBLE = 0.2
 
 
 def columns(kind: str) -> list[int]:

@@ -1,7 +1,7 @@
 """The portraits world: people whose appearance instructions change, with the correct result of every edit.
 
-A person is a row of parameters (`person`), and an instruction moves some of them, in proportion to its strength. Instructions of
-different attributes move different parameters, so edits commute.
+A person is a row of parameters (`person`), and an instruction moves some of them, in proportion to its
+strength. Instructions of different attributes move different parameters, so edits commute.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Instruction:
 
 
 def _tint(text: str, kind: str, colour: tuple[float, float, float], beyond: tuple[float, float, float]) -> Instruction:
-    """Return an instruction that gives `kind` a colour. Beyond strength 1 the colour changes by `beyond`, whatever it was before."""
+    """Return an instruction that gives `kind` a colour, and changes it by `beyond` for each unit of strength above 1."""
     names = [PARAMETERS[column] for column in columns(kind)]
     attribute = "hair colour" if kind == "hair" else kind
     return Instruction(text, attribute, dict(zip(names, colour, strict=True)), beyond=dict(zip(names, beyond, strict=True)))
@@ -77,16 +77,18 @@ def _expression(curve: float, opened: float, stretch: float, brows: tuple[float,
 INSTRUCTIONS: tuple[Instruction, ...] = (
     Instruction("make the person smile", "expression", _expression(5.0, 5.0, 0.22, (0.8, 0.0), 0.2)),
     Instruction("make the person sad", "expression", _expression(-2.4, 0.0, -0.10, (0.6, 0.34), 0.15)),
-    Instruction("make the person surprised", "expression", _expression(0.4, 7.5, -0.36, (3.6, 0.0), -0.3)),
+    Instruction(
+        "make the person surprised", "expression", _expression(0.4, 7.5, -0.36, (3.6, 0.0), -0.3), beyond={"mouth_stretch": 0.0}
+    ),
     Instruction("make the person older", "age", by={"age": 1.0}),
-    _tint("make the hair red", "hair", (0.74, 0.24, 0.13), (0.30, -0.04, -0.06)),
+    _tint("make the hair red", "hair", (0.74, 0.24, 0.13), (0.20, -0.04, -0.05)),
     _tint("make the hair blond", "hair", (0.90, 0.74, 0.40), (0.14, 0.22, 0.26)),
     _tint("make the hair black", "hair", (0.12, 0.11, 0.13), (-0.10, -0.09, -0.08)),
     _tint("make the hair grey", "hair", (0.70, 0.70, 0.72), (0.30, 0.30, 0.30)),
     Instruction("make the hair longer", "hair length", by={"hair_length": 0.55}),
     Instruction("make the hair curly", "curl", towards={"curl": 1.1}),
     Instruction("make the eyes bigger", "eye size", by={"eye_scale": 0.32}),
-    Instruction("make the eyes closed", "eyelids", towards={"lids": 1.0}),
+    Instruction("make the eyes closed", "eyelids", towards={"lids": 1.0}, beyond={"lids": 0.4}),
     Instruction("make the skin tanned", "skin", by={"tan": 0.8}),
     Instruction("add blush", "blush", by={"blush": 1.0}),
     Instruction("add a beard", "beard", towards={"beard": 1.0}),
@@ -155,9 +157,11 @@ def applicable(people: Tensor) -> Tensor:
     weight = people.new_tensor([_visible(name) for name in PARAMETERS])
     change = (added - replaced * people[:, None]) * weight
     seen = change.square().sum(-1) > 1
-    # Faces with long lashes grow no beard.
-    smooth = torch.tensor([i.attribute == "beard" for i in INSTRUCTIONS], device=people.device)
-    return seen & ~(smooth & (people[:, COLUMN["lashes"], None] > 0.5))
+    # Faces with long lashes grow no beard, and dark skin does not get visibly darker.
+    attributes = [i.attribute for i in INSTRUCTIONS]
+    beard, skin = torch.tensor([[a == "beard" for a in attributes], [a == "skin" for a in attributes]], device=people.device)
+    smooth, dark = people[:, COLUMN["lashes"], None] > 0.5, people[:, COLUMN["skin_green"], None] < 0.42
+    return seen & ~(beard & smooth) & ~(skin & dark)
 
 
 def edit(people: Tensor, strengths: Tensor) -> Tensor:
