@@ -112,7 +112,7 @@ class _LayerCanvas(_Canvas):
 class _Painter:
     """Paints people on a canvas, part by part from the back to the front.
 
-    Coordinates are units of `_SCALE` pixels from the middle of the face: `x` and `y` along the axes of the image, and `u` and `v`
+    Coordinates are units of `_SCALE` pixels from the middle of the face: `x` and `y` along the axes of the image, `u` and `v`
     along the axes of the tilted head, to the right and downwards.
     """
 
@@ -168,7 +168,7 @@ class _Painter:
 
     def background(self) -> None:
         away = torch.sqrt((self.x + 14).square() + (self.y + 18).square())
-        self.canvas.fill("background", self.colour("background"), (1.13 - away * 0.0036)[:, None])
+        self.canvas.fill("background", self.colour("background"), (1.07 - away * 0.0024)[:, None])
 
     def body(self) -> None:
         x, y = self.x - self.of("shift_x") * 0.5, self.y[:, _BODY[0]]
@@ -178,6 +178,8 @@ class _Painter:
         steep = torch.rsqrt(1 + (88 / self.of("shoulder_width") * part * part.square()).square())
         cover = _cover((line - y) * steep)
         self.canvas.paint("clothes", cover, cloth, _BODY)
+        stripe = _cover((torch.sin(y * 0.82 + 0.03 * x.square() * 0.3) - 0.2) * -1.8) * cover
+        self.canvas.shade(stripe * self.of("stripes") * 0.8, self.plain(0.96, 0.94, 0.90), _BODY)
         fold = cover * (_ramp(x.abs() + (y - 52) * 0.35, 24, 44) * 0.45)
         self.canvas.shade(fold, cloth * 0.72, _BODY)
         collar = _cover(_ellipse(x, y - 38.5, self.of("neck_width") + 6, self.of("neckline") + 4.0)) * cover
@@ -281,7 +283,8 @@ class _Painter:
     def mouth(self) -> None:
         u, v = self.at(_MOUTH)
         width = self.of("mouth_width") * (1 + self.of("mouth_stretch"))
-        curve, opened, lips = self.of("mouth_curve"), self.of("mouth_open"), self.of("lips")
+        curve, opened = self.of("mouth_curve"), self.of("mouth_open")
+        lips = self.of("lips") * (0.72 + 0.28 * self.of("lashes"))
         part = u / width
         # Height below the line of the mouth, which is a parabola.
         low = v - self.of("mouth_y") + curve * (part.square().clamp(max=1.5) - 0.5)
@@ -360,7 +363,8 @@ class _Painter:
         cover = _cover(torch.maximum(cap, under))
         self.canvas.paint("hair", cover, self.hair, _CROWN)
         straight = (1 - curl).clamp(min=0)
-        combed = (0.5 + 0.5 * torch.sin(under * 0.85 + u * 0.12)) * straight
+        fringe = _ramp(bend, 0.022, 0.014)
+        combed = (0.5 + 0.5 * torch.sin(under * (0.85 - 0.65 * fringe) + u * (0.12 + 0.58 * fringe))) * straight
         arc = torch.exp(-(cap + 8 + u * 0.08).square() * 0.05) * _ramp(u, 24, -10)
         self.canvas.shade(cover * arc * (0.25 + straight * 0.35 + combed * 0.4), self.hair_light, _CROWN)
         root = torch.exp(under.clamp(max=0) * 0.30) * 0.5
@@ -380,7 +384,7 @@ class _Painter:
         self.canvas.paint("glasses", lens * (0.9 * dark).clamp(0, 0.97), self.plain(0.13, 0.12, 0.17), _EYES)
         glare = _cover((aside + low * 0.7 + 3.0).abs() - 1.6) * _cover(rim + 2.0) * seen * (0.16 + 0.14 * dark)
         self.canvas.paint("glasses", glare, self.plain(1, 1, 1), _EYES)
-        thick = 0.5 + 0.5 * amount
+        thick = 0.5 + 0.45 * amount
         frame = rim.abs() - thick
         bridge = torch.maximum((low + 2.5 + (u * 0.18).square()).abs() - thick, u.abs() - self.of("eye_x") + 8.5)
         temple = torch.maximum((low + 3.0).abs() - thick, torch.maximum(9.0 - aside, u.abs() - self.of("face_width") - 2))
@@ -394,6 +398,9 @@ class _Painter:
         width = self.of("face_width") + 5.5
         brim = v + self.of("face_height") * 0.52 + 5 * (1 - seen)
         wool = self.plain(0.85, 0.36, 0.26)
+        pompom = _cover(torch.sqrt(u.square() + (brim + 29 + 7 * more).square() + 1e-8) - 5.5 - 1.5 * more) * seen
+        self.canvas.paint("hat", pompom, self.plain(0.93, 0.84, 0.70), _HAT)
+        self.canvas.shade(pompom * _ramp(u + brim + 29, -2, 6) * 0.6, self.plain(0.72, 0.58, 0.45), _HAT)
         dome = torch.maximum(_ellipse(u, brim, width, 28 + 7 * more), brim)
         cover = _cover(dome) * seen
         self.canvas.paint("hat", cover, wool, _HAT)

@@ -32,6 +32,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "mouth_width": (8.0, 10.5),
     "lips": (1.6, 2.8),
     "neckline": (4.0, 12.0),
+    "stripes": (0.0, 1.0),
     # Hair: height of the hairline above the middle of the face, its bend, its highest point, the volume
     # and the unevenness.
     "hairline": (13.0, 25.0),
@@ -113,12 +114,13 @@ _CLOTHES = (
     (0.88, 0.52, 0.42),
 )
 _BACKGROUNDS = (
-    (0.78, 0.72, 0.64),
-    (0.66, 0.74, 0.66),
-    (0.83, 0.68, 0.62),
-    (0.72, 0.68, 0.76),
-    (0.62, 0.70, 0.74),
-    (0.80, 0.74, 0.52),
+    (0.93, 0.78, 0.62),
+    (0.70, 0.84, 0.74),
+    (0.90, 0.72, 0.70),
+    (0.76, 0.72, 0.88),
+    (0.67, 0.80, 0.86),
+    (0.94, 0.84, 0.58),
+    (0.62, 0.76, 0.74),
 )
 _STYLE_COLUMNS = ("hairline", "hairline_bend", "parting", "volume", "tousle", "hair_length", "curl", "lashes")
 _STYLES = (
@@ -126,7 +128,7 @@ _STYLES = (
     (20.0, 0.024, 10.0, 6.0, 1.2, 0.10, 0.0, 0.0),  # short, swept to one side
     (21.0, 0.026, -8.0, 5.5, 0.0, 0.12, 0.8, 0.0),  # short curls
     (21.5, 0.026, -10.0, 5.0, 1.4, 0.16, 0.1, 0.0),  # tousled
-    (14.5, 0.012, 2.0, 4.0, 0.5, 0.50, 0.0, 1.0),  # a bob with a fringe
+    (14.5, 0.012, 2.0, 4.0, 0.0, 0.50, 0.0, 1.0),  # a bob with a fringe
     (22.0, 0.032, -9.0, 4.5, 0.0, 0.62, 0.0, 1.0),  # to the chin, parted at the side
     (23.0, 0.036, 0.0, 4.5, 0.0, 0.95, 0.0, 1.0),  # long, parted in the middle
     (21.0, 0.030, 6.0, 6.0, 0.0, 0.60, 0.9, 1.0),  # curls to the chin
@@ -135,7 +137,7 @@ _STYLES = (
 
 # Parameters that every person draws from an interval of their own within RANGES.
 _DRAWN: dict[str, tuple[float, float]] = {
-    "mouth_curve": (0.6, 2.0),
+    "mouth_curve": (1.3, 2.7),
     "mouth_open": (0.0, 0.0),
     "mouth_stretch": (-0.08, 0.04),
     "brow_raise": (-0.4, 0.6),
@@ -163,7 +165,6 @@ _JITTER = {
     "hair_length": 0.05,
     "curl": 0.05,
 }
-_STUBBLE = 0.2
 
 
 def columns(kind: str) -> list[int]:
@@ -210,8 +211,9 @@ def draw_people(count: int, generator: torch.Generator, device: torch.device | s
     style = [COLUMN[name] for name in _STYLE_COLUMNS]
     spread = torch.tensor([_JITTER.get(name, 0.0) for name in _STYLE_COLUMNS], device=where)
     people[:, style] = pick(_STYLES)[1] + spread * (2 * uniform(len(style)) - 1)
-    # Some people without lashes have stubble.
-    stubble = (1 - people[:, COLUMN["lashes"]]) * (uniform(2)[:, 0] - 0.5).clamp(min=0) * 2 * _STUBBLE
-    people[:, COLUMN["beard"]] = stubble
+    # A third of the clothes has stripes, and a third of the people without lashes has a beard.
+    people[:, COLUMN["stripes"]] = (uniform(1)[:, 0] < 1 / 3).float()
+    bearded = (1 - people[:, COLUMN["lashes"]]) * (uniform(1)[:, 0] < 1 / 3)
+    people[:, COLUMN["beard"]] = bearded * (0.8 + 0.3 * uniform(1)[:, 0])
     bottom, top = torch.tensor(list(RANGES.values()), device=where).unbind(1)
     return people.clamp(bottom, top).to(device)

@@ -99,7 +99,7 @@ INSTRUCTIONS: tuple[Instruction, ...] = (
     _tint("make the clothes green", "clothes", (0.24, 0.56, 0.30), (-0.16, 0.20, -0.12)),
     _tint("make the background blue", "background", (0.36, 0.56, 0.84), (-0.24, -0.16, 0.20)),
     _tint("make the background dark", "background", (0.20, 0.20, 0.24), (-0.20, -0.20, -0.22)),
-    _tint("make the background bright", "background", (0.90, 0.88, 0.84), (0.14, 0.15, 0.18)),
+    _tint("make the background bright", "background", (0.95, 0.95, 0.93), (0.10, 0.10, 0.12)),
 )
 """All instructions, in the order of the columns of strengths."""
 
