@@ -21,7 +21,8 @@ _Window = tuple[slice, slice]
 _ALL: _Window = (slice(0, SIZE), slice(0, SIZE))
 _BODY: _Window = (slice(84, SIZE), slice(0, SIZE))
 _HEAD: _Window = (slice(12, 116), slice(20, 108))
-_CROWN: _Window = (slice(8, 108), slice(10, 118))
+_HAIR: _Window = (slice(6, SIZE), slice(8, 120))
+_CROWN: _Window = (slice(8, 104), slice(10, 118))
 _EYES: _Window = (slice(38, 94), slice(24, 104))
 _NOSE: _Window = (slice(58, 96), slice(46, 82))
 _MOUTH: _Window = (slice(72, 116), slice(36, 92))
@@ -187,14 +188,15 @@ class _Painter:
 
     def hair_behind(self) -> None:
         length, volume, curl = self.of("hair_length"), self.of("volume"), self.of("curl")
-        u, v, crown = self.u, self.v, self.of("face_height")
+        (u, v), crown = self.at(_HAIR), self.of("face_height")
         self.wave = torch.sin(u * 0.52 + 1.2 * torch.sin(v * 0.31)) * torch.sin(v * 0.52 + 1.1 * torch.sin(u * 0.37))
         bump = 1.5 * curl.clamp(max=1.1)
         aside = self.of("face_width") + 1.0 + volume * 0.45 + 2.0 * _ramp(length, 0.1, 0.6) + curl * 2.5
-        # The crown leans to the side of the parting, and its outline is uneven.
+        # The crown leans to the side of the parting, and its outline is uneven. Under a hat it is flat.
         lean = self.of("parting") * 0.4 * _ramp(v, -8, -40)
         uneven = self.of("tousle") * (1 - curl).clamp(min=0) * torch.sin(u * 0.46 + v * 0.22) * _ramp(v, -10, -26)
-        self.cap = _ellipse(u - lean, v + 6, aside, crown - 4 + volume * 1.2 + curl * 3.0) - bump * self.wave - uneven
+        pressed = (4 + 4 * curl) * self.of("hat").clamp(0, 1) * _ramp(v, -14, -20)
+        self.cap = _ellipse(u - lean, v + 6, aside, crown - 4 + volume * 1.2 + curl * 3.0) - bump * self.wave - uneven + pressed
         bottom = 5 + 42 * length
         fall = v + 6
         half = (bottom + 6) / 2
@@ -205,9 +207,9 @@ class _Painter:
         side = torch.maximum(torch.maximum(side, -fall), chest)
         behind = torch.minimum(torch.maximum(self.cap, (v - bottom) * 0.7), side)
         cover = _cover(behind)
-        self.canvas.paint("hair", cover, self.hair_dark)
+        self.canvas.paint("hair", cover, self.hair_dark, _HAIR)
         strands = (0.5 + 0.5 * torch.sin(u * 0.70 + v * 0.04)) * (1 - curl * 0.6).clamp(min=0) + curl * self.wave * 0.8
-        self.canvas.shade(cover * _ramp(u.abs(), 20, 30) * strands.clamp(0, 1) * 0.8, self.hair)
+        self.canvas.shade(cover * _ramp(u.abs(), 20, 30) * strands.clamp(0, 1) * 0.8, self.hair, _HAIR)
 
     def neck(self) -> None:
         x, y = (self.x - self.of("shift_x") * 0.7)[:, :, _CHIN[1]], self.y[:, _CHIN[0]]
@@ -349,13 +351,16 @@ class _Painter:
 
     def hair_in_front(self) -> None:
         u, v = self.at(_CROWN)
-        cap, wave = (t[:, _CROWN[0], _CROWN[1]] for t in (self.cap, self.wave))
+        top, left = _CROWN[0].start - _HAIR[0].start, _CROWN[1].start - _HAIR[1].start
+        cap, wave = (t[:, top : top + v.shape[1], left : left + v.shape[2]] for t in (self.cap, self.wave))
         curl, bend = self.of("curl"), self.of("hairline_bend")
         # The hairline is a hyperbola, which falls off on both sides of its highest point.
         part = (u - self.of("parting")) * bend * (1 / 0.55)
         rise = torch.sqrt(1 + part.square())
         line = (rise - 1) * (0.62 / bend) - self.of("hairline") + curl.clamp(max=1.2) * 1.8 * wave
-        line = line + self.of("tousle") * (1 - curl).clamp(min=0) * torch.sin(u * 0.62 + 1.0) * 0.8
+        fringe = _ramp(bend, 0.022, 0.014)
+        tips = self.of("tousle") * (1 - curl).clamp(min=0) + fringe
+        line = line + tips * torch.sin(u * 0.62 + 1.0) * 0.8
         steep = torch.rsqrt(1 + (1.12 * part / rise).square())
         under = (v - line) * steep
         cast = torch.exp(-under.clamp(min=0) * 0.45) * _cover(cap + 2.5)
@@ -363,7 +368,6 @@ class _Painter:
         cover = _cover(torch.maximum(cap, under))
         self.canvas.paint("hair", cover, self.hair, _CROWN)
         straight = (1 - curl).clamp(min=0)
-        fringe = _ramp(bend, 0.022, 0.014)
         combed = (0.5 + 0.5 * torch.sin(under * (0.85 - 0.65 * fringe) + u * (0.12 + 0.58 * fringe))) * straight
         arc = torch.exp(-(cap + 8 + u * 0.08).square() * 0.05) * _ramp(u, 24, -10)
         self.canvas.shade(cover * arc * (0.25 + straight * 0.35 + combed * 0.4), self.hair_light, _CROWN)
@@ -381,7 +385,7 @@ class _Painter:
         rim = _box(aside, low, 9.4, 8.6, 7.4)
         lens = _cover(rim) * seen
         self.canvas.paint("glasses", lens * 0.10, self.plain(0.92, 0.96, 1.0), _EYES)
-        self.canvas.paint("glasses", lens * (0.9 * dark).clamp(0, 0.97), self.plain(0.13, 0.12, 0.17), _EYES)
+        self.canvas.paint("glasses", lens * 0.76 * dark, self.plain(0.13, 0.12, 0.17), _EYES)
         glare = _cover((aside + low * 0.7 + 3.0).abs() - 1.6) * _cover(rim + 2.0) * seen * (0.16 + 0.14 * dark)
         self.canvas.paint("glasses", glare, self.plain(1, 1, 1), _EYES)
         thick = 0.5 + 0.45 * amount

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, field
+from functools import cache
 
 import torch
 from PIL import Image
@@ -131,7 +132,8 @@ def _visible(name: str) -> float:
     return 1 / _VISIBLE[name] if name in _VISIBLE else 0.0
 
 
-def _tables(like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+@cache
+def _tables(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Return what the instructions do to the parameters, three tensors `[I, P]`: `replaced`, `added` and `beyond`.
 
     Strength 1 changes parameters by `added - replaced * parameters`, and each further unit by `beyond`.
@@ -144,7 +146,7 @@ def _tables(like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             beyond[row, COLUMN[name]] = instruction.beyond.get(name, value - USUAL.get(name, 0.0))
         for name, value in instruction.by.items():
             added[row, COLUMN[name]] = beyond[row, COLUMN[name]] = value
-    return replaced.to(like), added.to(like), beyond.to(like)
+    return replaced.to(device), added.to(device), beyond.to(device)
 
 
 def applicable(people: Tensor) -> Tensor:
@@ -153,7 +155,7 @@ def applicable(people: Tensor) -> Tensor:
     Args:
         people: Parameters, `[N, P]`.
     """
-    replaced, added, _ = _tables(people)
+    replaced, added, _ = _tables(people.device)
     weight = people.new_tensor([_visible(name) for name in PARAMETERS])
     change = (added - replaced * people[:, None]) * weight
     seen = change.square().sum(-1) > 1
@@ -172,7 +174,7 @@ def edit(people: Tensor, strengths: Tensor) -> Tensor:
         strengths: Strength of each instruction, `[N, I]`: 0 leaves a person as it is, 1 is the edit, values between are on the
             way and values above 1 go beyond it.
     """
-    replaced, added, beyond = _tables(people)
+    replaced, added, beyond = _tables(people.device)
     low, high = people.new_tensor([RANGES[name] for name in PARAMETERS]).unbind(1)
     within = strengths.clamp(max=1)
     moved = people + within @ added - people * (within @ replaced) + (strengths - within) @ beyond
