@@ -197,7 +197,7 @@ class _Painter:
         uneven = self.of("tousle") * (1 - curl).clamp(min=0) * torch.sin(u * 0.46 + v * 0.22) * _ramp(v, -10, -26)
         pressed = (4 + 4 * curl) * self.of("hat").clamp(0, 1) * _ramp(v, -14, -20)
         self.cap = _ellipse(u - lean, v + 6, aside, crown - 4 + volume * 1.2 + curl * 3.0) - bump * self.wave - uneven + pressed
-        bottom = 5 + 42 * length
+        bottom = 5 + 40 * length
         fall = v + 6
         half = (bottom + 6) / 2
         width = aside - 3.5 * _ramp(length, 0.5, 0.1) + fall * length * 0.06
@@ -250,8 +250,8 @@ class _Painter:
 
     def cheeks(self) -> None:
         u, v = self.at(_HEAD)
-        warm = torch.exp(-((u.abs() - 15).square() * (1 / 42) + (v - 13).square() * (1 / 26)))
-        amount = 0.16 + 0.55 * self.of("blush").clamp(max=1.4)
+        warm = torch.exp(-((u.abs() - 15).square() * (1 / 46) + (v - 13).square() * (1 / 30)))
+        amount = 0.14 + 0.66 * self.of("blush").clamp(max=1.4)
         self.canvas.shade(self.inside * warm * amount, self.skin * 0.5 + self.plain(0.47, 0.13, 0.14), _HEAD)
 
     def wrinkles(self) -> None:

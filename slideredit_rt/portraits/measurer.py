@@ -73,16 +73,17 @@ class Reader:
     def _nearest(self, pixels: Tensor, path: Tensor) -> Tensor:
         """Return the strengths at which a path `[K, 3, R]` is nearest to pixels `[M, 3, R]`, `[M]`."""
         path = path.flatten(1)
-        squared = torch.cdist(pixels.flatten(1).to(path), path, compute_mode="donot_use_mm_for_euclid_dist").square()
-        length = (path[1:] - path[:-1]).square().sum(dim=1)
+        squared = torch.cdist(pixels.flatten(1).to(path), path, compute_mode="donot_use_mm_for_euclid_dist")
+        squared = squared.double().square()  # in single precision rounding would decide between equal distances
+        length = (path[1:] - path[:-1]).square().sum(dim=1).double()
         near, far = squared[:, :-1], squared[:, 1:]
         # Where the path stands still, all strengths are equally near, and the one closest to 0 counts.
-        still = (self.steps[:-1] < 0).to(path)
+        still = (self.steps[:-1] < 0).double()
         share = torch.where(length > 0, ((near - far + length) / (2 * length.clamp(min=1e-12))).clamp(0, 1), still)
         apart = near + share * (far - near) - share * (1 - share) * length
         strength = self.steps[:-1] + share * _STEP
-        best = (apart + 1e-6 * strength.abs()).argmin(dim=1, keepdim=True)
-        return strength.gather(1, best)[:, 0]
+        best = (apart + 1e-9 * strength.abs()).argmin(dim=1, keepdim=True)
+        return strength.gather(1, best)[:, 0].float()
 
     def drift(self, images: Tensor) -> Tensor | None:
         """Return the root mean squared distance to the exact drawing outside of all edited regions, float32 `[M]`.

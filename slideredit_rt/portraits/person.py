@@ -48,9 +48,9 @@ RANGES: dict[str, tuple[float, float]] = {
     "iris_green": (0.0, 1.0),
     "iris_blue": (0.0, 1.0),
     # Everything below is changed by instructions. Amounts are 0 where the thing is absent and 1 where an instruction adds it.
-    "hair_red": (0.03, 0.97),
-    "hair_green": (0.03, 0.97),
-    "hair_blue": (0.03, 0.97),
+    "hair_red": (0.0, 1.0),
+    "hair_green": (0.0, 1.0),
+    "hair_blue": (0.0, 1.0),
     "hair_length": (0.0, 1.7),
     "curl": (0.0, 1.8),
     "mouth_curve": (-5.0, 8.0),
@@ -68,12 +68,12 @@ RANGES: dict[str, tuple[float, float]] = {
     "glasses": (0.0, 2.0),
     "dark_lenses": (0.0, 1.25),
     "hat": (0.0, 2.0),
-    "clothes_red": (0.03, 0.97),
-    "clothes_green": (0.03, 0.97),
-    "clothes_blue": (0.03, 0.97),
-    "background_red": (0.03, 0.97),
-    "background_green": (0.03, 0.97),
-    "background_blue": (0.03, 0.97),
+    "clothes_red": (0.0, 1.0),
+    "clothes_green": (0.0, 1.0),
+    "clothes_blue": (0.0, 1.0),
+    "background_red": (0.0, 1.0),
+    "background_green": (0.0, 1.0),
+    "background_blue": (0.0, 1.0),
 }
 """Parameters of a person with their smallest and largest value. People keep to a part of it, and edits are clamped to it."""
 

@@ -86,7 +86,7 @@ INSTRUCTIONS: tuple[Instruction, ...] = (
     _tint("make the hair blond", "hair", (0.90, 0.74, 0.40), (0.14, 0.22, 0.26)),
     _tint("make the hair black", "hair", (0.12, 0.11, 0.13), (-0.10, -0.09, -0.08)),
     _tint("make the hair grey", "hair", (0.70, 0.70, 0.72), (0.30, 0.30, 0.30)),
-    Instruction("make the hair longer", "hair length", by={"hair_length": 0.55}),
+    Instruction("make the hair longer", "hair length", by={"hair_length": 0.45}),
     Instruction("make the hair curly", "curl", towards={"curl": 1.1}),
     Instruction("make the eyes bigger", "eye size", by={"eye_scale": 0.32}),
     Instruction("make the eyes closed", "eyelids", towards={"lids": 1.0}, beyond={"lids": 0.4}),
@@ -100,7 +100,7 @@ INSTRUCTIONS: tuple[Instruction, ...] = (
     _tint("make the clothes green", "clothes", (0.24, 0.56, 0.30), (-0.16, 0.20, -0.12)),
     _tint("make the background blue", "background", (0.36, 0.56, 0.84), (-0.24, -0.16, 0.20)),
     _tint("make the background dark", "background", (0.20, 0.20, 0.24), (-0.20, -0.20, -0.22)),
-    _tint("make the background bright", "background", (0.95, 0.95, 0.93), (0.10, 0.10, 0.12)),
+    _tint("make the background bright", "background", (0.91, 0.91, 0.89), (0.06, 0.06, 0.08)),
 )
 """All instructions, in the order of the columns of strengths."""
 
@@ -159,11 +159,14 @@ def applicable(people: Tensor) -> Tensor:
     weight = people.new_tensor([_visible(name) for name in PARAMETERS])
     change = (added - replaced * people[:, None]) * weight
     seen = change.square().sum(-1) > 1
-    # Faces with long lashes grow no beard, and dark skin does not get visibly darker.
-    attributes = [i.attribute for i in INSTRUCTIONS]
-    beard, skin = torch.tensor([[a == "beard" for a in attributes], [a == "skin" for a in attributes]], device=people.device)
-    smooth, dark = people[:, COLUMN["lashes"], None] > 0.5, people[:, COLUMN["skin_green"], None] < 0.42
-    return seen & ~(beard & smooth) & ~(skin & dark)
+    # Faces with long lashes grow no beard, dark skin does not get visibly darker, and longer hair would leave the image.
+    barred = {
+        "beard": people[:, COLUMN["lashes"]] > 0.5,
+        "skin": people[:, COLUMN["skin_green"]] < 0.42,
+        "hair length": people[:, COLUMN["hair_length"]] > 0.7,
+    }
+    never = torch.zeros_like(barred["beard"])
+    return seen & ~torch.stack([barred.get(i.attribute, never) for i in INSTRUCTIONS], dim=1)
 
 
 def edit(people: Tensor, strengths: Tensor) -> Tensor:
