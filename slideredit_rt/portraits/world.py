@@ -184,19 +184,21 @@ def edit(people: Tensor, strengths: Tensor) -> Tensor:
     return moved.clamp(low, high)
 
 
-def sample_instructions(people: Tensor, counts: Tensor, generator: torch.Generator) -> Tensor:
+def sample_instructions(people: Tensor, counts: Tensor, generator: torch.Generator, known: Tensor | None = None) -> Tensor:
     """Draw instructions of different attributes that apply to the people.
 
     Args:
         people: Parameters, `[N, P]`.
         counts: Number of instructions of each person, integers `[N]`.
         generator: Random number generator. It draws on its own device.
+        known: Instructions to draw from, bool `[I]`; None takes all.
 
     Returns:
         Strengths, float32 `[N, I]`: 1 for the drawn instructions and 0 for the others.
     """
     scores = torch.rand(len(people), len(INSTRUCTIONS), generator=generator, device=generator.device).to(people.device)
-    scores = torch.where(applicable(people), scores, -1.0)
+    usable = applicable(people) if known is None else applicable(people) & known.to(people.device)
+    scores = torch.where(usable, scores, -1.0)
     group = torch.tensor([ATTRIBUTES.index(i.attribute) for i in INSTRUCTIONS], device=people.device).expand(len(people), -1)
     best = scores.new_full((len(people), len(ATTRIBUTES)), -1.0).scatter_reduce(1, group, scores, "amax")
     scores = torch.where((scores == best.gather(1, group)) & (scores >= 0), scores, -1.0)

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from slideredit_rt.families import Kind
+from slideredit_rt.portraits import adapter_recipes as portraits
+from slideredit_rt.portraits.editor_recipe import editor_recipe as portraits_editor
 from slideredit_rt.shapes import adapter_recipes as shapes
 from slideredit_rt.shapes.editor_recipe import editor_recipe as shapes_editor
 from slideredit_rt.shapes.world import ALL_INSTRUCTIONS, find_instruction
@@ -57,5 +59,13 @@ TRAINING: dict[str, TrainingWorld] = {
         adapter=shapes.adapter_recipe,
         concepts=shapes.concepts_recipe,
         offsets=shapes.offsets_recipe,
+    ),
+    "portraits": TrainingWorld(
+        editor=portraits_editor,
+        data=portraits.PortraitsData,
+        balanced=portraits.BalancedPortraits,
+        adapter=portraits.adapter_recipe,
+        concepts=portraits.concepts_recipe,
+        offsets=portraits.offsets_recipe,
     ),
 }

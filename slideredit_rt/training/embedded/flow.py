@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from diffusers import FluxKontextPipeline
@@ -44,6 +44,10 @@ class Noisy:
     sigma: Tensor
     velocity: Tensor
     pooled: Tensor
+
+    def part(self, rows: slice) -> Noisy:
+        """Return some of the examples."""
+        return Noisy(*(getattr(self, field.name)[rows] for field in fields(self)))
 
 
 def add_noise(source: Tensor, target: Tensor, pooled: Tensor, generator: torch.Generator) -> Noisy:
