@@ -150,16 +150,17 @@ class Loop:
             state["average"] = self.average.values
         save_checkpoint(self.path, state)
 
-    def train(self, losses: Callable[[int], Losses], budget: Budget) -> None:
+    def train(self, losses: Callable[[int], Losses], budget: Budget, *, progress: bool = True) -> None:
         """Train until the budget is used up, save the state, and leave the averaged parameters in the modules.
 
         Args:
             losses: Losses of a step, by its number.
             budget: Length of the stage, what earlier runs used included.
+            progress: Show a progress bar with the error on standard error.
         """
         before, start = self.seconds, time.monotonic()
         saved, shown = start, torch.zeros((), device=self.parameters[0].device)
-        with tqdm(desc=self.name, initial=self.step, total=budget.steps, mininterval=1) as bar:
+        with tqdm(desc=self.name, initial=self.step, total=budget.steps, mininterval=1, disable=not progress) as bar:
             while (used := budget.used(self.step, self.seconds)) < budget.total:
                 self.finished = False
                 if self.step <= _WARM_UP:

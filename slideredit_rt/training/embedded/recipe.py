@@ -133,7 +133,9 @@ def _loop(recipe: EditorRecipe, stage: Stage, pipeline: FluxKontextPipeline, wor
     return Loop(stage.name, modules, stage.peak, work / f"{stage.name}.pt", average=stage.average)
 
 
-def train_stages(recipe: EditorRecipe, work: Path, plan: Mapping[str, Budget], device: torch.device) -> FluxKontextPipeline:
+def train_stages(
+    recipe: EditorRecipe, work: Path, plan: Mapping[str, Budget], device: torch.device, *, progress: bool = True
+) -> FluxKontextPipeline:
     """Train the stages of a plan, and return the pipeline with the states of all stages, frozen.
 
     Args:
@@ -141,6 +143,7 @@ def train_stages(recipe: EditorRecipe, work: Path, plan: Mapping[str, Budget], d
         work: Folder of the states.
         plan: Budget of each stage to train.
         device: Device to train on.
+        progress: Show progress bars on standard error.
 
     Raises:
         SliderEditError: A stage needs another one that is not finished, or the recipe does not run on the device.
@@ -158,7 +161,7 @@ def train_stages(recipe: EditorRecipe, work: Path, plan: Mapping[str, Budget], d
             if waiting := sorted(set(stage.needs) - set(finished_stages(recipe, work))):
                 raise SliderEditError(f"stage {stage.name!r} needs {waiting[0]!r}, which is not finished; train it first")
             losses = stage.prepare(pipeline, device, stage.batch[device.type])
-            _loop(recipe, stage, pipeline, work).train(losses, plan[stage.name])
+            _loop(recipe, stage, pipeline, work).train(losses, plan[stage.name], progress=progress)
     for stage in recipe.stages:
         # Another process may have finished other stages in the meantime.
         _loop(recipe, stage, pipeline, work)
@@ -179,7 +182,13 @@ def finished_stages(recipe: EditorRecipe, work: Path) -> dict[str, dict[str, Any
 
 
 def train_editor(
-    recipe: EditorRecipe, out: Path, plan: Mapping[str, Budget], device: torch.device, *, overwrite: bool = False
+    recipe: EditorRecipe,
+    out: Path,
+    plan: Mapping[str, Budget],
+    device: torch.device,
+    *,
+    overwrite: bool = False,
+    progress: bool = True,
 ) -> dict[str, Any]:
     """Train the stages of a plan. If all stages of the recipe are finished then, write and evaluate the pipeline.
 
@@ -190,6 +199,7 @@ def train_editor(
         plan: Budget of each stage to train.
         device: Device to train and evaluate on.
         overwrite: Replace `out` if it exists.
+        progress: Show progress bars on standard error.
 
     Returns:
         The finished stages, the names of the `missing` ones and, if there are none, the evaluation, which is also written to
@@ -201,7 +211,7 @@ def train_editor(
     if out.exists() and not overwrite:
         raise SliderEditError(f"{str(out)!r} exists already; choose another name or pass --overwrite")
     work = out.with_name(f"{out.name}.work")
-    pipeline = train_stages(recipe, work, plan, device)
+    pipeline = train_stages(recipe, work, plan, device, progress=progress)
     finished = finished_stages(recipe, work)
     report: dict[str, Any] = {"stages": finished, "missing": [s.name for s in recipe.stages if s.name not in finished]}
     if report["missing"]:
