@@ -7,7 +7,6 @@ painted inside a fixed window. All operations run on the device of the parameter
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -47,7 +46,7 @@ _FIXED: dict[str, tuple[float, float, float]] = {
     "wrinkle": (0.64, 0.50, 0.46),
     # Colours.
     "stripe": (0.96, 0.94, 0.90),
-    "pink": (0.47, 0.13, 0.14),
+    "pink": (0.56, 0.15, 0.18),
     "rose": (0.68, 0.15, 0.20),
     "throat": (0.33, 0.09, 0.11),
     "teeth": (0.97, 0.95, 0.92),
@@ -63,12 +62,6 @@ _FIXED: dict[str, tuple[float, float, float]] = {
     "shaded trim": (0.72, 0.58, 0.45),
 }
 _ROWS = {name: row for row, name in enumerate(_FIXED)}
-
-
-@cache
-def _fixed(device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Return the colours of `_FIXED`, `[K, 3, 1, 1]`. They are kept, because every copy to a GPU would wait for its queue."""
-    return torch.tensor(list(_FIXED.values()), dtype=dtype, device=device)[:, :, None, None]
 
 
 def _cover(distance: Tensor) -> Tensor:
@@ -152,6 +145,8 @@ class _Painter:
 
     def __init__(self, people: Tensor, canvases: Sequence[_Image]) -> None:
         self.people, self.canvases = people, canvases
+        # All of them at once, because every copy to a GPU waits for its queue.
+        self.colours = torch.tensor(list(_FIXED.values()), dtype=people.dtype, device=people.device)[:, :, None, None]
         centre = torch.arange(SIZE, dtype=people.dtype, device=people.device) + (0.5 - SIZE / 2)
         self.x, self.y = centre[None, None, :] / _SCALE, (centre[None, :, None] - _MIDDLE) / _SCALE
         x, y = self.x - self.of("shift_x"), self.y - self.of("shift_y")
@@ -176,7 +171,7 @@ class _Painter:
 
     def fixed(self, name: str) -> Tensor:
         """Return a colour of `_FIXED`, `[3, 1, 1]`."""
-        return _fixed(self.people.device, self.people.dtype)[_ROWS[name]]
+        return self.colours[_ROWS[name]]
 
     def at(self, window: _Window) -> tuple[Tensor, Tensor]:
         """Return `u` and `v` inside a window."""
@@ -293,9 +288,9 @@ class _Painter:
 
     def cheeks(self) -> None:
         u, v = self.at(_HEAD)
-        warm = torch.exp(-((u.abs() - 15).square() * (1 / 46) + (v - 13).square() * (1 / 30)))
-        amount = 0.14 + 0.66 * self.of("blush").clamp(max=1.4)
-        self.shade(self.inside * warm * amount, self.skin * 0.5 + self.fixed("pink"), _HEAD)
+        warm = torch.exp(-((u.abs() - 15).square() * (1 / 46) + (v - 11.5).square() * (1 / 30)))
+        amount = (0.12 + 0.50 * self.of("blush")).clamp(max=1)
+        self.shade(self.inside * warm * amount, self.skin * 0.40 + self.fixed("pink"), _HEAD)
 
     def wrinkles(self) -> None:
         u, v = self.at(_HEAD)
