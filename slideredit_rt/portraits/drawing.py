@@ -1,15 +1,17 @@
 """Drawing of people by antialiased signed distance functions, vectorised over the batch.
 
 Every part is painted over the ones before it, with a coverage that follows from the distance to its outline. Small parts are
-painted inside a fixed window. All operations run on the device of the parameters, and the drawing is differentiable.
+painted inside a fixed window. All operations run on the device of the parameters.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from slideredit_rt.portraits.person import COLUMN, columns
+from slideredit_rt.portraits.person import COLUMN, colour_columns
 
 SIZE = 128
 """Side of a rendered image in pixels."""
@@ -18,7 +20,6 @@ LAYERS: tuple[str, ...] = ("clothes", "hair", "skin", "eyes", "brows", "mouth", 
 """Parts whose visible coverage `layers` returns."""
 
 _Window = tuple[slice, slice]
-_ALL: _Window = (slice(0, SIZE), slice(0, SIZE))
 _BODY: _Window = (slice(84, SIZE), slice(0, SIZE))
 _HEAD: _Window = (slice(12, 116), slice(20, 108))
 _HAIR: _Window = (slice(6, SIZE), slice(8, 120))
@@ -36,6 +37,31 @@ _SCALE = 1.12
 """Pixels in a unit of the drawing."""
 _MIDDLE = 1.5
 """Height of the middle of a face below the middle of the image, in pixels."""
+
+
+_FIXED: dict[str, tuple[float, float, float]] = {
+    # Factors of the colour of the skin.
+    "tan": (0.80, 0.64, 0.50),
+    "shadow on skin": (0.81, 0.72, 0.70),
+    "wrinkle": (0.64, 0.50, 0.46),
+    # Colours.
+    "stripe": (0.96, 0.94, 0.90),
+    "pink": (0.56, 0.15, 0.18),
+    "rose": (0.68, 0.15, 0.20),
+    "throat": (0.33, 0.09, 0.11),
+    "teeth": (0.97, 0.95, 0.92),
+    "eye white": (0.97, 0.96, 0.95),
+    "pupil": (0.07, 0.06, 0.08),
+    "spark": (1, 1, 1),
+    "lashes": (0.17, 0.11, 0.10),
+    "glass": (0.92, 0.96, 1.0),
+    "dark glass": (0.13, 0.12, 0.17),
+    "frame": (0.16, 0.14, 0.17),
+    "wool": (0.85, 0.36, 0.26),
+    "trim": (0.93, 0.84, 0.70),
+    "shaded trim": (0.72, 0.58, 0.45),
+}
+_ROWS = {name: row for row, name in enumerate(_FIXED)}
 
 
 def _cover(distance: Tensor) -> Tensor:
@@ -67,67 +93,69 @@ def _box(x: Tensor, y: Tensor, width: Tensor | float, height: Tensor | float, co
     return torch.sqrt(right.clamp(min=0).square() + low.clamp(min=0).square() + 1e-8) - corner
 
 
-class _Canvas:
-    """Image of the people `[N, C, SIZE, SIZE]` with three channels of colour."""
+class _Image:
+    """Canvas for colours, `[N, 3, SIZE, SIZE]`."""
 
     def __init__(self, people: Tensor) -> None:
         self.pixels = people.new_zeros(len(people), 3, SIZE, SIZE)
 
-    def fill(self, part: str, colour: Tensor, light: Tensor) -> None:
-        """Paint everything with `colour` `[N, 3, 1, 1]` times `light`."""
-        self.pixels = colour * light
+    def fill(self, colour: Tensor) -> None:
+        """Paint the background."""
+        self.pixels.copy_(colour)
 
-    def paint(self, part: str, cover: Tensor, colour: Tensor, window: _Window = _ALL) -> None:
-        """Paint `colour` `[N, 3, 1, 1]` with the coverage `cover` `[N, H, W]` inside a window."""
-        self._blend(cover, colour, window)
+    def paint(self, part: str, cover: Tensor, colour: Tensor, window: _Window) -> None:
+        """Paint a part over everything that is there.
 
-    def shade(self, cover: Tensor, colour: Tensor, window: _Window = _ALL) -> None:
-        """Paint light or shade, which belongs to the part below it."""
-        self._blend(cover, colour, window)
+        Args:
+            part: One of `LAYERS`.
+            cover: Coverage in [0, 1], `[N, H, W]`.
+            colour: Colour, which is broadcast to `[N, 3, H, W]`.
+            window: Rows and columns of the image.
+        """
+        self.shade(cover, colour, window)
 
-    def _blend(self, cover: Tensor, colour: Tensor, window: _Window) -> None:
-        if window == _ALL:
-            self.pixels = torch.lerp(self.pixels, colour.expand_as(self.pixels), cover[:, None])
-            return
-        below = self.pixels[:, :, window[0], window[1]].clone()
-        self.pixels[:, :, window[0], window[1]] = torch.lerp(below, colour.expand_as(below), cover[:, None])
+    def shade(self, cover: Tensor, colour: Tensor, window: _Window) -> None:
+        """Paint light or shade, which belongs to the part below it. The arguments are those of `paint`."""
+        self.pixels[:, :, window[0], window[1]].lerp_(colour, cover[:, None])
 
 
-class _LayerCanvas(_Canvas):
-    """Visible coverage of every part of `LAYERS`. A part that is painted covers all others."""
+class _Coverage(_Image):
+    """Canvas for the visible coverage of every part of `LAYERS`, `[N, L, SIZE, SIZE]`. The background is none of them."""
 
     def __init__(self, people: Tensor) -> None:
         self.pixels = people.new_zeros(len(people), len(LAYERS), SIZE, SIZE)
-        self.colours = torch.eye(len(LAYERS), dtype=people.dtype, device=people.device)
+        self.parts = torch.eye(len(LAYERS), dtype=people.dtype, device=people.device)[:, :, None, None]
 
-    def fill(self, part: str, colour: Tensor, light: Tensor) -> None:
-        """Leave all layers empty: the background is none of them."""
+    def fill(self, colour: Tensor) -> None:
+        """Leave the layers empty."""
 
-    def paint(self, part: str, cover: Tensor, colour: Tensor, window: _Window = _ALL) -> None:
-        self._blend(cover, self.colours[LAYERS.index(part)][None, :, None, None], window)
+    def paint(self, part: str, cover: Tensor, colour: Tensor, window: _Window) -> None:
+        self.pixels[:, :, window[0], window[1]].lerp_(self.parts[LAYERS.index(part)], cover[:, None])
 
-    def shade(self, cover: Tensor, colour: Tensor, window: _Window = _ALL) -> None:
+    def shade(self, cover: Tensor, colour: Tensor, window: _Window) -> None:
         """Leave the layers as they are."""
 
 
 class _Painter:
-    """Paints people on a canvas, part by part from the back to the front.
+    """Paints people, part by part from the back to the front.
 
     Coordinates are units of `_SCALE` pixels from the middle of the face: `x` and `y` along the axes of the image, `u` and `v`
     along the axes of the tilted head, to the right and downwards.
     """
 
-    def __init__(self, people: Tensor, canvas: _Canvas) -> None:
-        self.people, self.canvas = people, canvas
+    def __init__(self, people: Tensor, canvases: Sequence[_Image]) -> None:
+        self.people, self.canvases = people, canvases
+        # All of them at once, because every copy to a GPU waits for its queue.
+        self.colours = torch.tensor(list(_FIXED.values()), dtype=people.dtype, device=people.device)[:, :, None, None]
         centre = torch.arange(SIZE, dtype=people.dtype, device=people.device) + (0.5 - SIZE / 2)
         self.x, self.y = centre[None, None, :] / _SCALE, (centre[None, :, None] - _MIDDLE) / _SCALE
         x, y = self.x - self.of("shift_x"), self.y - self.of("shift_y")
         cos, sin = torch.cos(self.of("tilt")), torch.sin(self.of("tilt"))
         self.u, self.v = x * cos + y * sin, y * cos - x * sin
         skin = self.colour("skin")
-        tanned = skin * torch.tensor([0.80, 0.64, 0.50], dtype=people.dtype, device=people.device)[:, None, None]
+        tanned = skin * self.fixed("tan")
         self.skin = (skin + self.of("tan")[..., None] * (tanned - skin)).clamp(0.02, 0.98)
-        self.shadow = self.skin * self.plain(0.81, 0.72, 0.70)
+        self.shadow = self.skin * self.fixed("shadow on skin")
         self.light = self.skin + (1 - self.skin) * 0.45
         self.hair = self.colour("hair")
         self.hair_dark = self.hair * 0.68
@@ -139,15 +167,23 @@ class _Painter:
 
     def colour(self, kind: str) -> Tensor:
         """Return a colour of the people, `[N, 3, 1, 1]`."""
-        return self.people[:, columns(kind), None, None]
+        return self.people[:, colour_columns(kind), None, None]
 
-    def plain(self, red: float, green: float, blue: float) -> Tensor:
-        """Return a fixed colour, `[1, 3, 1, 1]`."""
-        return torch.tensor([red, green, blue], dtype=self.people.dtype, device=self.people.device)[None, :, None, None]
+    def fixed(self, name: str) -> Tensor:
+        """Return a colour of `_FIXED`, `[3, 1, 1]`."""
+        return self.colours[_ROWS[name]]
 
     def at(self, window: _Window) -> tuple[Tensor, Tensor]:
         """Return `u` and `v` inside a window."""
         return self.u[:, window[0], window[1]], self.v[:, window[0], window[1]]
+
+    def paint(self, part: str, cover: Tensor, colour: Tensor, window: _Window) -> None:
+        for canvas in self.canvases:
+            canvas.paint(part, cover, colour, window)
+
+    def shade(self, cover: Tensor, colour: Tensor, window: _Window) -> None:
+        for canvas in self.canvases:
+            canvas.shade(cover, colour, window)
 
     def paint_all(self) -> None:
         self.background()
@@ -169,7 +205,9 @@ class _Painter:
 
     def background(self) -> None:
         away = torch.sqrt((self.x + 14).square() + (self.y + 18).square())
-        self.canvas.fill("background", self.colour("background"), (1.07 - away * 0.0024)[:, None])
+        light = (1.07 - away * 0.0024)[:, None]
+        for canvas in self.canvases:
+            canvas.fill(self.colour("background") * light)
 
     def body(self) -> None:
         x, y = self.x - self.of("shift_x") * 0.5, self.y[:, _BODY[0]]
@@ -178,13 +216,13 @@ class _Painter:
         line = 37 + 22 * part.square().square()
         steep = torch.rsqrt(1 + (88 / self.of("shoulder_width") * part * part.square()).square())
         cover = _cover((line - y) * steep)
-        self.canvas.paint("clothes", cover, cloth, _BODY)
+        self.paint("clothes", cover, cloth, _BODY)
         stripe = _cover((torch.sin(y * 0.82 + 0.03 * x.square() * 0.3) - 0.2) * -1.8) * cover
-        self.canvas.shade(stripe * self.of("stripes") * 0.8, self.plain(0.96, 0.94, 0.90), _BODY)
+        self.shade(stripe * self.of("stripes") * 0.8, self.fixed("stripe"), _BODY)
         fold = cover * (_ramp(x.abs() + (y - 52) * 0.35, 24, 44) * 0.45)
-        self.canvas.shade(fold, cloth * 0.72, _BODY)
+        self.shade(fold, cloth * 0.72, _BODY)
         collar = _cover(_ellipse(x, y - 38.5, self.of("neck_width") + 6, self.of("neckline") + 4.0)) * cover
-        self.canvas.shade(collar, cloth * 0.68, _BODY)
+        self.shade(collar, cloth * 0.68, _BODY)
 
     def hair_behind(self) -> None:
         length, volume, curl = self.of("hair_length"), self.of("volume"), self.of("curl")
@@ -207,9 +245,9 @@ class _Painter:
         side = torch.maximum(torch.maximum(side, -fall), chest)
         behind = torch.minimum(torch.maximum(self.cap, (v - bottom) * 0.7), side)
         cover = _cover(behind)
-        self.canvas.paint("hair", cover, self.hair_dark, _HAIR)
+        self.paint("hair", cover, self.hair_dark, _HAIR)
         strands = (0.5 + 0.5 * torch.sin(u * 0.70 + v * 0.04)) * (1 - curl * 0.6).clamp(min=0) + curl * self.wave * 0.8
-        self.canvas.shade(cover * _ramp(u.abs(), 20, 30) * strands.clamp(0, 1) * 0.8, self.hair, _HAIR)
+        self.shade(cover * _ramp(u.abs(), 20, 30) * strands.clamp(0, 1) * 0.8, self.hair, _HAIR)
 
     def neck(self) -> None:
         x, y = (self.x - self.of("shift_x") * 0.7)[:, :, _CHIN[1]], self.y[:, _CHIN[0]]
@@ -218,19 +256,19 @@ class _Painter:
         throat = torch.maximum(x.abs() - flare, y - 39)
         dip = _ellipse(x, y - 38.5, width + 3, self.of("neckline"))
         cover = _cover(torch.minimum(throat, dip)) * _ramp(y, -2, 10)
-        self.canvas.paint("skin", cover, self.skin, _CHIN)
+        self.paint("skin", cover, self.skin, _CHIN)
         u, v = self.at(_CHIN)
         below = _cover(_ellipse(u, v - 7, self.of("face_width") * 0.92, self.of("face_height")) * 0.5)
-        self.canvas.shade(cover * below * 0.85, self.shadow, _CHIN)
+        self.shade(cover * below * 0.85, self.shadow, _CHIN)
 
     def ears(self) -> None:
         u, v = self.at(_HEAD)
         size = self.of("ear_size")
         side, low = u.abs() - self.of("face_width") * 0.99, v - self.of("eye_y") - 3
         cover = _cover(_ellipse(side, low, 5.2 * size, 8.0 * size))
-        self.canvas.paint("skin", cover, self.skin, _HEAD)
+        self.paint("skin", cover, self.skin, _HEAD)
         inner = _cover(_ellipse(side - 0.6, low - 0.3, 2.7 * size, 5.0 * size))
-        self.canvas.shade(inner * 0.75, self.shadow, _HEAD)
+        self.shade(inner * 0.75, self.shadow, _HEAD)
 
     def face(self) -> None:
         u, v = self.at(_HEAD)
@@ -242,17 +280,17 @@ class _Painter:
         shape = square + down.square() - (self.of("jaw") + 0.08 * self.of("age")) * square.clamp(max=1.2) * low.square()
         self.outline = (torch.sqrt(shape.clamp(min=1e-6)) - 1) * ((width + height) / 2)
         self.inside = _cover(self.outline)
-        self.canvas.paint("skin", self.inside, self.skin, _HEAD)
+        self.paint("skin", self.inside, self.skin, _HEAD)
         # Light comes from the upper left.
-        self.canvas.shade(self.inside * (_ramp(u * 0.9 + v * 0.25, 6, 32) * 0.55), self.shadow, _HEAD)
+        self.shade(self.inside * (_ramp(u * 0.9 + v * 0.25, 6, 32) * 0.55), self.shadow, _HEAD)
         glow = torch.exp(-((u + 9).square() + (v + 14).square()) * (1 / 220))
-        self.canvas.shade(self.inside * glow * 0.35, self.light, _HEAD)
+        self.shade(self.inside * glow * 0.35, self.light, _HEAD)
 
     def cheeks(self) -> None:
         u, v = self.at(_HEAD)
-        warm = torch.exp(-((u.abs() - 15).square() * (1 / 46) + (v - 13).square() * (1 / 30)))
-        amount = 0.14 + 0.66 * self.of("blush").clamp(max=1.4)
-        self.canvas.shade(self.inside * warm * amount, self.skin * 0.5 + self.plain(0.47, 0.13, 0.14), _HEAD)
+        warm = torch.exp(-((u.abs() - 15).square() * (1 / 46) + (v - 11.5).square() * (1 / 30)))
+        amount = (0.12 + 0.50 * self.of("blush")).clamp(max=1)
+        self.shade(self.inside * warm * amount, self.skin * 0.40 + self.fixed("pink"), _HEAD)
 
     def wrinkles(self) -> None:
         u, v = self.at(_HEAD)
@@ -265,7 +303,7 @@ class _Painter:
         lines = torch.maximum(lines, torch.exp(-fold.square() * 0.55) * _ramp((v - 18).abs(), 7, 4))
         bag = (v - self.of("eye_y") - 8.0 + (aside - self.of("eye_x")).square() * 0.06).abs()
         lines = torch.maximum(lines, torch.exp(-bag.square() * 0.6) * _ramp((aside - self.of("eye_x")).abs(), 6.5, 4))
-        self.canvas.shade(self.inside * lines * (age * 0.62).clamp(max=1), self.skin * self.plain(0.64, 0.50, 0.46), _HEAD)
+        self.shade(self.inside * lines * (age * 0.62).clamp(max=1), self.skin * self.fixed("wrinkle"), _HEAD)
 
     def beard(self) -> None:
         u, v = self.at(_HEAD)
@@ -277,10 +315,10 @@ class _Painter:
         bare = _cover(_ellipse(u, low - 1.0, self.of("mouth_width") * 0.86, 3.4) * 0.8)
         cover = _cover(torch.maximum(jaw, cheek)) * (1 - bare) * beard.clamp(max=1)
         colour = self.hair * 0.86 + 0.02
-        self.canvas.paint("beard", cover, colour, _HEAD)
+        self.paint("beard", cover, colour, _HEAD)
         hairs = (0.5 + 0.5 * torch.sin(u * 0.85 * (1 + 0.004 * v))) * _ramp(low, -3, 5)
-        self.canvas.shade(cover * hairs * 0.6, self.hair_light, _HEAD)
-        self.canvas.shade(cover * _ramp(u + v * 0.5, 8, 34) * 0.6, colour * 0.66, _HEAD)
+        self.shade(cover * hairs * 0.6, self.hair_light, _HEAD)
+        self.shade(cover * _ramp(u + v * 0.5, 8, 34) * 0.6, colour * 0.66, _HEAD)
 
     def mouth(self) -> None:
         u, v = self.at(_MOUTH)
@@ -292,26 +330,26 @@ class _Painter:
         low = v - self.of("mouth_y") + curve * (part.square().clamp(max=1.5) - 0.5)
         slope = torch.rsqrt(1 + (2 * curve * part / width).square())
         made_up = (0.28 + 0.27 * self.of("lashes") + 0.10 * self.of("blush"))[..., None]
-        rose = self.skin * (1 - made_up) + made_up * self.plain(0.68, 0.15, 0.20)
+        rose = self.skin * (1 - made_up) + made_up * self.fixed("rose")
         half = opened * 0.5 + 0.4
         outer = _flat_ellipse(u, low - 0.2 * lips, width + 0.6, half + lips) * slope
-        self.canvas.paint("mouth", _cover(outer), rose, _MOUTH)
+        self.paint("mouth", _cover(outer), rose, _MOUTH)
         hole = _flat_ellipse(u, low, width - 0.4, half) * slope
         gap = _cover(hole) * _ramp(opened, 0.2, 2.2)
-        self.canvas.paint("mouth", gap, self.plain(0.33, 0.09, 0.11), _MOUTH)
+        self.paint("mouth", gap, self.fixed("throat"), _MOUTH)
         teeth = gap * _cover(low + opened * 0.06 * (1 + curve * 0.1)) * _ramp(curve, 1.0, 3.5)
-        self.canvas.paint("mouth", teeth, self.plain(0.97, 0.95, 0.92), _MOUTH)
+        self.paint("mouth", teeth, self.fixed("teeth"), _MOUTH)
         seam = torch.exp(-(low * slope).square() * 0.9) * _ramp(part.abs(), 1.05, 0.85) * _ramp(opened, 2.0, 0.2)
-        self.canvas.shade(seam * 0.7, rose * 0.55, _MOUTH)
+        self.shade(seam * 0.7, rose * 0.55, _MOUTH)
 
     def nose(self) -> None:
         u, v = self.at(_NOSE)
         tip, width = v - self.of("nose_y"), self.of("nose_width")
         bridge = torch.exp(-(u - 2.6).square() * 0.22) * _ramp(tip, -15, -5) * _ramp(tip, 1, -3)
-        self.canvas.shade(bridge * 0.45, self.shadow, _NOSE)
+        self.shade(bridge * 0.45, self.shadow, _NOSE)
         ball = _ellipse(u, tip, width, 3.4)
-        self.canvas.shade(_cover(ball) * _ramp(tip, -2.5, 2.5) * 0.9, self.shadow * 0.92, _NOSE)
-        self.canvas.shade(torch.exp(-((u + 0.8).square() + (tip + 1.4).square()) * 0.16) * 0.55, self.light, _NOSE)
+        self.shade(_cover(ball) * _ramp(tip, -2.5, 2.5) * 0.9, self.shadow * 0.92, _NOSE)
+        self.shade(torch.exp(-((u + 0.8).square() + (tip + 1.4).square()) * 0.16) * 0.55, self.light, _NOSE)
 
     def eyes(self) -> None:
         u, v = self.at(_EYES)
@@ -325,17 +363,17 @@ class _Painter:
         lower = height * 0.85 * arc
         opening = torch.maximum(torch.maximum(upper - low, low - lower), aside.abs() - width) * 0.85
         cover = _cover(opening)
-        self.canvas.paint("eyes", cover, self.plain(0.97, 0.96, 0.95), _EYES)
+        self.paint("eyes", cover, self.fixed("eye white"), _EYES)
         look = u - torch.sign(u) * self.of("eye_x")
         ring = torch.sqrt(look.square() + (low + 0.4).square() + 1e-8)
         iris = cover * _cover(ring - 3.5 * scale)
-        self.canvas.paint("eyes", iris, self.colour("iris"), _EYES)
-        self.canvas.paint("eyes", cover * _cover(ring - 1.9 * scale), self.plain(0.07, 0.06, 0.08), _EYES)
+        self.paint("eyes", iris, self.colour("iris"), _EYES)
+        self.paint("eyes", cover * _cover(ring - 1.9 * scale), self.fixed("pupil"), _EYES)
         spark = torch.sqrt((look + 1.3 * scale).square() + (low + 1.8 * scale).square() + 1e-8) - 1.15 * scale
-        self.canvas.paint("eyes", cover * _cover(spark), self.plain(1, 1, 1), _EYES)
+        self.paint("eyes", cover * _cover(spark), self.fixed("spark"), _EYES)
         lid = (low - upper).abs() - (0.75 + 0.55 * self.of("lashes")) * (0.8 + 0.2 * scale)
         end = _ramp(aside.abs() - width, 1.4, -0.6)
-        self.canvas.paint("eyes", _cover(lid * 0.9) * end, self.plain(0.17, 0.11, 0.10), _EYES)
+        self.paint("eyes", _cover(lid * 0.9) * end, self.fixed("lashes"), _EYES)
 
     def brows(self) -> None:
         u, v = self.at(_EYES)
@@ -347,7 +385,7 @@ class _Painter:
         ends = _ramp(aside.abs(), 8.8, 7.2)
         grey = 0.55 * self.of("age").clamp(max=1.5)[..., None]
         colour = self.hair * 0.62 + grey * (0.45 - self.hair * 0.4)
-        self.canvas.paint("brows", _cover((v - middle - curve).abs() - thick) * ends, colour, _EYES)
+        self.paint("brows", _cover((v - middle - curve).abs() - thick) * ends, colour, _EYES)
 
     def hair_in_front(self) -> None:
         u, v = self.at(_CROWN)
@@ -364,18 +402,18 @@ class _Painter:
         steep = torch.rsqrt(1 + (1.12 * part / rise).square())
         under = (v - line) * steep
         cast = torch.exp(-under.clamp(min=0) * 0.45) * _cover(cap + 2.5)
-        self.canvas.shade(cast * 0.5, self.shadow * 0.9, _CROWN)
+        self.shade(cast * 0.5, self.shadow * 0.9, _CROWN)
         cover = _cover(torch.maximum(cap, under))
-        self.canvas.paint("hair", cover, self.hair, _CROWN)
+        self.paint("hair", cover, self.hair, _CROWN)
         straight = (1 - curl).clamp(min=0)
         combed = (0.5 + 0.5 * torch.sin(under * (0.85 - 0.65 * fringe) + u * (0.12 + 0.58 * fringe))) * straight
         arc = torch.exp(-(cap + 8 + u * 0.08).square() * 0.05) * _ramp(u, 24, -10)
-        self.canvas.shade(cover * arc * (0.25 + straight * 0.35 + combed * 0.4), self.hair_light, _CROWN)
+        self.shade(cover * arc * (0.25 + straight * 0.35 + combed * 0.4), self.hair_light, _CROWN)
         root = torch.exp(under.clamp(max=0) * 0.30) * 0.5
         curls = (wave * curl).clamp(-1, 1)
         dark = torch.maximum(root, combed * 0.35) + (-curls).clamp(min=0) * 0.6
-        self.canvas.shade(cover * dark.clamp(max=1), self.hair_dark, _CROWN)
-        self.canvas.shade(cover * (curls - 0.25).clamp(min=0) * 0.7, self.hair_light, _CROWN)
+        self.shade(cover * dark.clamp(max=1), self.hair_dark, _CROWN)
+        self.shade(cover * (curls - 0.25).clamp(min=0) * 0.7, self.hair_light, _CROWN)
 
     def glasses(self) -> None:
         u, v = self.at(_EYES)
@@ -384,16 +422,16 @@ class _Painter:
         aside, low = u.abs() - self.of("eye_x") - 0.6, v - self.of("eye_y") - 0.6
         rim = _box(aside, low, 9.4, 8.6, 7.4)
         lens = _cover(rim) * seen
-        self.canvas.paint("glasses", lens * 0.10, self.plain(0.92, 0.96, 1.0), _EYES)
-        self.canvas.paint("glasses", lens * 0.76 * dark, self.plain(0.13, 0.12, 0.17), _EYES)
+        self.paint("glasses", lens * 0.10, self.fixed("glass"), _EYES)
+        self.paint("glasses", lens * 0.76 * dark, self.fixed("dark glass"), _EYES)
         glare = _cover((aside + low * 0.7 + 3.0).abs() - 1.6) * _cover(rim + 2.0) * seen * (0.16 + 0.14 * dark)
-        self.canvas.paint("glasses", glare, self.plain(1, 1, 1), _EYES)
+        self.paint("glasses", glare, self.fixed("spark"), _EYES)
         thick = 0.5 + 0.45 * amount
         frame = rim.abs() - thick
         bridge = torch.maximum((low + 2.5 + (u * 0.18).square()).abs() - thick, u.abs() - self.of("eye_x") + 8.5)
         temple = torch.maximum((low + 3.0).abs() - thick, torch.maximum(9.0 - aside, u.abs() - self.of("face_width") - 2))
         frame = torch.minimum(frame, torch.minimum(bridge, temple))
-        self.canvas.paint("glasses", _cover(frame) * seen, self.plain(0.16, 0.14, 0.17), _EYES)
+        self.paint("glasses", _cover(frame) * seen, self.fixed("frame"), _EYES)
 
     def hat(self) -> None:
         u, v = self.at(_HAT)
@@ -401,29 +439,41 @@ class _Painter:
         seen, more = hat.clamp(0, 1), (hat - 1).clamp(min=0)
         width = self.of("face_width") + 5.5
         brim = v + self.of("face_height") * 0.52 + 5 * (1 - seen)
-        wool = self.plain(0.85, 0.36, 0.26)
+        wool = self.fixed("wool")
         pompom = _cover(torch.sqrt(u.square() + (brim + 29 + 7 * more).square() + 1e-8) - 5.5 - 1.5 * more) * seen
-        self.canvas.paint("hat", pompom, self.plain(0.93, 0.84, 0.70), _HAT)
-        self.canvas.shade(pompom * _ramp(u + brim + 29, -2, 6) * 0.6, self.plain(0.72, 0.58, 0.45), _HAT)
+        self.paint("hat", pompom, self.fixed("trim"), _HAT)
+        self.shade(pompom * _ramp(u + brim + 29, -2, 6) * 0.6, self.fixed("shaded trim"), _HAT)
         dome = torch.maximum(_ellipse(u, brim, width, 28 + 7 * more), brim)
         cover = _cover(dome) * seen
-        self.canvas.paint("hat", cover, wool, _HAT)
-        self.canvas.shade(cover * _ramp(u + brim * 0.4, -4, 22) * 0.7, wool * 0.74, _HAT)
+        self.paint("hat", cover, wool, _HAT)
+        self.shade(cover * _ramp(u + brim * 0.4, -4, 22) * 0.7, wool * 0.74, _HAT)
         band = _box(u, brim - u.square() * 0.003, width + 1.2, 4.6 + more * 1.5, 3.0)
         cover = _cover(band) * seen
-        self.canvas.paint("hat", cover, self.plain(0.93, 0.84, 0.70), _HAT)
-        self.canvas.shade(cover * (0.5 + 0.5 * torch.sin(u * 1.15)) * 0.5, self.plain(0.72, 0.58, 0.45), _HAT)
+        self.paint("hat", cover, self.fixed("trim"), _HAT)
+        self.shade(cover * (0.5 + 0.5 * torch.sin(u * 1.15)) * 0.5, self.fixed("shaded trim"), _HAT)
+
+
+def _paint(people: Tensor, *canvases: _Image) -> None:
+    with torch.no_grad():
+        _Painter(people, canvases).paint_all()
 
 
 def render(people: Tensor) -> Tensor:
     """Render people `[N, P]` as float32 `[N, 3, SIZE, SIZE]` in [0, 1]."""
-    canvas = _Canvas(people)
-    _Painter(people, canvas).paint_all()
-    return canvas.pixels.clamp(0, 1)
+    image = _Image(people)
+    _paint(people, image)
+    return image.pixels.clamp_(0, 1)
 
 
 def layers(people: Tensor) -> Tensor:
     """Return the visible coverage of every part of `LAYERS`, float32 `[N, L, SIZE, SIZE]` in [0, 1]."""
-    canvas = _LayerCanvas(people)
-    _Painter(people, canvas).paint_all()
-    return canvas.pixels
+    coverage = _Coverage(people)
+    _paint(people, coverage)
+    return coverage.pixels
+
+
+def render_with_layers(people: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the results of `render` and `layers`, in little more than the time of one of them."""
+    image, coverage = _Image(people), _Coverage(people)
+    _paint(people, image, coverage)
+    return image.pixels.clamp_(0, 1), coverage.pixels

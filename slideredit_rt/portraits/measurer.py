@@ -40,8 +40,7 @@ class Reader:
         """Return the drawings at each strength of an instruction, `[K, 3, SIZE, SIZE]`."""
         strengths = self.given.repeat(len(self.steps), 1)
         strengths[:, column] = self.steps
-        with torch.no_grad():
-            return render(edit(self.example.people.expand(len(strengths), -1), strengths))
+        return render(edit(self.example.people.expand(len(strengths), -1), strengths))
 
     def _region(self, drawings: Tensor) -> Tensor:
         """Return the pixels that visibly change between strengths 0 and 1.5, bool `[SIZE, SIZE]`."""
@@ -99,8 +98,7 @@ class Reader:
         _check(images)
         if not self.untouched.any():
             return None
-        with torch.no_grad():
-            exact = render(edit(self.example.people, self.given))[:, :, self.untouched]
+        exact = render(edit(self.example.people, self.given))[:, :, self.untouched]
         return (images[:, :, self.untouched] - exact).square().flatten(1).mean(dim=1).sqrt()
 
 

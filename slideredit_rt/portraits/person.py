@@ -167,9 +167,9 @@ _JITTER = {
 }
 
 
-def columns(kind: str) -> list[int]:
+def colour_columns(kind: str) -> slice:
     """Return the columns of the three channels of a colour, such as "skin"."""
-    return [COLUMN[f"{kind}_{channel}"] for channel in ("red", "green", "blue")]
+    return slice(COLUMN[f"{kind}_red"], COLUMN[f"{kind}_red"] + 3)
 
 
 def draw_people(count: int, generator: torch.Generator, device: torch.device | str = "cpu") -> Tensor:
@@ -207,7 +207,7 @@ def draw_people(count: int, generator: torch.Generator, device: torch.device | s
     }
     for kind, colour in colours.items():
         # A common factor changes the brightness, and a smaller one per channel the hue.
-        people[:, columns(kind)] = colour * (0.94 + 0.12 * uniform(1)) * (0.97 + 0.06 * uniform(3))
+        people[:, colour_columns(kind)] = colour * (0.94 + 0.12 * uniform(1)) * (0.97 + 0.06 * uniform(3))
     style = [COLUMN[name] for name in _STYLE_COLUMNS]
     spread = torch.tensor([_JITTER.get(name, 0.0) for name in _STYLE_COLUMNS], device=where)
     people[:, style] = pick(_STYLES)[1] + spread * (2 * uniform(len(style)) - 1)

@@ -15,8 +15,8 @@ from PIL import Image
 from torch import Tensor
 
 from slideredit_rt.errors import SliderEditError
-from slideredit_rt.portraits.drawing import LAYERS, SIZE, layers, render
-from slideredit_rt.portraits.person import COLUMN, PARAMETERS, RANGES, USUAL, columns, draw_people
+from slideredit_rt.portraits.drawing import LAYERS, SIZE, layers, render, render_with_layers
+from slideredit_rt.portraits.person import COLUMN, PARAMETERS, RANGES, USUAL, colour_columns, draw_people
 
 __all__ = [
     "ATTRIBUTES",
@@ -34,6 +34,7 @@ __all__ = [
     "layers",
     "portrait_image",
     "render",
+    "render_with_layers",
     "sample_instructions",
 ]
 
@@ -59,7 +60,7 @@ class Instruction:
 
 def _tint(text: str, kind: str, colour: tuple[float, float, float], beyond: tuple[float, float, float]) -> Instruction:
     """Return an instruction that gives `kind` a colour, and changes it by `beyond` for each unit of strength above 1."""
-    names = [PARAMETERS[column] for column in columns(kind)]
+    names = PARAMETERS[colour_columns(kind)]
     attribute = "hair colour" if kind == "hair" else kind
     return Instruction(text, attribute, dict(zip(names, colour, strict=True)), beyond=dict(zip(names, beyond, strict=True)))
 
@@ -149,6 +150,12 @@ def _tables(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     return replaced.to(device), added.to(device), beyond.to(device)
 
 
+@cache
+def _limits(device: torch.device) -> tuple[Tensor, ...]:
+    """Return the smallest and the largest value of each parameter, two tensors `[P]`."""
+    return torch.tensor(list(RANGES.values()), device=device).unbind(1)
+
+
 def applicable(people: Tensor) -> Tensor:
     """Return whether each instruction changes each person enough to see, bool `[N, I]`.
 
@@ -178,7 +185,7 @@ def edit(people: Tensor, strengths: Tensor) -> Tensor:
             way and values above 1 go beyond it.
     """
     replaced, added, beyond = _tables(people.device)
-    low, high = people.new_tensor([RANGES[name] for name in PARAMETERS]).unbind(1)
+    low, high = _limits(people.device)
     within = strengths.clamp(max=1)
     moved = people + within @ added - people * (within @ replaced) + (strengths - within) @ beyond
     return moved.clamp(low, high)
