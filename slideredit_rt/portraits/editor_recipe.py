@@ -17,6 +17,7 @@ import copy
 import math
 import random
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,8 @@ from slideredit_rt.portraits.world import (
     draw_people,
     edit,
     held_out_examples,
-    layers,
     render,
+    render_with_layers,
     sample_instructions,
 )
 from slideredit_rt.training.embedded.autoencoder import autoencoder_losses, decoder_losses, patch_filters
@@ -59,7 +60,6 @@ _EDITOR_SEED, _GUIDANCE_SEED = 10_000_000, 20_000_000
 # Luminance has more frequencies than the two colour differences, and all parts of a drawing have a channel.
 _ORDER = sorted(
     ((u * u + v * v + (9 if c else 0), c, u, v) for c in range(3) for u in range(_PATCH) for v in range(_PATCH)),
-    key=lambda row: row,
 )
 _FREQUENCIES = [(c, u, v) for _, c, u, v in _ORDER[: SIZES.channels - len(LAYERS)]]
 
@@ -93,7 +93,8 @@ class IdealLatents:
     def __init__(self, device: torch.device) -> None:
         self.filters = patch_filters(_PATCH, _FREQUENCIES).to(device)
         people = varied_people(128, torch.Generator().manual_seed(0), device)
-        features = self._features(render(people) * 2 - 1, layers(people))
+        images, covers = render_with_layers(people)
+        features = self._features(images * 2 - 1, covers)
         spread, self.shift = torch.std_mean(features, dim=(0, 2, 3), keepdim=True)
         scale = spread.clamp_min(0.01).rsqrt()
         self.scale = scale / (spread * scale).square().mean().sqrt()
@@ -103,12 +104,19 @@ class IdealLatents:
 
     def __call__(self, people: Tensor) -> tuple[Tensor, Tensor]:
         """Return drawings of people, `[N, 3, H, W]` in [−1, 1], and their latents, `[N, C, H/8, W/8]`."""
-        images = render(people) * 2 - 1
-        return images, (self._features(images, layers(people)) - self.shift) * self.scale
+        images, covers = render_with_layers(people)
+        images = images * 2 - 1
+        return images, (self._features(images, covers) - self.shift) * self.scale
+
+
+@cache
+def ideal_latents(device: torch.device) -> IdealLatents:
+    """Return the latents for a device, which all stages share."""
+    return IdealLatents(device)
 
 
 def _image_draw(device: torch.device) -> Callable[[int, int], tuple[Tensor, Tensor]]:
-    ideal = IdealLatents(device)
+    ideal = ideal_latents(device)
 
     def draw(step: int, batch: int) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
@@ -127,8 +135,8 @@ class _Edits:
 
     def __init__(self, pipeline: FluxKontextPipeline, device: torch.device) -> None:
         self.pipeline, self.device = pipeline, device
-        self.ideal, self.prompts = IdealLatents(device), Prompts(pipeline, device)
-        self.weights = torch.tensor(_COUNT_WEIGHTS, device=device)
+        self.ideal, self.prompts = ideal_latents(device), Prompts(pipeline, device)
+        self.counts = torch.tensor(_COUNT_WEIGHTS, device=device).cumsum(0)[:-1]
 
     def backbone(self) -> Backbone:
         """Return the trained part of the pipeline."""
@@ -151,7 +159,7 @@ class _Edits:
         """
         count = len(weight)
         people = draw_people(count, generator, self.device)
-        counts = torch.multinomial(self.weights, count, replacement=True, generator=generator)
+        counts = torch.bucketize(torch.rand(count, generator=generator, device=self.device), self.counts)
         strengths = sample_instructions(people, counts, generator)
         _, latents = self.ideal(torch.cat([people, edit(people, strengths * weight[:, None])]))
         source, target = self.pipeline._pack_latents(latents, *latents.shape).chunk(2)
@@ -314,7 +322,7 @@ def editor_recipe(sizes: Sizes = SIZES) -> EditorRecipe:
                 name="autoencoder",
                 modules=lambda pipeline: {"vae": pipeline.vae},
                 prepare=lambda pipeline, device, batch: autoencoder_losses(pipeline.vae, _image_draw(device), batch),
-                steps=3000,
+                steps=2500,
                 batch={"cpu": 16, "cuda": 64},
                 peak=2e-3,
                 share=0.25,
@@ -324,7 +332,7 @@ def editor_recipe(sizes: Sizes = SIZES) -> EditorRecipe:
                 name="decoder",
                 modules=lambda pipeline: {"decoder": pipeline.vae.decoder},
                 prepare=lambda pipeline, device, batch: decoder_losses(pipeline.vae, _image_draw(device), batch, 0.5),
-                steps=1000,
+                steps=800,
                 batch={"cpu": 16, "cuda": 64},
                 peak=1.5e-3,
                 share=0.1,
@@ -335,7 +343,7 @@ def editor_recipe(sizes: Sizes = SIZES) -> EditorRecipe:
                 name="editor",
                 modules=lambda pipeline: {"transformer": pipeline.transformer, "t5": pipeline.text_encoder_2},
                 prepare=editor_losses,
-                steps=8000,
+                steps=6000,
                 batch={"cpu": 32, "cuda": 256},
                 peak=1.2e-3,
                 share=0.5,
@@ -345,7 +353,7 @@ def editor_recipe(sizes: Sizes = SIZES) -> EditorRecipe:
                 name="guidance",
                 modules=lambda pipeline: {"transformer": pipeline.transformer, "t5": pipeline.text_encoder_2},
                 prepare=guidance_losses,
-                steps=1500,
+                steps=1200,
                 batch={"cpu": 32, "cuda": 256},
                 peak=4e-4,
                 share=0.15,
