@@ -341,7 +341,7 @@ class _Painter:
         lips = self.of("lips") * (0.72 + 0.28 * self.of("lashes"))
         part = u / width
         # Height below the line of the mouth, which is a parabola.
-        low = v - self.of("mouth_y") + curve * (part.square().clamp(max=1.5) - 0.5)
+        low = v - self.of("mouth_y") - 0.14 * opened + curve * (part.square().clamp(max=1.5) - 0.5)
         slope = torch.rsqrt(1 + (2 * curve * part / width).square())
         made_up = (0.28 + 0.27 * self.of("lashes") + 0.10 * self.of("blush"))[..., None]
         rose = self.skin * (1 - made_up) + made_up * self.fixed("rose")
