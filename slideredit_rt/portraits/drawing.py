@@ -21,7 +21,11 @@ LAYERS: tuple[str, ...] = ("clothes", "hair", "skin", "eyes", "brows", "mouth", 
 
 _Window = tuple[slice, slice]
 _BODY: _Window = (slice(84, SIZE), slice(0, SIZE))
-_HEAD: _Window = (slice(12, 116), slice(20, 108))
+_EARS: _Window = (slice(52, 94), slice(20, 108))
+_FACE: _Window = (slice(24, 110), slice(26, 102))
+_CHEEKS: _Window = (slice(56, 100), slice(30, 98))
+_WRINKLES: _Window = (slice(32, 100), slice(34, 94))
+_BEARD: _Window = (slice(60, 118), slice(24, 104))
 _HAIR: _Window = (slice(6, SIZE), slice(8, 120))
 _CROWN: _Window = (slice(8, 104), slice(10, 118))
 _EYES: _Window = (slice(38, 94), slice(24, 104))
@@ -46,7 +50,7 @@ _FIXED: dict[str, tuple[float, float, float]] = {
     "wrinkle": (0.64, 0.50, 0.46),
     # Colours.
     "stripe": (0.96, 0.94, 0.90),
-    "pink": (0.56, 0.15, 0.18),
+    "pink": (0.64, 0.10, 0.17),
     "rose": (0.68, 0.15, 0.20),
     "throat": (0.33, 0.09, 0.11),
     "teeth": (0.97, 0.95, 0.92),
@@ -91,6 +95,12 @@ def _box(x: Tensor, y: Tensor, width: Tensor | float, height: Tensor | float, co
     """Return the distance to a rounded box around the origin with the half sides `width` and `height`."""
     right, low = x.abs() - (width - corner), y.abs() - (height - corner)
     return torch.sqrt(right.clamp(min=0).square() + low.clamp(min=0).square() + 1e-8) - corner
+
+
+def _crop(field: Tensor, outer: _Window, inner: _Window) -> Tensor:
+    """Return the part of a field over `outer` that lies in `inner`."""
+    top, left = (i.start - o.start for i, o in zip(inner, outer, strict=True))
+    return field[:, top : top + inner[0].stop - inner[0].start, left : left + inner[1].stop - inner[1].start]
 
 
 class _Image:
@@ -262,38 +272,38 @@ class _Painter:
         self.shade(cover * below * 0.85, self.shadow, _CHIN)
 
     def ears(self) -> None:
-        u, v = self.at(_HEAD)
+        u, v = self.at(_EARS)
         size = self.of("ear_size")
         side, low = u.abs() - self.of("face_width") * 0.99, v - self.of("eye_y") - 3
         cover = _cover(_ellipse(side, low, 5.2 * size, 8.0 * size))
-        self.paint("skin", cover, self.skin, _HEAD)
+        self.paint("skin", cover, self.skin, _EARS)
         inner = _cover(_ellipse(side - 0.6, low - 0.3, 2.7 * size, 5.0 * size))
-        self.shade(inner * 0.75, self.shadow, _HEAD)
+        self.shade(inner * 0.75, self.shadow, _EARS)
 
     def face(self) -> None:
-        u, v = self.at(_HEAD)
+        u, v = self.at(_FACE)
         width, height = self.of("face_width"), self.of("face_height")
         down = v / height
         across = u / (width * (1 - self.of("narrowing") * down))
         square = across.square()
         low = down.clamp(0, 1.1)
         shape = square + down.square() - (self.of("jaw") + 0.08 * self.of("age")) * square.clamp(max=1.2) * low.square()
-        self.outline = (torch.sqrt(shape.clamp(min=1e-6)) - 1) * ((width + height) / 2)
-        self.inside = _cover(self.outline)
-        self.paint("skin", self.inside, self.skin, _HEAD)
+        outline = (torch.sqrt(shape.clamp(min=1e-6)) - 1) * ((width + height) / 2)
+        self.inside = _cover(outline)
+        self.paint("skin", self.inside, self.skin, _FACE)
         # Light comes from the upper left.
-        self.shade(self.inside * (_ramp(u * 0.9 + v * 0.25, 6, 32) * 0.55), self.shadow, _HEAD)
+        self.shade(self.inside * (_ramp(u * 0.9 + v * 0.25, 6, 32) * 0.55), self.shadow, _FACE)
         glow = torch.exp(-((u + 9).square() + (v + 14).square()) * (1 / 220))
-        self.shade(self.inside * glow * 0.35, self.light, _HEAD)
+        self.shade(self.inside * glow * 0.35, self.light, _FACE)
 
     def cheeks(self) -> None:
-        u, v = self.at(_HEAD)
+        u, v = self.at(_CHEEKS)
         warm = torch.exp(-((u.abs() - 15).square() * (1 / 46) + (v - 11.5).square() * (1 / 30)))
-        amount = (0.12 + 0.50 * self.of("blush")).clamp(max=1)
-        self.shade(self.inside * warm * amount, self.skin * 0.40 + self.fixed("pink"), _HEAD)
+        amount = (0.10 + 0.46 * self.of("blush")).clamp(max=1)
+        self.shade(_crop(self.inside, _FACE, _CHEEKS) * warm * amount, self.skin * 0.30 + self.fixed("pink"), _CHEEKS)
 
     def wrinkles(self) -> None:
-        u, v = self.at(_HEAD)
+        u, v = self.at(_WRINKLES)
         aside, age = u.abs(), self.of("age")
         bend = u.square() * 0.006
         brow = (v + 17.5 + bend) * (1 / 5.5)
@@ -303,10 +313,14 @@ class _Painter:
         lines = torch.maximum(lines, torch.exp(-fold.square() * 0.55) * _ramp((v - 18).abs(), 7, 4))
         bag = (v - self.of("eye_y") - 8.0 + (aside - self.of("eye_x")).square() * 0.06).abs()
         lines = torch.maximum(lines, torch.exp(-bag.square() * 0.6) * _ramp((aside - self.of("eye_x")).abs(), 6.5, 4))
-        self.shade(self.inside * lines * (age * 0.62).clamp(max=1), self.skin * self.fixed("wrinkle"), _HEAD)
+        self.shade(
+            _crop(self.inside, _FACE, _WRINKLES) * lines * (age * 0.62).clamp(max=1),
+            self.skin * self.fixed("wrinkle"),
+            _WRINKLES,
+        )
 
     def beard(self) -> None:
-        u, v = self.at(_HEAD)
+        u, v = self.at(_BEARD)
         beard = self.of("beard")
         grown = (beard - 0.3).clamp(min=0)
         jaw = _ellipse(u, v - 6, self.of("face_width") - 0.5 + grown, self.of("face_height") - 6 + 4.5 * grown)
@@ -315,10 +329,10 @@ class _Painter:
         bare = _cover(_ellipse(u, low - 1.0, self.of("mouth_width") * 0.86, 3.4) * 0.8)
         cover = _cover(torch.maximum(jaw, cheek)) * (1 - bare) * beard.clamp(max=1)
         colour = self.hair * 0.86 + 0.02
-        self.paint("beard", cover, colour, _HEAD)
+        self.paint("beard", cover, colour, _BEARD)
         hairs = (0.5 + 0.5 * torch.sin(u * 0.85 * (1 + 0.004 * v))) * _ramp(low, -3, 5)
-        self.shade(cover * hairs * 0.6, self.hair_light, _HEAD)
-        self.shade(cover * _ramp(u + v * 0.5, 8, 34) * 0.6, colour * 0.66, _HEAD)
+        self.shade(cover * hairs * 0.6, self.hair_light, _BEARD)
+        self.shade(cover * _ramp(u + v * 0.5, 8, 34) * 0.6, colour * 0.66, _BEARD)
 
     def mouth(self) -> None:
         u, v = self.at(_MOUTH)
@@ -327,7 +341,7 @@ class _Painter:
         lips = self.of("lips") * (0.72 + 0.28 * self.of("lashes"))
         part = u / width
         # Height below the line of the mouth, which is a parabola.
-        low = v - self.of("mouth_y") + curve * (part.square().clamp(max=1.5) - 0.5)
+        low = v - self.of("mouth_y") - 0.14 * opened + curve * (part.square().clamp(max=1.5) - 0.5)
         slope = torch.rsqrt(1 + (2 * curve * part / width).square())
         made_up = (0.28 + 0.27 * self.of("lashes") + 0.10 * self.of("blush"))[..., None]
         rose = self.skin * (1 - made_up) + made_up * self.fixed("rose")
@@ -389,8 +403,7 @@ class _Painter:
 
     def hair_in_front(self) -> None:
         u, v = self.at(_CROWN)
-        top, left = _CROWN[0].start - _HAIR[0].start, _CROWN[1].start - _HAIR[1].start
-        cap, wave = (t[:, top : top + v.shape[1], left : left + v.shape[2]] for t in (self.cap, self.wave))
+        cap, wave = _crop(self.cap, _HAIR, _CROWN), _crop(self.wave, _HAIR, _CROWN)
         curl, bend = self.of("curl"), self.of("hairline_bend")
         # The hairline is a hyperbola, which falls off on both sides of its highest point.
         part = (u - self.of("parting")) * bend * (1 / 0.55)
