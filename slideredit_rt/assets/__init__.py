@@ -1,4 +1,4 @@
-"""The embedded editor and its adapters, and how a base or an adapter is found by name."""
+"""The embedded editors and their adapters, and how a base or an adapter is found by name."""
 
 from __future__ import annotations
 
@@ -9,9 +9,13 @@ from slideredit_rt.files import user_path
 
 _HERE = Path(__file__).parent
 EMBEDDED_BASE = "shapes-kontext"
-_BASES = {EMBEDDED_BASE: _HERE / EMBEDDED_BASE}
-_ADAPTERS = {name: _HERE / f"{name}.safetensors" for name in ("shapes-st", "shapes-gst", "shapes-concepts")}
-_OFFSETS = {"shapes-offsets": _HERE / "shapes-offsets.safetensors"}
+WORLDS = ("shapes", "portraits")
+_BASES = {name: _HERE / name for name in (f"{world}-kontext" for world in WORLDS)}
+_ADAPTERS = {
+    name: _HERE / f"{name}.safetensors"
+    for name in (f"{world}-{kind}" for world in WORLDS for kind in ("st", "gst", "concepts"))
+}
+_OFFSETS = {name: _HERE / f"{name}.safetensors" for name in (f"{world}-offsets" for world in WORLDS)}
 
 
 def resolve_base(source: str | Path) -> Path:
