@@ -27,7 +27,7 @@ from slideredit_rt.sliders import Controls, Slider, compose_prompt
 from slideredit_rt.strength import StrengthCurve
 from slideredit_rt.training.data import Data
 from slideredit_rt.training.suppression import initial_pair
-from slideredit_rt.training.trainer import Trainer, TrainingConfig, to_pil
+from slideredit_rt.training.trainer import Trainer, TrainingConfig
 
 _SAMPLE_SCALES = (0.0, 0.5, 1.0)
 _AS_A_SCALE = StrengthCurve((0.0, 1.0), (0.0, 1.0))
