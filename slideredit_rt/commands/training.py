@@ -1,4 +1,4 @@
-"""`slideredit-rt train editor`, `adapter`, `concepts` and `offsets`."""
+"""`slideredit-rt train editor`, `adapter`, `concepts`, `offsets` and `few-step`."""
 
 from __future__ import annotations
 
@@ -151,8 +151,30 @@ def _add_world_option(sub: argparse.ArgumentParser, what: str) -> None:
     sub.add_argument("--world", choices=WORLDS, default=WORLDS[0], help=f"embedded world of the {what} (default: %(default)s)")
 
 
+def _train_few_step(args: argparse.Namespace) -> int:
+    import dataclasses
+
+    from slideredit_rt.training.few_step import FewStepConfig, FewStepTrainer
+    from slideredit_rt.training.worlds import TRAINING
+
+    family, pipeline, device = _frozen_base(args)
+    world = TRAINING[args.world]
+    data = _training_data(args, family.side(pipeline), world.data, device)
+    recipe = world.few_step() if args.images is None else FewStepConfig()
+    config = dataclasses.replace(recipe, **options_given(args, *(f.name for f in dataclasses.fields(FewStepConfig))))
+    lora = _train(args, lambda: FewStepTrainer(family, pipeline, data, config, args.out, device))
+    lines = [f"wrote {args.out}", f"use it with build --fuse {args.out} --default-steps {config.few_steps}"]
+    emit(args, {"out": str(args.out), "modules": len(lora.pairs), **lora.training}, lines)
+    return 0
+
+
+def _add_timestep_option(sub: argparse.ArgumentParser) -> None:
+    """Add the option of trainers that draw noise levels."""
+    sub.add_argument("--timestep-sampling", choices=("uniform", "logit-normal"), help=f"distribution of timesteps {_RECIPE}")
+
+
 def _add_training_options(sub: argparse.ArgumentParser) -> None:
-    """Add the options that every slider trainer has."""
+    """Add the options that every trainer over a frozen base has."""
     sub.add_argument(
         "--base",
         help="base: shapes-kontext or portraits-kontext, a diffusers folder or a hub repository (default: the world's)",
@@ -162,7 +184,6 @@ def _add_training_options(sub: argparse.ArgumentParser) -> None:
         "--images", type=user_path, help="folder of source images (default: examples of the world, with the shipped recipe)"
     )
     sub.add_argument("--instructions", type=user_path, help="text file, one edit per line (default: all edits of the world)")
-    sub.add_argument("--timestep-sampling", choices=("uniform", "logit-normal"), help=f"distribution of timesteps {_RECIPE}")
     sub.add_argument("--steps", type=int, help=f"optimizer steps {_RECIPE}")
     sub.add_argument("--batch", type=int, help=f"examples per step {_RECIPE}")
     sub.add_argument("--learning-rate", type=float, help=f"learning rate {_RECIPE}")
@@ -190,7 +211,7 @@ def _add_training_options(sub: argparse.ArgumentParser) -> None:
 
 def add_commands(commands: Commands) -> None:
     """Add the commands of this module."""
-    kinds = commands.group("train", "train the embedded editor, an adapter, or another method's sliders")
+    kinds = commands.group("train", "train the embedded editor, an adapter, a few-step LoRA, or another method's sliders")
     editor = kinds.add("editor", _train_editor, "train an embedded editor from scratch")
     _add_world_option(editor, "editor")
     editor.add_argument("--out", type=user_path, required=True, help="pipeline folder to write; states are kept in OUT.work")
@@ -206,6 +227,7 @@ def add_commands(commands: Commands) -> None:
 
     adapter = kinds.add("adapter", _train_adapter, "train an ST or GST adapter by partial prompt suppression")
     _add_training_options(adapter)
+    _add_timestep_option(adapter)
     adapter.add_argument(
         "--kind",
         choices=("st", "gst"),
@@ -233,6 +255,7 @@ def add_commands(commands: Commands) -> None:
 
     concepts = kinds.add("concepts", _train_concepts, "train Concept Sliders, a bank with one LoRA per instruction")
     _add_training_options(concepts)
+    _add_timestep_option(concepts)
     concepts.add_argument("--rank", type=int, help=f"LoRA rank of each member {_RECIPE}")
     concepts.add_argument(
         "--eta", type=float, help="distance of the target, in steps from the neutral prompt to the instruction (default: 2)"
@@ -240,4 +263,11 @@ def add_commands(commands: Commands) -> None:
 
     offsets = kinds.add("offsets", _train_offsets, "train an embedding offset per instruction")
     _add_training_options(offsets)
+    _add_timestep_option(offsets)
     offsets.add_argument("--noun", help="words of the neutral prompt that get the offset (default: image)")
+
+    few_step = kinds.add("few-step", _train_few_step, "train a LoRA that makes few steps do what many do, for build --fuse")
+    _add_training_options(few_step)
+    few_step.add_argument("--few-steps", type=int, help=f"denoising steps of an edit with the LoRA {_RECIPE}")
+    few_step.add_argument("--substeps", type=int, help=f"steps of the frozen base within each of them {_RECIPE}")
+    few_step.add_argument("--rank", type=int, help=f"LoRA rank {_RECIPE}")

@@ -12,6 +12,7 @@ from slideredit_rt.families import Kind
 from slideredit_rt.portraits.world import INSTRUCTIONS, applicable, draw_people, find_instruction, render, sample_instructions
 from slideredit_rt.training.attribute_offsets import OffsetConfig
 from slideredit_rt.training.concepts import ConceptConfig
+from slideredit_rt.training.few_step import FewStepConfig
 from slideredit_rt.training.suppression import SuppressionConfig
 
 # Numbers of instructions in an example, all equally frequent.
@@ -105,3 +106,8 @@ def offsets_recipe() -> OffsetConfig:
     """
     attributes = tuple(i.text for i in INSTRUCTIONS)
     return OffsetConfig(attributes=attributes, steps=100, batch=40 * len(attributes), learning_rate=0.1, schedule="cosine")
+
+
+def few_step_recipe() -> FewStepConfig:
+    """Return the settings of `portraits-turbo`."""
+    return FewStepConfig(few_steps=4, substeps=7, rank=16, steps=400, batch=16, learning_rate=1e-3, schedule="cosine")

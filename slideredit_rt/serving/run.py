@@ -92,11 +92,12 @@ def make_app(settings: ServeSettings, options: RuntimeOptions | None) -> tuple[F
         The application, its service, and the model name for clients.
 
     Raises:
-        SliderEditError: The engine cannot run here.
+        SliderEditError: The engine cannot run here, or the preview decoder does not fit it.
     """
     import torch
 
     from slideredit_rt.editor import SliderEditor
+    from slideredit_rt.preview_decoder import PreviewDecoder
     from slideredit_rt.serving.app import create_app
     from slideredit_rt.serving.body import Limits
     from slideredit_rt.serving.metrics import Metrics
@@ -108,6 +109,8 @@ def make_app(settings: ServeSettings, options: RuntimeOptions | None) -> tuple[F
     assert settings.engine is not None
     print_notes()  # a replica of Ray is not started by our command
     editor = SliderEditor.from_engine(settings.engine, settings.base, settings.run(options))
+    if settings.preview_decoder is not None:
+        editor.preview_decoder = PreviewDecoder.load(settings.preview_decoder, editor.family, editor.pipeline)
     service = EditService(
         editor,
         max_queue=settings.max_queue,

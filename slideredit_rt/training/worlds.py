@@ -17,6 +17,7 @@ from slideredit_rt.training.attribute_offsets import OffsetConfig
 from slideredit_rt.training.concepts import ConceptConfig
 from slideredit_rt.training.data import Data
 from slideredit_rt.training.embedded.recipe import EditorRecipe
+from slideredit_rt.training.few_step import FewStepConfig
 from slideredit_rt.training.suppression import SuppressionConfig
 
 MakeData = Callable[[Sequence[str] | None, torch.device], Data]
@@ -34,6 +35,7 @@ class TrainingWorld:
         adapter: Settings of the shipped adapter of a kind.
         concepts: Settings of the shipped concept sliders.
         offsets: Settings of the shipped attribute offsets.
+        few_step: Settings of the shipped few-step LoRA.
     """
 
     editor: Callable[[], EditorRecipe]
@@ -42,6 +44,7 @@ class TrainingWorld:
     adapter: Callable[[Kind], SuppressionConfig]
     concepts: Callable[[], ConceptConfig]
     offsets: Callable[[], OffsetConfig]
+    few_step: Callable[[], FewStepConfig]
 
 
 def _shapes_data(sort: Callable[..., Data]) -> MakeData:
@@ -59,6 +62,7 @@ TRAINING: dict[str, TrainingWorld] = {
         adapter=shapes.adapter_recipe,
         concepts=shapes.concepts_recipe,
         offsets=shapes.offsets_recipe,
+        few_step=shapes.few_step_recipe,
     ),
     "portraits": TrainingWorld(
         editor=portraits_editor,
@@ -67,5 +71,6 @@ TRAINING: dict[str, TrainingWorld] = {
         adapter=portraits.adapter_recipe,
         concepts=portraits.concepts_recipe,
         offsets=portraits.offsets_recipe,
+        few_step=portraits.few_step_recipe,
     ),
 }
