@@ -100,16 +100,10 @@ def test_drawing_needs_no_value_on_the_host() -> None:
 
 
 def test_windows_cut_nothing_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    added = (
-        "add a hat",
-        "make the hair curly",
-        "add a beard",
-        "make the person older",
-        "add blush",
-        "make the person surprised",
-    )
+    added = ("make the hair curly", "add a beard", "make the person older", "add blush", "make the person surprised")
     extreme = edit(people(12), at(1.5, *map(find_instruction, added)))
-    crowd = torch.cat([people(12), extreme, edit(people(12), at(2.0, find_instruction("make the hair longer")))])
+    long = edit(people(12), at(2.0, find_instruction("make the hair longer"), find_instruction("add a hat")))
+    crowd = torch.cat([people(12), extreme, long])
     cut = render(crowd)
     everything = (slice(0, SIZE), slice(0, SIZE))
     for name in [name for name, value in vars(drawing).items() if name.isupper() and isinstance(value, tuple)]:
