@@ -241,11 +241,11 @@ def test_strengths_are_read_beside_other_edits(count: int, number: int) -> None:
 
 
 def test_an_edit_beside_one_at_another_strength_is_read_with_that_strength() -> None:
-    smile, grey = find_instruction("make the person smile"), find_instruction("make the hair grey")
-    person = someone(smile)
-    example = Example(person, (smile, grey))
-    images = render(edit(person, at(0.6, smile) + at(0.4, grey)))
-    read = Reader(example, at(0.6, smile) + at(0.4, grey)).responses(images)
+    closed, dark = find_instruction("make the eyes closed"), find_instruction("add sunglasses")
+    person = someone(closed)
+    example = Example(person, (closed, dark))
+    images = render(edit(person, at(0.6, closed) + at(0.4, dark)))
+    read = Reader(example, at(0.6, closed) + at(0.4, dark)).responses(images)
     torch.testing.assert_close(read, torch.tensor([[0.6, 0.4]]), atol=0.02, rtol=0)
 
 
