@@ -100,16 +100,10 @@ def test_drawing_needs_no_value_on_the_host() -> None:
 
 
 def test_windows_cut_nothing_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    added = (
-        "add a hat",
-        "make the hair curly",
-        "add a beard",
-        "make the person older",
-        "add blush",
-        "make the person surprised",
-    )
+    added = ("make the hair curly", "add a beard", "make the person older", "add blush", "make the person surprised")
     extreme = edit(people(12), at(1.5, *map(find_instruction, added)))
-    crowd = torch.cat([people(12), extreme, edit(people(12), at(2.0, find_instruction("make the hair longer")))])
+    long = edit(people(12), at(2.0, find_instruction("make the hair longer"), find_instruction("add a hat")))
+    crowd = torch.cat([people(12), extreme, long])
     cut = render(crowd)
     everything = (slice(0, SIZE), slice(0, SIZE))
     for name in [name for name, value in vars(drawing).items() if name.isupper() and isinstance(value, tuple)]:
@@ -247,11 +241,11 @@ def test_strengths_are_read_beside_other_edits(count: int, number: int) -> None:
 
 
 def test_an_edit_beside_one_at_another_strength_is_read_with_that_strength() -> None:
-    smile, grey = find_instruction("make the person smile"), find_instruction("make the hair grey")
-    person = someone(smile)
-    example = Example(person, (smile, grey))
-    images = render(edit(person, at(0.6, smile) + at(0.4, grey)))
-    read = Reader(example, at(0.6, smile) + at(0.4, grey)).responses(images)
+    closed, dark = find_instruction("make the eyes closed"), find_instruction("add sunglasses")
+    person = someone(closed)
+    example = Example(person, (closed, dark))
+    images = render(edit(person, at(0.6, closed) + at(0.4, dark)))
+    read = Reader(example, at(0.6, closed) + at(0.4, dark)).responses(images)
     torch.testing.assert_close(read, torch.tensor([[0.6, 0.4]]), atol=0.02, rtol=0)
 
 

@@ -76,11 +76,10 @@ class Reader:
         squared = squared.double().square()  # in single precision rounding would decide between equal distances
         length = (path[1:] - path[:-1]).square().sum(dim=1).double()
         near, far = squared[:, :-1], squared[:, 1:]
-        # Where the path stands still, all strengths are equally near, and the one closest to 0 counts.
-        still = (self.steps[:-1] < 0).double()
-        share = torch.where(length > 0, ((near - far + length) / (2 * length.clamp(min=1e-12))).clamp(0, 1), still)
+        share = ((near - far + length) / (2 * length.clamp(min=1e-12))).clamp(0, 1)
         apart = near + share * (far - near) - share * (1 - share) * length
         strength = self.steps[:-1] + share * _STEP
+        # Where the path stands still, all strengths are equally near, and the one closest to 0 counts.
         best = (apart + 1e-9 * strength.abs()).argmin(dim=1, keepdim=True)
         return strength.gather(1, best)[:, 0].float()
 
