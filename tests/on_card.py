@@ -176,7 +176,7 @@ class CardGenerator(torch.Generator):
     """A random number generator of the card, with the numbers of the CPU's."""
 
     @property
-    def device(self) -> torch.device:
+    def device(self) -> torch.device:  # type: ignore[override]
         return CARD
 
 

@@ -231,7 +231,7 @@ def psnr(images: Tensor, exact: Tensor) -> Tensor:
 
     Args:
         images: Images, `[N, 3, H, W]` in [0, 1].
-        exact: What they should be, of the same shape.
+        exact: Exact images, of the same shape.
     """
     return -10 * (images - exact).square().mean(dim=(1, 2, 3)).clamp_min(1e-10).log10()
 
