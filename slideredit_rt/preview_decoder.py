@@ -64,7 +64,8 @@ class PreviewDecoder:
             ) from None
         if found != AutoencoderTiny.__name__:
             raise SliderEditError(
-                f"preview decoder {str(source)!r} is of class {found}; give an AutoencoderTiny, such as madebyollin/taef1 for FLUX.1"
+                f"preview decoder {str(source)!r} is of class {found}; give an "
+                "AutoencoderTiny, such as madebyollin/taef1 for FLUX.1"
             )
         stored, options = read_weights(folder), {"dtype": pipeline.vae.dtype, "local_files_only": True}
         with quiet_libraries():

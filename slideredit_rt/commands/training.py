@@ -139,7 +139,8 @@ def _train_few_step(args: argparse.Namespace) -> int:
     family, pipeline, device = _frozen_base(args)
     data = _training_data(args, family.side(pipeline), ShapesData)
     recipe = few_step_recipe() if args.images is None else FewStepConfig()
-    config = dataclasses.replace(recipe, **options_given(args, *(f.name for f in dataclasses.fields(FewStepConfig))))
+    names = (f.name for f in dataclasses.fields(FewStepConfig) if f.name != "timestep_sampling")
+    config = dataclasses.replace(recipe, **options_given(args, *names))
     lora = _train(args, lambda: FewStepTrainer(family, pipeline, data, config, args.out, device))
     lines = [f"wrote {args.out}", f"use it with build --fuse {args.out} --default-steps {config.few_steps}"]
     emit(args, {"out": str(args.out), "modules": len(lora.pairs), **lora.training}, lines)
