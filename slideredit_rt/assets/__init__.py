@@ -10,7 +10,7 @@ from slideredit_rt.files import user_path
 _HERE = Path(__file__).parent
 EMBEDDED_BASE = "shapes-kontext"
 _BASES = {EMBEDDED_BASE: _HERE / EMBEDDED_BASE}
-_ADAPTERS = {name: _HERE / f"{name}.safetensors" for name in ("shapes-st", "shapes-gst", "shapes-concepts")}
+_ADAPTERS = {name: _HERE / f"{name}.safetensors" for name in ("shapes-st", "shapes-gst", "shapes-concepts", "shapes-turbo")}
 _OFFSETS = {"shapes-offsets": _HERE / "shapes-offsets.safetensors"}
 
 
