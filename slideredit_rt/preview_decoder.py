@@ -10,7 +10,7 @@ from diffusers import AutoencoderTiny
 from torch import Tensor
 
 from slideredit_rt.assets import resolve_decoder
-from slideredit_rt.checkpoint import check_complete, quiet_libraries, read_weights
+from slideredit_rt.checkpoint import check_complete, load_components, quiet_libraries, read_weights
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.families import Family
 from slideredit_rt.files import read_json
@@ -21,7 +21,7 @@ class PreviewDecoder:
 
     Args:
         family: Family of the base.
-        pipeline: Pipeline of the base, whose device and dtype the autoencoder gets.
+        pipeline: Pipeline of the base, whose device the autoencoder is moved to.
         vae: Tiny autoencoder for the base's latents, such as TAEF1 for FLUX.1.
         source: Name of the autoencoder, for messages.
 
@@ -41,7 +41,7 @@ class PreviewDecoder:
             )
         self.family = family
         self.pipeline = pipeline
-        self.vae = vae.to(pipeline.vae.device, pipeline.vae.dtype).requires_grad_(False).eval()
+        self.vae = vae.to(pipeline.vae.device).requires_grad_(False).eval()
 
     @classmethod
     def load(cls, source: str | Path, family: Family, pipeline: Any) -> PreviewDecoder:
@@ -64,13 +64,13 @@ class PreviewDecoder:
             ) from None
         if found != AutoencoderTiny.__name__:
             raise SliderEditError(
-                f"preview decoder {str(source)!r} is a {found}; give an AutoencoderTiny, such as madebyollin/taef1 for FLUX.1"
+                f"preview decoder {str(source)!r} is of class {found}; give an "
+                "AutoencoderTiny, such as madebyollin/taef1 for FLUX.1"
             )
-        stored = read_weights(folder)
+        stored, options = read_weights(folder), {"dtype": pipeline.vae.dtype, "local_files_only": True}
         with quiet_libraries():
-            vae = AutoencoderTiny.from_config(AutoencoderTiny.load_config(folder, local_files_only=True))
-            check_complete(vae.state_dict(), stored, folder)
-            vae = AutoencoderTiny.from_pretrained(folder, local_files_only=True)
+            vae = load_components(folder, lambda: AutoencoderTiny.from_pretrained(folder, **options))
+        check_complete(vae.state_dict(), stored, folder)
         return cls(family, pipeline, vae, str(source))
 
     @torch.no_grad()

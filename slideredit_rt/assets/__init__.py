@@ -13,7 +13,7 @@ WORLDS = ("shapes", "portraits")
 _BASES = {name: _HERE / name for name in (f"{world}-kontext" for world in WORLDS)}
 _ADAPTERS = {
     name: _HERE / f"{name}.safetensors"
-    for name in (f"{world}-{kind}" for world in WORLDS for kind in ("st", "gst", "concepts"))
+    for name in (f"{world}-{kind}" for world in WORLDS for kind in ("st", "gst", "concepts", "turbo"))
 }
 _OFFSETS = {name: _HERE / f"{name}.safetensors" for name in (f"{world}-offsets" for world in WORLDS)}
 

@@ -161,7 +161,8 @@ def _train_few_step(args: argparse.Namespace) -> int:
     world = TRAINING[args.world]
     data = _training_data(args, family.side(pipeline), world.data, device)
     recipe = world.few_step() if args.images is None else FewStepConfig()
-    config = dataclasses.replace(recipe, **options_given(args, *(f.name for f in dataclasses.fields(FewStepConfig))))
+    names = (f.name for f in dataclasses.fields(FewStepConfig) if f.name != "timestep_sampling")
+    config = dataclasses.replace(recipe, **options_given(args, *names))
     lora = _train(args, lambda: FewStepTrainer(family, pipeline, data, config, args.out, device))
     lines = [f"wrote {args.out}", f"use it with build --fuse {args.out} --default-steps {config.few_steps}"]
     emit(args, {"out": str(args.out), "modules": len(lora.pairs), **lora.training}, lines)
