@@ -10,16 +10,18 @@ from typing import Any
 import httpx
 import pytest
 import torch
-from flux2_checkpoint import TEXT_ROWS, diffusers_edit, flux2_adapter, save_tiny_checkpoint
+from flux2_checkpoint import SIDE, TEXT_ROWS, diffusers_edit, flux2_adapter, save_tiny_checkpoint
 from http_server import as_file, image_of, serving
 from PIL import Image
 from qwen_checkpoint import random_image
+from toy_backend import Toy
 
 from slideredit_rt import cli
 from slideredit_rt.adapters import load_adapter, save_adapter
 from slideredit_rt.editor import SliderEditor
-from slideredit_rt.engines import BuildSettings, read_manifest
+from slideredit_rt.engines import BACKENDS, BuildSettings, read_manifest
 from slideredit_rt.engines.inductor import InductorEngine
+from slideredit_rt.engines.request import check_request, reading_request
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.export.build import build_engine
 from slideredit_rt.export.inference_server import export_triton
@@ -229,6 +231,48 @@ def test_the_server_reads_an_image_once(engines: dict[Kind, Path]) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_tensorrt_rtx_builds_a_plan_that_takes_a_reading_and_a_step(
+    base: Path,
+    adapters: dict[Kind, Path],
+    engines: dict[Kind, Path],
+    tmp_path: Path,
+    kind: Kind,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    command = ["build", "--base", str(base), "--adapter", str(adapters[kind]), "--backend", "tensorrt-rtx", "--targets", "sm89"]
+    sizes = ["--resolution", str(SIDE), "--max-text-rows", str(TEXT_ROWS), "--batch", "4"]
+    assert cli.main([*command, *sizes, "--out", str(tmp_path / "rtx"), "--quiet"]) == 0
+    manifest, called = read_manifest(tmp_path / "rtx"), []
+    assert manifest.ranges["image_rows"] == manifest.ranges["reference_rows"] == [1, 64, 66]
+    editor = SliderEditor.from_engine(engines[kind])
+
+    class Checked(Counted):
+        """An engine whose requests are checked against the plan's profiles."""
+
+        def __call__(self, inputs: Any) -> torch.Tensor:
+            called.append(check_request(manifest, inputs))
+            return super().__call__(inputs)
+
+        def read(self, inputs: Any) -> torch.Tensor:
+            called.append(check_request(manifest, reading_request(manifest, inputs), reading=True))
+            return super().read(inputs)
+
+    editor.engine = Checked(editor.engine)
+    editor.edit(images_of(1), [Slider(PARTS[0], 0.3)], steps=1)
+    assert [(sizes["text_rows"], sizes["reference_rows"], sizes["kept_rows"]) for sizes in called] == [
+        (0, 0, 48),
+        (TEXT_ROWS, 48, 0),
+    ]
+    assert cli.main(["inspect", str(tmp_path / "rtx")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "profile    kept_rows 0 to 0, usually 0" in lines
+    assert "reading    kept_rows 1 to 66, usually 64" in lines
+    assert cli.main(["verify", str(tmp_path / "rtx")]) == 2
+    assert "the engine needs an NVIDIA GPU (sm89)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_verification_compares_the_reading_of_the_image_as_well(
     engines: dict[Kind, Path], monkeypatch: pytest.MonkeyPatch, kind: Kind
 ) -> None:
@@ -319,7 +363,7 @@ def refuse_an_engine_without_readings(base: Path, adapter: Path, out: Path) -> N
 
 
 def refuse_a_backend_without_readings(base: Path, adapter: Path, out: Path) -> None:
-    build_engine(base, adapter, out, BuildSettings("tensorrt-rtx"), progress=False)
+    build_engine(base, adapter, out, BuildSettings("toy"), progress=False)
 
 
 def refuse_training(base: Path, adapter: Path, out: Path) -> None:
@@ -332,13 +376,19 @@ def refuse_training(base: Path, adapter: Path, out: Path) -> None:
     ("attempt", "reason"),
     [
         (refuse_an_engine_without_readings, "which this engine does not have; build the engine from this base again"),
-        (refuse_a_backend_without_readings, r"tensorrt-rtx cannot build engines.*use --backend inductor or onnxruntime"),
+        (refuse_a_backend_without_readings, r"toy cannot build engines.*use --backend inductor or onnxruntime or tensorrt or"),
         (refuse_training, "training on a flux2_kv base is not supported; train an ST adapter on a flux2 base"),
     ],
 )
 def test_what_cannot_read_images_once_is_refused(
-    base: Path, adapters: dict[Kind, Path], tmp_path: Path, attempt: Callable[[Path, Path, Path], None], reason: str
+    base: Path,
+    adapters: dict[Kind, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    attempt: Callable[[Path, Path, Path], None],
+    reason: str,
 ) -> None:
+    monkeypatch.setitem(BACKENDS, "toy", Toy())
     with pytest.raises(SliderEditError, match=reason):
         attempt(base, adapters["st"], tmp_path / "out")
     assert not (tmp_path / "out").exists()

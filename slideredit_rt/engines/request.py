@@ -13,13 +13,14 @@ from slideredit_rt.engines.shapes import ShapeCache
 from slideredit_rt.errors import OutOfDeviceMemory, SliderEditError
 
 
-def check_request(manifest: Manifest, inputs: Mapping[str, Tensor]) -> dict[str, int]:
+def check_request(manifest: Manifest, inputs: Mapping[str, Tensor], *, reading: bool = False) -> dict[str, int]:
     """Check a call's inputs against the manifest.
 
     Args:
-        manifest: Manifest of the engine; `inputs` gives names, dtypes and shapes, `ranges` or else `max_batch` and
-            `max_sliders` give the limits.
+        manifest: Manifest of the engine; `inputs` gives names, dtypes and shapes, `ranges` or `reading_ranges` or else
+            `max_batch` and `max_sliders` give the limits.
         inputs: Tensors by name, on any device.
+        reading: True for a call that reads source images.
 
     Returns:
         The size of each named axis.
@@ -47,7 +48,8 @@ def check_request(manifest: Manifest, inputs: Mapping[str, Tensor]) -> dict[str,
             f"engine input 'token_mask' covers {sizes['rows']} rows, expected {sizes['text_rows']} text rows "
             f"and {sizes['image_rows']} image rows"
         )
-    limits = manifest.ranges or {"batch": [1, 1, manifest.max_batch], "sliders": [1, 1, manifest.max_sliders]}
+    compiled = manifest.reading_ranges if reading else manifest.ranges
+    limits = compiled or {"batch": [1, 1, manifest.max_batch], "sliders": [1, 1, manifest.max_sliders]}
     for axis, size in sizes.items():
         low, _, high = limits.get(axis, [size] * 3)
         if not low <= size <= high:
