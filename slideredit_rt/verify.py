@@ -269,7 +269,8 @@ def _random_inputs(editor: SliderEditor, like: Mapping[str, Tensor], batch: int)
     text_rows, image_rows = like["encoder_hidden_states"].shape[1], like["hidden_states"].shape[1]
     inputs = editor.family.random_inputs(editor.config, batch, text_rows, image_rows, generator)
     mask = torch.rand(batch, 1, like["token_mask"].shape[2], generator=generator) < 0.5
-    return inputs | {"token_mask": mask}
+    # Keys and values of source images have the engine's dtype.
+    return {name: value.to(like[name].dtype) for name, value in inputs.items()} | {"token_mask": mask}
 
 
 class _Carried:

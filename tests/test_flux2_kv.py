@@ -295,7 +295,7 @@ def test_engines_in_half_precision_and_of_a_quantised_base_pass(base: Path, adap
     result = verify_engine(tmp_path / "engine", random_image(), [Slider(part) for part in PARTS], steps=2)
     assert result.passed, result.verdict
     half = SliderEditor.from_pretrained(base, adapters["st"], dtype=torch.bfloat16)
-    assert half.prepare(images_of(1), PARTS).conditioning.inputs["reference_keys_values"].dtype == torch.float32
+    assert half.prepare(images_of(1), PARTS).conditioning.inputs["reference_keys_values"].dtype == torch.bfloat16
     assert half.edit(images_of(1), [Slider(PARTS[0], 0.3)], steps=2).size == (96, 128)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import gc
 import hashlib
+import math
 import os
 import shutil
 import socket
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from slideredit_rt.errors import SliderEditError
-from slideredit_rt.notes import print_notes
+from slideredit_rt.notes import note, print_notes
 from slideredit_rt.serving.settings import ServeSettings
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ _PACKAGES = ("fastapi", "uvicorn", "python_multipart", "prometheus_client", "fas
 Announce = Callable[[dict[str, str]], None]
 """Callback that receives the server's `url` and, if known, its `model`."""
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
+_CACHE_MIB = 256
 _SWITCH_INTERVAL = 0.0005
 """Seconds that a thread may hold the interpreter lock while another one waits for it.
 
@@ -97,6 +99,8 @@ def make_app(settings: ServeSettings, options: RuntimeOptions | None) -> tuple[F
     import torch
 
     from slideredit_rt.editor import SliderEditor
+    from slideredit_rt.engines.manifest import read_manifest
+    from slideredit_rt.memory import keys_values_size
     from slideredit_rt.serving.app import create_app
     from slideredit_rt.serving.body import Limits
     from slideredit_rt.serving.metrics import Metrics
@@ -111,7 +115,7 @@ def make_app(settings: ServeSettings, options: RuntimeOptions | None) -> tuple[F
     service = EditService(
         editor,
         max_queue=settings.max_queue,
-        cache_bytes=settings.cache_mib * 2**20,
+        cache_bytes=cache_size(settings.cache_mib, keys_values_size(read_manifest(settings.engine), editor.pipeline)),
         max_batch=settings.max_batch,
         step_batching=settings.step_batching,
         observer=Metrics(),
@@ -135,6 +139,23 @@ def make_app(settings: ServeSettings, options: RuntimeOptions | None) -> tuple[F
     gc.collect()
     gc.freeze()
     return app, service, model
+
+
+def cache_size(mib: int | None, keys_values: int) -> int:
+    """Return the bytes of the cache of encodings. Note on standard error if it does not hold the keys and values of an image.
+
+    Args:
+        mib: Size that was set, in MiB; None takes 256 MiB and `keys_values` in addition.
+        keys_values: Bytes of the keys and values of an image of the base's usual size; 0 for an engine without them.
+    """
+    if mib is None:
+        return _CACHE_MIB * 2**20 + keys_values
+    if mib * 2**20 < keys_values:
+        note(
+            f"--cache-mib {mib} is less than the {math.ceil(keys_values / 2**20)} MiB of an image's keys and values, so every "
+            "edit reads its source images again; give more, or leave it out"
+        )
+    return mib * 2**20
 
 
 def _bind(host: str, port: int) -> socket.socket:

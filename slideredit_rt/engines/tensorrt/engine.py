@@ -19,7 +19,7 @@ from torch import Tensor
 
 from slideredit_rt.engines.cuda import CudaDevice
 from slideredit_rt.engines.manifest import Manifest
-from slideredit_rt.engines.request import Outputs, check_request, reading_request
+from slideredit_rt.engines.request import InputBuffers, Outputs, check_request, reading_request
 from slideredit_rt.engines.shapes import ShapeCache
 from slideredit_rt.engines.tensorrt.logger import make_logger
 from slideredit_rt.engines.tensorrt.options import RuntimeOptions
@@ -35,7 +35,7 @@ class _Binding:
 
     context: Any
     config: Any
-    inputs: dict[str, Tensor]
+    inputs: InputBuffers
     outputs: list[Tensor]
     scratch: Tensor
     warm: bool = False
@@ -183,8 +183,7 @@ class TensorRTEngine:
             result = self._outputs.of(self.manifest, sizes, inputs, output)
             with self._device.stream() as stream:
                 binding = self._loaded.bindings.get((output, *sizes.values()), lambda: self._bind(sizes, output, stream))
-                for name, buffer in binding.inputs.items():
-                    buffer.copy_(inputs[name])
+                binding.inputs.fill(inputs)
                 self._run(binding, stream)
                 result.copy_(binding.outputs[output])
         return result
@@ -199,17 +198,17 @@ class TensorRTEngine:
         if context is None:
             raise full
         try:
-            inputs = {s.name: self._empty(s.resolve(sizes), s.dtype) for s in self.manifest.inputs}
+            inputs = InputBuffers(self.manifest, sizes, self._empty)
             outputs = {s.name: self._empty(s.resolve(sizes), s.dtype) for s in self.manifest.outputs}
             # A plan with one profile selects it by itself.
             selected = not self.manifest.reading_ranges or context.set_optimization_profile_async(profile, stream)
-            if not selected or not all(context.set_input_shape(name, tuple(one.shape)) for name, one in inputs.items()):
+            if not selected or not all(context.set_input_shape(name, tuple(one.shape)) for name, one in inputs.tensors.items()):
                 raise SliderEditError(f"{self.title} refuses the sizes {sizes} ({self._logger.why()}); build the engine again")
             scratch = self._scratch(context.update_device_memory_size_for_shapes())
         except torch.OutOfMemoryError:
             raise full from None
         context.set_device_memory(scratch.data_ptr(), scratch.numel())
-        for name, buffer in (inputs | outputs).items():
+        for name, buffer in (inputs.tensors | outputs).items():
             # The storage's address, because that of a tensor without elements is null, which TensorRT refuses.
             context.set_tensor_address(name, buffer.untyped_storage().data_ptr())
         return _Binding(context, config, inputs, list(outputs.values()), scratch)
