@@ -29,6 +29,8 @@ from slideredit_rt.families import KINDS, Family, Kind, Reader, family_of, get_f
 from slideredit_rt.memory import engine_footprint, plan_memory
 from slideredit_rt.serving.batch import Batch, make_rows
 from slideredit_rt.serving.cache import EncodingCache
+from slideredit_rt.serving.run import cache_size
+from slideredit_rt.serving.settings import ServeSettings
 from slideredit_rt.sliders import Controls, Slider, compose_prompt
 from slideredit_rt.training.suppression import SuppressionConfig, SuppressionTrainer
 from slideredit_rt.verify import verify_engine
@@ -168,6 +170,60 @@ def test_an_inductor_engine_captures_nothing_more_for_other_settings(
         if setting == 5:
             expected = eager.render_tensor(eager.prepare(images_of(1), PARTS[:1], prompt=PROMPT, seed=5), [[5 / 12]], steps=2)
             assert (drawn - expected).abs().max() <= 1e-4
+
+
+@pytest.mark.usefixtures("as_traced")
+def test_keys_and_values_are_copied_once_per_edit_in_the_engines_dtype(
+    base: Path, adapters: dict[Kind, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = BuildSettings("inductor", dtype="bfloat16")
+    manifest = build_engine(base, adapters["st"], tmp_path / "engine", settings, progress=False)
+    # 4 blocks, keys and values, 64 rows, 2 heads of 16, bfloat16.
+    assert engine_footprint(tmp_path / "engine", manifest, base).keys_values == 4 * 2 * 64 * 2 * 16 * 2
+    result = verify_engine(tmp_path / "engine", random_image(), [Slider(part) for part in PARTS], steps=1)
+    assert result.passed, result.verdict
+    editor = SliderEditor.from_engine(tmp_path / "engine")
+    prepared, other = (editor.prepare(image, PARTS[:1]) for image in (random_image(seed=2), random_image(seed=3)))
+    stored = prepared.conditioning.inputs["reference_keys_values"]
+    assert stored.dtype == torch.bfloat16
+    copied, copy = [], torch.Tensor.copy_
+
+    def watched(self: torch.Tensor, value: torch.Tensor, *args: Any) -> torch.Tensor:
+        if value.shape == stored.shape:
+            copied.append(value)
+        return copy(self, value, *args)
+
+    monkeypatch.setattr(torch.Tensor, "copy_", watched)
+    inputs = editor.frozen_inputs(prepared, 1)
+    first = editor.engine(inputs).clone()
+    copied.clear()
+    editor.engine(inputs | {"timestep": torch.tensor([0.5])})
+    assert copied == [], "the next step takes what the engine has"
+    second = editor.engine(editor.frozen_inputs(other, 1)).clone()
+    assert len(copied) == 1
+    again = inputs | {"reference_keys_values": stored}
+    assert torch.equal(editor.engine(again), first)
+    stored.copy_(other.conditioning.inputs["reference_keys_values"])
+    copied.clear()
+    assert not torch.equal(editor.engine(again), first)
+    assert len(copied) == 1, "changed in place"
+    assert not torch.equal(second, first)
+
+
+def test_the_servers_cache_holds_the_keys_and_values_of_an_image(
+    engines: dict[Kind, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    editor = SliderEditor.from_engine(engines["st"])
+    needed = 4 * 2 * 64 * 2 * 16 * 4
+    caplog.set_level("INFO", "slideredit_rt.notes")
+    assert cache_size(ServeSettings(engines["st"]), editor) == 256 * 2**20 + needed
+    assert cache_size(ServeSettings(engines["st"], cache_mib=1), editor) == 2**20
+    assert not caplog.messages
+    assert cache_size(ServeSettings(engines["st"], cache_mib=0), editor) == 0
+    assert caplog.messages == [
+        "--cache-mib 0 is less than the 1 MiB of an image's keys and values, so every edit reads its source images again; give "
+        "more, or leave it out"
+    ]
 
 
 def test_rows_of_a_batch_share_an_image_and_differ_in_images(engines: dict[Kind, Path]) -> None:

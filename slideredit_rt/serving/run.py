@@ -24,6 +24,7 @@ from slideredit_rt.serving.settings import ServeSettings
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
+    from slideredit_rt.editor import SliderEditor
     from slideredit_rt.engines import RuntimeOptions
     from slideredit_rt.serving.service import EditService
 
@@ -99,8 +100,6 @@ def make_app(settings: ServeSettings, options: RuntimeOptions | None) -> tuple[F
     import torch
 
     from slideredit_rt.editor import SliderEditor
-    from slideredit_rt.engines.manifest import read_manifest
-    from slideredit_rt.memory import keys_values_size
     from slideredit_rt.serving.app import create_app
     from slideredit_rt.serving.body import Limits
     from slideredit_rt.serving.metrics import Metrics
@@ -115,7 +114,7 @@ def make_app(settings: ServeSettings, options: RuntimeOptions | None) -> tuple[F
     service = EditService(
         editor,
         max_queue=settings.max_queue,
-        cache_bytes=cache_size(settings.cache_mib, keys_values_size(read_manifest(settings.engine), editor.pipeline)),
+        cache_bytes=cache_size(settings, editor),
         max_batch=settings.max_batch,
         step_batching=settings.step_batching,
         observer=Metrics(),
@@ -141,13 +140,18 @@ def make_app(settings: ServeSettings, options: RuntimeOptions | None) -> tuple[F
     return app, service, model
 
 
-def cache_size(mib: int | None, keys_values: int) -> int:
-    """Return the bytes of the cache of encodings. Note on standard error if it does not hold the keys and values of an image.
+def cache_size(settings: ServeSettings, editor: SliderEditor) -> int:
+    """Return the bytes of the cache of encodings. Log a note if it does not hold an image's keys and values.
 
     Args:
-        mib: Size that was set, in MiB; None takes 256 MiB and `keys_values` in addition.
-        keys_values: Bytes of the keys and values of an image of the base's usual size; 0 for an engine without them.
+        settings: Server settings with an engine (see `with_engine`).
+        editor: Editor of the engine.
     """
+    from slideredit_rt.engines.manifest import read_manifest
+    from slideredit_rt.memory import keys_values_size
+
+    assert settings.engine is not None
+    mib, keys_values = settings.cache_mib, keys_values_size(read_manifest(settings.engine), editor.pipeline)
     if mib is None:
         return _CACHE_MIB * 2**20 + keys_values
     if mib * 2**20 < keys_values:

@@ -46,8 +46,8 @@ class ServeSettings:
         max_queue: Most images that may wait.
         max_batch: Most images in an engine step; None takes the engine's.
         step_batching: Share steps between edits; otherwise they run one after the other.
-        cache_mib: Memory for encoded images and prompts, in MiB; None takes 256, and in addition the keys and values of an image
-            for an engine that reads source images once.
+        cache_mib: Memory for encoded images and prompts, in MiB; None takes 256, and in addition the keys and values of an
+            image for an engine that reads source images once.
         max_megapixels, max_body_mib: Largest image, in megapixels, and largest request body, in MiB.
         request_seconds: Time limit of an edit.
         preview_steps: Denoising steps of previews that do not set num_inference_steps.
