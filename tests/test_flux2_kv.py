@@ -33,7 +33,7 @@ from slideredit_rt.serving.run import cache_size
 from slideredit_rt.serving.settings import ServeSettings
 from slideredit_rt.sliders import Controls, Slider, compose_prompt
 from slideredit_rt.training.suppression import SuppressionConfig, SuppressionTrainer
-from slideredit_rt.verify import verify_engine
+from slideredit_rt.verify import compare_backbones, verify_engine
 
 PARTS = ("make the circle red", "make the background dark")
 PROMPT = compose_prompt(PARTS)
@@ -347,11 +347,14 @@ def test_tensorrt_rtx_builds_a_plan_that_takes_a_reading_and_a_step(
             return super().read(inputs)
 
     editor.engine = Checked(editor.engine)
-    editor.edit(images_of(1), [Slider(PARTS[0], 0.3)], steps=1)
+    prepared = editor.prepare(images_of(1), PARTS[:1])
+    editor.render(prepared, [[0.3]], steps=1)
     assert [(sizes["text_rows"], sizes["reference_rows"], sizes["kept_rows"]) for sizes in called] == [
         (0, 0, 48),
         (TEXT_ROWS, 48, 0),
     ]
+    assert all(found.passed for found in compare_backbones(editor, editor.engine, None, prepared, manifest.max_batch))
+    assert max(sizes["batch"] for sizes in called) == 4
     assert cli.main(["inspect", str(tmp_path / "rtx")]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert "profile    kept_rows 0 to 0, usually 0" in lines
