@@ -456,7 +456,7 @@ class Context(Recorder):
         self._memory = (memory, size)
 
     def set_tensor_address(self, name: str, memory: int) -> bool:
-        assert memory, "TensorRT refuses null, also for tensors without elements"
+        assert memory, "TensorRT refuses null for an output, also for one without elements"
         self._addresses[name] = memory
         return True
 

@@ -209,7 +209,7 @@ class TensorRTEngine:
             raise full from None
         context.set_device_memory(scratch.data_ptr(), scratch.numel())
         for name, buffer in (inputs.tensors | outputs).items():
-            # The storage's address, because that of a tensor without elements is null, which TensorRT refuses.
+            # The storage's address, because that of a tensor without elements is null, which TensorRT refuses for outputs.
             context.set_tensor_address(name, buffer.untyped_storage().data_ptr())
         return _Binding(context, config, inputs, list(outputs.values()), scratch)
 
