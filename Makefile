@@ -113,7 +113,7 @@ gpu-trt: $(STAGE) ## build, run and time TensorRT engines on a GPU
 gpu-model: $(STAGE) ## time a full-size transformer with random weights on a GPU
 	$(ON_GPU) -m slideredit_rt.bench.gpu_model --out bench/results $(BENCH_OPTIONS)
 
-# A GPU of 48 GB for FLUX and flux2_klein_9b, of 24 GB with BENCH_OPTIONS="--family flux2_klein_4b", of 80 GB with
+# A GPU of 48 GB for FLUX and FLUX.2-klein 9B, of 24 GB for 4B, such as BENCH_OPTIONS="--family flux2_klein_4b_kv", of 80 GB with
 # qwen_image_edit or qwen_image_edit_plus.
 gpu-e2e: $(STAGE) ## time whole edits on a GPU beside diffusers with PEFT
 	$(ON_GPU) -m slideredit_rt.bench.gpu_e2e --out bench/results $(BENCH_OPTIONS)

@@ -24,6 +24,7 @@ from diffusers import (
     AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinKVPipeline,
     Flux2KleinPipeline,
     FluxKontextPipeline,
 )
@@ -410,6 +411,8 @@ class Flux2Klein4B(FullSize):
     }
     gib, steps, batch = 24, 4, 7
     encoder: ClassVar[Mapping[str, Any]] = {"hidden_size": 2560, "intermediate_size": 9728, "tie_word_embeddings": True}
+    pipeline_class: ClassVar[Any] = Flux2KleinPipeline
+    pipeline_options: ClassVar[Mapping[str, Any]] = {"is_distilled": True}
 
     def text_encoder(self, tokenizer: Any, *, small: bool, device: torch.device) -> Any:
         """Create Qwen3 for a tokenizer. The pipeline reads its layers 9, 18 and 27."""
@@ -432,13 +435,13 @@ class Flux2Klein4B(FullSize):
 
     def pipeline(self, *, small: bool, device: torch.device) -> Any:
         tokenizer = qwen3_tokenizer((), 128 if small else 131072)
-        return Flux2KleinPipeline(
+        return self.pipeline_class(
             scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
             vae=self.autoencoder(small=small, device=device),
             text_encoder=self.text_encoder(tokenizer, small=small, device=device),
             tokenizer=tokenizer,
             transformer=self.transformer(small=small, device=device),
-            is_distilled=True,
+            **self.pipeline_options,
         )
 
     def options(self, pipeline: Any, true_cfg_scale: float) -> dict[str, Any]:
@@ -466,7 +469,40 @@ class Flux2Klein9B(Flux2Klein4B):
     encoder: ClassVar[Mapping[str, Any]] = {"hidden_size": 4096, "intermediate_size": 12288, "tie_word_embeddings": False}
 
 
+class ReadsImagesOnce(Flux2Klein4B):
+    """FLUX.2-klein with a key-value cache, which reads the source image once per edit."""
+
+    family_name = "flux2_kv"
+    pipeline_class = Flux2KleinKVPipeline
+    pipeline_options: ClassVar[Mapping[str, Any]] = {}
+
+    def options(self, pipeline: Any, true_cfg_scale: float) -> dict[str, Any]:
+        given = super().options(pipeline, true_cfg_scale)
+        del given["guidance_scale"]  # the pipeline has no such argument
+        return given
+
+
+class Flux2Klein4BKV(ReadsImagesOnce):
+    """FLUX.2-klein of 4 billion parameters with a key-value cache."""
+
+    name = "flux2_klein_4b_kv"
+
+
+class Flux2Klein9BKV(ReadsImagesOnce, Flux2Klein9B):
+    """FLUX.2-klein of 9 billion parameters with a key-value cache."""
+
+    name = "flux2_klein_9b_kv"
+
+
 FULL_SIZES: Mapping[str, FullSize] = {
     base.name: base
-    for base in (FluxKontextBase(), QwenImageEditBase(), QwenImageEditPlusBase(), Flux2Klein4B(), Flux2Klein9B())
+    for base in (
+        FluxKontextBase(),
+        QwenImageEditBase(),
+        QwenImageEditPlusBase(),
+        Flux2Klein4B(),
+        Flux2Klein9B(),
+        Flux2Klein4BKV(),
+        Flux2Klein9BKV(),
+    )
 }

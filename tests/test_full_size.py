@@ -25,6 +25,8 @@ PARAMETERS = {  # of the released checkpoints
     "qwen_image_edit_plus": {"transformer": 20.4e9, "text_encoder": 8.29e9, "vae": 0.127e9},
     "flux2_klein_4b": {"transformer": 3.88e9, "text_encoder": 4.02e9, "vae": 0.084e9},
     "flux2_klein_9b": {"transformer": 9.08e9, "text_encoder": 8.19e9, "vae": 0.084e9},
+    "flux2_klein_4b_kv": {"transformer": 3.88e9, "text_encoder": 4.02e9, "vae": 0.084e9},
+    "flux2_klein_9b_kv": {"transformer": 9.08e9, "text_encoder": 8.19e9, "vae": 0.084e9},
 }
 
 

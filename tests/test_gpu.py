@@ -227,6 +227,13 @@ def test_lanes_hand_tensors_over_while_the_host_goes_on() -> None:
 
     device = torch.device("cuda", torch.cuda.current_device())
     codec, steps = Lane(device), Lane(device, urgent=True)
+    # The host may wait for a kernel that is loaded at its first use, and for memory that the allocator does not have yet.
+    for lane in (codec, steps):
+        with lane.work():
+            torch.cuda._sleep(1)
+            warm = [2 * torch.full((1 << 20,), 7.0, device=device) for _ in range(5)]
+    torch.cuda.synchronize()
+    del warm
     for giver, taker in ((codec, steps), (steps, codec)):
         with giver.work():
             torch.cuda._sleep(1_000_000_000)
