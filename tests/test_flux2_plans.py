@@ -36,7 +36,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Pat
     torch.manual_seed(0)
     sizes = {**FULL_SIZES["flux2_klein_4b"].full, "num_layers": 1, "num_single_layers": 1}
     transformer = Flux2Transformer2DModel(**sizes).to(torch.bfloat16)
-    found = {}
+    found: dict[tuple[str, str], Path] = {}
     for name, kv in VARIANTS.items():
         base = save_tiny_checkpoint(root / name, kv=kv)
         shutil.rmtree(base / "transformer")

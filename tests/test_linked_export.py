@@ -504,7 +504,8 @@ def export_apart(family: Family, base: Path, adapter: Adapter, folder: Path, for
     """Export in a process of its own, whose peak memory is the export's; return its figures."""
     save_adapter(adapter, base.parent / "adapter.safetensors")
     folder.mkdir()
-    command = [sys.executable, "-c", FULL_SIZE, base, base.parent / "adapter.safetensors", folder, form, family.name]
+    places = map(str, (base, base.parent / "adapter.safetensors", folder))
+    command = [sys.executable, "-c", FULL_SIZE, *places, form, family.name]
     run = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
     figures: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
     return figures | {"linked_bytes": sum((folder / name).stat().st_size for name in figures["links"])}

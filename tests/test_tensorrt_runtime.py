@@ -488,7 +488,8 @@ class Context(Recorder):
             latents = (ctypes.c_float * (batch * images * width)).from_address(self._addresses["hidden_states"])
             stored = (ctypes.c_float * (count * width)).from_address(self._addresses["keys_values"])
             for i, row in enumerate(kept):
-                stored[i * width : (i + 1) * width] = latents[row * width : (row + 1) * width]
+                for j in range(width):
+                    stored[i * width + j] = latents[row * width + j]
 
 
 class Tensorrt:
