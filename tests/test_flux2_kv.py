@@ -333,6 +333,8 @@ def test_tensorrt_rtx_builds_a_plan_that_takes_a_reading_and_a_step(
     assert cli.main([*command, *sizes, "--out", str(tmp_path / "rtx"), "--quiet"]) == 0
     manifest, called = read_manifest(tmp_path / "rtx"), []
     assert manifest.ranges["image_rows"] == manifest.ranges["reference_rows"] == [1, 64, 66]
+    shared = ("batch", "references", "sliders")
+    assert {axis: manifest.reading_ranges[axis] for axis in shared} == {axis: manifest.ranges[axis] for axis in shared}
     editor = SliderEditor.from_engine(engines[kind])
 
     class Checked(Counted):

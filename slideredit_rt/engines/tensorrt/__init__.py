@@ -146,7 +146,7 @@ class TensorRT(Backend):
             return Limits(ranges, targets, self.compatibility(options))
         source = rows(images=1)
         ranges |= {"references": (1, 1, settings.batch[2]), "reference_rows": source, "kept_rows": (0, 0, 0)}
-        return Limits(ranges, targets, self.compatibility(options), reading_ranges(source))
+        return Limits(ranges, targets, self.compatibility(options), reading_ranges(ranges, source))
 
     def compile(self, job: BuildJob, folder: Path) -> Compiled:
         """Compile a temporary ONNX graph into a plan, which contains the weights (see `Backend.compile`)."""

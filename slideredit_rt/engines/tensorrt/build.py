@@ -11,7 +11,7 @@ import math
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,16 +45,16 @@ def profile_ranges(batch: Range, text_rows: Range, image_rows: Range, sliders: R
     return sizes | {"rows": (low, usual, high)}
 
 
-def reading_ranges(source_rows: Range) -> dict[str, Range]:
-    """Return the sizes of a call that reads source images: one edit, no text rows, and no keys and values from before.
+def reading_ranges(step: Mapping[str, Range], source_rows: Range) -> dict[str, Range]:
+    """Return the sizes of a call that reads source images: without text rows, and without keys and values from before.
 
     Args:
+        step: Sizes of a step.
         source_rows: Range of the rows of source images.
     """
-    one, none = (1, 1, 1), (0, 0, 0)
-    # TensorRT-RTX 1.7 stores weights a second time for an axis whose size is always 0.
-    sizes = profile_ranges(batch=one, text_rows=(0, 0, 1), image_rows=source_rows, sliders=one)
-    return sizes | {"references": one, "reference_rows": none, "kept_rows": source_rows}
+    # TensorRT-RTX 1.7 stores weights a second time if text rows are always 0, or if the batch has another range than in a step.
+    sizes = profile_ranges(step["batch"], text_rows=(0, 0, 1), image_rows=source_rows, sliders=step["sliders"])
+    return sizes | {"references": step["references"], "reference_rows": (0, 0, 0), "kept_rows": source_rows}
 
 
 def image_rows_of(base: Path, resolution: int, *, small_images: bool = False, images: int = 2) -> Range:
