@@ -81,8 +81,9 @@ class LinkedExport:
     Attributes:
         config: Configuration of the transformer.
         dtype: Dtype of weights and computation, as torch names it.
-        inputs: Names, dtypes and shapes of the inputs; floating-point inputs are float32 for any `dtype`.
-        outputs: Names, dtypes and shapes of the outputs, float32.
+        inputs: Names, dtypes and shapes of the inputs. Floating-point inputs are float32 for any `dtype`, except keys and
+            values of source images.
+        outputs: Names, dtypes and shapes of the outputs, likewise.
         files: Names of the written files, `model.onnx` or the configuration first.
         links: Kind of link for each linked checkpoint file, by name; empty if every weight was converted or copied.
         bytes_written: Total size of `files`, in bytes.
@@ -116,12 +117,12 @@ class _LinkedWeights:
 
     def export(self, folder: Path, model_file: str, updates: dict[str, int], notes: list[str]) -> LinkedExport:
         """Describe a finished folder, which has `model_file` in addition to the weights."""
-        files, family = [model_file, *self.files], self.backbone.family
+        files, family, dtype = [model_file, *self.files], self.backbone.family, str(self.dtype).removeprefix("torch.")
         return LinkedExport(
             config=self.config,
-            dtype=str(self.dtype).removeprefix("torch."),
-            inputs=[*family.input_specs(self.config), *self.backbone.slider_specs()],
-            outputs=family.output_specs(self.config),
+            dtype=dtype,
+            inputs=[*family.input_specs(self.config, dtype), *self.backbone.slider_specs()],
+            outputs=family.output_specs(self.config, dtype),
             files=files,
             links=self.links,
             bytes_written=sum((folder / name).stat().st_size for name in files),
@@ -144,7 +145,8 @@ def export_linked(
     """Write `model.onnx` and the adapter's file into `folder` and link the checkpoint's weights beside them.
 
     Inputs and outputs of the graph are float32 (`token_mask` bool) for any dtype of the weights, because the graph casts at
-    its boundary. Batch, text rows, image rows and sliders are dynamic axes.
+    its boundary; only keys and values of source images have the dtype of the weights. Batch, text rows, image rows and sliders
+    are dynamic axes.
 
     Args:
         family: Family of the checkpoint.

@@ -140,9 +140,10 @@ def trace(backbone: SliderBackbone, config: Any) -> torch.onnx.ONNXProgram:
     """
     # All sizes differ, so that tracing cannot confuse the axes.
     inputs = example_inputs(backbone, config, batch=2, text_rows=11, image_rows=24, sliders=3)
-    specs = [*backbone.family.input_specs(config), *backbone.slider_specs()]
-    device = next(backbone.parameters()).device
-    inputs = {spec.name: inputs[spec.name].to(device) for spec in specs}
+    parameter = next(backbone.transformer.parameters())
+    dtype = str(parameter.dtype).removeprefix("torch.")
+    specs = [*backbone.family.input_specs(config, dtype), *backbone.slider_specs()]
+    inputs = {spec.name: inputs[spec.name].to(parameter.device, getattr(torch, spec.dtype)) for spec in specs}
     with _quiet_exporter():
         program = _export(backbone, config, inputs)
     assert program is not None

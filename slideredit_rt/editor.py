@@ -341,7 +341,7 @@ class SliderEditor:
             sources: Source images from the family's `encode_sources`.
 
         Returns:
-            float32 `[blocks, 2, 1, rows, heads, D]`, keys before values, on the device of the source images.
+            `[blocks, 2, 1, rows, heads, D]` in the engine's dtype, keys before values, on the device of the source images.
 
         Raises:
             SliderEditError: The engine cannot read source images.

@@ -210,6 +210,8 @@ def engine_footprint(folder: Path, manifest: Manifest, base: Path, dtype: torch.
     """
     stored = [one for name, library in _encoders(base) for one in read_weights(base / name, library).values()]
     encoders = [_size(one, dtype) for one in stored]
+    with quiet_libraries():
+        pipeline = _decoding_pipeline(manifest, base, dtype)
     return Footprint(
         weights=_engine_weights(folder, manifest),
         encoders=sum(encoders),
@@ -218,18 +220,19 @@ def engine_footprint(folder: Path, manifest: Manifest, base: Path, dtype: torch.
         **vars(_kept_activations(manifest, base, dtype)),
         max_batch=manifest.max_batch,
         streams=manifest.weight_streaming,
-        keys_values=_keys_values(manifest, base, dtype),
+        keys_values=keys_values_size(manifest, pipeline),
     )
 
 
-def _keys_values(manifest: Manifest, base: Path, dtype: torch.dtype) -> int:
-    """Return the bytes of the keys and values of one source image of the base's usual size; 0 if an engine takes none."""
+def keys_values_size(manifest: Manifest, pipeline: Any) -> int:
+    """Return the bytes of the keys and values of one source image of the base's usual size; 0 if an engine takes none.
+
+    Args:
+        manifest: Manifest of the engine.
+        pipeline: diffusers pipeline of the base, of which only the autoencoder is used.
+    """
+    sizes = {"references": 1, "reference_rows": _usual_rows(manifest, pipeline)}
     specs = [spec for spec in manifest.inputs if "reference_rows" in spec.shape]
-    if not specs:
-        return 0
-    with quiet_libraries():
-        rows = _usual_rows(manifest, _decoding_pipeline(manifest, base, dtype))
-    sizes = {"references": 1, "reference_rows": rows}
     return sum(math.prod(spec.resolve(sizes)) * getattr(torch, spec.dtype).itemsize for spec in specs)
 
 

@@ -269,6 +269,10 @@ def _random_inputs(editor: SliderEditor, like: Mapping[str, Tensor], batch: int)
     text_rows, image_rows = like["encoder_hidden_states"].shape[1], like["hidden_states"].shape[1]
     inputs = editor.family.random_inputs(editor.config, batch, text_rows, image_rows, generator)
     mask = torch.rand(batch, 1, like["token_mask"].shape[2], generator=generator) < 0.5
+    if editor.family.reads_images_once:
+        # A step takes the keys and values of real source images, at most one set for each row, and keeps no rows.
+        specs = editor.family.input_specs(editor.config)
+        inputs |= {spec.name: like[spec.name] for spec in specs if "references" in spec.shape or spec.dtype == "int64"}
     return inputs | {"token_mask": mask}
 
 

@@ -10,16 +10,18 @@ from typing import Any
 import httpx
 import pytest
 import torch
-from flux2_checkpoint import TEXT_ROWS, diffusers_edit, flux2_adapter, save_tiny_checkpoint
+from flux2_checkpoint import SIDE, TEXT_ROWS, diffusers_edit, flux2_adapter, save_tiny_checkpoint
 from http_server import as_file, image_of, serving
 from PIL import Image
 from qwen_checkpoint import random_image
+from toy_backend import Toy
 
 from slideredit_rt import cli
 from slideredit_rt.adapters import load_adapter, save_adapter
 from slideredit_rt.editor import SliderEditor
-from slideredit_rt.engines import BuildSettings, read_manifest
+from slideredit_rt.engines import BACKENDS, BuildSettings, read_manifest
 from slideredit_rt.engines.inductor import InductorEngine
+from slideredit_rt.engines.request import check_request, reading_request
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.export.build import build_engine
 from slideredit_rt.export.inference_server import export_triton
@@ -27,9 +29,11 @@ from slideredit_rt.families import KINDS, Family, Kind, Reader, family_of, get_f
 from slideredit_rt.memory import engine_footprint, plan_memory
 from slideredit_rt.serving.batch import Batch, make_rows
 from slideredit_rt.serving.cache import EncodingCache
+from slideredit_rt.serving.run import cache_size
+from slideredit_rt.serving.settings import ServeSettings
 from slideredit_rt.sliders import Controls, Slider, compose_prompt
 from slideredit_rt.training.suppression import SuppressionConfig, SuppressionTrainer
-from slideredit_rt.verify import verify_engine
+from slideredit_rt.verify import compare_backbones, verify_engine
 
 PARTS = ("make the circle red", "make the background dark")
 PROMPT = compose_prompt(PARTS)
@@ -129,6 +133,38 @@ def test_an_edit_is_what_diffusers_draws(
         assert (with_sliders - frozen).abs().max() > 2e-3
 
 
+@pytest.mark.parametrize("images", [1, 2])
+def test_a_gst_edit_is_what_diffusers_draws_with_peft_on_all_rows_but_those_of_the_source(
+    family: Family, base: Path, adapters: dict[Kind, Path], engines: dict[Kind, Path], images: int
+) -> None:
+    """PEFT cannot leave rows out of a call, so it is off while diffusers reads the source images in its first step."""
+    editor, strength = SliderEditor.from_engine(engines["gst"]), 0.4
+    prepared = editor.prepare(images_of(images), PARTS[:1], prompt=PROMPT, seed=5)
+    drawn = editor.render_tensor(prepared, [[strength]], steps=3)
+
+    pipeline = family.load_pipeline(base)
+    pipeline.load_lora_weights(adapters["gst"].parent, weight_name=adapters["gst"].name, adapter_name="gst")
+    pipeline.set_adapters("gst", 1 - strength)
+    forward = pipeline.transformer.forward
+    modes = []
+
+    def apart(**given: Any) -> Any:
+        modes.append(given["kv_cache_mode"])
+        if given["kv_cache_mode"] == "cached":
+            return forward(**given)
+        pipeline.transformer.disable_lora()
+        cache = forward(**given)[1]
+        pipeline.transformer.enable_lora()
+        source = given.pop("num_ref_tokens")
+        noisy = {name: given[name][:, source:] for name in ("hidden_states", "img_ids")}
+        return forward(**given | noisy | {"kv_cache": cache, "kv_cache_mode": "cached"})[0], cache
+
+    pipeline.transformer.forward = apart
+    expected = diffusers_edit(pipeline, images_of(images), PROMPT, None, steps=3)
+    assert modes == ["extract", "cached", "cached"]
+    assert (drawn[0] - expected).abs().max() <= 1e-4
+
+
 def test_moved_sliders_and_new_prompts_do_not_read_the_image_again(engines: dict[Kind, Path]) -> None:
     editor, cache = SliderEditor.from_engine(engines["gst"]), EncodingCache(2**24)
     editor.engine = counted = Counted(editor.engine)
@@ -166,6 +202,60 @@ def test_an_inductor_engine_captures_nothing_more_for_other_settings(
         if setting == 5:
             expected = eager.render_tensor(eager.prepare(images_of(1), PARTS[:1], prompt=PROMPT, seed=5), [[5 / 12]], steps=2)
             assert (drawn - expected).abs().max() <= 1e-4
+
+
+@pytest.mark.usefixtures("as_traced")
+def test_keys_and_values_are_copied_once_per_edit_in_the_engines_dtype(
+    base: Path, adapters: dict[Kind, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = BuildSettings("inductor", dtype="bfloat16")
+    manifest = build_engine(base, adapters["st"], tmp_path / "engine", settings, progress=False)
+    # 4 blocks, keys and values, 64 rows, 2 heads of 16, bfloat16.
+    assert engine_footprint(tmp_path / "engine", manifest, base).keys_values == 4 * 2 * 64 * 2 * 16 * 2
+    result = verify_engine(tmp_path / "engine", random_image(), [Slider(part) for part in PARTS], steps=1)
+    assert result.passed, result.verdict
+    editor = SliderEditor.from_engine(tmp_path / "engine")
+    prepared, other = (editor.prepare(image, PARTS[:1]) for image in (random_image(seed=2), random_image(seed=3)))
+    stored = prepared.conditioning.inputs["reference_keys_values"]
+    assert stored.dtype == torch.bfloat16
+    copied, copy = [], torch.Tensor.copy_
+
+    def watched(self: torch.Tensor, value: torch.Tensor, *args: Any) -> torch.Tensor:
+        if value.shape == stored.shape:
+            copied.append(value)
+        return copy(self, value, *args)
+
+    monkeypatch.setattr(torch.Tensor, "copy_", watched)
+    inputs = editor.frozen_inputs(prepared, 1)
+    first = editor.engine(inputs).clone()
+    copied.clear()
+    editor.engine(inputs | {"timestep": torch.tensor([0.5])})
+    assert copied == [], "the next step takes what the engine has"
+    second = editor.engine(editor.frozen_inputs(other, 1)).clone()
+    assert len(copied) == 1
+    again = inputs | {"reference_keys_values": stored}
+    assert torch.equal(editor.engine(again), first)
+    stored.copy_(other.conditioning.inputs["reference_keys_values"])
+    copied.clear()
+    assert not torch.equal(editor.engine(again), first)
+    assert len(copied) == 1, "changed in place"
+    assert not torch.equal(second, first)
+
+
+def test_the_servers_cache_holds_the_keys_and_values_of_an_image(
+    engines: dict[Kind, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    editor = SliderEditor.from_engine(engines["st"])
+    needed = 4 * 2 * 64 * 2 * 16 * 4
+    caplog.set_level("INFO", "slideredit_rt.notes")
+    assert cache_size(ServeSettings(engines["st"]), editor) == 256 * 2**20 + needed
+    assert cache_size(ServeSettings(engines["st"], cache_mib=1), editor) == 2**20
+    assert not caplog.messages
+    assert cache_size(ServeSettings(engines["st"], cache_mib=0), editor) == 0
+    assert caplog.messages == [
+        "--cache-mib 0 is less than the 1 MiB of an image's keys and values, so every edit reads its source images again; give "
+        "more, or leave it out"
+    ]
 
 
 def test_rows_of_a_batch_share_an_image_and_differ_in_images(engines: dict[Kind, Path]) -> None:
@@ -229,6 +319,53 @@ def test_the_server_reads_an_image_once(engines: dict[Kind, Path]) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_tensorrt_rtx_builds_a_plan_that_takes_a_reading_and_a_step(
+    base: Path,
+    adapters: dict[Kind, Path],
+    engines: dict[Kind, Path],
+    tmp_path: Path,
+    kind: Kind,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    command = ["build", "--base", str(base), "--adapter", str(adapters[kind]), "--backend", "tensorrt-rtx", "--targets", "sm89"]
+    sizes = ["--resolution", str(SIDE), "--max-text-rows", str(TEXT_ROWS), "--batch", "4"]
+    assert cli.main([*command, *sizes, "--out", str(tmp_path / "rtx"), "--quiet"]) == 0
+    manifest, called = read_manifest(tmp_path / "rtx"), []
+    assert manifest.ranges["image_rows"] == manifest.ranges["reference_rows"] == [1, 64, 66]
+    shared = ("batch", "references", "sliders")
+    assert {axis: manifest.reading_ranges[axis] for axis in shared} == {axis: manifest.ranges[axis] for axis in shared}
+    editor = SliderEditor.from_engine(engines[kind])
+
+    class Checked(Counted):
+        """An engine whose requests are checked against the plan's profiles."""
+
+        def __call__(self, inputs: Any) -> torch.Tensor:
+            called.append(check_request(manifest, inputs))
+            return super().__call__(inputs)
+
+        def read(self, inputs: Any) -> torch.Tensor:
+            called.append(check_request(manifest, reading_request(manifest, inputs), reading=True))
+            return super().read(inputs)
+
+    editor.engine = Checked(editor.engine)
+    prepared = editor.prepare(images_of(1), PARTS[:1])
+    editor.render(prepared, [[0.3]], steps=1)
+    assert [(sizes["text_rows"], sizes["reference_rows"], sizes["kept_rows"]) for sizes in called] == [
+        (0, 0, 48),
+        (TEXT_ROWS, 48, 0),
+    ]
+    assert all(found.passed for found in compare_backbones(editor, editor.engine, None, prepared, manifest.max_batch))
+    assert max(sizes["batch"] for sizes in called) == 4
+    assert cli.main(["inspect", str(tmp_path / "rtx")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "profile    kept_rows 0 to 0, usually 0" in lines
+    assert "reading    kept_rows 1 to 66, usually 64" in lines
+    assert cli.main(["verify", str(tmp_path / "rtx")]) == 2
+    assert "the engine needs an NVIDIA GPU (sm89)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_verification_compares_the_reading_of_the_image_as_well(
     engines: dict[Kind, Path], monkeypatch: pytest.MonkeyPatch, kind: Kind
 ) -> None:
@@ -251,7 +388,7 @@ def test_engines_in_half_precision_and_of_a_quantised_base_pass(base: Path, adap
     result = verify_engine(tmp_path / "engine", random_image(), [Slider(part) for part in PARTS], steps=2)
     assert result.passed, result.verdict
     half = SliderEditor.from_pretrained(base, adapters["st"], dtype=torch.bfloat16)
-    assert half.prepare(images_of(1), PARTS).conditioning.inputs["reference_keys_values"].dtype == torch.float32
+    assert half.prepare(images_of(1), PARTS).conditioning.inputs["reference_keys_values"].dtype == torch.bfloat16
     assert half.edit(images_of(1), [Slider(PARTS[0], 0.3)], steps=2).size == (96, 128)
 
 
@@ -319,7 +456,7 @@ def refuse_an_engine_without_readings(base: Path, adapter: Path, out: Path) -> N
 
 
 def refuse_a_backend_without_readings(base: Path, adapter: Path, out: Path) -> None:
-    build_engine(base, adapter, out, BuildSettings("tensorrt-rtx"), progress=False)
+    build_engine(base, adapter, out, BuildSettings("toy"), progress=False)
 
 
 def refuse_training(base: Path, adapter: Path, out: Path) -> None:
@@ -332,13 +469,19 @@ def refuse_training(base: Path, adapter: Path, out: Path) -> None:
     ("attempt", "reason"),
     [
         (refuse_an_engine_without_readings, "which this engine does not have; build the engine from this base again"),
-        (refuse_a_backend_without_readings, r"tensorrt-rtx cannot build engines.*use --backend inductor or onnxruntime"),
+        (refuse_a_backend_without_readings, r"toy cannot build engines.*use --backend inductor or onnxruntime or tensorrt or"),
         (refuse_training, "training on a flux2_kv base is not supported; train an ST adapter on a flux2 base"),
     ],
 )
 def test_what_cannot_read_images_once_is_refused(
-    base: Path, adapters: dict[Kind, Path], tmp_path: Path, attempt: Callable[[Path, Path, Path], None], reason: str
+    base: Path,
+    adapters: dict[Kind, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    attempt: Callable[[Path, Path, Path], None],
+    reason: str,
 ) -> None:
+    monkeypatch.setitem(BACKENDS, "toy", Toy())
     with pytest.raises(SliderEditError, match=reason):
         attempt(base, adapters["st"], tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -125,6 +125,7 @@ def plan(layers: list[Any]) -> Any:
         streamable_weights_size=6 * 2**20,
         get_device_memory_size_for_profile_v2=lambda profile_index: (profile_index + 1) * 2**19,
         num_layers=len(layers),
+        num_optimization_profiles=2,
     )
 
 
@@ -151,7 +152,7 @@ def test_the_report_of_a_plan(trt: Any, layers: list[Any], types: dict[str, int]
     assert describe_plan(trt, plan(layers)) == {
         "weight_bytes": 8 * 2**20,
         "streamable_weight_bytes": 6 * 2**20,
-        "context_bytes": 2**19,
+        "context_bytes": 2 * 2**19,
         "layers": 3,
         "layer_types": types,
     }
@@ -172,6 +173,6 @@ def test_a_compiled_engine_with_a_gpu(
     monkeypatch.setattr(TensorRTRTX, "open", lambda *_: nullcontext(opened))
     lines, report = inspect(compiled)
     assert "device     8.0 MiB of weights, 6.0 MiB of them streamable" in lines
-    assert "device     0.5 MiB of working memory at the profile's largest sizes" in lines
+    assert "device     1.0 MiB of working memory at the profile's largest sizes" in lines
     assert line in lines.splitlines()
     assert report["device"] == get_backend("tensorrt-rtx").report(compiled, read_manifest(compiled))

@@ -144,7 +144,7 @@ def test_axes_of_a_request_must_agree(manifest: Manifest) -> None:
 
 def test_profile_gives_every_input_three_shapes(manifest: Manifest) -> None:
     limits = Limits(profile_ranges((1, 1, 4), (1, 24, 24), (32, 128, 131), (1, 2, 8)))
-    shapes = {s.name: limits.shapes(s) for s in manifest.inputs}
+    (shapes,) = limits.profiles(manifest.inputs)
     assert shapes["hidden_states"] == [(1, 32, 64), (1, 128, 64), (4, 131, 64)]
     assert shapes["alpha"] == [(1, 1), (1, 2), (4, 8)]
 

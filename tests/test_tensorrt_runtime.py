@@ -65,6 +65,24 @@ def manifest_of(backend: str, **changes: Any) -> Manifest:
     return Manifest(**(values | changes))
 
 
+READING = {
+    "inputs": [
+        TensorSpec("hidden_states", "float32", ("batch", "image_rows", 4)),
+        TensorSpec("encoder_hidden_states", "float32", ("batch", "text_rows", 4)),
+        TensorSpec("kept", "int64", ("kept_rows",)),
+        TensorSpec("alpha", "float32", ("batch", "sliders")),
+        TensorSpec("token_mask", "bool", ("batch", "sliders", "rows")),
+    ],
+    "outputs": [
+        TensorSpec("sample", "float32", ("batch", "image_rows")),
+        TensorSpec("keys_values", "float32", ("batch", "kept_rows", 4)),
+    ],
+    "ranges": {"batch": [1, 1, 8], "text_rows": [1, 5, 5], "image_rows": [1, 4, 64], "kept_rows": [0, 0, 0]},
+    "reading_ranges": {"batch": [1, 1, 1], "text_rows": [0, 0, 1], "image_rows": [1, 4, 64], "kept_rows": [1, 4, 64]},
+}
+"""What an engine that reads source images once has in its manifest."""
+
+
 # --- What decides whether an engine can run ----------------------------------------------------------------------------
 
 
@@ -418,12 +436,18 @@ class Context(Recorder):
         self._addresses: dict[str, int] = {}
         self._memory: tuple[int, int] | None = None
 
+    def set_optimization_profile_async(self, profile_index: int, stream_handle: int) -> bool:
+        assert stream_handle == STREAM
+        assert not self._shapes, "before any shape"
+        self._trt.log.append(("profile", profile_index))
+        return self._trt.selects
+
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         self._shapes[name] = shape
         return self._trt.accepts
 
     def update_device_memory_size_for_shapes(self) -> int:
-        assert len(self._shapes) == 3, "after all the shapes"
+        assert len(self._shapes) == self._trt.inputs, "after all the shapes"
         return 100 * self._shapes["hidden_states"][0]
 
     def set_device_memory(self, memory: int, size: int) -> None:
@@ -432,6 +456,7 @@ class Context(Recorder):
         self._memory = (memory, size)
 
     def set_tensor_address(self, name: str, memory: int) -> bool:
+        assert memory, "TensorRT refuses null for an output, also for one without elements"
         self._addresses[name] = memory
         return True
 
@@ -443,16 +468,28 @@ class Context(Recorder):
         return self._trt.runs
 
     def compute(self) -> None:
-        """sample[b, i] = Σ_k alpha[b, k] · token_mask[b, k, i], from and to the bound addresses."""
-        batch, sliders = self._shapes["alpha"]
-        rows = self._shapes["hidden_states"][1]
+        """sample[b, i] = Σ_k alpha[b, k] · token_mask[b, k, i], from and to the bound addresses, for the mask's last rows.
+
+        With a second output, keys_values[i] = hidden_states[kept[i]].
+        """
+        (batch, sliders), rows = self._shapes["alpha"], self._shapes["token_mask"][2]
+        images, width = self._shapes["hidden_states"][1:]
+        text = rows - images
         alpha = (ctypes.c_float * (batch * sliders)).from_address(self._addresses["alpha"])
         mask = (ctypes.c_bool * (batch * sliders * rows)).from_address(self._addresses["token_mask"])
-        sample = (ctypes.c_float * (batch * rows)).from_address(self._addresses["sample"])
+        sample = (ctypes.c_float * (batch * images)).from_address(self._addresses["sample"])
         for b in range(batch):
-            for i in range(rows):
-                terms = (alpha[b * sliders + k] * mask[(b * sliders + k) * rows + i] for k in range(sliders))
-                sample[b * rows + i] = sum(terms)
+            for i in range(images):
+                terms = (alpha[b * sliders + k] * mask[(b * sliders + k) * rows + text + i] for k in range(sliders))
+                sample[b * images + i] = sum(terms)
+        if "keys_values" in self._addresses:
+            count = self._shapes["kept"][0]
+            kept = (ctypes.c_int64 * count).from_address(self._addresses["kept"])
+            latents = (ctypes.c_float * (batch * images * width)).from_address(self._addresses["hidden_states"])
+            stored = (ctypes.c_float * (count * width)).from_address(self._addresses["keys_values"])
+            for i, row in enumerate(kept):
+                for j in range(width):
+                    stored[i * width + j] = latents[row * width + j]
 
 
 class Tensorrt:
@@ -460,8 +497,8 @@ class Tensorrt:
 
     def __init__(self, module: Any, log: list[Any]) -> None:
         self.module, self.log = module, log
-        self.loads = self.room = self.accepts = self.runs = True
-        self.streamable = 0
+        self.loads = self.room = self.accepts = self.runs = self.selects = True
+        self.streamable, self.inputs = 0, 3
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.module, name)
@@ -614,6 +651,31 @@ class TestCalls:
             engine(request() | {"alpha": torch.zeros(1, 2, dtype=torch.float64)})
         with pytest.raises(SliderEditError, match="built for 1 to 8 in the axis 'batch', got 9"):
             engine(request(9))
+
+    def test_source_images_are_read_in_a_profile_of_their_own(
+        self, load: Callable[..., TensorRTEngine], log: list[Any], trt: Tensorrt
+    ) -> None:
+        trt.inputs = 5
+        engine = load(changes=READING)
+        latents, text = torch.randn(1, 3, 4), torch.zeros(1, 0, 4)
+        reading = {"hidden_states": latents, "encoder_hidden_states": text, "kept": torch.arange(3)}
+        stored = engine.read(reading).clone()
+        assert torch.equal(stored, latents)
+        kept: dict[str, Tensor] = {"encoder_hidden_states": torch.zeros(2, 5, 4), "kept": torch.arange(0)}
+        mask = torch.cat([torch.zeros(2, 2, 5, dtype=torch.bool), request(2)["token_mask"]], 2)
+        step = request(2) | kept | {"token_mask": mask}
+        for _ in range(2):
+            torch.testing.assert_close(engine(step), answer(request(2)))
+        assert torch.equal(engine.read(reading), latents)
+        assert [entry for entry in log if entry[0] == "profile"] == [("profile", 1), ("profile", 0)]
+        assert log.count(("context",)) == 2
+        with pytest.raises(SliderEditError, match="built for 0 to 0 in the axis 'kept_rows', got 1"):
+            engine(step | {"kept": torch.arange(1)})
+        with pytest.raises(SliderEditError, match="built for 0 to 1 in the axis 'text_rows', got 5"):
+            engine.read(reading | {"encoder_hidden_states": torch.zeros(1, 5, 4)})
+        trt.selects = False
+        with pytest.raises(SliderEditError, match=r"refuses the sizes .* \(no reason given\); build the engine again$"):
+            engine.read({"hidden_states": latents[:, :1], "encoder_hidden_states": text, "kept": torch.arange(1)})
 
     def test_weight_budget(self, load: Callable[..., TensorRTEngine], log: list[Any], trt: Tensorrt) -> None:
         trt.streamable = 10**6

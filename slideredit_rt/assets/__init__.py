@@ -10,12 +10,17 @@ from slideredit_rt.files import user_path
 _HERE = Path(__file__).parent
 EMBEDDED_BASE = "shapes-kontext"
 WORLDS = ("shapes", "portraits")
-_BASES = {name: _HERE / name for name in (f"{world}-kontext" for world in WORLDS)}
-_ADAPTERS = {
-    name: _HERE / f"{name}.safetensors"
-    for name in (f"{world}-{kind}" for world in WORLDS for kind in ("st", "gst", "concepts", "turbo"))
-}
-_OFFSETS = {name: _HERE / f"{name}.safetensors" for name in (f"{world}-offsets" for world in WORLDS)}
+
+
+def _shipped(parts: tuple[str, ...], suffix: str = "") -> dict[str, Path]:
+    """Return the files or folders of these parts that the worlds have in this package, by name."""
+    names = [f"{world}-{part}" for world in WORLDS for part in parts]
+    return {name: _HERE / f"{name}{suffix}" for name in names if (_HERE / f"{name}{suffix}").exists()}
+
+
+_BASES = _shipped(("kontext",))
+_ADAPTERS = _shipped(("st", "gst", "concepts", "turbo"), ".safetensors")
+_OFFSETS = _shipped(("offsets",), ".safetensors")
 
 
 def resolve_base(source: str | Path) -> Path:

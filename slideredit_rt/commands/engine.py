@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from slideredit_rt.commands.edit import parse_slider
@@ -66,6 +67,11 @@ def _fused_lines(manifest: Manifest) -> list[str]:
     return [f"fused      {m['source']} (scale {m['scale']:g}, {m['modules']} linears)" for m in manifest.fused]
 
 
+def _profile_lines(title: str, ranges: Mapping[str, Sequence[int]]) -> list[str]:
+    """Describe the sizes that a plan was compiled for."""
+    return [f"{title:<10} {axis} {low} to {high}, usually {usual}" for axis, (low, usual, high) in ranges.items()]
+
+
 def _build_options(args: argparse.Namespace, backend: Backend) -> Any:
     """Return the build options of this backend alone, as given on the command line; None if there are none."""
     import dataclasses
@@ -110,7 +116,8 @@ def _inspect(args: argparse.Namespace) -> int:
         *(f"default    {name} {value:g}" for name, value in manifest.defaults.items()),
         *([f"targets    {', '.join(manifest.targets)}"] if manifest.targets else []),
         *([f"hardware   {hardware}"] if hardware != "none" else []),
-        *(f"profile    {axis} {low} to {high}, usually {usual}" for axis, (low, usual, high) in manifest.ranges.items()),
+        *_profile_lines("profile", manifest.ranges),
+        *_profile_lines("reading", manifest.reading_ranges),
         *(f"input      {s.name} {s.dtype} [{', '.join(map(str, s.shape))}]" for s in manifest.inputs),
         *(f"output     {s.name} {s.dtype} [{', '.join(map(str, s.shape))}]" for s in manifest.outputs),
         *([f"layers     before fusion: {counts(manifest.layers)}"] if manifest.layers else []),

@@ -71,8 +71,8 @@ def _add_limits(parser: argparse.ArgumentParser, defaults: ServeSettings) -> Non
     parser.add_argument(
         "--cache-mib",
         type=int,
-        default=defaults.cache_mib,
-        help="memory for encoded images and prompts, in MiB (default: %(default)s)",
+        help="memory for encoded images and prompts, in MiB (default: 256, and the keys and values of an image in addition for "
+        "an engine that reads source images once)",
     )
     parser.add_argument(
         "--max-megapixels",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from importlib import metadata
 from pathlib import Path
@@ -98,7 +98,8 @@ class Limits:
     """Sizes and GPUs that an engine is compiled for; empty for a backend that accepts any.
 
     Attributes:
-        ranges: Smallest, usual and largest size of each axis, by the axis names of `TensorSpec`.
+        ranges: Smallest, usual and largest size of each axis in a step, by the axis names of `TensorSpec`.
+        reading: The same for a call that reads source images; empty for a family that has no such call.
         targets: CUDA compute capabilities such as `sm89`.
         compatibility: Section of the manifest on later versions and other hardware.
     """
@@ -106,10 +107,15 @@ class Limits:
     ranges: Mapping[str, Range] = field(default_factory=dict)
     targets: tuple[str, ...] = ()
     compatibility: Mapping[str, Any] = field(default_factory=dict)
+    reading: Mapping[str, Range] = field(default_factory=dict)
 
-    def shapes(self, spec: TensorSpec) -> list[tuple[int, ...]]:
-        """Return the smallest, usual and largest shape of an input."""
-        return [spec.resolve({axis: sizes[i] for axis, sizes in self.ranges.items()}) for i in range(3)]
+    def profiles(self, specs: Sequence[TensorSpec]) -> list[dict[str, list[tuple[int, ...]]]]:
+        """Return the smallest, usual and largest shape of inputs by name: in a step, and if there is one, in a reading."""
+        return [
+            {spec.name: [spec.resolve({axis: sizes[i] for axis, sizes in ranges.items()}) for i in range(3)] for spec in specs}
+            for ranges in (self.ranges, self.reading)
+            if ranges
+        ]
 
 
 @dataclass(frozen=True)

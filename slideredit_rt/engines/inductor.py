@@ -23,7 +23,7 @@ from slideredit_rt.engines.cuda import CudaDevice
 from slideredit_rt.engines.folding import fold
 from slideredit_rt.engines.manifest import ADAPTER_FILE, CONVERTED_FILE, Manifest
 from slideredit_rt.engines.quantised import ShareEqualNodes, prepare_quantised
-from slideredit_rt.engines.request import Outputs, check_request, reading_request
+from slideredit_rt.engines.request import InputBuffers, Outputs, check_request, reading_request
 from slideredit_rt.engines.shapes import ShapeCache
 from slideredit_rt.errors import OutOfDeviceMemory, SliderEditError
 from slideredit_rt.families import get_family
@@ -43,7 +43,7 @@ _COMPILING = threading.Lock()
 class _Binding:
     """Buffers and compiled step for one set of shapes; on a GPU, the step replays a graph captured on these buffers."""
 
-    inputs: dict[str, Tensor]
+    inputs: InputBuffers
     output: Tensor
     step: Callable[[], None]
 
@@ -167,7 +167,7 @@ class InductorEngine:
             result = self._outputs.of(self.manifest, sizes, inputs, output)
             with self._stream():
                 binding = self._bindings.get(key, lambda: self._bind(backbone, sizes, inputs, output))
-                _fill(binding.inputs, inputs)
+                binding.inputs.fill(inputs)
                 binding.step()
                 result.copy_(binding.output)
         return result
@@ -179,14 +179,14 @@ class InductorEngine:
         """Allocate buffers for one set of shapes, compile, and capture."""
         spec, run = self.manifest.outputs[index], (backbone, backbone.read)[index]
         try:
-            buffers = {s.name: self._empty(s.resolve(sizes), s.dtype) for s in self.manifest.inputs}
+            buffers = InputBuffers(self.manifest, sizes, self._empty)
             output = self._empty(spec.resolve(sizes), spec.dtype)
 
             def step() -> None:
-                output.copy_(run(buffers))
+                output.copy_(run(buffers.tensors))
 
             # Use the call's values, because a kernel may index by them.
-            _fill(buffers, inputs)
+            buffers.fill(inputs)
             limits = {"recompile_limit": RECOMPILE_LIMIT, "accumulated_recompile_limit": RECOMPILE_LIMIT}
             with (
                 _COMPILING,
@@ -230,17 +230,6 @@ def engine_of(backbone: SliderBackbone, manifest: Manifest) -> InductorEngine:
         if next(backbone.parameters()).is_cuda:
             torch.cuda.empty_cache()  # Torch would keep the memory of the weights that were folded from other libraries.
     return InductorEngine(backbone.eval().requires_grad_(False), manifest)
-
-
-def _fill(buffers: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> None:
-    """Copy a call's inputs into the buffers. Pad the sliders with alpha 0 and empty masks."""
-    for name, buffer in buffers.items():
-        if name in ("alpha", "token_mask"):
-            sliders = inputs[name].shape[1]
-            buffer[:, :sliders].copy_(inputs[name])
-            buffer[:, sliders:].zero_()
-        else:
-            buffer.copy_(inputs[name])
 
 
 class Inductor(Backend):

@@ -54,8 +54,10 @@ class Manifest:
         files: SHA-256 and size in bytes of each file, by name.
         created: Time of the build, UTC, ISO 8601.
         versions: Versions of the packages that it was built with.
-        ranges: Smallest, usual and largest size of each axis, if the backend compiles for a range.
-        dtype: Dtype of weights and arithmetic, as torch names it; floating-point inputs and outputs are float32.
+        ranges: Smallest, usual and largest size of each axis in a step, if the backend compiles for a range.
+        reading_ranges: The same for a call that reads source images, for a family that reads them once.
+        dtype: Dtype of weights, arithmetic, and keys and values of source images, as torch names it. Other floating-point
+            inputs and outputs are float32.
         updates: Number of adapted linears by their final lowering.
         layers: Number of layers by type in the compiled network, before the builder fused them.
         compatibility: Environments besides the build's own TensorRT version and GPU that can run a plan: `versions` (bool,
@@ -88,6 +90,7 @@ class Manifest:
     created: str
     versions: dict[str, str]
     ranges: dict[str, list[int]] = dataclasses.field(default_factory=dict)
+    reading_ranges: dict[str, list[int]] = dataclasses.field(default_factory=dict)
     dtype: str = "float32"
     updates: dict[str, int] = dataclasses.field(default_factory=dict)
     layers: dict[str, int] = dataclasses.field(default_factory=dict)
@@ -345,7 +348,7 @@ def _curve(value: Any, where: str) -> None:
 
 
 def _rising(value: Any, where: str) -> None:
-    _list(_whole(1, _LARGEST), 3, 3)(value, where)
+    _list(_whole(0, _LARGEST), 3, 3)(value, where)
     if value != sorted(value):
         raise _refuse(where, value, "three numbers in ascending order")
 
@@ -366,7 +369,7 @@ _SPECS = _list(
     _record(
         {
             "name": _text,
-            "dtype": _one_of("float32", "bool", "int64"),
+            "dtype": _one_of("float32", "bfloat16", "float16", "bool", "int64"),
             "shape": _list(_either(_one_of(*_AXES), _whole(1, _LARGEST)), 1, 8),
         }
     ),
@@ -414,6 +417,7 @@ _MANIFEST = _record(
     },
     {
         "ranges": _mapping(_rising, key=_one_of(*_AXES)),
+        "reading_ranges": _mapping(_rising, key=_one_of(*_AXES)),
         "dtype": _one_of("float32", "bfloat16", "float16"),
         "updates": _COUNTS,
         "layers": _COUNTS,
@@ -443,7 +447,8 @@ def _parse(data: dict[str, Any]) -> Manifest:
     # An unknown family is reported later, with a list of the known ones.
     if family := FAMILIES.get(manifest.family):
         try:
-            inputs, outputs = family.input_specs(manifest.config), family.output_specs(manifest.config)
+            described = manifest.config, manifest.dtype
+            inputs, outputs = family.input_specs(*described), family.output_specs(*described)
         except (KeyError, TypeError, ValueError, ArithmeticError) as error:
             raise ValueError(f"config lacks what a {family.name} needs: {error}") from None
         if manifest.inputs[: len(inputs)] != inputs or manifest.outputs != outputs:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+import weakref
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -12,14 +13,17 @@ from slideredit_rt.engines.manifest import Manifest
 from slideredit_rt.engines.shapes import ShapeCache
 from slideredit_rt.errors import OutOfDeviceMemory, SliderEditError
 
+_SLIDERS = ("alpha", "token_mask")
 
-def check_request(manifest: Manifest, inputs: Mapping[str, Tensor]) -> dict[str, int]:
+
+def check_request(manifest: Manifest, inputs: Mapping[str, Tensor], *, reading: bool = False) -> dict[str, int]:
     """Check a call's inputs against the manifest.
 
     Args:
-        manifest: Manifest of the engine; `inputs` gives names, dtypes and shapes, `ranges` or else `max_batch` and
-            `max_sliders` give the limits.
+        manifest: Manifest of the engine; `inputs` gives names, dtypes and shapes, `ranges` or `reading_ranges` or else
+            `max_batch` and `max_sliders` give the limits.
         inputs: Tensors by name, on any device.
+        reading: True for a call that reads source images.
 
     Returns:
         The size of each named axis.
@@ -47,7 +51,8 @@ def check_request(manifest: Manifest, inputs: Mapping[str, Tensor]) -> dict[str,
             f"engine input 'token_mask' covers {sizes['rows']} rows, expected {sizes['text_rows']} text rows "
             f"and {sizes['image_rows']} image rows"
         )
-    limits = manifest.ranges or {"batch": [1, 1, manifest.max_batch], "sliders": [1, 1, manifest.max_sliders]}
+    compiled = manifest.reading_ranges if reading else manifest.ranges
+    limits = compiled or {"batch": [1, 1, manifest.max_batch], "sliders": [1, 1, manifest.max_sliders]}
     for axis, size in sizes.items():
         low, _, high = limits.get(axis, [size] * 3)
         if not low <= size <= high:
@@ -67,12 +72,55 @@ def reading_request(manifest: Manifest, inputs: Mapping[str, Tensor]) -> dict[st
     sizes = {"batch": 1, "sliders": 1, "text_rows": inputs["encoder_hidden_states"].shape[1]}
     sizes["rows"] = sizes["text_rows"] + inputs["hidden_states"].shape[1]
     device = inputs["hidden_states"].device
-    off = {
-        spec.name: torch.zeros(spec.resolve(sizes), dtype=getattr(torch, spec.dtype), device=device)
-        for spec in manifest.inputs
-        if spec.name in ("alpha", "token_mask")
-    }
-    return {**inputs, **off}
+    request = {}
+    for spec in manifest.inputs:
+        dtype = getattr(torch, spec.dtype)
+        off = spec.name in _SLIDERS
+        request[spec.name] = (
+            torch.zeros(spec.resolve(sizes), dtype=dtype, device=device) if off else inputs[spec.name].to(dtype)
+        )
+    return request
+
+
+class InputBuffers:
+    """Fixed buffers for the inputs of one set of shapes.
+
+    Keys and values of source images are large and stay the same during an edit. They are copied only if a call gets another
+    tensor than the call before, or one that torch has changed since.
+
+    Args:
+        manifest: Manifest of the engine.
+        sizes: Size of each named axis.
+        allocate: Function that returns a tensor of a shape and a dtype, as torch names it.
+
+    Attributes:
+        tensors: Buffers by the names of inputs.
+    """
+
+    def __init__(
+        self, manifest: Manifest, sizes: Mapping[str, int], allocate: Callable[[tuple[int, ...], str], Tensor]
+    ) -> None:
+        self.tensors = {spec.name: allocate(spec.resolve(sizes), spec.dtype) for spec in manifest.inputs}
+        self._lasting = {spec.name for spec in manifest.inputs if "references" in spec.shape}
+        self._copied: dict[str, tuple[weakref.ref[Tensor], int]] = {}
+
+    def fill(self, inputs: Mapping[str, Tensor]) -> None:
+        """Copy the inputs of a call. Pad the sliders with alpha 0 and empty masks."""
+        for name, buffer in self.tensors.items():
+            value = inputs[name]
+            if name in _SLIDERS:
+                sliders = value.shape[1]
+                buffer[:, :sliders].copy_(value)
+                buffer[:, sliders:].zero_()
+            elif name not in self._lasting or value.is_inference():  # torch does not count changes of inference tensors
+                buffer.copy_(value)
+            elif not self._holds(name, value):
+                buffer.copy_(value)
+                self._copied[name] = weakref.ref(value), value._version
+
+    def _holds(self, name: str, value: Tensor) -> bool:
+        copied, version = self._copied.get(name, (None, 0))
+        return copied is not None and copied() is value and version == value._version
 
 
 class Outputs(threading.local):

@@ -154,7 +154,7 @@ class Reader(Protocol):
     """A `Backbone` that also reads source images, for families that read them once."""
 
     def read(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Return the keys and values of the rows `kept`, float32 `[blocks, 2, 1, kept_rows, heads, D]` (see `Family.read`)."""
+        """Return the keys and values of the rows `kept`, `[blocks, 2, 1, kept_rows, heads, D]` (see `Family.read`)."""
         ...
 
 
@@ -296,15 +296,21 @@ class Family(ABC):
         return False
 
     @abstractmethod
-    def input_specs(self, config: Mapping[str, Any]) -> list[TensorSpec]:
-        """Return the backbone's own inputs, without slider inputs, for a transformer's configuration."""
+    def input_specs(self, config: Mapping[str, Any], dtype: str = "float32") -> list[TensorSpec]:
+        """Return the backbone's own inputs, without slider inputs.
+
+        Args:
+            config: Configuration of the transformer.
+            dtype: Dtype of its arithmetic, as torch names it, which keys and values of source images have. All other
+                floating-point inputs are float32.
+        """
 
     @abstractmethod
     def output_spec(self, config: Mapping[str, Any]) -> TensorSpec:
         """Return the prediction, the backbone's first output, for a transformer's configuration."""
 
-    def output_specs(self, config: Mapping[str, Any]) -> list[TensorSpec]:
-        """Return all of the backbone's outputs for a transformer's configuration."""
+    def output_specs(self, config: Mapping[str, Any], dtype: str = "float32") -> list[TensorSpec]:
+        """Return all of the backbone's outputs (see `input_specs`)."""
         return [self.output_spec(config)]
 
     @abstractmethod
@@ -329,7 +335,7 @@ class Family(ABC):
             inputs: Result of `read_inputs`.
 
         Returns:
-            Keys and values of the rows, float32 `[blocks, 2, 1, kept_rows, heads, D]`, for `with_read`.
+            Keys and values of the rows, in the transformer's dtype, `[blocks, 2, 1, kept_rows, heads, D]`, for `with_read`.
         """
         raise NotImplementedError
 

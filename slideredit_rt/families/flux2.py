@@ -108,7 +108,7 @@ class Flux2(Family):
             return re.compile(f"{_TEXT_LINEARS}|{_JOINT_LINEARS}" if all_projections else _TEXT_LINEARS)
         return re.compile(f"{_TEXT_LINEARS}|{_IMAGE_LINEARS}|{_JOINT_LINEARS}")
 
-    def input_specs(self, config: Mapping[str, Any]) -> list[TensorSpec]:
+    def input_specs(self, config: Mapping[str, Any], dtype: str = "float32") -> list[TensorSpec]:
         return [
             TensorSpec("hidden_states", "float32", ("batch", "image_rows", config["in_channels"])),
             TensorSpec("encoder_hidden_states", "float32", ("batch", "text_rows", config["joint_attention_dim"])),

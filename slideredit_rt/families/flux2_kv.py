@@ -53,22 +53,22 @@ class Flux2KV(Flux2):
             block.attn.set_processor(_SingleAttention())
         transformer.pos_embed = _Positions(transformer.config.rope_theta, tuple(transformer.config.axes_dims_rope))
 
-    def _stored(self, config: Mapping[str, Any], name: str, sets: str, rows: str) -> TensorSpec:
+    def _stored(self, config: Mapping[str, Any], name: str, sets: str, rows: str, dtype: str = "float32") -> TensorSpec:
         """Return the spec of keys and values: by block (dual-stream, then single-stream), the keys before the values."""
         blocks = config["num_layers"] + config["num_single_layers"]
         heads = config["num_attention_heads"], config["attention_head_dim"]
-        return TensorSpec(name, "float32", (blocks, 2, sets, rows, *heads))
+        return TensorSpec(name, dtype, (blocks, 2, sets, rows, *heads))
 
-    def input_specs(self, config: Mapping[str, Any]) -> list[TensorSpec]:
+    def input_specs(self, config: Mapping[str, Any], dtype: str = "float32") -> list[TensorSpec]:
         return [
             *super().input_specs(config),
-            self._stored(config, _KEYS_VALUES, "references", "reference_rows"),
+            self._stored(config, _KEYS_VALUES, "references", "reference_rows", dtype),
             TensorSpec("reference", "int64", ("batch",)),
             TensorSpec("kept", "int64", ("kept_rows",)),
         ]
 
-    def output_specs(self, config: Mapping[str, Any]) -> list[TensorSpec]:
-        return [self.output_spec(config), self._stored(config, "keys_values", "batch", "kept_rows")]
+    def output_specs(self, config: Mapping[str, Any], dtype: str = "float32") -> list[TensorSpec]:
+        return [self.output_spec(config), self._stored(config, "keys_values", "batch", "kept_rows", dtype)]
 
     def random_inputs(
         self, config: Mapping[str, Any], batch: int, text_rows: int, image_rows: int, generator: torch.Generator
@@ -200,8 +200,8 @@ class _References:
         return self.get_double(self._dual + index)
 
     def kept_rows(self) -> Tensor:
-        """Return the keys and values that were kept, float32 `[blocks, 2, B, kept_rows, heads, D]`."""
-        return torch.stack([torch.stack(layer.own) for layer in self._layers]).float()
+        """Return the keys and values that were kept, `[blocks, 2, B, kept_rows, heads, D]`."""
+        return torch.stack([torch.stack(layer.own) for layer in self._layers])
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, text_rows: int, layer: _Layer, backend: Any) -> Tensor:

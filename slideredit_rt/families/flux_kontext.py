@@ -102,7 +102,7 @@ class FluxKontext(Family):
         single = _SINGLE_LINEARS if all_projections else _SINGLE_ATTENTION
         return re.compile(rf"{_TEXT_LINEARS}|{_IMAGE_LINEARS}|{single}")
 
-    def input_specs(self, config: Mapping[str, Any]) -> list[TensorSpec]:
+    def input_specs(self, config: Mapping[str, Any], dtype: str = "float32") -> list[TensorSpec]:
         specs = [
             TensorSpec("hidden_states", "float32", ("batch", "image_rows", config["in_channels"])),
             TensorSpec("encoder_hidden_states", "float32", ("batch", "text_rows", config["joint_attention_dim"])),

@@ -232,7 +232,7 @@ class QwenImageEdit(Family):
         block, count = re.match(r"transformer_blocks\.(\d+)\.", module_name), config["num_layers"]
         return block is not None and count > 4 and int(block[1]) not in range(2, count - 2)
 
-    def input_specs(self, config: Mapping[str, Any]) -> list[TensorSpec]:
+    def input_specs(self, config: Mapping[str, Any], dtype: str = "float32") -> list[TensorSpec]:
         half = sum(config["axes_dims_rope"]) // 2
         specs = [
             TensorSpec("hidden_states", "float32", ("batch", "image_rows", config["in_channels"])),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import gc
 import hashlib
+import math
 import os
 import shutil
 import socket
@@ -17,12 +18,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from slideredit_rt.errors import SliderEditError
-from slideredit_rt.notes import print_notes
+from slideredit_rt.notes import note, print_notes
 from slideredit_rt.serving.settings import ServeSettings
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
+    from slideredit_rt.editor import SliderEditor
     from slideredit_rt.engines import RuntimeOptions
     from slideredit_rt.serving.service import EditService
 
@@ -30,6 +32,7 @@ _PACKAGES = ("fastapi", "uvicorn", "python_multipart", "prometheus_client", "fas
 Announce = Callable[[dict[str, str]], None]
 """Callback that receives the server's `url` and, if known, its `model`."""
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
+_CACHE_MIB = 256
 _SWITCH_INTERVAL = 0.0005
 """Seconds that a thread may hold the interpreter lock while another one waits for it.
 
@@ -114,7 +117,7 @@ def make_app(settings: ServeSettings, options: RuntimeOptions | None) -> tuple[F
     service = EditService(
         editor,
         max_queue=settings.max_queue,
-        cache_bytes=settings.cache_mib * 2**20,
+        cache_bytes=cache_size(settings, editor),
         max_batch=settings.max_batch,
         step_batching=settings.step_batching,
         observer=Metrics(),
@@ -138,6 +141,28 @@ def make_app(settings: ServeSettings, options: RuntimeOptions | None) -> tuple[F
     gc.collect()
     gc.freeze()
     return app, service, model
+
+
+def cache_size(settings: ServeSettings, editor: SliderEditor) -> int:
+    """Return the bytes of the cache of encodings. Log a note if it does not hold an image's keys and values.
+
+    Args:
+        settings: Server settings with an engine (see `with_engine`).
+        editor: Editor of the engine.
+    """
+    from slideredit_rt.engines.manifest import read_manifest
+    from slideredit_rt.memory import keys_values_size
+
+    assert settings.engine is not None
+    mib, keys_values = settings.cache_mib, keys_values_size(read_manifest(settings.engine), editor.pipeline)
+    if mib is None:
+        return _CACHE_MIB * 2**20 + keys_values
+    if mib * 2**20 < keys_values:
+        note(
+            f"--cache-mib {mib} is less than the {math.ceil(keys_values / 2**20)} MiB of an image's keys and values, so every "
+            "edit reads its source images again; give more, or leave it out"
+        )
+    return mib * 2**20
 
 
 def _bind(host: str, port: int) -> socket.socket:

@@ -46,7 +46,8 @@ class ServeSettings:
         max_queue: Most images that may wait.
         max_batch: Most images in an engine step; None takes the engine's.
         step_batching: Share steps between edits; otherwise they run one after the other.
-        cache_mib: Memory for encoded images and prompts, in MiB.
+        cache_mib: Memory for encoded images and prompts, in MiB; None takes 256, and in addition the keys and values of an
+            image for an engine that reads source images once.
         max_megapixels, max_body_mib: Largest image, in megapixels, and largest request body, in MiB.
         request_seconds: Time limit of an edit.
         preview_steps: Denoising steps of previews that do not set num_inference_steps.
@@ -74,7 +75,7 @@ class ServeSettings:
     max_queue: int = 64
     max_batch: int | None = None
     step_batching: bool = True
-    cache_mib: int = 256
+    cache_mib: int | None = None
     max_megapixels: float = 16.0
     max_body_mib: float = 32.0
     request_seconds: float = 300.0
@@ -93,8 +94,8 @@ class ServeSettings:
         if not 0 <= self.port <= 65535:
             raise SliderEditError(f"--port is {self.port}; give 0 to 65535")
         for name, least in _AT_LEAST.items():
-            if not getattr(self, name) >= least:
-                raise SliderEditError(f"{_option(name)} is {getattr(self, name)}; give at least {least}")
+            if (given := getattr(self, name)) is not None and not given >= least:
+                raise SliderEditError(f"{_option(name)} is {given}; give at least {least}")
         for name in _ABOVE_ZERO:
             if not getattr(self, name) > 0:
                 raise SliderEditError(f"{_option(name)} is {getattr(self, name):g}; give a number above 0")

@@ -6,6 +6,7 @@ import re
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -65,6 +66,7 @@ class TensorRT(Backend):
     run_options = RuntimeOptions
     served: ClassVar[ServedModel | None] = ServedModel("tensorrt_plan", PLAN_FILE, "model.plan", is_graph=False)
     streams = True
+    reads_images = True
     foreign_options: ClassVar[tuple[str, ...]] = ("targets",)
     foreign: ClassVar[str] = (
         "--{option} is for --backend tensorrt-rtx; TensorRT builds for this machine's GPU, and for similar ones with "
@@ -127,19 +129,24 @@ class TensorRT(Backend):
         configure_card(trt, config, options)
 
     def precheck(self, family: Family, base: Path, settings: BuildSettings) -> Limits:
-        """Determine the targets and the optimization profile (see `Backend.precheck`)."""
-        from slideredit_rt.engines.tensorrt.build import image_rows_of, profile_ranges
+        """Determine the targets and the optimization profiles (see `Backend.precheck`)."""
+        from slideredit_rt.engines.tensorrt.build import image_rows_of, profile_ranges, reading_ranges
 
         options = self.options_of(settings)
         targets = self.targets(options, sorted({layer.precision for layer in read_layers(base / "transformer").values()}))
         text_rows = options.max_text_rows or family.usual_text_rows
+        rows = partial(image_rows_of, base, options.resolution, small_images=family.keeps_small_images)
         ranges = profile_ranges(
             batch=settings.batch,
             text_rows=(1, text_rows, text_rows),
-            image_rows=image_rows_of(base, options.resolution, small_images=family.keeps_small_images),
+            image_rows=rows(images=family.step_rows(1)),
             sliders=(1, min(2, settings.max_sliders), settings.max_sliders),
         )
-        return Limits(ranges, targets, self.compatibility(options))
+        if not family.reads_images_once:
+            return Limits(ranges, targets, self.compatibility(options))
+        source = rows(images=1)
+        ranges |= {"references": (1, 1, settings.batch[2]), "reference_rows": source, "kept_rows": (0, 0, 0)}
+        return Limits(ranges, targets, self.compatibility(options), reading_ranges(ranges, source))
 
     def compile(self, job: BuildJob, folder: Path) -> Compiled:
         """Compile a temporary ONNX graph into a plan, which contains the weights (see `Backend.compile`)."""

@@ -11,7 +11,7 @@ import math
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,8 +45,20 @@ def profile_ranges(batch: Range, text_rows: Range, image_rows: Range, sliders: R
     return sizes | {"rows": (low, usual, high)}
 
 
-def image_rows_of(base: Path, resolution: int, *, small_images: bool = False) -> Range:
-    """Return the range of image rows for edits at about `resolution`² pixels: noise and one reference.
+def reading_ranges(step: Mapping[str, Range], source_rows: Range) -> dict[str, Range]:
+    """Return the sizes of a call that reads source images: without text rows, and without keys and values from before.
+
+    Args:
+        step: Sizes of a step.
+        source_rows: Range of the rows of source images.
+    """
+    # TensorRT-RTX 1.7 stores weights a second time if text rows are always 0, or if the batch has another range than in a step.
+    sizes = profile_ranges(step["batch"], text_rows=(0, 0, 1), image_rows=source_rows, sliders=step["sliders"])
+    return sizes | {"references": step["references"], "reference_rows": (0, 0, 0), "kept_rows": source_rows}
+
+
+def image_rows_of(base: Path, resolution: int, *, small_images: bool = False, images: int = 2) -> Range:
+    """Return the range of image rows for edits at about `resolution`² pixels, usually noise and one source image.
 
     The range leaves room for other aspect ratios, whose area may exceed the square's by 2%, or by 5% for Qwen's autoencoder:
     Kontext's preferred sizes are all within 1.5% of 1024² (diffusers, `PREFERRED_KONTEXT_RESOLUTIONS`), Qwen's multiples of
@@ -56,6 +68,7 @@ def image_rows_of(base: Path, resolution: int, *, small_images: bool = False) ->
         base: Folder of the checkpoint.
         resolution: Width and height of a square image, in pixels.
         small_images: Let the range begin with the smallest images, for a family that does not enlarge them.
+        images: Number of images.
 
     Raises:
         SliderEditError: The checkpoint has no autoencoder configuration, or the resolution is not a multiple of its patch.
@@ -69,8 +82,8 @@ def image_rows_of(base: Path, resolution: int, *, small_images: bool = False) ->
     patch = 2 ** (len(blocks) - 1) * 2
     if resolution < patch or resolution % patch:
         raise SliderEditError(f"resolution {resolution} is not a multiple of {patch}, this base's patch size; choose another")
-    rows = 2 * (resolution // patch) ** 2
-    low = 2 if small_images else max(2, rows // 4)
+    rows = images * (resolution // patch) ** 2
+    low = images if small_images else max(images, rows // 4)
     return low, rows, math.ceil(rows * margin)
 
 
@@ -214,10 +227,11 @@ def build_plan(backend: TensorRT, job: BuildJob, model: Path, specs: Sequence[Te
             raise SliderEditError(_refused(parser, model, backend.title))
         config = builder.create_builder_config()
         config.progress_monitor = _monitor(trt, job.progress, interruption)
-        optimization = builder.create_optimization_profile()
-        for spec in specs:
-            optimization.set_shape(spec.name, *job.limits.shapes(spec))
-        config.add_optimization_profile(optimization)
+        for shapes in job.limits.profiles(specs):
+            optimization = builder.create_optimization_profile()
+            for name, sizes in shapes.items():
+                optimization.set_shape(name, *sizes)
+            config.add_optimization_profile(optimization)
         configure(trt, config, options)
         backend.configure(trt, config, options, job.limits.targets)
         plan = builder.build_serialized_network(network, config)

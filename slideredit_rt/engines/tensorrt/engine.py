@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import mmap
 import re
 import threading
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from slideredit_rt.engines.cuda import CudaDevice
 from slideredit_rt.engines.manifest import Manifest
-from slideredit_rt.engines.request import Outputs, check_request
+from slideredit_rt.engines.request import InputBuffers, Outputs, check_request, reading_request
 from slideredit_rt.engines.shapes import ShapeCache
 from slideredit_rt.engines.tensorrt.logger import make_logger
 from slideredit_rt.engines.tensorrt.options import RuntimeOptions
@@ -34,8 +35,8 @@ class _Binding:
 
     context: Any
     config: Any
-    inputs: dict[str, Tensor]
-    output: Tensor
+    inputs: InputBuffers
+    outputs: list[Tensor]
     scratch: Tensor
     warm: bool = False
     replay: Callable[[], None] | None = None
@@ -162,21 +163,33 @@ class TensorRTEngine:
         Raises:
             SliderEditError: The engine is closed, an input does not match the manifest, or the device is out of memory.
         """
-        sizes = check_request(self.manifest, inputs)
+        return self._call(inputs)
+
+    @torch.no_grad()
+    def read(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Read source images with the same weights, in the plan's second profile (see `slideredit_rt.families.Reader`).
+
+        Raises:
+            SliderEditError: See `__call__`.
+        """
+        return self._call(reading_request(self.manifest, inputs), 1)
+
+    def _call(self, inputs: Mapping[str, Tensor], output: int = 0) -> Tensor:
+        """Run a step, or with the second output a reading of source images."""
+        sizes = check_request(self.manifest, inputs, reading=output == 1)
         with self._lock:
             if not self._release.alive:
                 raise SliderEditError("the engine is closed; open it again")
-            result = self._outputs.of(self.manifest, sizes, inputs)
+            result = self._outputs.of(self.manifest, sizes, inputs, output)
             with self._device.stream() as stream:
-                binding = self._loaded.bindings.get(tuple(sizes.values()), lambda: self._bind(sizes))
-                for name, buffer in binding.inputs.items():
-                    buffer.copy_(inputs[name])
+                binding = self._loaded.bindings.get((output, *sizes.values()), lambda: self._bind(sizes, output, stream))
+                binding.inputs.fill(inputs)
                 self._run(binding, stream)
-                result.copy_(binding.output)
+                result.copy_(binding.outputs[output])
         return result
 
-    def _bind(self, sizes: dict[str, int]) -> _Binding:
-        """Create a context and its buffers for one set of shapes."""
+    def _bind(self, sizes: dict[str, int], profile: int, stream: int) -> _Binding:
+        """Create a context and its buffers for one set of shapes in one of the plan's profiles."""
         full = OutOfDeviceMemory(
             f"the GPU is out of memory for the sizes {sizes}; use a smaller batch or resolution, or --weight-budget-mib"
         )
@@ -184,25 +197,26 @@ class TensorRTEngine:
         context = self._loaded.engine.create_execution_context(config)
         if context is None:
             raise full
-        spec = self.manifest.outputs[0]
         try:
-            buffers = {s.name: self._empty(s.resolve(sizes), s.dtype) for s in self.manifest.inputs}
-            output = self._empty(spec.resolve(sizes), spec.dtype)
-            for name, buffer in buffers.items():
-                if not context.set_input_shape(name, tuple(buffer.shape)):
-                    raise SliderEditError(
-                        f"{self.title} refuses the sizes {sizes} ({self._logger.why()}); build the engine again"
-                    )
+            inputs = InputBuffers(self.manifest, sizes, self._empty)
+            outputs = {s.name: self._empty(s.resolve(sizes), s.dtype) for s in self.manifest.outputs}
+            # A plan with one profile selects it by itself.
+            selected = not self.manifest.reading_ranges or context.set_optimization_profile_async(profile, stream)
+            if not selected or not all(context.set_input_shape(name, tuple(one.shape)) for name, one in inputs.tensors.items()):
+                raise SliderEditError(f"{self.title} refuses the sizes {sizes} ({self._logger.why()}); build the engine again")
             scratch = self._scratch(context.update_device_memory_size_for_shapes())
         except torch.OutOfMemoryError:
             raise full from None
         context.set_device_memory(scratch.data_ptr(), scratch.numel())
-        for name, buffer in (*buffers.items(), (spec.name, output)):
-            context.set_tensor_address(name, buffer.data_ptr())
-        return _Binding(context, config, buffers, output, scratch)
+        for name, buffer in (inputs.tensors | outputs).items():
+            # The storage's address, because that of a tensor without elements is null, which TensorRT refuses for outputs.
+            context.set_tensor_address(name, buffer.untyped_storage().data_ptr())
+        return _Binding(context, config, inputs, list(outputs.values()), scratch)
 
     def _empty(self, shape: tuple[int, ...], dtype: str) -> Tensor:
-        return torch.empty(shape, dtype=getattr(torch, dtype), device=self._device.device)
+        """Allocate a tensor with a storage of its own, which is not empty."""
+        size = math.prod(shape)
+        return torch.empty(max(size, 1), dtype=getattr(torch, dtype), device=self._device.device)[:size].view(shape)
 
     def _scratch(self, size: int) -> Tensor:
         """Return the scratch memory that contexts share. When it grows, older contexts keep the memory their graphs use."""
