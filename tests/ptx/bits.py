@@ -1,4 +1,4 @@
-"""Logic, bit fields, permutations and comparisons (ISA: Logic and Shift Instructions, Comparison and Selection Instructions)."""
+"""Logic, bit fields and comparisons (ISA: Logic and Shift Instructions, Comparison and Selection Instructions)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Loads, stores and copies (ISA: Data Movement and Conversion Instructions, ld, st, cp.async; Warp-level Matrix Instructions)."""
+"""Loads, stores and copies (ISA: Data Movement and Conversion Instructions; Warp-level Matrix Load and Store Instructions)."""
 
 from __future__ import annotations
 

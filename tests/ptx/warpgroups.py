@@ -112,10 +112,10 @@ def _wait(state: State, mask: Mask, pending: int) -> None:
 
 
 class Multiplication:
-    """D = A · B + D with A `[64, K]` in registers or shared memory, B `[K, N]` in shared memory, K = 32 bytes.
+    """D = A · B + D with A `[64, K]` in registers or shared memory, B `[K, N]` in shared memory, K of 32 bytes.
 
-    ISA: Register Fragments and Shared Memory Matrix Layouts of wgmma. Both matrices are K-major. In a fragment of A or D, warp w
-    of the warpgroup holds rows 16w to 16w + 15 as in `mma`; D repeats it for every 8 columns.
+    ISA: Register Fragments and Shared Memory Matrix Layout. Both matrices are K-major. In fragments of A and D, warp w of the
+    warpgroup holds rows 16w to 16w + 15 as in `mma`; D repeats it for every 8 columns.
     """
 
     def __init__(self, b: Binding) -> None:
@@ -190,8 +190,8 @@ def addresses(descriptor: int, rows: int) -> Array:
 
     ISA: Matrix Descriptor Format. Bits 0 to 13 are the start, 16 to 29 the leading and 32 to 45 the stride dimension's byte
     offset, all without their low 4 bits; 49 to 51 the base offset; 62 and 63 the swizzling mode. Groups of eight rows lie a
-    stride apart. Without swizzling, eight rows of 16 bytes are contiguous and the next 16 bytes of the rows lie a leading offset
-    apart. With it, address bits 7 and up (three, two or one of them) are added, modulo two, to those from 4 up.
+    stride apart. Without swizzling, eight rows of 16 bytes are contiguous, and the next 16 bytes of the rows lie a leading
+    offset further. With it, address bits 7 and up (three, two or one of them) are added, modulo two, to those from 4 up.
     """
     start, leading, stride = ((descriptor >> shift & 0x3FFF) << 4 for shift in (0, 16, 32))
     if descriptor >> 49 & 7:
