@@ -24,8 +24,8 @@ from slideredit_rt.kernels.ptx import Instruction, Kernel
 
 SCHEDULES = ("together", "forwards", "backwards")
 """Order of the warps between two barriers: in step with one another, or one after the other from the first or the last."""
-MOST_INSTRUCTIONS = 300_000
-"""Instructions of a block after which it counts as endless. Blocks of the tests' problems take up to 10,000."""
+MOST_INSTRUCTIONS = 200_000
+"""Instructions of a block after which it counts as endless. Those of the kernels' tests end long before."""
 
 
 @dataclass

@@ -18,9 +18,9 @@ FORMS = {
 def mma(b: Binding) -> Step:
     """Bind D = A · B + C with A `[16, K]`, B `[K, 8]`, and float32 C and D `[16, 8]`; K is 16, or 8 for TF32.
 
-    A register of A or B holds 32 bits of inner columns: lane `4·g + t` the t-th of a half of them. Registers of A hold rows g and
-    g + 8 in the first half of the columns, then in the second; those of B column g in the first half, then in the second. C and
-    D hold columns 2t and 2t + 1 of row g, then of row g + 8.
+    A register of A or B holds 32 bits of inner columns: lane `4·g + t` the t-th of a half of them. Registers of A hold rows g
+    and g + 8 in the first half of the columns, then in the second; those of B column g in the first half, then in the second.
+    C and D hold columns 2t and 2t + 1 of row g, then of row g + 8.
     """
     b.require(*FORMS)
     kind = FORMS[".".join(b.modifiers)]
