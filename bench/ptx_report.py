@@ -216,8 +216,8 @@ def write(kernels: Sequence[dict[str, Any]], out: Path) -> None:
     with atomic_file(out / "ptx.md") as temporary:
         temporary.write_text(
             f"# Main loops of the kernels\n\nTriton {triton.__version__}. Reproduce: `{COMMAND}`.\n\n"
-            "`blocks` is the number of blocks that fit on a multiprocessor, `warps` the share of its warps that they make up, and\n"
-            "`B/MAC` the bytes that a block loads from global memory for each multiply-accumulate.\n\n" + table(kernels)
+            "`blocks` is the number of blocks that fit on a multiprocessor, `warps` the share of its warps that they make up,\n"
+            "and `B/MAC` the bytes that a block loads from global memory for each multiply-accumulate.\n\n" + table(kernels)
         )
 
 

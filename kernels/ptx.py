@@ -64,7 +64,8 @@ def parse(text: str) -> Kernel:
     Raises:
         SliderEditError: The text holds several entries, a function, or a line that cannot be read.
     """
-    text = re.sub(r"//.*", "", text)
+    # Comments and source positions; lines keep their numbers.
+    text = re.sub(r"//.*|^\s*\.(?:loc|file)\b.*", "", text, flags=re.MULTILINE)
     heads = list(re.finditer(r"\.entry\s+(\w+)\s*\(([^)]*)\)", text))
     threads = re.search(r"\.reqntid (\d+)", text)
     if len(heads) != 1 or re.search(r"\.func\b", text) or threads is None:
