@@ -240,16 +240,20 @@ def wgmma_body(kind: str, columns: int, held: str, descriptors: list[int]) -> st
     )
 
 
-def test_ldmatrix_gives_each_lane_two_elements_of_a_row() -> None:
-    """ISA, ldmatrix: lane 13 receives elements 2 and 3 of row 3 of each matrix."""
+@pytest.mark.parametrize(
+    ("form", "elements"),
+    [("x4", (3 * 8 + 2, 3 * 8 + 3)), ("x4.trans", (2 * 8 + 3, 3 * 8 + 3))],
+)
+def test_ldmatrix_gives_each_lane_two_elements(form: str, elements: tuple[int, int]) -> None:
+    """ISA, ldmatrix: lane 13 receives elements 2 and 3 of row 3 of each matrix, or those of its column 3."""
     origin = np.arange(256, dtype=np.uint16).view(np.uint32)
     body = (
         "ld.global.v4.b32 {%r4,%r5,%r6,%r7}, [%a4]; st.shared.v4.b32 [%r2], {%r4,%r5,%r6,%r7};"
-        "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%d0,%d1,%d2,%d3}, [%r2];"
+        f"ldmatrix.sync.aligned.m8n8.{form}.shared.b16 {{%d0,%d1,%d2,%d3}}, [%r2];"
         + "".join(f"st.global.b32 [%a3+{128 * number}], %d{number};" for number in range(4))
     )
     found = run(body, origin, 128).view(np.uint16).reshape(4, 32, 2)
-    assert found[:, 13].tolist() == [[matrix * 64 + 3 * 8 + 2, matrix * 64 + 3 * 8 + 3] for matrix in range(4)]
+    assert found[:, 13].tolist() == [[64 * matrix + element for element in elements] for matrix in range(4)]
 
 
 STORE = "st.shared.b32 [%r1], %r0;"

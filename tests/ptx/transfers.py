@@ -124,8 +124,8 @@ def _copy(b: Binding, size: int) -> Step:
 
 
 def _matrices(b: Binding) -> int:
-    """Return the number of 8 × 8 matrices of 16-bit elements, of which `.x1` to `.x4` says how many."""
-    match = re.fullmatch(r"sync\.aligned\.m8n8\.x([124])\.shared\.b16", ".".join(b.modifiers))
+    """Return the number of 8 × 8 matrices of 16-bit elements, which `.x1`, `.x2` or `.x4` states."""
+    match = re.fullmatch(r"sync\.aligned\.m8n8\.x([124])(\.trans)?\.shared\.b16", ".".join(b.modifiers))
     if match is None:
         raise b.unknown()
     return int(match[1])
@@ -133,15 +133,19 @@ def _matrices(b: Binding) -> int:
 
 @opcode("ldmatrix")
 def ldmatrix(b: Binding) -> Step:
-    """ISA: ldmatrix. Lane `8·i + r` gives the address of row r of matrix i; lane `4·r + c` receives word c of row r."""
-    count = _matrices(b)
+    """Bind a load of matrices, of which lane `8·i + r` gives the address of row r of matrix i.
+
+    ISA: ldmatrix. Lane `4·r + c` receives elements 2c and 2c + 1 of row r, or of column r with `.trans`.
+    """
+    count, transposed = _matrices(b), "trans" in b.modifiers
     targets, address, shared = b.targets(0, np.uint32, count), b.address(1), b.state.shared
     giving = b.lane % 32 < 8 * count
 
     def step(mask: Mask) -> None:
         b.check_whole_warps(mask)
         lanes = np.flatnonzero(giving if mask is None else giving & mask)
-        words = shared.load(shared.places(address()[lanes], 16), lanes, 4, 4).reshape(-1, count, 32)
+        rows = shared.load(shared.places(address()[lanes], 16), lanes, 2, 8).reshape(-1, count, 8, 8)
+        words = np.ascontiguousarray(rows.swapaxes(2, 3) if transposed else rows).view(np.uint32)
         for matrix, target in enumerate(targets):
             target[b.lanes(mask)] = words[:, matrix].ravel()
 
@@ -150,8 +154,10 @@ def ldmatrix(b: Binding) -> Step:
 
 @opcode("stmatrix")
 def stmatrix(b: Binding) -> Step:
-    """ISA: stmatrix, the reverse of ldmatrix."""
+    """Bind a store of matrices, the reverse of ldmatrix."""
     count = _matrices(b)
+    if "trans" in b.modifiers:
+        raise b.unknown()
     rows, address, shared = b.vector(1, np.uint32, count), b.address(0), b.state.shared
     giving = b.lane % 32 < 8 * count
 
