@@ -72,7 +72,13 @@ def _add_limits(parser: argparse.ArgumentParser, defaults: ServeSettings) -> Non
         "--cache-mib",
         type=int,
         default=defaults.cache_mib,
-        help="memory for encoded images and prompts, in MiB (default: %(default)s)",
+        help="memory for encoded images, prompts and latents, in MiB (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--no-latent-cache",
+        dest="latent_cache",
+        action="store_false",
+        help="keep no latents: repeat the first steps of a moved slider and edits that were made before",
     )
     parser.add_argument(
         "--max-megapixels",
