@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from slideredit_rt.adapters import AdapterSource, Fused, load_adapters, read_updates
 from slideredit_rt.assets import resolve_base
+from slideredit_rt.denoising import Denoising, frozen_steps
 from slideredit_rt.engines import check_run, open_engine
 from slideredit_rt.engines.eager import EagerEngine
 from slideredit_rt.engines.manifest import check_base, read_manifest
@@ -28,7 +29,7 @@ from slideredit_rt.preview_decoder import PreviewDecoder
 from slideredit_rt.settings import EditDefaults, EditOptions, EditSettings, RunSettings, merge
 from slideredit_rt.sliders import Controls, Slider, compose_prompt
 from slideredit_rt.spans import PromptToken, normalise, row_mask
-from slideredit_rt.strength import StrengthCurve, check_strength
+from slideredit_rt.strength import Strength, StrengthCurve, is_constant
 
 T = TypeVar("T")
 # Diffusers and transformers change process-wide state while they load.
@@ -58,6 +59,7 @@ class Prepared:
         conditioning: Encoded edit.
         members: Name of the bank's adapter that each slider scales; empty without a bank.
         settings: Requested settings, including steps.
+        content: Key for the content of the edit, without seed, steps and strengths; empty without a cache.
     """
 
     prompt: str
@@ -67,6 +69,7 @@ class Prepared:
     conditioning: Conditioning
     members: tuple[str, ...] = ()
     settings: EditSettings = field(default_factory=EditSettings)
+    content: tuple[Hashable, ...] = ()
 
 
 class _Encoder:
@@ -76,8 +79,8 @@ class _Encoder:
         self.editor = editor
         self.images = images
         self._remember = remember
-        self._images_key = () if remember is None else tuple(map(image_key, images))
-        self._text_key = self._images_key if editor.family.text_reads_images else ()
+        self.images_key = () if remember is None else tuple(map(image_key, images))
+        self._text_key = self.images_key if editor.family.text_reads_images else ()
 
     def _recall(self, key: tuple[Hashable, ...], encode: Callable[[], T]) -> T:
         with self.editor._pipeline_lock:
@@ -98,10 +101,10 @@ class _Encoder:
 
     def sources(self) -> EncodedImages:
         editor = self.editor
-        sources = self._recall(("images", self._images_key), lambda: editor.family.encode_sources(editor.pipeline, self.images))
+        sources = self._recall(("images", self.images_key), lambda: editor.family.encode_sources(editor.pipeline, self.images))
         if not editor.family.reads_images_once:
             return sources
-        keys_values = self._recall(("keys_values", self._images_key), lambda: editor.read(sources))
+        keys_values = self._recall(("keys_values", self.images_key), lambda: editor.read(sources))
         return editor.family.with_read(sources, keys_values)
 
 
@@ -172,6 +175,12 @@ class SliderEditor:
         """Scale of guidance with a negative pass of an edit that does not set it; 1 runs without the pass."""
         given = self.defaults.true_cfg_scale
         return self.family.default_true_cfg_scale(self.pipeline) if given is None else given
+
+    @property
+    def default_slider_start(self) -> float:
+        """Fraction of the steps before the sliders act, of an edit that does not set it."""
+        given = self.defaults.slider_start
+        return 0.0 if given is None else given
 
     @property
     def kind(self) -> str:
@@ -331,6 +340,7 @@ class SliderEditor:
             conditioning=conditioning,
             members=members,
             settings=settings,
+            content=() if remember is None else (encode.images_key, text, against, guidance_scale, true_cfg_scale),
         )
 
     @torch.no_grad()
@@ -401,12 +411,13 @@ class SliderEditor:
             return torch.ones(len(spans), conditioning.text_rows + conditioning.image_rows, dtype=torch.bool)
         return row_mask(spans, conditioning.text_rows)
 
-    def alphas(self, prepared: Prepared, strengths: Sequence[Sequence[float]]) -> Tensor:
-        """Convert N settings of K strengths to the engine's alphas.
+    def alphas(self, prepared: Prepared, strengths: Sequence[Sequence[Strength]], fraction: float = 0.0) -> Tensor:
+        """Convert N settings of K strengths to the engine's alphas, see `Controls.alphas`.
 
         Args:
             prepared: Result of `prepare`.
             strengths: N settings of K strengths each.
+            fraction: Fraction of the run, for strengths that are schedules.
 
         Returns:
             Float32 `[N, K]`, for a bank `[N, K, G]`.
@@ -415,21 +426,25 @@ class SliderEditor:
             SliderEditError: There is no setting, a setting does not have K strengths, or a strength is not finite or its alpha
                 exceeds float32.
         """
-        names = prepared.instructions
-        if not strengths or any(len(setting) != len(names) for setting in strengths):
-            raise SliderEditError(
-                f"expected one or more settings of {len(names)} strength(s) each, got {[list(s) for s in strengths]}"
-            )
-        for setting in strengths:
-            for name, strength in zip(names, setting, strict=True):
-                check_strength(name, strength)
-        curves = self.controls.curves_of(prepared.members, len(names))
-        values = torch.tensor([[curve(s) for curve, s in zip(curves, setting, strict=True)] for setting in strengths])
-        for row, k in (~values.isfinite()).nonzero().tolist():
-            raise SliderEditError(
-                f"slider {names[k]!r} has strength {strengths[row][k]:g}, which exceeds float32; pass a number such as 0.5"
-            )
-        return self.controls.by_member(values, prepared.members)
+        return self.controls.alphas(prepared.instructions, prepared.members, strengths, fraction)
+
+    def alphas_of_run(self, prepared: Prepared, strengths: Sequence[Sequence[Strength]], settings: EditSettings) -> Tensor:
+        """Return the alphas of every step: float32 `[steps, N, K]`, for a bank `[steps, N, K, G]`.
+
+        Args:
+            prepared: Result of `prepare`.
+            strengths: N settings of K strengths each.
+            settings: Settings with the number of steps and the start of the sliders, before which every alpha is 0.
+
+        Raises:
+            SliderEditError: See `alphas`.
+        """
+        steps, frozen = self.number_of_steps(settings), self.frozen_steps(settings)
+        varying = not is_constant(strengths)
+        alphas = torch.stack([self.alphas(prepared, strengths, i / steps) for i in range(steps if varying else 1)])
+        alphas = alphas.expand(steps, *alphas.shape[1:]).clone()
+        alphas[:frozen] = 0
+        return alphas
 
     def backbone_inputs(self, prepared: Prepared, alpha: Tensor) -> dict[str, Tensor]:
         """Return the backbone inputs of one batch.
@@ -447,23 +462,32 @@ class SliderEditor:
         return self.backbone_inputs(prepared, torch.zeros(batch, len(prepared.instructions), *bank))
 
     def render(
-        self, prepared: Prepared, strengths: Sequence[Sequence[float]], *, steps: int | None = None, progress: bool = False
+        self,
+        prepared: Prepared,
+        strengths: Sequence[Sequence[Strength]],
+        *,
+        steps: int | None = None,
+        slider_start: float | None = None,
+        progress: bool = False,
     ) -> list[Image.Image]:
         """Denoise one image per slider setting, all from the same noise, in batches up to the engine's limit.
+
+        The steps before `slider_start` are made once for all settings.
 
         Args:
             prepared: Result of `prepare`.
             strengths: N settings of K strengths each.
             steps: Denoising steps; None takes those of `prepared`.
+            slider_start: Fraction of the steps before the sliders act, see `EditSettings`; None takes that of `prepared`.
             progress: Show a progress bar on standard error.
 
         Returns:
             N RGB images.
 
         Raises:
-            SliderEditError: `alphas` refuses the strengths, or an image contains NaN or infinity.
+            SliderEditError: `alphas` refuses the strengths, a setting is not valid, or an image contains NaN or infinity.
         """
-        pixels = self.render_tensor(prepared, strengths, steps=steps, progress=progress)
+        pixels = self.render_tensor(prepared, strengths, steps=steps, slider_start=slider_start, progress=progress)
         return self.to_images(pixels)
 
     def to_images(self, pixels: Tensor) -> list[Image.Image]:
@@ -476,15 +500,20 @@ class SliderEditor:
         """Return the number of denoising steps of an edit with these settings."""
         return self.default_steps if settings.steps is None else settings.steps
 
+    def frozen_steps(self, settings: EditSettings) -> int:
+        """Return the number of first steps in which the sliders do not act, for an edit with these settings."""
+        start = self.default_slider_start if settings.slider_start is None else settings.slider_start
+        return frozen_steps(start, self.number_of_steps(settings))
+
     @torch.no_grad()
     def render_tensor(
         self,
         prepared: Prepared,
-        strengths: Sequence[Sequence[float]],
+        strengths: Sequence[Sequence[Strength]],
         *,
         steps: int | None = None,
+        slider_start: float | None = None,
         progress: bool = False,
-        first_step: int = 0,
     ) -> Tensor:
         """Denoise like `render`, but without rounding to 8 bits.
 
@@ -492,24 +521,33 @@ class SliderEditor:
             prepared: Result of `prepare`.
             strengths: N settings of K strengths each.
             steps: Denoising steps; None takes those of `prepared`.
+            slider_start: Fraction of the steps before the sliders act, see `EditSettings`; None takes that of `prepared`.
             progress: Show a progress bar on standard error.
-            first_step: First step in which the sliders act, see `denoise`.
 
         Returns:
             Float32 `[N, 3, H, W]` in [0, 1].
 
         Raises:
-            SliderEditError: `alphas` refuses the strengths, or an image contains NaN or infinity.
+            SliderEditError: `alphas` refuses the strengths, a setting is not valid, or an image contains NaN or infinity.
         """
-        alphas = self.alphas(prepared, strengths)
-        steps = self.number_of_steps(prepared.settings if steps is None else replace(prepared.settings, steps=steps))
-        conditioning = prepared.conditioning
-        chunks = alphas.split(self.max_batch)
+        settings = prepared.settings
+        settings = settings if steps is None else replace(settings, steps=steps)
+        settings = settings if slider_start is None else replace(settings, slider_start=slider_start)
+        alphas = self.alphas_of_run(prepared, strengths, settings)
+        run, frozen, conditioning = len(alphas), self.frozen_steps(settings), prepared.conditioning
+        chunks = alphas.split(self.max_batch, dim=1)
         images = []
-        with tqdm(total=steps * len(chunks), desc="denoise", disable=not progress, leave=False) as bar:
+        with tqdm(total=frozen + (run - frozen) * len(chunks), desc="denoise", disable=not progress, leave=False) as bar:
+            latents = conditioning.latents
+            if frozen:
+                # One row makes the steps that all settings share, whatever their number.
+                shared = self._denoising(conditioning, self.backbone_inputs(prepared, alphas[0, :1]), run)
+                latents = shared.run(latents, alphas[:, :1].to(latents.device), range(frozen), bar)
             for chunk in chunks:
-                inputs = self.backbone_inputs(prepared, chunk)
-                images.append(self._denoise(conditioning, inputs, steps, conditioning.true_cfg_scale, bar, first_step))
+                denoising = self._denoising(conditioning, self.backbone_inputs(prepared, chunk[0]), run)
+                rows = latents.repeat(chunk.shape[1], 1, 1)
+                rows = denoising.run(rows, chunk.to(latents.device), range(frozen, run), bar)
+                images.append(self.decode(rows, conditioning.height, conditioning.width))
         together = torch.cat(images).cpu()
         for row in broken_rows(together):
             raise not_finite(prepared.instructions, strengths[row])
@@ -523,7 +561,6 @@ class SliderEditor:
         steps: int,
         true_cfg_scale: float | Tensor = 1.0,
         bar: tqdm[Any] | None = None,
-        first_step: int = 0,
     ) -> Tensor:
         """Denoise one batch from the noise of `conditioning`.
 
@@ -534,7 +571,6 @@ class SliderEditor:
             true_cfg_scale: Scale of the guidance away from `conditioning.negative`, unused without one; a tensor `[B, 1, 1]`
                 gives each row its own.
             bar: Progress bar that advances by one per step.
-            first_step: First step in which the sliders act; earlier steps run the frozen model.
 
         Returns:
             Float32 `[B, 3, H, W]` in [0, 1].
@@ -542,35 +578,34 @@ class SliderEditor:
         Raises:
             SliderEditError: An image contains NaN or infinity.
         """
-        images = self._denoise(conditioning, inputs, steps, true_cfg_scale, bar, first_step).cpu()
+        alpha = inputs["alpha"].clone()
+        latents = conditioning.latents.repeat(len(alpha), 1, 1)
+        denoising = self._denoising(conditioning, inputs, steps, true_cfg_scale)
+        latents = denoising.run(latents, alpha.expand(steps, *alpha.shape), range(steps), bar)
+        images = self.decode(latents, conditioning.height, conditioning.width).cpu()
         for row in broken_rows(images):
-            alpha = inputs["alpha"][row].tolist()
-            raise SliderEditError(f"row {row} of a batch, with alpha {alpha}, produced NaN or infinity; use smaller alphas")
+            raise SliderEditError(
+                f"row {row} of a batch, with alpha {alpha[row].tolist()}, produced NaN or infinity; use smaller alphas"
+            )
         return images
 
-    def _denoise(
+    def _denoising(
         self,
         conditioning: Conditioning,
         inputs: dict[str, Tensor],
         steps: int,
-        true_cfg_scale: float | Tensor,
-        bar: tqdm[Any] | None,
-        first_step: int,
-    ) -> Tensor:
-        """Denoise as `denoise` does, but fill images that are not finite with NaN."""
-        negative = self.family.negative_inputs(self.config, conditioning, inputs)
-        latents = conditioning.latents.repeat(len(inputs["alpha"]), 1, 1)
-        schedule = self.family.schedule(self.pipeline, latents.shape[1], steps).to(latents.device)
-        alpha = inputs["alpha"].clone()
-        for step in range(steps):
-            # Change alphas in place, because an engine may have bound the tensor's memory.
-            inputs["alpha"].copy_(alpha * (step >= first_step))
-            timestep = schedule.timesteps[step]
-            velocity = self.family.predict(self.engine, inputs, latents, timestep, negative, true_cfg_scale)
-            latents = latents + schedule.deltas[step] * velocity
-            if bar is not None:
-                bar.update()
-        return self.decode(latents, conditioning.height, conditioning.width)
+        true_cfg_scale: float | Tensor | None = None,
+    ) -> Denoising:
+        """Return the run of one batch; without a true-CFG scale, it takes that of `conditioning`."""
+        schedule = self.family.schedule(self.pipeline, conditioning.latents.shape[1], steps)
+        return Denoising(
+            self.family,
+            self.engine,
+            inputs,
+            self.family.negative_inputs(self.config, conditioning, inputs),
+            schedule.to(conditioning.latents.device),
+            conditioning.true_cfg_scale if true_cfg_scale is None else true_cfg_scale,
+        )
 
     @torch.no_grad()
     def decode(self, latents: Tensor, height: int, width: int, *, preview: bool = False) -> Tensor:
@@ -694,7 +729,7 @@ def broken_rows(images: Tensor) -> list[int]:
     return images.isnan().flatten(1).any(1).nonzero().flatten().tolist()
 
 
-def not_finite(instructions: Sequence[str], strengths: Sequence[float]) -> SliderEditError:
+def not_finite(instructions: Sequence[str], strengths: Sequence[Strength]) -> SliderEditError:
     """Make the error for an edit whose image is not finite."""
     setting = " and ".join(f"{i!r} at strength {s:g}" for i, s in zip(instructions, strengths, strict=True))
     return SliderEditError(
@@ -703,6 +738,6 @@ def not_finite(instructions: Sequence[str], strengths: Sequence[float]) -> Slide
     )
 
 
-def with_strength(sliders: Sequence[Slider], strengths: dict[int, float]) -> list[Slider]:
+def with_strength(sliders: Sequence[Slider], strengths: Mapping[int, Strength]) -> list[Slider]:
     """Replace the strengths of some sliders, by index."""
     return [replace(s, strength=strengths.get(i, s.strength)) for i, s in enumerate(sliders)]

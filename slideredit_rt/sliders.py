@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.spans import PromptToken, find_spans, normalise
-from slideredit_rt.strength import StrengthCurve, check_strength
+from slideredit_rt.strength import Strength, StrengthCurve, check_strength, strength_at
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,7 +23,7 @@ class Slider:
     Attributes:
         instruction: Text of the instruction, as it occurs in the prompt.
         strength: 0 suppresses the instruction, 1 is the base model's edit, above 1 exaggerates. In a bank, the effect is the
-            one that the member was trained for.
+            one that the member was trained for. A `StrengthSchedule` changes it over the run.
         adapter: Name of the member to scale in an engine with several adapters; None takes the member named after the
             instruction.
 
@@ -32,7 +32,7 @@ class Slider:
     """
 
     instruction: str
-    strength: float = 1.0
+    strength: Strength = 1.0
     adapter: str | None = None
 
     def __post_init__(self) -> None:
@@ -111,6 +111,48 @@ class Controls:
     def curves_of(self, members: Sequence[str], count: int) -> list[StrengthCurve]:
         """Return the curve of each of `count` sliders, which scale these members of a bank."""
         return [self.members[name] for name in members] or [self.curve] * count
+
+    def alphas(
+        self,
+        instructions: Sequence[str],
+        members: Sequence[str],
+        strengths: Sequence[Sequence[Strength]],
+        fraction: float = 0.0,
+    ) -> Tensor:
+        """Convert N settings of K strengths to the engine's alphas.
+
+        Args:
+            instructions: Instruction of each of the K sliders.
+            members: Member of a bank that each slider scales; empty without a bank.
+            strengths: N settings of K strengths each.
+            fraction: Fraction of the run, for strengths that are schedules.
+
+        Returns:
+            Float32 `[N, K]`, for a bank `[N, K, G]`.
+
+        Raises:
+            SliderEditError: There is no setting, a setting does not have K strengths, or a strength is not finite or its alpha
+                exceeds float32.
+        """
+        import torch
+
+        if not strengths or any(len(setting) != len(instructions) for setting in strengths):
+            raise SliderEditError(
+                f"expected one or more settings of {len(instructions)} strength(s) each, got {[list(s) for s in strengths]}"
+            )
+        for setting in strengths:
+            for name, strength in zip(instructions, setting, strict=True):
+                check_strength(name, strength)
+        curves = self.curves_of(members, len(instructions))
+        values = torch.tensor(
+            [[curve(strength_at(s, fraction)) for curve, s in zip(curves, setting, strict=True)] for setting in strengths]
+        )
+        for row, k in (~values.isfinite()).nonzero().tolist():
+            raise SliderEditError(
+                f"slider {instructions[k]!r} has strength {strengths[row][k]:g}, which exceeds float32; "
+                "pass a number such as 0.5"
+            )
+        return self.by_member(values, members)
 
     def by_member(self, alpha: Tensor, members: Sequence[str]) -> Tensor:
         """Expand alphas `[N, K]` of sliders that scale these members to `[N, K, G]`; without a bank, return them unchanged."""

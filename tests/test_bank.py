@@ -238,15 +238,15 @@ def test_an_edit_with_one_member_is_the_single_engines(
     assert (editor.render_tensor(prepared, [[0.3], [1.4]], steps=2) - expected).abs().max() <= 1e-4
 
 
-def test_sliders_begin_to_act_at_the_first_step_that_is_asked_for(
+def test_sliders_begin_to_act_at_the_fraction_of_the_steps_that_is_asked_for(
     editor: SliderEditor, files: list[str], scene: Image.Image
 ) -> None:
     prepared = editor.prepare(scene, [Slider(RED, adapter=files[0])], prompt=PROMPT)
-    images = [editor.render_tensor(prepared, [[0.0]], steps=3, first_step=first) for first in (0, 1, 3)]
+    images = [editor.render_tensor(prepared, [[0.0]], steps=3, slider_start=start) for start in (0, 1 / 3, 2 / 3)]
     plain = editor.render_tensor(prepared, [[1.0]], steps=3)
-    assert torch.equal(images[2], plain)
-    assert not torch.equal(images[0], images[1])
-    assert not torch.equal(images[1], plain)
+    apart = [(image - plain).abs().mean().item() for image in images]
+    assert apart[0] > apart[1] > apart[2] > 0
+    assert torch.equal(editor.render_tensor(prepared, [[1.0]], steps=3, slider_start=2 / 3), plain)
 
 
 def test_a_gst_slider_called_like_its_adapter_needs_no_words_in_the_prompt(

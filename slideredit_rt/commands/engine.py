@@ -58,7 +58,8 @@ def _build(args: argparse.Namespace) -> int:
 
 def _edit_defaults(args: argparse.Namespace) -> EditDefaults:
     """Return the defaults of edits, as given on the command line."""
-    given = options_given(args, "default_steps", "default_guidance_scale", "default_true_cfg_scale", "timestep_shift")
+    names = ("default_steps", "default_guidance_scale", "default_true_cfg_scale", "timestep_shift", "default_slider_start")
+    given = options_given(args, *names)
     return EditDefaults(**{name.removeprefix("default_"): value for name, value in given.items()})
 
 
@@ -299,6 +300,12 @@ def _add_edit_defaults(build: argparse.ArgumentParser) -> None:
         type=float,
         metavar="SHIFT",
         help="fixed shift of the noise levels, for any image size (default: the base's scheduler as it is)",
+    )
+    usual.add_argument(
+        "--default-slider-start",
+        type=float,
+        metavar="FRACTION",
+        help="fraction of the steps before the sliders act, in [0, 1) (default: 0)",
     )
 
 

@@ -71,8 +71,14 @@ def _add_limits(parser: argparse.ArgumentParser, defaults: ServeSettings) -> Non
     parser.add_argument(
         "--cache-mib",
         type=int,
-        help="memory for encoded images and prompts, in MiB (default: 256, and the keys and values of an image in addition for "
-        "an engine that reads source images once)",
+        help="memory for encoded images, prompts and latents, in MiB (default: 256, and the keys and values of an image in "
+        "addition for an engine that reads source images once)",
+    )
+    parser.add_argument(
+        "--no-latent-cache",
+        dest="latent_cache",
+        action="store_false",
+        help="keep no latents: repeat the first steps of a moved slider and edits that were made before",
     )
     parser.add_argument(
         "--max-megapixels",

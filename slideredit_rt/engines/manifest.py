@@ -355,7 +355,7 @@ def _rising(value: Any, where: str) -> None:
 
 def _defaults(value: Any, where: str) -> None:
     scale = _number(-_LARGEST, _LARGEST)
-    numbers = {"guidance_scale": scale, "true_cfg_scale": scale, "timestep_shift": scale}
+    numbers = {"guidance_scale": scale, "true_cfg_scale": scale, "timestep_shift": scale, "slider_start": scale}
     _record({}, {"steps": _whole(1, _LARGEST), **numbers})(value, where)
     try:
         EditDefaults(**value)

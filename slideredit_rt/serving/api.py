@@ -37,6 +37,7 @@ from slideredit_rt.serving.service import EditService
 from slideredit_rt.settings import SEEDS
 from slideredit_rt.sliders import Slider, compose_prompt
 from slideredit_rt.spans import PromptToken, normalise
+from slideredit_rt.strength import Strength
 
 _DECODERS = 4
 
@@ -96,6 +97,7 @@ class Api:
             num_inference_steps=editor.default_steps,
             guidance_scale=editor.default_guidance_scale,
             true_cfg_scale=editor.default_true_cfg_scale,
+            slider_start=editor.default_slider_start,
             preview_steps=self.preview_steps,
             max_images=self.max_images,
             side=editor.family.side(editor.pipeline),
@@ -169,7 +171,7 @@ class Api:
         )
         return request, form
 
-    def _strengths(self, fields: EditFields, sliders: Sequence[Slider]) -> tuple[tuple[float, ...], ...]:
+    def _strengths(self, fields: EditFields, sliders: Sequence[Slider]) -> tuple[tuple[Strength, ...], ...]:
         """Return the slider strengths of each image: the sliders' own n times, or those of a sweep."""
         own = tuple(slider.strength for slider in sliders)
         n = fields.n or 1
@@ -219,7 +221,7 @@ class Api:
     def _sliders(self, fields: EditFields) -> tuple[Slider, ...]:
         """Return the sliders, or one for the whole prompt if there are none."""
         if fields.sliders is not None:
-            return tuple(Slider(s.instruction, s.strength, s.adapter) for s in fields.sliders)
+            return tuple(s.slider() for s in fields.sliders)
         if fields.prompt is None:
             raise Fault(400, "the request has neither prompt nor sliders; give one of them", param="prompt", code="missing")
         return (Slider(fields.prompt, adapter=next(iter(self.editor.members), None)),)

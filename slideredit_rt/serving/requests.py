@@ -11,6 +11,7 @@ from PIL import Image
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.settings import EditSettings
 from slideredit_rt.sliders import Slider
+from slideredit_rt.strength import Strength
 
 Outcome = Literal["completed", "refused", "failed", "cancelled", "deadline"]
 """Result of a request: `refused` means bad input or a full queue, `failed` an error in the engine or in decoding."""
@@ -61,7 +62,7 @@ class EditRequest:
 
     image: Image.Image | Sequence[Image.Image]
     sliders: tuple[Slider, ...]
-    strengths: tuple[tuple[float, ...], ...]
+    strengths: tuple[tuple[Strength, ...], ...]
     settings: EditSettings = field(default_factory=EditSettings)
     consecutive_seeds: bool = False
     interactive: bool = False
@@ -101,7 +102,7 @@ class Observer:
         """Record that images, final or partial, were decoded together."""
 
     def cache(self, kind: str, hit: bool) -> None:
-        """Record a cache lookup of an encoding (`images`, `tokens` or `text`)."""
+        """Record a cache lookup of an encoding (`images`, `tokens` or `text`) or of latents (`first_steps` or `latents`)."""
 
     def finished(self, outcome: Outcome, images: int, interactive: bool, seconds: float) -> None:
         """Record that a request ended, `seconds` after its submission."""
@@ -117,8 +118,9 @@ class Stats:
         outcomes: Number of requests by `Outcome`.
         batch_sizes: Number of engine steps by batch size.
         step_seconds: Total time in engine steps.
-        cache_hits, cache_misses: Lookups by kind of encoding.
-        cache_bytes, cache_entries: Current size of the cache.
+        cache_hits, cache_misses: Lookups by kind of encoding or latents.
+        cache_bytes_by_kind: Current size of the cache by kind.
+        cache_entries: Current number of values in the cache.
     """
 
     queued: int
@@ -128,5 +130,10 @@ class Stats:
     step_seconds: float
     cache_hits: dict[str, int]
     cache_misses: dict[str, int]
-    cache_bytes: int
+    cache_bytes_by_kind: dict[str, int]
     cache_entries: int
+
+    @property
+    def cache_bytes(self) -> int:
+        """Current size of the cache."""
+        return sum(self.cache_bytes_by_kind.values())

@@ -121,6 +121,7 @@ def make_app(settings: ServeSettings, options: RuntimeOptions | None) -> tuple[F
         max_batch=settings.max_batch,
         step_batching=settings.step_batching,
         observer=Metrics(),
+        latent_cache=settings.latent_cache,
     )
     model = settings.model or settings.engine.resolve().name
     limits = Limits(

@@ -22,6 +22,7 @@ from slideredit_rt.errors import OutOfDeviceMemory, SliderEditError
 from slideredit_rt.serving.batch import Batch, Row, make_rows
 from slideredit_rt.serving.cache import EncodingCache
 from slideredit_rt.serving.job import Job, Ticket, outcome_of
+from slideredit_rt.serving.latents import Latents, take_followers
 from slideredit_rt.serving.requests import (
     Cancelled,
     Closed,
@@ -59,10 +60,12 @@ class EditService:
         editor: The editor, which nothing else may use until the service is closed.
         max_queue: Most images that wait for their first step, counted separately for previews and full edits; also the most
             images of a request.
-        cache_bytes: Memory for cached encodings; 0 caches none.
+        cache_bytes: Memory for cached encodings and latents; 0 caches none.
         max_batch: Most rows in a step; None takes the engine's.
         step_batching: Share steps between requests; otherwise they run one after the other.
         observer: Receives the service's events.
+        latent_cache: Keep the latents of first steps without sliders and of finished edits, so that a moved slider does not
+            repeat these steps and an edit that was made before makes none.
 
     Raises:
         SliderEditError: `max_queue` or `max_batch` is out of range.
@@ -77,6 +80,7 @@ class EditService:
         max_batch: int | None = None,
         step_batching: bool = True,
         observer: Observer | None = None,
+        latent_cache: bool = True,
     ) -> None:
         if max_queue < 1:
             raise SliderEditError(f"max_queue is {max_queue}; give at least 1")
@@ -88,6 +92,7 @@ class EditService:
         self.max_batch = max_batch
         self.observer = observer or Observer()
         self._cache = EncodingCache(cache_bytes, self.observer.cache)
+        self._latents = Latents(self._cache if latent_cache and cache_bytes else None)
         self._scheduler = Scheduler(max_batch, step_batching=step_batching)
         self._pace = Pace(editor.device)
         self._steps, self._codec = Lane(editor.device, urgent=True), Lane(editor.device)
@@ -233,7 +238,7 @@ class EditService:
             running = sum(len(job.seeds) - job.waiting - len(job.images) for job in self._jobs.values())
             outcomes, batch_sizes, step_seconds = dict(self._outcomes), dict(self._batch_sizes), self._step_seconds
         cache = self._cache
-        kept = (dict(cache.hits), dict(cache.misses), cache.bytes, len(cache))
+        kept = (dict(cache.hits), dict(cache.misses), cache.sizes(), len(cache))
         return Stats(queued, running, outcomes, batch_sizes, step_seconds, *kept)
 
     def _retire(self, future: Future[Any]) -> None:
@@ -298,6 +303,7 @@ class EditService:
         try:
             clean = self._batch_of(rows).advance(estimate=any(wanted))
             mark = self._steps.mark() if any(wanted) or any(row.done for row in rows) else None
+            self._latents.keep(rows, self._steps)
             self._pace.step()
         except Exception as error:
             self._fail(rows, "the engine failed in a step", error)
@@ -313,6 +319,7 @@ class EditService:
                     self._to_decode.append(row)
                 elif clean is not None and wanted[index]:
                     self._partials[row] = row.step, clean[index : index + 1], mark
+            self._scheduler.add(take_followers(rows))
             self._changed.notify_all()
         self.observer.step(len(rows), seconds, rows[0].interactive)
 
@@ -406,11 +413,13 @@ class EditService:
         mark = self._codec.mark()
         for row in rows:
             row.made = mark
+        ready = self._latents.resume(rows)
         with self._changed:
             if job.future not in self._jobs:
                 return
             job.rows = rows
-            self._scheduler.add(rows)
+            self._scheduler.add(ready)
+            self._to_decode += [row for row in rows if row.done]
             self._changed.notify_all()
 
     def _decode(self, rows: Sequence[Row], latents: Sequence[Tensor], marks: Sequence[Any], *, preview: bool) -> Tensor | None:

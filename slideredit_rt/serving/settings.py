@@ -46,8 +46,9 @@ class ServeSettings:
         max_queue: Most images that may wait.
         max_batch: Most images in an engine step; None takes the engine's.
         step_batching: Share steps between edits; otherwise they run one after the other.
-        cache_mib: Memory for encoded images and prompts, in MiB; None takes 256, and in addition the keys and values of an
-            image for an engine that reads source images once.
+        cache_mib: Memory for encoded images, prompts and latents, in MiB; None takes 256, and in addition the keys and values
+            of an image for an engine that reads source images once.
+        latent_cache: Keep the latents of first steps without sliders and of finished edits.
         max_megapixels, max_body_mib: Largest image, in megapixels, and largest request body, in MiB.
         request_seconds: Time limit of an edit.
         preview_steps: Denoising steps of previews that do not set num_inference_steps.
@@ -76,6 +77,7 @@ class ServeSettings:
     max_batch: int | None = None
     step_batching: bool = True
     cache_mib: int | None = None
+    latent_cache: bool = True
     max_megapixels: float = 16.0
     max_body_mib: float = 32.0
     request_seconds: float = 300.0
