@@ -62,7 +62,7 @@ def reading_request(manifest: Manifest, inputs: Mapping[str, Tensor]) -> dict[st
 
     Args:
         manifest: Manifest of the engine.
-        inputs: Result of `Family.read_inputs`.
+        inputs: Result of `Family.read_inputs`, with the adapter inputs of an engine that has them.
     """
     sizes = {"batch": 1, "sliders": 1, "text_rows": inputs["encoder_hidden_states"].shape[1]}
     sizes["rows"] = sizes["text_rows"] + inputs["hidden_states"].shape[1]

@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from slideredit_rt.engines.adapter_inputs import AdapterBuffers
 from slideredit_rt.engines.cuda import CudaDevice
 from slideredit_rt.engines.manifest import Manifest
 from slideredit_rt.engines.request import Outputs, check_request
@@ -104,6 +105,7 @@ class TensorRTEngine:
         self._lock = threading.RLock()
         self._trt, self._device, self._options = trt, device, options
         self._outputs = Outputs(options.max_contexts)
+        self._adapter = AdapterBuffers(manifest, device.device)
         self._logger = make_logger(trt)
         try:
             runtime = trt.Runtime(self._logger)
@@ -169,6 +171,7 @@ class TensorRTEngine:
             result = self._outputs.of(self.manifest, sizes, inputs)
             with self._device.stream() as stream:
                 binding = self._loaded.bindings.get(tuple(sizes.values()), lambda: self._bind(sizes))
+                self._adapter.fill(inputs)
                 for name, buffer in binding.inputs.items():
                     buffer.copy_(inputs[name])
                 self._run(binding, stream)
@@ -186,9 +189,11 @@ class TensorRTEngine:
             raise full
         spec = self.manifest.outputs[0]
         try:
-            buffers = {s.name: self._empty(s.resolve(sizes), s.dtype) for s in self.manifest.inputs}
+            own = [s for s in self.manifest.inputs if s.name not in self._adapter.tensors]
+            buffers = {s.name: self._empty(s.resolve(sizes), s.dtype) for s in own}
             output = self._empty(spec.resolve(sizes), spec.dtype)
-            for name, buffer in buffers.items():
+            bound = {**buffers, **self._adapter.tensors}
+            for name, buffer in bound.items():
                 if not context.set_input_shape(name, tuple(buffer.shape)):
                     raise SliderEditError(
                         f"{self.title} refuses the sizes {sizes} ({self._logger.why()}); build the engine again"
@@ -197,7 +202,7 @@ class TensorRTEngine:
         except torch.OutOfMemoryError:
             raise full from None
         context.set_device_memory(scratch.data_ptr(), scratch.numel())
-        for name, buffer in (*buffers.items(), (spec.name, output)):
+        for name, buffer in (*bound.items(), (spec.name, output)):
             context.set_tensor_address(name, buffer.data_ptr())
         return _Binding(context, config, buffers, output, scratch)
 
