@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import threading
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -17,11 +18,13 @@ from tqdm import tqdm
 from slideredit_rt.adapters import AdapterSource, Fused, load_adapters, read_updates
 from slideredit_rt.assets import resolve_base
 from slideredit_rt.engines import check_run, open_engine
+from slideredit_rt.engines.adapter_inputs import AdaptedEngine
 from slideredit_rt.engines.eager import EagerEngine
-from slideredit_rt.engines.manifest import check_base, read_manifest
+from slideredit_rt.engines.manifest import ADAPTER_FILE, check_base, read_manifest
 from slideredit_rt.errors import OutOfDeviceMemory, SliderEditError
 from slideredit_rt.families import Backbone, Conditioning, EncodedImages, Family, Reader, family_of, get_family
 from slideredit_rt.images import ImageSource, read_images
+from slideredit_rt.loaded_adapters import LoadedAdapters
 from slideredit_rt.modules import SliderBackbone
 from slideredit_rt.placement import Placement, choose_placement
 from slideredit_rt.settings import EditDefaults, EditOptions, EditSettings, RunSettings, merge
@@ -114,6 +117,8 @@ class SliderEditor:
         family: Base-model family.
         pipeline: diffusers pipeline that encodes and decodes.
         engine: Engine that runs the backbone; it never changes during the life of the editor.
+        adapters: Adapters on the device of an engine with adapter inputs; None for an engine that contains its adapter.
+        adapter_key: Key of the adapter that was chosen for an engine with adapter inputs; None otherwise.
         config: Configuration of the transformer.
         controls: Kind of the sliders, their strength curves and the members of a bank.
         max_batch: Largest batch of the engine.
@@ -124,6 +129,8 @@ class SliderEditor:
 
     defaults = EditDefaults()
     placement = Placement(RunSettings(offload="none"))
+    adapters: LoadedAdapters | None = None
+    adapter_key: Hashable = None
 
     def __init__(
         self,
@@ -194,6 +201,8 @@ class SliderEditor:
     ) -> SliderEditor:
         """Open an engine folder.
 
+        An engine with adapter inputs starts with its default adapter; choose another one with `use_adapter`.
+
         Args:
             path: Folder written by `slideredit-rt build`.
             base: Folder, hub repository or embedded name of the base, which holds the encoders and the decoder; None takes the
@@ -236,7 +245,11 @@ class SliderEditor:
         editor.placement, editor.defaults = placement, manifest.edit_defaults
         if editor.defaults.timestep_shift is not None:
             family.fix_shift(pipeline, editor.defaults.timestep_shift)
-        return editor
+        if manifest.layout is None:
+            return editor
+        editor.adapters = LoadedAdapters(engine, manifest)
+        editor.engine = AdaptedEngine(engine, manifest, None)
+        return editor if manifest.adapter is None else editor.use_adapter(Path(path) / ADAPTER_FILE)
 
     @classmethod
     def from_pretrained(
@@ -277,6 +290,27 @@ class SliderEditor:
         controls = Controls(loaded.kind, loaded.curve, {name: member.curve for name, member in loaded.members.items()})
         limits = {"max_batch": max_batch, "max_sliders": max_sliders}
         return cls(family, pipeline, EagerEngine(backbone, place), config, controls, **limits)
+
+    def use_adapter(self, source: AdapterSource) -> SliderEditor:
+        """Return an editor with another adapter for the same engine, which must have adapter inputs.
+
+        Both editors share the engine, the encoders and the decoder, and can be used at the same time. The adapter is read and
+        copied to the device when it is used first, and kept there as long as `adapters.max_bytes` allows.
+
+        Args:
+            source: Embedded name, file or folder of an adapter, or a loaded one.
+
+        Raises:
+            SliderEditError: The engine contains its adapter, or the adapter cannot be read or does not fit the engine (see
+                `slideredit_rt.adapters.AdapterInputs.check`).
+        """
+        if self.adapters is None:
+            raise SliderEditError(
+                "this engine contains its adapter, so it cannot run another one; build an engine with --adapter-inputs"
+            )
+        loaded, editor = self.adapters.of(source), copy.copy(self)
+        editor.engine, editor.controls, editor.adapter_key = loaded.engine, loaded.controls, loaded.key
+        return editor
 
     @torch.no_grad()
     def prepare(

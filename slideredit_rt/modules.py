@@ -151,8 +151,9 @@ AdaptedLinear = MaskedLoRALinear | MaskedLoRAQuantizedLinear
 class SliderBackbone(nn.Module):
     """A diffusers transformer with an adapter, which takes the family's inputs plus `alpha` and `token_mask`.
 
-    With `AdapterInputs` in place of an adapter, A and B are inputs of every call as well. It is the eager reference of every engine, and the module that is exported. With `adapter=None`, it is the frozen backbone
-    without slider inputs. The transformer is changed in place; `remove()` restores it.
+    With `AdapterInputs` in place of an adapter, A and B are inputs of every call as well. With `adapter=None`, it is the frozen
+    backbone without slider inputs. It is the eager reference of every engine, and the module that is exported. The transformer
+    is changed in place; `remove()` restores it.
 
     Not thread-safe: the linears share the row scales of a call until its backward pass is over. Engines, `SliderEditor` and
     the compat pipeline serialise their calls.

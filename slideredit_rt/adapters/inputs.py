@@ -26,9 +26,10 @@ def is_adapter_input(name: str) -> bool:
 class AdapterInputs:
     """Layout of the adapter inputs of an engine.
 
-    Linears of the same size share an input: `lora_a.<K>`, `[linears, R, K]`, stacks the A of all linears with K input features,
-    and `lora_b.<N>`, `[linears, N, R]`, the B of all linears with N output features, in the order of `modules`. They are float32
-    for any dtype of the engine. An adapter of a lower rank, or of fewer linears, is filled up with zeros, which changes nothing.
+    Linears of the same size share an input: `lora_a.<K>`, `[linears, R, K]`, stacks the A of all linears with K input
+    features, and `lora_b.<N>`, `[linears, N, R]`, the B of all linears with N output features, in the order of `modules`.
+    They are float32 for any dtype of the engine. An adapter of a lower rank, or of fewer linears, is filled up with zeros,
+    which changes nothing.
 
     Attributes:
         kind: Kind of the adapters, `st` or `gst`.
@@ -124,8 +125,8 @@ class AdapterInputs:
             if (len(b), a.shape[1]) != self.modules[name]:
                 n, k = self.modules[name]
                 raise SliderEditError(
-                    f"adapter {adapter.source!r} has a {len(b)}×{a.shape[1]} update for {name}, which is {n}×{k} in the engine; "
-                    "use an adapter that was trained on this base"
+                    f"adapter {adapter.source!r} has a {len(b)}×{a.shape[1]} update for {name}, which is {n}×{k} in the "
+                    "engine; use an adapter that was trained on this base"
                 )
         if adapter.rank > self.max_rank:
             raise SliderEditError(

@@ -19,7 +19,8 @@ from slideredit_rt.errors import SliderEditError
 from slideredit_rt.families import FAMILIES, KINDS, Family, Kind, families_by_name, get_family
 from slideredit_rt.strength import StrengthCurve
 
-_FOLDER_FILES = (DIFFUSERS_FILE, PEFT_FILE, "adapter_model.bin")
+FOLDER_FILES = (DIFFUSERS_FILE, PEFT_FILE, "adapter_model.bin")
+"""Names of an adapter's file in a folder, in order of preference."""
 
 AdapterSource = str | Path | Adapter | Sequence[str | Path]
 """An adapter: an embedded name, a file, a folder, or a loaded `Adapter`. Several files make a bank."""
@@ -175,10 +176,10 @@ def _file_of(source: str | Path) -> Path:
     """Return the file that holds the tensors of an adapter, which may be a file, a folder or an embedded name."""
     path = resolve_adapter(source)
     if path.is_dir():
-        found = next((path / name for name in _FOLDER_FILES if (path / name).exists()), None)
+        found = next((path / name for name in FOLDER_FILES if (path / name).exists()), None)
         if found is None:
             raise SliderEditError(
-                f"folder {str(path)!r} contains none of {', '.join(_FOLDER_FILES)}; pass the adapter's file or folder"
+                f"folder {str(path)!r} contains none of {', '.join(FOLDER_FILES)}; pass the adapter's file or folder"
             )
         return found
     if not path.exists():
@@ -190,7 +191,7 @@ def _read(path: Path, source: str | Path) -> tuple[dict[str, Tensor], dict[str, 
     """Read a file's tensors and metadata, and the scales stated in the metadata and in a configuration beside the file."""
     statements = []
     config = path.with_name(PEFT_CONFIG)
-    if path.name in _FOLDER_FILES and config.is_file():
+    if path.name in FOLDER_FILES and config.is_file():
         settings = read_settings(config.read_bytes(), PEFT_CONFIG, path)
         statements.append(peft_statement(settings, "configuration", source))
     if not _is_safetensors(path):

@@ -44,8 +44,8 @@ class Manifest:
         family: Base-model family.
         base: `source` (embedded name, hub repository or absolute folder) and `fingerprint`, SHA-256 per pipeline component.
         adapter: `source`, `fingerprint`, `kind`, `rank`, `modules`, `strength_curve`, and for a bank `members`, by name, each
-            with its `source` and `strength_curve`; None for an engine of the frozen backbone. For an engine with adapter inputs,
-            its default adapter, if it has one.
+            with its `source` and `strength_curve`; None for an engine of the frozen backbone. For an engine with adapter
+            inputs, its default adapter, if it has one.
         backend: Name of the backend.
         backend_version: Version of its package.
         lowering: Requested form of the masked update: `native`, `folded`, `plugin`, or `operator` (this package's operators,

@@ -23,6 +23,7 @@ class Row:
     """One image while it is denoised.
 
     Attributes:
+        editor: The editor that runs the row, with its adapter.
         owner: The job that the image belongs to.
         index: Position of the image among the owner's.
         key: Equal for rows that can share an engine call.
@@ -37,6 +38,7 @@ class Row:
         made: Mark of the work that wrote the tensors, for a `Lane` that has not taken them; None if there is no such lane.
     """
 
+    editor: SliderEditor
     owner: Any
     index: int
     key: tuple[Hashable, ...]
@@ -94,7 +96,14 @@ def make_rows(
     alphas = editor.alphas(prepared, strengths)
     inputs = editor.backbone_inputs(prepared, alphas[:1])
     negative = family.negative_inputs(editor.config, conditioning, inputs)
-    key = (conditioning.height, conditioning.width, conditioning.sizes, _shapes(inputs), _shapes(negative or {}))
+    key = (
+        editor.adapter_key,
+        conditioning.height,
+        conditioning.width,
+        conditioning.sizes,
+        _shapes(inputs),
+        _shapes(negative or {}),
+    )
     latent_rows, device = conditioning.latents.shape[1], conditioning.latents.device
     schedule = family.schedule(editor.pipeline, latent_rows, steps).to(device)
     true_cfg_scale = torch.full((1, 1, 1), conditioning.true_cfg_scale, device=device)
@@ -103,6 +112,7 @@ def make_rows(
         noise = family.draw_noise(editor.pipeline, conditioning.height, conditioning.width, seed)
         rows.append(
             Row(
+                editor=editor,
                 owner=owner,
                 index=index,
                 key=key,

@@ -97,6 +97,7 @@ def make_app(settings: ServeSettings, options: RuntimeOptions | None) -> tuple[F
     import torch
 
     from slideredit_rt.editor import SliderEditor
+    from slideredit_rt.serving.adapter_folder import AdapterFolder
     from slideredit_rt.serving.app import create_app
     from slideredit_rt.serving.body import Limits
     from slideredit_rt.serving.metrics import Metrics
@@ -108,6 +109,8 @@ def make_app(settings: ServeSettings, options: RuntimeOptions | None) -> tuple[F
     assert settings.engine is not None
     print_notes()  # a replica of Ray is not started by our command
     editor = SliderEditor.from_engine(settings.engine, settings.base, settings.run(options))
+    if editor.adapters is not None:
+        editor.adapters.max_bytes = settings.adapters_mib * 2**20
     service = EditService(
         editor,
         max_queue=settings.max_queue,
@@ -115,6 +118,7 @@ def make_app(settings: ServeSettings, options: RuntimeOptions | None) -> tuple[F
         max_batch=settings.max_batch,
         step_batching=settings.step_batching,
         observer=Metrics(),
+        adapters=None if settings.adapters is None else AdapterFolder(settings.adapters),
     )
     model = settings.model or settings.engine.resolve().name
     limits = Limits(

@@ -23,6 +23,7 @@ _DEFAULT_PORTS = {"http": 80, "https": 443}
 _AT_LEAST = {
     "max_queue": 1,
     "cache_mib": 0,
+    "adapters_mib": 1,
     "preview_steps": 1,
     "drain_seconds": 0,
 }
@@ -47,6 +48,8 @@ class ServeSettings:
         max_batch: Most images in an engine step; None takes the engine's.
         step_batching: Share steps between edits; otherwise they run one after the other.
         cache_mib: Memory for encoded images and prompts, in MiB.
+        adapters: Folder of the adapters that requests can choose, for an engine with adapter inputs; None offers no choice.
+        adapters_mib: Device memory for these adapters, in MiB.
         max_megapixels, max_body_mib: Largest image, in megapixels, and largest request body, in MiB.
         request_seconds: Time limit of an edit.
         preview_steps: Denoising steps of previews that do not set num_inference_steps.
@@ -73,6 +76,8 @@ class ServeSettings:
     max_batch: int | None = None
     step_batching: bool = True
     cache_mib: int = 256
+    adapters: Path | None = None
+    adapters_mib: int = 1024
     max_megapixels: float = 16.0
     max_body_mib: float = 32.0
     request_seconds: float = 300.0
@@ -153,7 +158,7 @@ class ServeSettings:
         for name in ("allowed_host", "allow_origin"):
             if isinstance(given.get(name), str):
                 given[name] = [given[name]]
-        for name in ("engine", "api_key_file"):
+        for name in ("engine", "api_key_file", "adapters"):
             if isinstance(given.get(name), str):
                 given[name] = user_path(given[name])
         try:
