@@ -65,8 +65,8 @@ def export_triton(
         )
     if manifest.adapter_inputs:
         raise SliderEditError(
-            f"engine {str(engine)!r} takes its adapter as inputs, which the model repository does not have; build one that contains "
-            "the adapter, or serve it with slideredit-rt serve"
+            f"engine {str(engine)!r} takes its adapter as inputs, which the model repository does not have; build one "
+            "that contains the adapter, or serve it with slideredit-rt serve"
         )
     served = {name: backend.served for name, backend in BACKENDS.items() if backend.served is not None}
     if manifest.backend not in served:

@@ -24,7 +24,7 @@ from slideredit_rt.engines.manifest import ADAPTER_FILE, check_base, read_manife
 from slideredit_rt.errors import OutOfDeviceMemory, SliderEditError
 from slideredit_rt.families import Backbone, Conditioning, EncodedImages, Family, Reader, family_of, get_family
 from slideredit_rt.images import ImageSource, read_images
-from slideredit_rt.loaded_adapters import LoadedAdapters
+from slideredit_rt.loaded_adapters import LoadedAdapter, LoadedAdapters
 from slideredit_rt.modules import SliderBackbone
 from slideredit_rt.placement import Placement, choose_placement
 from slideredit_rt.settings import EditDefaults, EditOptions, EditSettings, RunSettings, merge
@@ -118,7 +118,7 @@ class SliderEditor:
         pipeline: diffusers pipeline that encodes and decodes.
         engine: Engine that runs the backbone; it never changes during the life of the editor.
         adapters: Adapters on the device of an engine with adapter inputs; None for an engine that contains its adapter.
-        adapter_key: Key of the adapter that was chosen for an engine with adapter inputs; None otherwise.
+        adapter: The one that was chosen for an engine with adapter inputs; None without a choice, and for other engines.
         config: Configuration of the transformer.
         controls: Kind of the sliders, their strength curves and the members of a bank.
         max_batch: Largest batch of the engine.
@@ -130,7 +130,7 @@ class SliderEditor:
     defaults = EditDefaults()
     placement = Placement(RunSettings(offload="none"))
     adapters: LoadedAdapters | None = None
-    adapter_key: Hashable = None
+    adapter: LoadedAdapter | None = None
 
     def __init__(
         self,
@@ -308,8 +308,9 @@ class SliderEditor:
             raise SliderEditError(
                 "this engine contains its adapter, so it cannot run another one; build an engine with --adapter-inputs"
             )
-        loaded, editor = self.adapters.of(source), copy.copy(self)
-        editor.engine, editor.controls, editor.adapter_key = loaded.engine, loaded.controls, loaded.key
+        editor = copy.copy(self)
+        editor.adapter = chosen = self.adapters.of(source)
+        editor.engine, editor.controls = chosen.engine, chosen.controls
         return editor
 
     @torch.no_grad()

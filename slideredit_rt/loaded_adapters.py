@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from slideredit_rt.adapters import Adapter, AdapterSource, load_adapters
 from slideredit_rt.assets import resolve_adapter
@@ -30,13 +31,17 @@ class LoadedAdapter:
         key: Equal for the same adapter only.
         engine: The engine with this adapter.
         controls: Kind and strength curve of its sliders.
-        bytes: Memory of its tensors.
+        tensors: Adapter inputs on the engine's device.
     """
 
     key: Hashable
     engine: AdaptedEngine
     controls: Controls
-    bytes: int
+    tensors: tuple[Tensor, ...]
+
+    @property
+    def bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors)
 
 
 class LoadedAdapters:
@@ -102,7 +107,7 @@ class LoadedAdapters:
                 "train or download it again"
             )
         engine, controls = AdaptedEngine(self.engine, self.manifest, tensors), Controls(adapter.kind, adapter.curve)
-        return LoadedAdapter(key, engine, controls, sum(tensor.nbytes for tensor in tensors.values()))
+        return LoadedAdapter(key, engine, controls, tuple(tensors.values()))
 
 
 def _key(source: AdapterSource) -> Hashable:

@@ -318,7 +318,10 @@ def _find_fused(path: Path, manifest: Manifest, given: Sequence[str] | None) -> 
 
 
 def _find_adapter(path: Path, manifest: Manifest, given: str | Sequence[str] | None) -> Adapter:
-    """Return the adapter that an engine contains, and check that it is unchanged; for adapter inputs, the given or default one."""
+    """Return the adapter that an engine contains, and check that it is unchanged.
+
+    For an engine with adapter inputs, this is the given adapter or the default one.
+    """
     family, about = get_family(manifest.family), manifest.adapter
     if layout := manifest.layout:
         if given is None and about is None:

@@ -375,7 +375,7 @@ def add_commands(commands: Commands) -> None:
     verify.add_argument(
         "--adapter",
         action="append",
-        help="adapter (default: the location in the manifest); repeatable, for a bank; any one for an engine with adapter inputs",
+        help="adapter (default: the location in the manifest); repeatable, for a bank; any for an engine with adapter inputs",
     )
     verify.add_argument(
         "--fuse",

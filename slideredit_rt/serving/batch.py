@@ -57,7 +57,8 @@ class Row:
     def tensors(self) -> list[Tensor]:
         """All tensors of the row."""
         schedule = (self.schedule.timesteps, self.schedule.deltas)
-        return [*self.inputs.values(), *(self.negative or {}).values(), self.latents, *schedule, self.true_cfg_scale]
+        adapter = self.editor.adapter.tensors if self.editor.adapter else ()
+        return [*adapter, *self.inputs.values(), *(self.negative or {}).values(), self.latents, *schedule, self.true_cfg_scale]
 
     @property
     def steps(self) -> int:
@@ -97,7 +98,7 @@ def make_rows(
     inputs = editor.backbone_inputs(prepared, alphas[:1])
     negative = family.negative_inputs(editor.config, conditioning, inputs)
     key = (
-        editor.adapter_key,
+        editor.adapter and editor.adapter.key,
         conditioning.height,
         conditioning.width,
         conditioning.sizes,

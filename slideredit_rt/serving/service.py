@@ -203,7 +203,7 @@ class EditService:
 
     def _check_adapter(self, request: EditRequest) -> None:
         if request.adapter is None:
-            if self.editor.adapters is not None and self.editor.adapter_key is None:
+            if self.editor.adapters is not None and self.editor.adapter is None:
                 raise no_adapter()
         elif self.adapters is None:
             raise SliderEditError(
