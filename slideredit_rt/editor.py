@@ -239,7 +239,7 @@ class SliderEditor:
                 raise OutOfDeviceMemory(
                     "the GPU is out of memory for the encoders and the autoencoder; free some, or use --offload encoders"
                 ) from None
-        controls = Controls(manifest.kind, manifest.curve, manifest.members)
+        controls = Controls(manifest.kind, manifest.curve, manifest.members, manifest.member_kinds)
         limits = {"max_batch": manifest.max_batch, "max_sliders": manifest.max_sliders}
         editor = cls(family, pipeline, engine, manifest.config, controls, **limits)
         editor.placement, editor.defaults = placement, manifest.edit_defaults
@@ -287,7 +287,9 @@ class SliderEditor:
         loaded = load_adapters(adapter, family)
         backbone = SliderBackbone(family, pipeline.transformer.eval(), loaded).to(place, dtype)
         config = dict(pipeline.transformer.config)
-        controls = Controls(loaded.kind, loaded.curve, {name: member.curve for name, member in loaded.members.items()})
+        curves = {name: member.curve for name, member in loaded.members.items()}
+        kinds = {name: member.kind for name, member in loaded.members.items()}
+        controls = Controls(loaded.kind, loaded.curve, curves, kinds)
         limits = {"max_batch": max_batch, "max_sliders": max_sliders}
         return cls(family, pipeline, EagerEngine(backbone, place), config, controls, **limits)
 
@@ -359,7 +361,7 @@ class SliderEditor:
             prompt=text,
             instructions=tuple(s.instruction for s in wanted),
             spans=tuple(map(tuple, spans)),
-            token_mask=self._token_mask(spans, conditioning),
+            token_mask=self._token_mask(spans, members, conditioning),
             conditioning=conditioning,
             members=members,
             settings=settings,
@@ -427,11 +429,13 @@ class SliderEditor:
         against = family.negative_prompt if settings.negative_prompt is None else settings.negative_prompt
         return guidance_scale, true_cfg_scale, against if true_cfg_scale > 1 else None
 
-    def _token_mask(self, spans: Sequence[Sequence[int]], conditioning: Conditioning) -> Tensor:
+    def _token_mask(self, spans: Sequence[Sequence[int]], members: Sequence[str], conditioning: Conditioning) -> Tensor:
         """Return the rows of each slider, bool `[K, S]`: its text rows for an ST adapter, all rows for a GST adapter."""
-        if self.kind == "gst":
-            return torch.ones(len(spans), conditioning.text_rows + conditioning.image_rows, dtype=torch.bool)
-        return row_mask(spans, conditioning.text_rows)
+        if self.kind == "st":
+            return row_mask(spans, conditioning.text_rows)
+        rows = conditioning.text_rows + conditioning.image_rows
+        kinds = self.controls.kinds_of(members, len(spans))
+        return row_mask([range(rows) if kind == "gst" else span for kind, span in zip(kinds, spans, strict=True)], rows)
 
     def alphas(self, prepared: Prepared, strengths: Sequence[Sequence[float]]) -> Tensor:
         """Convert N settings of K strengths to the engine's alphas.

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slideredit_rt.adapters import Adapter, AdapterInputs, fit_adapter
+from slideredit_rt.adapters.adapter import check_text_rows
 from slideredit_rt.adapters.inputs import is_adapter_input
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.families import Family, Kind, RowSet, TensorSpec
@@ -188,16 +189,12 @@ class SliderBackbone(nn.Module):
 
     def _inject(self, adapter: Adapter) -> None:
         fit_adapter(adapter, self.family, self.transformer)
+        check_text_rows(adapter)
         adapted: dict[str, AdaptedLinear] = {}
         for name, (lora_a, lora_b) in adapter.pairs.items():
             linear, rows = self.transformer.get_submodule(name), self.family.rows_of(name)
             assert isinstance(linear, nn.Linear | QuantizedLinear)
             assert rows is not None
-            if adapter.kind == "st" and rows == "image":
-                raise SliderEditError(
-                    f"adapter {adapter.source!r} is marked as ST but updates {name}, which does not project text rows; "
-                    "use an ST adapter, or mark this one as gst in its metadata"
-                )
             device = linear.weight.device
             update = rows, self.scales, lora_a.to(device), lora_b.to(device)
             if isinstance(linear, QuantizedLinear):

@@ -293,7 +293,7 @@ class _Carried:
 def _on_cpu(eager: SliderEditor, manifest: Manifest, engine: Engine) -> SliderEditor:
     """Make an editor that encodes and decodes as the eager one does, on the CPU, and denoises with an engine on any device."""
     assert manifest.kind is not None
-    controls = Controls(manifest.kind, manifest.curve, manifest.members)
+    controls = Controls(manifest.kind, manifest.curve, manifest.members, manifest.member_kinds)
     limits = {"max_batch": manifest.max_batch, "max_sliders": manifest.max_sliders}
     editor = SliderEditor(eager.family, eager.pipeline, _Carried(engine), manifest.config, controls, **limits)
     editor.defaults = manifest.edit_defaults

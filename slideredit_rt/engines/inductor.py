@@ -253,7 +253,8 @@ def _adapter_in(folder: Path, manifest: Manifest, family: Family) -> Adapter | N
         return None
     adapter, dtype = load_adapter(folder / ADAPTER_FILE, family), getattr(torch, manifest.dtype)
     pairs = {name: (a.to(dtype), b.to(dtype)) for name, (a, b) in adapter.pairs.items()}
-    members = {name: Member(adapter.source, curve) for name, curve in manifest.members.items()}
+    kinds = manifest.member_kinds
+    members = {name: Member(adapter.source, kinds[name], curve) for name, curve in manifest.members.items()}
     return dataclasses.replace(adapter, pairs=pairs, members=members)
 
 

@@ -14,7 +14,7 @@ from slideredit_rt.adapters import AdapterInputs
 from slideredit_rt.adapters.inputs import is_adapter_input
 from slideredit_rt.checkpoint import fingerprint_base
 from slideredit_rt.errors import SliderEditError
-from slideredit_rt.families import FAMILIES, KINDS, TensorSpec
+from slideredit_rt.families import FAMILIES, KINDS, Kind, TensorSpec
 from slideredit_rt.files import MANIFEST, Digests, atomic_file, check_engine_folder, is_plain_name, read_json, sha256
 from slideredit_rt.quantization.precisions import PRECISIONS
 from slideredit_rt.settings import EditDefaults
@@ -44,8 +44,8 @@ class Manifest:
         family: Base-model family.
         base: `source` (embedded name, hub repository or absolute folder) and `fingerprint`, SHA-256 per pipeline component.
         adapter: `source`, `fingerprint`, `kind`, `rank`, `modules`, `strength_curve`, and for a bank `members`, by name, each
-            with its `source` and `strength_curve`; None for an engine of the frozen backbone. For an engine with adapter
-            inputs, its default adapter, if it has one.
+            with its `source`, `kind` and `strength_curve`; None for an engine of the frozen backbone. For an engine with
+            adapter inputs, its default adapter, if it has one.
         backend: Name of the backend.
         backend_version: Version of its package.
         lowering: Requested form of the masked update: `native`, `folded`, `plugin`, or `operator` (this package's operators,
@@ -128,6 +128,12 @@ class Manifest:
         """Strength curves of a bank's members, in the order of the last axis of `alpha`; empty without a bank."""
         described = (self.adapter or {}).get("members", {})
         return {name: StrengthCurve.from_json(member["strength_curve"]) for name, member in described.items()}
+
+    @property
+    def member_kinds(self) -> dict[str, Kind]:
+        """Kinds of a bank's members, by name; empty without a bank."""
+        described = (self.adapter or {}).get("members", {})
+        return {name: member.get("kind", self.kind) for name, member in described.items()}
 
     @property
     def edit_defaults(self) -> EditDefaults:
@@ -399,7 +405,7 @@ _ADAPTER = _record(
     },
     {
         "training": _plain,
-        "members": _mapping(_record({"source": _text, "strength_curve": _curve}), most=MAX_SLIDERS),
+        "members": _mapping(_record({"source": _text, "strength_curve": _curve}, {"kind": _one_of(*KINDS)}), most=MAX_SLIDERS),
         "dropped": _list(_text, most=_LARGEST),
     },
 )

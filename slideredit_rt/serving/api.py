@@ -97,6 +97,7 @@ class Api:
             backend="torch" if manifest is None else manifest.backend,
             precision=None if manifest is None else manifest.precision,
             adapters=list(editor.members),
+            adapter_kinds=editor.controls.kinds_of(list(editor.members), 0),
             choices=[] if self.service.adapters is None else self.service.adapters.names(),
             max_sliders=editor.max_sliders,
             num_inference_steps=editor.default_steps,

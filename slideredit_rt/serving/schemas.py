@@ -173,11 +173,14 @@ class EditResponse(BaseModel):
 
 
 class EngineInfo(BaseModel):
-    kind: str = Field(description="st: a slider scales its own words; gst: one slider scales everything")
+    kind: str = Field(
+        description="st: a slider scales its own words; gst: one slider scales everything, also for a bank of both kinds"
+    )
     family: str
     backend: str
     precision: str | None = Field(description="precision of a quantised base, such as fp8; null if the base was not quantised")
     adapters: list[str] = Field(description="names of the adapters in a bank; empty if the engine has a single adapter")
+    adapter_kinds: list[str] = Field(description="kind of each adapter in a bank, in the order of `adapters`")
     choices: list[str] = Field(
         description="names that `adapter` of a request can have; empty if the engine contains its adapter"
     )
