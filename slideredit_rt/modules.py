@@ -189,7 +189,7 @@ class SliderBackbone(nn.Module):
 
     def _inject(self, adapter: Adapter) -> None:
         fit_adapter(adapter, self.family, self.transformer)
-        check_text_rows(adapter)
+        check_text_rows(adapter, self.family)
         adapted: dict[str, AdaptedLinear] = {}
         for name, (lora_a, lora_b) in adapter.pairs.items():
             linear, rows = self.transformer.get_submodule(name), self.family.rows_of(name)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from slideredit_rt.errors import SliderEditError
-from slideredit_rt.families import Kind, RowSet, get_family
+from slideredit_rt.families import Family, Kind, RowSet, get_family
 from slideredit_rt.strength import StrengthCurve
 
 
@@ -125,7 +125,7 @@ def bank_adapters(adapters: Sequence[Adapter], names: Sequence[str]) -> Adapter:
                 f"adapters {first.source!r} ({first.family}) and {adapter.source!r} ({adapter.family}) cannot share an engine; "
                 "pass adapters of one family"
             )
-        check_text_rows(adapter)
+        check_text_rows(adapter, get_family(adapter.family))
     if twice := next((name for name, count in Counter(names).items() if count > 1 or not name.strip()), None):
         raise SliderEditError(f"two adapters would be named {twice!r} in the bank; rename one of the files")
     modules = dict.fromkeys(name for adapter in adapters for name in adapter.pairs)
@@ -158,13 +158,13 @@ def bank_adapters(adapters: Sequence[Adapter], names: Sequence[str]) -> Adapter:
     )
 
 
-def check_text_rows(adapter: Adapter) -> None:
+def check_text_rows(adapter: Adapter, family: Family) -> None:
     """Check that an ST adapter updates no linear of image rows.
 
     Raises:
         SliderEditError: It does.
     """
-    image = [name for name in adapter.pairs if get_family(adapter.family).rows_of(name) == "image"]
+    image = [name for name in adapter.pairs if family.rows_of(name) == "image"]
     if adapter.kind == "st" and image:
         raise SliderEditError(
             f"adapter {adapter.source!r} is marked as ST but updates {image[0]}, which does not project text rows; use an ST "
