@@ -109,7 +109,10 @@ def _inspect(args: argparse.Namespace) -> int:
         if adapter
         else "adapter    none",
         *(_adapter_input_lines(manifest)),
-        *(f"member     {name} ({kind}, {adapter['members'][name]['source']})" for name, kind in manifest.member_kinds.items()),
+        *(
+            f"member     {name} ({manifest.member_kinds[name]}, {member['source']})"
+            for name, member in (adapter or {}).get("members", {}).items()
+        ),
         *_fused_lines(manifest),
         f"backend    {manifest.backend} {manifest.backend_version}{later}",
         f"dtype      {manifest.dtype}",
