@@ -74,11 +74,10 @@ def build_engine(
         SliderEditError: The base, the adapter, a LoRA, the output folder or an option cannot be used.
     """
     backend = get_backend(settings.backend)
-    if settings.options is not None and not isinstance(settings.options, backend.build_options or ()):
-        raise SliderEditError(f"the backend {backend.name} does not take {type(settings.options).__name__}; remove the options")
     settings = replace(settings, dtype=backend.choose_dtype(settings.dtype))
     path = resolve_base(base)
     family = family_of(path)
+    _check_backend(backend, family, settings)
     fitted, match = _fit(adapter, family, path, allow_partial=settings.allow_partial)
     inputs = _adapter_inputs(settings, family, path, fitted)
     source = inputs or fitted
@@ -87,12 +86,6 @@ def build_engine(
     check_precisions(backend, quantised)
     separate = "adapter inputs" if inputs else "a quantised base" if quantised else None
     lowering = choose(settings.lowering, kind, backend, bank=bank, separate=separate)
-    if family.reads_images_once and not backend.reads_images:
-        able = [name for name, other in BACKENDS.items() if other.reads_images]
-        raise SliderEditError(
-            f"the backend {backend.name} cannot build engines that read the source images once, as a {family.name} base does; "
-            f"use --backend {' or '.join(able)}"
-        )
     # The transformer is checked later, when its weights are linked.
     family.check_base(path, transformer=False)
     updates = _read_fused(family, path, settings, quantised)
@@ -125,6 +118,18 @@ def build_engine(
             write_manifest(manifest, folder)
             stage("done", 4)
     return manifest
+
+
+def _check_backend(backend: Backend, family: Family, settings: BuildSettings) -> None:
+    """Check that a backend takes the options of a build, and builds engines of a family."""
+    if settings.options is not None and not isinstance(settings.options, backend.build_options or ()):
+        raise SliderEditError(f"the backend {backend.name} does not take {type(settings.options).__name__}; remove the options")
+    if family.reads_images_once and not backend.reads_images:
+        able = [name for name, other in BACKENDS.items() if other.reads_images]
+        raise SliderEditError(
+            f"the backend {backend.name} cannot build engines that read the source images once, as a {family.name} base does; "
+            f"use --backend {' or '.join(able)}"
+        )
 
 
 def check_precisions(backend: Backend, precisions: Sequence[str]) -> None:

@@ -56,7 +56,7 @@ class CallPair:
     b: Tensor
 
 
-class _LowRank:
+class LowRank:
     """Source of an adapted linear's A and B: parameters of its own, or the tensors of a call."""
 
     lora_A: Tensor  # noqa: N815
@@ -68,12 +68,18 @@ class _LowRank:
         del self.lora_A, self.lora_B
         self._of_call = pair
 
+    def share_low_rank(self, other: LowRank) -> None:
+        """Use the same A and B as another adapted linear."""
+        if other._of_call is None:
+            self.lora_A, self.lora_B = other.lora_A, other.lora_B
+        self._of_call = other._of_call
+
     def low_rank(self) -> tuple[Tensor, Tensor]:
         """Return A `[R, K]` and B `[N, R]`."""
         return (self.lora_A, self.lora_B) if self._of_call is None else (self._of_call.a, self._of_call.b)
 
 
-class MaskedLoRALinear(_LowRank, nn.Linear):
+class MaskedLoRALinear(LowRank, nn.Linear):
     """A frozen linear plus a low-rank update scaled per row: `y = x Wᵀ + bias + row_scale · (x Aᵀ) Bᵀ`.
 
     It shares the wrapped linear's parameters under their own names, so the state-dict keys of the base do not change.
@@ -109,7 +115,7 @@ class MaskedLoRALinear(_LowRank, nn.Linear):
         return linear
 
 
-class MaskedLoRAQuantizedLinear(_LowRank, QuantizedLinear):
+class MaskedLoRAQuantizedLinear(LowRank, QuantizedLinear):
     """A quantised linear plus a low-rank update of its unquantised input: `y = q(x) Wᵀ + bias + row_scale · (x Aᵀ) Bᵀ`.
 
     It shares the wrapped linear's tensors under their own names, as `MaskedLoRALinear` does.
