@@ -27,6 +27,7 @@ from slideredit_rt.images import ImageSource, read_images
 from slideredit_rt.loaded_adapters import LoadedAdapter, LoadedAdapters
 from slideredit_rt.modules import SliderBackbone
 from slideredit_rt.placement import Placement, choose_placement
+from slideredit_rt.preview_decoder import PreviewDecoder
 from slideredit_rt.settings import EditDefaults, EditOptions, EditSettings, RunSettings, merge
 from slideredit_rt.sliders import Controls, Slider, compose_prompt
 from slideredit_rt.spans import PromptToken, normalise, row_mask
@@ -125,12 +126,14 @@ class SliderEditor:
         max_sliders: Largest number of sliders of the engine.
         placement: Parts that `from_engine` left in host memory, and why.
         defaults: Values that an engine has for settings that an edit does not set.
+        preview_decoder: Decoder of previews; None decodes them like all images.
     """
 
     defaults = EditDefaults()
     placement = Placement(RunSettings(offload="none"))
     adapters: LoadedAdapters | None = None
     adapter: LoadedAdapter | None = None
+    preview_decoder: PreviewDecoder | None = None
 
     def __init__(
         self,
@@ -609,12 +612,20 @@ class SliderEditor:
         return self.decode(latents, conditioning.height, conditioning.width)
 
     @torch.no_grad()
-    def decode(self, latents: Tensor, height: int, width: int) -> Tensor:
+    def decode(self, latents: Tensor, height: int, width: int, *, preview: bool = False) -> Tensor:
         """Decode latents `[B, latent_rows, C]` to images `[B, 3, height, width]` in [0, 1].
 
         An image that is not finite before or after the autoencoder is filled with NaN (see `broken_rows`).
+
+        Args:
+            latents: Latents of B images.
+            height: Height of the images, in pixels.
+            width: Width of the images, in pixels.
+            preview: Use `preview_decoder`, if there is one.
         """
         with self._pipeline_lock:
+            if preview and self.preview_decoder is not None:
+                return self.preview_decoder.decode(latents, height, width)
             return self.family.decode(self.pipeline, latents, height, width)
 
     def edited_size(self, images: Sequence[Image.Image]) -> tuple[int, int]:

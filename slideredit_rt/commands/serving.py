@@ -108,6 +108,12 @@ def _add_limits(parser: argparse.ArgumentParser, defaults: ServeSettings) -> Non
         help="denoising steps of previews that do not set num_inference_steps (default: %(default)s)",
     )
     parser.add_argument(
+        "--preview-decoder",
+        metavar="FOLDER",
+        help="tiny autoencoder (diffusers' AutoencoderTiny), or its hub repository, that decodes previews and partial images "
+        "(default: the base's autoencoder)",
+    )
+    parser.add_argument(
         "--drain-seconds",
         type=float,
         default=defaults.drain_seconds,

@@ -92,11 +92,12 @@ def make_app(settings: ServeSettings, options: RuntimeOptions | None) -> tuple[F
         The application, its service, and the model name for clients.
 
     Raises:
-        SliderEditError: The engine cannot run here.
+        SliderEditError: The engine cannot run here, or the preview decoder does not fit it.
     """
     import torch
 
     from slideredit_rt.editor import SliderEditor
+    from slideredit_rt.preview_decoder import PreviewDecoder
     from slideredit_rt.serving.adapter_folder import AdapterFolder
     from slideredit_rt.serving.app import create_app
     from slideredit_rt.serving.body import Limits
@@ -111,6 +112,8 @@ def make_app(settings: ServeSettings, options: RuntimeOptions | None) -> tuple[F
     editor = SliderEditor.from_engine(settings.engine, settings.base, settings.run(options))
     if editor.adapters is not None:
         editor.adapters.max_bytes = settings.adapters_mib * 2**20
+    if settings.preview_decoder is not None:
+        editor.preview_decoder = PreviewDecoder.load(settings.preview_decoder, editor.family, editor.pipeline)
     service = EditService(
         editor,
         max_queue=settings.max_queue,

@@ -445,19 +445,20 @@ class EditService:
             self._scheduler.add(rows)
             self._changed.notify_all()
 
-    def _decode(self, rows: Sequence[Row], latents: Sequence[Tensor], marks: Sequence[Any]) -> Tensor | None:
+    def _decode(self, rows: Sequence[Row], latents: Sequence[Tensor], marks: Sequence[Any], *, preview: bool) -> Tensor | None:
         """Decode several rows into `[B, 3, H, W]`; on an error, fail their jobs and return None.
 
         Args:
             rows: Rows of the same size.
             latents: Latents to decode for each row.
             marks: Mark of the work that wrote the latents of each row.
+            preview: Use the editor's preview decoder, if it has one.
         """
         started = time.perf_counter()
         try:
             for one, mark in zip(latents, marks, strict=True):
                 self._codec.take(mark, [one])
-            pixels = self.editor.decode(torch.cat(list(latents)), rows[0].height, rows[0].width).cpu()
+            pixels = self.editor.decode(torch.cat(list(latents)), rows[0].height, rows[0].width, preview=preview).cpu()
         except Exception as error:
             self._fail(rows, "images could not be decoded", error)
             return None
@@ -465,7 +466,7 @@ class EditService:
         return pixels
 
     def _finish(self, rows: list[Row]) -> None:
-        pixels = self._decode(rows, [row.latents for row in rows], [row.made for row in rows])
+        pixels = self._decode(rows, [row.latents for row in rows], [row.made for row in rows], preview=rows[0].interactive)
         if pixels is None:
             return
         broken = broken_rows(pixels)
@@ -482,7 +483,7 @@ class EditService:
 
     def _show(self, parts: list[tuple[Row, int, Tensor, Any]]) -> None:
         rows, steps, latents, marks = zip(*parts, strict=True)
-        pixels = self._decode(rows, latents, marks)
+        pixels = self._decode(rows, latents, marks, preview=True)
         if pixels is None:
             return
         # Skip broken previews of the result; only the last step decides whether a request fails.

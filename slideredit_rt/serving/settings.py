@@ -53,6 +53,8 @@ class ServeSettings:
         max_megapixels, max_body_mib: Largest image, in megapixels, and largest request body, in MiB.
         request_seconds: Time limit of an edit.
         preview_steps: Denoising steps of previews that do not set num_inference_steps.
+        preview_decoder: Folder or hub repository of a tiny autoencoder that decodes previews and partial images; None decodes
+            them like all images.
         drain_seconds: Time for accepted edits to finish on shutdown.
         min_replicas, max_replicas: Ray Serve replicas at all times, and at most while the queue is long; None takes the former.
         replica_cpus, replica_gpus: CPUs and GPUs that Ray reserves per replica.
@@ -82,6 +84,7 @@ class ServeSettings:
     max_body_mib: float = 32.0
     request_seconds: float = 300.0
     preview_steps: int = 4
+    preview_decoder: str | None = None
     drain_seconds: float = 30.0
     min_replicas: int = 1
     max_replicas: int | None = None
