@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import threading
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -18,11 +19,13 @@ from slideredit_rt.adapters import AdapterSource, Fused, load_adapters, read_upd
 from slideredit_rt.assets import resolve_base
 from slideredit_rt.denoising import Denoising, frozen_steps
 from slideredit_rt.engines import check_run, open_engine
+from slideredit_rt.engines.adapter_inputs import AdaptedEngine
 from slideredit_rt.engines.eager import EagerEngine
-from slideredit_rt.engines.manifest import check_base, read_manifest
+from slideredit_rt.engines.manifest import ADAPTER_FILE, check_base, read_manifest
 from slideredit_rt.errors import OutOfDeviceMemory, SliderEditError
 from slideredit_rt.families import Backbone, Conditioning, EncodedImages, Family, Reader, family_of, get_family
 from slideredit_rt.images import ImageSource, read_images
+from slideredit_rt.loaded_adapters import LoadedAdapter, LoadedAdapters
 from slideredit_rt.modules import SliderBackbone
 from slideredit_rt.placement import Placement, choose_placement
 from slideredit_rt.preview_decoder import PreviewDecoder
@@ -118,6 +121,8 @@ class SliderEditor:
         family: Base-model family.
         pipeline: diffusers pipeline that encodes and decodes.
         engine: Engine that runs the backbone; it never changes during the life of the editor.
+        adapters: Adapters on the device of an engine with adapter inputs; None for an engine that contains its adapter.
+        adapter: The one that was chosen for an engine with adapter inputs; None without a choice, and for other engines.
         config: Configuration of the transformer.
         controls: Kind of the sliders, their strength curves and the members of a bank.
         max_batch: Largest batch of the engine.
@@ -129,6 +134,8 @@ class SliderEditor:
 
     defaults = EditDefaults()
     placement = Placement(RunSettings(offload="none"))
+    adapters: LoadedAdapters | None = None
+    adapter: LoadedAdapter | None = None
     preview_decoder: PreviewDecoder | None = None
 
     def __init__(
@@ -206,6 +213,8 @@ class SliderEditor:
     ) -> SliderEditor:
         """Open an engine folder.
 
+        An engine with adapter inputs starts with its default adapter; choose another one with `use_adapter`.
+
         Args:
             path: Folder written by `slideredit-rt build`.
             base: Folder, hub repository or embedded name of the base, which holds the encoders and the decoder; None takes the
@@ -242,13 +251,17 @@ class SliderEditor:
                 raise OutOfDeviceMemory(
                     "the GPU is out of memory for the encoders and the autoencoder; free some, or use --offload encoders"
                 ) from None
-        controls = Controls(manifest.kind, manifest.curve, manifest.members)
+        controls = Controls(manifest.kind, manifest.curve, manifest.members, manifest.member_kinds)
         limits = {"max_batch": manifest.max_batch, "max_sliders": manifest.max_sliders}
         editor = cls(family, pipeline, engine, manifest.config, controls, **limits)
         editor.placement, editor.defaults = placement, manifest.edit_defaults
         if editor.defaults.timestep_shift is not None:
             family.fix_shift(pipeline, editor.defaults.timestep_shift)
-        return editor
+        if manifest.layout is None:
+            return editor
+        editor.adapters = LoadedAdapters(engine, manifest)
+        editor.engine = AdaptedEngine(engine, manifest, None)
+        return editor if manifest.adapter is None else editor.use_adapter(Path(path) / ADAPTER_FILE)
 
     @classmethod
     def from_pretrained(
@@ -286,9 +299,33 @@ class SliderEditor:
         loaded = load_adapters(adapter, family)
         backbone = SliderBackbone(family, pipeline.transformer.eval(), loaded).to(place, dtype)
         config = dict(pipeline.transformer.config)
-        controls = Controls(loaded.kind, loaded.curve, {name: member.curve for name, member in loaded.members.items()})
+        curves = {name: member.curve for name, member in loaded.members.items()}
+        kinds = {name: member.kind for name, member in loaded.members.items()}
+        controls = Controls(loaded.kind, loaded.curve, curves, kinds)
         limits = {"max_batch": max_batch, "max_sliders": max_sliders}
         return cls(family, pipeline, EagerEngine(backbone, place), config, controls, **limits)
+
+    def use_adapter(self, source: AdapterSource) -> SliderEditor:
+        """Return an editor with another adapter for the same engine, which must have adapter inputs.
+
+        Both editors share the engine, the encoders and the decoder, and can be used at the same time. The adapter is read and
+        copied to the device when it is used first, and kept there as long as `adapters.max_bytes` allows.
+
+        Args:
+            source: Embedded name, file or folder of an adapter, or a loaded one.
+
+        Raises:
+            SliderEditError: The engine contains its adapter, or the adapter cannot be read or does not fit the engine (see
+                `slideredit_rt.adapters.AdapterInputs.check`).
+        """
+        if self.adapters is None:
+            raise SliderEditError(
+                "this engine contains its adapter, so it cannot run another one; build an engine with --adapter-inputs"
+            )
+        editor = copy.copy(self)
+        editor.adapter = chosen = self.adapters.of(source)
+        editor.engine, editor.controls = chosen.engine, chosen.controls
+        return editor
 
     @torch.no_grad()
     def prepare(
@@ -336,7 +373,7 @@ class SliderEditor:
             prompt=text,
             instructions=tuple(s.instruction for s in wanted),
             spans=tuple(map(tuple, spans)),
-            token_mask=self._token_mask(spans, conditioning),
+            token_mask=self._token_mask(spans, members, conditioning),
             conditioning=conditioning,
             members=members,
             settings=settings,
@@ -405,11 +442,13 @@ class SliderEditor:
         against = family.negative_prompt if settings.negative_prompt is None else settings.negative_prompt
         return guidance_scale, true_cfg_scale, against if true_cfg_scale > 1 else None
 
-    def _token_mask(self, spans: Sequence[Sequence[int]], conditioning: Conditioning) -> Tensor:
+    def _token_mask(self, spans: Sequence[Sequence[int]], members: Sequence[str], conditioning: Conditioning) -> Tensor:
         """Return the rows of each slider, bool `[K, S]`: its text rows for an ST adapter, all rows for a GST adapter."""
-        if self.kind == "gst":
-            return torch.ones(len(spans), conditioning.text_rows + conditioning.image_rows, dtype=torch.bool)
-        return row_mask(spans, conditioning.text_rows)
+        if self.kind == "st":
+            return row_mask(spans, conditioning.text_rows)
+        rows = conditioning.text_rows + conditioning.image_rows
+        kinds = self.controls.kinds_of(members, len(spans))
+        return row_mask([range(rows) if kind == "gst" else span for kind, span in zip(kinds, spans, strict=True)], rows)
 
     def alphas(self, prepared: Prepared, strengths: Sequence[Sequence[Strength]], fraction: float = 0.0) -> Tensor:
         """Convert N settings of K strengths to the engine's alphas, see `Controls.alphas`.

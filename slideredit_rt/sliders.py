@@ -58,14 +58,20 @@ class Controls:
     """Effect of an engine's sliders.
 
     Attributes:
-        kind: Kind of the adapter, `st` or `gst`.
+        kind: Kind of the adapter, `st` or `gst`; `gst` for a bank with members of both kinds.
         curve: Curve of a single adapter from strength to alpha.
         members: Curve of each adapter of a bank, by name, in the order of the last axis of `alpha`; empty without a bank.
+        kinds: Kind of members, by name; those that are not listed have the bank's.
     """
 
     kind: str
     curve: StrengthCurve = field(default_factory=StrengthCurve)
     members: Mapping[str, StrengthCurve] = field(default_factory=dict)
+    kinds: Mapping[str, str] = field(default_factory=dict)
+
+    def kinds_of(self, members: Sequence[str], count: int) -> list[str]:
+        """Return the kind of each of `count` sliders, which scale these members of a bank."""
+        return [self.kinds.get(name, self.kind) for name in members] or [self.kind] * count
 
     def members_of(self, sliders: Sequence[Slider]) -> tuple[str, ...]:
         """Return the bank's adapter that each slider scales; () without a bank.
@@ -91,14 +97,16 @@ class Controls:
             if member not in self.members:
                 fault = "names no adapter" if slider.adapter is None else f"names the unknown adapter {slider.adapter!r}"
                 raise SliderEditError(f"slider {slider.instruction!r} {fault}; choose from {names}")
-        if self.kind == "gst" and len(set(members)) < len(members):
-            twice = next(m for m in members if members.count(m) > 1)
+        scaling_all = [m for m, kind in zip(members, self.kinds_of(members, len(members)), strict=True) if kind == "gst"]
+        if twice := next((m for m in scaling_all if scaling_all.count(m) > 1), None):
             raise SliderEditError(f"two sliders scale the adapter {twice!r}, which scales every row; pass one slider for it")
         return members
 
     def spoken(self, sliders: Sequence[Slider]) -> list[bool]:
         """Return whether each slider's words are in the prompt: all except GST sliders that are named after their adapter."""
-        return [self.kind == "st" or not self.members or s.adapter is not None for s in sliders]
+        kinds = [self.kinds.get(s.instruction if s.adapter is None else s.adapter, self.kind) for s in sliders]
+        named = [s.adapter is not None for s in sliders]
+        return [kind == "st" or not self.members or name for kind, name in zip(kinds, named, strict=True)]
 
     def find_spans(
         self, prompt: str, sliders: Sequence[Slider], tokens: Sequence[PromptToken], max_rows: int

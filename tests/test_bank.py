@@ -287,9 +287,9 @@ def test_a_member_where_there_is_no_bank(st_editor: SliderEditor, scene: Image.I
 
 
 def test_adapters_that_make_no_bank_are_refused(pair: list[Adapter], files: list[str], family: Family, kind: str) -> None:
-    foreign = f"shapes-{'st' if kind == 'gst' else 'gst'}"
+    foreign = dataclasses.replace(pair[1], family="flux2")
     cases: list[tuple[Any, str]] = [
-        (lambda: load_adapters([files[0], foreign], family), "pass adapters of one family and one kind"),
+        (lambda: bank_adapters([pair[0], foreign], ["a", "b"]), "cannot share an engine; pass adapters of one family"),
         (lambda: load_adapters([files[0], files[0]], family), f"two adapters would be named '{files[0]}' in the bank"),
         (lambda: bank_adapters(pair, ["a"]), "2 adapters and 1 names"),
         (lambda: bank_adapters([bank_adapters(pair, ["a", "b"]), pair[0]], ["c", "d"]), "is already a bank"),
@@ -384,7 +384,7 @@ def test_commands_build_show_edit_and_replace_a_bank(
 ) -> None:
     assert main(["inspect", str(engine)]) == 0
     out = capsys.readouterr().out
-    assert f"member     other ({files[1]})" in out
+    assert f"member     other (st, {files[1]})" in out
     assert "input      alpha float32 [batch, sliders, 2]" in out
     scene.save(tmp_path / "scene.png")
     image, edited = ["--image", str(tmp_path / "scene.png"), "--steps", "1", "--quiet"], str(tmp_path / "out.png")

@@ -1,4 +1,4 @@
-"""All kernels of all targets: special values, other orders of warps, missing barriers, the kernels' own tests (`make ptx-test`)."""
+"""All kernels of all targets: special values, other orders of warps, missing barriers, their own tests (`make ptx-test`)."""
 
 from __future__ import annotations
 

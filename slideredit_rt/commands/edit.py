@@ -89,7 +89,8 @@ def _open(args: argparse.Namespace) -> SliderEditor:
 
     from slideredit_rt.editor import SliderEditor
 
-    return SliderEditor.from_engine(args.engine, args.base, run)
+    editor = SliderEditor.from_engine(args.engine, args.base, run)
+    return editor if args.adapter is None else editor.use_adapter(args.adapter)
 
 
 def _edit(args: argparse.Namespace) -> int:
@@ -209,6 +210,7 @@ def _add_image_options(sub: argparse.ArgumentParser, example: str, text: str) ->
     )
     sub.add_argument("--slider", action="append", required=True, metavar=example, help=text)
     add_member_option(sub)
+    sub.add_argument("--adapter", help="adapter for an engine with adapter inputs (default: the engine's own)")
     sub.add_argument(
         "--prompt", help="whole prompt, with every instruction in it (default: the instructions joined by ' and ')"
     )

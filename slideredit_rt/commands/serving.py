@@ -81,6 +81,18 @@ def _add_limits(parser: argparse.ArgumentParser, defaults: ServeSettings) -> Non
         help="keep no latents: repeat the first steps of a moved slider and edits that were made before",
     )
     parser.add_argument(
+        "--adapters",
+        type=user_path,
+        metavar="DIR",
+        help="folder of adapters that requests choose by name, for an engine with adapter inputs (default: the engine's own)",
+    )
+    parser.add_argument(
+        "--adapters-mib",
+        type=int,
+        default=defaults.adapters_mib,
+        help="device memory for these adapters, in MiB (default: %(default)s)",
+    )
+    parser.add_argument(
         "--max-megapixels",
         type=float,
         default=defaults.max_megapixels,

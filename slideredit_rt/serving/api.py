@@ -82,7 +82,12 @@ class Api:
         self.max_images = MAX_SOURCES if self.editor.family.takes_several_images(self.editor.pipeline) else 1
         self.tokens = Tokens(self.editor)
         self._workers = CapacityLimiter(_DECODERS)
-        self.model = Model(id=model, created=int(time.time()), engine=self._engine())
+        self._model, self._created = model, int(time.time())
+
+    @property
+    def model(self) -> Model:
+        """The model with the adapters that can be chosen now."""
+        return Model(id=self._model, created=self._created, engine=self._engine())
 
     def _engine(self) -> EngineInfo:
         editor = self.editor
@@ -93,6 +98,8 @@ class Api:
             backend="torch" if manifest is None else manifest.backend,
             precision=None if manifest is None else manifest.precision,
             adapters=list(editor.members),
+            adapter_kinds=editor.controls.kinds_of(list(editor.members), 0),
+            choices=[] if self.service.adapters is None else self.service.adapters.names(),
             max_sliders=editor.max_sliders,
             num_inference_steps=editor.default_steps,
             guidance_scale=editor.default_guidance_scale,
@@ -153,6 +160,7 @@ class Api:
             consecutive_seeds=fields.sweep is None,
             interactive=fields.preview,
             timeout=self.limits.request_seconds,
+            adapter=fields.adapter,
             partial_every=math.ceil(self.editor.number_of_steps(settings) / (partial_images + 1)) if partial_images else 0,
         )
         pixels_per_row = (2 * self.editor.pipeline.vae_scale_factor) ** 2
@@ -235,8 +243,8 @@ class Api:
             raise Fault(400, message, param="size", code="invalid_size")
 
     def check_model(self, name: str | None) -> None:
-        if name is not None and name != self.model.id:
-            message = f"the model {name[:80]!r} is not served here; use {self.model.id!r}"
+        if name is not None and name != self._model:
+            message = f"the model {name[:80]!r} is not served here; use {self._model!r}"
             raise Fault(404, message, param="model", code="model_not_found")
 
     def spans(self, fields: SpansFields) -> SpansResponse:

@@ -25,6 +25,7 @@ class Row:
     """One image while it is denoised.
 
     Attributes:
+        editor: The editor that runs the row, with its adapter.
         owner: The job that the image belongs to.
         index: Position of the image among the owner's.
         key: Equal for rows that can share an engine call.
@@ -46,6 +47,7 @@ class Row:
         made: Mark of the work that wrote the tensors, for a `Lane` that has not taken them; None if there is no such lane.
     """
 
+    editor: SliderEditor
     owner: Any
     index: int
     key: tuple[Hashable, ...]
@@ -72,7 +74,8 @@ class Row:
         """All tensors of the row."""
         schedule = (self.schedule.timesteps, self.schedule.deltas)
         own = (self.alphas, self.latents, *schedule, self.true_cfg_scale)
-        return [*self.inputs.values(), *(self.negative or {}).values(), *own]
+        adapter = self.editor.adapter.tensors if self.editor.adapter else ()
+        return [*adapter, *self.inputs.values(), *(self.negative or {}).values(), *own]
 
     @property
     def steps(self) -> int:
@@ -121,16 +124,25 @@ def make_rows(
     alphas, frozen = editor.alphas_of_run(prepared, strengths, settings), editor.frozen_steps(settings)
     inputs = editor.backbone_inputs(prepared, alphas[0, :1])
     negative = family.negative_inputs(editor.config, conditioning, inputs)
-    key = (conditioning.height, conditioning.width, conditioning.sizes, _shapes(inputs), _shapes(negative or {}))
+    adapter = editor.adapter and editor.adapter.key
+    key = (
+        adapter,
+        conditioning.height,
+        conditioning.width,
+        conditioning.sizes,
+        _shapes(inputs),
+        _shapes(negative or {}),
+    )
     latent_rows, device = conditioning.latents.shape[1], conditioning.latents.device
     schedule = family.schedule(editor.pipeline, latent_rows, steps).to(device)
     true_cfg_scale = torch.full((1, 1, 1), conditioning.true_cfg_scale, device=device)
     rows = []
     for index, (alpha, seed) in enumerate(zip(alphas.split(1, dim=1), seeds, strict=True)):
-        run = (*prepared.content, seed, steps)
+        run = (adapter, *prepared.content, seed, steps)
         noise = family.draw_noise(editor.pipeline, conditioning.height, conditioning.width, seed)
         rows.append(
             Row(
+                editor=editor,
                 owner=owner,
                 index=index,
                 key=key,

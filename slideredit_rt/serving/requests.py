@@ -58,6 +58,7 @@ class EditRequest:
         interactive: True for a preview. Previews run before full edits.
         timeout: Seconds from submission to deadline; None sets no deadline.
         partial_every: Steps between partial images; 0 makes none.
+        adapter: Name of the adapter to use, for an engine with adapter inputs; None takes the engine's default.
     """
 
     image: Image.Image | Sequence[Image.Image]
@@ -68,6 +69,7 @@ class EditRequest:
     interactive: bool = False
     timeout: float | None = None
     partial_every: int = 0
+    adapter: str | None = None
 
     @property
     def seeds(self) -> tuple[int, ...]:

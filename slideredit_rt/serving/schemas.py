@@ -99,6 +99,9 @@ class EditFields(_Strict):
     sliders: list[SliderField] | None = Field(
         None, min_length=1, max_length=MAX_SLIDERS, description="sliders; default: one for the whole prompt, at strength 1"
     )
+    adapter: Annotated[str, Field(max_length=MAX_CHARACTERS)] | None = Field(
+        None, description="adapter to use, one of `choices` in GET /v1/models; default: the engine's own"
+    )
     sweep: SweepField | None = None
     preview: bool = Field(False, description="run before full edits, and with fewer steps unless num_inference_steps is given")
     n: int | None = Field(
@@ -210,11 +213,17 @@ class EditResponse(BaseModel):
 
 
 class EngineInfo(BaseModel):
-    kind: str = Field(description="st: a slider scales its own words; gst: one slider scales everything")
+    kind: str = Field(
+        description="st: a slider scales its own words; gst: one slider scales everything, also for a bank of both kinds"
+    )
     family: str
     backend: str
     precision: str | None = Field(description="precision of a quantised base, such as fp8; null if the base was not quantised")
     adapters: list[str] = Field(description="names of the adapters in a bank; empty if the engine has a single adapter")
+    adapter_kinds: list[str] = Field(description="kind of each adapter in a bank, in the order of `adapters`")
+    choices: list[str] = Field(
+        description="names that `adapter` of a request can have; empty if the engine contains its adapter"
+    )
     max_sliders: int
     num_inference_steps: int = Field(description="denoising steps of a full edit by default")
     guidance_scale: float | None = Field(

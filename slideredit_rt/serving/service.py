@@ -17,8 +17,10 @@ from PIL import Image
 from torch import Tensor
 
 from slideredit_rt.editor import SliderEditor, broken_rows, not_finite
+from slideredit_rt.engines.adapter_inputs import no_adapter
 from slideredit_rt.engines.cuda import Lane, Pace
 from slideredit_rt.errors import OutOfDeviceMemory, SliderEditError
+from slideredit_rt.serving.adapter_folder import AdapterFolder
 from slideredit_rt.serving.batch import Batch, Row, make_rows
 from slideredit_rt.serving.cache import EncodingCache
 from slideredit_rt.serving.job import Job, Ticket, outcome_of
@@ -52,7 +54,8 @@ class EditService:
 
     One thread steps the engine while another encodes and decodes; on a GPU, each has a stream of its own, and steps have
     priority. Each image is a row with its own latents, schedule and step.
-    Rows of the same shape share engine calls, whatever their sliders, strengths and step counts; `Scheduler` has their order.
+    Rows of the same shape and adapter share engine calls, whatever their sliders, strengths and step counts; `Scheduler` has
+    their order.
     The result equals that of `SliderEditor.render` for the same request alone. Deadlines and cancellations take effect at the
     next step boundary.
 
@@ -66,9 +69,10 @@ class EditService:
         observer: Receives the service's events.
         latent_cache: Keep the latents of first steps without sliders and of finished edits, so that a moved slider does not
             repeat these steps and an edit that was made before makes none.
+        adapters: Adapters that requests can choose, for an engine with adapter inputs; None if there is no choice.
 
     Raises:
-        SliderEditError: `max_queue` or `max_batch` is out of range.
+        SliderEditError: `max_queue` or `max_batch` is out of range, or there are adapters to choose but no adapter inputs.
     """
 
     def __init__(
@@ -81,13 +85,20 @@ class EditService:
         step_batching: bool = True,
         observer: Observer | None = None,
         latent_cache: bool = True,
+        adapters: AdapterFolder | None = None,
     ) -> None:
         if max_queue < 1:
             raise SliderEditError(f"max_queue is {max_queue}; give at least 1")
         max_batch = editor.max_batch if max_batch is None else max_batch
         if not 1 <= max_batch <= editor.max_batch:
             raise SliderEditError(f"max_batch is {max_batch}; give 1 to {editor.max_batch}, the engine's largest batch")
+        if adapters is not None and editor.adapters is None:
+            raise SliderEditError(
+                f"the engine contains its adapter, so it cannot run those in {str(adapters.folder)!r}; build one with "
+                "--adapter-inputs, or leave out --adapters"
+            )
         self.editor = editor
+        self.adapters = adapters
         self.max_queue = max_queue
         self.max_batch = max_batch
         self.observer = observer or Observer()
@@ -182,10 +193,30 @@ class EditService:
             for slider, strength in zip(request.sliders, strengths, strict=True):
                 check_strength(slider.instruction, strength)
         check_seed(request.seeds[-1])
+        self._check_adapter(request)
         if request.timeout is not None and not (math.isfinite(request.timeout) and request.timeout > 0):
             raise SliderEditError(f"timeout is {request.timeout} seconds; give a positive number, or None")
         if request.partial_every < 0:
             raise SliderEditError(f"partial_every is {request.partial_every}; give 0 or more steps")
+
+    def _editor_of(self, request: EditRequest) -> SliderEditor:
+        """Return the editor with the adapter that a request chooses, which is read if it is not on the device."""
+        if request.adapter is None:
+            return self.editor
+        assert self.adapters is not None  # checked on submission
+        return self.editor.use_adapter(self.adapters.path(request.adapter))
+
+    def _check_adapter(self, request: EditRequest) -> None:
+        if request.adapter is None:
+            if self.editor.adapters is not None and self.editor.adapter is None:
+                raise no_adapter()
+        elif self.adapters is None:
+            raise SliderEditError(
+                f"the request chooses the adapter {request.adapter[:80]!r}, but this server has no folder of adapters; leave "
+                "adapter out, or start the server with --adapters"
+            )
+        else:
+            self.adapters.path(request.adapter)
 
     def _check_room(self, job: Job[Any]) -> None:
         interactive, count = job.request.interactive, len(job.seeds)
@@ -333,7 +364,7 @@ class EditService:
             for row in rows:
                 self._steps.take(row.made, row.tensors)
                 row.made = None
-            self._batches[key] = Batch(self.editor, rows)
+            self._batches[key] = Batch(rows[0].editor, rows)
         return self._batches[key]
 
     def _wants_partial(self, row: Row) -> bool:
@@ -397,9 +428,10 @@ class EditService:
     def _encode(self, job: Job[Any]) -> None:
         request, started = job.request, time.perf_counter()
         try:
-            prepared = self.editor.prepare(request.image, request.sliders, request.settings, remember=self._cache)
+            editor = self._editor_of(request)
+            prepared = editor.prepare(request.image, request.sliders, request.settings, remember=self._cache)
             rows = make_rows(
-                self.editor, prepared, request.strengths, job.seeds, job.steps, owner=job, interactive=request.interactive
+                editor, prepared, request.strengths, job.seeds, job.steps, owner=job, interactive=request.interactive
             )
         except SliderEditError as error:
             job.fail(error)

@@ -23,6 +23,7 @@ _DEFAULT_PORTS = {"http": 80, "https": 443}
 _AT_LEAST = {
     "max_queue": 1,
     "cache_mib": 0,
+    "adapters_mib": 1,
     "preview_steps": 1,
     "drain_seconds": 0,
 }
@@ -49,6 +50,8 @@ class ServeSettings:
         cache_mib: Memory for encoded images, prompts and latents, in MiB; None takes 256, and in addition the keys and values
             of an image for an engine that reads source images once.
         latent_cache: Keep the latents of first steps without sliders and of finished edits.
+        adapters: Folder of the adapters that requests can choose, for an engine with adapter inputs; None offers no choice.
+        adapters_mib: Device memory for these adapters, in MiB.
         max_megapixels, max_body_mib: Largest image, in megapixels, and largest request body, in MiB.
         request_seconds: Time limit of an edit.
         preview_steps: Denoising steps of previews that do not set num_inference_steps.
@@ -78,6 +81,8 @@ class ServeSettings:
     step_batching: bool = True
     cache_mib: int | None = None
     latent_cache: bool = True
+    adapters: Path | None = None
+    adapters_mib: int = 1024
     max_megapixels: float = 16.0
     max_body_mib: float = 32.0
     request_seconds: float = 300.0
@@ -159,7 +164,7 @@ class ServeSettings:
         for name in ("allowed_host", "allow_origin"):
             if isinstance(given.get(name), str):
                 given[name] = [given[name]]
-        for name in ("engine", "api_key_file"):
+        for name in ("engine", "api_key_file", "adapters"):
             if isinstance(given.get(name), str):
                 given[name] = user_path(given[name])
         try:

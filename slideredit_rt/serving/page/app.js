@@ -64,9 +64,10 @@ function sliders() {
   }));
 }
 
-// A GST adapter scales the whole prompt: one slider, or one for each adapter of a bank.
+// A GST adapter scales the whole prompt: one slider, or one for each adapter of a bank. ST adapters take any number.
 function sliderLimit() {
-  return engine.kind === "gst" ? Math.min(engine.max_sliders, engine.adapters.length || 1) : engine.max_sliders;
+  const limited = engine.kind === "gst" && !engine.adapter_kinds.includes("st");
+  return limited ? Math.min(engine.max_sliders, engine.adapters.length || 1) : engine.max_sliders;
 }
 
 function addRow(text = "") {
