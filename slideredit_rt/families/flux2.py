@@ -272,7 +272,8 @@ class Flux2(Family):
 def _patches(pipeline: Any, latents: Tensor, height: int, width: int) -> Tensor:
     """Arrange latents `[B, rows, C]` of an image with this size in pixels as a grid of 2×2 patches, `[B, C, h, w]`."""
     patch = 2 * pipeline.vae_scale_factor
-    return latents.transpose(1, 2).unflatten(2, (height // patch, width // patch))
+    patches: Tensor = latents.transpose(1, 2).unflatten(2, (height // patch, width // patch))
+    return patches
 
 
 def number_ids(ids: Tensor, number: int) -> Tensor:
