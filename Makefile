@@ -6,7 +6,7 @@ RUNTIME := $(VENV)/.installed
 STAMP := $(VENV)/.installed-dev
 .DEFAULT_GOAL := help
 
-.PHONY: help demo test slow-test lint docs linkcheck bench bench-serve soak ray-test wheel-test gpu-test gpu-bench gpu-trt gpu-model gpu-e2e marks evaluation ablations clean
+.PHONY: help demo test slow-test ptx-test lint docs linkcheck bench bench-serve soak ray-test wheel-test gpu-test gpu-bench gpu-trt gpu-model gpu-e2e marks few-step-marks evaluation ablations clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "%-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -34,6 +34,9 @@ test: $(STAMP) ## install the development tools and run the tests: about 18 minu
 
 slow-test: $(STAMP) ## run the tests marked slow: long, and 4 GiB of free disk
 	$(BIN)/python -m pytest -m slow -s
+
+ptx-test: $(STAMP) ## run the PTX of every kernel and target on the CPU: special values, missing barriers; half an hour
+	$(BIN)/python -m pytest -m slow -s tests/test_ptx_exhaustive.py
 
 lint: $(STAMP) ## run ruff and mypy
 	$(BIN)/ruff check .
@@ -74,6 +77,9 @@ wheel-test: $(STAMP) ## install the wheel into an empty environment and run the 
 
 marks: $(STAMP) ## measure the quality of the embedded editor's sliders
 	$(BIN)/python -m slideredit_rt.bench.marks
+
+few-step-marks: $(STAMP) ## measure edits in few steps with the embedded editor's few-step LoRA
+	$(BIN)/python -m slideredit_rt.bench.few_step_marks $(BENCH_OPTIONS)
 
 # Both continue a killed run; delete the folder to start anew.
 EVALUATION := runs/evaluation

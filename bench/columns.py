@@ -171,7 +171,7 @@ def manifest_of(backbone: SliderBackbone, backend: Backend, max_batch: int) -> M
         adapter=None,
         backend=backend.name,
         backend_version=backend.version(),
-        lowering=backend.default_lowering(backbone.kind, quantised=bool(quantised)),
+        lowering=backend.default_lowering(backbone.kind, separate=bool(quantised)),
         targets=[],
         max_batch=max_batch,
         max_sliders=MAX_SLIDERS,

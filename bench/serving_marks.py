@@ -31,7 +31,12 @@ CONCURRENT = 16
 BACKGROUND = 8
 """Number of concurrent full edits while previews are measured."""
 
-_SERVERS = {"batching": (), "no batching": ("--no-step-batching",), "no cache": ("--cache-mib", "0")}
+# Cells of a round send the same requests, which must not be answered from the cache of latents.
+_SERVERS = {
+    "batching": ("--no-latent-cache",),
+    "no batching": ("--no-latent-cache", "--no-step-batching"),
+    "no cache": ("--cache-mib", "0"),
+}
 # Server, sliders and concurrency of each cell.
 _CELLS: dict[str, tuple[str, Any, int]] = {
     "mixed sliders": ("batching", "mixed", CONCURRENT),

@@ -53,16 +53,29 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Callable[[], Any
         runs[f"engine {kind}"] = partial(engine.engine, inputs)
         runs[f"eager {kind}"] = partial(eager.engine, inputs)
         runs["engine frozen"] = partial(frozen, plain)
-        # The lowering that is not the default for this kind.
+        # The lowering that is not the default for this kind, and the adapter as an input.
         other = {"st": "folded", "gst": "native"}[kind]
         build_engine("shapes-kontext", f"shapes-{kind}", root / other, BuildSettings(lowering=other), progress=False)
         runs[f"engine {kind}, {other}"] = partial(open_engine(root / other, RUN)[1], inputs)
+        with_inputs = BuildSettings(adapter_inputs=True)
+        build_engine("shapes-kontext", f"shapes-{kind}", root / f"{kind}-inputs", with_inputs, progress=False)
+        runs[f"engine {kind}, inputs"] = partial(SliderEditor.from_engine(root / f"{kind}-inputs", run=RUN).engine, inputs)
     return runs
 
 
 @pytest.mark.parametrize(
     "name",
-    ["engine frozen", "engine st", "engine st, folded", "engine gst", "engine gst, native", "eager st", "eager gst"],
+    [
+        "engine frozen",
+        "engine st",
+        "engine st, folded",
+        "engine st, inputs",
+        "engine gst",
+        "engine gst, native",
+        "engine gst, inputs",
+        "eager st",
+        "eager gst",
+    ],
 )
 def test_step(benchmark: Any, runs: dict[str, Callable[[], Any]], name: str) -> None:
     benchmark.pedantic(runs[name], warmup_rounds=10, rounds=60, iterations=1)
@@ -86,7 +99,7 @@ def measure_in_turns(runs: dict[str, Callable[[], Any]], turns: int = 15) -> dic
 
 
 def test_ratios(runs: dict[str, Callable[[], Any]]) -> None:
-    """Check that engine / eager is at most 0.8, and an engine with two sliders / one without sliders at most 1.10."""
+    """Check marks: engine / eager at most 0.8, two sliders / none at most 1.10, adapter inputs / constants at most 1.05."""
     median = measure_in_turns(runs)
     ratios = {
         "engine st / eager st": median["engine st"] / median["eager st"],
@@ -95,6 +108,8 @@ def test_ratios(runs: dict[str, Callable[[], Any]]) -> None:
         "engine gst / engine frozen": median["engine gst"] / median["engine frozen"],
         "engine st, folded / engine st": median["engine st, folded"] / median["engine st"],
         "engine gst, native / engine gst": median["engine gst, native"] / median["engine gst"],
+        "engine st, inputs / engine st": median["engine st, inputs"] / median["engine st"],
+        "engine gst, inputs / engine gst, native": median["engine gst, inputs"] / median["engine gst, native"],
     }
     result = {
         "command": "make bench",
@@ -108,4 +123,6 @@ def test_ratios(runs: dict[str, Callable[[], Any]]) -> None:
     (RESULTS / "step_cpu.json").write_text(json.dumps(result, indent=2) + "\n")
     assert ratios["engine st / eager st"] <= 0.8
     assert ratios["engine gst / eager gst"] <= 0.8
+    assert ratios["engine st, inputs / engine st"] <= 1.05
+    assert ratios["engine gst, inputs / engine gst, native"] <= 1.05
     assert ratios["engine st / engine frozen"] <= 1.10

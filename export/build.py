@@ -12,11 +12,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from slideredit_rt import __version__
 from slideredit_rt.adapters import (
     Adapter,
+    AdapterInputs,
     AdapterMatch,
     AdapterSource,
     Updates,
@@ -25,19 +27,22 @@ from slideredit_rt.adapters import (
     load_adapters,
     match_adapter,
     read_updates,
+    save_adapter,
 )
 from slideredit_rt.assets import from_anywhere, resolve_base
 from slideredit_rt.checkpoint import fingerprint_base, meta_transformer
 from slideredit_rt.engines import BACKENDS, Backend, BuildSettings, get_backend
 from slideredit_rt.engines.backend import BuildJob, Compiled
-from slideredit_rt.engines.manifest import DIGESTS, Manifest, describe_files, write_manifest
+from slideredit_rt.engines.manifest import ADAPTER_FILE, DIGESTS, Manifest, describe_files, write_manifest
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.export.lowering import choose
-from slideredit_rt.families import Family, family_of
+from slideredit_rt.families import KINDS, Family, family_of
 from slideredit_rt.files import Digests, atomic_folder
 from slideredit_rt.quantization.config import read_layers, read_precision
 from slideredit_rt.quantization.precisions import PRECISIONS
 
+USUAL_RANK = 16
+"""Largest rank of adapter inputs, unless a build sets it or has a default adapter: that of the released adapters."""
 _LIBRARIES = ("torch", "triton", "diffusers", "onnx", "onnxscript", "onnxruntime", "tensorrt", "tensorrt_rtx")
 
 
@@ -55,7 +60,8 @@ def build_engine(
     Args:
         base: Embedded name, folder or hub repository of a diffusers pipeline.
         adapter: Embedded name, file, folder or loaded adapter. Several names, files or folders make a bank of adapters with
-            separate strengths. None builds an engine of the frozen backbone without slider inputs.
+            separate strengths. None builds an engine of the frozen backbone without slider inputs, or an engine with adapter
+            inputs that has no default adapter.
         out: Folder to create. It is written atomically.
         settings: Backend, lowering, dtype, limits, LoRAs to fuse and defaults of edits.
         overwrite: Replace an existing folder.
@@ -68,22 +74,18 @@ def build_engine(
         SliderEditError: The base, the adapter, a LoRA, the output folder or an option cannot be used.
     """
     backend = get_backend(settings.backend)
-    if settings.options is not None and not isinstance(settings.options, backend.build_options or ()):
-        raise SliderEditError(f"the backend {backend.name} does not take {type(settings.options).__name__}; remove the options")
     settings = replace(settings, dtype=backend.choose_dtype(settings.dtype))
     path = resolve_base(base)
     family = family_of(path)
+    _check_backend(backend, family, settings)
     fitted, match = _fit(adapter, family, path, allow_partial=settings.allow_partial)
-    kind, bank = (fitted.kind, bool(fitted.members)) if fitted else (None, False)
+    inputs = _adapter_inputs(settings, family, path, fitted)
+    source = inputs or fitted
+    kind, bank = source.kind if source else None, fitted is not None and bool(fitted.members)
     quantised = sorted({layer.precision for layer in read_layers(path / "transformer").values()})
     check_precisions(backend, quantised)
-    lowering = choose(settings.lowering, kind, backend, bank=bank, quantised=bool(quantised))
-    if family.reads_images_once and not backend.reads_images:
-        able = [name for name, other in BACKENDS.items() if other.reads_images]
-        raise SliderEditError(
-            f"the backend {backend.name} cannot build engines that read the source images once, as a {family.name} base does; "
-            f"use --backend {' or '.join(able)}"
-        )
+    separate = "adapter inputs" if inputs else "a quantised base" if quantised else None
+    lowering = choose(settings.lowering, kind, backend, bank=bank, separate=separate)
     # The transformer is checked later, when its weights are linked.
     family.check_base(path, transformer=False)
     updates = _read_fused(family, path, settings, quantised)
@@ -95,10 +97,13 @@ def build_engine(
             bar.n = finished
             bar.set_description(f"build: {name}")
 
-        job = BuildJob(family, path, fitted, lowering, settings, limits, stage, progress, updates)
+        job = BuildJob(family, path, source, lowering, settings, limits, stage, progress, updates)
         with atomic_folder(out, overwrite=overwrite) as folder:
             stage("trace the backbone and write the graph", 0)
             compiled = backend.compile(job, folder)
+            if inputs and fitted:
+                save_adapter(fitted, folder / ADAPTER_FILE, dtype=torch.float32)
+                compiled = replace(compiled, files=[*compiled.files, ADAPTER_FILE])
             if progress:
                 for note in compiled.export.notes + _partial_notes(match, fitted, updates):
                     tqdm.write(note, file=sys.stderr)
@@ -113,6 +118,18 @@ def build_engine(
             write_manifest(manifest, folder)
             stage("done", 4)
     return manifest
+
+
+def _check_backend(backend: Backend, family: Family, settings: BuildSettings) -> None:
+    """Check that a backend takes the options of a build, and builds engines of a family."""
+    if settings.options is not None and not isinstance(settings.options, backend.build_options or ()):
+        raise SliderEditError(f"the backend {backend.name} does not take {type(settings.options).__name__}; remove the options")
+    if family.reads_images_once and not backend.reads_images:
+        able = [name for name, other in BACKENDS.items() if other.reads_images]
+        raise SliderEditError(
+            f"the backend {backend.name} cannot build engines that read the source images once, as a {family.name} base does; "
+            f"use --backend {' or '.join(able)}"
+        )
 
 
 def check_precisions(backend: Backend, precisions: Sequence[str]) -> None:
@@ -161,6 +178,21 @@ def _fit(
     adapter, transformer = load_adapters(source, family), meta_transformer(base / "transformer")
     match = match_adapter(adapter, family, transformer)
     return fit_adapter(adapter, family, transformer, allow_partial=allow_partial), match
+
+
+def _adapter_inputs(settings: BuildSettings, family: Family, base: Path, adapter: Adapter | None) -> AdapterInputs | None:
+    """Return the layout of the engine's adapter inputs; None for an engine without them."""
+    if not settings.adapter_inputs:
+        return None
+    if adapter is None:
+        rank, kind = settings.max_rank or USUAL_RANK, settings.kind or KINDS[0]
+        return AdapterInputs.of_targets(kind, family, meta_transformer(base / "transformer"), rank)
+    if settings.kind not in (None, adapter.kind):
+        raise SliderEditError(
+            f"adapter {adapter.source!r} is {adapter.kind}, but --kind is {settings.kind}; leave out --kind, which is for "
+            "engines without a default adapter"
+        )
+    return AdapterInputs.of_adapter(adapter, settings.max_rank)
 
 
 def _read_fused(family: Family, base: Path, settings: BuildSettings, quantised: Sequence[str]) -> Updates:
@@ -212,6 +244,7 @@ def _describe(job: BuildJob, backend: Backend, compiled: Compiled, folder: Path,
         weight_streaming=compiled.weight_streaming,
         fused=list(job.updates.loras),
         defaults=settings.defaults.to_json(),
+        adapter_inputs=job.adapter.to_json() if isinstance(job.adapter, AdapterInputs) else {},
         links={name: described | {"kind": compiled.links[name]} for name, described in linked.items()},
     )
 

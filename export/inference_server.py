@@ -63,6 +63,11 @@ def export_triton(
             f"engine {str(engine)!r} reads its source images in a call of their own, which the model repository does not have; "
             "serve it with slideredit-rt serve"
         )
+    if manifest.adapter_inputs:
+        raise SliderEditError(
+            f"engine {str(engine)!r} takes its adapter as inputs, which the model repository does not have; build one "
+            "that contains the adapter, or serve it with slideredit-rt serve"
+        )
     served = {name: backend.served for name, backend in BACKENDS.items() if backend.served is not None}
     if manifest.backend not in served:
         raise SliderEditError(

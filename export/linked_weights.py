@@ -28,7 +28,7 @@ import torch
 from onnx_ir.passes import common as passes
 from torch import Tensor, nn
 
-from slideredit_rt.adapters import Adapter, Updates, fill_ranks
+from slideredit_rt.adapters import Adapter, AdapterInputs, Updates, fill_ranks
 from slideredit_rt.checkpoint import CONFIG_FILE, check_complete, check_parts, meta_transformer, read_weights
 from slideredit_rt.engines.backend import Lowering
 from slideredit_rt.engines.manifest import ADAPTER_FILE, CONVERTED_FILE, MODEL_FILE
@@ -135,7 +135,7 @@ class _LinkedWeights:
 def export_linked(
     family: Family,
     checkpoint: Path,
-    adapter: Adapter | None,
+    adapter: Adapter | AdapterInputs | None,
     folder: Path,
     options: WeightOptions = WeightOptions(),
     *,
@@ -151,7 +151,8 @@ def export_linked(
     Args:
         family: Family of the checkpoint.
         checkpoint: Folder of a diffusers pipeline whose `transformer` is stored as safetensors, in one file or in shards.
-        adapter: Adapter fitted to the checkpoint; None exports the frozen backbone without slider inputs.
+        adapter: Adapter fitted to the checkpoint, or the layout of adapter inputs; None exports the frozen backbone without
+            slider inputs.
         folder: Existing, empty folder; links are hard if it is on the checkpoint's file system.
         options: Dtype, links or copies.
         lowering: Form of the masked updates (see `lowering.lower`). For plugins, ranks are padded with zeros to a multiple
@@ -162,7 +163,7 @@ def export_linked(
         SliderEditError: The checkpoint is incomplete, damaged, not safetensors or of mixed dtypes; the family cannot compute in
             the dtype; the adapter does not fit; the weights can be neither linked nor copied into the folder.
     """
-    if adapter is not None and lowering == "plugin":
+    if isinstance(adapter, Adapter) and lowering == "plugin":
         adapter = fill_ranks(adapter, {name: graph_rank(len(a)) for name, (a, _) in adapter.pairs.items()})
     forms = {name: FORMS[form]() for name, form in options.quantised.items()}
     weights = _link_weights(family, checkpoint, adapter, folder, options, forms)
@@ -180,7 +181,7 @@ def export_linked(
 def export_weights(
     family: Family,
     checkpoint: Path,
-    adapter: Adapter | None,
+    adapter: Adapter | AdapterInputs | None,
     folder: Path,
     options: WeightOptions = WeightOptions(),
     *,
@@ -191,7 +192,7 @@ def export_weights(
     Args:
         family: Family of the checkpoint.
         checkpoint: Folder of a diffusers pipeline whose `transformer` is stored as safetensors.
-        adapter: Adapter fitted to the checkpoint; None exports the frozen backbone.
+        adapter: Adapter fitted to the checkpoint, or the layout of adapter inputs; None exports the frozen backbone.
         folder: Existing, empty folder.
         options: Dtype, links or copies.
         lowering: Form that the engine gives the adapted projections, for `LinkedExport.updates`.
@@ -202,13 +203,13 @@ def export_weights(
     weights = _link_weights(family, checkpoint, adapter, folder, options, {}, by_name=True)
     with atomic_file(folder / CONFIG_FILE) as temporary:
         shutil.copyfile(checkpoint / "transformer" / CONFIG_FILE, temporary)
-    return weights.export(folder, CONFIG_FILE, {lowering: len(adapter.pairs)} if adapter else {}, [])
+    return weights.export(folder, CONFIG_FILE, {lowering: len(weights.backbone.adapted)} if adapter else {}, [])
 
 
 def _link_weights(
     family: Family,
     checkpoint: Path,
-    adapter: Adapter | None,
+    adapter: Adapter | AdapterInputs | None,
     folder: Path,
     options: WeightOptions,
     forms: Mapping[str, Form],
@@ -237,11 +238,11 @@ def _link_weights(
         )
     # Not the model's own `to`, which warns about modules to keep in float32 even if the model has none.
     nn.Module.to(transformer, dtype)
-    if adapter is not None:
+    on_meta: Adapter | AdapterInputs | None = adapter
+    if isinstance(adapter, Adapter):
         adapter = _cast(adapter, dtype)
-    on_meta = adapter and dataclasses.replace(
-        adapter, pairs={name: (a.to("meta"), b.to("meta")) for name, (a, b) in adapter.pairs.items()}
-    )
+        pairs = {name: (a.to("meta"), b.to("meta")) for name, (a, b) in adapter.pairs.items()}
+        on_meta = dataclasses.replace(adapter, pairs=pairs)
     backbone = SliderBackbone(family, transformer, on_meta)
     config = json.loads(json.dumps({k: v for k, v in transformer.config.items() if not k.startswith("_")}))
 
@@ -263,7 +264,7 @@ def _link_weights(
             folder / CONVERTED_FILE, header, (one.convert(read_tensor(places[name])) for name, one in foreign.items())
         )
         places |= read_header(folder / CONVERTED_FILE)[0]
-    if adapter is not None:
+    if isinstance(adapter, Adapter):
         files.append(ADAPTER_FILE)
         places |= _write_adapter(folder / ADAPTER_FILE, adapter, dtype)
     return _LinkedWeights(backbone, config, dtype, files, links, places)

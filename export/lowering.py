@@ -60,7 +60,7 @@ def MaskedLoRA(y: _T, x: _T, lora_a: _T, lora_b: _T, scale: _T) -> _T:  # type: 
     return op.Add(y, op.CastLike(update, y))  # type: ignore[no-any-return]
 
 
-def choose(asked: str, kind: Kind | None, backend: Backend, *, bank: bool = False, quantised: bool = False) -> Lowering:
+def choose(asked: str, kind: Kind | None, backend: Backend, *, bank: bool = False, separate: str | None = None) -> Lowering:
     """Return the lowering that an engine is built with.
 
     Args:
@@ -68,14 +68,15 @@ def choose(asked: str, kind: Kind | None, backend: Backend, *, bank: bool = Fals
         kind: Kind of the adapter; None for a frozen backbone.
         backend: Backend that will execute the engine.
         bank: True for a bank of adapters.
-        quantised: True for a quantised base, whose updates stand beside the projections in the backend's first lowering.
+        separate: Reason why updates stay separate from the weights, as in the backend's first lowering: "a quantised base" or
+            "adapter inputs"; None if they need not.
 
     Raises:
-        SliderEditError: There is no such lowering, the backend does not support it, it is a plugin for a bank, or the base is
-            quantised and it would need the weights in 16 bits.
+        SliderEditError: There is no such lowering, the backend does not support it, it is a plugin for a bank, or it would put
+            weights and updates together in every step.
     """
     if asked == "auto":
-        return backend.default_lowering(kind, quantised=quantised)
+        return backend.default_lowering(kind, separate=separate is not None)
     if asked not in LOWERINGS:
         raise SliderEditError(f"unknown lowering {asked!r}; choose auto, {', '.join(LOWERINGS)}")
     if asked not in backend.lowerings:
@@ -84,9 +85,10 @@ def choose(asked: str, kind: Kind | None, backend: Backend, *, bank: bool = Fals
             f"the backend {backend.name} does not support the lowering {asked!r}; use --lowering "
             f"{' or '.join(backend.lowerings)}, or --backend {' or '.join(others)}"
         )
-    if quantised and asked != backend.lowerings[0]:
+    if separate is not None and asked != backend.lowerings[0]:
         raise SliderEditError(
-            f"the lowering {asked!r} would rebuild the quantised weights in every step; use --lowering {backend.lowerings[0]}"
+            f"the lowering {asked!r} cannot be combined with {separate}, because it puts weights and updates together, which "
+            f"would happen in every step; use --lowering {backend.lowerings[0]}"
         )
     if asked == "plugin" and bank:
         raise SliderEditError(

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from torch.export import Dim
 
+from slideredit_rt.adapters.inputs import is_adapter_input
 from slideredit_rt.export.nodes import DOMAIN, LINEAR, QUANTIZED_LINEAR, UPDATE
 from slideredit_rt.modules import SliderBackbone
 
@@ -99,7 +100,7 @@ def _dynamic_shapes(backbone: SliderBackbone, config: Any) -> dict[str, dict[int
 def example_inputs(
     backbone: SliderBackbone, config: Any, batch: int, text_rows: int, image_rows: int, sliders: int, seed: int = 0
 ) -> dict[str, torch.Tensor]:
-    """Make random backbone inputs with random alphas and masks.
+    """Make random backbone inputs with random alphas, masks and adapter inputs.
 
     Each row belongs to at most one slider. For a bank, whose members may share rows, it belongs to any number of sliders.
 
@@ -119,6 +120,8 @@ def example_inputs(
         shape = spec.resolve(sizes)
         if spec.name == "alpha":
             inputs["alpha"] = torch.rand(shape, generator=generator) * 2 - 1
+        elif is_adapter_input(spec.name):
+            inputs[spec.name] = 0.1 * torch.randn(shape, generator=generator)
         elif backbone.members:
             inputs["token_mask"] = torch.rand(shape, generator=generator) < 0.5
         else:

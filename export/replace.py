@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from slideredit_rt.adapters import AdapterSource, load_adapters
+import torch
+
+from slideredit_rt.adapters import AdapterSource, load_adapters, save_adapter
 from slideredit_rt.engines.manifest import ADAPTER_FILE, Manifest, describe_files, read_manifest, write_manifest
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.export.build import describe_adapter
@@ -15,6 +17,8 @@ from slideredit_rt.families import get_family
 
 def replace_engine_adapter(folder: Path, source: AdapterSource) -> Manifest:
     """Replace the adapter of an engine that reads it from a separate file, and update the manifest.
+
+    For an engine with adapter inputs, this is its default adapter.
 
     Running processes that have the engine open keep the old adapter. If the replacement is interrupted between the two writes,
     the new adapter does not match the old manifest; `read_manifest` then refuses the engine, and another call repairs it.
@@ -31,17 +35,22 @@ def replace_engine_adapter(folder: Path, source: AdapterSource) -> Manifest:
         SliderEditError: The folder is not an engine or has no separate adapter file, or the adapter does not fit.
     """
     manifest = read_manifest(folder, unchecked=ADAPTER_FILE)
-    if manifest.adapter is None:
+    if manifest.adapter is None and not manifest.adapter_inputs:
         raise SliderEditError(
             f"engine {str(folder)!r} was built without an adapter and has no sliders; rebuild it with --adapter"
         )
-    if ADAPTER_FILE not in manifest.files:
+    if ADAPTER_FILE not in manifest.files and not manifest.adapter_inputs:
         raise SliderEditError(
             f"engine {str(folder)!r} has no {ADAPTER_FILE}, because {manifest.backend} compiled its adapter into the engine; "
             "build it again with the new adapter"
         )
-    adapter = load_adapters(source, get_family(manifest.family))
-    replace_adapter(folder, adapter)
+    family = get_family(manifest.family)
+    adapter = load_adapters(source, family)
+    if layout := manifest.layout:
+        layout.check(adapter, family)
+        save_adapter(adapter, folder / ADAPTER_FILE, dtype=torch.float32)
+    else:
+        replace_adapter(folder, adapter)
     files = manifest.files | describe_files(folder, [ADAPTER_FILE])
     manifest = dataclasses.replace(manifest, adapter=describe_adapter(adapter), files=files)
     write_manifest(manifest, folder)

@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.sliders import Slider
+from slideredit_rt.strength import StrengthSchedule
 
 if TYPE_CHECKING:
     from slideredit_rt.editor import SliderEditor
 
-__all__ = ["Slider", "SliderEditError", "SliderEditor", "__version__"]
+__all__ = ["Slider", "SliderEditError", "SliderEditor", "StrengthSchedule", "__version__"]
 __version__ = "0.1.0"
 
 

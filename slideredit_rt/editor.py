@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import threading
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -16,18 +17,22 @@ from tqdm import tqdm
 
 from slideredit_rt.adapters import AdapterSource, Fused, load_adapters, read_updates
 from slideredit_rt.assets import resolve_base
+from slideredit_rt.denoising import Denoising, frozen_steps
 from slideredit_rt.engines import check_run, open_engine
+from slideredit_rt.engines.adapter_inputs import AdaptedEngine
 from slideredit_rt.engines.eager import EagerEngine
-from slideredit_rt.engines.manifest import check_base, read_manifest
+from slideredit_rt.engines.manifest import ADAPTER_FILE, check_base, read_manifest
 from slideredit_rt.errors import OutOfDeviceMemory, SliderEditError
 from slideredit_rt.families import Backbone, Conditioning, EncodedImages, Family, Reader, family_of, get_family
 from slideredit_rt.images import ImageSource, read_images
+from slideredit_rt.loaded_adapters import LoadedAdapter, LoadedAdapters
 from slideredit_rt.modules import SliderBackbone
 from slideredit_rt.placement import Placement, choose_placement
+from slideredit_rt.preview_decoder import PreviewDecoder
 from slideredit_rt.settings import EditDefaults, EditOptions, EditSettings, RunSettings, merge
 from slideredit_rt.sliders import Controls, Slider, compose_prompt
 from slideredit_rt.spans import PromptToken, normalise, row_mask
-from slideredit_rt.strength import StrengthCurve, check_strength
+from slideredit_rt.strength import Strength, StrengthCurve, is_constant
 
 T = TypeVar("T")
 # Diffusers and transformers change process-wide state while they load.
@@ -57,6 +62,7 @@ class Prepared:
         conditioning: Encoded edit.
         members: Name of the bank's adapter that each slider scales; empty without a bank.
         settings: Requested settings, including steps.
+        content: Key for the content of the edit, without seed, steps and strengths; empty without a cache.
     """
 
     prompt: str
@@ -66,6 +72,7 @@ class Prepared:
     conditioning: Conditioning
     members: tuple[str, ...] = ()
     settings: EditSettings = field(default_factory=EditSettings)
+    content: tuple[Hashable, ...] = ()
 
 
 class _Encoder:
@@ -75,8 +82,8 @@ class _Encoder:
         self.editor = editor
         self.images = images
         self._remember = remember
-        self._images_key = () if remember is None else tuple(map(image_key, images))
-        self._text_key = self._images_key if editor.family.text_reads_images else ()
+        self.images_key = () if remember is None else tuple(map(image_key, images))
+        self._text_key = self.images_key if editor.family.text_reads_images else ()
 
     def _recall(self, key: tuple[Hashable, ...], encode: Callable[[], T]) -> T:
         with self.editor._pipeline_lock:
@@ -97,10 +104,10 @@ class _Encoder:
 
     def sources(self) -> EncodedImages:
         editor = self.editor
-        sources = self._recall(("images", self._images_key), lambda: editor.family.encode_sources(editor.pipeline, self.images))
+        sources = self._recall(("images", self.images_key), lambda: editor.family.encode_sources(editor.pipeline, self.images))
         if not editor.family.reads_images_once:
             return sources
-        keys_values = self._recall(("keys_values", self._images_key), lambda: editor.read(sources))
+        keys_values = self._recall(("keys_values", self.images_key), lambda: editor.read(sources))
         return editor.family.with_read(sources, keys_values)
 
 
@@ -114,16 +121,22 @@ class SliderEditor:
         family: Base-model family.
         pipeline: diffusers pipeline that encodes and decodes.
         engine: Engine that runs the backbone; it never changes during the life of the editor.
+        adapters: Adapters on the device of an engine with adapter inputs; None for an engine that contains its adapter.
+        adapter: The one that was chosen for an engine with adapter inputs; None without a choice, and for other engines.
         config: Configuration of the transformer.
         controls: Kind of the sliders, their strength curves and the members of a bank.
         max_batch: Largest batch of the engine.
         max_sliders: Largest number of sliders of the engine.
         placement: Parts that `from_engine` left in host memory, and why.
         defaults: Values that an engine has for settings that an edit does not set.
+        preview_decoder: Decoder of previews; None decodes them like all images.
     """
 
     defaults = EditDefaults()
     placement = Placement(RunSettings(offload="none"))
+    adapters: LoadedAdapters | None = None
+    adapter: LoadedAdapter | None = None
+    preview_decoder: PreviewDecoder | None = None
 
     def __init__(
         self,
@@ -171,6 +184,12 @@ class SliderEditor:
         return self.family.default_true_cfg_scale(self.pipeline) if given is None else given
 
     @property
+    def default_slider_start(self) -> float:
+        """Fraction of the steps before the sliders act, of an edit that does not set it."""
+        given = self.defaults.slider_start
+        return 0.0 if given is None else given
+
+    @property
     def kind(self) -> str:
         """Kind of the adapter, `st` or `gst`."""
         return self.controls.kind
@@ -193,6 +212,8 @@ class SliderEditor:
         run: RunSettings | None = None,
     ) -> SliderEditor:
         """Open an engine folder.
+
+        An engine with adapter inputs starts with its default adapter; choose another one with `use_adapter`.
 
         Args:
             path: Folder written by `slideredit-rt build`.
@@ -230,13 +251,17 @@ class SliderEditor:
                 raise OutOfDeviceMemory(
                     "the GPU is out of memory for the encoders and the autoencoder; free some, or use --offload encoders"
                 ) from None
-        controls = Controls(manifest.kind, manifest.curve, manifest.members)
+        controls = Controls(manifest.kind, manifest.curve, manifest.members, manifest.member_kinds)
         limits = {"max_batch": manifest.max_batch, "max_sliders": manifest.max_sliders}
         editor = cls(family, pipeline, engine, manifest.config, controls, **limits)
         editor.placement, editor.defaults = placement, manifest.edit_defaults
         if editor.defaults.timestep_shift is not None:
             family.fix_shift(pipeline, editor.defaults.timestep_shift)
-        return editor
+        if manifest.layout is None:
+            return editor
+        editor.adapters = LoadedAdapters(engine, manifest)
+        editor.engine = AdaptedEngine(engine, manifest, None)
+        return editor if manifest.adapter is None else editor.use_adapter(Path(path) / ADAPTER_FILE)
 
     @classmethod
     def from_pretrained(
@@ -274,9 +299,33 @@ class SliderEditor:
         loaded = load_adapters(adapter, family)
         backbone = SliderBackbone(family, pipeline.transformer.eval(), loaded).to(place, dtype)
         config = dict(pipeline.transformer.config)
-        controls = Controls(loaded.kind, loaded.curve, {name: member.curve for name, member in loaded.members.items()})
+        curves = {name: member.curve for name, member in loaded.members.items()}
+        kinds = {name: member.kind for name, member in loaded.members.items()}
+        controls = Controls(loaded.kind, loaded.curve, curves, kinds)
         limits = {"max_batch": max_batch, "max_sliders": max_sliders}
         return cls(family, pipeline, EagerEngine(backbone, place), config, controls, **limits)
+
+    def use_adapter(self, source: AdapterSource) -> SliderEditor:
+        """Return an editor with another adapter for the same engine, which must have adapter inputs.
+
+        Both editors share the engine, the encoders and the decoder, and can be used at the same time. The adapter is read and
+        copied to the device when it is used first, and kept there as long as `adapters.max_bytes` allows.
+
+        Args:
+            source: Embedded name, file or folder of an adapter, or a loaded one.
+
+        Raises:
+            SliderEditError: The engine contains its adapter, or the adapter cannot be read or does not fit the engine (see
+                `slideredit_rt.adapters.AdapterInputs.check`).
+        """
+        if self.adapters is None:
+            raise SliderEditError(
+                "this engine contains its adapter, so it cannot run another one; build an engine with --adapter-inputs"
+            )
+        editor = copy.copy(self)
+        editor.adapter = chosen = self.adapters.of(source)
+        editor.engine, editor.controls = chosen.engine, chosen.controls
+        return editor
 
     @torch.no_grad()
     def prepare(
@@ -324,10 +373,11 @@ class SliderEditor:
             prompt=text,
             instructions=tuple(s.instruction for s in wanted),
             spans=tuple(map(tuple, spans)),
-            token_mask=self._token_mask(spans, conditioning),
+            token_mask=self._token_mask(spans, members, conditioning),
             conditioning=conditioning,
             members=members,
             settings=settings,
+            content=() if remember is None else (encode.images_key, text, against, guidance_scale, true_cfg_scale),
         )
 
     @torch.no_grad()
@@ -392,18 +442,21 @@ class SliderEditor:
         against = family.negative_prompt if settings.negative_prompt is None else settings.negative_prompt
         return guidance_scale, true_cfg_scale, against if true_cfg_scale > 1 else None
 
-    def _token_mask(self, spans: Sequence[Sequence[int]], conditioning: Conditioning) -> Tensor:
+    def _token_mask(self, spans: Sequence[Sequence[int]], members: Sequence[str], conditioning: Conditioning) -> Tensor:
         """Return the rows of each slider, bool `[K, S]`: its text rows for an ST adapter, all rows for a GST adapter."""
-        if self.kind == "gst":
-            return torch.ones(len(spans), conditioning.text_rows + conditioning.image_rows, dtype=torch.bool)
-        return row_mask(spans, conditioning.text_rows)
+        if self.kind == "st":
+            return row_mask(spans, conditioning.text_rows)
+        rows = conditioning.text_rows + conditioning.image_rows
+        kinds = self.controls.kinds_of(members, len(spans))
+        return row_mask([range(rows) if kind == "gst" else span for kind, span in zip(kinds, spans, strict=True)], rows)
 
-    def alphas(self, prepared: Prepared, strengths: Sequence[Sequence[float]]) -> Tensor:
-        """Convert N settings of K strengths to the engine's alphas.
+    def alphas(self, prepared: Prepared, strengths: Sequence[Sequence[Strength]], fraction: float = 0.0) -> Tensor:
+        """Convert N settings of K strengths to the engine's alphas, see `Controls.alphas`.
 
         Args:
             prepared: Result of `prepare`.
             strengths: N settings of K strengths each.
+            fraction: Fraction of the run, for strengths that are schedules.
 
         Returns:
             Float32 `[N, K]`, for a bank `[N, K, G]`.
@@ -412,21 +465,25 @@ class SliderEditor:
             SliderEditError: There is no setting, a setting does not have K strengths, or a strength is not finite or its alpha
                 exceeds float32.
         """
-        names = prepared.instructions
-        if not strengths or any(len(setting) != len(names) for setting in strengths):
-            raise SliderEditError(
-                f"expected one or more settings of {len(names)} strength(s) each, got {[list(s) for s in strengths]}"
-            )
-        for setting in strengths:
-            for name, strength in zip(names, setting, strict=True):
-                check_strength(name, strength)
-        curves = self.controls.curves_of(prepared.members, len(names))
-        values = torch.tensor([[curve(s) for curve, s in zip(curves, setting, strict=True)] for setting in strengths])
-        for row, k in (~values.isfinite()).nonzero().tolist():
-            raise SliderEditError(
-                f"slider {names[k]!r} has strength {strengths[row][k]:g}, which exceeds float32; pass a number such as 0.5"
-            )
-        return self.controls.by_member(values, prepared.members)
+        return self.controls.alphas(prepared.instructions, prepared.members, strengths, fraction)
+
+    def alphas_of_run(self, prepared: Prepared, strengths: Sequence[Sequence[Strength]], settings: EditSettings) -> Tensor:
+        """Return the alphas of every step: float32 `[steps, N, K]`, for a bank `[steps, N, K, G]`.
+
+        Args:
+            prepared: Result of `prepare`.
+            strengths: N settings of K strengths each.
+            settings: Settings with the number of steps and the start of the sliders, before which every alpha is 0.
+
+        Raises:
+            SliderEditError: See `alphas`.
+        """
+        steps, frozen = self.number_of_steps(settings), self.frozen_steps(settings)
+        varying = not is_constant(strengths)
+        alphas = torch.stack([self.alphas(prepared, strengths, i / steps) for i in range(steps if varying else 1)])
+        alphas = alphas.expand(steps, *alphas.shape[1:]).clone()
+        alphas[:frozen] = 0
+        return alphas
 
     def backbone_inputs(self, prepared: Prepared, alpha: Tensor) -> dict[str, Tensor]:
         """Return the backbone inputs of one batch.
@@ -444,23 +501,32 @@ class SliderEditor:
         return self.backbone_inputs(prepared, torch.zeros(batch, len(prepared.instructions), *bank))
 
     def render(
-        self, prepared: Prepared, strengths: Sequence[Sequence[float]], *, steps: int | None = None, progress: bool = False
+        self,
+        prepared: Prepared,
+        strengths: Sequence[Sequence[Strength]],
+        *,
+        steps: int | None = None,
+        slider_start: float | None = None,
+        progress: bool = False,
     ) -> list[Image.Image]:
         """Denoise one image per slider setting, all from the same noise, in batches up to the engine's limit.
+
+        The steps before `slider_start` are made once for all settings.
 
         Args:
             prepared: Result of `prepare`.
             strengths: N settings of K strengths each.
             steps: Denoising steps; None takes those of `prepared`.
+            slider_start: Fraction of the steps before the sliders act, see `EditSettings`; None takes that of `prepared`.
             progress: Show a progress bar on standard error.
 
         Returns:
             N RGB images.
 
         Raises:
-            SliderEditError: `alphas` refuses the strengths, or an image contains NaN or infinity.
+            SliderEditError: `alphas` refuses the strengths, a setting is not valid, or an image contains NaN or infinity.
         """
-        pixels = self.render_tensor(prepared, strengths, steps=steps, progress=progress)
+        pixels = self.render_tensor(prepared, strengths, steps=steps, slider_start=slider_start, progress=progress)
         return self.to_images(pixels)
 
     def to_images(self, pixels: Tensor) -> list[Image.Image]:
@@ -473,15 +539,20 @@ class SliderEditor:
         """Return the number of denoising steps of an edit with these settings."""
         return self.default_steps if settings.steps is None else settings.steps
 
+    def frozen_steps(self, settings: EditSettings) -> int:
+        """Return the number of first steps in which the sliders do not act, for an edit with these settings."""
+        start = self.default_slider_start if settings.slider_start is None else settings.slider_start
+        return frozen_steps(start, self.number_of_steps(settings))
+
     @torch.no_grad()
     def render_tensor(
         self,
         prepared: Prepared,
-        strengths: Sequence[Sequence[float]],
+        strengths: Sequence[Sequence[Strength]],
         *,
         steps: int | None = None,
+        slider_start: float | None = None,
         progress: bool = False,
-        first_step: int = 0,
     ) -> Tensor:
         """Denoise like `render`, but without rounding to 8 bits.
 
@@ -489,24 +560,33 @@ class SliderEditor:
             prepared: Result of `prepare`.
             strengths: N settings of K strengths each.
             steps: Denoising steps; None takes those of `prepared`.
+            slider_start: Fraction of the steps before the sliders act, see `EditSettings`; None takes that of `prepared`.
             progress: Show a progress bar on standard error.
-            first_step: First step in which the sliders act, see `denoise`.
 
         Returns:
             Float32 `[N, 3, H, W]` in [0, 1].
 
         Raises:
-            SliderEditError: `alphas` refuses the strengths, or an image contains NaN or infinity.
+            SliderEditError: `alphas` refuses the strengths, a setting is not valid, or an image contains NaN or infinity.
         """
-        alphas = self.alphas(prepared, strengths)
-        steps = self.number_of_steps(prepared.settings if steps is None else replace(prepared.settings, steps=steps))
-        conditioning = prepared.conditioning
-        chunks = alphas.split(self.max_batch)
+        settings = prepared.settings
+        settings = settings if steps is None else replace(settings, steps=steps)
+        settings = settings if slider_start is None else replace(settings, slider_start=slider_start)
+        alphas = self.alphas_of_run(prepared, strengths, settings)
+        run, frozen, conditioning = len(alphas), self.frozen_steps(settings), prepared.conditioning
+        chunks = alphas.split(self.max_batch, dim=1)
         images = []
-        with tqdm(total=steps * len(chunks), desc="denoise", disable=not progress, leave=False) as bar:
+        with tqdm(total=frozen + (run - frozen) * len(chunks), desc="denoise", disable=not progress, leave=False) as bar:
+            latents = conditioning.latents
+            if frozen:
+                # One row makes the steps that all settings share, whatever their number.
+                shared = self._denoising(conditioning, self.backbone_inputs(prepared, alphas[0, :1]), run)
+                latents = shared.run(latents, alphas[:, :1].to(latents.device), range(frozen), bar)
             for chunk in chunks:
-                inputs = self.backbone_inputs(prepared, chunk)
-                images.append(self._denoise(conditioning, inputs, steps, conditioning.true_cfg_scale, bar, first_step))
+                denoising = self._denoising(conditioning, self.backbone_inputs(prepared, chunk[0]), run)
+                rows = latents.repeat(chunk.shape[1], 1, 1)
+                rows = denoising.run(rows, chunk.to(latents.device), range(frozen, run), bar)
+                images.append(self.decode(rows, conditioning.height, conditioning.width))
         together = torch.cat(images).cpu()
         for row in broken_rows(together):
             raise not_finite(prepared.instructions, strengths[row])
@@ -520,7 +600,6 @@ class SliderEditor:
         steps: int,
         true_cfg_scale: float | Tensor = 1.0,
         bar: tqdm[Any] | None = None,
-        first_step: int = 0,
     ) -> Tensor:
         """Denoise one batch from the noise of `conditioning`.
 
@@ -531,7 +610,6 @@ class SliderEditor:
             true_cfg_scale: Scale of the guidance away from `conditioning.negative`, unused without one; a tensor `[B, 1, 1]`
                 gives each row its own.
             bar: Progress bar that advances by one per step.
-            first_step: First step in which the sliders act; earlier steps run the frozen model.
 
         Returns:
             Float32 `[B, 3, H, W]` in [0, 1].
@@ -539,43 +617,50 @@ class SliderEditor:
         Raises:
             SliderEditError: An image contains NaN or infinity.
         """
-        images = self._denoise(conditioning, inputs, steps, true_cfg_scale, bar, first_step).cpu()
+        alpha = inputs["alpha"].clone()
+        latents = conditioning.latents.repeat(len(alpha), 1, 1)
+        denoising = self._denoising(conditioning, inputs, steps, true_cfg_scale)
+        latents = denoising.run(latents, alpha.expand(steps, *alpha.shape), range(steps), bar)
+        images = self.decode(latents, conditioning.height, conditioning.width).cpu()
         for row in broken_rows(images):
-            alpha = inputs["alpha"][row].tolist()
-            raise SliderEditError(f"row {row} of a batch, with alpha {alpha}, produced NaN or infinity; use smaller alphas")
+            raise SliderEditError(
+                f"row {row} of a batch, with alpha {alpha[row].tolist()}, produced NaN or infinity; use smaller alphas"
+            )
         return images
 
-    def _denoise(
+    def _denoising(
         self,
         conditioning: Conditioning,
         inputs: dict[str, Tensor],
         steps: int,
-        true_cfg_scale: float | Tensor,
-        bar: tqdm[Any] | None,
-        first_step: int,
-    ) -> Tensor:
-        """Denoise as `denoise` does, but fill images that are not finite with NaN."""
-        negative = self.family.negative_inputs(self.config, conditioning, inputs)
-        latents = conditioning.latents.repeat(len(inputs["alpha"]), 1, 1)
-        schedule = self.family.schedule(self.pipeline, latents.shape[1], steps).to(latents.device)
-        alpha = inputs["alpha"].clone()
-        for step in range(steps):
-            # Change alphas in place, because an engine may have bound the tensor's memory.
-            inputs["alpha"].copy_(alpha * (step >= first_step))
-            timestep = schedule.timesteps[step]
-            velocity = self.family.predict(self.engine, inputs, latents, timestep, negative, true_cfg_scale)
-            latents = latents + schedule.deltas[step] * velocity
-            if bar is not None:
-                bar.update()
-        return self.decode(latents, conditioning.height, conditioning.width)
+        true_cfg_scale: float | Tensor | None = None,
+    ) -> Denoising:
+        """Return the run of one batch; without a true-CFG scale, it takes that of `conditioning`."""
+        schedule = self.family.schedule(self.pipeline, conditioning.latents.shape[1], steps)
+        return Denoising(
+            self.family,
+            self.engine,
+            inputs,
+            self.family.negative_inputs(self.config, conditioning, inputs),
+            schedule.to(conditioning.latents.device),
+            conditioning.true_cfg_scale if true_cfg_scale is None else true_cfg_scale,
+        )
 
     @torch.no_grad()
-    def decode(self, latents: Tensor, height: int, width: int) -> Tensor:
+    def decode(self, latents: Tensor, height: int, width: int, *, preview: bool = False) -> Tensor:
         """Decode latents `[B, latent_rows, C]` to images `[B, 3, height, width]` in [0, 1].
 
         An image that is not finite before or after the autoencoder is filled with NaN (see `broken_rows`).
+
+        Args:
+            latents: Latents of B images.
+            height: Height of the images, in pixels.
+            width: Width of the images, in pixels.
+            preview: Use `preview_decoder`, if there is one.
         """
         with self._pipeline_lock:
+            if preview and self.preview_decoder is not None:
+                return self.preview_decoder.decode(latents, height, width)
             return self.family.decode(self.pipeline, latents, height, width)
 
     def edited_size(self, images: Sequence[Image.Image]) -> tuple[int, int]:
@@ -683,7 +768,7 @@ def broken_rows(images: Tensor) -> list[int]:
     return images.isnan().flatten(1).any(1).nonzero().flatten().tolist()
 
 
-def not_finite(instructions: Sequence[str], strengths: Sequence[float]) -> SliderEditError:
+def not_finite(instructions: Sequence[str], strengths: Sequence[Strength]) -> SliderEditError:
     """Make the error for an edit whose image is not finite."""
     setting = " and ".join(f"{i!r} at strength {s:g}" for i, s in zip(instructions, strengths, strict=True))
     return SliderEditError(
@@ -692,6 +777,6 @@ def not_finite(instructions: Sequence[str], strengths: Sequence[float]) -> Slide
     )
 
 
-def with_strength(sliders: Sequence[Slider], strengths: dict[int, float]) -> list[Slider]:
+def with_strength(sliders: Sequence[Slider], strengths: Mapping[int, Strength]) -> list[Slider]:
     """Replace the strengths of some sliders, by index."""
     return [replace(s, strength=strengths.get(i, s.strength)) for i, s in enumerate(sliders)]

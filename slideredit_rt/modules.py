@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from slideredit_rt.adapters import Adapter, fit_adapter
+from slideredit_rt.adapters import Adapter, AdapterInputs, fit_adapter
+from slideredit_rt.adapters.adapter import check_text_rows
+from slideredit_rt.adapters.inputs import is_adapter_input
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.families import Family, Kind, RowSet, TensorSpec
 from slideredit_rt.kernels import masked_lora_linear, masked_lora_update
@@ -47,7 +49,37 @@ class RowScales:
         return self._parts.get(rows)
 
 
-class MaskedLoRALinear(nn.Linear):
+class CallPair:
+    """A and B of one linear during a call, for a backbone that takes its adapter as inputs."""
+
+    a: Tensor
+    b: Tensor
+
+
+class LowRank:
+    """Source of an adapted linear's A and B: parameters of its own, or the tensors of a call."""
+
+    lora_A: Tensor  # noqa: N815
+    lora_B: Tensor  # noqa: N815
+    _of_call: CallPair | None = None
+
+    def take_from_calls(self, pair: CallPair) -> None:
+        """Use the A and B of each call instead of parameters."""
+        del self.lora_A, self.lora_B
+        self._of_call = pair
+
+    def share_low_rank(self, other: LowRank) -> None:
+        """Use the same A and B as another adapted linear."""
+        if other._of_call is None:
+            self.lora_A, self.lora_B = other.lora_A, other.lora_B
+        self._of_call = other._of_call
+
+    def low_rank(self) -> tuple[Tensor, Tensor]:
+        """Return A `[R, K]` and B `[N, R]`."""
+        return (self.lora_A, self.lora_B) if self._of_call is None else (self._of_call.a, self._of_call.b)
+
+
+class MaskedLoRALinear(LowRank, nn.Linear):
     """A frozen linear plus a low-rank update scaled per row: `y = x Wᵀ + bias + row_scale · (x Aᵀ) Bᵀ`.
 
     It shares the wrapped linear's parameters under their own names, so the state-dict keys of the base do not change.
@@ -74,7 +106,7 @@ class MaskedLoRALinear(nn.Linear):
         row_scale = self.scales.of(self.rows)
         if row_scale is None:
             return F.linear(x, self.weight, self.bias)
-        return masked_lora_linear(x, self.weight, self.bias, self.lora_A, self.lora_B, row_scale)
+        return masked_lora_linear(x, self.weight, self.bias, *self.low_rank(), row_scale)
 
     def frozen(self) -> nn.Linear:
         """Return the wrapped linear."""
@@ -83,7 +115,7 @@ class MaskedLoRALinear(nn.Linear):
         return linear
 
 
-class MaskedLoRAQuantizedLinear(QuantizedLinear):
+class MaskedLoRAQuantizedLinear(LowRank, QuantizedLinear):
     """A quantised linear plus a low-rank update of its unquantised input: `y = q(x) Wᵀ + bias + row_scale · (x Aᵀ) Bᵀ`.
 
     It shares the wrapped linear's tensors under their own names, as `MaskedLoRALinear` does.
@@ -107,7 +139,7 @@ class MaskedLoRAQuantizedLinear(QuantizedLinear):
     def forward(self, x: Tensor) -> Tensor:
         """Project `[B, S, K]` to `[B, S, N]`."""
         row_scale, y = self.scales.of(self.rows), super().forward(x)
-        return y if row_scale is None else masked_lora_update(y, x, self.lora_A, self.lora_B, row_scale)
+        return y if row_scale is None else masked_lora_update(y, x, *self.low_rank(), row_scale)
 
     def frozen(self) -> QuantizedLinear:
         """Return the wrapped linear."""
@@ -126,8 +158,9 @@ AdaptedLinear = MaskedLoRALinear | MaskedLoRAQuantizedLinear
 class SliderBackbone(nn.Module):
     """A diffusers transformer with an adapter, which takes the family's inputs plus `alpha` and `token_mask`.
 
-    It is the eager reference of every engine, and the module that is exported. With `adapter=None`, it is the frozen backbone
-    without slider inputs. The transformer is changed in place; `remove()` restores it.
+    With `AdapterInputs` in place of an adapter, A and B are inputs of every call as well. With `adapter=None`, it is the frozen
+    backbone without slider inputs. It is the eager reference of every engine, and the module that is exported. The transformer
+    is changed in place; `remove()` restores it.
 
     Not thread-safe: the linears share the row scales of a call until its backward pass is over. Engines, `SliderEditor` and
     the compat pipeline serialise their calls.
@@ -135,37 +168,39 @@ class SliderBackbone(nn.Module):
     Args:
         family: Family of the transformer.
         transformer: diffusers transformer to change.
-        adapter: Adapter or bank to add; None for the frozen backbone.
+        adapter: Adapter or bank to add, or the layout of adapter inputs; None for the frozen backbone.
 
     Raises:
         SliderEditError: The adapter does not fit the transformer, or a library has quantised the transformer.
     """
 
-    def __init__(self, family: Family, transformer: nn.Module, adapter: Adapter | None) -> None:
+    def __init__(self, family: Family, transformer: nn.Module, adapter: Adapter | AdapterInputs | None) -> None:
         super().__init__()
         family.prepare_transformer(transformer)
         self.family = family
         self.transformer = transformer
         self.kind: Kind | None = adapter.kind if adapter else None
-        self.members = tuple(adapter.members) if adapter else ()
+        self.members = tuple(adapter.members) if isinstance(adapter, Adapter) else ()
+        self.adapter_inputs = adapter if isinstance(adapter, AdapterInputs) else None
         self.scales = RowScales()
         self.adapted: dict[str, AdaptedLinear] = {}
         self._attention: list[tuple[str, nn.Module]] = []
-        if adapter is not None:
+        self._pairs: dict[str, CallPair] = {}
+        if isinstance(adapter, Adapter):
             self._inject(adapter)
+        elif adapter is not None:
+            self._inject(adapter.blank())
+            for name, linear in self.adapted.items():
+                linear.take_from_calls(self._pairs.setdefault(name, CallPair()))
 
     def _inject(self, adapter: Adapter) -> None:
         fit_adapter(adapter, self.family, self.transformer)
+        check_text_rows(adapter, self.family)
         adapted: dict[str, AdaptedLinear] = {}
         for name, (lora_a, lora_b) in adapter.pairs.items():
             linear, rows = self.transformer.get_submodule(name), self.family.rows_of(name)
             assert isinstance(linear, nn.Linear | QuantizedLinear)
             assert rows is not None
-            if adapter.kind == "st" and rows == "image":
-                raise SliderEditError(
-                    f"adapter {adapter.source!r} is marked as ST but updates {name}, which does not project text rows; "
-                    "use an ST adapter, or mark this one as gst in its metadata"
-                )
             device = linear.weight.device
             update = rows, self.scales, lora_a.to(device), lora_b.to(device)
             if isinstance(linear, QuantizedLinear):
@@ -221,7 +256,7 @@ class SliderBackbone(nn.Module):
         self.scales.set(row_scale, text_rows, image_rows if self.kind == "st" else None)
 
     def slider_specs(self) -> list[TensorSpec]:
-        """Return the specs of the slider inputs; empty for a frozen backbone."""
+        """Return the specs of the slider inputs, then those of adapter inputs; empty for a frozen backbone."""
         if self.kind is None:
             return []
         rows = "text_rows" if self.kind == "st" else "rows"
@@ -229,6 +264,7 @@ class SliderBackbone(nn.Module):
         return [
             TensorSpec("alpha", "float32", ("batch", "sliders", *bank)),
             TensorSpec("token_mask", "bool", ("batch", "sliders", rows)),
+            *(self.adapter_inputs.specs() if self.adapter_inputs else ()),
         ]
 
     def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
@@ -236,7 +272,8 @@ class SliderBackbone(nn.Module):
 
         Args:
             inputs: Inputs of the family and, for an adapted backbone, `alpha` (float32 `[B, K]`, for a bank `[B, K, G]`) and
-                `token_mask` (bool `[B, K, S]`). Without these two, the adapter is off.
+                `token_mask` (bool `[B, K, S]`). Without these two, the adapter is off. With them, a backbone that takes its
+                adapter as inputs also needs those (see `AdapterInputs`).
 
         Returns:
             Prediction `[B, image_rows, C]`.
@@ -258,7 +295,11 @@ class SliderBackbone(nn.Module):
         # Keep the scales set after the call: with gradient checkpointing, the linears run again during the backward pass.
         row_scale = None if alpha is None or token_mask is None else combine_row_scale(alpha, token_mask)
         self.set_scales(row_scale, inputs["encoder_hidden_states"].shape[1], inputs["hidden_states"].shape[1])
-        return backbone_inputs
+        if self.adapter_inputs is not None and row_scale is not None:
+            dtype = next(self.transformer.parameters()).dtype
+            for name, (lora_a, lora_b) in self.adapter_inputs.unpack(inputs, dtype).items():
+                self._pairs[name].a, self._pairs[name].b = lora_a, lora_b
+        return {name: value for name, value in backbone_inputs.items() if not is_adapter_input(name)}
 
 
 def without_sliders(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:

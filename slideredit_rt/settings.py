@@ -47,9 +47,12 @@ class EditSettings:
         true_cfg_scale: Scale of classifier-free guidance with a negative pass, in which sliders are off; None takes the
             editor's default, 1 runs without the pass.
         negative_prompt: Prompt of the negative pass; None takes the editor's default.
+        slider_start: Fraction of the steps before the sliders act, in [0, 1). The steps that end by then run the base model
+            (strength 1), so all strengths share them. None takes the editor's default, usually 0.
 
     Raises:
-        SliderEditError: The seed is out of range, there are no steps, or a scale is not finite.
+        SliderEditError: The seed is out of range, there are no steps, a scale is not finite, or `slider_start` is not in
+            [0, 1).
     """
 
     prompt: str | None = None
@@ -58,6 +61,7 @@ class EditSettings:
     guidance_scale: float | None = None
     true_cfg_scale: float | None = None
     negative_prompt: str | None = None
+    slider_start: float | None = None
 
     def __post_init__(self) -> None:
         check_seed(self.seed)
@@ -66,6 +70,10 @@ class EditSettings:
         for name, scale in (("guidance scale", self.guidance_scale), ("true-CFG scale", self.true_cfg_scale)):
             if scale is not None and not math.isfinite(scale):
                 raise SliderEditError(f"the {name} is {scale}; pass a finite number")
+        if self.slider_start is not None and not 0 <= self.slider_start < 1:
+            raise SliderEditError(
+                f"the sliders start at the fraction {self.slider_start} of the steps; pass at least 0 and less than 1"
+            )
 
 
 @dataclass(frozen=True)
@@ -78,18 +86,21 @@ class EditDefaults:
         true_cfg_scale: Scale of classifier-free guidance with a negative pass; None takes the family's default.
         timestep_shift: Fixed shift s of the noise levels, `σ' = s σ / (1 + (s − 1) σ)`; None takes the base's scheduler as it
             is.
+        slider_start: Fraction of the steps before the sliders act; None takes 0.
 
     Raises:
-        SliderEditError: `steps` is below 1, a scale is not finite, or the shift is not above 0.
+        SliderEditError: `steps` is below 1, a scale is not finite, the shift is not above 0, or `slider_start` is not in
+            [0, 1).
     """
 
     steps: int | None = None
     guidance_scale: float | None = None
     true_cfg_scale: float | None = None
     timestep_shift: float | None = None
+    slider_start: float | None = None
 
     def __post_init__(self) -> None:
-        EditSettings(steps=self.steps, guidance_scale=self.guidance_scale, true_cfg_scale=self.true_cfg_scale)
+        EditSettings(**{name: value for name, value in asdict(self).items() if name != "timestep_shift"})
         if self.timestep_shift is not None and not 0 < self.timestep_shift < math.inf:
             raise SliderEditError(f"the timestep shift is {self.timestep_shift}; pass a number above 0, such as 3")
 
@@ -107,6 +118,7 @@ class EditOptions(TypedDict, total=False):
     guidance_scale: float | None
     true_cfg_scale: float | None
     negative_prompt: str | None
+    slider_start: float | None
 
 
 def merge(settings: EditSettings | None, given: EditOptions) -> EditSettings:

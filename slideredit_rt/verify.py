@@ -12,13 +12,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from slideredit_rt.adapters import Fused, load_adapters
+from slideredit_rt.adapters import Adapter, Fused, load_adapters
 from slideredit_rt.assets import resolve_base
 from slideredit_rt.editor import Prepared, SliderEditor
 from slideredit_rt.engines import Engine, Manifest, check_run, open_engine, read_manifest
-from slideredit_rt.engines.manifest import check_base
+from slideredit_rt.engines.manifest import ADAPTER_FILE, check_base
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.families import Backbone, Reader, get_family
+from slideredit_rt.loaded_adapters import LoadedAdapters
 from slideredit_rt.placement import choose_placement
 from slideredit_rt.quantization.config import read_source
 from slideredit_rt.quantization.precisions import PRECISIONS
@@ -37,7 +38,7 @@ class Origins:
 
     Attributes:
         base: Base.
-        adapter: Adapter, or several for a bank.
+        adapter: Adapter, or several for a bank. For an engine with adapter inputs, any adapter; None takes its default.
         reference: Unquantised base, for a quantised engine.
         fuse: LoRAs that were fused into the weights, in the order of the build.
     """
@@ -296,7 +297,7 @@ class _Carried:
 def _on_cpu(eager: SliderEditor, manifest: Manifest, engine: Engine) -> SliderEditor:
     """Make an editor that encodes and decodes as the eager one does, on the CPU, and denoises with an engine on any device."""
     assert manifest.kind is not None
-    controls = Controls(manifest.kind, manifest.curve, manifest.members)
+    controls = Controls(manifest.kind, manifest.curve, manifest.members, manifest.member_kinds)
     limits = {"max_batch": manifest.max_batch, "max_sliders": manifest.max_sliders}
     editor = SliderEditor(eager.family, eager.pipeline, _Carried(engine), manifest.config, controls, **limits)
     editor.defaults = manifest.edit_defaults
@@ -318,6 +319,28 @@ def _find_fused(path: Path, manifest: Manifest, given: Sequence[str] | None) -> 
                 f"LoRA {str(lora.source)!r} is not the one fused into engine {str(path)!r}; pass the original with --fuse"
             )
     return loras
+
+
+def _find_adapter(path: Path, manifest: Manifest, given: str | Sequence[str] | None) -> Adapter:
+    """Return the adapter that an engine contains, and check that it is unchanged.
+
+    For an engine with adapter inputs, this is the given adapter or the default one.
+    """
+    family, about = get_family(manifest.family), manifest.adapter
+    if layout := manifest.layout:
+        if given is None and about is None:
+            raise SliderEditError(f"engine {str(path)!r} has no default adapter; pass one to verify it with, as --adapter")
+        adapter = load_adapters(path / ADAPTER_FILE if given is None else given, family)
+        layout.check(adapter, family)
+        return adapter
+    if about is None:
+        raise SliderEditError(f"engine {str(path)!r} has no adapter to verify; rebuild it with --adapter")
+    members = about.get("members", {})
+    source = given or list(dict.fromkeys(m["source"] for m in members.values())) or about["source"]
+    adapter = load_adapters(source, family).without(about.get("dropped", ()))
+    if adapter.fingerprint != about["fingerprint"]:
+        raise SliderEditError(f"adapter {source!r} is not the one in engine {str(path)!r}; pass the original with --adapter")
+    return adapter
 
 
 def verify_engine(
@@ -350,23 +373,19 @@ def verify_engine(
     """
     run, manifest = run or RunSettings(), read_manifest(path)
     device = check_run(path, manifest, run)
-    if manifest.adapter is None:
-        raise SliderEditError(f"engine {str(path)!r} has no adapter to verify; rebuild it with --adapter")
     base = origins.base or manifest.base["source"]
-    members = manifest.adapter.get("members", {})
-    adapter = origins.adapter or list(dict.fromkeys(m["source"] for m in members.values())) or manifest.adapter["source"]
-    loaded = load_adapters(adapter, get_family(manifest.family)).without(manifest.adapter.get("dropped", ()))
-    if loaded.fingerprint != manifest.adapter["fingerprint"]:
-        raise SliderEditError(f"adapter {adapter!r} is not the one in engine {str(path)!r}; pass the original with --adapter")
+    loaded = _find_adapter(path, manifest, origins.adapter)
     loras = _find_fused(path, manifest, origins.fuse)
     # Check all components, because the eager reference uses them all.
     check_base(manifest, path, resolve_base(base))
     placement = choose_placement(path, manifest, resolve_base(base), run, device, encoders=False)
     compiled = open_engine(path, placement.run, manifest)[1]
+    if manifest.layout is not None:
+        compiled = LoadedAdapters(compiled, manifest).of(loaded).engine
     exact = base if manifest.precision is None else origins.reference or read_source(resolve_base(base) / "transformer")
     eager = SliderEditor.from_pretrained(exact, loaded, fuse=loras)
     engine = _on_cpu(eager, manifest, compiled)
-    names = list(members)
+    names = list(manifest.members)
     sliders = [replace(s, adapter=s.adapter or names[i % len(names)]) for i, s in enumerate(sliders)] if names else sliders
     prepared = engine.prepare(image, sliders, steps=steps)
     if manifest.precision is not None:

@@ -46,6 +46,7 @@ LONGEST = (
     "test_linked_export.py",
     "test_bench.py",
     "test_aot.py",
+    "test_ptx.py",
     "test_flux2.py",
     "test_flux2_kv.py",
     "test_marks.py",

@@ -8,9 +8,11 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from qwen_checkpoint import qwen_adapter, random_image, save_tiny_checkpoint
 from scorer_checkpoints import save_scorer_checkpoints
@@ -23,6 +25,7 @@ from slideredit_rt.editor import SliderEditor
 from slideredit_rt.engines.inductor import InductorEngine
 from slideredit_rt.evaluation.scorers import AttributeScorer, DistanceScorer, load_scorer
 from slideredit_rt.families import get_family
+from slideredit_rt.portraits.editor_recipe import SIZES, editor_recipe
 from slideredit_rt.serving.requests import EditRequest
 from slideredit_rt.serving.service import EditService
 from slideredit_rt.shapes.adapter_recipes import BalancedShapes, ShapesData
@@ -30,6 +33,7 @@ from slideredit_rt.shapes.world import find_instruction
 from slideredit_rt.sliders import Slider
 from slideredit_rt.training.attribute_offsets import OffsetConfig, OffsetTrainer
 from slideredit_rt.training.concepts import ConceptConfig, ConceptTrainer
+from slideredit_rt.training.embedded.loop import Budget, Loop
 from slideredit_rt.training.suppression import SuppressionConfig, SuppressionTrainer
 from slideredit_rt.training.trainer import Trainer
 
@@ -168,6 +172,39 @@ def run_training(make: Callable[[Any, Path, torch.device], Trainer[Any]], folder
     return {"difference": difference, "size": size, "places": sorted(places), **counts(card)}
 
 
+class CardGenerator(torch.Generator):
+    """A random number generator of the card, with the numbers of the CPU's."""
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        return CARD
+
+
+def run_editor_stages(folder: Path) -> dict[str, Any]:
+    """Train every stage of the portraits recipe for three steps on the card, with a tiny model."""
+    recipe = editor_recipe(replace(SIZES, widths=(8, 8, 8, 8), heads=1, dual=1, single=1))
+    card, plain = StandIn(), torch.Generator
+    with pytest.MonkeyPatch.context() as patch, card:
+        patch.setattr(
+            torch, "Generator", lambda device="cpu": CardGenerator() if torch.device(device) == CARD else plain(device)
+        )
+        patch.setattr(torch, "autocast", lambda *_: nullcontext())  # the card has none
+        pipeline = recipe.build().to(CARD)
+        for stage in recipe.stages:
+            modules, losses = stage.modules(pipeline), stage.prepare(pipeline, CARD, 2)
+            for module in modules.values():
+                module.requires_grad_(True)
+            loop = Loop(stage.name, modules, stage.peak, folder / f"{stage.name}.pt", average=stage.average)
+
+            def watched(step: int, losses: Any = losses, name: str = stage.name) -> Any:
+                card.phase = name if step else "first step"
+                return losses(step)
+
+            loop.train(watched, Budget(steps=3), progress=False)
+            card.phase = "between"
+    return counts(card)
+
+
 def run_scorer(name: str, checkpoint: Path) -> dict[str, Any]:
     """Score images on the CPU and on the card."""
     images, found = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0)), []
@@ -213,6 +250,7 @@ def main() -> None:
             "a copy in each step": run_edit(shapes("st"), lambda x: x.cpu().to(CARD), 2),
             "latents on the CPU": run_edit(shapes("st"), lambda x: x.cpu(), 2),
             "service": run_service(),
+            "train editor": run_editor_stages(Path(folder)),
             **{f"train {name}": run_training(make, Path(folder)) for name, make in TRAINERS.items()},
         }
         save_scorer_checkpoints(Path(folder))

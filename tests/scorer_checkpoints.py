@@ -11,7 +11,8 @@ import torch
 import transformers
 from torch import nn
 
-from slideredit_rt.shapes.editor_recipe import build_clip_tokenizer
+from slideredit_rt.shapes.editor_recipe import VOCABULARY
+from slideredit_rt.training.embedded.text import build_clip_tokenizer
 
 SIDE = 32
 PHRASES = ["curly hair", "a warm smile on the man's face"]
@@ -42,7 +43,7 @@ def save_scorer_checkpoints(root: Path) -> None:
     square = {"size": {"height": SIDE, "width": SIDE}, **plain}
     cropped = {"size": {"shortest_edge": SIDE}, "crop_size": {"height": SIDE, "width": SIDE}, **plain}
 
-    words = build_clip_tokenizer()
+    words = build_clip_tokenizer(VOCABULARY)
     text = {"vocab_size": len(words), "max_position_embeddings": 24, "eos_token_id": words.eos_token_id, **TOWER}
     config = transformers.CLIPConfig(text_config=text, vision_config=EYE, projection_dim=16)
     _save(root / "clip", transformers.CLIPModel(config), transformers.CLIPImageProcessorPil(**cropped), words)

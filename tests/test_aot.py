@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from slideredit_rt import cli
+from slideredit_rt.bench import ptx_report
 from slideredit_rt.kernels import aot
 from slideredit_rt.kernels.configurations import SHARED_KIB
 
@@ -106,6 +107,46 @@ def test_operands_of_the_second_product_are_rounded(folder: Path, descriptions: 
         multiplies = any("tf32" in line and "mma" in line for line in ptx.splitlines())
         assert multiplies == (d["kernel"] != "masked_low_rank"), d["file"]
         assert multiplies == ("cvt.rna.tf32.f32" in ptx), d["file"]
+
+
+# Products of the main loops at rank 16, which the frozen projection and the low-rank product take turns in.
+PRODUCTS = {
+    ("sm80", "masked_lora_linear"): {"mma m16n8k16 bf16"},
+    ("sm90", "masked_lora_linear"): {"wgmma m64n256k16 bf16", "wgmma m64n16k16 bf16"},
+    ("sm100", "masked_lora_linear"): {"tcgen05.mma kind::f16"},
+    ("sm80", "masked_low_rank"): {"mma m16n8k16 bf16"},
+}
+
+
+def pinned(target: str, kernel: str) -> set[str]:
+    """sm86, sm89 and sm120 multiply as sm80 does; so does every target where rows are few."""
+    return PRODUCTS.get((target, kernel), PRODUCTS["sm80", kernel])
+
+
+def test_main_loops_multiply_on_tensor_cores_and_copy_without_registers(
+    folder: Path, descriptions: list[dict[str, Any]]
+) -> None:
+    for d in descriptions:
+        report = ptx_report.report((folder / d["file"]).read_text(), d)
+        assert report["spill_bytes"] == 0
+        if d["kernel"] == "masked_lora_update":
+            # Its inner columns fit a tile, so it has no loop.
+            assert not any(section["loop"] for section in report["sections"])
+            continue
+        assert len(report["sections"]) == (2 if d["kernel"] == "masked_lora_linear" else 1), "tiles without an active row"
+        for section in report["sections"]:
+            kinds, products = section["kinds"], pinned(d["target"], d["kernel"])
+            assert section["loop"]
+            found = {kind for kind in kinds if "fma" in kind or re.match(r"(wgmma|mma|tcgen05\.mma) ", kind)}
+            assert found <= products, d["file"]
+            assert max(products, key=len) in found, d["file"]
+            assert not [kind for kind in kinds if kind.startswith(("ld.global", "st.global", "ld.local", "st.local"))], d[
+                "file"
+            ]
+            copied = {int(kind.split()[1]): count for kind, count in kinds.items() if re.match(r"cp\.async \d", kind)}
+            # 256 threads share 2 KiB of A.
+            assert sum(count for size, count in copied.items() if size != 16) <= (8 in copied), d["file"]
+            assert copied[16] >= 4, d["file"]
 
 
 def test_ptx_names_no_path_of_the_machine(tmp_path: Path) -> None:

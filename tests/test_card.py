@@ -93,6 +93,14 @@ def test_a_training_step_waits_once_for_its_loss_and_downloads_nothing_else(resu
     assert {place.split(":")[0] for place in events if place.startswith("download")} == {f"download at {owner}"}
 
 
+@pytest.mark.parametrize("stage", ["autoencoder", "decoder", "editor", "guidance"])
+def test_a_stage_of_the_portraits_recipe_draws_and_trains_on_the_card(results: Any, stage: str) -> None:
+    """Nothing meets on two devices, which would have raised, and the host waits for no value between steps."""
+    events = results["train editor"]["events"][stage]
+    waits = {place.split(":")[0] for place in events if not place.startswith("upload")}
+    assert waits == set()
+
+
 @pytest.mark.parametrize("case", SCORERS)
 def test_scorers_on_the_card_score_as_on_the_cpu_and_only_scores_come_back(results: Any, case: str) -> None:
     scored = results[case]

@@ -123,7 +123,10 @@ def test_rows_of_one_batch_share_no_nan(st_editor: SliderEditor, scene: Image.Im
     prepared = st_editor.prepare(scene, PARTS)
     expected = st_editor.render_tensor(prepared, [[0.5, 1.0]], steps=2)
     inputs = st_editor.backbone_inputs(prepared, torch.tensor([[-1e20, 0.0], [0.5, 0.0]]))
-    images = st_editor._denoise(prepared.conditioning, inputs, 2, 1.0, None, 0)
+    denoising = st_editor._denoising(prepared.conditioning, inputs, 2)
+    latents = prepared.conditioning.latents.repeat(2, 1, 1)
+    latents = denoising.run(latents, inputs["alpha"].clone().expand(2, -1, -1), range(2))
+    images = st_editor.decode(latents, prepared.conditioning.height, prepared.conditioning.width)
     assert images[0].isnan().all()
     assert (images[1] - expected[0]).abs().max() <= 1e-5
     with pytest.raises(SliderEditError, match=r"row 0 of a batch, with alpha \[-1.*e\+20, 0.0\], produced"):

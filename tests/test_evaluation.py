@@ -308,7 +308,8 @@ def test_what_a_setup_allows_is_told_before_an_engine_is_built(tmp_path: Path) -
         setup = Setup("shapes-kontext", out, adapters, concepts="shapes-concepts")
         allowed[len(adapters)] = [variant for system in SYSTEMS.values() for variant in system.variants(setup)]
     rest = ["implicit-cfg", "explicit-cfg", "merged-lora", "concept-sliders"]
-    assert allowed == {1: ["gst", *rest], 3: ["mine", "shapes-st", "gst", "pad-interpolation", *rest]}
+    st = ["mine", "shapes-st", "scheduled-st-mine", "scheduled-st-shapes-st"]
+    assert allowed == {1: ["gst", *rest], 3: [*st, "gst", "pad-interpolation", *rest]}
     assert not out.exists()
 
 

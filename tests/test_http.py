@@ -362,8 +362,8 @@ def test_the_size_is_the_engines_for_the_image(client: httpx.Client, scene: Imag
 
 
 def test_a_stream_sends_partial_images_and_then_the_edit(client: httpx.Client, png: bytes) -> None:
-    whole = edit(client, png, prompt=RED, num_inference_steps=6).json()
     answer = edit(client, png, prompt=RED, num_inference_steps=6, stream="true", partial_images=2)
+    whole = edit(client, png, prompt=RED, num_inference_steps=6).json()
     assert answer.headers["content-type"].startswith("text/event-stream")
     kinds, data = zip(*events(answer.text), strict=True)
     assert kinds == ("image_edit.partial_image",) * 2 + ("image_edit.completed",)
@@ -460,10 +460,13 @@ def test_the_model_says_what_its_engine_is(client: httpx.Client, st_editor: Slid
         "backend": "onnxruntime",
         "precision": None,
         "adapters": [],
+        "adapter_kinds": [],
+        "choices": [],
         "max_sliders": st_editor.max_sliders,
         "num_inference_steps": st_editor.family.num_inference_steps,
         "guidance_scale": st_editor.family.guidance_scale,
         "true_cfg_scale": st_editor.family.true_cfg_scale,
+        "slider_start": 0.0,
         "preview_steps": PREVIEW_STEPS,
         "max_images": 1,
         "side": 64,

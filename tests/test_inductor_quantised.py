@@ -37,7 +37,7 @@ from slideredit_rt.errors import SliderEditError
 from slideredit_rt.export.build import build_engine
 from slideredit_rt.export.onnx_graph import example_inputs
 from slideredit_rt.families import Family
-from slideredit_rt.modules import MaskedLoRAQuantizedLinear, RowScales, SliderBackbone
+from slideredit_rt.modules import CallPair, MaskedLoRAQuantizedLinear, RowScales, SliderBackbone
 from slideredit_rt.quantization.linear import quantized_linears
 from slideredit_rt.quantization.loading import load_transformer
 from slideredit_rt.quantization.write import QuantizeSettings, quantize_base
@@ -292,6 +292,26 @@ def test_a_gpu_without_fp8_is_refused_before_anything_is_loaded(
         assert Inductor().choose_device(manifest, RunSettings(device="cuda")).type == "cuda"
 
 
+@torch.no_grad()
+def test_a_quantised_projection_takes_the_a_and_b_of_each_call() -> None:
+    generator = torch.Generator().manual_seed(0)
+    scales, x = RowScales(), torch.randn(2, 5, 32, generator=generator)
+    scales.set(torch.ones(2, 5), 5)
+    linear, zeros = linear_of("int8", torch.randn(16, 32, generator=generator)), (torch.zeros(4, 32), torch.zeros(16, 4))
+    per_call, pair = MaskedLoRAQuantizedLinear(linear, "text", scales, *zeros), CallPair()
+    per_call.take_from_calls(pair)
+    updated = UpdatedLinear(DequantisedLinear(linear), per_call)
+    results = []
+    for _ in range(2):
+        pair.a, pair.b = torch.randn(4, 32, generator=generator), torch.randn(16, 4, generator=generator)
+        constant = MaskedLoRAQuantizedLinear(linear, "text", scales, pair.a, pair.b)
+        expected = UpdatedLinear(DequantisedLinear(linear), constant)(x)
+        results.append(updated(x))
+        assert torch.equal(results[-1], expected)
+        torch.testing.assert_close(per_call(x), constant(x))
+    assert not torch.equal(*results)
+
+
 def test_folding_is_refused(bases: dict[str, Path], tmp_path: Path) -> None:
-    with pytest.raises(SliderEditError, match="would rebuild the quantised weights"):
+    with pytest.raises(SliderEditError, match="cannot be combined with a quantised base"):
         build_engine(bases["int8"], "shapes-gst", tmp_path / "e", BuildSettings("inductor", "folded"), progress=False)

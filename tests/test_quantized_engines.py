@@ -173,7 +173,7 @@ def refused(capsys: pytest.CaptureFixture[str], *command: object) -> str:
             ("--backend", "tensorrt-rtx", "--targets", "sm86"),
             "GPUs of sm86 do not compute in fp8, which needs sm89 or later",
         ),
-        ("int8", ("--lowering", "folded"), "'folded' would rebuild the quantised weights in every step; use --lowering native"),
+        ("int8", ("--lowering", "folded"), "'folded' cannot be combined with a quantised base"),
     ],
 )
 def test_what_a_quantised_base_cannot_be_built_with(

@@ -617,7 +617,7 @@ class TestCache:
     def test_what_is_the_same_is_not_encoded_again(
         self, recorder: Recorder, serve: Callable[..., EditService], scene: Image.Image
     ) -> None:
-        service = serve()
+        service = serve(latent_cache=False)
 
         def run(image: Image.Image, *strengths: float, **options: Any) -> dict[str, list[int]]:
             service.submit(edit(image, *strengths, **{"steps": 1} | options)).future.result(WAIT)

@@ -15,15 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from slideredit_rt.errors import SliderEditError
-from slideredit_rt.families import Kind, RowSet, get_family
+from slideredit_rt.families import Family, Kind, RowSet, get_family
 from slideredit_rt.strength import StrengthCurve
 
 
 @dataclass(frozen=True)
 class Member:
-    """One adapter of a bank: its source, and its curve from strength to alpha."""
+    """One adapter of a bank: its source, its kind, and its curve from strength to alpha."""
 
     source: str
+    kind: Kind
     curve: StrengthCurve = field(default_factory=StrengthCurve)
 
 
@@ -33,7 +34,7 @@ class Adapter:
 
     Attributes:
         family: Base-model family that it was trained for.
-        kind: `st` or `gst`.
+        kind: `st` or `gst`; a bank with members of both kinds is `gst`, because its masks cover all rows.
         rank: Largest R; for a bank, the sum over its members.
         pairs: Module name to (A `[R, K]`, B `[N, R]`), float32, with `lora_alpha / r` folded into B. In a bank of G members,
             every R is a multiple of G, and each member has R/G rows of A and columns of B, in the members' order.
@@ -103,15 +104,15 @@ def bank_adapters(adapters: Sequence[Adapter], names: Sequence[str]) -> Adapter:
     """Combine adapters into a bank whose members keep separate strengths: A's stacked, B's side by side.
 
     In every module, each member is padded with zeros to the largest rank that any member has there. A member that does not
-    update a module gets zeros only.
+    update a module gets zeros only. In a bank of both kinds, the masks of ST members are empty on image rows.
 
     Args:
-        adapters: Single adapters of one family and kind.
+        adapters: Single adapters of one family.
         names: Names of the members, all different.
 
     Raises:
-        SliderEditError: No adapter is given, one of them is a bank, families or kinds differ, a name is empty or occurs twice,
-            or the adapters were trained on bases of different sizes.
+        SliderEditError: No adapter is given, one of them is a bank, families differ, a name is empty or occurs twice, an ST
+            adapter updates image rows, or the adapters were trained on bases of different sizes.
     """
     if not adapters or len(adapters) != len(names):
         raise SliderEditError(f"a bank needs one name per adapter, got {len(adapters)} adapters and {len(names)} names")
@@ -119,11 +120,12 @@ def bank_adapters(adapters: Sequence[Adapter], names: Sequence[str]) -> Adapter:
     for adapter in adapters:
         if adapter.members:
             raise SliderEditError(f"adapter {adapter.source!r} is already a bank; pass the files of its members")
-        if (adapter.family, adapter.kind) != (first.family, first.kind):
+        if adapter.family != first.family:
             raise SliderEditError(
-                f"adapters {first.source!r} ({first.family}, {first.kind}) and {adapter.source!r} ({adapter.family}, "
-                f"{adapter.kind}) cannot share an engine; pass adapters of one family and one kind"
+                f"adapters {first.source!r} ({first.family}) and {adapter.source!r} ({adapter.family}) cannot share an engine; "
+                "pass adapters of one family"
             )
+        check_text_rows(adapter, get_family(adapter.family))
     if twice := next((name for name, count in Counter(names).items() if count > 1 or not name.strip()), None):
         raise SliderEditError(f"two adapters would be named {twice!r} in the bank; rename one of the files")
     modules = dict.fromkeys(name for adapter in adapters for name in adapter.pairs)
@@ -145,15 +147,29 @@ def bank_adapters(adapters: Sequence[Adapter], names: Sequence[str]) -> Adapter:
         )
     return Adapter(
         family=first.family,
-        kind=first.kind,
+        kind=first.kind if len({adapter.kind for adapter in adapters}) == 1 else "gst",
         rank=max(len(a) for a, _ in pairs.values()),
         pairs=pairs,
         source=", ".join(adapter.source for adapter in adapters),
         training={name: adapter.training for name, adapter in zip(names, adapters, strict=True)},
         dtype="+".join(sorted({adapter.dtype for adapter in adapters})),
-        members={name: Member(a.source, a.curve) for name, a in zip(names, adapters, strict=True)},
+        members={name: Member(a.source, a.kind, a.curve) for name, a in zip(names, adapters, strict=True)},
         ignored=tuple(name for adapter in adapters for name in adapter.ignored),
     )
+
+
+def check_text_rows(adapter: Adapter, family: Family) -> None:
+    """Check that an ST adapter updates no linear of image rows.
+
+    Raises:
+        SliderEditError: It does.
+    """
+    image = [name for name in adapter.pairs if family.rows_of(name) == "image"]
+    if adapter.kind == "st" and image:
+        raise SliderEditError(
+            f"adapter {adapter.source!r} is marked as ST but updates {image[0]}, which does not project text rows; use an ST "
+            "adapter, or mark this one as gst in its metadata"
+        )
 
 
 def adapter_report(adapter: Adapter) -> dict[str, Any]:
@@ -194,8 +210,11 @@ def adapter_report(adapter: Adapter) -> dict[str, Any]:
 
 
 def describe_members(adapter: Adapter) -> dict[str, dict[str, Any]]:
-    """Return `source` and `strength_curve` of a bank's members, by name; empty for a single adapter."""
-    return {name: {"source": m.source, "strength_curve": m.curve.to_json()} for name, m in adapter.members.items()}
+    """Return `source`, `kind` and `strength_curve` of a bank's members, by name; empty for a single adapter."""
+    return {
+        name: {"source": member.source, "kind": member.kind, "strength_curve": member.curve.to_json()}
+        for name, member in adapter.members.items()
+    }
 
 
 def _target(module: str) -> str:

@@ -8,7 +8,7 @@ from torch import nn
 
 from slideredit_rt.adapters.adapter import Adapter
 from slideredit_rt.errors import SliderEditError
-from slideredit_rt.families import Family
+from slideredit_rt.families import Family, Kind
 from slideredit_rt.quantization.linear import QuantizedLinear
 
 
@@ -31,11 +31,27 @@ class AdapterMatch:
     mismatched: tuple[str, ...]
 
 
+def _linears(family: Family, transformer: nn.Module) -> dict[str, nn.Linear | QuantizedLinear]:
+    """Return the linears of a transformer that sliders can scale, by name."""
+    sorts = nn.Linear | QuantizedLinear
+    return {name: m for name, m in transformer.named_modules() if isinstance(m, sorts) and family.rows_of(name)}
+
+
+def standard_linears(kind: Kind, family: Family, transformer: nn.Module) -> dict[str, nn.Linear | QuantizedLinear]:
+    """Return the linears that adapters of a kind are trained on, by name (see `Family.targets`).
+
+    Args:
+        kind: `st` or `gst`.
+        family: Family of the transformer.
+        transformer: diffusers transformer, may be on the `meta` device.
+    """
+    standard = family.targets(kind)
+    return {name: linear for name, linear in _linears(family, transformer).items() if standard.fullmatch(name)}
+
+
 def match_adapter(adapter: Adapter, family: Family, transformer: nn.Module) -> AdapterMatch:
     """Compare an adapter with a diffusers transformer, which may be on the `meta` device."""
-    sorts = nn.Linear | QuantizedLinear
-    linears = {name: m for name, m in transformer.named_modules() if isinstance(m, sorts) and family.rows_of(name)}
-    standard = family.targets(adapter.kind)
+    linears = _linears(family, transformer)
     fits = {
         name: (b.shape[0], a.shape[1]) == (linears[name].out_features, linears[name].in_features)
         for name, (a, b) in adapter.pairs.items()
@@ -43,10 +59,24 @@ def match_adapter(adapter: Adapter, family: Family, transformer: nn.Module) -> A
     }
     return AdapterMatch(
         matched=tuple(name for name, same in fits.items() if same),
-        missing=tuple(name for name in linears if standard.fullmatch(name) and name not in adapter.pairs),
+        missing=tuple(name for name in standard_linears(adapter.kind, family, transformer) if name not in adapter.pairs),
         unexpected=tuple(name for name in adapter.pairs if name not in linears),
         mismatched=tuple(name for name, same in fits.items() if not same),
     )
+
+
+def check_rows(adapter: Adapter, family: Family) -> None:
+    """Check that the rows that an adapter scales are among those that a family's sliders can scale.
+
+    Raises:
+        SliderEditError: A GST adapter scales rows of source images that the family reads without sliders.
+    """
+    if adapter.kind == "gst" and family.reads_images_once and adapter.family != family.name:
+        raise SliderEditError(
+            f"adapter {adapter.source!r} was trained for {adapter.family} on the rows of source images as well, which a "
+            f"{family.name} reads without sliders; use a {adapter.family} base, or a GST adapter that was trained for "
+            f"{family.name}"
+        )
 
 
 def fit_adapter(adapter: Adapter, family: Family, transformer: nn.Module, *, allow_partial: bool = False) -> Adapter:
@@ -65,12 +95,7 @@ def fit_adapter(adapter: Adapter, family: Family, transformer: nn.Module, *, all
         SliderEditError: The transformer lacks some of the modules (all of them with `allow_partial`), a size differs, or a GST
             adapter scales rows of source images that the family reads without sliders.
     """
-    if adapter.kind == "gst" and family.reads_images_once and adapter.family != family.name:
-        raise SliderEditError(
-            f"adapter {adapter.source!r} was trained for {adapter.family} on the rows of source images as well, which a "
-            f"{family.name} reads without sliders; use a {adapter.family} base, or a GST adapter that was trained for "
-            f"{family.name}"
-        )
+    check_rows(adapter, family)
     match = match_adapter(adapter, family, transformer)
     if match.mismatched:
         name = match.mismatched[0]

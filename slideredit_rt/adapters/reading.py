@@ -19,7 +19,8 @@ from slideredit_rt.errors import SliderEditError
 from slideredit_rt.families import FAMILIES, KINDS, Family, Kind, families_by_name, get_family
 from slideredit_rt.strength import StrengthCurve
 
-_FOLDER_FILES = (DIFFUSERS_FILE, PEFT_FILE, "adapter_model.bin")
+FOLDER_FILES = (DIFFUSERS_FILE, PEFT_FILE, "adapter_model.bin")
+"""Names of an adapter's file in a folder, in order of preference."""
 
 AdapterSource = str | Path | Adapter | Sequence[str | Path]
 """An adapter: an embedded name, a file, a folder, or a loaded `Adapter`. Several files make a bank."""
@@ -78,8 +79,13 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
     return state
 
 
-def _members(metadata: Mapping[str, str], ranks: Mapping[str, int], source: str | Path, path: Path) -> dict[str, Member]:
-    """Return the members of a bank as its metadata lists them; empty for a single adapter."""
+def _members(
+    metadata: Mapping[str, str], ranks: Mapping[str, int], kind: Kind, source: str | Path, path: Path
+) -> dict[str, Member]:
+    """Return the members of a bank as its metadata lists them; empty for a single adapter.
+
+    Members whose kind is not listed have the bank's `kind`.
+    """
     if "members" not in metadata:
         return {}
     stored = read_settings(metadata["members"], "list of members", path)
@@ -88,7 +94,13 @@ def _members(metadata: Mapping[str, str], ranks: Mapping[str, int], source: str 
             f"adapter {str(source)!r} is a bank of {len(stored)} members, but its ranks cannot be divided evenly among them; "
             "save or download it again"
         )
-    return {name: Member(str(source), StrengthCurve.from_json(curve)) for name, curve in stored.items()}
+    kinds = dict.fromkeys(stored, kind) | read_settings(metadata.get("member_kinds", "{}"), "kinds of members", path)
+    if odd := next((name for name in stored if kinds[name] not in KINDS), None):
+        raise SliderEditError(
+            f"adapter {str(source)!r} has the member {odd!r} of the unknown kind {kinds[odd]!r}; known kinds: "
+            f"{', '.join(KINDS)}"
+        )
+    return {name: Member(str(source), kinds[name], StrengthCurve.from_json(curve)) for name, curve in stored.items()}
 
 
 def _curve(metadata: Mapping[str, str], path: Path) -> StrengthCurve:
@@ -157,16 +169,17 @@ def load_adapter(source: str | Path, family: Family | None = None, *, mixed_dtyp
     pairs, named_for = with_diffusers_names(_scaled(layout, ranks, statements, source), family, source)
     family = _recognise(pairs, family or named_for, source)
     ranks = {module: len(a) for module, (a, _) in pairs.items()}
+    kind = _kind(pairs, metadata, family, source)
     return Adapter(
         family=stated or family.name,
-        kind=_kind(pairs, metadata, family, source),
+        kind=kind,
         rank=max(ranks.values()),
         pairs=pairs,
         source=str(source),
         training=read_settings(metadata.get("training", "{}"), "training record", path),
         curve=_curve(metadata, path),
         dtype="+".join(stored_dtypes),
-        members=_members(metadata, ranks, source, path),
+        members=_members(metadata, ranks, kind, source, path),
         ignored=layout.ignored,
     )
 
@@ -175,10 +188,10 @@ def _file_of(source: str | Path) -> Path:
     """Return the file that holds the tensors of an adapter, which may be a file, a folder or an embedded name."""
     path = resolve_adapter(source)
     if path.is_dir():
-        found = next((path / name for name in _FOLDER_FILES if (path / name).exists()), None)
+        found = next((path / name for name in FOLDER_FILES if (path / name).exists()), None)
         if found is None:
             raise SliderEditError(
-                f"folder {str(path)!r} contains none of {', '.join(_FOLDER_FILES)}; pass the adapter's file or folder"
+                f"folder {str(path)!r} contains none of {', '.join(FOLDER_FILES)}; pass the adapter's file or folder"
             )
         return found
     if not path.exists():
@@ -190,7 +203,7 @@ def _read(path: Path, source: str | Path) -> tuple[dict[str, Tensor], dict[str, 
     """Read a file's tensors and metadata, and the scales stated in the metadata and in a configuration beside the file."""
     statements = []
     config = path.with_name(PEFT_CONFIG)
-    if path.name in _FOLDER_FILES and config.is_file():
+    if path.name in FOLDER_FILES and config.is_file():
         settings = read_settings(config.read_bytes(), PEFT_CONFIG, path)
         statements.append(peft_statement(settings, "configuration", source))
     if not _is_safetensors(path):

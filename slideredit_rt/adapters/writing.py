@@ -107,6 +107,7 @@ def _metadata(adapter: Adapter) -> dict[str, str]:
     }
     if adapter.members:
         metadata["members"] = json.dumps({name: member.curve.to_json() for name, member in adapter.members.items()})
+        metadata["member_kinds"] = json.dumps({name: member.kind for name, member in adapter.members.items()})
     return metadata
 
 

@@ -1,4 +1,4 @@
-"""The embedded editor and its adapters, and how a base or an adapter is found by name."""
+"""The embedded editors and their adapters, and how a base or an adapter is found by name."""
 
 from __future__ import annotations
 
@@ -9,9 +9,18 @@ from slideredit_rt.files import user_path
 
 _HERE = Path(__file__).parent
 EMBEDDED_BASE = "shapes-kontext"
-_BASES = {EMBEDDED_BASE: _HERE / EMBEDDED_BASE}
-_ADAPTERS = {name: _HERE / f"{name}.safetensors" for name in ("shapes-st", "shapes-gst", "shapes-concepts")}
-_OFFSETS = {"shapes-offsets": _HERE / "shapes-offsets.safetensors"}
+WORLDS = ("shapes", "portraits")
+
+
+def _shipped(parts: tuple[str, ...], suffix: str = "") -> dict[str, Path]:
+    """Return the files or folders of these parts that the worlds have in this package, by name."""
+    names = [f"{world}-{part}" for world in WORLDS for part in parts]
+    return {name: _HERE / f"{name}{suffix}" for name in names if (_HERE / f"{name}{suffix}").exists()}
+
+
+_BASES = _shipped(("kontext",))
+_ADAPTERS = _shipped(("st", "gst", "concepts", "turbo"), ".safetensors")
+_OFFSETS = _shipped(("offsets",), ".safetensors")
 
 
 def resolve_base(source: str | Path) -> Path:
@@ -24,6 +33,28 @@ def resolve_base(source: str | Path) -> Path:
     if text in _BASES:
         return _BASES[text]
     path = user_path(text)
+    return _download(text, path, f"base {text!r}", f"a folder saved with save_pretrained, or one of {', '.join(_BASES)}")
+
+
+def resolve_decoder(source: str | Path) -> Path:
+    """Folder of a tiny autoencoder: a local folder, or a repository on the Hugging Face hub.
+
+    Raises:
+        SliderEditError: Nothing of that name can be found.
+    """
+    text = str(source)
+    return _download(text, user_path(text), f"preview decoder {text!r}", "the folder of an AutoencoderTiny")
+
+
+def _download(text: str, path: Path, what: str, instead: str) -> Path:
+    """Return the folder of what was given: `path` if it exists or `text` is not a repository, else a download.
+
+    Args:
+        text: Local path or name of a repository.
+        path: Local path.
+        what: What was given, for the error.
+        instead: What to give instead, for the error.
+    """
     looks_like_repository = text.count("/") == 1 and not text.startswith((".", "/", "~"))
     if path.exists() or not looks_like_repository:
         return path
@@ -35,8 +66,7 @@ def resolve_base(source: str | Path) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise SliderEditError(
-            f"base {text!r} is neither a folder here nor a repository that can be downloaded ({reason}); "
-            f"give a folder saved with save_pretrained, or one of {', '.join(_BASES)}"
+            f"{what} is neither a folder here nor a repository that can be downloaded ({reason}); give {instead}"
         ) from None
 
 

@@ -20,7 +20,7 @@ from slideredit_rt.files import atomic_file, check_engine_folder, user_path
 from slideredit_rt.settings import EditSettings
 from slideredit_rt.sliders import Slider, compose_prompt
 from slideredit_rt.spans import normalise, stands_in
-from slideredit_rt.strength import check_strength, linear_sweep
+from slideredit_rt.strength import StrengthSchedule, check_strength, linear_sweep, strength_json
 
 _MAX_SWEEP = 64
 
@@ -34,13 +34,15 @@ def _is_instruction(text: str, prompt: str | None) -> bool:
 
 
 def parse_slider(text: str, prompt: str | None = None) -> Slider:
-    """Parse `INSTRUCTION=STRENGTH`, or `INSTRUCTION` with strength 1.
+    """Parse `INSTRUCTION=STRENGTH`, or `INSTRUCTION` with strength 1. The strength may be a schedule, as in `0@0,1@0.3`.
 
     A text that `prompt` contains as a whole is an instruction, even with `=` in it.
     """
     instruction, separator, value = text.rpartition("=")
     if not separator or _is_instruction(text, prompt):
         return Slider(text)
+    if "@" in value:
+        return Slider(instruction, StrengthSchedule.parse(value))
     try:
         return Slider(instruction, float(value))
     except ValueError:
@@ -87,7 +89,8 @@ def _open(args: argparse.Namespace) -> SliderEditor:
 
     from slideredit_rt.editor import SliderEditor
 
-    return SliderEditor.from_engine(args.engine, args.base, run)
+    editor = SliderEditor.from_engine(args.engine, args.base, run)
+    return editor if args.adapter is None else editor.use_adapter(args.adapter)
 
 
 def _edit(args: argparse.Namespace) -> int:
@@ -105,7 +108,7 @@ def _edit(args: argparse.Namespace) -> int:
     result = {
         "out": str(args.out),
         "prompt": args.prompt or compose_prompt([s.instruction for s in sliders]),
-        "sliders": [{"instruction": s.instruction, "strength": s.strength, **member_of(s)} for s in sliders],
+        "sliders": [{"instruction": s.instruction, "strength": strength_json(s.strength), **member_of(s)} for s in sliders],
         "seed": args.seed,
         "size": list(edited.size),
     }
@@ -142,13 +145,14 @@ def _sweep(args: argparse.Namespace) -> int:
         "out": str(args.out),
         "prompt": args.prompt or compose_prompt([s.instruction for s in sliders]),
         "sliders": [
-            {"instruction": s.instruction, "strengths" if v else "strength": v or s.strength, **member_of(s)}
+            {"instruction": s.instruction, "strengths" if v else "strength": v or strength_json(s.strength), **member_of(s)}
             for s, (_, v) in zip(sliders, parsed, strict=True)
         ],
         "images": [str(path) for path in args.image],
         "engine": str(args.engine),
         "seed": args.seed,
         "steps": editor.number_of_steps(settings),
+        "frozen_steps": editor.frozen_steps(settings),
     }
     with atomic_file(beside) as temporary:
         temporary.write_text(json.dumps(result, indent=2) + "\n")
@@ -206,6 +210,7 @@ def _add_image_options(sub: argparse.ArgumentParser, example: str, text: str) ->
     )
     sub.add_argument("--slider", action="append", required=True, metavar=example, help=text)
     add_member_option(sub)
+    sub.add_argument("--adapter", help="adapter for an engine with adapter inputs (default: the engine's own)")
     sub.add_argument(
         "--prompt", help="whole prompt, with every instruction in it (default: the instructions joined by ' and ')"
     )
@@ -216,6 +221,13 @@ def _add_image_options(sub: argparse.ArgumentParser, example: str, text: str) ->
         "--true-cfg-scale", type=float, help="scale of guidance with a negative pass (default: the engine's; 1: no pass)"
     )
     sub.add_argument("--negative-prompt", help="prompt of the negative pass (default: the family's)")
+    sub.add_argument(
+        "--slider-start",
+        type=float,
+        metavar="FRACTION",
+        help="fraction of the steps before the sliders act, in [0, 1); all strengths of a sweep share these steps "
+        "(default: the engine's, usually 0)",
+    )
     sub.add_argument("--base", help="base checkpoint (default: the location in the manifest)")
     add_run_options(sub)
     sub.add_argument("--out", type=user_path, required=True, help="image file to write")
@@ -226,12 +238,13 @@ def add_commands(commands: Commands) -> None:
     _add_image_options(
         commands.add("edit", _edit, "edit an image at given strengths"),
         "INSTRUCTION=STRENGTH",
-        "instruction and its strength, 1 if left out; repeatable",
+        "instruction and its strength, 1 if left out, or a schedule STRENGTH@FRACTION,… over the run, such as 0@0,1@0.3; "
+        "repeatable",
     )
     _add_image_options(
         commands.add("sweep", _sweep, "sweep one or two sliders and draw a strip or a grid"),
         "INSTRUCTION=START:STOP:COUNT",
-        "instruction and the range to sweep, or INSTRUCTION=STRENGTH for a fixed slider; repeatable",
+        "instruction and the range to sweep, or INSTRUCTION=STRENGTH for a fixed slider, as in edit; repeatable",
     )
 
     spans = commands.add("spans", _spans, "print the tokens of a prompt, their rows and the slider that owns each")

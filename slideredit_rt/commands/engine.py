@@ -34,7 +34,7 @@ def _build(args: argparse.Namespace) -> int:
     from slideredit_rt.engines import BuildSettings, get_backend
     from slideredit_rt.export.build import build_engine
 
-    given = options_given(args, "dtype", "max_sliders")
+    given = options_given(args, "dtype", "max_sliders", "max_rank", "kind")
     if args.batch is not None:
         given["batch"] = (1, 1, *args.batch) if len(args.batch) == 1 else tuple(args.batch)
         if len(given["batch"]) != 3:
@@ -47,6 +47,7 @@ def _build(args: argparse.Namespace) -> int:
         options=_build_options(args, get_backend(args.backend)),
         fuse=tuple(parse_fused(text) for text in args.fuse),
         defaults=_edit_defaults(args),
+        adapter_inputs=args.adapter_inputs,
         **given,
     )
     manifest = build_engine(args.base, args.adapter, args.out, settings, overwrite=args.overwrite, progress=not args.quiet)
@@ -58,7 +59,8 @@ def _build(args: argparse.Namespace) -> int:
 
 def _edit_defaults(args: argparse.Namespace) -> EditDefaults:
     """Return the defaults of edits, as given on the command line."""
-    given = options_given(args, "default_steps", "default_guidance_scale", "default_true_cfg_scale", "timestep_shift")
+    names = ("default_steps", "default_guidance_scale", "default_true_cfg_scale", "timestep_shift", "default_slider_start")
+    given = options_given(args, *names)
     return EditDefaults(**{name.removeprefix("default_"): value for name, value in given.items()})
 
 
@@ -70,6 +72,13 @@ def _fused_lines(manifest: Manifest) -> list[str]:
 def _profile_lines(title: str, ranges: Mapping[str, Sequence[int]]) -> list[str]:
     """Describe the sizes that a plan was compiled for."""
     return [f"{title:<10} {axis} {low} to {high}, usually {usual}" for axis, (low, usual, high) in ranges.items()]
+
+
+def _adapter_input_lines(manifest: Manifest) -> list[str]:
+    """Describe which adapters an engine with adapter inputs takes."""
+    if (layout := manifest.layout) is None:
+        return []
+    return [f"takes      any {layout.kind} adapter of rank {layout.max_rank} at most, for {len(layout.modules)} linears"]
 
 
 def _build_options(args: argparse.Namespace, backend: Backend) -> Any:
@@ -106,7 +115,11 @@ def _inspect(args: argparse.Namespace) -> int:
         f"adapter    {adapter['source']} ({adapter['kind']}, rank {adapter['rank']}, {adapter['modules']} linears)"
         if adapter
         else "adapter    none",
-        *(f"member     {name} ({member['source']})" for name, member in (adapter or {}).get("members", {}).items()),
+        *(_adapter_input_lines(manifest)),
+        *(
+            f"member     {name} ({manifest.member_kinds[name]}, {member['source']})"
+            for name, member in (adapter or {}).get("members", {}).items()
+        ),
         *_fused_lines(manifest),
         f"backend    {manifest.backend} {manifest.backend_version}{later}",
         f"dtype      {manifest.dtype}",
@@ -277,8 +290,21 @@ def _add_build(commands: Commands) -> None:
     )
     build.add_argument("--overwrite", action="store_true", help="replace an existing folder")
     add_fuse_option(build)
+    _add_adapter_inputs(build)
     _add_edit_defaults(build)
     _add_compiler_options(build)
+
+
+def _add_adapter_inputs(build: argparse.ArgumentParser) -> None:
+    """Add the options of engines that take their adapter as inputs."""
+    inputs = build.add_argument_group("one engine for any adapter")
+    inputs.add_argument(
+        "--adapter-inputs",
+        action="store_true",
+        help="make A and B inputs of the engine, which then runs any adapter; --adapter gives the default one",
+    )
+    inputs.add_argument("--max-rank", type=int, metavar="R", help="largest rank (default: that of --adapter, or 16)")
+    inputs.add_argument("--kind", choices=("st", "gst"), help="kind of the adapters, without --adapter (default: st)")
 
 
 def _add_edit_defaults(build: argparse.ArgumentParser) -> None:
@@ -299,6 +325,12 @@ def _add_edit_defaults(build: argparse.ArgumentParser) -> None:
         type=float,
         metavar="SHIFT",
         help="fixed shift of the noise levels, for any image size (default: the base's scheduler as it is)",
+    )
+    usual.add_argument(
+        "--default-slider-start",
+        type=float,
+        metavar="FRACTION",
+        help="fraction of the steps before the sliders act, in [0, 1) (default: 0)",
     )
 
 
@@ -358,7 +390,9 @@ def add_commands(commands: Commands) -> None:
     add_member_option(verify)
     verify.add_argument("--base", help="base checkpoint (default: the location in the manifest)")
     verify.add_argument(
-        "--adapter", action="append", help="adapter (default: the location in the manifest); repeatable, for a bank"
+        "--adapter",
+        action="append",
+        help="adapter (default: the location in the manifest); repeatable, for a bank; any for an engine with adapter inputs",
     )
     verify.add_argument(
         "--fuse",

@@ -71,8 +71,26 @@ def _add_limits(parser: argparse.ArgumentParser, defaults: ServeSettings) -> Non
     parser.add_argument(
         "--cache-mib",
         type=int,
-        help="memory for encoded images and prompts, in MiB (default: 256, and the keys and values of an image in addition for "
-        "an engine that reads source images once)",
+        help="memory for encoded images, prompts and latents, in MiB (default: 256, and the keys and values of an image in "
+        "addition for an engine that reads source images once)",
+    )
+    parser.add_argument(
+        "--no-latent-cache",
+        dest="latent_cache",
+        action="store_false",
+        help="keep no latents: repeat the first steps of a moved slider and edits that were made before",
+    )
+    parser.add_argument(
+        "--adapters",
+        type=user_path,
+        metavar="DIR",
+        help="folder of adapters that requests choose by name, for an engine with adapter inputs (default: the engine's own)",
+    )
+    parser.add_argument(
+        "--adapters-mib",
+        type=int,
+        default=defaults.adapters_mib,
+        help="device memory for these adapters, in MiB (default: %(default)s)",
     )
     parser.add_argument(
         "--max-megapixels",
@@ -94,6 +112,12 @@ def _add_limits(parser: argparse.ArgumentParser, defaults: ServeSettings) -> Non
         type=int,
         default=defaults.preview_steps,
         help="denoising steps of previews that do not set num_inference_steps (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--preview-decoder",
+        metavar="FOLDER",
+        help="tiny autoencoder (diffusers' AutoencoderTiny), or its hub repository, that decodes previews and partial images "
+        "(default: the base's autoencoder)",
     )
     parser.add_argument(
         "--drain-seconds",

@@ -1,10 +1,11 @@
-"""`slideredit-rt train shapes-editor`, `adapter`, `concepts` and `offsets`."""
+"""`slideredit-rt train editor`, `adapter`, `concepts`, `offsets` and `few-step`."""
 
 from __future__ import annotations
 
 import argparse
 from typing import TYPE_CHECKING, Any
 
+from slideredit_rt.assets import WORLDS
 from slideredit_rt.commands.shared import Commands, add_device_option, emit, listed, options_given, read_lines
 from slideredit_rt.errors import OutOfDeviceMemory, SliderEditError
 from slideredit_rt.files import user_path
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from slideredit_rt.families import Family
     from slideredit_rt.training.data import Data
     from slideredit_rt.training.trainer import Trainer
+    from slideredit_rt.training.worlds import MakeData
 
 _RECIPE = "(default: the recipe's)"
 _SAMPLES = 4
@@ -25,16 +27,31 @@ _SHORTEST_SAMPLED = 20
 
 
 def _train_editor(args: argparse.Namespace) -> int:
-    from slideredit_rt.shapes.editor_recipe import train_shapes_editor
+    from slideredit_rt.training.embedded.recipe import train_editor
+    from slideredit_rt.training.worlds import TRAINING
 
-    report = train_shapes_editor(args.out, args.vae_steps, args.decoder_steps, args.editor_steps)
-    lines = [
-        f"{k}: {v['mse']:.5f}, unedited {v['mse_unedited']:.5f}, ratio {v['ratio']:.4f}"
-        for k, v in report.items()
-        if isinstance(v, dict)
+    recipe = TRAINING[args.world].editor()
+    plan = recipe.plan(args.stages, dict(args.steps), args.minutes)
+    device = pick_device(**options_given(args, "device"))
+    report = train_editor(recipe, args.out, plan, device, overwrite=args.overwrite, progress=not args.quiet)
+    lines = [f"{name}: {stage['steps']} steps in {stage['seconds']:.0f} s" for name, stage in report["stages"].items()]
+    lines += [
+        f"{key}: {row['mse']:.5f}, unedited {row['mse_unedited']:.5f}, ratio {row['ratio']:.4f}"
+        for key, row in report.items()
+        if key.startswith("instructions=")
     ]
-    emit(args, {"out": str(args.out), **report}, [*lines, f"wrote {args.out}"])
+    left = ", ".join(report["missing"])
+    lines.append(f"kept the state in {args.out}.work; still to train: {left}" if left else f"wrote {args.out}")
+    emit(args, {"out": str(args.out), **report}, lines)
     return 0
+
+
+def _stage_steps(text: str) -> tuple[str, int]:
+    """Parse `STAGE=N`."""
+    name, _, number = text.partition("=")
+    if not number.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a stage and its number of steps, such as editor=2800")
+    return name, int(number)
 
 
 def _frozen_base(args: argparse.Namespace) -> tuple[Family, Any, torch.device]:
@@ -45,19 +62,18 @@ def _frozen_base(args: argparse.Namespace) -> tuple[Family, Any, torch.device]:
     from slideredit_rt.families import family_of
 
     device = pick_device(**options_given(args, "device"))
-    folder = resolve_base(args.base)
+    folder = resolve_base(args.base or f"{args.world}-kontext")
     family = family_of(folder)
     return family, family.load_pipeline(folder, dtype=getattr(torch, args.dtype)), device
 
 
-def _training_data(args: argparse.Namespace, side: int, shapes: type[Data]) -> Data:
-    """Return the images of `--images` with the edits of `--instructions`, or else shapes scenes."""
-    from slideredit_rt.shapes.world import find_instruction
+def _training_data(args: argparse.Namespace, side: int, make: MakeData, device: torch.device) -> Data:
+    """Return the images of `--images` with the edits of `--instructions`, or else examples of the world."""
     from slideredit_rt.training.data import FolderData
 
     edits = None if args.instructions is None else read_lines(args.instructions)
     if args.images is None:
-        return shapes() if edits is None else shapes([find_instruction(edit) for edit in edits])  # type: ignore[call-arg]
+        return make(edits, device)
     if edits is None:
         raise SliderEditError("--images needs --instructions as well; give a text file with one edit per line")
     images = sorted(p for p in args.images.iterdir() if p.is_file()) if args.images.is_dir() else []
@@ -86,13 +102,14 @@ def default_sampling(steps: int) -> int:
 def _train_adapter(args: argparse.Namespace) -> int:
     import dataclasses
 
-    from slideredit_rt.shapes.adapter_recipes import ShapesData, adapter_recipe
     from slideredit_rt.training.suppression import SuppressionConfig, SuppressionTrainer
+    from slideredit_rt.training.worlds import TRAINING
 
     family, pipeline, device = _frozen_base(args)
-    data = _training_data(args, family.side(pipeline), ShapesData)
+    world = TRAINING[args.world]
+    data = _training_data(args, family.side(pipeline), world.data, device)
     target = "remaining" if args.kind == "st" else "neutral"
-    recipe = adapter_recipe(args.kind) if args.images is None else SuppressionConfig(kind=args.kind, target=target)  # type: ignore[arg-type]
+    recipe = world.adapter(args.kind) if args.images is None else SuppressionConfig(kind=args.kind, target=target)  # type: ignore[arg-type]
     config = dataclasses.replace(recipe, **options_given(args, *(f.name for f in dataclasses.fields(SuppressionConfig))))
     adapter = _train(args, lambda: SuppressionTrainer(family, pipeline, data, config, args.out, device))
     emit(args, {"out": str(args.out), "modules": len(adapter.pairs), **adapter.training}, [f"wrote {args.out}"])
@@ -100,27 +117,27 @@ def _train_adapter(args: argparse.Namespace) -> int:
 
 
 def _train_concepts(args: argparse.Namespace) -> int:
-    from slideredit_rt.shapes.adapter_recipes import concepts_recipe
     from slideredit_rt.training.concepts import ConceptConfig, ConceptTrainer
 
-    return _train_contrast(args, ConceptTrainer, ConceptConfig, concepts_recipe())
+    return _train_contrast(args, ConceptTrainer, ConceptConfig, "concepts")
 
 
 def _train_offsets(args: argparse.Namespace) -> int:
-    from slideredit_rt.shapes.adapter_recipes import offsets_recipe
     from slideredit_rt.training.attribute_offsets import OffsetConfig, OffsetTrainer
 
-    return _train_contrast(args, OffsetTrainer, OffsetConfig, offsets_recipe())
+    return _train_contrast(args, OffsetTrainer, OffsetConfig, "offsets")
 
 
-def _train_contrast(args: argparse.Namespace, trainer: Any, settings: Any, recipe: Any) -> int:
-    """Train one slider per instruction: with the shipped recipe on shapes scenes, else with the trainer's defaults."""
+def _train_contrast(args: argparse.Namespace, trainer: Any, settings: Any, what: str) -> int:
+    """Train one slider per instruction: with the shipped recipe on examples of the world, else with the trainer's defaults."""
     import dataclasses
 
-    from slideredit_rt.shapes.adapter_recipes import BalancedShapes
+    from slideredit_rt.training.worlds import TRAINING
 
     family, pipeline, device = _frozen_base(args)
-    data = _training_data(args, family.side(pipeline), BalancedShapes)
+    world = TRAINING[args.world]
+    recipe = getattr(world, what)()
+    data = _training_data(args, family.side(pipeline), world.balanced, device)
     given = options_given(args, *(f.name for f in dataclasses.fields(settings) if f.name != "attributes"))
     if args.instructions is not None:
         given["attributes"] = tuple(read_lines(args.instructions))
@@ -130,20 +147,44 @@ def _train_contrast(args: argparse.Namespace, trainer: Any, settings: Any, recip
     return 0
 
 
+def _add_world_option(sub: argparse.ArgumentParser, what: str) -> None:
+    sub.add_argument("--world", choices=WORLDS, default=WORLDS[0], help=f"embedded world of the {what} (default: %(default)s)")
+
+
+def _train_few_step(args: argparse.Namespace) -> int:
+    import dataclasses
+
+    from slideredit_rt.training.few_step import FewStepConfig, FewStepTrainer
+    from slideredit_rt.training.worlds import TRAINING
+
+    family, pipeline, device = _frozen_base(args)
+    world = TRAINING[args.world]
+    data = _training_data(args, family.side(pipeline), world.data, device)
+    recipe = world.few_step() if args.images is None else FewStepConfig()
+    names = (f.name for f in dataclasses.fields(FewStepConfig) if f.name != "timestep_sampling")
+    config = dataclasses.replace(recipe, **options_given(args, *names))
+    lora = _train(args, lambda: FewStepTrainer(family, pipeline, data, config, args.out, device))
+    lines = [f"wrote {args.out}", f"use it with build --fuse {args.out} --default-steps {config.few_steps}"]
+    emit(args, {"out": str(args.out), "modules": len(lora.pairs), **lora.training}, lines)
+    return 0
+
+
+def _add_timestep_option(sub: argparse.ArgumentParser) -> None:
+    """Add the option of trainers that draw noise levels."""
+    sub.add_argument("--timestep-sampling", choices=("uniform", "logit-normal"), help=f"distribution of timesteps {_RECIPE}")
+
+
 def _add_training_options(sub: argparse.ArgumentParser) -> None:
-    """Add the options that every slider trainer has."""
+    """Add the options that every trainer over a frozen base has."""
     sub.add_argument(
         "--base",
-        default="shapes-kontext",
-        help="base: shapes-kontext, a diffusers folder or a hub repository (default: %(default)s)",
+        help="base: shapes-kontext or portraits-kontext, a diffusers folder or a hub repository (default: the world's)",
     )
+    _add_world_option(sub, "examples and recipe without --images")
     sub.add_argument(
-        "--images", type=user_path, help="folder of source images (default: shapes scenes, with the shipped recipe)"
+        "--images", type=user_path, help="folder of source images (default: examples of the world, with the shipped recipe)"
     )
-    sub.add_argument(
-        "--instructions", type=user_path, help="text file, one edit per line (default: all edits of the shapes world)"
-    )
-    sub.add_argument("--timestep-sampling", choices=("uniform", "logit-normal"), help=f"distribution of timesteps {_RECIPE}")
+    sub.add_argument("--instructions", type=user_path, help="text file, one edit per line (default: all edits of the world)")
     sub.add_argument("--steps", type=int, help=f"optimizer steps {_RECIPE}")
     sub.add_argument("--batch", type=int, help=f"examples per step {_RECIPE}")
     sub.add_argument("--learning-rate", type=float, help=f"learning rate {_RECIPE}")
@@ -171,17 +212,23 @@ def _add_training_options(sub: argparse.ArgumentParser) -> None:
 
 def add_commands(commands: Commands) -> None:
     """Add the commands of this module."""
-    kinds = commands.group("train", "train the embedded editor, an adapter, or another method's sliders")
-    editor = kinds.add("shapes-editor", _train_editor, "train the embedded editor, shapes-kontext, from scratch")
-    editor.add_argument("--out", type=user_path, required=True, help="pipeline folder to write")
-    editor.add_argument("--vae-steps", type=int, default=1600, help="steps of the autoencoder (default: %(default)s)")
+    kinds = commands.group("train", "train the embedded editor, an adapter, a few-step LoRA, or another method's sliders")
+    editor = kinds.add("editor", _train_editor, "train an embedded editor from scratch")
+    _add_world_option(editor, "editor")
+    editor.add_argument("--out", type=user_path, required=True, help="pipeline folder to write; states are kept in OUT.work")
     editor.add_argument(
-        "--decoder-steps", type=int, default=800, help="further steps of its decoder alone (default: %(default)s)"
+        "--steps", type=listed(_stage_steps), default=[], metavar="STAGE=N,…", help=f"optimizer steps of stages {_RECIPE}"
     )
-    editor.add_argument("--editor-steps", type=int, default=2800, help="steps of the transformer (default: %(default)s)")
+    editor.add_argument("--minutes", type=float, help="time of all stages together, instead of their steps")
+    editor.add_argument(
+        "--stages", type=listed(str), default=[], metavar="STAGE,…", help="stages to train now (default: all of the recipe)"
+    )
+    add_device_option(editor, "training")
+    editor.add_argument("--overwrite", action="store_true", help="replace the folder if it exists")
 
     adapter = kinds.add("adapter", _train_adapter, "train an ST or GST adapter by partial prompt suppression")
     _add_training_options(adapter)
+    _add_timestep_option(adapter)
     adapter.add_argument(
         "--kind",
         choices=("st", "gst"),
@@ -209,6 +256,7 @@ def add_commands(commands: Commands) -> None:
 
     concepts = kinds.add("concepts", _train_concepts, "train Concept Sliders, a bank with one LoRA per instruction")
     _add_training_options(concepts)
+    _add_timestep_option(concepts)
     concepts.add_argument("--rank", type=int, help=f"LoRA rank of each member {_RECIPE}")
     concepts.add_argument(
         "--eta", type=float, help="distance of the target, in steps from the neutral prompt to the instruction (default: 2)"
@@ -216,4 +264,11 @@ def add_commands(commands: Commands) -> None:
 
     offsets = kinds.add("offsets", _train_offsets, "train an embedding offset per instruction")
     _add_training_options(offsets)
+    _add_timestep_option(offsets)
     offsets.add_argument("--noun", help="words of the neutral prompt that get the offset (default: image)")
+
+    few_step = kinds.add("few-step", _train_few_step, "train a LoRA that makes few steps do what many do, for build --fuse")
+    _add_training_options(few_step)
+    few_step.add_argument("--few-steps", type=int, help=f"denoising steps of an edit with the LoRA {_RECIPE}")
+    few_step.add_argument("--substeps", type=int, help=f"steps of the frozen base within each of them {_RECIPE}")
+    few_step.add_argument("--rank", type=int, help=f"LoRA rank {_RECIPE}")

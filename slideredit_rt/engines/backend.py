@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 import torch
 from torch import Tensor
 
-from slideredit_rt.adapters import Adapter, Fused, Updates
-from slideredit_rt.engines.manifest import MAX_BATCH, MAX_FUSED, MAX_SLIDERS, Manifest
+from slideredit_rt.adapters import Adapter, AdapterInputs, Fused, Updates
+from slideredit_rt.engines.manifest import MAX_BATCH, MAX_FUSED, MAX_RANK, MAX_SLIDERS, Manifest
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.families import Family, Kind, TensorSpec
 from slideredit_rt.settings import EditDefaults, RunSettings
@@ -65,9 +65,14 @@ class BuildSettings:
         options: Options specific to the backend, an instance of its `build_options`; None uses its defaults.
         fuse: LoRAs that are added to the base's weights.
         defaults: Values of settings that an edit with the engine does not set.
+        adapter_inputs: Make A and B inputs of the engine, so that it runs any adapter of one kind. An adapter given to the
+            build is then the engine's default, and determines the kind and the linears.
+        max_rank: Largest rank of such adapters; None takes the default adapter's, or 16 without one.
+        kind: Kind of such adapters if the build has none; None takes `st`.
 
     Raises:
-        SliderEditError: The batch sizes are not in ascending order, a limit is out of range, or there are too many LoRAs.
+        SliderEditError: The batch sizes are not in ascending order, a limit is out of range, there are too many LoRAs, or
+            options of adapter inputs are given for an engine without them.
     """
 
     backend: str = "onnxruntime"
@@ -80,8 +85,15 @@ class BuildSettings:
     options: Any = None
     fuse: tuple[Fused, ...] = ()
     defaults: EditDefaults = field(default_factory=EditDefaults)
+    adapter_inputs: bool = False
+    max_rank: int | None = None
+    kind: Kind | None = None
 
     def __post_init__(self) -> None:
+        if not self.adapter_inputs and (self.max_rank, self.kind) != (None, None):
+            raise SliderEditError("--max-rank and --kind describe adapter inputs; pass --adapter-inputs as well")
+        if self.max_rank is not None and not 1 <= self.max_rank <= MAX_RANK:
+            raise SliderEditError(f"adapter inputs can have a rank of 1 to {MAX_RANK}, got {self.max_rank}")
         if len(self.fuse) > MAX_FUSED:
             raise SliderEditError(f"got {len(self.fuse)} LoRAs to fuse; pass at most {MAX_FUSED}")
         if not 1 <= self.batch[0] <= self.batch[1] <= self.batch[2]:
@@ -125,7 +137,7 @@ class BuildJob:
     Attributes:
         family: Base-model family.
         base: Folder of the checkpoint.
-        adapter: Adapter, already fitted to the base; None for the frozen backbone.
+        adapter: Adapter, already fitted to the base, or the layout of adapter inputs; None for the frozen backbone.
         lowering: Chosen lowering.
         settings: Build settings, with the dtype that the backend chose.
         limits: Result of the backend's `precheck`.
@@ -136,7 +148,7 @@ class BuildJob:
 
     family: Family
     base: Path
-    adapter: Adapter | None
+    adapter: Adapter | AdapterInputs | None
     lowering: Lowering
     settings: BuildSettings
     limits: Limits = field(default_factory=Limits)
@@ -285,7 +297,7 @@ class Backend(ABC):
         """
         return run.choose_device()
 
-    def default_lowering(self, kind: Kind | None, *, quantised: bool = False) -> Lowering:
+    def default_lowering(self, kind: Kind | None, *, separate: bool = False) -> Lowering:
         """Return the lowering that `auto` selects.
 
         This is `folded` for GST if the backend supports it, else the backend's first lowering. A GST update touches every row,
@@ -296,9 +308,10 @@ class Backend(ABC):
 
         Args:
             kind: Kind of the adapter; None for a frozen backbone.
-            quantised: True for a quantised base, whose updates stand beside the projections in the first lowering.
+            separate: True if updates stay separate from the weights, as in the first lowering: for a quantised base, and for
+                adapter inputs.
         """
-        return "folded" if kind == "gst" and "folded" in self.lowerings and not quantised else self.lowerings[0]
+        return "folded" if kind == "gst" and "folded" in self.lowerings and not separate else self.lowerings[0]
 
     def choose_dtype(self, asked: DType | None) -> DType | None:
         """Return the dtype of weights and arithmetic; None keeps the checkpoint's.

@@ -16,8 +16,9 @@ import torch._inductor.config
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from slideredit_rt.adapters import Member, load_adapter
+from slideredit_rt.adapters import Adapter, Member, load_adapter
 from slideredit_rt.checkpoint import CONFIG_FILE, meta_transformer
+from slideredit_rt.engines.adapter_inputs import AdapterBuffers
 from slideredit_rt.engines.backend import Backend, BuildJob, Compiled
 from slideredit_rt.engines.cuda import CudaDevice
 from slideredit_rt.engines.folding import fold
@@ -26,7 +27,7 @@ from slideredit_rt.engines.quantised import ShareEqualNodes, prepare_quantised
 from slideredit_rt.engines.request import InputBuffers, Outputs, check_request, reading_request
 from slideredit_rt.engines.shapes import ShapeCache
 from slideredit_rt.errors import OutOfDeviceMemory, SliderEditError
-from slideredit_rt.families import get_family
+from slideredit_rt.families import Family, get_family
 from slideredit_rt.modules import SliderBackbone
 from slideredit_rt.quantization.precisions import PRECISIONS
 from slideredit_rt.settings import RunSettings
@@ -114,6 +115,7 @@ class InductorEngine:
         # Graphs replay one at a time and outputs are allocated outside the pool, so all graphs can share its memory.
         self._pool = torch.cuda.graph_pool_handle() if self._cuda else None
         self._bindings: ShapeCache[_Binding] = ShapeCache(_MAX_BINDINGS, lambda _: cuda.wait() if cuda else None)
+        self._adapter = AdapterBuffers(manifest, self.device)
         self._outputs = Outputs(_MAX_BINDINGS)
         self._backbone: SliderBackbone | None = backbone
         compile_blocks(backbone)
@@ -166,6 +168,7 @@ class InductorEngine:
                 raise SliderEditError("the engine is closed; open it again")
             result = self._outputs.of(self.manifest, sizes, inputs, output)
             with self._stream():
+                self._adapter.fill(inputs)
                 binding = self._bindings.get(key, lambda: self._bind(backbone, sizes, inputs, output))
                 binding.inputs.fill(inputs)
                 binding.step()
@@ -183,7 +186,7 @@ class InductorEngine:
             output = self._empty(spec.resolve(sizes), spec.dtype)
 
             def step() -> None:
-                output.copy_(run(buffers.tensors))
+                output.copy_(run({**buffers.tensors, **self._adapter.tensors}))
 
             # Use the call's values, because a kernel may index by them.
             buffers.fill(inputs)
@@ -232,6 +235,17 @@ def engine_of(backbone: SliderBackbone, manifest: Manifest) -> InductorEngine:
     return InductorEngine(backbone.eval().requires_grad_(False), manifest)
 
 
+def _adapter_in(folder: Path, manifest: Manifest, family: Family) -> Adapter | None:
+    """Return the adapter that an engine contains, in the engine's dtype; None for a frozen backbone."""
+    if manifest.adapter is None:
+        return None
+    adapter, dtype = load_adapter(folder / ADAPTER_FILE, family), getattr(torch, manifest.dtype)
+    pairs = {name: (a.to(dtype), b.to(dtype)) for name, (a, b) in adapter.pairs.items()}
+    kinds = manifest.member_kinds
+    members = {name: Member(adapter.source, kinds[name], curve) for name, curve in manifest.members.items()}
+    return dataclasses.replace(adapter, pairs=pairs, members=members)
+
+
 class Inductor(Backend):
     """Inductor: the diffusers transformer with this package's operators, or with its adapted projections folded."""
 
@@ -276,12 +290,7 @@ class Inductor(Backend):
         # Converted weights take precedence over the checkpoint's shards, linked or copied, which hold the original ones.
         own = [name for name in manifest.files if name not in (CONFIG_FILE, ADAPTER_FILE)]
         own.sort(key=lambda name: name != CONVERTED_FILE)
-        adapter = load_adapter(folder / ADAPTER_FILE, family) if manifest.adapter else None
-        if adapter is not None:
-            dtype = getattr(torch, manifest.dtype)
-            pairs = {name: (a.to(dtype), b.to(dtype)) for name, (a, b) in adapter.pairs.items()}
-            members = {name: Member(adapter.source, curve) for name, curve in manifest.members.items()}
-            adapter = dataclasses.replace(adapter, pairs=pairs, members=members)
+        adapter = manifest.layout or _adapter_in(folder, manifest, family)
         try:
             load_weights(transformer, [folder / name for name in (*own, *manifest.links)], device)
             return engine_of(SliderBackbone(family, transformer, adapter), manifest)

@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from slideredit_rt.adapters import AdapterInputs
+from slideredit_rt.adapters.inputs import is_adapter_input
 from slideredit_rt.checkpoint import fingerprint_base
 from slideredit_rt.errors import SliderEditError
-from slideredit_rt.families import FAMILIES, KINDS, TensorSpec
+from slideredit_rt.families import FAMILIES, KINDS, Kind, TensorSpec
 from slideredit_rt.files import MANIFEST, Digests, atomic_file, check_engine_folder, is_plain_name, read_json, sha256
 from slideredit_rt.quantization.precisions import PRECISIONS
 from slideredit_rt.settings import EditDefaults
@@ -28,6 +30,8 @@ DIGESTS = ".digests.json"
 """Cached digests of an engine folder's large files. Not a part of the engine; written again when it is missing."""
 MAX_BATCH, MAX_SLIDERS = 1024, 256
 """The largest limits that an engine may have."""
+MAX_RANK = 1024
+"""The largest rank of adapter inputs."""
 MAX_FUSED = 64
 """Most LoRAs that may be fused into an engine."""
 
@@ -40,7 +44,8 @@ class Manifest:
         family: Base-model family.
         base: `source` (embedded name, hub repository or absolute folder) and `fingerprint`, SHA-256 per pipeline component.
         adapter: `source`, `fingerprint`, `kind`, `rank`, `modules`, `strength_curve`, and for a bank `members`, by name, each
-            with its `source` and `strength_curve`; None for an engine of the frozen backbone.
+            with its `source`, `kind` and `strength_curve`; None for an engine of the frozen backbone. For an engine with
+            adapter inputs, its default adapter, if it has one.
         backend: Name of the backend.
         backend_version: Version of its package.
         lowering: Requested form of the masked update: `native`, `folded`, `plugin`, or `operator` (this package's operators,
@@ -71,6 +76,8 @@ class Manifest:
         fused: LoRAs that were added to the base's weights: `source`, `scale`, `fingerprint` and number of `modules` of each
             (see `slideredit_rt.adapters.Updates`).
         defaults: Fields of `EditDefaults` that were set at the build.
+        adapter_inputs: Layout of the adapter inputs (see `slideredit_rt.adapters.AdapterInputs`); empty for an engine without
+            them.
         schema_version: Version of the manifest's format.
     """
 
@@ -102,11 +109,17 @@ class Manifest:
     plan: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)
     fused: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     defaults: dict[str, Any] = dataclasses.field(default_factory=dict)
+    adapter_inputs: dict[str, Any] = dataclasses.field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
 
     @property
     def kind(self) -> str | None:
-        return self.adapter["kind"] if self.adapter else None
+        return (self.adapter or self.adapter_inputs).get("kind")
+
+    @property
+    def layout(self) -> AdapterInputs | None:
+        """Layout of the adapter inputs; None for an engine without them."""
+        return AdapterInputs.from_json(self.adapter_inputs) if self.adapter_inputs else None
 
     @property
     def curve(self) -> StrengthCurve:
@@ -118,6 +131,12 @@ class Manifest:
         """Strength curves of a bank's members, in the order of the last axis of `alpha`; empty without a bank."""
         described = (self.adapter or {}).get("members", {})
         return {name: StrengthCurve.from_json(member["strength_curve"]) for name, member in described.items()}
+
+    @property
+    def member_kinds(self) -> dict[str, Kind]:
+        """Kinds of a bank's members, by name; empty without a bank."""
+        described = (self.adapter or {}).get("members", {})
+        return {name: member.get("kind", self.kind) for name, member in described.items()}
 
     @property
     def edit_defaults(self) -> EditDefaults:
@@ -355,7 +374,7 @@ def _rising(value: Any, where: str) -> None:
 
 def _defaults(value: Any, where: str) -> None:
     scale = _number(-_LARGEST, _LARGEST)
-    numbers = {"guidance_scale": scale, "true_cfg_scale": scale, "timestep_shift": scale}
+    numbers = {"guidance_scale": scale, "true_cfg_scale": scale, "timestep_shift": scale, "slider_start": scale}
     _record({}, {"steps": _whole(1, _LARGEST), **numbers})(value, where)
     try:
         EditDefaults(**value)
@@ -389,12 +408,19 @@ _ADAPTER = _record(
     },
     {
         "training": _plain,
-        "members": _mapping(_record({"source": _text, "strength_curve": _curve}), most=MAX_SLIDERS),
+        "members": _mapping(_record({"source": _text, "strength_curve": _curve}, {"kind": _one_of(*KINDS)}), most=MAX_SLIDERS),
         "dropped": _list(_text, most=_LARGEST),
     },
 )
 _FUSED = _record(
     {"source": _text, "scale": _number(-_LARGEST, _LARGEST), "fingerprint": _sha256, "modules": _whole(1, _LARGEST)}
+)
+_LAYOUT = _record(
+    {
+        "kind": _one_of(*KINDS),
+        "max_rank": _whole(1, MAX_RANK),
+        "modules": _mapping(_list(_whole(1, _LARGEST), 2, 2)),
+    }
 )
 _MANIFEST = _record(
     {
@@ -430,6 +456,7 @@ _MANIFEST = _record(
         "plan": _record({}, {"gemms": _COUNTS, "weights": _mapping(_BYTES)}),
         "fused": _list(_FUSED, most=MAX_FUSED),
         "defaults": _defaults,
+        "adapter_inputs": _either(_record({}), _LAYOUT),
         "links": _mapping(_record(_FILE | {"kind": _one_of("hard", "symbolic")}), key=_file_name),
     },
 )
@@ -453,4 +480,7 @@ def _parse(data: dict[str, Any]) -> Manifest:
             raise ValueError(f"config lacks what a {family.name} needs: {error}") from None
         if manifest.inputs[: len(inputs)] != inputs or manifest.outputs != outputs:
             raise ValueError(f"inputs and outputs are not those that this version gives a {family.name} with this config")
+    specs_of_adapter = manifest.layout.specs() if manifest.layout else []
+    if [spec for spec in manifest.inputs if is_adapter_input(spec.name)] != specs_of_adapter:
+        raise ValueError("inputs are not those that adapter_inputs describes")
     return manifest

@@ -21,7 +21,7 @@ from torch import Tensor, fx, nn
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
 from slideredit_rt.kernels import masked_lora_update_
-from slideredit_rt.modules import MaskedLoRAQuantizedLinear, SliderBackbone
+from slideredit_rt.modules import LowRank, MaskedLoRAQuantizedLinear, SliderBackbone
 from slideredit_rt.quantization.linear import QuantizedLinear, quantized_linears
 from slideredit_rt.quantization.precisions import PARTS, PRECISIONS, to_fp8
 
@@ -112,7 +112,7 @@ class DequantisedLinear(_CompiledLinear):
         return F.linear(x, weight, None if self.bias is None else self.bias.to(x.dtype))
 
 
-class UpdatedLinear(nn.Module):
+class UpdatedLinear(LowRank, nn.Module):
     """A projection with a masked low-rank update, which is added in place.
 
     Args:
@@ -124,12 +124,12 @@ class UpdatedLinear(nn.Module):
         super().__init__()
         self.linear = linear
         self.rows, self.scales = adapted.rows, adapted.scales
-        self.lora_A, self.lora_B = adapted.lora_A, adapted.lora_B
+        self.share_low_rank(adapted)
 
     def forward(self, x: Tensor) -> Tensor:
         """Project `[B, S, K]` to `[B, S, N]`."""
         row_scale, y = self.scales.of(self.rows), self.linear(x)
-        return y if row_scale is None else masked_lora_update_(y, x, self.lora_A, self.lora_B, row_scale)
+        return y if row_scale is None else masked_lora_update_(y, x, *self.low_rank(), row_scale)
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from slideredit_rt.adapters.inputs import is_adapter_input
 from slideredit_rt.engines.manifest import Manifest
 from slideredit_rt.engines.shapes import ShapeCache
 from slideredit_rt.errors import OutOfDeviceMemory, SliderEditError
@@ -67,7 +68,7 @@ def reading_request(manifest: Manifest, inputs: Mapping[str, Tensor]) -> dict[st
 
     Args:
         manifest: Manifest of the engine.
-        inputs: Result of `Family.read_inputs`.
+        inputs: Result of `Family.read_inputs`, with the adapter inputs of an engine that has them.
     """
     sizes = {"batch": 1, "sliders": 1, "text_rows": inputs["encoder_hidden_states"].shape[1]}
     sizes["rows"] = sizes["text_rows"] + inputs["hidden_states"].shape[1]
@@ -83,7 +84,7 @@ def reading_request(manifest: Manifest, inputs: Mapping[str, Tensor]) -> dict[st
 
 
 class InputBuffers:
-    """Fixed buffers for the inputs of one set of shapes.
+    """Fixed buffers for the inputs of one set of shapes, besides adapter inputs (see `AdapterBuffers`).
 
     Keys and values of source images are large and stay the same during an edit. They are copied only if a call gets another
     tensor than the call before, or one that torch has changed since.
@@ -100,7 +101,8 @@ class InputBuffers:
     def __init__(
         self, manifest: Manifest, sizes: Mapping[str, int], allocate: Callable[[tuple[int, ...], str], Tensor]
     ) -> None:
-        self.tensors = {spec.name: allocate(spec.resolve(sizes), spec.dtype) for spec in manifest.inputs}
+        own = [spec for spec in manifest.inputs if not is_adapter_input(spec.name)]
+        self.tensors = {spec.name: allocate(spec.resolve(sizes), spec.dtype) for spec in own}
         self._lasting = {spec.name for spec in manifest.inputs if "references" in spec.shape}
         self._copied: dict[str, tuple[weakref.ref[Tensor], int]] = {}
 

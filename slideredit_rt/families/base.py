@@ -543,14 +543,29 @@ class Family(ABC):
     def decode_pixels(self, pipeline: Any, latents: Tensor, height: int, width: int) -> Tensor:
         """Decode latents `[B, latent_rows, C]` to images `[B, 3, height, width]` in about [−1, 1], without clamping."""
 
+    @abstractmethod
+    def latent_grid(self, pipeline: Any, latents: Tensor, height: int, width: int) -> Tensor:
+        """Arrange latents `[B, latent_rows, C]` of an image with this size in pixels as `[B, channels, h, w]`.
+
+        Values stay as the transformer has them. Tiny autoencoders for previews read latents in this form.
+        """
+
     @torch.no_grad()
     def decode(self, pipeline: Any, latents: Tensor, height: int, width: int) -> Tensor:
-        """Decode latents `[B, latent_rows, C]` to images `[B, 3, height, width]` in [0, 1].
+        """Decode latents `[B, latent_rows, C]` to images `[B, 3, height, width]` in [0, 1], see `to_images`."""
+        return self.to_images(pipeline, latents, self.decode_pixels(pipeline, latents, height, width))
+
+    def to_images(self, pipeline: Any, latents: Tensor, pixels: Tensor) -> Tensor:
+        """Convert decoded pixels to images in [0, 1].
 
         An image that is not finite before or after the autoencoder is filled with NaN. Otherwise, clamping would turn
         infinities into colours, and normalisation in the autoencoder could hide them.
+
+        Args:
+            pipeline: diffusers pipeline.
+            latents: Latents that were decoded, `[B, latent_rows, C]`.
+            pixels: Result of the autoencoder, `[B, 3, height, width]` in about [−1, 1].
         """
-        pixels = self.decode_pixels(pipeline, latents, height, width)
         finite = latents.isfinite().flatten(1).all(1) & pixels.isfinite().flatten(1).all(1)
         images: Tensor = pipeline.image_processor.postprocess(pixels.float(), output_type="pt")
         return images.masked_fill(~finite[:, None, None, None], torch.nan)

@@ -257,13 +257,22 @@ class Flux2(Family):
     def shift(self, config: Mapping[str, Any], latent_rows: int, steps: int) -> float:
         return float(compute_empirical_mu(latent_rows, steps))
 
+    def latent_grid(self, pipeline: Any, latents: Tensor, height: int, width: int) -> Tensor:
+        grid: Tensor = pipeline._unpatchify_latents(_patches(pipeline, latents, height, width))
+        return grid
+
     def decode_pixels(self, pipeline: Any, latents: Tensor, height: int, width: int) -> Tensor:
-        vae, patch = pipeline.vae, 2 * pipeline.vae_scale_factor
-        grid = latents.transpose(1, 2).unflatten(2, (height // patch, width // patch))
+        vae, grid = pipeline.vae, _patches(pipeline, latents, height, width)
         mean, variance = (value.to(grid)[:, None, None] for value in (vae.bn.running_mean, vae.bn.running_var))
         grid = grid * torch.sqrt(variance + vae.config.batch_norm_eps) + mean
         pixels: Tensor = vae.decode(pipeline._unpatchify_latents(grid).to(vae.dtype), return_dict=False)[0]
         return pixels
+
+
+def _patches(pipeline: Any, latents: Tensor, height: int, width: int) -> Tensor:
+    """Arrange latents `[B, rows, C]` of an image with this size in pixels as a grid of 2×2 patches, `[B, C, h, w]`."""
+    patch = 2 * pipeline.vae_scale_factor
+    return latents.transpose(1, 2).unflatten(2, (height // patch, width // patch))
 
 
 def number_ids(ids: Tensor, number: int) -> Tensor:

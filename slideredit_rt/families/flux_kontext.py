@@ -210,9 +210,12 @@ class FluxKontext(Family):
         sizes = ((height // pipeline.vae_scale_factor, width // pipeline.vae_scale_factor),)
         return EncodedImages(reference, {"img_ids": torch.cat([ids, self._reference_ids(ids)])}, sizes, height, width)
 
+    def latent_grid(self, pipeline: Any, latents: Tensor, height: int, width: int) -> Tensor:
+        grid: Tensor = pipeline._unpack_latents(latents, height, width, pipeline.vae_scale_factor)
+        return grid
+
     def decode_pixels(self, pipeline: Any, latents: Tensor, height: int, width: int) -> Tensor:
         vae = pipeline.vae
-        unpacked = pipeline._unpack_latents(latents, height, width, pipeline.vae_scale_factor)
-        unpacked = unpacked / vae.config.scaling_factor + vae.config.shift_factor
+        unpacked = self.latent_grid(pipeline, latents, height, width) / vae.config.scaling_factor + vae.config.shift_factor
         pixels: Tensor = vae.decode(unpacked.to(vae.dtype), return_dict=False)[0]
         return pixels

@@ -407,9 +407,13 @@ class QwenImageEdit(Family):
         rescaled: Tensor = guided * (before / after)
         return rescaled
 
+    def latent_grid(self, pipeline: Any, latents: Tensor, height: int, width: int) -> Tensor:
+        grid: Tensor = pipeline._unpack_latents(latents, height, width, pipeline.vae_scale_factor)[:, :, 0]
+        return grid
+
     def decode_pixels(self, pipeline: Any, latents: Tensor, height: int, width: int) -> Tensor:
         vae = pipeline.vae
-        unpacked = pipeline._unpack_latents(latents, height, width, pipeline.vae_scale_factor).to(vae.dtype)
+        unpacked = self.latent_grid(pipeline, latents, height, width)[:, :, None].to(vae.dtype)
         mean, std = (
             _channels(tuple(values), unpacked.device, unpacked.dtype)
             for values in (vae.config.latents_mean, vae.config.latents_std)

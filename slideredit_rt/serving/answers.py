@@ -24,6 +24,7 @@ from slideredit_rt.serving.image_files import OutputFormat, encode_image_file
 from slideredit_rt.serving.requests import EditRequest, Partial
 from slideredit_rt.serving.schemas import EditedImage, EditResponse, InputTokens, Usage
 from slideredit_rt.serving.service import EditService
+from slideredit_rt.strength import Strength, strength_json
 
 Work = Callable[[Callable[[], str]], Awaitable[str]]
 """Runner of a function on another thread."""
@@ -101,7 +102,7 @@ class Form:
     output_format: OutputFormat
     compression: int
     seeds: Sequence[int]
-    strengths: Sequence[Sequence[float]]
+    strengths: Sequence[Sequence[Strength]]
     strip: tuple[str, int] | None
     text_tokens: int
     pixels_per_row: int
@@ -131,7 +132,7 @@ class Form:
             data = [EditedImage(b64_json=self.encode(images[0]), seed=self.seeds[0], strengths=None)]
         else:
             data = [
-                EditedImage(b64_json=self.encode(image), seed=seed, strengths=list(strengths))
+                EditedImage(b64_json=self.encode(image), seed=seed, strengths=list(map(strength_json, strengths)))
                 for image, seed, strengths in zip(images, self.seeds, self.strengths, strict=True)
             ]
         return EditResponse(
@@ -193,7 +194,11 @@ class EventStream(Response):
                 return
         for index, image in enumerate(event):
             usage = self._form.usage(image.size, 1).model_dump()
-            of = {"image_index": index, "seed": self._form.seeds[index], "strengths": list(self._form.strengths[index])}
+            of = {
+                "image_index": index,
+                "seed": self._form.seeds[index],
+                "strengths": [*map(strength_json, self._form.strengths[index])],
+            }
             yield _event("image_edit.completed", {**await self._image(image), **of, "usage": usage})
 
 

@@ -37,6 +37,7 @@ from slideredit_rt.serving.service import EditService
 from slideredit_rt.settings import SEEDS
 from slideredit_rt.sliders import Slider, compose_prompt
 from slideredit_rt.spans import PromptToken, normalise
+from slideredit_rt.strength import Strength
 
 _DECODERS = 4
 
@@ -81,7 +82,12 @@ class Api:
         self.max_images = MAX_SOURCES if self.editor.family.takes_several_images(self.editor.pipeline) else 1
         self.tokens = Tokens(self.editor)
         self._workers = CapacityLimiter(_DECODERS)
-        self.model = Model(id=model, created=int(time.time()), engine=self._engine())
+        self._model, self._created = model, int(time.time())
+
+    @property
+    def model(self) -> Model:
+        """The model with the adapters that can be chosen now."""
+        return Model(id=self._model, created=self._created, engine=self._engine())
 
     def _engine(self) -> EngineInfo:
         editor = self.editor
@@ -92,10 +98,13 @@ class Api:
             backend="torch" if manifest is None else manifest.backend,
             precision=None if manifest is None else manifest.precision,
             adapters=list(editor.members),
+            adapter_kinds=editor.controls.kinds_of(list(editor.members), 0),
+            choices=[] if self.service.adapters is None else self.service.adapters.names(),
             max_sliders=editor.max_sliders,
             num_inference_steps=editor.default_steps,
             guidance_scale=editor.default_guidance_scale,
             true_cfg_scale=editor.default_true_cfg_scale,
+            slider_start=editor.default_slider_start,
             preview_steps=self.preview_steps,
             max_images=self.max_images,
             side=editor.family.side(editor.pipeline),
@@ -151,6 +160,7 @@ class Api:
             consecutive_seeds=fields.sweep is None,
             interactive=fields.preview,
             timeout=self.limits.request_seconds,
+            adapter=fields.adapter,
             partial_every=math.ceil(self.editor.number_of_steps(settings) / (partial_images + 1)) if partial_images else 0,
         )
         pixels_per_row = (2 * self.editor.pipeline.vae_scale_factor) ** 2
@@ -169,7 +179,7 @@ class Api:
         )
         return request, form
 
-    def _strengths(self, fields: EditFields, sliders: Sequence[Slider]) -> tuple[tuple[float, ...], ...]:
+    def _strengths(self, fields: EditFields, sliders: Sequence[Slider]) -> tuple[tuple[Strength, ...], ...]:
         """Return the slider strengths of each image: the sliders' own n times, or those of a sweep."""
         own = tuple(slider.strength for slider in sliders)
         n = fields.n or 1
@@ -219,7 +229,7 @@ class Api:
     def _sliders(self, fields: EditFields) -> tuple[Slider, ...]:
         """Return the sliders, or one for the whole prompt if there are none."""
         if fields.sliders is not None:
-            return tuple(Slider(s.instruction, s.strength, s.adapter) for s in fields.sliders)
+            return tuple(s.slider() for s in fields.sliders)
         if fields.prompt is None:
             raise Fault(400, "the request has neither prompt nor sliders; give one of them", param="prompt", code="missing")
         return (Slider(fields.prompt, adapter=next(iter(self.editor.members), None)),)
@@ -233,8 +243,8 @@ class Api:
             raise Fault(400, message, param="size", code="invalid_size")
 
     def check_model(self, name: str | None) -> None:
-        if name is not None and name != self.model.id:
-            message = f"the model {name[:80]!r} is not served here; use {self.model.id!r}"
+        if name is not None and name != self._model:
+            message = f"the model {name[:80]!r} is not served here; use {self._model!r}"
             raise Fault(404, message, param="model", code="model_not_found")
 
     def spans(self, fields: SpansFields) -> SpansResponse:

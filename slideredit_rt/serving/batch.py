@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,8 +12,10 @@ from torch.nn.functional import pad
 
 from slideredit_rt.editor import Prepared, SliderEditor
 from slideredit_rt.families import Schedule
+from slideredit_rt.strength import Strength
 
-_SLIDERS = ("alpha", "token_mask")  # padded to the engine's max_sliders
+_ALPHA = "alpha"  # written in every step
+_SLIDERS = (_ALPHA, "token_mask")  # padded to the engine's max_sliders
 _REFERENCE = "reference"  # index of each row's source images, for families that read them once
 _OF_THE_STEP = ("hidden_states", "timestep")  # written in every step and shared with the negative pass
 
@@ -23,25 +25,39 @@ class Row:
     """One image while it is denoised.
 
     Attributes:
+        editor: The editor that runs the row, with its adapter.
         owner: The job that the image belongs to.
         index: Position of the image among the owner's.
         key: Equal for rows that can share an engine call.
         inputs, negative: Backbone inputs of the pass and of the negative pass, each with batch size 1. The rows of an owner
-            share them, except for `alpha`.
+            share them.
+        alphas: Alpha of every step, `[steps, 1, K]`, for a bank `[steps, 1, K, G]`.
+        seed: Seed of the noise.
+        frozen: First steps in which the sliders do not act, which the rows of an owner with the same seed share.
+        first_key, final_key: Keys for the content of the latents after the frozen steps and after all steps; None without a
+            cache.
         latents: `[1, latent_rows, C]`, after `step` steps.
         schedule: Noise levels of the run, on the device of the latents.
         true_cfg_scale: Scale of the guidance against `negative`, `[1, 1, 1]`.
         height, width: Size of the image, in pixels.
         interactive: True for a preview.
         step: Denoising steps done.
+        begin: Value of `step` before the first step that this row makes itself.
+        followers: Rows that continue from this row's latents after the frozen steps.
         made: Mark of the work that wrote the tensors, for a `Lane` that has not taken them; None if there is no such lane.
     """
 
+    editor: SliderEditor
     owner: Any
     index: int
     key: tuple[Hashable, ...]
     inputs: dict[str, Tensor]
     negative: dict[str, Tensor] | None
+    alphas: Tensor
+    seed: int
+    frozen: int
+    first_key: tuple[Hashable, ...] | None
+    final_key: tuple[Hashable, ...] | None
     latents: Tensor
     schedule: Schedule
     true_cfg_scale: Tensor
@@ -49,13 +65,17 @@ class Row:
     width: int
     interactive: bool = False
     step: int = 0
+    begin: int = 0
     made: Any = None
+    followers: list[Row] = field(default_factory=list)
 
     @property
     def tensors(self) -> list[Tensor]:
         """All tensors of the row."""
         schedule = (self.schedule.timesteps, self.schedule.deltas)
-        return [*self.inputs.values(), *(self.negative or {}).values(), self.latents, *schedule, self.true_cfg_scale]
+        own = (self.alphas, self.latents, *schedule, self.true_cfg_scale)
+        adapter = self.editor.adapter.tensors if self.editor.adapter else ()
+        return [*adapter, *self.inputs.values(), *(self.negative or {}).values(), *own]
 
     @property
     def steps(self) -> int:
@@ -65,11 +85,20 @@ class Row:
     def done(self) -> bool:
         return self.step == self.steps
 
+    def continue_from(self, latents: Tensor, step: int) -> None:
+        """Continue a run whose first steps were made elsewhere.
+
+        Args:
+            latents: `[1, latent_rows, C]` after these steps; they are not changed.
+            step: Number of these steps.
+        """
+        self.latents, self.step, self.begin = latents, step, step
+
 
 def make_rows(
     editor: SliderEditor,
     prepared: Prepared,
-    strengths: Sequence[Sequence[float]],
+    strengths: Sequence[Sequence[Strength]],
     seeds: Sequence[int],
     steps: int,
     *,
@@ -91,23 +120,39 @@ def make_rows(
         SliderEditError: `SliderEditor.alphas` rejects the strengths, or the base's scheduler the number of steps.
     """
     family, conditioning = editor.family, prepared.conditioning
-    alphas = editor.alphas(prepared, strengths)
-    inputs = editor.backbone_inputs(prepared, alphas[:1])
+    settings = replace(prepared.settings, steps=steps)
+    alphas, frozen = editor.alphas_of_run(prepared, strengths, settings), editor.frozen_steps(settings)
+    inputs = editor.backbone_inputs(prepared, alphas[0, :1])
     negative = family.negative_inputs(editor.config, conditioning, inputs)
-    key = (conditioning.height, conditioning.width, conditioning.sizes, _shapes(inputs), _shapes(negative or {}))
+    adapter = editor.adapter and editor.adapter.key
+    key = (
+        adapter,
+        conditioning.height,
+        conditioning.width,
+        conditioning.sizes,
+        _shapes(inputs),
+        _shapes(negative or {}),
+    )
     latent_rows, device = conditioning.latents.shape[1], conditioning.latents.device
     schedule = family.schedule(editor.pipeline, latent_rows, steps).to(device)
     true_cfg_scale = torch.full((1, 1, 1), conditioning.true_cfg_scale, device=device)
     rows = []
-    for index, (alpha, seed) in enumerate(zip(alphas.split(1), seeds, strict=True)):
+    for index, (alpha, seed) in enumerate(zip(alphas.split(1, dim=1), seeds, strict=True)):
+        run = (adapter, *prepared.content, seed, steps)
         noise = family.draw_noise(editor.pipeline, conditioning.height, conditioning.width, seed)
         rows.append(
             Row(
+                editor=editor,
                 owner=owner,
                 index=index,
                 key=key,
-                inputs=inputs | {"alpha": alpha.to(inputs["alpha"].device)},
+                inputs=inputs,
                 negative=negative,
+                alphas=alpha.to(device),
+                seed=seed,
+                frozen=frozen,
+                first_key=("first_steps", *run, frozen) if prepared.content else None,
+                final_key=("latents", *run, prepared.spans, alpha.numpy().tobytes()) if prepared.content else None,
                 latents=noise.to(device),
                 schedule=schedule,
                 true_cfg_scale=true_cfg_scale,
@@ -174,17 +219,21 @@ class Batch:
             torch.stack([getattr(row.schedule, name)[row.step : row.step + left] for row in rows])
             for name in ("timesteps", "deltas")
         )
+        self._alphas = torch.cat([self._padded(row.alphas[row.step : row.step + left], 2) for row in rows], dim=1)
+
+    def _padded(self, value: Tensor, axis: int) -> Tensor:
+        """Pad the axis of the sliders to a fixed size, because engines re-plan for every new shape.
+
+        An unused slot has alpha 0 and an empty mask.
+        """
+        return pad(value, (0, 0) * (value.ndim - 1 - axis) + (0, self.editor.max_sliders - value.shape[axis]))
 
     def _gather(self, inputs: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
         batched, of_references = _batched(self.editor), _of_references(self.editor)
-        sliders = self.editor.max_sliders
         gathered = {}
         for name, first in inputs[0].items():
             if name in _SLIDERS:
-                # Pad axis 1, the sliders, to a fixed size, because engines re-plan for every new shape. An unused slot has
-                # alpha 0 and an empty mask.
-                values = [pad(i[name], (0, 0) * (first.ndim - 2) + (0, sliders - i[name].shape[1])) for i in inputs]
-                gathered[name] = torch.cat(values)
+                gathered[name] = torch.cat([self._padded(i[name], 1) for i in inputs])
             elif name in of_references:
                 gathered[name], places = _share([i[name] for i in inputs], of_references[name])
                 gathered[_REFERENCE] = torch.cat([i[_REFERENCE] + place for i, place in zip(inputs, places, strict=True)])
@@ -206,6 +255,8 @@ class Batch:
         """
         latents = torch.cat([row.latents for row in self.rows])
         timesteps, deltas = self._timesteps[:, self._made], self._deltas[:, self._made, None, None]
+        # In place, because an engine may have bound the tensor's memory.
+        self.inputs[_ALPHA].copy_(self._alphas[self._made])
         velocity = self.editor.family.predict(
             self.editor.engine, self.inputs, latents, timesteps, self.negative, self.true_cfg_scale
         )

@@ -18,7 +18,7 @@ from starlette.requests import Request
 from starlette.types import Message, Receive
 
 from slideredit_rt.serving.faults import Fault
-from slideredit_rt.serving.schemas import MAX_SOURCES
+from slideredit_rt.serving.schemas import MAX_SOURCES, TAGS
 
 _MAX_FIELDS = 512
 _EXTENDED_FILENAME = re.compile(rb";\s*filename\*", re.IGNORECASE)
@@ -85,7 +85,8 @@ async def _reading(request: Request, limits: Limits) -> AsyncIterator[Request]:
 def _sentence(error: ValidationError) -> Fault:
     """Describe the first error, as in `sliders[0].strength: input should be a finite number (got nan)`."""
     first = error.errors(include_url=False, include_context=False)[0]
-    place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]).lstrip(".")[:80]
+    loc = [part for part in first["loc"] if part not in TAGS]
+    place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc).lstrip(".")[:80]
     message: str = first["msg"][:1].lower() + first["msg"][1:]
     shown = repr(first["input"])
     got = f" (got {shown})" if first["type"] not in ("missing", "json_invalid") and len(shown) <= 80 else ""

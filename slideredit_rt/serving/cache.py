@@ -1,10 +1,10 @@
-"""Cache of encodings, keyed by content and bounded in memory."""
+"""Cache of encodings and latents, keyed by content and bounded in memory."""
 
 from __future__ import annotations
 
 import dataclasses
 import sys
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable, Mapping
 from threading import Lock
 from typing import Any, TypeVar
@@ -43,7 +43,7 @@ class EncodingCache:
 
     def __init__(self, max_bytes: int, observe: Callable[[str, bool], None] | None = None) -> None:
         self.max_bytes = max_bytes
-        self.bytes = 0
+        self.bytes_by_kind: Counter[str] = Counter()
         self.hits: dict[str, int] = {}
         self.misses: dict[str, int] = {}
         self._observe = observe
@@ -55,6 +55,15 @@ class EncodingCache:
 
     def __call__(self, key: tuple[Hashable, ...], encode: Callable[[], T]) -> T:
         """Return the value cached under `key`, or make it with `encode`. Threads that miss at the same time all encode."""
+        found: T | None = self.find(key)
+        if found is not None:
+            return found
+        value = encode()
+        self.keep(key, value)
+        return value
+
+    def find(self, key: tuple[Hashable, ...]) -> Any:
+        """Return the value cached under `key`, or None."""
         kind = str(key[0])
         with self._lock:
             found = self._values.get(key)
@@ -64,20 +73,31 @@ class EncodingCache:
                 self._values.move_to_end(key)
         if self._observe is not None:
             self._observe(kind, found is not None)
-        if found is not None:
-            kept: T = found[0]
-            return kept
-        value = encode()
+        return None if found is None else found[0]
+
+    def keep(self, key: tuple[Hashable, ...], value: Any) -> None:
+        """Cache a value under `key`, unless the key has one or the value is larger than the limit."""
         size = size_of(value) + size_of(key)
         with self._lock:
-            if key not in self._values and size <= self.max_bytes:
-                self._values[key] = value, size
-                self.bytes += size
-                while self.bytes > self.max_bytes:
-                    self.bytes -= self._values.popitem(last=False)[1][1]
-        return value
+            if key in self._values or size > self.max_bytes:
+                return
+            self._values[key] = value, size
+            self.bytes_by_kind[str(key[0])] += size
+            while self.bytes > self.max_bytes:
+                old, (_, freed) = self._values.popitem(last=False)
+                self.bytes_by_kind[str(old[0])] -= freed
+
+    @property
+    def bytes(self) -> int:
+        """Current size of all values and keys together."""
+        return sum(self.bytes_by_kind.values())
+
+    def sizes(self) -> dict[str, int]:
+        """Return the current size of the values of each kind, in bytes."""
+        with self._lock:
+            return dict(self.bytes_by_kind)
 
     def clear(self) -> None:
         with self._lock:
             self._values.clear()
-            self.bytes = 0
+            self.bytes_by_kind.clear()

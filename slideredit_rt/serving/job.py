@@ -40,7 +40,9 @@ class Job(Generic[T]):
     @property
     def waiting(self) -> int:
         """Number of images that have not made a step."""
-        return sum(row.step == 0 for row in self.rows) if self.rows else len(self.seeds)
+        if not self.rows:
+            return len(self.seeds)
+        return sum(row.step == row.begin and row.index not in self.images for row in self.rows)
 
     @property
     def remaining(self) -> int:

@@ -38,7 +38,7 @@ class Metrics(Observer):
         self._encode_seconds = Histogram("slideredit_encode_seconds", "Time to encode an edit.", buckets=seconds, registry=own)
         self._decode_seconds = Histogram("slideredit_decode_seconds", "Time to decode images.", buckets=seconds, registry=own)
         self._cache = Counter(
-            "slideredit_cache_lookups", "Lookups in the cache of encodings.", ("kind", "result"), registry=own
+            "slideredit_cache_lookups", "Lookups in the cache of encodings and latents.", ("kind", "result"), registry=own
         )
         self._http = Counter("slideredit_http_responses", "HTTP responses.", ("route", "status"), registry=own)
 
@@ -89,6 +89,10 @@ class _Levels(Collector):
         yield GaugeMetricFamily(
             "slideredit_running_images", "Images between their first step and their decoding.", stats.running
         )
-        yield GaugeMetricFamily("slideredit_cache_bytes", "Memory of the cached encodings.", stats.cache_bytes)
-        yield GaugeMetricFamily("slideredit_cache_entries", "Cached encodings.", stats.cache_entries)
+        yield GaugeMetricFamily("slideredit_cache_bytes", "Memory of the cached encodings and latents.", stats.cache_bytes)
+        by_kind = GaugeMetricFamily("slideredit_cache_kind_bytes", "Memory of the cached values of a kind.", labels=["kind"])
+        for kind, size in stats.cache_bytes_by_kind.items():
+            by_kind.add_metric([kind], size)
+        yield by_kind
+        yield GaugeMetricFamily("slideredit_cache_entries", "Cached encodings and latents.", stats.cache_entries)
         yield GaugeMetricFamily("slideredit_queue_limit_images", "Images that may wait in the queue.", self._service.max_queue)

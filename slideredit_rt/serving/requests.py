@@ -11,6 +11,7 @@ from PIL import Image
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.settings import EditSettings
 from slideredit_rt.sliders import Slider
+from slideredit_rt.strength import Strength
 
 Outcome = Literal["completed", "refused", "failed", "cancelled", "deadline"]
 """Result of a request: `refused` means bad input or a full queue, `failed` an error in the engine or in decoding."""
@@ -57,16 +58,18 @@ class EditRequest:
         interactive: True for a preview. Previews run before full edits.
         timeout: Seconds from submission to deadline; None sets no deadline.
         partial_every: Steps between partial images; 0 makes none.
+        adapter: Name of the adapter to use, for an engine with adapter inputs; None takes the engine's default.
     """
 
     image: Image.Image | Sequence[Image.Image]
     sliders: tuple[Slider, ...]
-    strengths: tuple[tuple[float, ...], ...]
+    strengths: tuple[tuple[Strength, ...], ...]
     settings: EditSettings = field(default_factory=EditSettings)
     consecutive_seeds: bool = False
     interactive: bool = False
     timeout: float | None = None
     partial_every: int = 0
+    adapter: str | None = None
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -101,7 +104,7 @@ class Observer:
         """Record that images, final or partial, were decoded together."""
 
     def cache(self, kind: str, hit: bool) -> None:
-        """Record a cache lookup of an encoding (`images`, `tokens` or `text`)."""
+        """Record a cache lookup of an encoding (`images`, `tokens` or `text`) or of latents (`first_steps` or `latents`)."""
 
     def finished(self, outcome: Outcome, images: int, interactive: bool, seconds: float) -> None:
         """Record that a request ended, `seconds` after its submission."""
@@ -117,8 +120,9 @@ class Stats:
         outcomes: Number of requests by `Outcome`.
         batch_sizes: Number of engine steps by batch size.
         step_seconds: Total time in engine steps.
-        cache_hits, cache_misses: Lookups by kind of encoding.
-        cache_bytes, cache_entries: Current size of the cache.
+        cache_hits, cache_misses: Lookups by kind of encoding or latents.
+        cache_bytes_by_kind: Current size of the cache by kind.
+        cache_entries: Current number of values in the cache.
     """
 
     queued: int
@@ -128,5 +132,10 @@ class Stats:
     step_seconds: float
     cache_hits: dict[str, int]
     cache_misses: dict[str, int]
-    cache_bytes: int
+    cache_bytes_by_kind: dict[str, int]
     cache_entries: int
+
+    @property
+    def cache_bytes(self) -> int:
+        """Current size of the cache."""
+        return sum(self.cache_bytes_by_kind.values())

@@ -95,11 +95,13 @@ def make_app(settings: ServeSettings, options: RuntimeOptions | None) -> tuple[F
         The application, its service, and the model name for clients.
 
     Raises:
-        SliderEditError: The engine cannot run here.
+        SliderEditError: The engine cannot run here, or the preview decoder does not fit it.
     """
     import torch
 
     from slideredit_rt.editor import SliderEditor
+    from slideredit_rt.preview_decoder import PreviewDecoder
+    from slideredit_rt.serving.adapter_folder import AdapterFolder
     from slideredit_rt.serving.app import create_app
     from slideredit_rt.serving.body import Limits
     from slideredit_rt.serving.metrics import Metrics
@@ -111,6 +113,10 @@ def make_app(settings: ServeSettings, options: RuntimeOptions | None) -> tuple[F
     assert settings.engine is not None
     print_notes()  # a replica of Ray is not started by our command
     editor = SliderEditor.from_engine(settings.engine, settings.base, settings.run(options))
+    if editor.adapters is not None:
+        editor.adapters.max_bytes = settings.adapters_mib * 2**20
+    if settings.preview_decoder is not None:
+        editor.preview_decoder = PreviewDecoder.load(settings.preview_decoder, editor.family, editor.pipeline)
     service = EditService(
         editor,
         max_queue=settings.max_queue,
@@ -118,6 +124,8 @@ def make_app(settings: ServeSettings, options: RuntimeOptions | None) -> tuple[F
         max_batch=settings.max_batch,
         step_batching=settings.step_batching,
         observer=Metrics(),
+        latent_cache=settings.latent_cache,
+        adapters=None if settings.adapters is None else AdapterFolder(settings.adapters),
     )
     model = settings.model or settings.engine.resolve().name
     limits = Limits(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
 from slideredit_rt.serving.image_files import OutputFormat
 from slideredit_rt.settings import SEEDS, EditSettings
-from slideredit_rt.strength import linear_sweep
+from slideredit_rt.sliders import Slider
+from slideredit_rt.strength import StrengthSchedule, linear_sweep
 
 MAX_IMAGES = 10
 MAX_SOURCES = 16
@@ -17,9 +18,25 @@ MAX_SWEEP = 32
 MAX_STEPS = 100
 MAX_SLIDERS = 64
 MAX_CHARACTERS = 4000
+MAX_POINTS = 32
+"""Maximum number of points of a strength schedule."""
 
 _Text = Annotated[str, Field(min_length=1, max_length=MAX_CHARACTERS)]
 _Strength = Annotated[float, Field(ge=-10, le=10, allow_inf_nan=False)]
+_Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+_Points = Annotated[list[tuple[_Fraction, _Strength]], Field(min_length=1, max_length=MAX_POINTS)]
+
+
+def _form_of(strength: Any) -> str:
+    return "(schedule)" if isinstance(strength, (list, tuple)) else "(number)"
+
+
+_Movable = Annotated[
+    Annotated[_Strength, Tag("(number)")] | Annotated[_Points, Tag("(schedule)")],
+    Discriminator(_form_of),
+]
+TAGS = ("(number)", "(schedule)")
+"""Forms of a strength, which pydantic names in the place of an error."""
 _Scale = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
 
 
@@ -31,8 +48,21 @@ class SliderField(_Strict):
     """One instruction of the prompt and its strength."""
 
     instruction: _Text = Field(description="part of the prompt, word for word")
-    strength: _Strength = Field(1.0, description="0 suppresses the edit, 1 is the model's own edit, more exaggerates it")
+    strength: _Movable = Field(
+        1.0,
+        description="0 suppresses the edit, 1 is the model's own edit, more exaggerates it; or a schedule: pairs of a "
+        "fraction of the run and the strength there, such as [[0, 0], [0.3, 1]]",
+    )
     adapter: str | None = Field(None, description="adapter that the slider scales, if the engine has several")
+
+    def slider(self) -> Slider:
+        """Return the slider.
+
+        Raises:
+            SliderEditError: The instruction is blank, or the schedule goes back in time.
+        """
+        schedule = StrengthSchedule(tuple(self.strength)) if isinstance(self.strength, list) else self.strength
+        return Slider(self.instruction, schedule, self.adapter)
 
 
 class SweepField(_Strict):
@@ -69,6 +99,9 @@ class EditFields(_Strict):
     sliders: list[SliderField] | None = Field(
         None, min_length=1, max_length=MAX_SLIDERS, description="sliders; default: one for the whole prompt, at strength 1"
     )
+    adapter: Annotated[str, Field(max_length=MAX_CHARACTERS)] | None = Field(
+        None, description="adapter to use, one of `choices` in GET /v1/models; default: the engine's own"
+    )
     sweep: SweepField | None = None
     preview: bool = Field(False, description="run before full edits, and with fewer steps unless num_inference_steps is given")
     n: int | None = Field(
@@ -89,6 +122,13 @@ class EditFields(_Strict):
     )
     negative_prompt: Annotated[str, Field(max_length=MAX_CHARACTERS)] | None = Field(
         None, description="prompt of the negative pass; default: the family's"
+    )
+    slider_start: float | None = Field(
+        None,
+        ge=0,
+        lt=1,
+        allow_inf_nan=False,
+        description="fraction of the steps before the sliders act, which all strengths share; default: the engine's, usually 0",
     )
     response_format: Literal["b64_json"] | None = None
     output_format: OutputFormat | None = Field(None, description="format of the images; default: png")
@@ -117,6 +157,7 @@ class EditFields(_Strict):
             guidance_scale=self.guidance_scale,
             true_cfg_scale=self.true_cfg_scale,
             negative_prompt=self.negative_prompt,
+            slider_start=self.slider_start,
         )
 
 
@@ -157,7 +198,9 @@ class Usage(BaseModel):
 class EditedImage(BaseModel):
     b64_json: str
     seed: int = Field(description="seed of the image's initial noise")
-    strengths: list[float] | None = Field(description="strength of each slider; null for a strip")
+    strengths: list[float | list[list[float]]] | None = Field(
+        description="strength of each slider, a number or a schedule; null for a strip"
+    )
 
 
 class EditResponse(BaseModel):
@@ -170,17 +213,24 @@ class EditResponse(BaseModel):
 
 
 class EngineInfo(BaseModel):
-    kind: str = Field(description="st: a slider scales its own words; gst: one slider scales everything")
+    kind: str = Field(
+        description="st: a slider scales its own words; gst: one slider scales everything, also for a bank of both kinds"
+    )
     family: str
     backend: str
     precision: str | None = Field(description="precision of a quantised base, such as fp8; null if the base was not quantised")
     adapters: list[str] = Field(description="names of the adapters in a bank; empty if the engine has a single adapter")
+    adapter_kinds: list[str] = Field(description="kind of each adapter in a bank, in the order of `adapters`")
+    choices: list[str] = Field(
+        description="names that `adapter` of a request can have; empty if the engine contains its adapter"
+    )
     max_sliders: int
     num_inference_steps: int = Field(description="denoising steps of a full edit by default")
     guidance_scale: float | None = Field(
         description="scale of the embedded guidance by default; null for a family that has none"
     )
     true_cfg_scale: float = Field(description="scale of guidance with a negative pass by default; 1 for no such pass")
+    slider_start: float = Field(description="fraction of the steps before the sliders act by default")
     preview_steps: int = Field(description="denoising steps of a preview by default")
     max_images: int = Field(description="maximum number of source images of an edit")
     side: int = Field(description="width and height of the square images that the engine edits, in pixels")

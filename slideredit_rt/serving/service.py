@@ -17,11 +17,14 @@ from PIL import Image
 from torch import Tensor
 
 from slideredit_rt.editor import SliderEditor, broken_rows, not_finite
+from slideredit_rt.engines.adapter_inputs import no_adapter
 from slideredit_rt.engines.cuda import Lane, Pace
 from slideredit_rt.errors import OutOfDeviceMemory, SliderEditError
+from slideredit_rt.serving.adapter_folder import AdapterFolder
 from slideredit_rt.serving.batch import Batch, Row, make_rows
 from slideredit_rt.serving.cache import EncodingCache
 from slideredit_rt.serving.job import Job, Ticket, outcome_of
+from slideredit_rt.serving.latents import Latents, take_followers
 from slideredit_rt.serving.requests import (
     Cancelled,
     Closed,
@@ -51,7 +54,8 @@ class EditService:
 
     One thread steps the engine while another encodes and decodes; on a GPU, each has a stream of its own, and steps have
     priority. Each image is a row with its own latents, schedule and step.
-    Rows of the same shape share engine calls, whatever their sliders, strengths and step counts; `Scheduler` has their order.
+    Rows of the same shape and adapter share engine calls, whatever their sliders, strengths and step counts; `Scheduler` has
+    their order.
     The result equals that of `SliderEditor.render` for the same request alone. Deadlines and cancellations take effect at the
     next step boundary.
 
@@ -59,13 +63,16 @@ class EditService:
         editor: The editor, which nothing else may use until the service is closed.
         max_queue: Most images that wait for their first step, counted separately for previews and full edits; also the most
             images of a request.
-        cache_bytes: Memory for cached encodings; 0 caches none.
+        cache_bytes: Memory for cached encodings and latents; 0 caches none.
         max_batch: Most rows in a step; None takes the engine's.
         step_batching: Share steps between requests; otherwise they run one after the other.
         observer: Receives the service's events.
+        latent_cache: Keep the latents of first steps without sliders and of finished edits, so that a moved slider does not
+            repeat these steps and an edit that was made before makes none.
+        adapters: Adapters that requests can choose, for an engine with adapter inputs; None if there is no choice.
 
     Raises:
-        SliderEditError: `max_queue` or `max_batch` is out of range.
+        SliderEditError: `max_queue` or `max_batch` is out of range, or there are adapters to choose but no adapter inputs.
     """
 
     def __init__(
@@ -77,17 +84,26 @@ class EditService:
         max_batch: int | None = None,
         step_batching: bool = True,
         observer: Observer | None = None,
+        latent_cache: bool = True,
+        adapters: AdapterFolder | None = None,
     ) -> None:
         if max_queue < 1:
             raise SliderEditError(f"max_queue is {max_queue}; give at least 1")
         max_batch = editor.max_batch if max_batch is None else max_batch
         if not 1 <= max_batch <= editor.max_batch:
             raise SliderEditError(f"max_batch is {max_batch}; give 1 to {editor.max_batch}, the engine's largest batch")
+        if adapters is not None and editor.adapters is None:
+            raise SliderEditError(
+                f"the engine contains its adapter, so it cannot run those in {str(adapters.folder)!r}; build one with "
+                "--adapter-inputs, or leave out --adapters"
+            )
         self.editor = editor
+        self.adapters = adapters
         self.max_queue = max_queue
         self.max_batch = max_batch
         self.observer = observer or Observer()
         self._cache = EncodingCache(cache_bytes, self.observer.cache)
+        self._latents = Latents(self._cache if latent_cache and cache_bytes else None)
         self._scheduler = Scheduler(max_batch, step_batching=step_batching)
         self._pace = Pace(editor.device)
         self._steps, self._codec = Lane(editor.device, urgent=True), Lane(editor.device)
@@ -177,10 +193,30 @@ class EditService:
             for slider, strength in zip(request.sliders, strengths, strict=True):
                 check_strength(slider.instruction, strength)
         check_seed(request.seeds[-1])
+        self._check_adapter(request)
         if request.timeout is not None and not (math.isfinite(request.timeout) and request.timeout > 0):
             raise SliderEditError(f"timeout is {request.timeout} seconds; give a positive number, or None")
         if request.partial_every < 0:
             raise SliderEditError(f"partial_every is {request.partial_every}; give 0 or more steps")
+
+    def _editor_of(self, request: EditRequest) -> SliderEditor:
+        """Return the editor with the adapter that a request chooses, which is read if it is not on the device."""
+        if request.adapter is None:
+            return self.editor
+        assert self.adapters is not None  # checked on submission
+        return self.editor.use_adapter(self.adapters.path(request.adapter))
+
+    def _check_adapter(self, request: EditRequest) -> None:
+        if request.adapter is None:
+            if self.editor.adapters is not None and self.editor.adapter is None:
+                raise no_adapter()
+        elif self.adapters is None:
+            raise SliderEditError(
+                f"the request chooses the adapter {request.adapter[:80]!r}, but this server has no folder of adapters; leave "
+                "adapter out, or start the server with --adapters"
+            )
+        else:
+            self.adapters.path(request.adapter)
 
     def _check_room(self, job: Job[Any]) -> None:
         interactive, count = job.request.interactive, len(job.seeds)
@@ -233,7 +269,7 @@ class EditService:
             running = sum(len(job.seeds) - job.waiting - len(job.images) for job in self._jobs.values())
             outcomes, batch_sizes, step_seconds = dict(self._outcomes), dict(self._batch_sizes), self._step_seconds
         cache = self._cache
-        kept = (dict(cache.hits), dict(cache.misses), cache.bytes, len(cache))
+        kept = (dict(cache.hits), dict(cache.misses), cache.sizes(), len(cache))
         return Stats(queued, running, outcomes, batch_sizes, step_seconds, *kept)
 
     def _retire(self, future: Future[Any]) -> None:
@@ -298,6 +334,7 @@ class EditService:
         try:
             clean = self._batch_of(rows).advance(estimate=any(wanted))
             mark = self._steps.mark() if any(wanted) or any(row.done for row in rows) else None
+            self._latents.keep(rows, self._steps)
             self._pace.step()
         except Exception as error:
             self._fail(rows, "the engine failed in a step", error)
@@ -313,6 +350,7 @@ class EditService:
                     self._to_decode.append(row)
                 elif clean is not None and wanted[index]:
                     self._partials[row] = row.step, clean[index : index + 1], mark
+            self._scheduler.add(take_followers(rows))
             self._changed.notify_all()
         self.observer.step(len(rows), seconds, rows[0].interactive)
 
@@ -326,7 +364,7 @@ class EditService:
             for row in rows:
                 self._steps.take(row.made, row.tensors)
                 row.made = None
-            self._batches[key] = Batch(self.editor, rows)
+            self._batches[key] = Batch(rows[0].editor, rows)
         return self._batches[key]
 
     def _wants_partial(self, row: Row) -> bool:
@@ -390,9 +428,10 @@ class EditService:
     def _encode(self, job: Job[Any]) -> None:
         request, started = job.request, time.perf_counter()
         try:
-            prepared = self.editor.prepare(request.image, request.sliders, request.settings, remember=self._cache)
+            editor = self._editor_of(request)
+            prepared = editor.prepare(request.image, request.sliders, request.settings, remember=self._cache)
             rows = make_rows(
-                self.editor, prepared, request.strengths, job.seeds, job.steps, owner=job, interactive=request.interactive
+                editor, prepared, request.strengths, job.seeds, job.steps, owner=job, interactive=request.interactive
             )
         except SliderEditError as error:
             job.fail(error)
@@ -406,26 +445,29 @@ class EditService:
         mark = self._codec.mark()
         for row in rows:
             row.made = mark
+        ready = self._latents.resume(rows)
         with self._changed:
             if job.future not in self._jobs:
                 return
             job.rows = rows
-            self._scheduler.add(rows)
+            self._scheduler.add(ready)
+            self._to_decode += [row for row in rows if row.done]
             self._changed.notify_all()
 
-    def _decode(self, rows: Sequence[Row], latents: Sequence[Tensor], marks: Sequence[Any]) -> Tensor | None:
+    def _decode(self, rows: Sequence[Row], latents: Sequence[Tensor], marks: Sequence[Any], *, preview: bool) -> Tensor | None:
         """Decode several rows into `[B, 3, H, W]`; on an error, fail their jobs and return None.
 
         Args:
             rows: Rows of the same size.
             latents: Latents to decode for each row.
             marks: Mark of the work that wrote the latents of each row.
+            preview: Use the editor's preview decoder, if it has one.
         """
         started = time.perf_counter()
         try:
             for one, mark in zip(latents, marks, strict=True):
                 self._codec.take(mark, [one])
-            pixels = self.editor.decode(torch.cat(list(latents)), rows[0].height, rows[0].width).cpu()
+            pixels = self.editor.decode(torch.cat(list(latents)), rows[0].height, rows[0].width, preview=preview).cpu()
         except Exception as error:
             self._fail(rows, "images could not be decoded", error)
             return None
@@ -433,7 +475,7 @@ class EditService:
         return pixels
 
     def _finish(self, rows: list[Row]) -> None:
-        pixels = self._decode(rows, [row.latents for row in rows], [row.made for row in rows])
+        pixels = self._decode(rows, [row.latents for row in rows], [row.made for row in rows], preview=rows[0].interactive)
         if pixels is None:
             return
         broken = broken_rows(pixels)
@@ -450,7 +492,7 @@ class EditService:
 
     def _show(self, parts: list[tuple[Row, int, Tensor, Any]]) -> None:
         rows, steps, latents, marks = zip(*parts, strict=True)
-        pixels = self._decode(rows, latents, marks)
+        pixels = self._decode(rows, latents, marks, preview=True)
         if pixels is None:
             return
         # Skip broken previews of the result; only the last step decides whether a request fails.

@@ -23,6 +23,7 @@ _DEFAULT_PORTS = {"http": 80, "https": 443}
 _AT_LEAST = {
     "max_queue": 1,
     "cache_mib": 0,
+    "adapters_mib": 1,
     "preview_steps": 1,
     "drain_seconds": 0,
 }
@@ -46,11 +47,16 @@ class ServeSettings:
         max_queue: Most images that may wait.
         max_batch: Most images in an engine step; None takes the engine's.
         step_batching: Share steps between edits; otherwise they run one after the other.
-        cache_mib: Memory for encoded images and prompts, in MiB; None takes 256, and in addition the keys and values of an
-            image for an engine that reads source images once.
+        cache_mib: Memory for encoded images, prompts and latents, in MiB; None takes 256, and in addition the keys and values
+            of an image for an engine that reads source images once.
+        latent_cache: Keep the latents of first steps without sliders and of finished edits.
+        adapters: Folder of the adapters that requests can choose, for an engine with adapter inputs; None offers no choice.
+        adapters_mib: Device memory for these adapters, in MiB.
         max_megapixels, max_body_mib: Largest image, in megapixels, and largest request body, in MiB.
         request_seconds: Time limit of an edit.
         preview_steps: Denoising steps of previews that do not set num_inference_steps.
+        preview_decoder: Folder or hub repository of a tiny autoencoder that decodes previews and partial images; None decodes
+            them like all images.
         drain_seconds: Time for accepted edits to finish on shutdown.
         min_replicas, max_replicas: Ray Serve replicas at all times, and at most while the queue is long; None takes the former.
         replica_cpus, replica_gpus: CPUs and GPUs that Ray reserves per replica.
@@ -74,10 +80,14 @@ class ServeSettings:
     max_batch: int | None = None
     step_batching: bool = True
     cache_mib: int | None = None
+    latent_cache: bool = True
+    adapters: Path | None = None
+    adapters_mib: int = 1024
     max_megapixels: float = 16.0
     max_body_mib: float = 32.0
     request_seconds: float = 300.0
     preview_steps: int = 4
+    preview_decoder: str | None = None
     drain_seconds: float = 30.0
     min_replicas: int = 1
     max_replicas: int | None = None
@@ -154,7 +164,7 @@ class ServeSettings:
         for name in ("allowed_host", "allow_origin"):
             if isinstance(given.get(name), str):
                 given[name] = [given[name]]
-        for name in ("engine", "api_key_file"):
+        for name in ("engine", "api_key_file", "adapters"):
             if isinstance(given.get(name), str):
                 given[name] = user_path(given[name])
         try:

@@ -1,4 +1,4 @@
-"""Training recipes of the shipped adapters, concept sliders and attribute offsets for the embedded editor."""
+"""Training recipes of the shipped adapters, concept sliders, attribute offsets and few-step LoRA for the embedded editor."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from slideredit_rt.families import Kind
 from slideredit_rt.shapes.world import ALL_INSTRUCTIONS, Instruction, draw_example, render
 from slideredit_rt.training.attribute_offsets import OffsetConfig
 from slideredit_rt.training.concepts import ConceptConfig
+from slideredit_rt.training.few_step import FewStepConfig
 from slideredit_rt.training.suppression import SuppressionConfig
 
 
@@ -81,3 +82,8 @@ def offsets_recipe() -> OffsetConfig:
     return OffsetConfig(
         attributes=tuple(i.text for i in ALL_INSTRUCTIONS), steps=100, batch=880, learning_rate=0.1, schedule="cosine"
     )
+
+
+def few_step_recipe() -> FewStepConfig:
+    """Return the settings of `shapes-turbo`."""
+    return FewStepConfig(few_steps=4, substeps=4, rank=16, steps=360, batch=8, learning_rate=1e-3, schedule="cosine")

@@ -81,24 +81,35 @@ def summarise(example: Example, index: int, strengths: Sequence[float], images: 
 
 
 def sweep_example(
-    editor: SliderEditor, example: Example, index: int, strengths: Sequence[float], steps: int, seed: int = 0
+    editor: SliderEditor,
+    example: Example,
+    index: int,
+    strengths: Sequence[float],
+    steps: int,
+    seed: int = 0,
+    slider_start: float = 0.0,
 ) -> tuple[SliderSweep, Tensor]:
     """Sweep instruction `index` of an example with the others at strength 1, and return the measures and the images."""
     texts = [i.text for i in example.instructions]
     wanted = texts if editor.kind == "st" else [texts[index]]
     prepared = editor.prepare(scene_image(example), [Slider(t) for t in wanted], prompt=example.prompt, seed=seed)
     settings = [[s if t == texts[index] else 1.0 for t in wanted] for s in strengths]
-    images = editor.render_tensor(prepared, settings, steps=steps)
+    images = editor.render_tensor(prepared, settings, steps=steps, slider_start=slider_start)
     return summarise(example, index, strengths, images), images
 
 
 def evaluate_sliders(
-    editor: SliderEditor, count: int, scenes: int = 64, steps: int = 12, progress: bool = True
+    editor: SliderEditor,
+    count: int,
+    scenes: int = 64,
+    steps: int = 12,
+    progress: bool = True,
+    slider_start: float = 0.0,
 ) -> list[SliderSweep]:
     """Sweep one slider on each of `scenes` held-out scenes whose prompts have `count` instructions."""
     examples = held_out_examples(scenes, count)
     bar = tqdm(examples, f"evaluate {editor.kind}, {count} instruction(s)", disable=not progress)
-    return [sweep_example(editor, e, n % count, STRENGTHS, steps, seed=n)[0] for n, e in enumerate(bar)]
+    return [sweep_example(editor, e, n % count, STRENGTHS, steps, n, slider_start)[0] for n, e in enumerate(bar)]
 
 
 def table(sweeps: Sequence[SliderSweep]) -> dict[str, float | None]:

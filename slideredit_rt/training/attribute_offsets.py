@@ -180,10 +180,10 @@ class OffsetTrainer(ContrastTrainer[AttributeOffsets]):
         text = next(s for s in self.family.input_specs(dict(self.pipeline.transformer.config)) if s.name == _TEXT)
         return _Vectors(len(self.attributes), int(text.shape[2]))
 
-    def _rows(self, image: Image.Image) -> list[int]:
+    def _rows(self, images: Sequence[Image.Image]) -> list[int]:
         """Return the text rows of the noun in the neutral prompt."""
         prompt, most = self.family.neutral_prompt, self.family.max_text_rows(self.pipeline)
-        return find_spans(prompt, [Slider(self.config.noun)], self.family.tokenize(self.pipeline, prompt, [image]), most)[0]
+        return find_spans(prompt, [Slider(self.config.noun)], self.family.tokenize(self.pipeline, prompt, images), most)[0]
 
     def result(self) -> AttributeOffsets:
         vectors = self.own.vectors.detach().cpu().float().clone()
@@ -204,7 +204,7 @@ class OffsetTrainer(ContrastTrainer[AttributeOffsets]):
         scale = (size * (2 * torch.randint(0, 2, shape, generator=generator) - 1)).to(batch.neutral)
         target = batch.neutral + scale[:, :, None] * (batch.positive - batch.neutral)
         inputs = self.inputs(batch.noised, batch.text)
-        inputs[_TEXT] = self.module(inputs[_TEXT], self._rows(to_pil(batch.images[0])), scale * batch.chosen)
+        inputs[_TEXT] = self.module(inputs[_TEXT], self._rows(self.prompt_images(batch.images[:1])[0]), scale * batch.chosen)
         return F.mse_loss(self.backbone(inputs)[:, : target.shape[1]].float(), target)
 
     def strip(self, image: Image.Image, instructions: Sequence[str]) -> tuple[str, Sequence[float], list[Image.Image]]:

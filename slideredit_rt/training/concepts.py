@@ -99,7 +99,7 @@ class ConceptTrainer(ContrastTrainer[Adapter]):
         return self._bank(pairs)
 
     def _bank(self, pairs: dict[str, tuple[Tensor, Tensor]]) -> Adapter:
-        member = Member(str(self.out), StrengthCurve((0.0, 1.0), (0.0, 1.0)))
+        member = Member(str(self.out), "gst", StrengthCurve((0.0, 1.0), (0.0, 1.0)))
         return Adapter(
             family=self.family.name,
             kind="gst",

@@ -27,7 +27,7 @@ from slideredit_rt.modules import SliderBackbone
 from slideredit_rt.sliders import Controls, Slider, compose_prompt
 from slideredit_rt.spans import find_spans, row_mask
 from slideredit_rt.training.data import Data
-from slideredit_rt.training.trainer import Trainer, TrainingConfig, to_pil
+from slideredit_rt.training.trainer import Trainer, TrainingConfig
 
 _SAMPLE_STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)
 
@@ -138,7 +138,7 @@ class SuppressionTrainer(Trainer[Adapter]):
         rng = random.Random(f"{self.config.seed}/{step}")
         images, instructions = self.data.draw(rng, self.config.batch)
         full, target, suppressed_rows = [], [], []
-        for parts, image in zip(instructions, images, strict=True):
+        for parts, seen in zip(instructions, self.prompt_images(images), strict=True):
             if self.config.target == "remaining":
                 suppressed = set(rng.sample(range(len(parts)), rng.randint(1, len(parts))))
                 rest = [part for index, part in enumerate(parts) if index not in suppressed]
@@ -148,7 +148,7 @@ class SuppressionTrainer(Trainer[Adapter]):
                 target.append("" if self.config.target == "empty" else self.family.neutral_prompt)
             full.append(compose_prompt(parts))
             if self.config.kind == "st":
-                suppressed_rows.append(self._rows(parts, suppressed, [to_pil(image)]))
+                suppressed_rows.append(self._rows(parts, suppressed, seen))
         source, ids = self.encode_images(images)
         full_text, target_text = (self.encode_prompts(prompts, images) for prompts in (full, target))
         rows = full_text["encoder_hidden_states"].shape[1]

@@ -181,10 +181,14 @@ class Trainer(ABC, Generic[Trained]):
         """Encode images `[B, 3, H, W]` in [0, 1] to latents `[B, S, C]` and their position ids."""
         return self.family.encode_image(self.pipeline, (images * 2 - 1).to(self.device))
 
+    def prompt_images(self, images: Tensor) -> list[list[Image.Image]]:
+        """Return the images that belong to each prompt, none if the text encoder does not read them."""
+        return [[to_pil(image)] if self.family.text_reads_images else [] for image in images]
+
     def encode_prompts(self, prompts: list[str], images: Tensor) -> dict[str, Tensor]:
         """Return the text inputs of the backbone. `images` matter for families whose text encoder sees them."""
         most = self.family.max_text_rows(self.pipeline)
-        return self.family.encode_prompt(self.pipeline, prompts, most, [[image] for image in map(to_pil, images)])
+        return self.family.encode_prompt(self.pipeline, prompts, most, self.prompt_images(images))
 
     def noised(self, step: int, source: Tensor, ids: Tensor) -> Noised:
         """Add the noise of a step to source latents."""

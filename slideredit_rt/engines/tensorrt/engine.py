@@ -17,6 +17,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from slideredit_rt.engines.adapter_inputs import AdapterBuffers
 from slideredit_rt.engines.cuda import CudaDevice
 from slideredit_rt.engines.manifest import Manifest
 from slideredit_rt.engines.request import InputBuffers, Outputs, check_request, reading_request
@@ -105,6 +106,7 @@ class TensorRTEngine:
         self._lock = threading.RLock()
         self._trt, self._device, self._options = trt, device, options
         self._outputs = Outputs(options.max_contexts)
+        self._adapter = AdapterBuffers(manifest, device.device)
         self._logger = make_logger(trt)
         try:
             runtime = trt.Runtime(self._logger)
@@ -183,6 +185,7 @@ class TensorRTEngine:
             result = self._outputs.of(self.manifest, sizes, inputs, output)
             with self._device.stream() as stream:
                 binding = self._loaded.bindings.get((output, *sizes.values()), lambda: self._bind(sizes, output, stream))
+                self._adapter.fill(inputs)
                 binding.inputs.fill(inputs)
                 self._run(binding, stream)
                 result.copy_(binding.outputs[output])
@@ -199,16 +202,17 @@ class TensorRTEngine:
             raise full
         try:
             inputs = InputBuffers(self.manifest, sizes, self._empty)
+            bound = {**inputs.tensors, **self._adapter.tensors}
             outputs = {s.name: self._empty(s.resolve(sizes), s.dtype) for s in self.manifest.outputs}
             # A plan with one profile selects it by itself.
             selected = not self.manifest.reading_ranges or context.set_optimization_profile_async(profile, stream)
-            if not selected or not all(context.set_input_shape(name, tuple(one.shape)) for name, one in inputs.tensors.items()):
+            if not selected or not all(context.set_input_shape(name, tuple(one.shape)) for name, one in bound.items()):
                 raise SliderEditError(f"{self.title} refuses the sizes {sizes} ({self._logger.why()}); build the engine again")
             scratch = self._scratch(context.update_device_memory_size_for_shapes())
         except torch.OutOfMemoryError:
             raise full from None
         context.set_device_memory(scratch.data_ptr(), scratch.numel())
-        for name, buffer in (inputs.tensors | outputs).items():
+        for name, buffer in (bound | outputs).items():
             # The storage's address, because that of a tensor without elements is null, which TensorRT refuses for outputs.
             context.set_tensor_address(name, buffer.untyped_storage().data_ptr())
         return _Binding(context, config, inputs, list(outputs.values()), scratch)

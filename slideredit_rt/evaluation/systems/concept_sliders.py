@@ -57,4 +57,4 @@ class ConceptSliders(System):
         return self.editor.prepare(case.image, sliders, prompt=self.editor.family.neutral_prompt, seed=case.seed)
 
     def render(self, prepared: Prepared, settings: Sequence[Sequence[float]], steps: int) -> Tensor:
-        return self.editor.render_tensor(prepared, settings, steps=steps, first_step=round(steps * _FROZEN))
+        return self.editor.render_tensor(prepared, settings, steps=steps, slider_start=round(steps * _FROZEN) / steps)

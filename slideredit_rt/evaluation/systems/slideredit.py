@@ -10,6 +10,7 @@ from slideredit_rt.editor import Prepared, SliderEditor
 from slideredit_rt.evaluation.dataset import Case
 from slideredit_rt.evaluation.setup import Setup, SliderEngine
 from slideredit_rt.evaluation.systems.base import System, register
+from slideredit_rt.strength import StrengthSchedule
 
 
 @register
@@ -43,6 +44,28 @@ class SelectiveToken(System):
 
     def render(self, prepared: Prepared, settings: Sequence[Sequence[float]], steps: int) -> Tensor:
         return self.editor.render_tensor(prepared, settings, steps=steps)
+
+
+RAMP = 1 / 3
+"""Fraction of the run over which a scheduled slider moves from the base model's strength to its own."""
+
+
+@register
+class ScheduledToken(SelectiveToken):
+    """Scheduled ST: the strength moves from 1, the base model's, to the slider's own during the first part of the run."""
+
+    name = "scheduled-st"
+    how = f"ST adapter, strength moves from 1 to its own over the first {RAMP:.0%} of the run"
+    reference = False
+
+    @classmethod
+    def _engines(cls, setup: Setup) -> dict[str, SliderEngine]:
+        own = SelectiveToken._engines(setup)
+        return {cls.name if len(own) == 1 else f"{cls.name}-{name}": engine for name, engine in own.items()}
+
+    def render(self, prepared: Prepared, settings: Sequence[Sequence[float]], steps: int) -> Tensor:
+        ramps = [[StrengthSchedule(((0.0, self.plain), (RAMP, strength))) for strength in setting] for setting in settings]
+        return self.editor.render_tensor(prepared, ramps, steps=steps)
 
 
 @register

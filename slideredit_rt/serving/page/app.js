@@ -3,6 +3,7 @@
 
 const NEUTRAL = 1; // strength of the base model's own edit
 const STRIP_FRAMES = 7;
+const PREVIEW_START = 0.25; // fraction of a preview's steps before the sliders act, so that a drag makes them once
 const TYPING_PAUSE = 300; // milliseconds without a keystroke before an instruction is sent
 const SMALL = 128; // largest side in pixels of images that are enlarged without smoothing
 const KEY = "slideredit-key";
@@ -63,9 +64,10 @@ function sliders() {
   }));
 }
 
-// A GST adapter scales the whole prompt: one slider, or one for each adapter of a bank.
+// A GST adapter scales the whole prompt: one slider, or one for each adapter of a bank. ST adapters take any number.
 function sliderLimit() {
-  return engine.kind === "gst" ? Math.min(engine.max_sliders, engine.adapters.length || 1) : engine.max_sliders;
+  const limited = engine.kind === "gst" && !engine.adapter_kinds.includes("st");
+  return limited ? Math.min(engine.max_sliders, engine.adapters.length || 1) : engine.max_sliders;
 }
 
 function addRow(text = "") {
@@ -341,7 +343,8 @@ async function request(extra, version, signal) {
 
 async function previewEdit(version, signal) {
   const start = since;
-  if (!(await request({ preview: "true" }, version, signal))) return;
+  const late = Math.max(PREVIEW_START, engine.slider_start);
+  if (!(await request({ preview: "true", slider_start: late }, version, signal))) return;
   lastPreview = took(start);
   showStatus("preview", lastPreview);
 }

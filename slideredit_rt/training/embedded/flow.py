@@ -1,0 +1,140 @@
+"""Flow matching on exact pairs of a source and its edit, and edits with diffusers' own pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from diffusers import FluxKontextPipeline
+from torch import Tensor, nn
+
+SOURCE_NOISE = 0.03
+"""Standard deviation of the noise on source latents. The encoder has errors of about this size."""
+
+
+def position_ids(pipeline: FluxKontextPipeline, side: int, device: torch.device) -> Tensor:
+    """Return the position ids of a noisy image and its reference, `[2 · side², 3]`.
+
+    Args:
+        pipeline: Pipeline of the editor.
+        side: Rows of packed latents along each side.
+        device: Device of the result.
+    """
+    ids = pipeline._prepare_latent_image_ids(1, side, side, device, torch.float32)
+    reference = ids.clone()
+    reference[:, 0] = 1
+    return torch.cat([ids, reference])
+
+
+@dataclass(frozen=True)
+class Noisy:
+    """A batch of B noised targets of S rows.
+
+    Attributes:
+        noisy: Targets with noise, `[B, S, C]`.
+        source: Sources, `[B, S, C]`.
+        sigma: Noise levels, `[B]`.
+        velocity: `noise − target`, `[B, S, C]`.
+        pooled: Pooled text vectors, of other prompts than the batch's, `[B, P]`.
+    """
+
+    noisy: Tensor
+    source: Tensor
+    sigma: Tensor
+    velocity: Tensor
+    pooled: Tensor
+
+    def part(self, rows: slice) -> Noisy:
+        """Return some of the examples."""
+        return Noisy(*(getattr(self, field.name)[rows] for field in fields(self)))
+
+
+def add_noise(source: Tensor, target: Tensor, pooled: Tensor, generator: torch.Generator) -> Noisy:
+    """Noise the targets of a batch and exchange its pooled vectors.
+
+    Args:
+        source: Source latents, `[B, S, C]`.
+        target: Latents of the exact edits, `[B, S, C]`.
+        pooled: Pooled vectors of prompts, `[B, P]`.
+        generator: Generator on the device of the tensors.
+    """
+    device = source.device
+    source = source + SOURCE_NOISE * torch.randn(source.shape, generator=generator, device=device)
+    pooled = pooled[torch.randperm(len(source), generator=generator, device=device)]
+    # Timesteps are shifted by 3, because an edit is decided at high noise levels.
+    uniform = torch.rand(len(source), generator=generator, device=device)
+    sigma = 3 * uniform / (1 + 2 * uniform)
+    noise = torch.randn(target.shape, generator=generator, device=device)
+    return Noisy(torch.lerp(target, noise, sigma[:, None, None]), source, sigma, noise - target, pooled)
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """The trained part of an editor.
+
+    Attributes:
+        transformer: FLUX transformer.
+        text_encoder: T5 encoder.
+        img_ids: Position ids of the noisy image and the reference.
+    """
+
+    transformer: nn.Module
+    text_encoder: nn.Module
+    img_ids: Tensor
+
+    def velocity(self, noisy: Noisy, tokens: Tensor, guidance: Tensor) -> Tensor:
+        """Return the predicted velocity, `[B, S, C]`.
+
+        Args:
+            noisy: Noised batch.
+            tokens: T5 token ids of the prompts, `[B, rows]`.
+            guidance: Embedded guidance scales, `[B]`.
+        """
+        output: Tensor = self.transformer(
+            hidden_states=torch.cat([noisy.noisy, noisy.source], dim=1),
+            encoder_hidden_states=self.text_encoder(tokens).last_hidden_state,
+            pooled_projections=noisy.pooled,
+            timestep=noisy.sigma,
+            guidance=guidance,
+            img_ids=self.img_ids,
+            txt_ids=torch.zeros(tokens.shape[1], 3, device=tokens.device),
+            return_dict=False,
+        )[0]
+        return output[:, : noisy.noisy.shape[1]]
+
+
+@torch.no_grad()
+def edit_images(
+    pipeline: FluxKontextPipeline, images: Tensor, prompts: Sequence[str], steps: int = 12, seed: int = 0, batch: int = 64
+) -> Tensor:
+    """Edit images with diffusers' own pipeline.
+
+    Args:
+        pipeline: Pipeline of the editor.
+        images: Sources, `[N, 3, H, W]` in [0, 1].
+        prompts: A prompt for each.
+        steps: Denoising steps.
+        seed: Seed of the noise.
+        batch: Images that are edited at once.
+
+    Returns:
+        Float32 `[N, 3, H, W]` in [0, 1] on the CPU.
+    """
+    pipeline.set_progress_bar_config(disable=True)
+    side, edited = images.shape[-1], []
+    for start in range(0, len(images), batch):
+        result = pipeline(
+            image=images[start : start + batch],
+            prompt=list(prompts[start : start + batch]),
+            num_inference_steps=steps,
+            max_sequence_length=pipeline.tokenizer_2.model_max_length,
+            height=side,
+            width=side,
+            max_area=side * side,
+            _auto_resize=False,
+            output_type="pt",
+            generator=torch.Generator().manual_seed(seed + start),
+        )
+        edited.append(result.images.float().cpu())
+    return torch.cat(edited)
