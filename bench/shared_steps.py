@@ -122,7 +122,8 @@ def measure(scenes: int, rounds: int, threads: int | None) -> dict[str, Any]:
                     for start in STARTS
                 }
     return {
-        "command": f"python -m slideredit_rt.bench.shared_steps --scenes {scenes} --rounds {rounds}",
+        "command": f"python -m slideredit_rt.bench.shared_steps --scenes {scenes} --rounds {rounds}"
+        + ("" if threads is None else f" --threads {threads}"),
         "date": datetime.now(UTC).date().isoformat(),
         "versions": {name: version(name) for name in ("torch", "onnxruntime", "diffusers")},
         "steps": STEPS,

@@ -69,7 +69,7 @@ def edit(image: Image.Image, *strengths: float, sliders: tuple[Slider, ...] = (R
     """One image per strength of the first slider: 6 steps, with sliders from the fourth step."""
     own = {name: options.pop(name) for name in ("consecutive_seeds", "timeout") if name in options}
     every = tuple((s, *(1.0 for _ in sliders[1:])) for s in strengths)
-    settings = EditSettings(**{"prompt": BOTH, "steps": 6, "slider_start": 0.5} | options)
+    settings = EditSettings(**(dict[str, Any](prompt=BOTH, steps=6, slider_start=0.5) | options))
     return EditRequest(image, sliders, every, settings, **own)
 
 
