@@ -11,14 +11,12 @@ import torch
 from ptx import compiled as compiling
 from ptx.compiled import Compiled
 from ptx.fault import Fault
-from ptx.machine import Machine
 from ptx.memory import Buffer
 from ptx.mutants import MUTANTS, Mutant
 from ptx.problems import Launch, Problem, faults, output_of, problem, raw, run, standard_problems
 
 from slideredit_rt.export import tensorrt_plugin
 from slideredit_rt.kernels import aot
-from slideredit_rt.kernels.ptx import parse
 
 # Either 16-bit type is multiplied by instructions of its own: one on each target here, all of them in `make ptx-test`.
 DTYPES = {"sm80": "float16", "sm90": "bfloat16"}
@@ -114,7 +112,7 @@ def test_the_plugins_launch_parameters_launch_the_kernel(kernels: dict[aot.Job, 
     for batch, rows, mask in ((1, 1, "all"), (2, 77, "random")):
         p = problem(compiled, batch * rows, k // job.configuration.block_k, mask, n=n)
         launch = plugin_launch(how, p, dict(zip(shape, (batch, rows), strict=True)))
-        machine = Machine(parse(compiled.text), how.shared_bytes, compiled.shared_base)
+        machine = compiled.machine(shared_bytes=how.shared_bytes)
         assert machine.kernel.threads == how.threads
         machine.launch(launch.grid, launch.arguments)
         assert faults(compiled, p, launch, output_of(compiled, p, launch)) == []
@@ -130,5 +128,5 @@ def plugin_launch(how: tensorrt_plugin.Launch, p: Problem, shape: dict[sympy.Sym
     def value(size: sympy.Expr) -> int:
         return int(sympy.sympify(size).subs(shape))
 
-    arguments = [*buffers.values(), *map(value, how.scalars), output]
+    arguments: list[Buffer | int] = [*buffers.values(), *map(value, how.scalars), output]
     return Launch(buffers | {"y": output}, arguments, [value(size) for size in how.grid])

@@ -1,4 +1,7 @@
-"""All kernels of all targets: special values, other orders of warps, missing barriers, their own tests (`make ptx-test`)."""
+"""All kernels of all targets, run instruction by instruction (`make ptx-test`).
+
+With special values, other orders of warps and missing barriers, and through the tests of the kernels.
+"""
 
 from __future__ import annotations
 

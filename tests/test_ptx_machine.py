@@ -65,10 +65,10 @@ def numbers(*shape: int) -> Array:
 
 def bits(values: Array, kind: str) -> Array:
     """Bits of whole numbers: 32 of TF32, 16 of the others."""
-    wide = np.ascontiguousarray(values, np.float32)
-    return {"f16": lambda: wide.astype(np.float16).view(np.uint16), "tf32": lambda: wide.view(np.uint32)}.get(
-        kind, lambda: (wide.view(np.uint32) >> 16).astype(np.uint16)
-    )()
+    wide = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    if kind == "tf32":
+        return wide
+    return wide.view(np.float32).astype(np.float16).view(np.uint16) if kind == "f16" else (wide >> 16).astype(np.uint16)
 
 
 # ISA, Matrix Fragments for mma.m16n8k16 with floating point type, and for mma.m16n8k8: the element (row, column) of each

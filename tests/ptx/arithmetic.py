@@ -139,7 +139,8 @@ def _shift(b: Binding, function: Any) -> Step:
     beyond = function is np.right_shift and kind[0] == "s"
 
     def shifted() -> Array:
-        result = function(value, np.minimum(by, bits - 1).astype(dtype))
-        return np.where(by >= bits, value >> dtype(bits - 1) if beyond else dtype(0), result)
+        inside = function(value, np.minimum(by, bits - 1).astype(dtype))
+        result: Array = np.where(by >= bits, value >> dtype(bits - 1) if beyond else dtype(0), inside)
+        return result
 
     return compute(b.target(dtype), shifted)

@@ -19,7 +19,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ptx.compiled import SYSTEM_BYTES
+from ptx.compiled import SYSTEM_BYTES, fences_copies
 from ptx.fault import Fault
 from ptx.machine import Machine
 from ptx.memory import Buffer
@@ -100,7 +100,8 @@ class Emulator:
             target=GPUTarget("cuda", self.capability, 32),
             options={**options, "ptx_version": version, "enable_fp_fusion": True},
         )
-        return Machine(parse(built.asm["ptx"]), built.metadata.shared, SYSTEM_BYTES if self.capability >= 90 else 0)
+        base = SYSTEM_BYTES if self.capability >= 90 else 0
+        return Machine(parse(built.asm["ptx"]), built.metadata.shared, base, fences_copies(triton.__version__))
 
 
 class _Indexed:

@@ -48,7 +48,8 @@ class Buffer:
         """Return `[lanes, count]` unsigned integers of `width` bytes; `element` counts in vectors of them."""
         size = width * count
         self._read.reshape(-1, size)[element] = True
-        return self._bytes.view(UNSIGNED[width]).reshape(-1, count)[element]
+        data: Array = self._bytes.view(UNSIGNED[width]).reshape(-1, count)[element]
+        return data
 
     def store(self, element: Array, data: Array) -> None:
         """Write `[lanes, count]` unsigned integers; `element` counts in vectors of them."""

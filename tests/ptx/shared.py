@@ -37,10 +37,11 @@ class Shared:
         size: Number of bytes, as given to the launch.
         base: Address of the first byte.
         threads: Number of threads in the block.
+        copies_need_fence: Whether what `cp.async` brings is hidden from the asynchronous proxy until a fence.
     """
 
-    def __init__(self, size: int, base: int, threads: int) -> None:
-        self.size, self.base, self._threads = size, base, threads
+    def __init__(self, size: int, base: int, threads: int, copies_need_fence: bool) -> None:
+        self.size, self.base, self._threads, self._copies_need_fence = size, base, threads, copies_need_fence
         self._warp = np.arange(threads) // 32
         self.reset()
 
@@ -66,7 +67,8 @@ class Shared:
     def load(self, place: Array, lanes: Array, width: int, count: int) -> Array:
         """Return `[lanes, count]` unsigned integers of `width` bytes."""
         self._check_read(place, width * count, self._owner(lanes))
-        return self._bytes.view(UNSIGNED[width]).reshape(-1, count)[place]
+        data: Array = self._bytes.view(UNSIGNED[width]).reshape(-1, count)[place]
+        return data
 
     def store(self, place: Array, lanes: Array, data: Array) -> None:
         """Write `[lanes, count]` unsigned integers."""
@@ -114,7 +116,7 @@ class Shared:
         self._inflight.reshape(-1, size)[copy.place] = False
         self._check_write(copy.place, size, copy.lanes, copy.data)
         self._bytes.reshape(-1, size)[copy.place] = copy.data
-        self._unfenced.reshape(-1, size)[copy.place] = True
+        self._unfenced.reshape(-1, size)[copy.place] = self._copies_need_fence
 
     # The asynchronous proxy (ISA: Memory Consistency Model, Proxies)
 

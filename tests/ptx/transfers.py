@@ -29,7 +29,8 @@ def _loader(b: Binding, space: str) -> Loader:
         raw = b.state.registers.parameters
         if count != 1 or (address % width).any() or address.max() + width > raw.size:
             raise Fault("a parameter is read out of bounds or misaligned")
-        return raw.view(UNSIGNED[width])[address // width][:, None]
+        data: Array = raw.view(UNSIGNED[width])[address // width][:, None]
+        return data
 
     return {"global": from_global, "shared": from_shared, "param": from_parameters}[space]
 

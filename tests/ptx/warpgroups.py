@@ -15,8 +15,8 @@ from slideredit_rt.kernels.ptx import vector
 
 TEAM = 128
 """Lanes of a warpgroup."""
-SWIZZLES = {1: 128, 2: 64, 3: 32}
-"""Bytes of a swizzled row by the descriptor's layout type."""
+ROW_BYTES = {0: 16, 1: 128, 2: 64, 3: 32}
+"""Bytes of a contiguous row by the descriptor's swizzling mode; 0 is none."""
 
 
 @dataclass
@@ -198,8 +198,7 @@ def addresses(descriptor: int, rows: int) -> Array:
         raise Fault("a matrix descriptor with a base offset")
     row, chunk = np.arange(rows)[:, None], np.arange(2)[None, :]
     mode = descriptor >> 62
-    if mode == 0:
-        return start + row // 8 * stride + chunk * leading + row % 8 * 16
-    width = SWIZZLES[mode]
-    address: Array = start + row // 8 * stride + row % 8 * width + chunk * 16
-    return address ^ ((address >> 7 & (width // 16 - 1)) << 4)
+    width = ROW_BYTES[mode]
+    address: Array = start + row // 8 * stride + row % 8 * width + chunk * (leading if mode == 0 else 16)
+    swizzled: Array = address ^ ((address >> 7 & (width // 16 - 1)) << 4)
+    return swizzled
