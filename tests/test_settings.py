@@ -70,7 +70,8 @@ class TestServing:
         command = (
             "serve engine --host ::1 --port 9 --model m --api-key k --allowed-host A.example --allow-origin https://b.example"
         )
-        command += " --base c --threads 2 --max-queue 3 --max-batch 4 --no-step-batching --cache-mib 5 --max-megapixels 6"
+        command += " --base c --threads 2 --max-queue 3 --max-batch 4 --no-step-batching --cache-mib 5 --no-latent-cache"
+        command += " --max-megapixels 6"
         command += (
             " --max-body-mib 7 --request-seconds 8 --preview-steps 9 --drain-seconds 10 --min-replicas 11 --max-replicas 12"
         )
@@ -90,6 +91,7 @@ class TestServing:
             4,
             False,
             5,
+            False,
             6,
             7,
             8,
