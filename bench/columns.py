@@ -164,6 +164,7 @@ def manifest_of(backbone: SliderBackbone, backend: Backend, max_batch: int) -> M
     """Describe an engine that is not in a folder, with the lowering that the build selects."""
     family = backbone.family
     config: Any = backbone.transformer.config
+    dtype = str(next(backbone.transformer.parameters()).dtype).removeprefix("torch.")
     quantised = Counter(linear.precision for linear in quantized_linears(backbone.transformer).values())
     return Manifest(
         family=family.name,
@@ -176,8 +177,8 @@ def manifest_of(backbone: SliderBackbone, backend: Backend, max_batch: int) -> M
         max_batch=max_batch,
         max_sliders=MAX_SLIDERS,
         config={},
-        inputs=[*family.input_specs(config), *backbone.slider_specs()],
-        outputs=family.output_specs(config),
+        inputs=[*family.input_specs(config, dtype), *backbone.slider_specs()],
+        outputs=family.output_specs(config, dtype),
         files={},
         created="",
         versions={},

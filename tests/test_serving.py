@@ -42,7 +42,7 @@ from slideredit_rt.serving import (
     QueueFull,
     Ticket,
 )
-from slideredit_rt.serving.cache import EncodingCache, size_of
+from slideredit_rt.serving.cache import Caching, EncodingCache, size_of
 from slideredit_rt.serving.faults import fault_of
 from slideredit_rt.serving.scheduler import BACKGROUND_EVERY
 from slideredit_rt.settings import EditSettings
@@ -537,7 +537,7 @@ class TestEndings:
     def test_what_is_over_is_forgotten_without_the_garbage_collector(
         self, gate: Gate, serve: Callable[..., EditService], scene: Image.Image
     ) -> None:
-        service = serve(cache_bytes=0)
+        service = serve(caching=Caching(0))
         service.submit_tensor(edit(scene, 1.0))
         gate.stand()
         words = (Slider("say nothing of it"),)
@@ -617,7 +617,7 @@ class TestCache:
     def test_what_is_the_same_is_not_encoded_again(
         self, recorder: Recorder, serve: Callable[..., EditService], scene: Image.Image
     ) -> None:
-        service = serve(latent_cache=False)
+        service = serve(caching=Caching(latents=False))
 
         def run(image: Image.Image, *strengths: float, **options: Any) -> dict[str, list[int]]:
             service.submit(edit(image, *strengths, **{"steps": 1} | options)).future.result(WAIT)
@@ -638,7 +638,7 @@ class TestCache:
     def test_a_service_without_a_cache_encodes_everything(
         self, recorder: Recorder, serve: Callable[..., EditService], scene: Image.Image
     ) -> None:
-        service = serve(cache_bytes=0)
+        service = serve(caching=Caching(0))
         for _ in range(2):
             service.submit(edit(scene, 0.1, steps=1)).future.result(WAIT)
         assert self.lookups(recorder) == {"images": [0, 2], "tokens": [0, 2], "text": [0, 2]}

@@ -24,6 +24,7 @@ from slideredit_rt.engines import read_manifest
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.serving import EditRequest, EditService, QueueFull
 from slideredit_rt.serving.app import create_app
+from slideredit_rt.serving.cache import Caching
 from slideredit_rt.serving.metrics import Metrics
 from slideredit_rt.settings import EditDefaults, EditSettings
 from slideredit_rt.sliders import Slider
@@ -146,7 +147,7 @@ class TestService:
         calls.clear()
         back = result_of(service, edit(scene.copy(), 0.0))
         assert calls == []
-        anew = serve(latent_cache=False)
+        anew = serve(caching=Caching(latents=False))
         assert torch.equal(first, result_of(anew, edit(scene, 0.0)))
         assert torch.equal(moved, result_of(anew, edit(scene, 0.5)))
         assert torch.equal(back, first)
@@ -169,7 +170,7 @@ class TestService:
     def test_images_of_a_request_share_the_steps_before_the_start(
         self, calls: list[list[float]], serve: Callable[..., EditService], scene: Image.Image, latent_cache: bool
     ) -> None:
-        service = serve(latent_cache=latent_cache)
+        service = serve(caching=Caching(latents=latent_cache))
         result = result_of(service, edit(scene, 0.0, 0.5, 1.5))
         assert calls == [[0.0]] * 3 + [[1.0, 0.5, -0.5]] * 3
         again = result_of(service, edit(scene, 0.0, 0.5, 1.5))
@@ -212,7 +213,7 @@ class TestService:
     def test_latents_stay_within_the_caches_room(
         self, calls: list[list[float]], serve: Callable[..., EditService], scene: Image.Image
     ) -> None:
-        service = serve(cache_bytes=100_000)
+        service = serve(caching=Caching(100_000))
         for seed in range(8):
             result_of(service, edit(scene, 0.0, seed=seed))
         stats = service.stats()

@@ -52,8 +52,8 @@ def _download(text: str, path: Path, what: str, instead: str) -> Path:
     Args:
         text: Local path or name of a repository.
         path: Local path.
-        what: What was given, for the error.
-        instead: What to give instead, for the error.
+        what: Description of what was given, for the error.
+        instead: Description of what to give instead, for the error.
     """
     looks_like_repository = text.count("/") == 1 and not text.startswith((".", "/", "~"))
     if path.exists() or not looks_like_repository:

@@ -57,6 +57,8 @@ def add_serve_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base", help="base checkpoint (default: the location in the manifest)")
     add_run_options(parser)
     _add_limits(parser, defaults)
+    _add_memory_options(parser, defaults)
+    _add_preview_options(parser, defaults)
     _add_ray_options(parser, defaults)
 
 
@@ -68,6 +70,30 @@ def _add_limits(parser: argparse.ArgumentParser, defaults: ServeSettings) -> Non
     parser.add_argument(
         "--no-step-batching", dest="step_batching", action="store_false", help="run one edit after the other, for comparisons"
     )
+    parser.add_argument(
+        "--max-megapixels",
+        type=float,
+        default=defaults.max_megapixels,
+        help="largest accepted image, in megapixels (default: %(default)g)",
+    )
+    parser.add_argument(
+        "--max-body-mib", type=float, default=defaults.max_body_mib, help="largest request body, in MiB (default: %(default)g)"
+    )
+    parser.add_argument(
+        "--request-seconds",
+        type=float,
+        default=defaults.request_seconds,
+        help="time limit of an edit, in seconds; 504 beyond it (default: %(default)g)",
+    )
+    parser.add_argument(
+        "--drain-seconds",
+        type=float,
+        default=defaults.drain_seconds,
+        help="time for accepted edits to finish on shutdown, in seconds (default: %(default)g)",
+    )
+
+
+def _add_memory_options(parser: argparse.ArgumentParser, defaults: ServeSettings) -> None:
     parser.add_argument(
         "--cache-mib",
         type=int,
@@ -92,21 +118,9 @@ def _add_limits(parser: argparse.ArgumentParser, defaults: ServeSettings) -> Non
         default=defaults.adapters_mib,
         help="device memory for these adapters, in MiB (default: %(default)s)",
     )
-    parser.add_argument(
-        "--max-megapixels",
-        type=float,
-        default=defaults.max_megapixels,
-        help="largest accepted image, in megapixels (default: %(default)g)",
-    )
-    parser.add_argument(
-        "--max-body-mib", type=float, default=defaults.max_body_mib, help="largest request body, in MiB (default: %(default)g)"
-    )
-    parser.add_argument(
-        "--request-seconds",
-        type=float,
-        default=defaults.request_seconds,
-        help="time limit of an edit, in seconds; 504 beyond it (default: %(default)g)",
-    )
+
+
+def _add_preview_options(parser: argparse.ArgumentParser, defaults: ServeSettings) -> None:
     parser.add_argument(
         "--preview-steps",
         type=int,
@@ -118,12 +132,6 @@ def _add_limits(parser: argparse.ArgumentParser, defaults: ServeSettings) -> Non
         metavar="FOLDER",
         help="tiny autoencoder (diffusers' AutoencoderTiny), or its hub repository, that decodes previews and partial images "
         "(default: the base's autoencoder)",
-    )
-    parser.add_argument(
-        "--drain-seconds",
-        type=float,
-        default=defaults.drain_seconds,
-        help="time for accepted edits to finish on shutdown, in seconds (default: %(default)g)",
     )
 
 

@@ -210,22 +210,7 @@ def _add_training_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--out", type=user_path, required=True, help="file to write (.safetensors)")
 
 
-def add_commands(commands: Commands) -> None:
-    """Add the commands of this module."""
-    kinds = commands.group("train", "train the embedded editor, an adapter, a few-step LoRA, or another method's sliders")
-    editor = kinds.add("editor", _train_editor, "train an embedded editor from scratch")
-    _add_world_option(editor, "editor")
-    editor.add_argument("--out", type=user_path, required=True, help="pipeline folder to write; states are kept in OUT.work")
-    editor.add_argument(
-        "--steps", type=listed(_stage_steps), default=[], metavar="STAGE=N,…", help=f"optimizer steps of stages {_RECIPE}"
-    )
-    editor.add_argument("--minutes", type=float, help="time of all stages together, instead of their steps")
-    editor.add_argument(
-        "--stages", type=listed(str), default=[], metavar="STAGE,…", help="stages to train now (default: all of the recipe)"
-    )
-    add_device_option(editor, "training")
-    editor.add_argument("--overwrite", action="store_true", help="replace the folder if it exists")
-
+def _add_adapter(kinds: Commands) -> None:
     adapter = kinds.add("adapter", _train_adapter, "train an ST or GST adapter by partial prompt suppression")
     _add_training_options(adapter)
     _add_timestep_option(adapter)
@@ -254,6 +239,9 @@ def add_commands(commands: Commands) -> None:
         "(default: only those of the released adapters)",
     )
 
+
+def _add_rivals(kinds: Commands) -> None:
+    """Add the trainers of other methods' sliders."""
     concepts = kinds.add("concepts", _train_concepts, "train Concept Sliders, a bank with one LoRA per instruction")
     _add_training_options(concepts)
     _add_timestep_option(concepts)
@@ -266,6 +254,26 @@ def add_commands(commands: Commands) -> None:
     _add_training_options(offsets)
     _add_timestep_option(offsets)
     offsets.add_argument("--noun", help="words of the neutral prompt that get the offset (default: image)")
+
+
+def add_commands(commands: Commands) -> None:
+    """Add the commands of this module."""
+    kinds = commands.group("train", "train the embedded editor, an adapter, a few-step LoRA, or another method's sliders")
+    editor = kinds.add("editor", _train_editor, "train an embedded editor from scratch")
+    _add_world_option(editor, "editor")
+    editor.add_argument("--out", type=user_path, required=True, help="pipeline folder to write; states are kept in OUT.work")
+    editor.add_argument(
+        "--steps", type=listed(_stage_steps), default=[], metavar="STAGE=N,…", help=f"optimizer steps of stages {_RECIPE}"
+    )
+    editor.add_argument("--minutes", type=float, help="time of all stages together, instead of their steps")
+    editor.add_argument(
+        "--stages", type=listed(str), default=[], metavar="STAGE,…", help="stages to train now (default: all of the recipe)"
+    )
+    add_device_option(editor, "training")
+    editor.add_argument("--overwrite", action="store_true", help="replace the folder if it exists")
+
+    _add_adapter(kinds)
+    _add_rivals(kinds)
 
     few_step = kinds.add("few-step", _train_few_step, "train a LoRA that makes few steps do what many do, for build --fuse")
     _add_training_options(few_step)

@@ -14,6 +14,20 @@ from torch import Tensor
 T = TypeVar("T")
 
 
+@dataclasses.dataclass(frozen=True)
+class Caching:
+    """Settings of what a service keeps between requests.
+
+    Attributes:
+        max_bytes: Memory for encodings and latents; 0 keeps nothing.
+        latents: Keep the latents of first steps without sliders and of finished edits, so that a moved slider does not repeat
+            these steps and an edit that was made before makes none.
+    """
+
+    max_bytes: int = 256 * 2**20
+    latents: bool = True
+
+
 def size_of(value: Any) -> int:
     """Return the bytes that a value keeps alive: the storage of every tensor in it, once, and `sys.getsizeof` of the rest."""
     storages: dict[int, int] = {}

@@ -104,6 +104,7 @@ def make_app(settings: ServeSettings, options: RuntimeOptions | None) -> tuple[F
     from slideredit_rt.serving.adapter_folder import AdapterFolder
     from slideredit_rt.serving.app import create_app
     from slideredit_rt.serving.body import Limits
+    from slideredit_rt.serving.cache import Caching
     from slideredit_rt.serving.metrics import Metrics
     from slideredit_rt.serving.service import EditService
 
@@ -120,11 +121,10 @@ def make_app(settings: ServeSettings, options: RuntimeOptions | None) -> tuple[F
     service = EditService(
         editor,
         max_queue=settings.max_queue,
-        cache_bytes=cache_size(settings, editor),
+        caching=Caching(cache_size(settings, editor), settings.latent_cache),
         max_batch=settings.max_batch,
         step_batching=settings.step_batching,
         observer=Metrics(),
-        latent_cache=settings.latent_cache,
         adapters=None if settings.adapters is None else AdapterFolder(settings.adapters),
     )
     model = settings.model or settings.engine.resolve().name

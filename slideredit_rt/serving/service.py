@@ -22,7 +22,7 @@ from slideredit_rt.engines.cuda import Lane, Pace
 from slideredit_rt.errors import OutOfDeviceMemory, SliderEditError
 from slideredit_rt.serving.adapter_folder import AdapterFolder
 from slideredit_rt.serving.batch import Batch, Row, make_rows
-from slideredit_rt.serving.cache import EncodingCache
+from slideredit_rt.serving.cache import Caching, EncodingCache
 from slideredit_rt.serving.job import Job, Ticket, outcome_of
 from slideredit_rt.serving.latents import Latents, take_followers
 from slideredit_rt.serving.requests import (
@@ -46,6 +46,7 @@ T = TypeVar("T")
 PREVIEWS_COME = 10.0
 """Seconds after a preview in which another one is expected."""
 
+_CACHING = Caching()
 _log = logging.getLogger(__name__)
 
 
@@ -63,12 +64,10 @@ class EditService:
         editor: The editor, which nothing else may use until the service is closed.
         max_queue: Most images that wait for their first step, counted separately for previews and full edits; also the most
             images of a request.
-        cache_bytes: Memory for cached encodings and latents; 0 caches none.
+        caching: Settings of what is kept between requests.
         max_batch: Most rows in a step; None takes the engine's.
         step_batching: Share steps between requests; otherwise they run one after the other.
         observer: Receives the service's events.
-        latent_cache: Keep the latents of first steps without sliders and of finished edits, so that a moved slider does not
-            repeat these steps and an edit that was made before makes none.
         adapters: Adapters that requests can choose, for an engine with adapter inputs; None if there is no choice.
 
     Raises:
@@ -80,11 +79,10 @@ class EditService:
         editor: SliderEditor,
         *,
         max_queue: int = 64,
-        cache_bytes: int = 256 * 2**20,
+        caching: Caching = _CACHING,
         max_batch: int | None = None,
         step_batching: bool = True,
         observer: Observer | None = None,
-        latent_cache: bool = True,
         adapters: AdapterFolder | None = None,
     ) -> None:
         if max_queue < 1:
@@ -102,8 +100,8 @@ class EditService:
         self.max_queue = max_queue
         self.max_batch = max_batch
         self.observer = observer or Observer()
-        self._cache = EncodingCache(cache_bytes, self.observer.cache)
-        self._latents = Latents(self._cache if latent_cache and cache_bytes else None)
+        self._cache = EncodingCache(caching.max_bytes, self.observer.cache)
+        self._latents = Latents(self._cache if caching.latents and caching.max_bytes else None)
         self._scheduler = Scheduler(max_batch, step_batching=step_batching)
         self._pace = Pace(editor.device)
         self._steps, self._codec = Lane(editor.device, urgent=True), Lane(editor.device)
