@@ -11,7 +11,7 @@ from slideredit_rt.errors import SliderEditError
 class AdapterFolder:
     """A folder of adapters: safetensors files, named without their suffix, and PEFT or diffusers folders.
 
-    It is listed anew for every request, so adapters can be added while the server runs.
+    It is listed again for every request, so adapters can be added while the server runs.
 
     Args:
         folder: Existing folder.
