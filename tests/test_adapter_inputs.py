@@ -21,7 +21,7 @@ from slideredit_rt.errors import SliderEditError
 from slideredit_rt.export.build import build_engine
 from slideredit_rt.export.lowering import choose
 from slideredit_rt.export.onnx_graph import example_inputs
-from slideredit_rt.families import Family
+from slideredit_rt.families import Family, Kind
 from slideredit_rt.modules import SliderBackbone, without_sliders
 from slideredit_rt.sliders import Slider
 from slideredit_rt.strength import StrengthCurve
@@ -203,7 +203,7 @@ def poisoned(adapter: Adapter) -> Adapter:
 
 def test_adapters_that_the_engine_cannot_run(editor: SliderEditor, shipped: Adapter, kind: str) -> None:
     name, (a, b) = next(iter(shipped.pairs.items()))
-    other_kind = {"st": "gst", "gst": "st"}[kind]
+    other_kind: Kind = "gst" if kind == "st" else "st"
     wide = dataclasses.replace(shipped, pairs={name: (torch.zeros(4, 64), b[:, :4])}, rank=4)
     foreign = dataclasses.replace(shipped, pairs={"context_embedder": (a, b)})
     for adapter, message in (
