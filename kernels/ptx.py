@@ -18,7 +18,7 @@ class Instruction:
         modifiers: The other words, such as `global`, `v4` and `b32`.
         operands: Operands as written; vectors keep their braces and addresses their brackets.
         guard: Predicate register that enables the instruction, or None.
-        negated: Whether the guard is negated.
+        negated: True if the guard is negated.
         line: Line in the text, from 1.
     """
 
