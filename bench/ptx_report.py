@@ -85,7 +85,7 @@ class Section:
 
     Attributes:
         lines: First and last line of the text.
-        loop: Whether it is a loop.
+        loop: True for a loop, False for a whole body.
         kinds: Number of instructions by kind.
         macs: Multiply-accumulates of a block in one pass; None if the text does not say (`tcgen05`).
         loaded_bytes: Bytes that a block loads from global memory in one pass, if no lane is masked.
