@@ -35,7 +35,7 @@ test: $(STAMP) ## install the development tools and run the tests: about 18 minu
 slow-test: $(STAMP) ## run the tests marked slow: long, and 4 GiB of free disk
 	$(BIN)/python -m pytest -m slow -s
 
-ptx-test: $(STAMP) ## run the PTX of every kernel and target on the CPU: special values, missing barriers; half an hour
+ptx-test: $(STAMP) ## run the PTX of every kernel and target on the CPU: special values, missing barriers
 	$(BIN)/python -m pytest -m slow -s tests/test_ptx_exhaustive.py
 
 lint: $(STAMP) ## run ruff and mypy

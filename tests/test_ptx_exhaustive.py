@@ -19,7 +19,7 @@ from ptx.compiled import Compiled
 from ptx.fault import Fault
 from ptx.machine import SCHEDULES
 from ptx.mutants import BARRIER
-from ptx.problems import Problem, faults, output_of, prepare, problem, run, standard_problems, with_scale
+from ptx.problems import Problem, faults, problem, run, standard_problems, with_scale
 
 from slideredit_rt.kernels import aot
 
@@ -28,7 +28,8 @@ pytestmark = pytest.mark.slow
 TARGETS = ("sm80", "sm86", "sm89", "sm90", "sm120")
 """Targets whose kernels run in the interpreter; it knows no `tcgen05`, of sm100 and sm103."""
 RANKS = (16, 32, 64, 128)
-CAUGHT = 0.95
+FOUND = 0.9
+"""Share of the barriers that the kernels need. Triton also emits some that they do not."""
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +44,7 @@ def kernels_of(target: str, folder: Path) -> list[Compiled]:
 
 
 def distinct(kernels: list[Compiled]) -> Iterator[Compiled]:
-    """Kernels that differ in more than the name of their target from those of the targets before."""
+    """Kernels that differ in more than the name of their target from those before. Those of sm86 and sm89 are those of sm80."""
     for compiled in kernels:
         text = compiled.text.replace(f".target sm_{compiled.job.target[2:]}", ".target")
         if text not in _seen:
@@ -131,27 +132,38 @@ def test_the_order_of_the_warps_changes_no_bit(target: str, folder: Path) -> Non
     for compiled in some(target, folder):
         if "wgmma" in compiled.text:
             continue
-        p, found = problem(compiled, ROWS, 5, "random"), []
-        for schedule in SCHEDULES:
-            launch = prepare(compiled, p)
-            compiled.machine().launch(launch.grid, launch.arguments, schedule)
-            found.append(output_of(compiled, p, launch).contiguous().view(torch.uint8))
+        p = problem(compiled, ROWS, 5, "random")
+        found = [run(compiled, p, schedule=schedule)[1].view(torch.uint8) for schedule in SCHEDULES]
         assert all(torch.equal(found[0], other) for other in found[1:]), compiled.job.name
         compared += 1
     assert compared
 
 
-def test_a_barrier_that_is_left_out_is_found(folder: Path) -> None:
-    """Each barrier of each kernel of sm80, one at a time; kernels of the second 16-bit type have the same ones."""
-    removed, survivors = 0, []
+def test_a_barrier_that_is_left_out_is_found_or_changes_nothing(folder: Path) -> None:
+    """Each barrier of each kernel of sm80, one at a time; kernels of the second 16-bit type have the same ones.
+
+    Those that are not found lie beside another barrier or between copies to different buffers: without them, every order of the
+    warps gives the same bits.
+    """
+    removed, missed = 0, []
     for job in aot.jobs(["sm80"], ["bfloat16", "float32"], RANKS):
         compiled = compiling.build([job], folder)[job]
         for place in range(len(BARRIER.matches(compiled.text))):
             removed += 1
-            if not is_caught(compiled, replace(BARRIER, place=place).apply(compiled.text)):
-                survivors.append((job.name, place))
-    print(f"{removed - len(survivors)} of {removed} missing barriers found; not found: {survivors}")  # noqa: T201
-    assert len(survivors) <= (1 - CAUGHT) * removed
+            text = replace(BARRIER, place=place).apply(compiled.text)
+            if not is_caught(compiled, text):
+                missed.append((job.name, place))
+                assert changes_nothing(compiled, text), (job.name, place)
+    print(f"{removed - len(missed)} of {removed} missing barriers found; not found: {missed}")  # noqa: T201
+    assert len(missed) <= (1 - FOUND) * removed
+
+
+def changes_nothing(compiled: Compiled, text: str) -> bool:
+    """Whether another text gives the same bits in every order of the warps."""
+    p = problem(compiled, compiled.job.configuration.block_m + 5, 3, "random")
+    _, expected = run(compiled, p)
+    others = [run(compiled, p, compiled.machine(text), schedule)[1] for schedule in SCHEDULES]
+    return all(torch.equal(expected.view(torch.uint8), other.view(torch.uint8)) for other in others)
 
 
 def is_caught(compiled: Compiled, text: str) -> bool:

@@ -256,6 +256,18 @@ def test_ldmatrix_gives_each_lane_two_elements(form: str, elements: tuple[int, i
     assert found[:, 13].tolist() == [[64 * matrix + element for element in elements] for matrix in range(4)]
 
 
+@pytest.mark.parametrize("form", ["x4", "x4.trans"])
+def test_stmatrix_is_the_reverse_of_ldmatrix(form: str) -> None:
+    origin = np.arange(256, dtype=np.uint16).view(np.uint32)
+    body = (
+        "ld.global.v4.b32 {%r4,%r5,%r6,%r7}, [%a4]; st.shared.v4.b32 [%r2], {%r4,%r5,%r6,%r7};"
+        f"ldmatrix.sync.aligned.m8n8.{form}.shared.b16 {{%d0,%d1,%d2,%d3}}, [%r2];"
+        f"stmatrix.sync.aligned.m8n8.{form}.shared.b16 [%r2+1024], {{%d0,%d1,%d2,%d3}};"
+        + "".join(f"ld.shared.b32 %d4, [%r1+{1024 + at}]; st.global.b32 [%a3+{at}], %d4;" for at in (0, 128, 256, 384))
+    )
+    assert run(body, origin, 128).tolist() == origin.tolist()
+
+
 STORE = "st.shared.b32 [%r1], %r0;"
 NEIGHBOUR = "xor.b32 %r4, %r1, 128; ld.shared.b32 %r5, [%r4];"
 COPY = "cp.async.cg.shared.global [%r2], [%a4], 16;"

@@ -156,16 +156,15 @@ def ldmatrix(b: Binding) -> Step:
 @opcode("stmatrix")
 def stmatrix(b: Binding) -> Step:
     """Bind a store of matrices, the reverse of ldmatrix."""
-    count = _matrices(b)
-    if "trans" in b.modifiers:
-        raise b.unknown()
+    count, transposed = _matrices(b), "trans" in b.modifiers
     rows, address, shared = b.vector(1, np.uint32, count), b.address(0), b.state.shared
     giving = b.lane % 32 < 8 * count
 
     def step(mask: Mask) -> None:
         b.check_whole_warps(mask)
         lanes = np.flatnonzero(giving if mask is None else giving & mask)
-        words = np.stack([row[b.lanes(mask)].reshape(-1, 8, 4) for row in rows], 1).reshape(-1, 4)
+        elements = np.stack([row[b.lanes(mask)].reshape(-1, 8, 4) for row in rows], 1).view(np.uint16)
+        words = np.ascontiguousarray(elements.swapaxes(2, 3) if transposed else elements).view(np.uint32).reshape(-1, 4)
         place = shared.places(address()[lanes], 16)
         if np.unique(place).size != place.size:
             raise Fault("a row of shared memory is written twice")
