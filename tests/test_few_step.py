@@ -115,11 +115,10 @@ def test_the_file_can_be_fused_and_gives_the_edit_of_the_trainer(trainer: Any, f
     scene = random_image()
     title, scales, images = run.strip(scene, [RED])
     assert (title, scales) == (f"{RED}, LoRA at", (0.0, 0.5, 1.0))
-    options = {"steps": 2, "prompt": RED}
     for scale, image in zip(scales, images, strict=True):
         fuse = [Fused(tmp_path / "turbo.safetensors", scale)] if scale else []
         editor = SliderEditor.from_pretrained("shapes-kontext", "shapes-st", fuse=fuse)
-        expected = editor.edit(scene, [Slider(RED)], **options)
+        expected = editor.edit(scene, [Slider(RED)], prompt=RED, steps=2)
         assert max(abs(a - b) for a, b in zip(image.tobytes(), expected.tobytes(), strict=True)) <= 1
     assert images[0].tobytes() != images[2].tobytes()
 
@@ -156,4 +155,4 @@ def test_samples_show_the_lora_at_several_scales(trainer: Any, tmp_path: Path) -
 @pytest.mark.parametrize("name", ["few_steps", "substeps", "rank"])
 def test_counts_below_one_are_refused(name: str) -> None:
     with pytest.raises(SliderEditError, match=f"{name} is 0; pass at least 1"):
-        dataclasses.replace(TINY, **{name: 0})
+        dataclasses.replace(TINY, **{name: 0})  # type: ignore[arg-type]

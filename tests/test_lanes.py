@@ -178,16 +178,16 @@ class Watched(EditService):
 
     cuda: Cuda
 
-    def _decode(self, rows: Any, latents: Any, marks: Any) -> Any:
+    def _decode(self, rows: Any, latents: Any, marks: Any, *, preview: bool) -> Any:
         decode = self.editor.decode
 
-        def checked(together: Tensor, *size: int) -> Tensor:
+        def checked(together: Tensor, *size: int, preview: bool) -> Tensor:
             self.cuda.read("decoding", *latents)
-            return decode(together, *size)
+            return decode(together, *size, preview=preview)
 
         vars(self.editor)["decode"] = checked
         try:
-            return super()._decode(rows, latents, marks)
+            return super()._decode(rows, latents, marks, preview=preview)
         finally:
             del vars(self.editor)["decode"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 import typing
-from dataclasses import FrozenInstanceError, fields, replace
+from dataclasses import FrozenInstanceError, fields
 from pathlib import Path
 from typing import Any
 
@@ -71,34 +71,43 @@ class TestServing:
             "serve engine --host ::1 --port 9 --model m --api-key k --allowed-host A.example --allow-origin https://b.example"
         )
         command += " --base c --threads 2 --max-queue 3 --max-batch 4 --no-step-batching --cache-mib 5 --no-latent-cache"
-        command += " --max-megapixels 6"
-        command += (
-            " --max-body-mib 7 --request-seconds 8 --preview-steps 9 --drain-seconds 10 --min-replicas 11 --max-replicas 12"
-        )
-        command += " --replica-cpus 13 --replica-gpus 14"
+        command += " --adapters d --adapters-mib 6 --max-megapixels 7 --max-body-mib 8 --request-seconds 9 --preview-steps 10"
+        command += " --preview-decoder e --drain-seconds 11 --min-replicas 12 --max-replicas 13 --replica-cpus 14"
+        command += " --replica-gpus 15 --device cuda --dtype bfloat16 --offload encoders"
         asked = ServeSettings(
-            Path("engine"),
-            "::1",
-            9,
-            "m",
-            None,
-            "k",
-            ("a.example",),
-            ("https://b.example",),
-            "c",
-            2,
-            3,
-            4,
-            False,
-            5,
-            False,
-            6,
-            7,
-            8,
-            9,
-            10,
+            engine=Path("engine"),
+            host="::1",
+            port=9,
+            model="m",
+            api_key="k",
+            allowed_host=("a.example",),
+            allow_origin=("https://b.example",),
+            base="c",
+            threads=2,
+            max_queue=3,
+            max_batch=4,
+            step_batching=False,
+            cache_mib=5,
+            latent_cache=False,
+            adapters=Path("d"),
+            adapters_mib=6,
+            max_megapixels=7,
+            max_body_mib=8,
+            request_seconds=9,
+            preview_steps=10,
+            preview_decoder="e",
+            drain_seconds=11,
+            min_replicas=12,
+            max_replicas=13,
+            replica_cpus=14,
+            replica_gpus=15,
+            device="cuda",
+            dtype="bfloat16",
+            offload="encoders",
         )
-        asked = replace(asked, min_replicas=11, max_replicas=12, replica_cpus=13, replica_gpus=14)
+        default = ServeSettings()
+        same = [field.name for field in fields(asked) if getattr(asked, field.name) == getattr(default, field.name)]
+        assert same == ["api_key_file"], "it excludes --api-key"
         assert serve_settings(_parser().parse_args(command.split())) == asked
         assert serve_settings(_parser().parse_args(["serve"])) == ServeSettings()
         assert "api_key='k'" not in repr(asked)
