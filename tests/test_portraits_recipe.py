@@ -125,6 +125,26 @@ def test_every_stage_trains_its_own_modules_and_the_result_is_written(tmp_path: 
         train_editor(recipe, out, recipe.plan(), CPU)
 
 
+def test_training_starts_from_another_editor(tmp_path: Path) -> None:
+    recipe = tiny()
+    first, second = tmp_path / "first", tmp_path / "second"
+    train_editor(recipe, first, recipe.plan((), dict.fromkeys(STAGES, 1)), CPU, progress=False)
+    report = train_editor(recipe, second, recipe.plan(("decoder",), {"decoder": 1}), CPU, start=first, progress=False)
+    assert (report["missing"], report["started_from"], list(report["stages"])) == ([], "first", ["decoder"])
+    before, after = (get_family("flux_kontext").load_pipeline(folder) for folder in (first, second))
+    for part in ("transformer", "text_encoder_2", "text_encoder"):
+        theirs = getattr(after, part).state_dict()
+        assert all(torch.equal(value, theirs[name]) for name, value in getattr(before, part).state_dict().items())
+    encoder, decoder = after.vae.encoder.state_dict(), after.vae.decoder.state_dict()
+    assert all(torch.equal(value, encoder[name]) for name, value in before.vae.encoder.state_dict().items())
+    assert any(not torch.equal(value, decoder[name]) for name, value in before.vae.decoder.state_dict().items())
+
+
+def test_an_editor_of_another_world_is_no_start(tmp_path: Path) -> None:
+    with pytest.raises(SliderEditError, match=r"shapes-kontext' has other sizes .*; leave --from out"):
+        train_stages(tiny(), tmp_path, {}, CPU, start=resolve_base("shapes-kontext"))
+
+
 def test_the_weights_take_at_most_12_mb() -> None:
     pipeline = editor_recipe().build()
     parts = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]

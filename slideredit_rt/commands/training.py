@@ -33,7 +33,7 @@ def _train_editor(args: argparse.Namespace) -> int:
     recipe = TRAINING[args.world].editor()
     plan = recipe.plan(args.stages, dict(args.steps), args.minutes)
     device = pick_device(**options_given(args, "device"))
-    report = train_editor(recipe, args.out, plan, device, overwrite=args.overwrite, progress=not args.quiet)
+    report = train_editor(recipe, args.out, plan, device, start=args.start, overwrite=args.overwrite, progress=not args.quiet)
     lines = [f"{name}: {stage['steps']} steps in {stage['seconds']:.0f} s" for name, stage in report["stages"].items()]
     lines += [
         f"{key}: {row['mse']:.5f}, unedited {row['mse_unedited']:.5f}, ratio {row['ratio']:.4f}"
@@ -268,6 +268,13 @@ def add_commands(commands: Commands) -> None:
     editor.add_argument("--minutes", type=float, help="time of all stages together, instead of their steps")
     editor.add_argument(
         "--stages", type=listed(str), default=[], metavar="STAGE,…", help="stages to train now (default: all of the recipe)"
+    )
+    editor.add_argument(
+        "--from",
+        dest="start",
+        type=user_path,
+        metavar="FOLDER",
+        help="trained editor of the same world to start from (default: random weights)",
     )
     add_device_option(editor, "training")
     editor.add_argument("--overwrite", action="store_true", help="replace the folder if it exists")

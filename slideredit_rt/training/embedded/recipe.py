@@ -19,6 +19,8 @@ from slideredit_rt.files import atomic_folder
 from slideredit_rt.training.checkpoint import load_checkpoint
 from slideredit_rt.training.embedded.loop import Budget, Loop, Losses
 
+_PARTS = ("transformer", "vae", "text_encoder", "text_encoder_2")
+
 Evaluate = Callable[[FluxKontextPipeline, Path], dict[str, Any]]
 """Evaluation of a pipeline, which may write files into the folder that it is given."""
 
@@ -123,10 +125,28 @@ def fast_arithmetic(device: torch.device) -> Iterator[None]:
         torch.backends.cudnn.benchmark = benchmark
 
 
+def _load_weights(pipeline: FluxKontextPipeline, folder: Path) -> None:
+    """Copy the weights of a trained pipeline.
+
+    Raises:
+        SliderEditError: The folder has no pipeline of the recipe's sizes and vocabulary.
+    """
+    trained = get_family("flux_kontext").load_pipeline(folder)
+    try:
+        for part in _PARTS:
+            getattr(pipeline, part).load_state_dict(getattr(trained, part).state_dict())
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise SliderEditError(f"the editor in {str(folder)!r} has other sizes ({reason}); leave --from out") from None
+    for part in ("tokenizer", "tokenizer_2"):
+        if getattr(pipeline, part).get_vocab() != getattr(trained, part).get_vocab():
+            raise SliderEditError(f"the editor in {str(folder)!r} has another vocabulary; leave --from out")
+
+
 def _loop(recipe: EditorRecipe, stage: Stage, pipeline: FluxKontextPipeline, work: Path) -> Loop:
     """Return the loop of a stage, with its saved state. Only the modules of the stage can be trained."""
-    for part in (pipeline.transformer, pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2):
-        part.requires_grad_(False).eval()
+    for part in _PARTS:
+        getattr(pipeline, part).requires_grad_(False).eval()
     modules = stage.modules(pipeline)
     for module in modules.values():
         module.requires_grad_(True).train()
@@ -134,7 +154,13 @@ def _loop(recipe: EditorRecipe, stage: Stage, pipeline: FluxKontextPipeline, wor
 
 
 def train_stages(
-    recipe: EditorRecipe, work: Path, plan: Mapping[str, Budget], device: torch.device, *, progress: bool = True
+    recipe: EditorRecipe,
+    work: Path,
+    plan: Mapping[str, Budget],
+    device: torch.device,
+    *,
+    start: Path | None = None,
+    progress: bool = True,
 ) -> FluxKontextPipeline:
     """Train the stages of a plan, and return the pipeline with the states of all stages, frozen.
 
@@ -143,12 +169,17 @@ def train_stages(
         work: Folder of the states.
         plan: Budget of each stage to train.
         device: Device to train on.
+        start: Folder of a trained pipeline to start from, in which all stages count as finished; None starts from scratch.
         progress: Show progress bars on standard error.
 
     Raises:
-        SliderEditError: A stage needs another one that is not finished, or the recipe does not run on the device.
+        SliderEditError: A stage needs another one that is not finished, the recipe does not run on the device, or `start`
+            does not fit the recipe.
     """
-    pipeline = recipe.build().to(device)
+    pipeline = recipe.build()
+    if start is not None:
+        _load_weights(pipeline, start)
+    pipeline.to(device)
     with fast_arithmetic(device):
         for stage in recipe.stages:
             if stage.name not in plan:
@@ -158,15 +189,15 @@ def train_stages(
                 raise SliderEditError(
                     f"{recipe.name} trains on {' or '.join(stage.batch)}, not on {device.type}; pass --device"
                 )
-            if waiting := sorted(set(stage.needs) - set(finished_stages(recipe, work))):
+            if start is None and (waiting := sorted(set(stage.needs) - set(finished_stages(recipe, work)))):
                 raise SliderEditError(f"stage {stage.name!r} needs {waiting[0]!r}, which is not finished; train it first")
             losses = stage.prepare(pipeline, device, stage.batch[device.type])
             _loop(recipe, stage, pipeline, work).train(losses, plan[stage.name], progress=progress)
     for stage in recipe.stages:
         # Another process may have finished other stages in the meantime.
         _loop(recipe, stage, pipeline, work)
-    for part in (pipeline.transformer, pipeline.vae, pipeline.text_encoder_2):
-        part.requires_grad_(False).eval()
+    for part in _PARTS:
+        getattr(pipeline, part).requires_grad_(False).eval()
     return pipeline
 
 
@@ -187,6 +218,7 @@ def train_editor(
     plan: Mapping[str, Budget],
     device: torch.device,
     *,
+    start: Path | None = None,
     overwrite: bool = False,
     progress: bool = True,
 ) -> dict[str, Any]:
@@ -198,6 +230,7 @@ def train_editor(
             in `OUT.samples`.
         plan: Budget of each stage to train.
         device: Device to train and evaluate on.
+        start: Folder of a trained pipeline to start from (see `train_stages`); None starts from scratch.
         overwrite: Replace `out` if it exists.
         progress: Show progress bars on standard error.
 
@@ -211,9 +244,12 @@ def train_editor(
     if out.exists() and not overwrite:
         raise SliderEditError(f"{str(out)!r} exists already; choose another name or pass --overwrite")
     work = out.with_name(f"{out.name}.work")
-    pipeline = train_stages(recipe, work, plan, device, progress=progress)
+    pipeline = train_stages(recipe, work, plan, device, start=start, progress=progress)
     finished = finished_stages(recipe, work)
-    report: dict[str, Any] = {"stages": finished, "missing": [s.name for s in recipe.stages if s.name not in finished]}
+    missing = [s.name for s in recipe.stages if s.name not in finished] if start is None else []
+    report: dict[str, Any] = {"stages": finished, "missing": missing}
+    if start is not None:
+        report["started_from"] = start.name
     if report["missing"]:
         return report
     with atomic_folder(out, overwrite=overwrite) as temporary:
