@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed-dev
 .PHONY: help demo test slow-test ptx-test lint docs linkcheck bench bench-serve soak ray-test wheel-test gpu-test gpu-bench gpu-trt gpu-model gpu-e2e marks few-step-marks evaluation ablations clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "%-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "%-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 $(RUNTIME): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; set PYTHON=python3.11"; exit 2; }
@@ -35,7 +35,7 @@ test: $(STAMP) ## install the development tools and run the tests: about 18 minu
 slow-test: $(STAMP) ## run the tests marked slow: long, and 4 GiB of free disk
 	$(BIN)/python -m pytest -m slow -s
 
-ptx-test: $(STAMP) ## run the PTX of every kernel and target on the CPU: special values, missing barriers
+ptx-test: $(STAMP) ## run the PTX of every kernel on the CPU, for five targets: special values, missing barriers
 	$(BIN)/python -m pytest -m slow -s tests/test_ptx_exhaustive.py
 
 lint: $(STAMP) ## run ruff and mypy

@@ -1,6 +1,6 @@
 """Report what the kernels' main loops consist of, from their PTX and from ptxas; needs no GPU.
 
-Says before a GPU does when a change made an inner loop worse: its instructions by kind, the bytes that a block loads from
+Shows without a GPU whether a change made an inner loop worse: its instructions by kind, the bytes that a block loads from
 global memory for each multiply-accumulate, registers, spilled bytes, and how many warps fit on a multiprocessor.
 """
 

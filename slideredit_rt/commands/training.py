@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from slideredit_rt.assets import WORLDS
+from slideredit_rt.assets import WORLDS, resolve_base
 from slideredit_rt.commands.shared import Commands, add_device_option, emit, listed, options_given, read_lines
 from slideredit_rt.errors import OutOfDeviceMemory, SliderEditError
 from slideredit_rt.files import user_path
@@ -58,11 +58,14 @@ def _frozen_base(args: argparse.Namespace) -> tuple[Family, Any, torch.device]:
     """Return the family and the pipeline of `--base`, and the device to train on."""
     import torch
 
-    from slideredit_rt.assets import resolve_base
     from slideredit_rt.families import family_of
 
     device = pick_device(**options_given(args, "device"))
     folder = resolve_base(args.base or f"{args.world}-kontext")
+    if args.base is None and not folder.exists():
+        raise SliderEditError(
+            f"the package has no {args.world}-kontext; train one with 'train editor --world {args.world}' and give it as --base"
+        )
     family = family_of(folder)
     return family, family.load_pipeline(folder, dtype=getattr(torch, args.dtype)), device
 
@@ -178,7 +181,8 @@ def _add_training_options(sub: argparse.ArgumentParser) -> None:
     """Add the options that every trainer over a frozen base has."""
     sub.add_argument(
         "--base",
-        help="base: shapes-kontext or portraits-kontext, a diffusers folder or a hub repository (default: the world's)",
+        help="base: an embedded name such as shapes-kontext, a diffusers folder or a hub repository (default: the world's, if the "
+        "package has it)",
     )
     _add_world_option(sub, "examples and recipe without --images")
     sub.add_argument(
@@ -272,8 +276,7 @@ def add_commands(commands: Commands) -> None:
     editor.add_argument(
         "--from",
         dest="start",
-        type=user_path,
-        metavar="FOLDER",
+        metavar="BASE",
         help="trained editor of the same world to start from (default: random weights)",
     )
     add_device_option(editor, "training")

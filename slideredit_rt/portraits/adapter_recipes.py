@@ -1,4 +1,4 @@
-"""Training recipes of the shipped adapters, concept sliders and attribute offsets for the portraits editor."""
+"""Training recipes of adapters, concept sliders and attribute offsets for the portraits editor."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class BalancedPortraits:
 
 
 def adapter_recipe(kind: Kind) -> SuppressionConfig:
-    """Return the settings of the shipped adapter of this kind, `portraits-st` or `portraits-gst`."""
+    """Return the settings of an adapter of this kind."""
     return SuppressionConfig(
         kind=kind,
         target="remaining" if kind == "st" else "neutral",

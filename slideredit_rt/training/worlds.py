@@ -32,10 +32,10 @@ class TrainingWorld:
         editor: Recipe of the editor.
         data: Examples with one to three instructions.
         balanced: Examples with one instruction, in which all instructions are equally frequent.
-        adapter: Settings of the shipped adapter of a kind.
-        concepts: Settings of the shipped concept sliders.
-        offsets: Settings of the shipped attribute offsets.
-        few_step: Settings of the shipped few-step LoRA.
+        adapter: Settings of an adapter of a kind.
+        concepts: Settings of its concept sliders.
+        offsets: Settings of its attribute offsets.
+        few_step: Settings of its few-step LoRA.
     """
 
     editor: Callable[[], EditorRecipe]

@@ -61,7 +61,7 @@ class Machine:
         """Run every block of a grid along x and y. `arguments` are buffers for pointers and integers for scalars, in order.
 
         Raises:
-            Fault: The kernel did something that hardware would not forgive; the message names the line and the block.
+            Fault: The kernel did something that is an error on hardware; the message names the line and the block.
         """
         state, parameters = self.state, self.kernel.parameters
         if len(arguments) != len(parameters):

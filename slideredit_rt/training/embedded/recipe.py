@@ -61,7 +61,8 @@ class EditorRecipe:
         build: Untrained pipeline.
         stages: Stages, in order. Batch sizes are known for the types of device that it runs on.
         evaluate: Evaluation of the result.
-        storage: Dtype on disk of parts of the pipeline; float32 for the others. Loaders convert.
+        storage: Dtype on disk of parts of the pipeline; float32 for the others. An engine has the transformer's dtype unless
+            its build sets one.
     """
 
     name: str
@@ -169,7 +170,8 @@ def train_stages(
         work: Folder of the states.
         plan: Budget of each stage to train.
         device: Device to train on.
-        start: Folder of a trained pipeline to start from, in which all stages count as finished; None starts from scratch.
+        start: Folder of a trained pipeline to start from. Stages that are not in the plan then keep its weights, whatever
+            states there are. None starts from scratch.
         progress: Show progress bars on standard error.
 
     Raises:
@@ -183,7 +185,8 @@ def train_stages(
     with fast_arithmetic(device):
         for stage in recipe.stages:
             if stage.name not in plan:
-                _loop(recipe, stage, pipeline, work)
+                if start is None:
+                    _loop(recipe, stage, pipeline, work)
                 continue
             if device.type not in stage.batch:
                 raise SliderEditError(
@@ -193,7 +196,7 @@ def train_stages(
                 raise SliderEditError(f"stage {stage.name!r} needs {waiting[0]!r}, which is not finished; train it first")
             losses = stage.prepare(pipeline, device, stage.batch[device.type])
             _loop(recipe, stage, pipeline, work).train(losses, plan[stage.name], progress=progress)
-    for stage in recipe.stages:
+    for stage in recipe.stages if start is None else ():
         # Another process may have finished other stages in the meantime.
         _loop(recipe, stage, pipeline, work)
     for part in _PARTS:
@@ -245,7 +248,7 @@ def train_editor(
         raise SliderEditError(f"{str(out)!r} exists already; choose another name or pass --overwrite")
     work = out.with_name(f"{out.name}.work")
     pipeline = train_stages(recipe, work, plan, device, start=start, progress=progress)
-    finished = finished_stages(recipe, work)
+    finished = {name: row for name, row in finished_stages(recipe, work).items() if start is None or name in plan}
     missing = [s.name for s in recipe.stages if s.name not in finished] if start is None else []
     report: dict[str, Any] = {"stages": finished, "missing": missing}
     if start is not None:
