@@ -48,7 +48,7 @@ class EditSettings:
             editor's default, 1 runs without the pass.
         negative_prompt: Prompt of the negative pass; None takes the editor's default.
         slider_start: Fraction of the steps before the sliders act, in [0, 1). The steps that end by then run the base model
-            (strength 1), so all strengths share them. None takes the editor's default, usually 0.
+            with all sliders off, so all strengths share them. None takes the editor's default, usually 0.
 
     Raises:
         SliderEditError: The seed is out of range, there are no steps, a scale is not finite, or `slider_start` is not in

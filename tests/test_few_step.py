@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import random
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from slideredit_rt.cli import main
 from slideredit_rt.editor import SliderEditor
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.families import Family, family_of
+from slideredit_rt.families.flux_kontext import FluxKontext
 from slideredit_rt.modules import without_sliders
 from slideredit_rt.shapes.adapter_recipes import ShapesData
 from slideredit_rt.sliders import Slider
@@ -139,11 +139,17 @@ def test_a_guided_base_is_distilled_into_a_single_pass(tmp_path: Path) -> None:
     assert load_adapter(tmp_path / "lightning.safetensors", family).fingerprint == lora.fingerprint
 
 
-def test_the_command_trains_and_says_how_to_use_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(("scale", "unguided"), [(1.0, ""), (3.0, " --default-true-cfg-scale 1")])
+def test_the_command_trains_and_says_how_to_use_the_file(
+    scale: float, unguided: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A guided base is distilled with its guidance, so an engine with the LoRA must not guide again."""
+    monkeypatch.setattr(FluxKontext, "default_true_cfg_scale", lambda *_: scale)
     out = tmp_path / "turbo.safetensors"
     line = ["train", "few-step", "--steps", "2", "--batch", "2", "--few-steps", "3", "--substeps", "1", "--rank", "2"]
-    assert main([*line, "--device", "cpu", "--quiet", "--json", "--out", str(out)]) == 0
-    assert json.loads(capsys.readouterr().out)["few_steps"] == 3
+    assert main([*line, "--device", "cpu", "--quiet", "--out", str(out)]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said == [f"wrote {out}", f"use it with build --fuse {out} --default-steps 3{unguided}"]
     assert [path.name for path in tmp_path.iterdir()] == [out.name]
 
 

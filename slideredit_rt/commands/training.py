@@ -167,7 +167,9 @@ def _train_few_step(args: argparse.Namespace) -> int:
     names = (f.name for f in dataclasses.fields(FewStepConfig) if f.name != "timestep_sampling")
     config = dataclasses.replace(recipe, **options_given(args, *names))
     lora = _train(args, lambda: FewStepTrainer(family, pipeline, data, config, args.out, device))
-    lines = [f"wrote {args.out}", f"use it with build --fuse {args.out} --default-steps {config.few_steps}"]
+    # The guided trajectory is distilled into one pass, so guiding it again would be wrong.
+    unguided = " --default-true-cfg-scale 1" if family.default_true_cfg_scale(pipeline) > 1 else ""
+    lines = [f"wrote {args.out}", f"use it with build --fuse {args.out} --default-steps {config.few_steps}{unguided}"]
     emit(args, {"out": str(args.out), "modules": len(lora.pairs), **lora.training}, lines)
     return 0
 
@@ -181,8 +183,7 @@ def _add_training_options(sub: argparse.ArgumentParser) -> None:
     """Add the options that every trainer over a frozen base has."""
     sub.add_argument(
         "--base",
-        help="base: an embedded name such as shapes-kontext, a diffusers folder or a hub repository (default: the world's, if the "
-        "package has it)",
+        help="base: an embedded name such as shapes-kontext, a diffusers folder or a hub repository (default: the world's)",
     )
     _add_world_option(sub, "examples and recipe without --images")
     sub.add_argument(
