@@ -169,6 +169,17 @@ def test_an_st_member_that_updates_image_rows_is_refused() -> None:
         bank_adapters([gst, wrong], ["a", "b"])
 
 
+def test_an_st_bank_with_a_gst_member_is_refused(engine: Path, bank: Adapter, tmp_path: Path, family: Family) -> None:
+    save_adapter(dataclasses.replace(bank, kind="st"), tmp_path / "bank.safetensors")
+    with pytest.raises(SliderEditError, match="is a bank of kind st, but its member 'shapes-gst' is gst"):
+        load_adapter(tmp_path / "bank.safetensors", family)
+    manifest = json.loads((engine / "manifest.json").read_text())
+    manifest["adapter"]["kind"] = "st"
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(SliderEditError, match="is damaged .*a bank of kind st with a member of kind gst"):
+        read_manifest(tmp_path)
+
+
 def test_commands_build_show_and_edit(
     engine: Path, scene: Image.Image, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

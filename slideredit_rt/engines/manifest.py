@@ -471,6 +471,8 @@ def _parse(data: dict[str, Any]) -> Manifest:
     _MANIFEST(data, "the manifest")
     specs = {key: [TensorSpec(s["name"], s["dtype"], tuple(s["shape"])) for s in data[key]] for key in ("inputs", "outputs")}
     manifest = Manifest(**(data | specs))
+    if manifest.kind == "st" and "gst" in manifest.member_kinds.values():
+        raise ValueError("adapter is a bank of kind st with a member of kind gst")
     # An unknown family is reported later, with a list of the known ones.
     if family := FAMILIES.get(manifest.family):
         try:
