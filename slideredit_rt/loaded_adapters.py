@@ -111,9 +111,9 @@ class LoadedAdapters:
 
 
 def _key(source: AdapterSource) -> Hashable:
-    """Return a key for an adapter's content: the fingerprint of a loaded one, else paths with sizes and times of change."""
+    """Return a key for an adapter: content, family, kind and curve of a loaded one, else paths with sizes and times of change."""
     if isinstance(source, Adapter):
-        return source.fingerprint, repr(source.curve)
+        return source.fingerprint, source.family, source.kind, repr(source.curve)
     if not isinstance(source, str | Path):
         return tuple(map(_key, source))
     path = resolve_adapter(source).resolve()

@@ -221,6 +221,13 @@ def test_adapters_that_the_engine_cannot_run(editor: SliderEditor, shipped: Adap
         assert editor.adapters.loads == loads
 
 
+def test_a_loaded_adapter_is_checked_again_when_its_kind_changes(editor: SliderEditor, shipped: Adapter, kind: str) -> None:
+    editor.use_adapter(shipped)
+    other_kind: Kind = "gst" if kind == "st" else "st"
+    with pytest.raises(SliderEditError, match=f"is {other_kind}, but the engine's adapter inputs are for {kind}"):
+        editor.use_adapter(dataclasses.replace(shipped, kind=other_kind))
+
+
 def test_engines_that_contain_their_adapter_take_no_other(st_editor: SliderEditor) -> None:
     with pytest.raises(SliderEditError, match="contains its adapter, so it cannot run another one"):
         st_editor.use_adapter("shapes-st")

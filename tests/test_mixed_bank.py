@@ -23,7 +23,7 @@ from slideredit_rt.export.onnx_graph import example_inputs
 from slideredit_rt.families import Family
 from slideredit_rt.modules import SliderBackbone, without_sliders
 from slideredit_rt.sliders import Slider
-from slideredit_rt.verify import verify_engine
+from slideredit_rt.verify import Origins, verify_engine
 
 RED, DARK = "make the circle red", "make the background dark"
 PROMPT = f"{RED} and {DARK}"
@@ -156,6 +156,17 @@ def test_an_edit_with_one_member_is_that_of_its_own_engine(
     expected = single.render_tensor(single.prepare(scene, [RED], prompt=PROMPT), [[0.3], [1.4]], steps=2)
     prepared = editor.prepare(scene, [Slider(RED, adapter=f"shapes-{kind}")], prompt=PROMPT)
     assert (editor.render_tensor(prepared, [[0.3], [1.4]], steps=2) - expected).abs().max() <= 1e-4
+
+
+def test_verify_refuses_a_bank_whose_members_have_other_kinds(
+    engine: Path, bank: Adapter, scene: Image.Image, tmp_path: Path
+) -> None:
+    members = bank.members | {"shapes-st": dataclasses.replace(bank.members["shapes-st"], kind="gst")}
+    changed = dataclasses.replace(bank, members=members)
+    assert changed.fingerprint == bank.fingerprint
+    save_adapter(changed, tmp_path / "bank.safetensors")
+    with pytest.raises(SliderEditError, match="is not the one in engine"):
+        verify_engine(engine, scene, [Slider(RED), Slider(DARK)], Origins(adapter=str(tmp_path / "bank.safetensors")), steps=1)
 
 
 def test_verify_passes(engine: Path, scene: Image.Image) -> None:
