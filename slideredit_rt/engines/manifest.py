@@ -139,6 +139,11 @@ class Manifest:
         return {name: member.get("kind", self.kind) for name, member in described.items()}
 
     @property
+    def min_batch(self) -> int:
+        """Smallest accepted B: 1, unless the engine was compiled for a range that begins above it."""
+        return self.ranges.get("batch", [1])[0]
+
+    @property
     def edit_defaults(self) -> EditDefaults:
         """Values of settings that an edit does not set."""
         return EditDefaults(**self.defaults)
