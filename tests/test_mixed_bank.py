@@ -187,7 +187,7 @@ def test_an_st_bank_with_a_gst_member_is_refused(engine: Path, bank: Adapter, tm
     manifest = json.loads((engine / "manifest.json").read_text())
     manifest["adapter"]["kind"] = "st"
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(SliderEditError, match="is damaged .*a bank of kind st with a member of kind gst"):
+    with pytest.raises(SliderEditError, match=r"is damaged .*a bank of kind st with a member of kind gst"):
         read_manifest(tmp_path)
 
 
