@@ -19,11 +19,12 @@ from slideredit_rt.adapters import AdapterSource, Fused, load_adapters, read_upd
 from slideredit_rt.assets import resolve_base
 from slideredit_rt.denoising import Denoising, frozen_steps
 from slideredit_rt.engines import check_run, open_engine
-from slideredit_rt.engines.adapter_inputs import AdaptedEngine
+from slideredit_rt.engines.adapter_inputs import AdaptedEngine, no_adapter
 from slideredit_rt.engines.eager import EagerEngine
 from slideredit_rt.engines.manifest import ADAPTER_FILE, check_base, read_manifest
+from slideredit_rt.engines.request import as_reader
 from slideredit_rt.errors import OutOfDeviceMemory, SliderEditError
-from slideredit_rt.families import Backbone, Conditioning, EncodedImages, Family, Reader, family_of, get_family
+from slideredit_rt.families import Backbone, Conditioning, EncodedImages, Family, family_of, get_family
 from slideredit_rt.images import ImageSource, read_images
 from slideredit_rt.loaded_adapters import LoadedAdapter, LoadedAdapters
 from slideredit_rt.modules import SliderBackbone
@@ -125,6 +126,7 @@ class SliderEditor:
         adapter: The one that was chosen for an engine with adapter inputs; None without a choice, and for other engines.
         config: Configuration of the transformer.
         controls: Kind of the sliders, their strength curves and the members of a bank.
+        min_batch: Smallest batch of the engine.
         max_batch: Largest batch of the engine.
         max_sliders: Largest number of sliders of the engine.
         placement: Parts that `from_engine` left in host memory, and why.
@@ -132,6 +134,7 @@ class SliderEditor:
         preview_decoder: Decoder of previews; None decodes them like all images.
     """
 
+    min_batch = 1
     defaults = EditDefaults()
     placement = Placement(RunSettings(offload="none"))
     adapters: LoadedAdapters | None = None
@@ -254,7 +257,7 @@ class SliderEditor:
         controls = Controls(manifest.kind, manifest.curve, manifest.members, manifest.member_kinds)
         limits = {"max_batch": manifest.max_batch, "max_sliders": manifest.max_sliders}
         editor = cls(family, pipeline, engine, manifest.config, controls, **limits)
-        editor.placement, editor.defaults = placement, manifest.edit_defaults
+        editor.placement, editor.defaults, editor.min_batch = placement, manifest.edit_defaults, manifest.min_batch
         if editor.defaults.timestep_shift is not None:
             family.fix_shift(pipeline, editor.defaults.timestep_shift)
         if manifest.layout is None:
@@ -327,6 +330,15 @@ class SliderEditor:
         editor.engine, editor.controls = chosen.engine, chosen.controls
         return editor
 
+    def check_adapter(self) -> None:
+        """Check that an engine with adapter inputs has an adapter.
+
+        Raises:
+            SliderEditError: It has no default adapter, and none was chosen.
+        """
+        if self.adapters is not None and self.adapter is None:
+            raise no_adapter()
+
     @torch.no_grad()
     def prepare(
         self,
@@ -349,9 +361,10 @@ class SliderEditor:
             **given: Fields that replace those of `settings`, such as `prompt` or `seed`.
 
         Raises:
-            SliderEditError: An image cannot be read, a setting is not valid for this base, there are too many sliders, or a
-                slider's instruction is not in the prompt.
+            SliderEditError: No adapter was chosen for an engine that needs one, an image cannot be read, a setting is not valid
+                for this base, there are too many sliders, or a slider's instruction is not in the prompt.
         """
+        self.check_adapter()
         settings = merge(settings, given)
         images = self._images_of(image)
         wanted = [s if isinstance(s, Slider) else Slider(s) for s in sliders]
@@ -393,13 +406,9 @@ class SliderEditor:
         Raises:
             SliderEditError: The engine cannot read source images.
         """
-        if not isinstance(self.engine, Reader):
-            raise SliderEditError(
-                f"a {self.family.name} base reads its source images in a call of its own, which this engine does not have; "
-                "build the engine from this base again"
-            )
+        engine = as_reader(self.engine, self.family.name)
         # Clone, because the engine's next call may overwrite its output.
-        return self.engine.read(self.family.read_inputs(self.config, sources)).to(sources.reference.device).clone()
+        return engine.read(self.family.read_inputs(self.config, sources)).to(sources.reference.device).clone()
 
     def _images_of(self, image: ImageSource | Sequence[ImageSource]) -> list[Image.Image]:
         """Read RGB images, and check that the base edits as many."""
@@ -579,9 +588,11 @@ class SliderEditor:
         with tqdm(total=frozen + (run - frozen) * len(chunks), desc="denoise", disable=not progress, leave=False) as bar:
             latents = conditioning.latents
             if frozen:
-                # One row makes the steps that all settings share, whatever their number.
-                shared = self._denoising(conditioning, self.backbone_inputs(prepared, alphas[0, :1]), run)
-                latents = shared.run(latents, alphas[:, :1].to(latents.device), range(frozen), bar)
+                # One row makes the steps that all settings share, whatever their number. Equal rows fill the smallest batch.
+                equal = alphas[:, :1].repeat_interleave(self.min_batch, dim=1)
+                shared = self._denoising(conditioning, self.backbone_inputs(prepared, equal[0]), run)
+                rows = latents.repeat(self.min_batch, 1, 1)
+                latents = shared.run(rows, equal.to(latents.device), range(frozen), bar)[:1]
             for chunk in chunks:
                 denoising = self._denoising(conditioning, self.backbone_inputs(prepared, chunk[0]), run)
                 rows = latents.repeat(chunk.shape[1], 1, 1)

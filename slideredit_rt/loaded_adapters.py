@@ -84,36 +84,42 @@ class LoadedAdapters:
             source: Embedded name, file or folder of an adapter, or a loaded one.
 
         Raises:
-            SliderEditError: The adapter cannot be read, or the engine cannot run it (see `AdapterInputs.check`).
+            SliderEditError: The adapter cannot be read, the engine cannot run it (see `AdapterInputs.check`), or the device has
+                no memory left for it.
         """
         key = _key(source)
         with self._lock:
             if key not in self._kept:
-                self._kept[key] = self._load(key, source)
+                adapter = self._read(source)
+                # Before the copy, so that the device never holds more than `max_bytes`.
+                while self._kept and self.bytes + self._layout.bytes > self.max_bytes:
+                    self._kept.popitem(last=False)
+                self._kept[key] = self._load(key, adapter)
                 self.loads += 1
             self._kept.move_to_end(key)
-            while len(self._kept) > 1 and self.bytes > self.max_bytes:
-                self._kept.popitem(last=False)
             return self._kept[key]
 
-    def _load(self, key: Hashable, source: AdapterSource) -> LoadedAdapter:
+    def _read(self, source: AdapterSource) -> Adapter:
         family, dtype = get_family(self.manifest.family), getattr(torch, self.manifest.dtype)
         adapter = load_adapters(source, family)
         self._layout.check(adapter, family)
-        tensors = self._layout.pack(adapter, self.engine.device)
-        if not all(tensor.to(dtype).isfinite().all() for tensor in tensors.values()):
+        if not all(tensor.to(dtype).isfinite().all() for pair in adapter.pairs.values() for tensor in pair):
             raise SliderEditError(
                 f"adapter {adapter.source!r} has values that are not finite in {self.manifest.dtype}, the engine's dtype; "
                 "train or download it again"
             )
+        return adapter
+
+    def _load(self, key: Hashable, adapter: Adapter) -> LoadedAdapter:
+        tensors = self._layout.pack(adapter, self.engine.device)
         engine, controls = AdaptedEngine(self.engine, self.manifest, tensors), Controls(adapter.kind, adapter.curve)
         return LoadedAdapter(key, engine, controls, tuple(tensors.values()))
 
 
 def _key(source: AdapterSource) -> Hashable:
-    """Return a key for an adapter's content: the fingerprint of a loaded one, else paths with sizes and times of change."""
+    """Return a key for an adapter: what a loaded one consists of, else its paths with sizes and times of change."""
     if isinstance(source, Adapter):
-        return source.fingerprint, repr(source.curve)
+        return source.fingerprint, source.family, source.kind, repr(source.curve)
     if not isinstance(source, str | Path):
         return tuple(map(_key, source))
     path = resolve_adapter(source).resolve()

@@ -69,6 +69,7 @@ class Footprint:
         streams: True if weights can be streamed from the host.
         keys_values: Keys and values of the source image of an edit, for a family that reads source images once. Edits of the
             same image share them; the plan counts them for each image of a batch.
+        adapters: Adapter inputs of an engine that has them: those of the adapter in use and the engine's buffers for them.
     """
 
     weights: int
@@ -81,6 +82,7 @@ class Footprint:
     max_batch: int
     streams: bool
     keys_values: int = 0
+    adapters: int = 0
 
     @property
     def per_image(self) -> int:
@@ -99,6 +101,7 @@ class MemoryPlan:
         decoder_gib: Autoencoder.
         activations_gib: Activations of a batch of 1.
         keys_values_gib: Keys and values of the source image of an edit; 0 for a family that reads source images in every step.
+        adapters_gib: Adapter inputs, see `Footprint.adapters`; 0 for an engine that contains its adapter.
         offload: First of `none`, `encoders` and, for engines with weight streaming, `all` that fits, or the last of them.
         max_batch: The largest batch that fits, up to the engine's; 0 where not even one image does.
         fits: True if one image fits.
@@ -112,6 +115,7 @@ class MemoryPlan:
     decoder_gib: float
     activations_gib: float
     keys_values_gib: float
+    adapters_gib: float
     offload: MemoryMode
     max_batch: int
     fits: bool
@@ -130,7 +134,7 @@ def plan_memory(footprint: Footprint, vram: int, modes: Sequence[MemoryMode] = M
         vram: Memory of the card, in bytes.
         modes: Choices that are allowed, in order.
     """
-    room = vram - RESERVED - footprint.decoder
+    room = vram - RESERVED - footprint.decoder - footprint.adapters
     # A text encoder visits the card a layer at a time, and not while an image is decoded.
     offloaded = max(footprint.tiled_decode, footprint.largest_encoder_weight)
     streamed = min(footprint.weights, max(int(STREAMED_SHARE * footprint.weights), room - offloaded - footprint.per_image))
@@ -172,10 +176,11 @@ def _plan(footprint: Footprint, vram: int, mode: MemoryMode, choice: _Choice, ro
         decoder_gib=_gib(footprint.decoder),
         activations_gib=_gib(footprint.step + choice.other),
         keys_values_gib=_gib(footprint.keys_values),
+        adapters_gib=_gib(footprint.adapters),
         offload=mode,
         max_batch=batch,
         fits=not missing,
-        needed_gib=_gib(everything + footprint.decoder + RESERVED),
+        needed_gib=_gib(everything + footprint.decoder + footprint.adapters + RESERVED),
         missing_gib=_gib(missing),
     )
 
@@ -210,8 +215,10 @@ def engine_footprint(folder: Path, manifest: Manifest, base: Path, dtype: torch.
     """
     stored = [one for name, library in _encoders(base) for one in read_weights(base / name, library).values()]
     encoders = [_size(one, dtype) for one in stored]
-    with quiet_libraries():
-        pipeline = _decoding_pipeline(manifest, base, dtype)
+    keys_values = 0
+    if get_family(manifest.family).reads_images_once:
+        with quiet_libraries():
+            keys_values = keys_values_size(manifest, _decoding_pipeline(manifest, base, dtype))
     return Footprint(
         weights=_engine_weights(folder, manifest),
         encoders=sum(encoders),
@@ -220,7 +227,8 @@ def engine_footprint(folder: Path, manifest: Manifest, base: Path, dtype: torch.
         **vars(_kept_activations(manifest, base, dtype)),
         max_batch=manifest.max_batch,
         streams=manifest.weight_streaming,
-        keys_values=keys_values_size(manifest, pipeline),
+        keys_values=keys_values,
+        adapters=0 if manifest.layout is None else 2 * manifest.layout.bytes,
     )
 
 
@@ -231,8 +239,10 @@ def keys_values_size(manifest: Manifest, pipeline: Any) -> int:
         manifest: Manifest of the engine.
         pipeline: diffusers pipeline of the base, of which only the autoencoder is used.
     """
-    sizes = {"references": 1, "reference_rows": _usual_rows(manifest, pipeline)}
     specs = [spec for spec in manifest.inputs if "reference_rows" in spec.shape]
+    if not specs:
+        return 0
+    sizes = {"references": 1, "reference_rows": _usual_rows(manifest, pipeline)}
     return sum(math.prod(spec.resolve(sizes)) * getattr(torch, spec.dtype).itemsize for spec in specs)
 
 

@@ -338,7 +338,9 @@ def _find_adapter(path: Path, manifest: Manifest, given: str | Sequence[str] | N
     members = about.get("members", {})
     source = given or list(dict.fromkeys(m["source"] for m in members.values())) or about["source"]
     adapter = load_adapters(source, family).without(about.get("dropped", ()))
-    if adapter.fingerprint != about["fingerprint"]:
+    kinds = {name: member.kind for name, member in adapter.members.items()}
+    found, recorded = (adapter.fingerprint, adapter.kind, kinds), (about["fingerprint"], manifest.kind, manifest.member_kinds)
+    if found != recorded:
         raise SliderEditError(f"adapter {source!r} is not the one in engine {str(path)!r}; pass the original with --adapter")
     return adapter
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 from pathlib import Path
@@ -13,15 +14,17 @@ from PIL import Image
 from torch import Tensor
 
 from slideredit_rt.adapters import Adapter, AdapterInputs, bank_adapters, load_adapter, save_adapter
+from slideredit_rt.assets import resolve_base
 from slideredit_rt.cli import main
 from slideredit_rt.editor import SliderEditor
 from slideredit_rt.engines import BuildSettings, get_backend, open_engine, read_manifest
 from slideredit_rt.engines.adapter_inputs import AdaptedEngine, AdapterBuffers
-from slideredit_rt.errors import SliderEditError
+from slideredit_rt.errors import OutOfDeviceMemory, SliderEditError
 from slideredit_rt.export.build import build_engine
 from slideredit_rt.export.lowering import choose
 from slideredit_rt.export.onnx_graph import example_inputs
 from slideredit_rt.families import Family, Kind
+from slideredit_rt.memory import RESERVED, engine_footprint, plan_memory
 from slideredit_rt.modules import SliderBackbone, without_sliders
 from slideredit_rt.sliders import Slider
 from slideredit_rt.strength import StrengthCurve
@@ -189,6 +192,47 @@ def test_the_least_recently_used_adapter_leaves_the_device(engine: Path, others:
 
 
 @pytest.mark.parametrize("kind", ["st"], indirect=True)
+def test_room_is_made_before_an_adapter_is_copied(engine: Path, others: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapters, pack, kept = SliderEditor.from_engine(engine).adapters, AdapterInputs.pack, []
+    assert adapters is not None
+    adapters.max_bytes = adapters.bytes
+
+    def watched(layout: AdapterInputs, adapter: Adapter, device: torch.device) -> dict[str, Tensor]:
+        kept.append(len(adapters))
+        return pack(layout, adapter, device)
+
+    monkeypatch.setattr(AdapterInputs, "pack", watched)
+    with pytest.raises(SliderEditError, match="does not exist"):
+        adapters.of(others / "missing.safetensors")
+    assert len(adapters) == 1, "an adapter that cannot be read pushes no other out"
+    adapters.of(others / "full.safetensors")
+    assert (kept, len(adapters)) == ([0], 1)
+
+
+def test_a_full_device_is_named(shipped: Adapter, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> Tensor:
+        raise torch.OutOfMemoryError
+
+    layout = AdapterInputs.of_adapter(shipped)
+    assert layout.bytes == sum(tensor.nbytes for tensor in layout.pack(shipped, torch.device("cpu")).values())
+    monkeypatch.setattr(Tensor, "to", full)
+    with pytest.raises(OutOfDeviceMemory, match=r"out of memory for the \d+ MiB of adapter .*--adapters-mib"):
+        layout.pack(shipped, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("kind", ["st"], indirect=True)
+def test_adapter_inputs_are_planned_with(engine: Path, editor: SliderEditor) -> None:
+    footprint = engine_footprint(engine, read_manifest(engine), resolve_base("shapes-kontext"))
+    assert editor.adapter is not None
+    assert footprint.adapters == 2 * editor.adapter.bytes
+    without, beside = (
+        plan_memory(dataclasses.replace(footprint, adapters=size), RESERVED + 2**31) for size in (0, 2**31 - 2**20)
+    )
+    assert (without.fits, beside.fits, beside.adapters_gib) == (True, False, 2.0)
+    assert beside.needed_gib == pytest.approx(without.needed_gib + 2, abs=0.02)
+
+
+@pytest.mark.parametrize("kind", ["st"], indirect=True)
 def test_the_strength_curve_comes_with_the_adapter(editor: SliderEditor, others: Path, scene: Image.Image) -> None:
     other = editor.use_adapter(others / "full.safetensors")
     prepared = other.prepare(scene, [RED])
@@ -219,6 +263,37 @@ def test_adapters_that_the_engine_cannot_run(editor: SliderEditor, shipped: Adap
         with pytest.raises(SliderEditError, match=message):
             editor.use_adapter(adapter)
         assert editor.adapters.loads == loads
+
+
+def test_a_loaded_adapter_is_checked_again_when_its_kind_changes(editor: SliderEditor, shipped: Adapter, kind: str) -> None:
+    editor.use_adapter(shipped)
+    other_kind: Kind = "gst" if kind == "st" else "st"
+    with pytest.raises(SliderEditError, match=f"is {other_kind}, but the engine's adapter inputs are for {kind}"):
+        editor.use_adapter(dataclasses.replace(shipped, kind=other_kind))
+
+
+@pytest.mark.parametrize("kind", ["st"], indirect=True)
+def test_without_an_adapter_nothing_is_read_or_encoded(editor: SliderEditor, tmp_path: Path) -> None:
+    bare = copy.copy(editor)
+    bare.adapter = None
+    with pytest.raises(SliderEditError, match="takes its adapter as an input and has no default; choose one"):
+        bare.prepare(tmp_path / "missing.png", [RED])
+
+
+@pytest.mark.parametrize("kind", ["st"], indirect=True)
+def test_an_engine_that_cannot_read_images_gets_the_same_message_with_adapter_inputs(
+    engine: Path, editor: SliderEditor, shipped: Adapter, scene: Image.Image
+) -> None:
+    def steps_only(inputs: Any) -> Tensor:
+        return torch.zeros(1)
+
+    plain = copy.copy(editor)
+    plain.engine = steps_only
+    message = "a flux_kontext base reads its source images in a call of its own, which this engine does not have"
+    with pytest.raises(SliderEditError, match=message):
+        plain.read(editor.family.encode_sources(editor.pipeline, [scene]))
+    with pytest.raises(SliderEditError, match=message):
+        with_adapter(steps_only, read_manifest(engine), shipped).read({})
 
 
 def test_engines_that_contain_their_adapter_take_no_other(st_editor: SliderEditor) -> None:

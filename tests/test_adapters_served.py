@@ -16,11 +16,11 @@ from PIL import Image
 from test_adapter_inputs import like
 from torch import Tensor
 
-from slideredit_rt.adapters import load_adapter, save_adapter
+from slideredit_rt.adapters import AdapterInputs, load_adapter, save_adapter
 from slideredit_rt.cli import main
 from slideredit_rt.editor import SliderEditor
 from slideredit_rt.engines import BuildSettings
-from slideredit_rt.errors import SliderEditError
+from slideredit_rt.errors import OutOfDeviceMemory, SliderEditError
 from slideredit_rt.export.build import build_engine
 from slideredit_rt.serving import EditRequest, EditService
 from slideredit_rt.serving.adapter_folder import AdapterFolder
@@ -151,6 +151,17 @@ def test_a_request_chooses_its_adapter(
         answer = post(client, scene, **({} if adapter is None else {"adapter": adapter}))
         assert answer.status_code == 422, adapter
         assert message in answer.json()["error"]["message"]
+
+
+def test_a_device_without_room_for_an_adapter_is_not_the_clients_fault(
+    client: httpx.Client, scene: Image.Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> Any:
+        raise OutOfDeviceMemory("full")
+
+    monkeypatch.setattr(AdapterInputs, "pack", full)
+    answer = post(client, scene, adapter="other")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "out_of_memory")
 
 
 def test_servers_without_a_choice(st_editor: SliderEditor, folder: Path, scene: Image.Image, tmp_path: Path) -> None:

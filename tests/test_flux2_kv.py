@@ -19,7 +19,7 @@ from toy_backend import Toy
 from slideredit_rt import cli
 from slideredit_rt.adapters import load_adapter, save_adapter
 from slideredit_rt.editor import SliderEditor
-from slideredit_rt.engines import BACKENDS, BuildSettings, read_manifest
+from slideredit_rt.engines import BACKENDS, BuildSettings, get_backend, read_manifest
 from slideredit_rt.engines.inductor import InductorEngine
 from slideredit_rt.engines.request import check_request, reading_request
 from slideredit_rt.errors import SliderEditError
@@ -363,6 +363,11 @@ def test_tensorrt_rtx_builds_a_plan_that_takes_a_reading_and_a_step(
     assert "reading    kept_rows 1 to 66, usually 64" in lines
     assert cli.main(["verify", str(tmp_path / "rtx")]) == 2
     assert "the engine needs an NVIDIA GPU (sm89)" in capsys.readouterr().err
+
+
+def test_a_plan_that_leaves_out_the_batch_of_a_reading_is_refused(base: Path, family: Family) -> None:
+    with pytest.raises(SliderEditError, match=r"in a batch of 1, which .* 2,4,8 leave out; pass --batch 1,4,8"):
+        get_backend("tensorrt-rtx").precheck(family, base, BuildSettings("tensorrt-rtx", batch=(2, 4, 8)))
 
 
 @pytest.mark.parametrize("kind", KINDS)

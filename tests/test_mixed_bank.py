@@ -23,7 +23,7 @@ from slideredit_rt.export.onnx_graph import example_inputs
 from slideredit_rt.families import Family
 from slideredit_rt.modules import SliderBackbone, without_sliders
 from slideredit_rt.sliders import Slider
-from slideredit_rt.verify import verify_engine
+from slideredit_rt.verify import Origins, verify_engine
 
 RED, DARK = "make the circle red", "make the background dark"
 PROMPT = f"{RED} and {DARK}"
@@ -158,6 +158,17 @@ def test_an_edit_with_one_member_is_that_of_its_own_engine(
     assert (editor.render_tensor(prepared, [[0.3], [1.4]], steps=2) - expected).abs().max() <= 1e-4
 
 
+def test_verify_refuses_a_bank_whose_members_have_other_kinds(
+    engine: Path, bank: Adapter, scene: Image.Image, tmp_path: Path
+) -> None:
+    members = bank.members | {"shapes-st": dataclasses.replace(bank.members["shapes-st"], kind="gst")}
+    changed = dataclasses.replace(bank, members=members)
+    assert changed.fingerprint == bank.fingerprint
+    save_adapter(changed, tmp_path / "bank.safetensors")
+    with pytest.raises(SliderEditError, match="is not the one in engine"):
+        verify_engine(engine, scene, [Slider(RED), Slider(DARK)], Origins(adapter=str(tmp_path / "bank.safetensors")), steps=1)
+
+
 def test_verify_passes(engine: Path, scene: Image.Image) -> None:
     assert verify_engine(engine, scene, [Slider(RED), Slider(DARK)], steps=1).passed
 
@@ -167,6 +178,17 @@ def test_an_st_member_that_updates_image_rows_is_refused() -> None:
     wrong = dataclasses.replace(gst, kind="st", source="wrong")
     with pytest.raises(SliderEditError, match=r"'wrong' is marked as ST but updates .*, which does not project text rows"):
         bank_adapters([gst, wrong], ["a", "b"])
+
+
+def test_an_st_bank_with_a_gst_member_is_refused(engine: Path, bank: Adapter, tmp_path: Path, family: Family) -> None:
+    save_adapter(dataclasses.replace(bank, kind="st"), tmp_path / "bank.safetensors")
+    with pytest.raises(SliderEditError, match="is a bank of kind st, but its member 'shapes-gst' is gst"):
+        load_adapter(tmp_path / "bank.safetensors", family)
+    manifest = json.loads((engine / "manifest.json").read_text())
+    manifest["adapter"]["kind"] = "st"
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(SliderEditError, match=r"is damaged .*a bank of kind st with a member of kind gst"):
+        read_manifest(tmp_path)
 
 
 def test_commands_build_show_and_edit(

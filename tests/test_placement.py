@@ -287,6 +287,9 @@ def test_activations_are_counted_once(engines: dict[str, Path], tmp_path: Path, 
         assert engine_footprint(engines["st"], own, base) == first
         with pytest.raises(TypeError):
             engine_footprint(engines["st"], dataclasses.replace(own, dtype="bfloat16"), base)
+    with monkeypatch.context() as patch:
+        patch.setattr(memory, "_decoding_pipeline", None)
+        assert engine_footprint(engines["st"], own, base) == first, "nothing else is made for a base without keys and values"
     for damaged in ("", "{}", json.dumps(json.loads(kept.read_text()) | {"step": "much"})):
         kept.write_text(damaged)
         assert engine_footprint(engines["st"], own, base) == first

@@ -94,6 +94,17 @@ class TestEditor:
         editor.render_tensor(prepared, [[0.0], [0.5], [1.5]], steps=4, slider_start=0.5)
         assert calls == [[0.0], [0.0], [1.0, 0.5], [1.0, 0.5], [-0.5], [-0.5]]
 
+    def test_shared_steps_fill_the_smallest_batch_of_an_engine(
+        self, editor: SliderEditor, calls: list[list[float]], scene: Image.Image
+    ) -> None:
+        prepared = editor.prepare(scene, [RED], prompt=BOTH)
+        expected = editor.render_tensor(prepared, [[0.0], [1.5]], steps=2, slider_start=0.5)
+        calls.clear()
+        editor.min_batch = 2
+        found = editor.render_tensor(prepared, [[0.0], [1.5]], steps=2, slider_start=0.5)
+        assert calls == [[0.0, 0.0], [1.0, -0.5]]
+        assert (found - expected).abs().max() <= 1e-5
+
     def test_shared_steps_are_those_of_each_position_bit_for_bit(self, editor: SliderEditor, scene: Image.Image) -> None:
         prepared = editor.prepare(scene, [RED], prompt=BOTH, slider_start=0.5)
         strengths = [[0.0], [0.5], [1.0], [1.5]]
@@ -135,6 +146,13 @@ class TestEditor:
 
 
 class TestService:
+    def test_an_engine_without_batches_of_one_cannot_be_served(
+        self, editor: SliderEditor, serve: Callable[..., EditService]
+    ) -> None:
+        editor.min_batch, editor.max_batch = 2, 8
+        with pytest.raises(SliderEditError, match=r"smallest batch is 2, but a server also steps single .*--batch 1,2,8"):
+            serve()
+
     def test_a_moved_slider_makes_only_the_steps_after_the_start(
         self, calls: list[list[float]], serve: Callable[..., EditService], scene: Image.Image
     ) -> None:

@@ -142,6 +142,12 @@ def test_axes_of_a_request_must_agree(manifest: Manifest) -> None:
         check_request(manifest, {k: v for k, v in request.items() if k != "token_mask"})
 
 
+def test_smallest_batch_is_that_of_the_profile(manifest: Manifest) -> None:
+    assert manifest.min_batch == 1
+    assert dataclasses.replace(manifest, ranges={**manifest.ranges, "batch": [2, 4, 8]}).min_batch == 2
+    assert dataclasses.replace(manifest, ranges={}).min_batch == 1
+
+
 def test_profile_gives_every_input_three_shapes(manifest: Manifest) -> None:
     limits = Limits(profile_ranges((1, 1, 4), (1, 24, 24), (32, 128, 131), (1, 2, 8)))
     (shapes,) = limits.profiles(manifest.inputs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from slideredit_rt.adapters.adapter import Adapter
 from slideredit_rt.adapters.matching import check_rows, standard_linears
-from slideredit_rt.errors import SliderEditError
+from slideredit_rt.errors import OutOfDeviceMemory, SliderEditError
 from slideredit_rt.families import Family, Kind, TensorSpec
 
 
@@ -88,6 +89,11 @@ class AdapterInputs:
             found.append(TensorSpec(key, "float32", (len(names), *shape)))
         return found
 
+    @property
+    def bytes(self) -> int:
+        """Size of the input tensors of one adapter, which is the same for all."""
+        return sum(math.prod(spec.resolve({})) for spec in self.specs()) * torch.float32.itemsize
+
     def blank(self) -> Adapter:
         """Return an adapter of zeros that fills the inputs."""
         pairs = {name: (torch.zeros(self.max_rank, k), torch.zeros(n, self.max_rank)) for name, (n, k) in self.modules.items()}
@@ -135,7 +141,11 @@ class AdapterInputs:
             )
 
     def pack(self, adapter: Adapter, device: torch.device) -> dict[str, Tensor]:
-        """Return the input tensors of an adapter that passes `check`, on a device."""
+        """Return the input tensors of an adapter that passes `check`, on a device.
+
+        Raises:
+            OutOfDeviceMemory: The device has no memory left for them.
+        """
         packed = {spec.name: torch.zeros(spec.resolve({})) for spec in self.specs()}
         for key, names in self._stacks.items():
             for row, name in enumerate(names):
@@ -145,7 +155,13 @@ class AdapterInputs:
                         packed[key][row, : len(a)] = a
                     else:
                         packed[key][row, :, : b.shape[1]] = b
-        return {name: tensor.to(device) for name, tensor in packed.items()}
+        try:
+            return {name: tensor.to(device) for name, tensor in packed.items()}
+        except torch.OutOfMemoryError:
+            raise OutOfDeviceMemory(
+                f"the GPU is out of memory for the {math.ceil(self.bytes / 2**20)} MiB of adapter {adapter.source!r}; free "
+                "some, or keep fewer adapters on it: serve --adapters-mib, or `adapters.max_bytes` of an editor"
+            ) from None
 
     def unpack(self, inputs: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, tuple[Tensor, Tensor]]:
         """Return views of A `[R, K]` and B `[N, R]` of each linear in the input tensors, converted to a dtype."""

@@ -85,6 +85,9 @@ def _members(
     """Return the members of a bank as its metadata lists them; empty for a single adapter.
 
     Members whose kind is not listed have the bank's `kind`.
+
+    Raises:
+        SliderEditError: The metadata is damaged, a kind is unknown, or a bank of kind `st` has a `gst` member.
     """
     if "members" not in metadata:
         return {}
@@ -99,6 +102,11 @@ def _members(
         raise SliderEditError(
             f"adapter {str(source)!r} has the member {odd!r} of the unknown kind {kinds[odd]!r}; known kinds: "
             f"{', '.join(KINDS)}"
+        )
+    if kind == "st" and (wide := next((name for name in stored if kinds[name] == "gst"), None)):
+        raise SliderEditError(
+            f"adapter {str(source)!r} is a bank of kind st, but its member {wide!r} is gst and scales image rows as well; make "
+            "the bank again from the files of its members"
         )
     return {name: Member(str(source), kinds[name], StrengthCurve.from_json(curve)) for name, curve in stored.items()}
 

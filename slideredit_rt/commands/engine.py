@@ -200,6 +200,7 @@ def _memory(args: argparse.Namespace, manifest: Manifest) -> tuple[dict[str, Any
             if plan.keys_values_gib
             else []
         ),
+        *([f"memory     adapter inputs {plan.adapters_gib:g} GiB"] if plan.adapters_gib else []),
     ]
 
 

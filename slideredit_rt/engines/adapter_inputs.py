@@ -10,8 +10,8 @@ from torch import Tensor
 from slideredit_rt.adapters.inputs import is_adapter_input
 from slideredit_rt.engines.backend import Engine
 from slideredit_rt.engines.manifest import Manifest
+from slideredit_rt.engines.request import as_reader
 from slideredit_rt.errors import SliderEditError
-from slideredit_rt.families import Reader
 
 
 class AdaptedEngine:
@@ -48,14 +48,14 @@ class AdaptedEngine:
         return self.runs({**inputs, **self._adapter()})
 
     def read(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Read source images, in which adapters have no part (see `slideredit_rt.families.Reader`).
+        """Read source images with all sliders off (see `slideredit_rt.families.Reader`).
+
+        The result is the same for every adapter, but the engine cannot be called without the tensors of one.
 
         Raises:
             SliderEditError: No adapter was chosen, or the engine cannot read source images.
         """
-        if not isinstance(self.runs, Reader):
-            raise SliderEditError("this engine cannot read source images in a call of its own; build it again")
-        return self.runs.read({**inputs, **self._adapter()})
+        return as_reader(self.runs, self.manifest.family).read({**inputs, **self._adapter()})
 
     def _adapter(self) -> Mapping[str, Tensor]:
         if self._tensors is None:

@@ -139,6 +139,11 @@ class Manifest:
         return {name: member.get("kind", self.kind) for name, member in described.items()}
 
     @property
+    def min_batch(self) -> int:
+        """Smallest accepted B: 1, unless the engine was compiled for a range that begins above it."""
+        return self.ranges.get("batch", [1])[0]
+
+    @property
     def edit_defaults(self) -> EditDefaults:
         """Values of settings that an edit does not set."""
         return EditDefaults(**self.defaults)
@@ -471,6 +476,8 @@ def _parse(data: dict[str, Any]) -> Manifest:
     _MANIFEST(data, "the manifest")
     specs = {key: [TensorSpec(s["name"], s["dtype"], tuple(s["shape"])) for s in data[key]] for key in ("inputs", "outputs")}
     manifest = Manifest(**(data | specs))
+    if manifest.kind == "st" and "gst" in manifest.member_kinds.values():
+        raise ValueError("adapter is a bank of kind st with a member of kind gst")
     # An unknown family is reported later, with a list of the known ones.
     if family := FAMILIES.get(manifest.family):
         try:

@@ -13,6 +13,7 @@ from slideredit_rt.adapters.inputs import is_adapter_input
 from slideredit_rt.engines.manifest import Manifest
 from slideredit_rt.engines.shapes import ShapeCache
 from slideredit_rt.errors import OutOfDeviceMemory, SliderEditError
+from slideredit_rt.families import Backbone, Reader
 
 _SLIDERS = ("alpha", "token_mask")
 
@@ -61,6 +62,24 @@ def check_request(manifest: Manifest, inputs: Mapping[str, Tensor], *, reading: 
                 f"the engine was built for {low} to {high} in the axis {axis!r}, got {size}; rebuild it with a wider range"
             )
     return sizes
+
+
+def as_reader(engine: Backbone, family: str) -> Reader:
+    """Return an engine that reads source images.
+
+    Args:
+        engine: Engine, or eager backbone.
+        family: Name of its family.
+
+    Raises:
+        SliderEditError: It cannot read source images.
+    """
+    if not isinstance(engine, Reader):
+        raise SliderEditError(
+            f"a {family} base reads its source images in a call of its own, which this engine does not have; build the engine "
+            "from this base again"
+        )
+    return engine
 
 
 def reading_request(manifest: Manifest, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:

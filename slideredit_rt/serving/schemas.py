@@ -222,7 +222,8 @@ class EngineInfo(BaseModel):
     adapters: list[str] = Field(description="names of the adapters in a bank; empty if the engine has a single adapter")
     adapter_kinds: list[str] = Field(description="kind of each adapter in a bank, in the order of `adapters`")
     choices: list[str] = Field(
-        description="names that `adapter` of a request can have; empty if the engine contains its adapter"
+        description="names that `adapter` of a request can have; empty if the engine contains its adapter, and for a server "
+        "without a folder of adapters"
     )
     max_sliders: int
     num_inference_steps: int = Field(description="denoising steps of a full edit by default")

@@ -17,7 +17,6 @@ from PIL import Image
 from torch import Tensor
 
 from slideredit_rt.editor import SliderEditor, broken_rows, not_finite
-from slideredit_rt.engines.adapter_inputs import no_adapter
 from slideredit_rt.engines.cuda import Lane, Pace
 from slideredit_rt.errors import OutOfDeviceMemory, SliderEditError
 from slideredit_rt.serving.adapter_folder import AdapterFolder
@@ -71,7 +70,8 @@ class EditService:
         adapters: Adapters that requests can choose, for an engine with adapter inputs; None if there is no choice.
 
     Raises:
-        SliderEditError: `max_queue` or `max_batch` is out of range, or there are adapters to choose but no adapter inputs.
+        SliderEditError: `max_queue` or `max_batch` is out of range, the engine does not take single images, or there are
+            adapters to choose but no adapter inputs.
     """
 
     def __init__(
@@ -87,6 +87,11 @@ class EditService:
     ) -> None:
         if max_queue < 1:
             raise SliderEditError(f"max_queue is {max_queue}; give at least 1")
+        if editor.min_batch > 1:
+            raise SliderEditError(
+                f"the engine's smallest batch is {editor.min_batch}, but a server also steps single images; rebuild it with "
+                f"--batch 1,{editor.min_batch},{editor.max_batch}"
+            )
         max_batch = editor.max_batch if max_batch is None else max_batch
         if not 1 <= max_batch <= editor.max_batch:
             raise SliderEditError(f"max_batch is {max_batch}; give 1 to {editor.max_batch}, the engine's largest batch")
@@ -206,8 +211,7 @@ class EditService:
 
     def _check_adapter(self, request: EditRequest) -> None:
         if request.adapter is None:
-            if self.editor.adapters is not None and self.editor.adapter is None:
-                raise no_adapter()
+            self.editor.check_adapter()
         elif self.adapters is None:
             raise SliderEditError(
                 f"the request chooses the adapter {request.adapter[:80]!r}, but this server has no folder of adapters; leave "
@@ -431,10 +435,10 @@ class EditService:
             rows = make_rows(
                 editor, prepared, request.strengths, job.seeds, job.steps, owner=job, interactive=request.interactive
             )
-        except SliderEditError as error:
-            job.fail(error)
-            return
         except Exception as error:
+            if isinstance(error, SliderEditError) and not _is_memory(error):
+                job.fail(error)
+                return
             _log.error("a request could not be encoded", exc_info=error)
             job.fail(_failure("the request could not be encoded", error))
             _free_memory(error)

@@ -132,6 +132,12 @@ class TensorRT(Backend):
         """Determine the targets and the optimization profiles (see `Backend.precheck`)."""
         from slideredit_rt.engines.tensorrt.build import image_rows_of, profile_ranges, reading_ranges
 
+        if family.reads_images_once and settings.batch[0] > 1:
+            sizes = ",".join(map(str, settings.batch))
+            raise SliderEditError(
+                f"a {family.name} engine reads source images in a batch of 1, which the batch sizes {sizes} leave out; pass "
+                f"--batch 1,{settings.batch[1]},{settings.batch[2]}"
+            )
         options = self.options_of(settings)
         targets = self.targets(options, sorted({layer.precision for layer in read_layers(base / "transformer").values()}))
         text_rows = options.max_text_rows or family.usual_text_rows
