@@ -109,6 +109,22 @@ def abs_difference(one: Image.Image, two: Image.Image) -> int:
     return int((pixels[0] - pixels[1]).abs().max())
 
 
+def test_adapters_share_the_steps_before_the_sliders_start(editor: SliderEditor, folder: Path, scene: Image.Image) -> None:
+    adapters, settings = editor.adapters, EditSettings(steps=2, slider_start=0.5)
+    assert adapters is not None
+    expected = editor.use_adapter(folder / "other").edit(scene, [Slider(RED.instruction, 0.25)], settings)
+    adapters._kept.clear()
+    adapters.engine = recorder = Recorder(adapters.engine)
+    recorder.gate.set()
+    with EditService(editor, adapters=AdapterFolder(folder)) as service:
+        for name, calls in (("shapes", 2), ("other", 1), ("other", 0)):
+            recorder.calls.clear()
+            chosen = EditRequest(scene, (RED,), ((0.25,),), settings, adapter=name)
+            edited = service.submit(chosen).future.result(WAIT)[0]
+            assert len(recorder.calls) == calls, name
+    assert abs_difference(edited, expected) <= 1
+
+
 @pytest.fixture
 def client(editor: SliderEditor, folder: Path) -> Iterator[httpx.Client]:
     with (
