@@ -16,6 +16,7 @@ from fastapi import FastAPI
 from PIL import Image
 
 from slideredit_rt.editor import SliderEditor
+from slideredit_rt.serving.adapter_folder import AdapterFolder
 from slideredit_rt.serving.app import create_app
 from slideredit_rt.serving.metrics import Metrics
 from slideredit_rt.serving.server import Server
@@ -44,10 +45,12 @@ def listening(app: FastAPI, service: EditService, **options: Any) -> Iterator[tu
 
 
 @contextmanager
-def serving(engine: Path, **options: Any) -> Iterator[str]:
-    """The address of a server of an engine; the options are those of `create_app`."""
+def serving(engine: Path, adapters: Path | None = None, **options: Any) -> Iterator[str]:
+    """The address of a server of an engine and a folder of adapters; the options are those of `create_app`."""
+    editor = SliderEditor.from_engine(engine, run=RunSettings(threads=1))
+    choices = None if adapters is None else AdapterFolder(adapters)
     with (
-        EditService(SliderEditor.from_engine(engine, run=RunSettings(threads=1)), observer=Metrics()) as service,
+        EditService(editor, observer=Metrics(), adapters=choices) as service,
         listening(create_app(service, **{"model": "shapes-kontext"} | options), service) as (address, _),
     ):
         yield address

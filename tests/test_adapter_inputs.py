@@ -316,7 +316,7 @@ def test_verify_compares_the_engine_with_any_adapter(engine: Path, others: Path,
 
 @pytest.mark.parametrize("kind", ["st"], indirect=True)
 def test_commands_build_show_edit_and_replace(
-    others: Path, scene: Image.Image, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    others: Path, scene: Image.Image, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, small = str(tmp_path / "engine"), str(others / "small.safetensors")
     assert main(["build", "--base", "shapes-kontext", "--adapter-inputs", "--max-rank", "18", "--out", out, "--quiet"]) == 0
@@ -333,6 +333,16 @@ def test_commands_build_show_edit_and_replace(
     assert not (tmp_path / "out.png").exists()
     assert main([*edit, "--adapter", small]) == 0
     chosen = (tmp_path / "out.png").read_bytes()
+    capsys.readouterr()
+    monkeypatch.chdir(others)
+    sweep = ["sweep", *edit[1:], "--slider", f"{RED}=0:1:2", "--steps", "2", "--slider-start", "0.5"]
+    sweep.remove(RED)
+    sweep.remove("--slider")
+    for command, given, adapter, frozen in ((edit, "small.safetensors", small, 0), (sweep, "shapes-st", "shapes-st", 1)):
+        assert main([*command, "--adapter", given, "--json"]) == 0
+        told = json.loads(capsys.readouterr().out)
+        assert (told["adapter"], told["frozen_steps"]) == (adapter, frozen)
+    assert json.loads((tmp_path / "out.json").read_text())["adapter"] == "shapes-st"
     assert main(["verify", out]) == 2
     assert "has no default adapter; pass one" in capsys.readouterr().err
     assert main(["adapter", "replace", out, small]) == 0, "this is its default from now on"

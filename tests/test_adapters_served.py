@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -108,6 +109,22 @@ def abs_difference(one: Image.Image, two: Image.Image) -> int:
     return int((pixels[0] - pixels[1]).abs().max())
 
 
+def test_adapters_share_the_steps_before_the_sliders_start(editor: SliderEditor, folder: Path, scene: Image.Image) -> None:
+    adapters, settings = editor.adapters, EditSettings(steps=2, slider_start=0.5)
+    assert adapters is not None
+    expected = editor.use_adapter(folder / "other").edit(scene, [Slider(RED.instruction, 0.25)], settings)
+    adapters._kept.clear()
+    adapters.engine = recorder = Recorder(adapters.engine)
+    recorder.gate.set()
+    with EditService(editor, adapters=AdapterFolder(folder)) as service:
+        for name, calls in (("shapes", 2), ("other", 1), ("other", 0)):
+            recorder.calls.clear()
+            chosen = EditRequest(scene, (RED,), ((0.25,),), settings, adapter=name)
+            edited = service.submit(chosen).future.result(WAIT)[0]
+            assert len(recorder.calls) == calls, name
+    assert abs_difference(edited, expected) <= 1
+
+
 @pytest.fixture
 def client(editor: SliderEditor, folder: Path) -> Iterator[httpx.Client]:
     with (
@@ -171,6 +188,28 @@ def test_servers_without_a_choice(st_editor: SliderEditor, folder: Path, scene: 
         AdapterFolder(tmp_path / "none")
     with EditService(st_editor) as service, pytest.raises(SliderEditError, match="this server has no folder of adapters"):
         service.submit(request(scene, 0.5, "shapes"))
+
+
+def test_entries_that_cannot_be_looked_into_are_no_adapters(tmp_path: Path) -> None:
+    (tmp_path / "age.safetensors").touch()
+    for name in ("unreachable", "unreachable.safetensors"):
+        # Looking at it fails for every user, as looking into another user's folder does.
+        (tmp_path / name).symlink_to("x" * 300)
+    assert AdapterFolder(tmp_path).names() == ["age"]
+
+
+def test_two_adapters_of_one_name_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "age.safetensors").touch()
+    (tmp_path / "smile.safetensors").touch()
+    served = AdapterFolder(tmp_path)
+    (tmp_path / "age").mkdir()
+    (tmp_path / "age" / "adapter_model.safetensors").touch()
+    message = f"the adapter 'age' is both '{tmp_path / 'age'}' and '{tmp_path / 'age.safetensors'}'; rename or remove one"
+    for choose in (lambda: served.path("age"), lambda: AdapterFolder(tmp_path)):
+        with pytest.raises(SliderEditError, match=re.escape(message)):
+            choose()
+    assert served.path("smile") == tmp_path / "smile.safetensors", "others are not affected"
+    assert served.names() == ["age", "smile"]
 
 
 def test_the_command_refuses_a_folder_for_an_engine_with_its_own_adapter(

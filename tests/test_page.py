@@ -26,8 +26,11 @@ import pytest
 import torch
 from http_server import as_file, serving
 from PIL import Image
+from test_adapter_inputs import like
 
+from slideredit_rt.adapters import load_adapter, save_adapter
 from slideredit_rt.bench.serve import local_server
+from slideredit_rt.engines import BuildSettings
 from slideredit_rt.export.build import build_engine
 from slideredit_rt.quantization.write import QuantizeSettings, quantize_base
 from slideredit_rt.shapes.measurer import measure, response
@@ -415,6 +418,44 @@ def test_sliders_come_and_go(page: Page) -> None:
         page.get_by_role("button", name="Add an instruction").click()
     settled(page)
     assert same(shown(page), both)
+
+
+@pytest.mark.parametrize("default", [None, "shapes-st"])
+def test_the_adapters_of_a_folder_can_be_chosen(
+    browser: Any, default: str | None, image: bytes, example: Example, tmp_path: Path
+) -> None:
+    build_engine("shapes-kontext", default, tmp_path / "any", BuildSettings(adapter_inputs=True), progress=False)
+    shipped = load_adapter("shapes-st")
+    save_adapter(shipped, tmp_path / "adapters" / "shapes.safetensors")
+    save_adapter(like(shipped, 4), tmp_path / "adapters" / "other.safetensors")
+    sliders = [{"instruction": i.text, "strength": s} for i, s in zip(example.instructions, (0.0, 1), strict=True)]
+    with serving(tmp_path / "any", adapters=tmp_path / "adapters") as url, opened(browser, url) as page:
+        choose(page, image)
+        for number, slider in enumerate(sliders, 1):
+            text(page, number).fill(slider["instruction"])
+            text(page, number).press("Enter")
+        settled(page)
+        strength(page, 1).fill("0")
+        settled(page)
+        choice = page.get_by_label("Adapter", exact=True)
+        own = [] if default is None else ["the engine’s own"]
+        assert choice.locator("option").all_inner_texts() == [*own, "other", "shapes"]
+        seen = []
+        for name in ("shapes", "other"):
+            choice.select_option(name)
+            settled(page)
+            seen.append(shown(page))
+            assert same(seen[-1], ask(url, image, sliders, adapter=name)[0])
+            expect(page.locator("#curl")).to_contain_text(f"--form-string 'adapter={name}'")
+        assert not same(*seen)
+        if default is not None:
+            choice.select_option("the engine’s own")
+            settled(page)
+            assert same(shown(page), seen[0])
+
+
+def test_an_engine_with_its_own_adapter_alone_has_no_choice(page: Page) -> None:
+    expect(page.get_by_label("Adapter", exact=True)).to_be_hidden()
 
 
 def test_a_gst_engine_has_one_slider(browser: Any, engines: dict[str, Path]) -> None:

@@ -119,6 +119,17 @@ class TestServing:
         for hosts in ("A.example", ["A.example"]):
             assert ServeSettings.from_arguments({"allowed_host": hosts}).allowed_host == ("a.example",)
 
+    def test_paths_are_found_from_any_working_folder(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(tmp_path)
+        for name in ("base", "decoder"):
+            (tmp_path / name).mkdir()
+        paths = {name: Path(name) for name in ("engine", "adapters", "api_key_file")}
+        local = ServeSettings(base="base", preview_decoder="decoder", **paths).from_anywhere()
+        absolute = {name: tmp_path / name for name in paths}
+        assert local == ServeSettings(base=str(tmp_path / "base"), preview_decoder=str(tmp_path / "decoder"), **absolute)
+        named = ServeSettings(base="shapes-kontext", preview_decoder="madebyollin/taef1")
+        assert named.from_anywhere() == named
+
     @pytest.mark.parametrize(
         ("given", "message"),
         [

@@ -249,6 +249,53 @@ class TestService:
         result_of(service, edit(scene, 0.1, 0.2, 0.3))
         assert service.stats().cache_bytes_by_kind["latents"] == 4 * alone
 
+    @pytest.mark.parametrize("broken", [0, 5], ids=["a first step", "the last step"])
+    def test_a_fault_of_one_step_is_not_kept(
+        self, editor: SliderEditor, serve: Callable[..., EditService], scene: Image.Image, broken: int
+    ) -> None:
+        service, inner, made = serve(), editor.engine, list[int]()
+
+        def fail_once(inputs: Mapping[str, Tensor]) -> Tensor:
+            made.append(len(made))
+            return inner(inputs) * (torch.nan if made[-1] == broken else 1.0)
+
+        editor.engine = fail_once
+        with pytest.raises(SliderEditError, match="produced NaN or infinity"):
+            result_of(service, edit(scene, 0.0))
+        assert service.stats().cache_bytes_by_kind.get("latents", 0) == 0
+        for strength in (0.0, 0.5):
+            assert result_of(service, edit(scene, strength)).isfinite().all()
+
+    def test_without_memory_for_a_copy_the_edit_is_made_and_not_kept(
+        self, serve: Callable[..., EditService], scene: Image.Image, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        clone, refused = Tensor.clone, list[torch.Size]()
+
+        def full(tensor: Tensor) -> Tensor:
+            if tensor.ndim != 3 or len(tensor) != 1:  # not latents
+                return clone(tensor)
+            refused.append(tensor.shape)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+        service, expected = serve(), result_of(serve(), edit(scene, 0.0))
+        monkeypatch.setattr(Tensor, "clone", full)
+        result = result_of(service, edit(scene, 0.0))
+        monkeypatch.undo()
+        assert len(refused) == 2
+        assert torch.equal(result, expected)
+        assert not {"first_steps", "latents"} & {kind for kind, size in service.stats().cache_bytes_by_kind.items() if size}
+
+    def test_latents_that_are_kept_already_are_not_copied(
+        self, serve: Callable[..., EditService], scene: Image.Image, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        copied, clone = list[torch.Size](), Tensor.clone
+        monkeypatch.setattr(Tensor, "clone", lambda tensor: copied.append(tensor.shape) or clone(tensor))
+        service = serve()
+        for count in (2, 2, 3):
+            result_of(service, edit(scene, 0.0))
+            result_of(service, edit(scene, 0.5 * (count - 2)))
+            assert sum(len(shape) == 3 and shape[0] == 1 for shape in copied) == count
+
     def test_requests_that_begin_later_wait_in_the_queue_all_the_same(
         self, editor: SliderEditor, serve: Callable[..., EditService], scene: Image.Image
     ) -> None:

@@ -7,6 +7,7 @@ import json
 from dataclasses import fields
 from typing import TYPE_CHECKING
 
+from slideredit_rt.assets import from_anywhere
 from slideredit_rt.commands.shared import (
     Commands,
     add_member_option,
@@ -93,6 +94,11 @@ def _open(args: argparse.Namespace) -> SliderEditor:
     return editor if args.adapter is None else editor.use_adapter(args.adapter)
 
 
+def _adapter_of(args: argparse.Namespace) -> str | None:
+    """Return where the adapter of `--adapter` is found from any folder; None for the engine's own."""
+    return None if args.adapter is None else from_anywhere(args.adapter)
+
+
 def _edit(args: argparse.Namespace) -> int:
     settings = edit_settings(args)
     sliders = with_members(args, [parse_slider(s, args.prompt) for s in args.slider])
@@ -109,7 +115,9 @@ def _edit(args: argparse.Namespace) -> int:
         "out": str(args.out),
         "prompt": args.prompt or compose_prompt([s.instruction for s in sliders]),
         "sliders": [{"instruction": s.instruction, "strength": strength_json(s.strength), **member_of(s)} for s in sliders],
+        "adapter": _adapter_of(args),
         "seed": args.seed,
+        "frozen_steps": editor.frozen_steps(settings),
         "size": list(edited.size),
     }
     emit(args, result, [f"wrote {args.out}"])
@@ -150,6 +158,7 @@ def _sweep(args: argparse.Namespace) -> int:
         ],
         "images": [str(path) for path in args.image],
         "engine": str(args.engine),
+        "adapter": _adapter_of(args),
         "seed": args.seed,
         "steps": editor.number_of_steps(settings),
         "frozen_steps": editor.frozen_steps(settings),

@@ -100,6 +100,7 @@ class Api:
             adapters=list(editor.members),
             adapter_kinds=editor.controls.kinds_of(list(editor.members), 0),
             choices=[] if self.service.adapters is None else self.service.adapters.names(),
+            own_adapter=editor.adapters is None or editor.adapter is not None,
             max_sliders=editor.max_sliders,
             num_inference_steps=editor.default_steps,
             guidance_scale=editor.default_guidance_scale,

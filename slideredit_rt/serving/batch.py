@@ -138,7 +138,7 @@ def make_rows(
     true_cfg_scale = torch.full((1, 1, 1), conditioning.true_cfg_scale, device=device)
     rows = []
     for index, (alpha, seed) in enumerate(zip(alphas.split(1, dim=1), seeds, strict=True)):
-        run = (adapter, *prepared.content, seed, steps)
+        run = (*prepared.content, seed, steps)
         noise = family.draw_noise(editor.pipeline, conditioning.height, conditioning.width, seed)
         rows.append(
             Row(
@@ -151,8 +151,9 @@ def make_rows(
                 alphas=alpha.to(device),
                 seed=seed,
                 frozen=frozen,
+                # No adapter acts in the first steps.
                 first_key=("first_steps", *run, frozen) if prepared.content else None,
-                final_key=("latents", *run, prepared.spans, alpha.numpy().tobytes()) if prepared.content else None,
+                final_key=("latents", *run, adapter, prepared.spans, alpha.numpy().tobytes()) if prepared.content else None,
                 latents=noise.to(device),
                 schedule=schedule,
                 true_cfg_scale=true_cfg_scale,

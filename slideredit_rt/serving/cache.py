@@ -67,6 +67,11 @@ class EncodingCache:
     def __len__(self) -> int:
         return len(self._values)
 
+    def __contains__(self, key: tuple[Hashable, ...]) -> bool:
+        """Return whether a value is cached under `key`; this does not count as a lookup."""
+        with self._lock:
+            return key in self._values
+
     def __call__(self, key: tuple[Hashable, ...], encode: Callable[[], T]) -> T:
         """Return the value cached under `key`, or make it with `encode`. Threads that miss at the same time all encode."""
         found: T | None = self.find(key)
@@ -100,6 +105,13 @@ class EncodingCache:
             while self.bytes > self.max_bytes:
                 old, (_, freed) = self._values.popitem(last=False)
                 self.bytes_by_kind[str(old[0])] -= freed
+
+    def drop(self, key: tuple[Hashable, ...]) -> None:
+        """Drop the value cached under `key`, if there is one."""
+        with self._lock:
+            _, freed = self._values.pop(key, (None, 0))
+            if freed:
+                self.bytes_by_kind[str(key[0])] -= freed
 
     @property
     def bytes(self) -> int:

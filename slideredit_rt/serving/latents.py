@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from slideredit_rt.engines.cuda import Lane
 from slideredit_rt.serving.batch import Row
@@ -46,21 +49,43 @@ class Latents:
             ready.append(row)
         return ready
 
-    def keep(self, rows: Sequence[Row], lane: Lane) -> None:
-        """Keep the latents of rows that have made their last frozen step or their last step.
+    def keep_first_steps(self, rows: Sequence[Row], lane: Lane) -> None:
+        """Keep the latents of rows that have just made their last frozen step.
+
+        Whether they are finite is not known yet: that would make the host wait for the step. `forget` drops them if not.
 
         Args:
             rows: Rows that have made a step.
             lane: Lane of the step.
         """
-        if self._cache is None:
-            return
         for row in rows:
-            key = row.final_key if row.done else row.first_key if row.frozen == row.step else None
-            if key is not None:
-                # Clone, because the row's latents are a view of the whole batch.
-                latents = row.latents.clone()
-                self._cache.keep(key, (latents, lane.mark()))
+            if row.step == row.frozen:
+                self._keep(row.first_key, row.latents, lane)
+
+    def keep_result(self, row: Row, lane: Lane) -> None:
+        """Keep the latents of a row that has made all steps.
+
+        Args:
+            row: Row whose image is finite.
+            lane: Lane that has taken the latents.
+        """
+        self._keep(row.final_key, row.latents, lane)
+
+    def forget(self, row: Row) -> None:
+        """Drop the kept first steps of a row whose image is not finite, because they may be the cause."""
+        if self._cache is not None and row.first_key is not None:
+            self._cache.drop(row.first_key)
+
+    def _keep(self, key: tuple[Hashable, ...] | None, latents: Tensor, lane: Lane) -> None:
+        """Keep a copy of latents, unless the key has one or the device is out of memory for it."""
+        if self._cache is None or key is None or key in self._cache:
+            return
+        try:
+            # Clone, because the row's latents are a view of the whole batch.
+            copy = latents.clone()
+        except torch.OutOfMemoryError:
+            return
+        self._cache.keep(key, (copy, lane.mark()))
 
     def _find(self, key: Any) -> Any:
         return None if self._cache is None or key is None else self._cache.find(key)

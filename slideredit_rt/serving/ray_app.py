@@ -79,7 +79,7 @@ def application(
     low, high = settings.min_replicas, settings.most_replicas
     folder = with_engine(settings, progress=progress).engine
     assert folder is not None
-    settings = replace(settings, engine=folder.resolve())
+    settings = replace(settings, engine=folder).from_anywhere()
     scaling: dict[str, Any] = {"num_replicas": low}
     if low < high:
         together = settings.max_batch or read_manifest(folder).max_batch

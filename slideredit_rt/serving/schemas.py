@@ -225,6 +225,7 @@ class EngineInfo(BaseModel):
         description="names that `adapter` of a request can have; empty if the engine contains its adapter, and for a server "
         "without a folder of adapters"
     )
+    own_adapter: bool = Field(description="true if the engine has an adapter of its own, for requests without `adapter`")
     max_sliders: int
     num_inference_steps: int = Field(description="denoising steps of a full edit by default")
     guidance_scale: float | None = Field(

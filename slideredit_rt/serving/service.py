@@ -336,7 +336,7 @@ class EditService:
         try:
             clean = self._batch_of(rows).advance(estimate=any(wanted))
             mark = self._steps.mark() if any(wanted) or any(row.done for row in rows) else None
-            self._latents.keep(rows, self._steps)
+            self._latents.keep_first_steps(rows, self._steps)
             self._pace.step()
         except Exception as error:
             self._fail(rows, "the engine failed in a step", error)
@@ -484,9 +484,11 @@ class EditService:
         for place, (row, image) in enumerate(zip(rows, pixels, strict=True)):
             job: Job[Any] = row.owner
             if place in broken:
+                self._latents.forget(row)
                 names = [slider.instruction for slider in job.request.sliders]
                 job.fail(not_finite(names, job.request.strengths[row.index]))
                 continue
+            self._latents.keep_result(row, self._codec)
             with self._changed:
                 job.images[row.index] = job.convert(image[None])[0]
             if len(job.images) == len(job.seeds):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from slideredit_rt.assets import from_anywhere
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.files import user_path
 from slideredit_rt.settings import ComponentDType, Offload, RunSettings
@@ -118,6 +119,14 @@ class ServeSettings:
     def run(self, options: Any) -> RunSettings:
         """Return how the engine is run, with the run options of its backend."""
         return RunSettings(self.device, self.dtype, self.offload, self.threads, options)
+
+    def from_anywhere(self) -> ServeSettings:
+        """Return the same settings for a process with another working folder: existing paths become absolute."""
+        paths = {name: getattr(self, name) for name in ("engine", "api_key_file", "adapters")}
+        sources = {name: getattr(self, name) for name in ("base", "preview_decoder")}
+        found: dict[str, Any] = {name: path.resolve() for name, path in paths.items() if path is not None}
+        found |= {name: from_anywhere(source) for name, source in sources.items() if source is not None}
+        return replace(self, **found)
 
     @property
     def most_replicas(self) -> int:

@@ -318,7 +318,9 @@ async function readPrompt(version, signal) {
 
 // Fields of a request, for the form and for the curl command.
 function fields(extra = {}) {
-  return { model, prompt, sliders: JSON.stringify(sliders()), seed: $("seed").value || "0", ...extra };
+  const adapter = $("adapter").value;
+  const chosen = { model, prompt, sliders: JSON.stringify(sliders()), ...(adapter && { adapter }) };
+  return { ...chosen, seed: $("seed").value || "0", ...extra };
 }
 
 function form(extra) {
@@ -555,6 +557,7 @@ function holdSource(on) {
 
 function wire() {
   $("add").addEventListener("click", () => addRow().querySelector(".text").focus());
+  $("adapter").addEventListener("change", restart);
   $("seed").addEventListener("input", restart);
   $("new-seed").addEventListener("click", () => {
     $("seed").value = crypto.getRandomValues(new Uint32Array(1))[0] >>> 1;
@@ -612,12 +615,20 @@ async function retry() {
   pump();
 }
 
+// Offers the adapters of an engine that takes them as inputs; the empty value leaves the choice to the engine.
+function showChoices() {
+  const own = engine.own_adapter ? [new Option("the engine’s own", "")] : [];
+  $("adapter").replaceChildren(...own, ...engine.choices.map((name) => new Option(name)));
+  $("adapter-row").hidden = !engine.choices.length;
+}
+
 async function start() {
   try {
     const answer = await call("v1/models");
     ({ id: model, engine } = answer.data[0]);
     const parts = [model, `${engine.kind.toUpperCase()} sliders`, engine.backend, engine.precision];
     $("engine").textContent = parts.filter(Boolean).join(" · ");
+    showChoices();
     showError("");
     const first = ["make the circle red", "make the background dark"];
     for (const text of first.slice(0, sliderLimit())) addRow(text);
