@@ -20,7 +20,7 @@ from slideredit_rt.engines.eager import EagerEngine
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.evaluation.dataset import Case
 from slideredit_rt.evaluation.own_images import open_cases, pair_images
-from slideredit_rt.evaluation.shapes import CALIBRATION_SEEDS, ShapesScenes
+from slideredit_rt.evaluation.shapes import ShapesScenes
 from slideredit_rt.families import Family
 from slideredit_rt.modules import SliderBackbone
 from slideredit_rt.settings import RunSettings
