@@ -16,7 +16,7 @@ SEEDS: dict[Phase, int] = {"bench": 1, "search": 2}
 """Seeds of the benchmark's scenes in the embedded worlds."""
 CALIBRATION_SEEDS: dict[Phase, int] = {"bench": 3, "search": 4}
 """Seeds of the scenes for `slideredit-rt adapter calibrate`, which must differ from those of the benchmark."""
-MARKS_SEEDS: dict[Phase, int] = {"bench": 0, "search": 5}
+MARKS_SEEDS: dict[Phase, int] = {"bench": 0}
 """Seeds of the scenes of `make marks`."""
 
 

@@ -58,7 +58,7 @@ class EvaluationWorld:
         """
         if instructions is not None and not instructions:
             raise SliderEditError(
-                f"the list of instructions is empty; write at least one of the {self.name} world, such as {self.instructions[0]!r}"
+                f"the list of instructions is empty; write one of the {self.name} world, such as {self.instructions[0]!r}"
             )
         return self.open(self.instructions if instructions is None else instructions, seeds)
 
