@@ -16,11 +16,12 @@ from pathlib import Path
 from slideredit_rt.adapters import load_adapter, save_adapter
 from slideredit_rt.assets import resolve_base
 from slideredit_rt.evaluation.calibrate import calibrate_adapter
+from slideredit_rt.evaluation.dataset import CALIBRATION_SEEDS
 from slideredit_rt.evaluation.evaluate import run_evaluation
 from slideredit_rt.evaluation.report import markdown_table
 from slideredit_rt.evaluation.run import BenchmarkConfig
 from slideredit_rt.evaluation.setup import Setup
-from slideredit_rt.evaluation.shapes import CALIBRATION_SEEDS, ShapesScenes
+from slideredit_rt.evaluation.shapes import ShapesScenes
 from slideredit_rt.families import get_family
 from slideredit_rt.settings import RunSettings
 from slideredit_rt.shapes.adapter_recipes import ShapesData, adapter_recipe

@@ -20,8 +20,8 @@ from torch import Tensor
 from slideredit_rt.adapters import Fused
 from slideredit_rt.bench.results import Mark, verdicts
 from slideredit_rt.editor import SliderEditor
+from slideredit_rt.evaluation.sweeps import evaluate_sliders, table
 from slideredit_rt.files import atomic_file, user_path
-from slideredit_rt.shapes.sweeps import evaluate_sliders, table
 from slideredit_rt.shapes.world import Example, held_out_examples, render, scene_image
 
 RESULTS = Path(__file__).parent / "results" / "few_step_marks.json"

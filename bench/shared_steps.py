@@ -1,7 +1,7 @@
 """Effect of `slider_start`: `python -m slideredit_rt.bench.shared_steps` writes `results/shared_steps.json`.
 
-It measures the quality of the sliders at several starts (see `slideredit_rt.shapes.sweeps`), the time of a sweep, and the steps
-of a dragged slider in a service. Times are compared within a round, because a machine's speed drifts.
+It measures the quality of the sliders at several starts (see `slideredit_rt.evaluation.sweeps`), the time of a sweep, and the
+steps of a dragged slider in a service. Times are compared within a round, because a machine's speed drifts.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from slideredit_rt.editor import SliderEditor
+from slideredit_rt.evaluation.sweeps import SliderSweep, evaluate_sliders, table
 from slideredit_rt.export.build import build_engine
 from slideredit_rt.serving.requests import EditRequest
 from slideredit_rt.serving.service import EditService
 from slideredit_rt.settings import EditSettings, RunSettings
-from slideredit_rt.shapes.sweeps import SliderSweep, evaluate_sliders, table
 from slideredit_rt.shapes.world import held_out_examples, scene_image
 from slideredit_rt.sliders import Slider
 from slideredit_rt.strength import linear_sweep

@@ -12,10 +12,11 @@ from PIL import Image
 from torch import Tensor
 
 from slideredit_rt.editor import SliderEditor
+from slideredit_rt.evaluation.shapes import ShapesScenes
+from slideredit_rt.evaluation.sweeps import sweep_case
 from slideredit_rt.export.build import build_engine
 from slideredit_rt.files import atomic_file
 from slideredit_rt.images import draw_grid, save_image
-from slideredit_rt.shapes.sweeps import sweep_example
 from slideredit_rt.shapes.world import Example, Instruction, draw_scene, held_out_examples, scene_image
 from slideredit_rt.sliders import Slider
 from slideredit_rt.verify import verify_engine
@@ -55,7 +56,9 @@ def _sweep(editor: SliderEditor, where: str, pair: Example, index: int) -> tuple
     # A GST slider scales the whole prompt, so each of its prompts holds one instruction.
     alone = editor.kind == "gst"
     example = Example(pair.scene, (pair.instructions[index],)) if alone else pair
-    sweep, images = sweep_example(editor, example, 0 if alone else index, STRENGTHS, STEPS)
+    scenes = ShapesScenes()
+    case = scenes.add(where, example)
+    sweep, images = sweep_case(editor, scenes, case, 0 if alone else index, STRENGTHS, STEPS)
     entry = {
         "kind": editor.kind,
         "image": where,
@@ -66,7 +69,7 @@ def _sweep(editor: SliderEditor, where: str, pair: Example, index: int) -> tuple
         "spearman": round(sweep.spearman, 4),
         "leak": None if sweep.leak is None else round(sweep.leak, 4),
     }
-    return entry, [scene_image(example), *_to_images(editor, images)]
+    return entry, [case.image, *_to_images(editor, images)]
 
 
 def _draw_grid(editor: SliderEditor, example: Example, path: Path) -> None:

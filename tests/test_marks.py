@@ -11,9 +11,9 @@ import pytest
 
 from slideredit_rt.assets import resolve_base
 from slideredit_rt.editor import SliderEditor
+from slideredit_rt.evaluation.sweeps import evaluate_sliders, table
 from slideredit_rt.families import Family
 from slideredit_rt.shapes.editor_recipe import evaluate_editor
-from slideredit_rt.shapes.sweeps import evaluate_sliders, table
 
 
 @pytest.fixture(params=[16, pytest.param(64, marks=pytest.mark.slow)])

@@ -32,7 +32,8 @@ from slideredit_rt.checkpoint import fingerprint_base, meta_transformer
 from slideredit_rt.cli import main
 from slideredit_rt.editor import SliderEditor
 from slideredit_rt.errors import SliderEditError
-from slideredit_rt.evaluation.shapes import CALIBRATION_SEEDS, ShapesScenes
+from slideredit_rt.evaluation.dataset import CALIBRATION_SEEDS
+from slideredit_rt.evaluation.shapes import ShapesScenes
 from slideredit_rt.export.onnx_graph import example_inputs
 from slideredit_rt.families import Family, get_family
 from slideredit_rt.kernels import masked_lora_update, masked_lora_update_, quantized_linear, quantized_linear_reference

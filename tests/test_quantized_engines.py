@@ -29,6 +29,7 @@ from slideredit_rt.engines.backend import DType
 from slideredit_rt.engines.tensorrt import TensorRTOptions
 from slideredit_rt.engines.tensorrt.build_log import check_precisions, plan_types, read_layers
 from slideredit_rt.errors import SliderEditError
+from slideredit_rt.evaluation.sweeps import evaluate_sliders, table
 from slideredit_rt.export import quantised
 from slideredit_rt.export.build import build_engine
 from slideredit_rt.export.onnx_graph import example_inputs
@@ -38,7 +39,6 @@ from slideredit_rt.quantization.precisions import PRECISIONS
 from slideredit_rt.quantization.selection import select_layers
 from slideredit_rt.quantization.write import QuantizeSettings, quantize_base
 from slideredit_rt.settings import RunSettings
-from slideredit_rt.shapes.sweeps import evaluate_sliders, table
 from slideredit_rt.sliders import Slider
 from slideredit_rt.tensor_files import read_header
 from slideredit_rt.verify import verify_engine

@@ -9,6 +9,7 @@ from slideredit_rt.commands.shared import (
     Commands,
     add_own_image_options,
     add_run_options,
+    add_world_option,
     emit,
     options_given,
     own_image_options,
@@ -113,23 +114,25 @@ def _adapter_calibrate(args: argparse.Namespace) -> int:
     from slideredit_rt.adapters import load_adapter, save_adapter
     from slideredit_rt.assets import resolve_base
     from slideredit_rt.evaluation.calibrate import CalibrationConfig, calibrate_adapter, draw_calibration
-    from slideredit_rt.evaluation.dataset import Dataset
+    from slideredit_rt.evaluation.dataset import CALIBRATION_SEEDS
     from slideredit_rt.evaluation.own_images import open_own_images
-    from slideredit_rt.evaluation.shapes import CALIBRATION_SEEDS, ShapesScenes
+    from slideredit_rt.evaluation.worlds import EVALUATION
     from slideredit_rt.families import family_of
 
     if args.destination.exists():
         raise SliderEditError(f"{str(args.destination)!r} exists already; choose another name")
     run, own = run_settings(args), own_image_options(args)
-    folder = resolve_base(args.base)
+    world = EVALUATION[args.world]
+    base = args.base or world.base
+    folder = resolve_base(base)
     family = family_of(folder)
     if own is None:
-        dataset: Dataset = ShapesScenes(seeds=CALIBRATION_SEEDS)
+        dataset = world.dataset(seeds=CALIBRATION_SEEDS)
     else:
         # Calibration measures the response only.
         dataset = open_own_images(dataclasses.replace(own, distance_scorers=()), family, folder)
     adapter, found = calibrate_adapter(
-        args.base,
+        base,
         load_adapter(args.source, family),
         dataset,
         CalibrationConfig(**options_given(args, "cases", "samples", "steps")),
@@ -188,7 +191,8 @@ def add_commands(commands: Commands) -> None:
     )
     calibrated.add_argument("source", metavar="SRC", help="adapter: shapes-st, shapes-gst, a file or a PEFT folder")
     calibrated.add_argument("destination", type=user_path, metavar="DST", help="adapter file to write, including the map")
-    calibrated.add_argument("--base", default="shapes-kontext", help="base to measure on (default: %(default)s)")
+    calibrated.add_argument("--base", help="base to measure on (default: the world's editor, such as shapes-kontext)")
+    add_world_option(calibrated, "scenes to edit")
     calibrated.add_argument("--engine", type=user_path, help="engine with this adapter (default: build one for ONNX Runtime)")
     calibrated.add_argument("--cases", type=int, help="number of edits to measure (default: 32)")
     calibrated.add_argument("--samples", type=int, help="strengths per edit, an odd number (default: 17)")

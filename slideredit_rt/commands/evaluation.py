@@ -8,6 +8,7 @@ from slideredit_rt.commands.shared import (
     Commands,
     add_own_image_options,
     add_run_options,
+    add_world_option,
     emit,
     listed,
     options_given,
@@ -26,6 +27,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     from slideredit_rt.evaluation.report import markdown_table
     from slideredit_rt.evaluation.run import BenchmarkConfig
     from slideredit_rt.evaluation.setup import Setup
+    from slideredit_rt.evaluation.worlds import EVALUATION
 
     # Ahead of everything that is loaded: these refuse devices that do not exist.
     run, own_images = run_settings(args), own_image_options(args)
@@ -34,7 +36,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         scenes=tuple(args.scenes),
         **options_given(args, "samples", "joint_samples", "search_scenes", "steps"),
     )
-    base = args.base or (read_manifest(args.engine[0]).base["source"] if args.engine else "shapes-kontext")
+    base = args.base or (read_manifest(args.engine[0]).base["source"] if args.engine else EVALUATION[args.world].base)
     report = run_evaluation(
         Setup(
             base=base,
@@ -49,6 +51,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         systems=args.systems,
         own_images=own_images,
         instructions=args.instructions and read_lines(args.instructions),
+        world=args.world,
         progress=not args.quiet,
     )
     files = ", ".join(("report.json", "table.md", "rows.csv", *report["pictures"]))
@@ -59,7 +62,8 @@ def _evaluate(args: argparse.Namespace) -> int:
 def add_commands(commands: Commands) -> None:
     """Add the commands of this module."""
     evaluate = commands.add("evaluate", _evaluate, "compare sliders with other ways to scale an edit")
-    evaluate.add_argument("--base", help="base to evaluate (default: that of the first engine, else shapes-kontext)")
+    evaluate.add_argument("--base", help="base to evaluate (default: that of the first engine, else the world's editor)")
+    add_world_option(evaluate, "scenes to edit")
     evaluate.add_argument(
         "--adapter", action="append", default=[], help="adapter: shapes-st, shapes-gst, a file or a folder; repeatable"
     )
@@ -70,8 +74,12 @@ def add_commands(commands: Commands) -> None:
         default=[],
         help="systems to compare, such as st,explicit-cfg (default: all that can run; an unknown name lists them)",
     )
-    evaluate.add_argument("--concepts", help="bank of concept sliders (default: shapes-concepts, on its own base and scenes)")
-    evaluate.add_argument("--offsets", help="attribute offsets (default: shapes-offsets, on their own base and scenes)")
+    evaluate.add_argument(
+        "--concepts", help="bank of concept sliders (default: the embedded one of the world, on its own base and scenes)"
+    )
+    evaluate.add_argument(
+        "--offsets", help="attribute offsets (default: the embedded ones of the world, on their own base and scenes)"
+    )
     evaluate.add_argument(
         "--sliders", type=listed(int), default="1", help="numbers of sliders to move jointly, out of 1, 2 and 3 (default: 1)"
     )
@@ -84,7 +92,7 @@ def add_commands(commands: Commands) -> None:
     evaluate.add_argument("--steps", type=int, help="denoising steps (default: 12)")
     add_run_options(evaluate)
     evaluate.add_argument(
-        "--instructions", type=user_path, help="text file with the edits of the shapes scenes, one per line (default: all)"
+        "--instructions", type=user_path, help="text file with the edits of the scenes, one per line (default: all)"
     )
     add_own_image_options(evaluate, distances=True)
     evaluate.add_argument("--out", type=user_path, required=True, help="folder to write; an interrupted run continues in it")

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from slideredit_rt.assets import WORLDS
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.files import user_path
 from slideredit_rt.settings import COMPONENT_DTYPES, OFFLOADS, RunSettings
@@ -166,6 +167,16 @@ def add_device_option(sub: argparse._ActionsContainer, what: str, option: str = 
     sub.add_argument(option, help=f"device of {what}: cpu, cuda, cuda:N or auto, a GPU if there is one (default: auto)")
 
 
+def add_world_option(sub: argparse.ArgumentParser, what: str) -> None:
+    """Add an option for an embedded world.
+
+    Args:
+        sub: Parser of the command.
+        what: Things that come from the world, for the help.
+    """
+    sub.add_argument("--world", choices=WORLDS, default=WORLDS[0], help=f"embedded world of the {what} (default: %(default)s)")
+
+
 def add_run_options(sub: argparse.ArgumentParser) -> None:
     """Add the options that `run_settings` reads."""
     sub.add_argument(
@@ -248,7 +259,7 @@ def add_own_image_options(sub: argparse.ArgumentParser, *, distances: bool) -> N
         sub: The command's parser.
         distances: Include the choice of distance scorers.
     """
-    own = sub.add_argument_group("your own images instead of shapes scenes")
+    own = sub.add_argument_group("your own images instead of scenes of an embedded world")
     own.add_argument("--images", type=user_path, metavar="DIR", help="folder of images to edit")
     own.add_argument(
         "--prompts", type=user_path, metavar="FILE", help='edits as JSON lines: {"instructions": […], "attributes": […]}'

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from slideredit_rt.assets import WORLDS, resolve_base
-from slideredit_rt.commands.shared import Commands, add_device_option, emit, listed, options_given, read_lines
+from slideredit_rt.assets import resolve_base
+from slideredit_rt.commands.shared import Commands, add_device_option, add_world_option, emit, listed, options_given, read_lines
 from slideredit_rt.errors import OutOfDeviceMemory, SliderEditError
 from slideredit_rt.files import user_path
 from slideredit_rt.settings import pick_device
@@ -150,10 +150,6 @@ def _train_contrast(args: argparse.Namespace, trainer: Any, settings: Any, what:
     return 0
 
 
-def _add_world_option(sub: argparse.ArgumentParser, what: str) -> None:
-    sub.add_argument("--world", choices=WORLDS, default=WORLDS[0], help=f"embedded world of the {what} (default: %(default)s)")
-
-
 def _train_few_step(args: argparse.Namespace) -> int:
     import dataclasses
 
@@ -185,7 +181,7 @@ def _add_training_options(sub: argparse.ArgumentParser) -> None:
         "--base",
         help="base: an embedded name such as shapes-kontext, a diffusers folder or a hub repository (default: the world's)",
     )
-    _add_world_option(sub, "examples and recipe without --images")
+    add_world_option(sub, "examples and recipe without --images")
     sub.add_argument(
         "--images", type=user_path, help="folder of source images (default: examples of the world, with the shipped recipe)"
     )
@@ -265,7 +261,7 @@ def add_commands(commands: Commands) -> None:
     """Add the commands of this module."""
     kinds = commands.group("train", "train the embedded editor, an adapter, a few-step LoRA, or another method's sliders")
     editor = kinds.add("editor", _train_editor, "train an embedded editor from scratch")
-    _add_world_option(editor, "editor")
+    add_world_option(editor, "editor")
     editor.add_argument("--out", type=user_path, required=True, help="pipeline folder to write; states are kept in OUT.work")
     editor.add_argument(
         "--steps", type=listed(_stage_steps), default=[], metavar="STAGE=N,…", help=f"optimizer steps of stages {_RECIPE}"

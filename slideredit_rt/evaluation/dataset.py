@@ -12,6 +12,13 @@ from torch import Tensor
 Phase = Literal["search", "bench"]
 """`search`: cases on which each system's range is chosen. `bench`: separate cases, on which the report is based."""
 
+SEEDS: dict[Phase, int] = {"bench": 1, "search": 2}
+"""Seeds of the benchmark's scenes in the embedded worlds."""
+CALIBRATION_SEEDS: dict[Phase, int] = {"bench": 3, "search": 4}
+"""Seeds of the scenes for `slideredit-rt adapter calibrate`, which must differ from those of the benchmark."""
+MARKS_SEEDS: dict[Phase, int] = {"bench": 0}
+"""Seeds of the scenes of `make marks`."""
+
 
 @dataclass(frozen=True)
 class Case:

@@ -10,7 +10,7 @@ from functools import partial
 from importlib.metadata import version
 from typing import Any
 
-from slideredit_rt.assets import EMBEDDED_BASE, resolve_base
+from slideredit_rt.assets import resolve_base
 from slideredit_rt.checkpoint import fingerprint_base
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.evaluation.dataset import Dataset
@@ -18,10 +18,9 @@ from slideredit_rt.evaluation.own_images import OwnImageOptions, open_own_images
 from slideredit_rt.evaluation.report import write_report
 from slideredit_rt.evaluation.run import Benchmark, BenchmarkConfig
 from slideredit_rt.evaluation.setup import Setup
-from slideredit_rt.evaluation.shapes import ShapesScenes
 from slideredit_rt.evaluation.systems import SYSTEMS, System
+from slideredit_rt.evaluation.worlds import EVALUATION, EvaluationWorld
 from slideredit_rt.files import folder_fingerprint, sha256
-from slideredit_rt.shapes.world import ALL_INSTRUCTIONS, find_instruction
 
 
 def run_evaluation(
@@ -31,6 +30,7 @@ def run_evaluation(
     systems: Sequence[str] = (),
     own_images: OwnImageOptions | None = None,
     instructions: Sequence[str] | None = None,
+    world: str = "shapes",
     progress: bool = True,
 ) -> dict[str, Any]:
     """Build an ONNX Runtime engine per adapter, run the benchmark and write the report.
@@ -39,8 +39,9 @@ def run_evaluation(
         setup: Base, adapters and engines, and the folder of the run. A killed run continues in that folder.
         config: Settings of the benchmark.
         systems: Names from `SYSTEMS`; empty for all that the setup allows.
-        own_images: Images and scorers; None uses scenes of the shapes world, for a base such as `shapes-kontext`.
-        instructions: Instructions of the shapes scenes; None uses all of them.
+        own_images: Images and scorers; None uses held-out scenes of `world`, for a base such as `shapes-kontext`.
+        instructions: Instructions of the scenes; None uses all of the world's.
+        world: Name of an embedded world from `EVALUATION`.
         progress: Show a progress bar on standard error.
 
     Returns:
@@ -51,8 +52,9 @@ def run_evaluation(
     """
     if unknown := [name for name in systems if name not in SYSTEMS]:
         raise SliderEditError(f"{unknown[0]!r} is not a system of this benchmark; choose from {', '.join(SYSTEMS)}")
-    if own_images is None and setup.folder == resolve_base(EMBEDDED_BASE):
-        setup = replace(setup, concepts=setup.concepts or "shapes-concepts", offsets=setup.offsets or "shapes-offsets")
+    scenes = EVALUATION[world]
+    if own_images is None and setup.folder == resolve_base(scenes.base):
+        setup = replace(setup, concepts=setup.concepts or scenes.concepts, offsets=setup.offsets or scenes.offsets)
     allowed = _allowed(setup)
     chosen = {name: system for name, system in allowed.items() if not systems or system.name in systems}
     compared = {system.name: system for system in chosen.values()}
@@ -60,7 +62,7 @@ def run_evaluation(
         needs = SYSTEMS[missing[0]].needs
         raise SliderEditError(f"system {missing[0]!r} needs {needs}; the given options allow {', '.join(allowed)}")
     trained = {name: found for name, system in allowed.items() if (found := system.trained(setup)) and name in chosen}
-    dataset, data = _open_dataset(setup, own_images, instructions)
+    dataset, data = _open_dataset(setup, own_images, scenes, instructions)
     fingerprints = {f"base {name}": digest for name, digest in fingerprint_base(setup.folder).items()}
     fingerprints |= {e.stem: e.fingerprint for e in setup.slider_engines} | data
     fingerprints |= {name: fingerprint for name, (_, fingerprint) in trained.items()}
@@ -94,11 +96,11 @@ def _allowed(setup: Setup) -> dict[str, type[System]]:
 
 
 def _open_dataset(
-    setup: Setup, own_images: OwnImageOptions | None, instructions: Sequence[str] | None
+    setup: Setup, own_images: OwnImageOptions | None, world: EvaluationWorld, instructions: Sequence[str] | None
 ) -> tuple[Dataset, dict[str, str]]:
     """Open the dataset and return it with the fingerprints of its parts."""
     if own_images is not None:
         dataset = open_own_images(own_images, setup.family, setup.folder)
         return dataset, {"images": folder_fingerprint(own_images.images), "prompts": sha256(own_images.prompts)}
-    known = ALL_INSTRUCTIONS if instructions is None else [find_instruction(text) for text in instructions]
-    return ShapesScenes(known), {"shapes": hashlib.sha256("\n".join(i.text for i in known).encode()).hexdigest()}
+    texts = world.instructions if instructions is None else instructions
+    return world.dataset(instructions), {world.name: hashlib.sha256("\n".join(texts).encode()).hexdigest()}

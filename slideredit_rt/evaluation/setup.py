@@ -52,7 +52,7 @@ class Setup:
         engines: Engine folders written by `slideredit-rt build`, with the same base.
         run: Device, threads and options of the engines. Systems in eager torch use the same device.
         concepts: Bank of concept sliders, from `slideredit-rt train concepts`. With None, `run_evaluation` uses the embedded
-            bank for the embedded base on shapes scenes, and leaves the system out otherwise.
+            bank for the embedded base on scenes of its world, and leaves the system out if there is none.
         offsets: File of attribute offsets, from `slideredit-rt train offsets`. None is treated as for `concepts`.
     """
 

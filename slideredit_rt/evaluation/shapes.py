@@ -6,14 +6,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from slideredit_rt.evaluation.dataset import Case, Phase, Scores
+from slideredit_rt.evaluation.dataset import SEEDS, Case, Phase, Scores
 from slideredit_rt.shapes.measurer import measure, response, untouched
 from slideredit_rt.shapes.world import ALL_INSTRUCTIONS, Example, Instruction, held_out_examples, render, scene_image
-
-SEEDS: dict[Phase, int] = {"bench": 1, "search": 2}
-"""Seeds of the benchmark's scenes. `make marks` uses seed 0."""
-CALIBRATION_SEEDS: dict[Phase, int] = {"bench": 3, "search": 4}
-"""Seeds of the scenes for `slideredit-rt adapter calibrate`, which must differ from those of the benchmark."""
 
 
 class ShapesScenes:
@@ -31,11 +26,19 @@ class ShapesScenes:
     def cases(self, phase: Phase, count: int, sliders: int) -> list[Case]:
         seed, found = self.seeds[phase], []
         for index, example in enumerate(held_out_examples(count, sliders, seed, self.known)):
-            name = f"scene-{seed}-{sliders}-{index:03d}"
-            self.examples[name] = example
-            texts = tuple(i.text for i in example.instructions)
-            found.append(Case(name, scene_image(example), example.prompt, texts, index))
+            found.append(self.add(f"scene-{seed}-{sliders}-{index:03d}", example, index))
         return found
+
+    def add(self, name: str, example: Example, seed: int = 0) -> Case:
+        """Make a case of an example, so that its edits can be scored.
+
+        Args:
+            name: Name of the case.
+            example: Scene and instructions.
+            seed: Seed of the initial noise.
+        """
+        self.examples[name] = example
+        return Case(name, scene_image(example), example.prompt, tuple(i.text for i in example.instructions), seed)
 
     def source_scores(self, case: Case) -> Scores:
         example = self.examples[case.name]

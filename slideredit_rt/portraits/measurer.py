@@ -16,6 +16,8 @@ from slideredit_rt.portraits.world import INSTRUCTIONS, Example, edit
 
 _FIRST, _LAST, _STEP = -0.25, 2.0, 1 / 16
 _SEEN_UP_TO = 1.5
+_ROUNDED = 8
+"""Strengths of other instructions are rounded to this part of 1, so that images can share drawings."""
 _VISIBLE = 5 / 255
 """Smallest difference of a channel that counts as a visible change of a pixel."""
 
@@ -99,6 +101,42 @@ class Reader:
             return None
         exact = render(edit(self.example.people, self.given))[:, :, self.untouched]
         return (images[:, :, self.untouched] - exact).square().flatten(1).mean(dim=1).sqrt()
+
+
+def read_jointly(example: Example, images: Tensor, rounds: int = 3) -> Tensor:
+    """Return how far each instruction of an example was carried out in images in which all of them may vary, float32 `[M, n]`.
+
+    Each instruction is read as by `Reader.responses`, with the others where they were read in the round before. Where two
+    regions overlap, such as those of hair length and hair colour, the drawings of one depend on the strength of the other.
+
+    Args:
+        example: Person and instructions.
+        images: Images, float `[M, 3, SIZE, SIZE]` in [0, 1].
+        rounds: Largest number of rounds after a first reading at the complete edit. They end early when nothing changes.
+
+    Raises:
+        ValueError: The shape of `images` is wrong.
+    """
+    reader = Reader(example)
+    found = reader.responses(images)
+    columns = [INSTRUCTIONS.index(instruction) for instruction in example.instructions]
+    touching = [[j for j, b in enumerate(reader.regions) if j != i and (a & b).any()] for i, a in enumerate(reader.regions)]
+    before = example.strengths[:, columns].expand_as(found)
+    for _ in range(rounds):
+        others = (found * _ROUNDED).round() / _ROUNDED
+        if torch.equal(others, before):
+            break
+        before = others
+        for index, near in enumerate(touching):
+            if not near:
+                continue
+            alone = Example(example.people, (example.instructions[index],))
+            for values in others[:, near].unique(dim=0):
+                given = example.strengths
+                given[0, [columns[j] for j in near]] = values
+                same = (others[:, near] == values).all(dim=1)
+                found[same, index] = Reader(alone, given).responses(images[same])[:, 0]
+    return found
 
 
 def _check(images: Tensor) -> None:

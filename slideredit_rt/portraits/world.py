@@ -7,6 +7,7 @@ strength. Instructions of different attributes move different parameters, so edi
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 
@@ -240,18 +241,31 @@ class Example:
         return edit(self.people, self.strengths)
 
 
-def held_out_examples(number: int, count: int, seed: int = 0) -> list[Example]:
+def held_out_examples(number: int, count: int, seed: int = 0, known: Sequence[Instruction] = INSTRUCTIONS) -> list[Example]:
     """Return `number` examples of `count` instructions each. They are reproducible by `seed`, and no recipe trains on them.
 
-    The seed of their generator has bit 62 set, and recipes use small seeds.
+    The seed of their generator has bit 62 set, and recipes use small seeds. People to whom too few instructions apply are left
+    out.
+
+    Args:
+        number: Number of examples.
+        count: Number of instructions. Examples have fewer if `known` has fewer attributes.
+        seed: Seed of the examples.
+        known: Instructions to draw from, at least one.
     """
     generator = torch.Generator().manual_seed(random.Random(f"held-out/{seed}/{count}").getrandbits(62) | 1 << 62)
-    people = draw_people(number, generator)
-    strengths = sample_instructions(people, torch.full((number,), count), generator)
-    return [
-        Example(person[None], tuple(i for i, one in zip(INSTRUCTIONS, chosen, strict=True) if one))
-        for person, chosen in zip(people, strengths.tolist(), strict=True)
-    ]
+    allowed = torch.tensor([i in known for i in INSTRUCTIONS])
+    count = min(count, len({i.attribute for i in known}))
+    examples: list[Example] = []
+    while len(examples) < number:
+        people = draw_people(number, generator)
+        strengths = sample_instructions(people, torch.full((number,), count), generator, allowed)
+        examples += [
+            Example(person[None], tuple(i for i, one in zip(INSTRUCTIONS, chosen, strict=True) if one))
+            for person, chosen in zip(people, strengths.tolist(), strict=True)
+            if sum(chosen) == count
+        ]
+    return examples[:number]
 
 
 def find_instruction(text: str) -> Instruction:

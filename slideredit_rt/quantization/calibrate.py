@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from slideredit_rt.adapters import Adapter, AdapterSource, Updates, load_adapters
-from slideredit_rt.assets import EMBEDDED_BASE, resolve_base
+from slideredit_rt.assets import resolve_base
 from slideredit_rt.editor import SliderEditor
 from slideredit_rt.engines.eager import EagerEngine
 from slideredit_rt.errors import SliderEditError
-from slideredit_rt.evaluation.dataset import Case
+from slideredit_rt.evaluation.dataset import CALIBRATION_SEEDS, Case
 from slideredit_rt.evaluation.own_images import open_cases, pair_images
-from slideredit_rt.evaluation.shapes import CALIBRATION_SEEDS, ShapesScenes
+from slideredit_rt.evaluation.worlds import EVALUATION
 from slideredit_rt.families import Family
 from slideredit_rt.modules import SliderBackbone
 from slideredit_rt.settings import RunSettings
@@ -73,12 +73,13 @@ def calibration_cases(run: ActivationRun, family: Family, base: Path) -> list[Ca
         SliderEditError: Images or prompts cannot be read or this base needs some and none are given.
     """
     if run.images is None or run.prompts is None:
-        if base != resolve_base(EMBEDDED_BASE):
+        world = next((world for world in EVALUATION.values() if base == resolve_base(world.base)), None)
+        if world is None:
             raise SliderEditError(
                 f"the activations of base {str(base)!r} must be calibrated on edits of your own; pass --calibrate IMAGES "
                 "--prompts FILE, or a precision that only quantises weights (int8 or int4)"
             )
-        return ShapesScenes(seeds=CALIBRATION_SEEDS).cases("bench", run.cases, 1)
+        return list(world.dataset(seeds=CALIBRATION_SEEDS).cases("bench", run.cases, 1))
     entries = pair_images(run.images, run.prompts)
     return open_cases(entries, list(entries)[: run.cases])
 

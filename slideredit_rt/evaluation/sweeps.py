@@ -1,4 +1,4 @@
-"""Slider quality on held-out shapes scenes, whose correct edits are known."""
+"""Slider quality on held-out scenes of an embedded world, whose correct edits are known."""
 
 from __future__ import annotations
 
@@ -6,13 +6,16 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import torch
+from PIL import Image
 from scipy.stats import spearmanr
 from torch import Tensor
 from tqdm import tqdm
 
 from slideredit_rt.editor import SliderEditor
-from slideredit_rt.shapes.measurer import measure, response
-from slideredit_rt.shapes.world import Example, held_out_examples, render, scene_image
+from slideredit_rt.evaluation.dataset import MARKS_SEEDS, Case, Dataset
+from slideredit_rt.evaluation.worlds import EVALUATION
 from slideredit_rt.sliders import Slider
 
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5)
@@ -31,6 +34,8 @@ class SliderSweep:
         erased: Distance to the source at strength 0, as a share of the distance at strength 1.
         leak: Largest change of the other instruction's attribute over strengths up to 1, as a share of its own full range;
             None if the prompt has one instruction.
+        identity: Distance to the exact image where no instruction changes anything, mean over strengths up to 1, as a multiple
+            of the distance of the source after the autoencoder alone; None if the instructions change every pixel.
         beyond: True if the largest strength above 1 moves the attribute further than strength 1; None without such a strength.
     """
 
@@ -41,61 +46,83 @@ class SliderSweep:
     linearity: float
     erased: float
     leak: float | None
+    identity: float | None
     beyond: bool | None
 
 
-def summarise(example: Example, index: int, strengths: Sequence[float], images: Tensor) -> SliderSweep:
+def _pixels(image: Image.Image) -> Tensor:
+    """Return an image as float32 `[3, H, W]` in [0, 1]."""
+    return torch.from_numpy(np.asarray(image.convert("RGB"), dtype=np.float32) / 255).permute(2, 0, 1)
+
+
+def summarise(dataset: Dataset, case: Case, index: int, strengths: Sequence[float], images: Tensor) -> SliderSweep:
     """Measure the images of a sweep.
 
     Args:
-        example: Example that was edited.
+        dataset: Dataset of the case. Its first attribute scorer reads 0 for the source and 1 for the exact edit, and its first
+            distance scorer is the distance where nothing may change.
+        case: Case that was edited.
         index: Index of the swept instruction.
         strengths: Strengths of the sweep, with 0 and 1 among them.
-        images: Images, `[len(strengths), 3, SIZE, SIZE]` in [0, 1].
+        images: The source after the autoencoder alone, then an image for each strength, `[1 + len(strengths), 3, H, W]` in
+            [0, 1].
     """
-    measured = measure(images, [example.scene] * len(images))
-    curve = [response(m, example.instructions[index], example.scene) for m in measured]
+    rebuilt, *scores = dataset.score(case, images)
+    responses = [next(iter(score.attributes.values())) for score in scores]
+    curve = [values[index] for values in responses]
     zero, one = strengths.index(0.0), strengths.index(1.0)
     inner = [i for i, s in enumerate(strengths) if s <= 1]
     span = curve[one] - curve[zero]
     scaled = [(curve[i] - curve[zero]) / span if span else float("inf") for i in inner]
-    source = render([example.scene])[0]
-    distance = (images - source).square().flatten(1).mean(1).sqrt()
+    distance = (images[1:] - _pixels(case.image)).square().flatten(1).mean(1).sqrt()
     leak = None
-    if len(example.instructions) == 2:
-        other = [response(measured[i], example.instructions[1 - index], example.scene) for i in inner]
+    if len(case.instructions) == 2:
+        other = [responses[i][1 - index] for i in inner]
         # The other instruction stays at strength 1, so its full range is its response where the swept one is at 1, too.
         full = other[inner.index(one)]
         leak = max(abs(value - full) for value in other) / max(abs(full), 1e-6)
     above = [i for i, s in enumerate(strengths) if s > 1]
+    own = next(iter(rebuilt.distances.values()))
+    apart = [d for i in inner if (d := next(iter(scores[i].distances.values()))) is not None]
     return SliderSweep(
-        instruction=example.instructions[index].text,
+        instruction=case.instructions[index],
         strengths=tuple(strengths),
         response=tuple(curve),
         spearman=float(spearmanr([strengths[i] for i in inner], [curve[i] for i in inner]).statistic),
         linearity=statistics.fmean(abs(r - strengths[i]) for r, i in zip(scaled, inner, strict=True)),
         erased=(distance[zero] / distance[one]).item(),
         leak=leak,
+        identity=statistics.fmean(apart) / max(own, 1e-6) if apart and own is not None else None,
         beyond=curve[max(above, key=lambda i: strengths[i])] > curve[one] if above else None,
     )
 
 
-def sweep_example(
+@torch.no_grad()
+def reconstruct(editor: SliderEditor, image: Image.Image) -> Tensor:
+    """Return an image after the editor's autoencoder, float32 `[1, 3, H, W]` in [0, 1] on the CPU."""
+    family, pipeline = editor.family, editor.pipeline
+    pixels = family.preprocess(pipeline, image).to(editor.device)
+    latents, _ = family.encode_image(pipeline, pixels)
+    return family.decode(pipeline, latents, *pixels.shape[-2:]).float().cpu()
+
+
+def sweep_case(
     editor: SliderEditor,
-    example: Example,
+    dataset: Dataset,
+    case: Case,
     index: int,
     strengths: Sequence[float],
     steps: int,
-    seed: int = 0,
     slider_start: float = 0.0,
 ) -> tuple[SliderSweep, Tensor]:
-    """Sweep instruction `index` of an example with the others at strength 1, and return the measures and the images."""
-    texts = [i.text for i in example.instructions]
-    wanted = texts if editor.kind == "st" else [texts[index]]
-    prepared = editor.prepare(scene_image(example), [Slider(t) for t in wanted], prompt=example.prompt, seed=seed)
-    settings = [[s if t == texts[index] else 1.0 for t in wanted] for s in strengths]
+    """Sweep instruction `index` of a case with the others at strength 1, and return the measures and the images."""
+    text = case.instructions[index]
+    wanted = case.instructions if editor.kind == "st" else (text,)
+    prepared = editor.prepare(case.image, [Slider(t) for t in wanted], prompt=case.prompt, seed=case.seed)
+    settings = [[s if t == text else 1.0 for t in wanted] for s in strengths]
     images = editor.render_tensor(prepared, settings, steps=steps, slider_start=slider_start)
-    return summarise(example, index, strengths, images), images
+    found = summarise(dataset, case, index, strengths, torch.cat([reconstruct(editor, case.image), images.float().cpu()]))
+    return found, images
 
 
 def evaluate_sliders(
@@ -105,11 +132,12 @@ def evaluate_sliders(
     steps: int = 12,
     progress: bool = True,
     slider_start: float = 0.0,
+    world: str = "shapes",
 ) -> list[SliderSweep]:
-    """Sweep one slider on each of `scenes` held-out scenes whose prompts have `count` instructions."""
-    examples = held_out_examples(scenes, count)
-    bar = tqdm(examples, f"evaluate {editor.kind}, {count} instruction(s)", disable=not progress)
-    return [sweep_example(editor, e, n % count, STRENGTHS, steps, n, slider_start)[0] for n, e in enumerate(bar)]
+    """Sweep one slider on each of `scenes` held-out scenes of a world whose prompts have `count` instructions."""
+    dataset = EVALUATION[world].dataset(seeds=MARKS_SEEDS)
+    bar = tqdm(dataset.cases("bench", scenes, count), f"evaluate {editor.kind}, {count} instruction(s)", disable=not progress)
+    return [sweep_case(editor, dataset, c, n % count, STRENGTHS, steps, slider_start)[0] for n, c in enumerate(bar)]
 
 
 def table(sweeps: Sequence[SliderSweep]) -> dict[str, float | None]:
@@ -119,6 +147,7 @@ def table(sweeps: Sequence[SliderSweep]) -> dict[str, float | None]:
         return sum(values) / len(values)
 
     leaks = [s.leak for s in sweeps if s.leak is not None]
+    identities = [s.identity for s in sweeps if s.identity is not None]
     return {
         "scenes": len(sweeps),
         "erased_below_quarter": share([s.erased < 0.25 for s in sweeps]),
@@ -126,4 +155,5 @@ def table(sweeps: Sequence[SliderSweep]) -> dict[str, float | None]:
         "linearity": statistics.fmean(s.linearity for s in sweeps),
         "beyond_at_1.5": share([bool(s.beyond) for s in sweeps]),
         "median_leak": statistics.median(leaks) if leaks else None,
+        "median_identity": statistics.median(identities) if identities else None,
     }
