@@ -123,10 +123,12 @@ class TestServing:
         monkeypatch.chdir(tmp_path)
         for name in ("base", "decoder"):
             (tmp_path / name).mkdir()
-        paths = {name: Path(name) for name in ("engine", "adapters", "api_key_file")}
-        local = ServeSettings(base="base", preview_decoder="decoder", **paths).from_anywhere()
-        absolute = {name: tmp_path / name for name in paths}
-        assert local == ServeSettings(base=str(tmp_path / "base"), preview_decoder=str(tmp_path / "decoder"), **absolute)
+
+        def settings(folder: Path) -> ServeSettings:
+            found = ServeSettings(base=str(folder / "base"), preview_decoder=str(folder / "decoder"))
+            return replace(found, engine=folder / "engine", adapters=folder / "adapters", api_key_file=folder / "key")
+
+        assert settings(Path()).from_anywhere() == settings(tmp_path)
         named = ServeSettings(base="shapes-kontext", preview_decoder="madebyollin/taef1")
         assert named.from_anywhere() == named
 

@@ -289,7 +289,12 @@ class TestService:
         self, serve: Callable[..., EditService], scene: Image.Image, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         copied, clone = list[torch.Size](), Tensor.clone
-        monkeypatch.setattr(Tensor, "clone", lambda tensor: copied.append(tensor.shape) or clone(tensor))
+
+        def counted(tensor: Tensor) -> Tensor:
+            copied.append(tensor.shape)
+            return clone(tensor)
+
+        monkeypatch.setattr(Tensor, "clone", counted)
         service = serve()
         for count in (2, 2, 3):
             result_of(service, edit(scene, 0.0))
