@@ -45,8 +45,9 @@ def test_only_the_result_comes_back(results: Any, case: str) -> None:
 def test_encoding_a_flux_edit_uploads_its_inputs_and_waits_for_nothing(results: Any) -> None:
     events = results["st"]["events"]["encode"]
     assert {place.split(" ")[0] for place in events} == {"upload"}
-    # The image, its ids, the tokens of two encoders, text ids, noise, guidance, alphas, masks, and the noise levels (two).
-    assert sum(events.values()) == 11
+    # The image, its ids, the tokens of two encoders, text ids, noise, guidance, alphas (those of the first step and those of
+    # all steps), masks, and the noise levels (two).
+    assert sum(events.values()) == 12, events
 
 
 def test_served_edits_are_those_of_the_cpu_and_come_back_decoded(results: Any) -> None:
