@@ -18,6 +18,7 @@ from PIL import Image
 from slideredit_rt.editor import SliderEditor
 from slideredit_rt.serving.adapter_folder import AdapterFolder
 from slideredit_rt.serving.app import create_app
+from slideredit_rt.serving.cache import Caching
 from slideredit_rt.serving.metrics import Metrics
 from slideredit_rt.serving.server import Server
 from slideredit_rt.serving.service import EditService
@@ -45,12 +46,12 @@ def listening(app: FastAPI, service: EditService, **options: Any) -> Iterator[tu
 
 
 @contextmanager
-def serving(engine: Path, adapters: Path | None = None, **options: Any) -> Iterator[str]:
-    """The address of a server of an engine and a folder of adapters; the options are those of `create_app`."""
+def serving(engine: Path, adapters: Path | None = None, *, latent_cache: bool = True, **options: Any) -> Iterator[str]:
+    """The address of a server of an engine and a folder of adapters; other options are those of `create_app`."""
     editor = SliderEditor.from_engine(engine, run=RunSettings(threads=1))
     choices = None if adapters is None else AdapterFolder(adapters)
     with (
-        EditService(editor, observer=Metrics(), adapters=choices) as service,
+        EditService(editor, observer=Metrics(), caching=Caching(latents=latent_cache), adapters=choices) as service,
         listening(create_app(service, **{"model": "shapes-kontext"} | options), service) as (address, _),
     ):
         yield address

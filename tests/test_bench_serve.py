@@ -21,7 +21,7 @@ from slideredit_rt.errors import SliderEditError
 
 @pytest.fixture(scope="module")
 def url(engines: dict[str, Path]) -> Iterator[str]:
-    with serving(engines["st"], api_key="secret") as address:
+    with serving(engines["st"], api_key="secret", latent_cache=False) as address:
         yield address
 
 

@@ -462,6 +462,7 @@ def test_the_model_says_what_its_engine_is(client: httpx.Client, st_editor: Slid
         "adapters": [],
         "adapter_kinds": [],
         "choices": [],
+        "own_adapter": True,
         "max_sliders": st_editor.max_sliders,
         "num_inference_steps": st_editor.family.num_inference_steps,
         "guidance_scale": st_editor.family.guidance_scale,
