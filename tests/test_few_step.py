@@ -125,10 +125,10 @@ def test_the_file_can_be_fused_and_gives_the_edit_of_the_trainer(trainer: Any, f
 
 def test_a_guided_base_is_distilled_into_a_single_pass(tmp_path: Path) -> None:
     base = save_tiny_checkpoint(tmp_path / "base")
-    family, picture = family_of(base), tmp_path / "image.png"
-    random_image().save(picture)
+    family, file = family_of(base), tmp_path / "image.png"
+    random_image().save(file)
     pipeline = family.load_pipeline(base)
-    data = FolderData([picture], [RED, "add a hat"], family.side(pipeline))
+    data = FolderData([file], [RED, "add a hat"], family.side(pipeline))
     run = FewStepTrainer(family, pipeline, data, TINY, tmp_path / "lightning.safetensors")
     edits = run.edits(0)
     assert edits.negative is not None

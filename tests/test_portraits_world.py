@@ -23,7 +23,6 @@ from slideredit_rt.portraits.world import (
     edit,
     find_instruction,
     held_out_examples,
-    layers,
     portrait_image,
     render,
     render_with_layers,
@@ -84,7 +83,7 @@ def test_a_batch_is_drawn_like_its_people_one_by_one() -> None:
     assert image.shape == (6, 3, SIZE, SIZE)
     assert coverage.shape == (6, len(LAYERS), SIZE, SIZE)
     torch.testing.assert_close(image, torch.cat([render(one) for one in crowd.split(1)]))
-    torch.testing.assert_close(coverage, torch.cat([layers(one) for one in crowd.split(1)]))
+    torch.testing.assert_close(coverage, torch.cat([render_with_layers(one)[1] for one in crowd.split(1)]))
     for drawn in (image, coverage):
         assert drawn.min() >= 0
         assert drawn.max() <= 1

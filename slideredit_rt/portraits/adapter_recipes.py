@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Sequence
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from slideredit_rt.families import Kind
 from slideredit_rt.portraits.world import INSTRUCTIONS, applicable, draw_people, find_instruction, render, sample_instructions
+from slideredit_rt.shapes import adapter_recipes as shapes
 from slideredit_rt.training.attribute_offsets import OffsetConfig
 from slideredit_rt.training.concepts import ConceptConfig
 from slideredit_rt.training.few_step import FewStepConfig
@@ -74,17 +76,7 @@ class BalancedPortraits:
 
 def adapter_recipe(kind: Kind) -> SuppressionConfig:
     """Return the settings of an adapter of this kind."""
-    return SuppressionConfig(
-        kind=kind,
-        target="remaining" if kind == "st" else "neutral",
-        rank=16 if kind == "st" else 4,
-        alpha_sampling="uniform",
-        timestep_sampling="uniform",
-        steps=800,
-        batch=32,
-        learning_rate=2e-3,
-        schedule="cosine",
-    )
+    return dataclasses.replace(shapes.adapter_recipe(kind), steps=800)
 
 
 def concepts_recipe() -> ConceptConfig:

@@ -478,15 +478,15 @@ def render(people: Tensor) -> Tensor:
     return image.pixels.clamp_(0, 1)
 
 
-def layers(people: Tensor) -> Tensor:
-    """Return the visible coverage of every part of `LAYERS`, float32 `[N, L, SIZE, SIZE]` in [0, 1]."""
-    coverage = _Coverage(people)
-    _paint(people, coverage)
-    return coverage.pixels
-
-
 def render_with_layers(people: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the results of `render` and `layers`, in little more than the time of one of them."""
+    """Render people, and return the visible coverage of every part of `LAYERS` as well.
+
+    Args:
+        people: Parameters, `[N, P]`.
+
+    Returns:
+        The result of `render` and the coverages, float32 `[N, L, SIZE, SIZE]` in [0, 1], in little more than the time of one.
+    """
     image, coverage = _Image(people), _Coverage(people)
     _paint(people, image, coverage)
     return image.pixels.clamp_(0, 1), coverage.pixels

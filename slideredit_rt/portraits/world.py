@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from slideredit_rt.errors import SliderEditError
-from slideredit_rt.portraits.drawing import LAYERS, SIZE, layers, render, render_with_layers
+from slideredit_rt.portraits.drawing import LAYERS, SIZE, render, render_with_layers
 from slideredit_rt.portraits.person import COLUMN, PARAMETERS, RANGES, USUAL, colour_columns, draw_people
 
 __all__ = [
@@ -32,7 +32,6 @@ __all__ = [
     "edit",
     "find_instruction",
     "held_out_examples",
-    "layers",
     "portrait_image",
     "render",
     "render_with_layers",
