@@ -33,7 +33,8 @@ def _train_editor(args: argparse.Namespace) -> int:
     recipe = TRAINING[args.world].editor()
     plan = recipe.plan(args.stages, dict(args.steps), args.minutes)
     device = pick_device(**options_given(args, "device"))
-    report = train_editor(recipe, args.out, plan, device, start=args.start, overwrite=args.overwrite, progress=not args.quiet)
+    start = None if args.start is None else resolve_base(args.start)
+    report = train_editor(recipe, args.out, plan, device, start=start, overwrite=args.overwrite, progress=not args.quiet)
     lines = [f"{name}: {stage['steps']} steps in {stage['seconds']:.0f} s" for name, stage in report["stages"].items()]
     lines += [
         f"{key}: {row['mse']:.5f}, unedited {row['mse_unedited']:.5f}, ratio {row['ratio']:.4f}"

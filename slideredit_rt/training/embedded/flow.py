@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 
 import torch
 from diffusers import FluxKontextPipeline
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 SOURCE_NOISE = 0.03
 """Standard deviation of the noise on source latents. The encoder has errors of about this size."""
@@ -50,7 +52,7 @@ class Noisy:
         return Noisy(*(getattr(self, field.name)[rows] for field in fields(self)))
 
 
-def add_noise(source: Tensor, target: Tensor, pooled: Tensor, generator: torch.Generator) -> Noisy:
+def add_noise(source: Tensor, target: Tensor, pooled: Tensor, generator: torch.Generator, shift: float = 3.0) -> Noisy:
     """Noise the targets of a batch and exchange its pooled vectors.
 
     Args:
@@ -58,15 +60,38 @@ def add_noise(source: Tensor, target: Tensor, pooled: Tensor, generator: torch.G
         target: Latents of the exact edits, `[B, S, C]`.
         pooled: Pooled vectors of prompts, `[B, P]`.
         generator: Generator on the device of the tensors.
+        shift: Shift of the noise levels. An edit is decided at high levels, and the larger the shift, the more of them.
     """
     device = source.device
     source = source + SOURCE_NOISE * torch.randn(source.shape, generator=generator, device=device)
     pooled = pooled[torch.randperm(len(source), generator=generator, device=device)]
-    # Timesteps are shifted by 3, because an edit is decided at high noise levels.
     uniform = torch.rand(len(source), generator=generator, device=device)
-    sigma = 3 * uniform / (1 + 2 * uniform)
+    sigma = shift * uniform / (1 + (shift - 1) * uniform)
     noise = torch.randn(target.shape, generator=generator, device=device)
     return Noisy(torch.lerp(target, noise, sigma[:, None, None]), source, sigma, noise - target, pooled)
+
+
+@contextmanager
+def bfloat16_blocks(transformer: nn.Module, device: torch.device) -> Iterator[None]:
+    """Let the blocks of a FLUX transformer multiply in bfloat16, which is two to three times as fast as in float32.
+
+    Everything around the blocks stays in float32: bfloat16 has numbers 4 apart near 1000, by which a noise level is multiplied
+    before it is embedded.
+
+    Args:
+        transformer: FLUX transformer.
+        device: Device of the transformer. On a CPU, attention is computed by matrix products, because the backward pass of the
+            fused kernel is slow in bfloat16.
+    """
+    blocks = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]  # type: ignore[misc]
+    for block in blocks:
+        block.forward = torch.autocast(device.type, torch.bfloat16)(block.forward)
+    try:
+        with sdpa_kernel([SDPBackend.MATH] if device.type == "cpu" else [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]):
+            yield
+    finally:
+        for block in blocks:
+            del block.forward
 
 
 @dataclass(frozen=True)
@@ -91,16 +116,18 @@ class Backbone:
             tokens: T5 token ids of the prompts, `[B, rows]`.
             guidance: Embedded guidance scales, `[B]`.
         """
-        output: Tensor = self.transformer(
-            hidden_states=torch.cat([noisy.noisy, noisy.source], dim=1),
-            encoder_hidden_states=self.text_encoder(tokens).last_hidden_state,
-            pooled_projections=noisy.pooled,
-            timestep=noisy.sigma,
-            guidance=guidance,
-            img_ids=self.img_ids,
-            txt_ids=torch.zeros(tokens.shape[1], 3, device=tokens.device),
-            return_dict=False,
-        )[0]
+        text = self.text_encoder(tokens).last_hidden_state
+        with bfloat16_blocks(self.transformer, tokens.device):
+            output: Tensor = self.transformer(
+                hidden_states=torch.cat([noisy.noisy, noisy.source], dim=1),
+                encoder_hidden_states=text,
+                pooled_projections=noisy.pooled,
+                timestep=noisy.sigma,
+                guidance=guidance,
+                img_ids=self.img_ids,
+                txt_ids=torch.zeros(tokens.shape[1], 3, device=tokens.device),
+                return_dict=False,
+            )[0]
         return output[:, : noisy.noisy.shape[1]]
 
 
