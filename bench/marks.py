@@ -17,7 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from slideredit_rt.assets import WORLDS, resolve_base
+from slideredit_rt.assets import DEFAULT_WORLD, WORLDS, resolve_base
 from slideredit_rt.bench.results import Mark, verdicts
 from slideredit_rt.editor import SliderEditor
 from slideredit_rt.evaluation.sweeps import evaluate_sliders, table
@@ -115,7 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and write the results."""
     given = sys.argv[1:] if arguments is None else list(arguments)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--world", choices=WORLDS, default=WORLDS[0], help="embedded world (default: %(default)s)")
+    parser.add_argument("--world", choices=WORLDS, default=DEFAULT_WORLD, help="embedded world (default: %(default)s)")
     parser.add_argument("--base", help="base to measure (default: the world's, such as shapes-kontext)")
     parser.add_argument("--st", help="ST adapter (default: the world's, such as shapes-st)")
     parser.add_argument("--gst", help="GST adapter (default: the world's, such as shapes-gst)")

@@ -1,23 +1,26 @@
-"""`slideredit-rt demo`: build the embedded engines, sweep sliders over two scenes and measure the response."""
+"""`slideredit-rt demo`: build the embedded engines, sweep sliders and measure the response."""
 
 from __future__ import annotations
 
 import json
 import random
 import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 from torch import Tensor
 
+from slideredit_rt.assets import DEFAULT_WORLD, base_of
 from slideredit_rt.editor import SliderEditor
-from slideredit_rt.evaluation.shapes import ShapesScenes
+from slideredit_rt.evaluation.dataset import Case, Dataset
 from slideredit_rt.evaluation.sweeps import sweep_case
 from slideredit_rt.export.build import build_engine
+from slideredit_rt.families import Kind
 from slideredit_rt.files import atomic_file
 from slideredit_rt.images import draw_grid, save_image
-from slideredit_rt.shapes.world import Example, Instruction, draw_scene, held_out_examples, scene_image
 from slideredit_rt.sliders import Slider
 from slideredit_rt.verify import verify_engine
 
@@ -26,11 +29,60 @@ GRID_STRENGTHS = (0.0, 0.5, 1.0, 1.5)
 STEPS = 12
 
 
-def _generated_example() -> Example:
-    """Return a scene with a blue circle and a yellow square, and two edits: a red circle and a dark background."""
-    scene = draw_scene(random.Random("demo/5"))
-    instructions = (Instruction("circle", "red"), Instruction("background", "dark"))
-    return Example(Instruction("square", "yellow").apply(Instruction("circle", "blue").apply(scene)), instructions)
+@dataclass(frozen=True)
+class Demo:
+    """What the demo shows of a world.
+
+    Attributes:
+        dataset: Scorers of the cases.
+        rows: Rows of the strip by kind of adapter: a case and the index of its swept instruction. A GST slider scales the
+            whole prompt, so each of its prompts holds one instruction.
+        crossed: Case with two instructions, whose sliders are set to every pair of strengths.
+    """
+
+    dataset: Dataset
+    rows: Mapping[Kind, Sequence[tuple[Case, int]]]
+    crossed: Case
+
+
+def _shapes() -> Demo:
+    """Show a scene with a blue circle and a yellow square, and a held-out one."""
+    from slideredit_rt.evaluation.shapes import ShapesScenes
+    from slideredit_rt.shapes.world import Example, Instruction, draw_scene, held_out_examples
+
+    scene = Instruction("square", "yellow").apply(Instruction("circle", "blue").apply(draw_scene(random.Random("demo/5"))))
+    generated = Example(scene, (Instruction("circle", "red"), Instruction("background", "dark")))
+    examples, scenes = {"generated": generated, "held-out": held_out_examples(8, 2)[7]}, ShapesScenes()
+    pairs = {name: scenes.add(name, example) for name, example in examples.items()}
+    alone = [
+        (scenes.add(f"{name}-{index}", Example(example.scene, (instruction,))), 0)
+        for name, example in examples.items()
+        for index, instruction in enumerate(example.instructions)
+    ]
+    return Demo(
+        scenes, {"st": [(case, index) for case in pairs.values() for index in range(2)], "gst": alone}, pairs["generated"]
+    )
+
+
+_PORTRAITS = ("make the person smile", "make the hair red", "add glasses", "make the person older")
+
+
+def _portraits() -> Demo:
+    """Show four held-out people, each with an instruction of its own."""
+    from slideredit_rt.evaluation.portraits import PortraitsPeople
+    from slideredit_rt.portraits.world import find_instruction, held_out_examples
+
+    people = PortraitsPeople()
+    rows = []
+    for index, text in enumerate(_PORTRAITS):
+        instruction = find_instruction(text)
+        rows.append((people.add(f"person-{index}", held_out_examples(index + 1, 1, known=(instruction,))[index]), 0))
+    both = held_out_examples(1, 2, known=[find_instruction(text) for text in _PORTRAITS[:2]])[0]
+    return Demo(people, {"st": rows, "gst": rows}, people.add("crossed", both))
+
+
+DEMOS: dict[str, Callable[[], Demo]] = {"shapes": _shapes, "portraits": _portraits}
+"""Demos by world."""
 
 
 def _to_images(editor: SliderEditor, pixels: Tensor) -> list[Image.Image]:
@@ -51,18 +103,13 @@ class _Laps:
         self.start = time.perf_counter()
 
 
-def _sweep(editor: SliderEditor, where: str, pair: Example, index: int) -> tuple[dict[str, Any], list[Image.Image]]:
-    """Sweep one instruction of a scene; return its report entry and its row of the strip."""
-    # A GST slider scales the whole prompt, so each of its prompts holds one instruction.
-    alone = editor.kind == "gst"
-    example = Example(pair.scene, (pair.instructions[index],)) if alone else pair
-    scenes = ShapesScenes()
-    case = scenes.add(where, example)
-    sweep, images = sweep_case(editor, scenes, case, 0 if alone else index, STRENGTHS, STEPS)
+def _sweep(editor: SliderEditor, demo: Demo, case: Case, index: int) -> tuple[dict[str, Any], list[Image.Image]]:
+    """Sweep one instruction of a case; return its report entry and its row of the strip."""
+    sweep, images = sweep_case(editor, demo.dataset, case, index, STRENGTHS, STEPS)
     entry = {
         "kind": editor.kind,
-        "image": where,
-        "prompt": example.prompt,
+        "image": case.name,
+        "prompt": case.prompt,
         "instruction": sweep.instruction,
         "strengths": list(sweep.strengths),
         "response": [round(r, 4) for r in sweep.response],
@@ -72,46 +119,45 @@ def _sweep(editor: SliderEditor, where: str, pair: Example, index: int) -> tuple
     return entry, [case.image, *_to_images(editor, images)]
 
 
-def _draw_grid(editor: SliderEditor, example: Example, path: Path) -> None:
-    """Save a grid with both sliders of an example at every pair of strengths."""
-    rows, columns = (i.text for i in example.instructions)
+def _draw_grid(editor: SliderEditor, case: Case, path: Path) -> None:
+    """Save a grid with both sliders of a case at every pair of strengths."""
+    rows, columns = case.instructions
     sliders = [Slider(rows), Slider(columns)]
-    cells = editor.grid(scene_image(example), sliders, (0, GRID_STRENGTHS), (1, GRID_STRENGTHS), steps=STEPS)
+    cells = editor.grid(case.image, sliders, (0, GRID_STRENGTHS), (1, GRID_STRENGTHS), steps=STEPS)
     labels = [f"{s:g}" for s in GRID_STRENGTHS]
     save_image(draw_grid(cells, labels, labels, f"rows: {rows}    columns: {columns}"), path)
 
 
-def run_demo(out: Path, *, progress: bool = True) -> dict[str, Any]:
+def run_demo(out: Path, *, world: str = DEFAULT_WORLD, progress: bool = True) -> dict[str, Any]:
     """Build both engines, sweep their sliders, and write `strip.png`, `grid.png` and `report.json` into `out`.
 
     Args:
         out: Output folder; created if missing. Files of an earlier demo are replaced.
+        world: Embedded world to show, from `DEMOS`.
         progress: Show progress bars on standard error.
 
     Returns:
         The contents of `report.json`.
     """
-    generated = _generated_example()
-    examples = {"generated": generated, "held-out": held_out_examples(8, 2)[7]}
+    demo = DEMOS[world]()
     laps = _Laps()
     sliders, engines, rows = [], [], []
     out.mkdir(parents=True, exist_ok=True)
-    for kind in ("st", "gst"):
+    for kind, cases in demo.rows.items():
         path = out / f"engine-{kind}"
-        build_engine("shapes-kontext", f"shapes-{kind}", path, overwrite=True, progress=progress)
+        build_engine(base_of(world), f"{world}-{kind}", path, overwrite=True, progress=progress)
         laps.end(f"build {kind}")
         editor = SliderEditor.from_engine(path)
         laps.end(f"load {kind}")
-        for where, pair in examples.items():
-            for index in range(2):
-                entry, row = _sweep(editor, where, pair, index)
-                sliders.append(entry)
-                rows.append(row)
+        for case, index in cases:
+            entry, row = _sweep(editor, demo, case, index)
+            sliders.append(entry)
+            rows.append(row)
         laps.end(f"sweep {kind}")
         if kind == "st":
-            _draw_grid(editor, generated, out / "grid.png")
+            _draw_grid(editor, demo.crossed, out / "grid.png")
             laps.end("grid")
-        verification = verify_engine(path, scene_image(generated), [Slider(generated.instructions[0].text)])
+        verification = verify_engine(path, demo.crossed.image, [Slider(demo.crossed.instructions[0])])
         engines.append({"path": str(path), "backend": "onnxruntime", "max_abs_error": verification.max_abs_error})
         laps.end(f"verify {kind}")
     heads = ["source", *(f"strength {s:g}" for s in STRENGTHS)]

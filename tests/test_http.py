@@ -471,7 +471,8 @@ def test_the_model_says_what_its_engine_is(client: httpx.Client, st_editor: Slid
         "preview_steps": PREVIEW_STEPS,
         "max_images": 1,
         "side": 64,
-        "embedded": True,
+        "world": "shapes",
+        "sample_instructions": ["make the circle red", "make the background dark"],
     }
 
 

@@ -25,13 +25,22 @@ from slideredit_rt.portraits.prompts import MOST, Prompts, some_prompts
 from slideredit_rt.portraits.world import INSTRUCTIONS, draw_people, sample_instructions
 from slideredit_rt.shapes.editor_recipe import editor_recipe as shapes_recipe
 from slideredit_rt.training.checkpoint import load_checkpoint
+from slideredit_rt.training.embedded import recipe as recipe_in_training
+from slideredit_rt.training.embedded.flow import bfloat16_blocks
 from slideredit_rt.training.embedded.loop import Budget, Loop, learning_rate
+from slideredit_rt.training.embedded.pool import Pool
 from slideredit_rt.training.embedded.recipe import EditorRecipe, finished_stages, train_editor, train_stages
 from slideredit_rt.training.worlds import TRAINING
 
 CPU = torch.device("cpu")
 TINY = dataclasses.replace(SIZES, widths=(8, 8, 8, 8), heads=1, dual=1, single=1)
 STAGES = ("autoencoder", "decoder", "editor", "guidance")
+
+
+@pytest.fixture(autouse=True)
+def small_pools(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pools that are filled in no time."""
+    monkeypatch.setattr(recipe_module, "_POOLED_BATCHES", 2)
 
 
 def tiny(**changes: Any) -> EditorRecipe:
@@ -101,6 +110,50 @@ def test_at_the_default_guidance_the_teacher_teaches_itself(monkeypatch: pytest.
     assert guidance_losses(pipeline, CPU, 1)(0)[1].item() < 1e-10
 
 
+def test_only_the_blocks_compute_in_bfloat16() -> None:
+    """The noise level stays exact: the transformer multiplies it by 1000 and embeds it."""
+    transformer = tiny().build().transformer
+    seen: dict[str, torch.dtype] = {}
+    transformer.time_text_embed.timestep_embedder.register_forward_hook(lambda _, given, __: seen.update(time=given[0].dtype))
+    transformer.transformer_blocks[0].attn.to_q.register_forward_hook(lambda *call: seen.update(block=call[-1].dtype))
+    inputs = {
+        "hidden_states": torch.randn(1, 4, transformer.config.in_channels),
+        "encoder_hidden_states": torch.randn(1, 3, transformer.config.joint_attention_dim),
+        "pooled_projections": torch.randn(1, transformer.config.pooled_projection_dim),
+        "timestep": torch.tensor([0.9]),
+        "guidance": torch.tensor([3.5]),
+        "img_ids": torch.zeros(4, 3),
+        "txt_ids": torch.zeros(3, 3),
+    }
+    exact = transformer(**inputs).sample
+    with bfloat16_blocks(transformer, CPU):
+        rounded = transformer(**inputs).sample
+    assert seen == {"time": torch.float32, "block": torch.bfloat16}
+    assert rounded.dtype == torch.float32
+    assert 0 < (rounded - exact).norm() / exact.norm() < 0.02
+    assert torch.equal(transformer(**inputs).sample, exact)
+
+
+def numbered(number: int) -> tuple[Tensor, Tensor]:
+    return torch.full((2,), number), torch.full((2, 3), float(number))
+
+
+def test_a_pool_holds_the_newest_batches() -> None:
+    pool, generator = Pool(numbered, size=3, every=2), torch.Generator().manual_seed(0)
+    for step, held in ((0, {0, 1, 2}), (1, {0, 1, 2}), (2, {1, 2, 3}), (7, {3, 4, 5})):
+        names, values = pool.take(step, 200, generator)
+        assert (set(names.tolist()), values.shape) == (held, (200, 3))
+        assert torch.equal(values[:, 0], names.float())
+
+
+def test_what_a_pool_gives_depends_on_the_step_alone() -> None:
+    first, second = Pool(numbered, size=3, every=1), Pool(numbered, size=3, every=1)
+    for step in range(5):
+        passed = first.take(step, 8, torch.Generator().manual_seed(step))
+    resumed = second.take(4, 8, torch.Generator().manual_seed(4))
+    assert all(torch.equal(one, other) for one, other in zip(passed, resumed, strict=True))
+
+
 def test_every_stage_trains_its_own_modules_and_the_result_is_written(tmp_path: Path) -> None:
     recipe, out = tiny(), tmp_path / "kontext"
     untrained = {name: p.clone() for name, p in recipe.build().transformer.named_parameters()}
@@ -140,6 +193,19 @@ def test_training_starts_from_another_editor(tmp_path: Path) -> None:
     assert any(not torch.equal(value, decoder[name]) for name, value in before.vae.decoder.state_dict().items())
 
 
+def test_the_command_starts_from_an_editor_by_name_or_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started = []
+
+    def train(*_: Any, start: Path, **__: Any) -> dict[str, Any]:
+        started.append(start)
+        return {"stages": {}, "missing": ["editor"]}
+
+    monkeypatch.setattr(recipe_in_training, "train_editor", train)
+    for start in ("shapes-kontext", str(tmp_path)):
+        assert main(["train", "editor", "--from", start, "--out", str(tmp_path / "new"), "--quiet"]) == 0
+    assert started == [resolve_base("shapes-kontext"), tmp_path]
+
+
 def test_an_editor_of_another_world_is_no_start(tmp_path: Path) -> None:
     with pytest.raises(SliderEditError, match=r"shapes-kontext' has other sizes .*; leave --from out"):
         train_stages(tiny(), tmp_path, {}, CPU, start=resolve_base("shapes-kontext"))
@@ -169,6 +235,15 @@ def test_a_stage_that_is_interrupted_ends_where_an_uninterrupted_one_does(tmp_pa
     train_stages(recipe, tmp_path / "cut", plan, CPU, progress=False)
     whole, resumed = weights(tmp_path / "whole" / "editor.pt"), weights(tmp_path / "cut" / "editor.pt")
     assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
+
+
+def test_the_error_shown_is_the_mean_over_the_steps_since_the_start(tmp_path: Path) -> None:
+    """A resumed run has counted fewer steps at its first multiple of fifty."""
+    line = Line()
+    loop = Loop("line", {"line": line}, 1e-3, tmp_path / "line.pt")
+    for steps in (30, 50):
+        loop.train(lambda _: (line.weight.square().sum(), torch.tensor(2.0)), Budget(steps=steps), progress=False)
+    assert loop.errors == [(50, 2.0)]
 
 
 class Line(nn.Module):
@@ -300,4 +375,4 @@ def test_the_shapes_recipe_trains_what_it_trained_before() -> None:
     for name, tokenizer in (("tokenizer", pipeline.tokenizer), ("tokenizer_2", pipeline.tokenizer_2)):
         assert tokenizer.get_vocab() == type(tokenizer).from_pretrained(shipped / name).get_vocab()
     first = {stage.name: stage.prepare(pipeline, CPU, 8)(0)[0].item() for stage in recipe.stages if stage.name != "decoder"}
-    assert first == {"autoencoder": pytest.approx(3.12316, rel=1e-3), "editor": pytest.approx(1.51923, rel=1e-4)}
+    assert first == {"autoencoder": pytest.approx(3.12316, rel=1e-3), "editor": pytest.approx(1.519, rel=1e-3)}

@@ -79,12 +79,13 @@ PROGRAM = """
 from fastapi import FastAPI
 from slideredit_rt import cli
 from slideredit_rt.kernels import configurations
+from slideredit_rt.samples import SAMPLES
 from slideredit_rt.serving.static import serve_page
 
 assert cli.main(["adapter", "show", "shapes-st", "--base", "shapes-kontext", "--json"]) == 0
 assert cli.main(["spans", "--slider", "make the circle red", "--json"]) == 0
 assert configurations.table()
-serve_page(app := FastAPI())
+serve_page(app := FastAPI(), SAMPLES["shapes"])
 print(cli.__file__, *(route.path for route in app.routes))
 """
 

@@ -8,8 +8,14 @@ from slideredit_rt.errors import SliderEditError
 from slideredit_rt.files import user_path
 
 _HERE = Path(__file__).parent
-EMBEDDED_BASE = "shapes-kontext"
 WORLDS = ("shapes", "portraits")
+DEFAULT_WORLD = WORLDS[0]
+"""World whose editor is served, shown and trained unless another one is named."""
+
+
+def base_of(world: str) -> str:
+    """Return the name of the editor of a world."""
+    return f"{world}-kontext"
 
 
 def _shipped(parts: tuple[str, ...], suffix: str = "") -> dict[str, Path]:
@@ -21,6 +27,11 @@ def _shipped(parts: tuple[str, ...], suffix: str = "") -> dict[str, Path]:
 _BASES = _shipped(("kontext",))
 _ADAPTERS = _shipped(("st", "gst", "concepts", "turbo"), ".safetensors")
 _OFFSETS = _shipped(("offsets",), ".safetensors")
+
+
+def is_embedded(name: str) -> bool:
+    """Return whether this is the name of an editor in this package."""
+    return name in _BASES
 
 
 def resolve_base(source: str | Path) -> Path:

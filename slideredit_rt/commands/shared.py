@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slideredit_rt.assets import WORLDS
+from slideredit_rt.assets import DEFAULT_WORLD, WORLDS
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.files import user_path
 from slideredit_rt.settings import COMPONENT_DTYPES, OFFLOADS, RunSettings
@@ -174,7 +174,9 @@ def add_world_option(sub: argparse.ArgumentParser, what: str) -> None:
         sub: Parser of the command.
         what: Things that come from the world, for the help.
     """
-    sub.add_argument("--world", choices=WORLDS, default=WORLDS[0], help=f"embedded world of the {what} (default: %(default)s)")
+    sub.add_argument(
+        "--world", choices=WORLDS, default=DEFAULT_WORLD, help=f"embedded world of the {what} (default: %(default)s)"
+    )
 
 
 def add_run_options(sub: argparse.ArgumentParser) -> None:

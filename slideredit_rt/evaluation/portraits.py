@@ -26,11 +26,19 @@ class PortraitsPeople:
     def cases(self, phase: Phase, count: int, sliders: int) -> list[Case]:
         seed, found = self.seeds[phase], []
         for index, example in enumerate(held_out_examples(count, sliders, seed, self.known)):
-            name = f"person-{seed}-{sliders}-{index:03d}"
-            self.examples[name] = example
-            texts = tuple(i.text for i in example.instructions)
-            found.append(Case(name, portrait_image(example), example.prompt, texts, index))
+            found.append(self.add(f"person-{seed}-{sliders}-{index:03d}", example, index))
         return found
+
+    def add(self, name: str, example: Example, seed: int = 0) -> Case:
+        """Make a case of an example, so that its edits can be scored.
+
+        Args:
+            name: Name of the case.
+            example: Person and instructions.
+            seed: Seed of the initial noise.
+        """
+        self.examples[name] = example
+        return Case(name, portrait_image(example), example.prompt, tuple(i.text for i in example.instructions), seed)
 
     def source_scores(self, case: Case) -> Scores:
         example = self.examples[case.name]

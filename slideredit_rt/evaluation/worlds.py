@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from slideredit_rt.assets import resolve_adapter, resolve_offsets
+from slideredit_rt.assets import base_of, resolve_adapter, resolve_offsets
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.evaluation.dataset import SEEDS, Dataset, Phase
 from slideredit_rt.evaluation.portraits import PortraitsPeople
@@ -32,7 +32,7 @@ class EvaluationWorld:
     @property
     def base(self) -> str:
         """Name of the embedded editor."""
-        return f"{self.name}-kontext"
+        return base_of(self.name)
 
     @property
     def concepts(self) -> str | None:

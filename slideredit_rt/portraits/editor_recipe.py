@@ -45,6 +45,7 @@ from slideredit_rt.training.embedded.autoencoder import autoencoder_losses, deco
 from slideredit_rt.training.embedded.flow import Backbone, add_noise, edit_images, position_ids
 from slideredit_rt.training.embedded.loop import Losses
 from slideredit_rt.training.embedded.model import Sizes, build_pipeline
+from slideredit_rt.training.embedded.pool import Pool
 from slideredit_rt.training.embedded.recipe import EditorRecipe, Stage
 from slideredit_rt.training.trainer import to_pil
 
@@ -57,8 +58,11 @@ _LEAST_GUIDANCE, _MOST_GUIDANCE, _MOST_STRENGTH = 1.0, 5.0, 2.0
 # The error of a prediction hardly depends on the noise level above .7 and falls with it below, where the noisy target shows the
 # edit. So most of the training belongs to high levels, where the model decides.
 _SHIFT = 8.0
-# Seeds of steps are apart between the stages.
+# Seeds of steps and of drawn pairs are apart, also between the stages.
 _EDITOR_SEED, _GUIDANCE_SEED = 10_000_000, 20_000_000
+_EDITOR_PAIRS, _PLAIN_PAIRS, _GUIDED_PAIRS = 30_000_000, 40_000_000, 50_000_000
+# Drawing a batch of pairs takes a fifth of a step on two cores, and most of a step on a GPU.
+_POOLED_BATCHES, _STEPS_PER_DRAW = 64, 4
 
 # Luminance has more frequencies than the two colour differences, and all parts of a drawing have a channel.
 _ORDER = sorted(
@@ -174,11 +178,16 @@ def editor_losses(pipeline: FluxKontextPipeline, device: torch.device, batch: in
     edits = _Edits(pipeline, device)
     backbone, exact = edits.backbone(), torch.ones(batch, device=device)
 
+    def draw(number: int) -> tuple[Tensor, Tensor, Tensor]:
+        return edits.draw(exact, torch.Generator(device).manual_seed(_EDITOR_PAIRS + number))
+
+    pool = Pool(draw, _POOLED_BATCHES, _STEPS_PER_DRAW)
+
     def losses(step: int) -> Losses:
         seed = _EDITOR_SEED + step
         generator = torch.Generator(device).manual_seed(seed)
         with torch.no_grad():
-            source, target, order = edits.draw(exact, generator)
+            source, target, order = pool.take(step, batch, generator)
             noisy = add_noise(source, target, edits.prompts.draw_pooled(batch, generator), generator, _SHIFT)
             tokens = edits.prompts.ids(order, edits.rows(seed))
         velocity = backbone.velocity(noisy, tokens, FluxKontext.guidance_scale * exact)
@@ -207,23 +216,32 @@ def guidance_losses(pipeline: FluxKontextPipeline, device: torch.device, batch: 
     teacher = Backbone(frozen[0], frozen[1], backbone.img_ids)
     plain, default = batch // 2, FluxKontext.guidance_scale
 
+    def draw_plain(number: int) -> tuple[Tensor, Tensor, Tensor]:
+        return edits.draw(torch.ones(plain, device=device), torch.Generator(device).manual_seed(_PLAIN_PAIRS + number))
+
+    def draw_guided(number: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        generator = torch.Generator(device).manual_seed(_GUIDED_PAIRS + number)
+        guidance = torch.empty(batch - plain, device=device).uniform_(_LEAST_GUIDANCE, _MOST_GUIDANCE, generator=generator)
+        return *edits.draw((guidance / default).clamp(max=_MOST_STRENGTH), generator), guidance
+
+    pools = [Pool(draw, _POOLED_BATCHES, _STEPS_PER_DRAW) for draw in (draw_plain, draw_guided)]
+
     def losses(step: int) -> Losses:
         seed = _GUIDANCE_SEED + step
         generator = torch.Generator(device).manual_seed(seed)
         with torch.no_grad():
-            guidance = torch.full((batch,), default, device=device)
-            guidance[plain:].uniform_(_LEAST_GUIDANCE, _MOST_GUIDANCE, generator=generator)
-            weight = guidance / default
-            source, target, order = edits.draw(weight.clamp(max=_MOST_STRENGTH), generator)
+            *exact, usual = *pools[0].take(step, plain, generator), torch.full((plain,), default, device=device)
+            *strengthened, scales = pools[1].take(step, batch - plain, generator)
+            source, target, order = (torch.cat(pair) for pair in zip(exact, strengthened, strict=True))
             noisy = add_noise(source, target, edits.prompts.draw_pooled(batch, generator), generator, _SHIFT)
             rows = edits.rows(seed)
             tokens = edits.prompts.ids(order, rows)
             empty = edits.prompts.ids(edits.prompts.nothing(batch - plain), rows)
-            rest, usual = noisy.part(slice(plain, None)), guidance.new_full((batch - plain,), default)
-            conditional = teacher.velocity(rest, tokens[plain:], usual)
-            target = guided(teacher.velocity(rest, empty, usual), conditional, weight[plain:])
-        velocity = backbone.velocity(noisy, tokens, guidance)
-        error = F.mse_loss(velocity, torch.cat([noisy.velocity[:plain], target]))
+            rest, default_scales = noisy.part(slice(plain, None)), torch.full_like(scales, default)
+            conditional = teacher.velocity(rest, tokens[plain:], default_scales)
+            wanted = guided(teacher.velocity(rest, empty, default_scales), conditional, scales / default)
+        velocity = backbone.velocity(noisy, tokens, torch.cat([usual, scales]))
+        error = F.mse_loss(velocity, torch.cat([noisy.velocity[:plain], wanted]))
         return error, error
 
     return losses
@@ -347,7 +365,7 @@ def editor_recipe(sizes: Sizes = SIZES) -> EditorRecipe:
                 modules=lambda pipeline: {"transformer": pipeline.transformer, "t5": pipeline.text_encoder_2},
                 prepare=editor_losses,
                 steps=6000,
-                batch={"cpu": 32, "cuda": 256},
+                batch={"cpu": 32, "cuda": 1024},
                 peak=8e-4,
                 share=0.5,
                 average=True,
@@ -357,7 +375,7 @@ def editor_recipe(sizes: Sizes = SIZES) -> EditorRecipe:
                 modules=lambda pipeline: {"transformer": pipeline.transformer, "t5": pipeline.text_encoder_2},
                 prepare=guidance_losses,
                 steps=1200,
-                batch={"cpu": 32, "cuda": 256},
+                batch={"cpu": 32, "cuda": 1024},
                 peak=4e-4,
                 share=0.15,
                 needs=("editor",),

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from slideredit_rt import __version__
-from slideredit_rt.assets import EMBEDDED_BASE
+from slideredit_rt.assets import is_embedded
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.files import read_json, user_path
 from slideredit_rt.quantization.precisions import PRECISIONS
@@ -158,7 +158,7 @@ def read_source(folder: Path) -> str:
             "quantisation and pass it with --reference"
         )
     source = configuration.get("source")
-    if not isinstance(source, str) or not (source == EMBEDDED_BASE or user_path(source).exists()):
+    if not isinstance(source, str) or not (is_embedded(source) or user_path(source).exists()):
         # A location elsewhere is not followed: the configuration may come from anybody.
         raise SliderEditError(
             f"{str(folder.parent)!r} was not quantised from a base that is on this machine; pass the unquantised base with "

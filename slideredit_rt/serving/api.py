@@ -8,16 +8,15 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from pathlib import Path
 from typing import TypeVar
 
 from anyio import CapacityLimiter, to_thread
 from fastapi import Request, Response
 from PIL import Image
 
-from slideredit_rt.assets import resolve_base
 from slideredit_rt.editor import SliderEditor
 from slideredit_rt.images import cannot_hold, grid_size
+from slideredit_rt.samples import sample_of, world_of
 from slideredit_rt.serving.answers import EventStream, Form, Running
 from slideredit_rt.serving.body import Limits, read_edit
 from slideredit_rt.serving.faults import Fault
@@ -109,7 +108,8 @@ class Api:
             preview_steps=self.preview_steps,
             max_images=self.max_images,
             side=editor.family.side(editor.pipeline),
-            embedded=Path(editor.pipeline.name_or_path) == resolve_base("shapes-kontext"),
+            world=world_of(editor.pipeline.name_or_path),
+            sample_instructions=list(sample_of(editor.pipeline.name_or_path).instructions),
         )
 
     async def work(self, function: Callable[[], T]) -> T:

@@ -17,6 +17,7 @@ from starlette.requests import ClientDisconnect, HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from slideredit_rt.errors import SliderEditError
+from slideredit_rt.samples import sample_of
 from slideredit_rt.serving.api import Api
 from slideredit_rt.serving.body import Limits, read_json
 from slideredit_rt.serving.faults import Fault, fault_of
@@ -185,7 +186,7 @@ def create_app(
 
     app.include_router(_edit_routes(api, api_key))
     _add_health(app, service, metrics)
-    serve_page(app)
+    serve_page(app, sample_of(service.editor.pipeline.name_or_path))
     return app
 
 

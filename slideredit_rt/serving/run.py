@@ -200,6 +200,7 @@ def with_engine(settings: ServeSettings, *, progress: bool) -> ServeSettings:
     """
     if settings.engine is not None:
         return settings
+    from slideredit_rt.assets import DEFAULT_WORLD, base_of
     from slideredit_rt.engines.manifest import read_manifest
     from slideredit_rt.export.build import build_engine
 
@@ -207,17 +208,18 @@ def with_engine(settings: ServeSettings, *, progress: bool) -> ServeSettings:
     try:
         read_manifest(folder)
     except SliderEditError:
-        build_engine("shapes-kontext", "shapes-st", folder, overwrite=True, progress=progress)
+        build_engine(base_of(DEFAULT_WORLD), f"{DEFAULT_WORLD}-st", folder, overwrite=True, progress=progress)
     return replace(settings, engine=folder)
 
 
 def _default_engine() -> Path:
     """Return the folder of the embedded engine, which depends on the contents of its base and adapter."""
-    from slideredit_rt.assets import resolve_adapter, resolve_base
+    from slideredit_rt.assets import DEFAULT_WORLD, base_of, resolve_adapter, resolve_base
     from slideredit_rt.files import cache_directory, folder_fingerprint, sha256
 
-    parts = folder_fingerprint(resolve_base("shapes-kontext")), sha256(resolve_adapter("shapes-st"))
-    kept = cache_directory() / "engines" / hashlib.sha256("".join(parts).encode()).hexdigest()[:16] / "shapes-st"
+    adapter = f"{DEFAULT_WORLD}-st"
+    parts = folder_fingerprint(resolve_base(base_of(DEFAULT_WORLD))), sha256(resolve_adapter(adapter))
+    kept = cache_directory() / "engines" / hashlib.sha256("".join(parts).encode()).hexdigest()[:16] / adapter
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)
         if os.access(kept.parent, os.W_OK):
@@ -226,4 +228,4 @@ def _default_engine() -> Path:
         pass
     folder = Path(tempfile.mkdtemp(prefix="slideredit-rt-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return folder / "shapes-st"
+    return folder / adapter

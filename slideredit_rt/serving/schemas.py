@@ -236,7 +236,8 @@ class EngineInfo(BaseModel):
     preview_steps: int = Field(description="denoising steps of a preview by default")
     max_images: int = Field(description="maximum number of source images of an edit")
     side: int = Field(description="width and height of the square images that the engine edits, in pixels")
-    embedded: bool = Field(description="true for the small shapes editor that is part of the package")
+    world: str | None = Field(description="world of an editor that is part of the package; null for other bases")
+    sample_instructions: list[str] = Field(description="instructions for the image at /sample.png")
 
 
 class Model(BaseModel):

@@ -5,11 +5,13 @@ from __future__ import annotations
 import io
 import mimetypes
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 from importlib.resources import files as package_files
 from pathlib import Path
 
 from fastapi import FastAPI, Response
+
+from slideredit_rt.samples import Sample
 
 _PAGE_HEADERS = {
     "Cache-Control": "no-cache",
@@ -24,18 +26,19 @@ _MEDIA_TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascrip
 _SWAGGER_UI = ("swagger-ui-bundle.js", "swagger-ui.css")
 
 
-@lru_cache
-def sample_image() -> bytes:
-    """Return a scene of the shapes world as a PNG file."""
-    from slideredit_rt.shapes.world import held_out_examples, scene_image
+def serve_page(app: FastAPI, sample: Sample) -> None:
+    """Add `GET /`, `/docs` with Swagger UI, and their files.
 
-    file = io.BytesIO()
-    scene_image(held_out_examples(1, 1)[0]).save(file, "PNG")
-    return file.getvalue()
+    Args:
+        app: Application.
+        sample: Image that the page edits first.
+    """
 
-
-def serve_page(app: FastAPI) -> None:
-    """Add `GET /`, `/docs` with Swagger UI, and their files."""
+    @cache
+    def sample_image() -> bytes:
+        file = io.BytesIO()
+        sample.open().save(file, "PNG")
+        return file.getvalue()
 
     def serve(path: str, content: bytes | Callable[[], bytes], media_type: str) -> None:
         async def get() -> Response:

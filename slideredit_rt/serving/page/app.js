@@ -630,8 +630,7 @@ async function start() {
     $("engine").textContent = parts.filter(Boolean).join(" · ");
     showChoices();
     showError("");
-    const first = ["make the circle red", "make the background dark"];
-    for (const text of first.slice(0, sliderLimit())) addRow(text);
+    for (const text of engine.sample_instructions.slice(0, sliderLimit())) addRow(text);
     if (image) restart();
     else await useSample();
   } catch (error) {

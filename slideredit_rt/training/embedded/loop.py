@@ -159,7 +159,7 @@ class Loop:
             progress: Show a progress bar with the error on standard error.
         """
         before, start = self.seconds, time.monotonic()
-        saved, shown = start, torch.zeros((), device=self.parameters[0].device)
+        saved, shown, counted = start, torch.zeros((), device=self.parameters[0].device), 0
         with tqdm(desc=self.name, initial=self.step, total=budget.steps, mininterval=1, disable=not progress) as bar:
             while (used := budget.used(self.step, self.seconds)) < budget.total:
                 self.finished = False
@@ -167,12 +167,12 @@ class Loop:
                     self.warm = used
                 rate = learning_rate(self.step, used, self.warm, budget.total, self.peak)
                 shown += self._update(losses(self.step), rate)
-                self.step += 1
+                self.step, counted = self.step + 1, counted + 1
                 bar.update()
                 if self.step % _SHOWN_EVERY == 0:
                     # Reading a value waits for the device, so it is not done in every step.
-                    self.errors.append((self.step, shown.item() / _SHOWN_EVERY))
-                    shown.zero_()
+                    self.errors.append((self.step, shown.item() / counted))
+                    shown, counted = torch.zeros_like(shown), 0
                     bar.set_postfix(error=f"{self.errors[-1][1]:.5f}", seconds=f"{self.seconds:.0f}", refresh=False)
                 now = time.monotonic()
                 self.seconds = before + now - start
