@@ -62,7 +62,7 @@ _SHIFT = 8.0
 _EDITOR_SEED, _GUIDANCE_SEED = 10_000_000, 20_000_000
 _EDITOR_PAIRS, _PLAIN_PAIRS, _GUIDED_PAIRS = 30_000_000, 40_000_000, 50_000_000
 # Drawing a batch of pairs takes a fifth of a step on two cores, and most of a step on a GPU.
-_POOLED_BATCHES, _STEPS_PER_DRAW = 64, 4
+_POOLED_BATCHES, _STEPS_PER_DRAW = 64, 8
 
 # Luminance has more frequencies than the two colour differences, and all parts of a drawing have a channel.
 _ORDER = sorted(
@@ -365,8 +365,8 @@ def editor_recipe(sizes: Sizes = SIZES) -> EditorRecipe:
                 modules=lambda pipeline: {"transformer": pipeline.transformer, "t5": pipeline.text_encoder_2},
                 prepare=editor_losses,
                 steps=6000,
-                batch={"cpu": 32, "cuda": 1024},
-                peak=8e-4,
+                batch={"cpu": 32, "cuda": 512},
+                peak=1e-3,
                 share=0.5,
                 average=True,
             ),
@@ -375,7 +375,7 @@ def editor_recipe(sizes: Sizes = SIZES) -> EditorRecipe:
                 modules=lambda pipeline: {"transformer": pipeline.transformer, "t5": pipeline.text_encoder_2},
                 prepare=guidance_losses,
                 steps=1200,
-                batch={"cpu": 32, "cuda": 1024},
+                batch={"cpu": 32, "cuda": 512},
                 peak=4e-4,
                 share=0.15,
                 needs=("editor",),
