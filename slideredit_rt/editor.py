@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import threading
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, Unpack
+from typing import Any, Unpack
 
 import torch
 from PIL import Image
@@ -25,91 +24,18 @@ from slideredit_rt.engines.manifest import ADAPTER_FILE, check_base, read_manife
 from slideredit_rt.engines.request import as_reader
 from slideredit_rt.errors import OutOfDeviceMemory, SliderEditError
 from slideredit_rt.families import Backbone, Conditioning, EncodedImages, Family, family_of, get_family
-from slideredit_rt.images import ImageSource, read_images
+from slideredit_rt.images import ImageSource
 from slideredit_rt.loaded_adapters import LoadedAdapter, LoadedAdapters
 from slideredit_rt.modules import SliderBackbone
 from slideredit_rt.placement import Placement, choose_placement
+from slideredit_rt.preparing import Guidance, Prepared, Preparer, Remember
 from slideredit_rt.preview_decoder import PreviewDecoder
 from slideredit_rt.settings import EditDefaults, EditOptions, EditSettings, RunSettings, merge
-from slideredit_rt.sliders import Controls, Slider, compose_prompt
-from slideredit_rt.spans import PromptToken, normalise, row_mask
+from slideredit_rt.sliders import Controls, Slider
 from slideredit_rt.strength import Strength, StrengthCurve, is_constant
 
-T = TypeVar("T")
 # Diffusers and transformers change process-wide state while they load.
 _LOADING = threading.Lock()
-
-
-class Remember(Protocol):
-    """Function that returns `encode()`, or the cached value of the same key (see `slideredit_rt.serving.cache`)."""
-
-    def __call__(self, key: tuple[Hashable, ...], encode: Callable[[], T]) -> T: ...
-
-
-def image_key(image: Image.Image) -> tuple[Hashable, ...]:
-    """Return a key for an image's content: mode, size and a digest of its pixels."""
-    return image.mode, image.size, hashlib.sha256(image.tobytes()).digest()
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """An encoded image and prompt with the rows of each slider, for any strengths.
-
-    Attributes:
-        prompt: Text that was encoded.
-        instructions: Instruction of each of the K sliders.
-        spans: Text rows of each slider.
-        token_mask: Rows that each slider scales, bool `[K, S]`.
-        conditioning: Encoded edit.
-        members: Name of the bank's adapter that each slider scales; empty without a bank.
-        settings: Requested settings, including steps.
-        content: Key for the content of the edit, without seed, steps and strengths; empty without a cache.
-    """
-
-    prompt: str
-    instructions: tuple[str, ...]
-    spans: tuple[tuple[int, ...], ...]
-    token_mask: Tensor
-    conditioning: Conditioning
-    members: tuple[str, ...] = ()
-    settings: EditSettings = field(default_factory=EditSettings)
-    content: tuple[Hashable, ...] = ()
-
-
-class _Encoder:
-    """Encoder for the images and texts of an edit, with an optional cache."""
-
-    def __init__(self, editor: SliderEditor, images: Sequence[Image.Image], remember: Remember | None) -> None:
-        self.editor = editor
-        self.images = images
-        self._remember = remember
-        self.images_key = () if remember is None else tuple(map(image_key, images))
-        self._text_key = self.images_key if editor.family.text_reads_images else ()
-
-    def _recall(self, key: tuple[Hashable, ...], encode: Callable[[], T]) -> T:
-        with self.editor._pipeline_lock:
-            return encode() if self._remember is None else self._remember(key, encode)
-
-    def tokens(self, text: str) -> list[PromptToken]:
-        editor = self.editor
-        return self._recall(
-            ("tokens", text, self._text_key), lambda: editor.family.tokenize(editor.pipeline, text, self.images)
-        )
-
-    def text(self, text: str) -> dict[str, Tensor]:
-        editor, rows = self.editor, self.editor.family.max_text_rows(self.editor.pipeline)
-        return self._recall(
-            ("text", text, self._text_key),
-            lambda: editor.family.encode_prompt(editor.pipeline, [text], rows, [self.images]),
-        )
-
-    def sources(self) -> EncodedImages:
-        editor = self.editor
-        sources = self._recall(("images", self.images_key), lambda: editor.family.encode_sources(editor.pipeline, self.images))
-        if not editor.family.reads_images_once:
-            return sources
-        keys_values = self._recall(("keys_values", self.images_key), lambda: editor.read(sources))
-        return editor.family.with_read(sources, keys_values)
 
 
 class SliderEditor:
@@ -339,7 +265,6 @@ class SliderEditor:
         if self.adapters is not None and self.adapter is None:
             raise no_adapter()
 
-    @torch.no_grad()
     def prepare(
         self,
         image: ImageSource | Sequence[ImageSource],
@@ -365,33 +290,16 @@ class SliderEditor:
                 for this base, there are too many sliders, or a slider's instruction is not in the prompt.
         """
         self.check_adapter()
-        settings = merge(settings, given)
-        images = self._images_of(image)
-        wanted = [s if isinstance(s, Slider) else Slider(s) for s in sliders]
-        members = self._members_of(wanted)
-        text = self._prompt_of(wanted, settings.prompt)
-        guidance_scale, true_cfg_scale, against = self._guidance_of(settings)
-        encode = _Encoder(self, images, remember)
-        spans = self.controls.find_spans(text, wanted, encode.tokens(text), self.family.max_text_rows(self.pipeline))
-        sources = encode.sources()
-        conditioning = self.family.condition(
-            sources,
-            encode.text(text),
-            None if against is None else encode.text(against),
-            self.family.draw_noise(self.pipeline, sources.height, sources.width, settings.seed).to(self.device),
-            guidance_scale,
-            true_cfg_scale,
+        preparer = Preparer(
+            self.family,
+            self.pipeline,
+            self.read,
+            self.controls,
+            self.max_sliders,
+            Guidance(self.default_guidance_scale, self.default_true_cfg_scale),
+            self._pipeline_lock,
         )
-        return Prepared(
-            prompt=text,
-            instructions=tuple(s.instruction for s in wanted),
-            spans=tuple(map(tuple, spans)),
-            token_mask=self._token_mask(spans, members, conditioning),
-            conditioning=conditioning,
-            members=members,
-            settings=settings,
-            content=() if remember is None else (encode.images_key, text, against, guidance_scale, true_cfg_scale),
-        )
+        return preparer.prepare(image, sliders, merge(settings, given), remember)
 
     @torch.no_grad()
     def read(self, sources: EncodedImages) -> Tensor:
@@ -409,55 +317,6 @@ class SliderEditor:
         engine = as_reader(self.engine, self.family.name)
         # Clone, because the engine's next call may overwrite its output.
         return engine.read(self.family.read_inputs(self.config, sources)).to(sources.reference.device).clone()
-
-    def _images_of(self, image: ImageSource | Sequence[ImageSource]) -> list[Image.Image]:
-        """Read RGB images, and check that the base edits as many."""
-        images = read_images(image)
-        if not images or (len(images) > 1 and not self.family.takes_several_images(self.pipeline)):
-            raise SliderEditError(f"got {len(images)} images, but a {type(self.pipeline).__name__} edits one; pass one image")
-        return images
-
-    def _members_of(self, sliders: Sequence[Slider]) -> tuple[str, ...]:
-        """Return the bank's adapter that each slider scales, () without a bank. Refuse too many or conflicting sliders."""
-        if len(sliders) > self.max_sliders:
-            raise SliderEditError(
-                f"got {len(sliders)} sliders, but this engine takes at most {self.max_sliders}; rebuild it with --max-sliders"
-            )
-        return self.controls.members_of(sliders)
-
-    def _prompt_of(self, sliders: Sequence[Slider], prompt: str | None) -> str:
-        """Return the given prompt, or compose one from the instructions."""
-        if prompt is not None:
-            if not sliders:
-                raise SliderEditError("no slider was given; pass at least one instruction of the prompt")
-            return normalise(prompt)
-        spoken = self.controls.spoken(sliders)
-        if unspoken := next((s for s, stands in zip(sliders, spoken, strict=True) if not stands), None):
-            raise SliderEditError(f"slider {unspoken.instruction!r} only names its adapter; pass a prompt as well")
-        return compose_prompt([s.instruction for s in sliders])
-
-    def _guidance_of(self, settings: EditSettings) -> tuple[float | None, float, str | None]:
-        """Return the scales of both kinds of guidance and the prompt of the negative pass, None without such a pass."""
-        family = self.family
-        if settings.guidance_scale is not None and family.guidance_scale is None:
-            raise SliderEditError(f"{family.name} has no embedded guidance; use the true-CFG scale (--true-cfg-scale)")
-        true_cfg_scale = self.default_true_cfg_scale if settings.true_cfg_scale is None else float(settings.true_cfg_scale)
-        if settings.negative_prompt is not None and settings.true_cfg_scale is None and true_cfg_scale <= 1:
-            raise SliderEditError(
-                "this editor runs without a negative pass by default, so a negative prompt has no effect; pass a true-CFG "
-                "scale above 1 as well (--true-cfg-scale)"
-            )
-        guidance_scale = self.default_guidance_scale if settings.guidance_scale is None else float(settings.guidance_scale)
-        against = family.negative_prompt if settings.negative_prompt is None else settings.negative_prompt
-        return guidance_scale, true_cfg_scale, against if true_cfg_scale > 1 else None
-
-    def _token_mask(self, spans: Sequence[Sequence[int]], members: Sequence[str], conditioning: Conditioning) -> Tensor:
-        """Return the rows of each slider, bool `[K, S]`: its text rows for an ST adapter, all rows for a GST adapter."""
-        if self.kind == "st":
-            return row_mask(spans, conditioning.text_rows)
-        rows = conditioning.text_rows + conditioning.image_rows
-        kinds = self.controls.kinds_of(members, len(spans))
-        return row_mask([range(rows) if kind == "gst" else span for kind, span in zip(kinds, spans, strict=True)], rows)
 
     def alphas(self, prepared: Prepared, strengths: Sequence[Sequence[Strength]], fraction: float = 0.0) -> Tensor:
         """Convert N settings of K strengths to the engine's alphas, see `Controls.alphas`.

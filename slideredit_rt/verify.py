@@ -14,13 +14,14 @@ from torch import Tensor
 
 from slideredit_rt.adapters import Adapter, Fused, load_adapters
 from slideredit_rt.assets import resolve_base
-from slideredit_rt.editor import Prepared, SliderEditor
+from slideredit_rt.editor import SliderEditor
 from slideredit_rt.engines import Engine, Manifest, check_run, open_engine, read_manifest
 from slideredit_rt.engines.manifest import ADAPTER_FILE, check_base
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.families import Backbone, Reader, get_family
 from slideredit_rt.loaded_adapters import LoadedAdapters
 from slideredit_rt.placement import choose_placement
+from slideredit_rt.preparing import Prepared
 from slideredit_rt.quantization.config import read_source
 from slideredit_rt.quantization.precisions import PRECISIONS
 from slideredit_rt.settings import RunSettings

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from slideredit_rt.editor import Prepared, SliderEditor
+from slideredit_rt.editor import SliderEditor
 from slideredit_rt.families import Schedule
+from slideredit_rt.preparing import Prepared
 from slideredit_rt.strength import Strength
 
 _ALPHA = "alpha"  # written in every step

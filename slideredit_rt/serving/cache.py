@@ -48,7 +48,7 @@ def size_of(value: Any) -> int:
 
 
 class EncodingCache:
-    """Thread-safe least-recently-used cache; implements `slideredit_rt.editor.Remember`.
+    """Thread-safe least-recently-used cache; implements `slideredit_rt.preparing.Remember`.
 
     Args:
         max_bytes: Limit of all values and keys together. A larger value is not kept, and 0 keeps nothing.

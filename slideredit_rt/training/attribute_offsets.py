@@ -21,11 +21,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from slideredit_rt.editor import Prepared, SliderEditor
+from slideredit_rt.editor import SliderEditor
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.families import Family
 from slideredit_rt.files import atomic_file
 from slideredit_rt.modules import SliderBackbone
+from slideredit_rt.preparing import Prepared
 from slideredit_rt.sliders import Controls, Slider
 from slideredit_rt.spans import find_spans
 from slideredit_rt.training.contrast import ContrastConfig, ContrastTrainer

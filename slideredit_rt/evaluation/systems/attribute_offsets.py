@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from slideredit_rt.assets import resolve_offsets
-from slideredit_rt.editor import Prepared, SliderEditor
+from slideredit_rt.editor import SliderEditor
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.evaluation.dataset import Case
 from slideredit_rt.evaluation.setup import Setup
 from slideredit_rt.evaluation.systems.base import System, register
 from slideredit_rt.files import sha256
+from slideredit_rt.preparing import Prepared
 
 if TYPE_CHECKING:
     from slideredit_rt.training.attribute_offsets import AttributeOffsets

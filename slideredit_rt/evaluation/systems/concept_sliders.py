@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from slideredit_rt.adapters import load_adapter
-from slideredit_rt.editor import Prepared, SliderEditor
+from slideredit_rt.editor import SliderEditor
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.evaluation.dataset import Case
 from slideredit_rt.evaluation.setup import Setup
 from slideredit_rt.evaluation.systems.base import System, register
+from slideredit_rt.preparing import Prepared
 from slideredit_rt.sliders import Slider
 
 _FROZEN = 2 / 28

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from slideredit_rt.editor import Prepared, SliderEditor
+from slideredit_rt.editor import SliderEditor
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.evaluation.dataset import Case
 from slideredit_rt.evaluation.setup import Setup
 from slideredit_rt.evaluation.systems.base import System, register
+from slideredit_rt.preparing import Prepared
 
 
 class _Guidance(System):

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from slideredit_rt.adapters import Adapter, save_adapter
-from slideredit_rt.editor import Prepared, SliderEditor
+from slideredit_rt.editor import SliderEditor
 from slideredit_rt.evaluation.dataset import Case
 from slideredit_rt.evaluation.setup import Setup
 from slideredit_rt.evaluation.systems.base import System, register
 from slideredit_rt.families import Family
+from slideredit_rt.preparing import Prepared
 from slideredit_rt.sliders import Controls
 
 

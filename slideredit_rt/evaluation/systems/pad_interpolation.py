@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slideredit_rt.editor import Prepared, SliderEditor
+from slideredit_rt.editor import SliderEditor
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.evaluation.dataset import Case
 from slideredit_rt.evaluation.setup import Setup
 from slideredit_rt.evaluation.systems.base import System, register
+from slideredit_rt.preparing import Prepared
 
 
 @contextmanager

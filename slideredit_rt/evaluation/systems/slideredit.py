@@ -6,10 +6,11 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from slideredit_rt.editor import Prepared, SliderEditor
+from slideredit_rt.editor import SliderEditor
 from slideredit_rt.evaluation.dataset import Case
 from slideredit_rt.evaluation.setup import Setup, SliderEngine
 from slideredit_rt.evaluation.systems.base import System, register
+from slideredit_rt.preparing import Prepared
 from slideredit_rt.strength import StrengthSchedule
 
 
