@@ -1,4 +1,4 @@
-"""Shared fixtures: the embedded editor, its engines built once per process, and a scene to edit."""
+"""Shared fixtures: the embedded editor, its engines built once per process, a scene to edit, and a server."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ if not torch.cuda.is_available():
     # Read when a kernel is defined: before anything of ours is imported.
     os.environ["TRITON_INTERPRET"] = "1"
 
+import httpx
 import torch._dynamo
+from http_server import as_file, listening
 from PIL import Image
 from trace_cache import TraceCache
 
@@ -33,6 +35,10 @@ from slideredit_rt.engines import inductor
 from slideredit_rt.export import linked_weights, onnx_graph
 from slideredit_rt.export.build import build_engine
 from slideredit_rt.families import Family, get_family
+from slideredit_rt.serving.app import create_app
+from slideredit_rt.serving.metrics import Metrics
+from slideredit_rt.serving.service import EditService
+from slideredit_rt.settings import RunSettings
 from slideredit_rt.shapes.world import held_out_examples, scene_image
 
 
@@ -113,6 +119,35 @@ def st_editor(engines: dict[str, Path]) -> SliderEditor:
 @pytest.fixture(scope="session")
 def gst_editor(engines: dict[str, Path]) -> SliderEditor:
     return SliderEditor.from_engine(engines["gst"])
+
+
+@pytest.fixture(scope="module")
+def service(engines: dict[str, Path]) -> Iterator[EditService]:
+    """A service with an editor of its own; what it should answer comes from the fixture `st_editor`."""
+    editor = SliderEditor.from_engine(engines["st"], run=RunSettings(threads=1))
+    with EditService(editor, observer=Metrics()) as service:
+        yield service
+
+
+@pytest.fixture(scope="module")
+def url(service: EditService) -> Iterator[str]:
+    """The address of a server of `service`, for all tests of a file."""
+    with listening(create_app(service, model="shapes"), service) as (address, _):
+        yield address
+
+
+@pytest.fixture
+def client(url: str) -> Iterator[httpx.Client]:
+    """Asks, and sees that the server still answers afterwards."""
+    with httpx.Client(base_url=url, timeout=60) as client:
+        yield client
+        assert client.get("/health").json() == {"status": "ok"}
+
+
+@pytest.fixture(scope="session")
+def png(scene: Image.Image) -> bytes:
+    """The file of the scene."""
+    return as_file(scene)
 
 
 @pytest.fixture
