@@ -16,7 +16,7 @@ import torch
 import torch._dynamo
 import torch._inductor.config
 from packaging.version import Version
-from test_quantization import linear_of
+from test_precisions import linear_of
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch._inductor.utils import run_and_get_code
