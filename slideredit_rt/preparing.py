@@ -109,7 +109,7 @@ class _Encoder:
 
 @dataclass(frozen=True)
 class Preparer:
-    """What an editor needs to check and encode edits.
+    """Preparation of edits, with the parts of an editor that it needs.
 
     Attributes:
         family: Base-model family.
