@@ -6,7 +6,8 @@ nearest to it, and the identity drift is its distance to the drawing where no in
 
 from __future__ import annotations
 
-from functools import cached_property
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -22,6 +23,55 @@ _VISIBLE = 5 / 255
 """Smallest difference of a channel that counts as a visible change of a pixel."""
 
 
+@dataclass(frozen=True)
+class _Path:
+    """Drawings of an instruction at every strength that is looked for.
+
+    Attributes:
+        region: Pixels that visibly change between strengths 0 and 1.5, bool `[SIZE, SIZE]`.
+        drawings: These R pixels at each of the K strengths of `_strengths`, `[K, 3, R]`.
+    """
+
+    region: Tensor
+    drawings: Tensor
+
+    def nearest(self, images: Tensor) -> Tensor:
+        """Return the strengths at which the path is nearest to images `[M, 3, SIZE, SIZE]`, `[M]`."""
+        pixels, path, steps = images[:, :, self.region].flatten(1), self.drawings.flatten(1), _strengths()
+        squared = torch.cdist(pixels.to(path), path, compute_mode="donot_use_mm_for_euclid_dist")
+        squared = squared.double().square()  # in single precision rounding would decide between equal distances
+        length = (path[1:] - path[:-1]).square().sum(dim=1).double()
+        near, far = squared[:, :-1], squared[:, 1:]
+        share = ((near - far + length) / (2 * length.clamp(min=1e-12))).clamp(0, 1)
+        apart = near + share * (far - near) - share * (1 - share) * length
+        strength = steps[:-1] + share * _STEP
+        # Where the path stands still, all strengths are equally near, and the one closest to 0 counts.
+        best = (apart + 1e-9 * strength.abs()).argmin(dim=1, keepdim=True)
+        return strength.gather(1, best)[:, 0].float()
+
+
+def _strengths() -> Tensor:
+    return torch.arange(_FIRST, _LAST + _STEP / 2, _STEP)
+
+
+@lru_cache(maxsize=64)
+def _path(example: Example, index: int, given: tuple[float, ...]) -> _Path:
+    """Return the path of an instruction. Drawing it takes longer than reading an image, and a case is read for many images.
+
+    Args:
+        example: Person and instructions. Paths are kept for this object, not for an equal one.
+        index: Index of the instruction in the example.
+        given: Strengths of the other instructions, one per instruction of the world.
+    """
+    steps = _strengths()
+    strengths = torch.tensor([given]).repeat(len(steps), 1)
+    strengths[:, INSTRUCTIONS.index(example.instructions[index])] = steps
+    drawings = render(edit(example.people.expand(len(strengths), -1), strengths))
+    passed = drawings[(steps >= 0) & (steps <= _SEEN_UP_TO)]
+    region = ((passed - drawings[steps == 0]).abs() > _VISIBLE).any(dim=0).any(dim=0)
+    return _Path(region, drawings[:, :, region])
+
+
 class Reader:
     """Reads edited images of one example.
 
@@ -33,22 +83,9 @@ class Reader:
     def __init__(self, example: Example, strengths: Tensor | None = None) -> None:
         self.example = example
         self.given = example.strengths if strengths is None else strengths
-        self.steps = torch.arange(_FIRST, _LAST + _STEP / 2, _STEP)
-        paths = [self._path(INSTRUCTIONS.index(instruction)) for instruction in example.instructions]
-        self.regions = [self._region(drawings) for drawings in paths]
-        self.paths = [drawings[:, :, region] for drawings, region in zip(paths, self.regions, strict=True)]
-
-    def _path(self, column: int) -> Tensor:
-        """Return the drawings at each strength of an instruction, `[K, 3, SIZE, SIZE]`."""
-        strengths = self.given.repeat(len(self.steps), 1)
-        strengths[:, column] = self.steps
-        return render(edit(self.example.people.expand(len(strengths), -1), strengths))
-
-    def _region(self, drawings: Tensor) -> Tensor:
-        """Return the pixels that visibly change between strengths 0 and 1.5, bool `[SIZE, SIZE]`."""
-        start = drawings[self.steps == 0]
-        passed = drawings[(self.steps >= 0) & (self.steps <= _SEEN_UP_TO)]
-        return ((passed - start).abs() > _VISIBLE).any(dim=0).any(dim=0)
+        given = tuple(self.given[0].tolist())
+        self.paths = [_path(example, index, given) for index in range(len(example.instructions))]
+        self.regions = [path.region for path in self.paths]
 
     @cached_property
     def untouched(self) -> Tensor:
@@ -68,22 +105,7 @@ class Reader:
             ValueError: The shape of `images` is wrong.
         """
         _check(images)
-        pairs = zip(self.paths, self.regions, strict=True)
-        return torch.stack([self._nearest(images[:, :, region], path) for path, region in pairs], dim=1)
-
-    def _nearest(self, pixels: Tensor, path: Tensor) -> Tensor:
-        """Return the strengths at which a path `[K, 3, R]` is nearest to pixels `[M, 3, R]`, `[M]`."""
-        path = path.flatten(1)
-        squared = torch.cdist(pixels.flatten(1).to(path), path, compute_mode="donot_use_mm_for_euclid_dist")
-        squared = squared.double().square()  # in single precision rounding would decide between equal distances
-        length = (path[1:] - path[:-1]).square().sum(dim=1).double()
-        near, far = squared[:, :-1], squared[:, 1:]
-        share = ((near - far + length) / (2 * length.clamp(min=1e-12))).clamp(0, 1)
-        apart = near + share * (far - near) - share * (1 - share) * length
-        strength = self.steps[:-1] + share * _STEP
-        # Where the path stands still, all strengths are equally near, and the one closest to 0 counts.
-        best = (apart + 1e-9 * strength.abs()).argmin(dim=1, keepdim=True)
-        return strength.gather(1, best)[:, 0].float()
+        return torch.stack([path.nearest(images) for path in self.paths], dim=1)
 
     def drift(self, images: Tensor) -> Tensor | None:
         """Return the root mean squared distance to the exact drawing outside of all edited regions, float32 `[M]`.
@@ -130,12 +152,11 @@ def read_jointly(example: Example, images: Tensor, rounds: int = 3) -> Tensor:
         for index, near in enumerate(touching):
             if not near:
                 continue
-            alone = Example(example.people, (example.instructions[index],))
             for values in others[:, near].unique(dim=0):
                 given = example.strengths
                 given[0, [columns[j] for j in near]] = values
                 same = (others[:, near] == values).all(dim=1)
-                found[same, index] = Reader(alone, given).responses(images[same])[:, 0]
+                found[same, index] = _path(example, index, tuple(given[0].tolist())).nearest(images[same])
     return found
 
 
