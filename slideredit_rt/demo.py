@@ -31,7 +31,7 @@ STEPS = 12
 
 @dataclass(frozen=True)
 class Demo:
-    """What the demo shows of a world.
+    """Cases of a world that the demo edits.
 
     Attributes:
         dataset: Scorers of the cases.
