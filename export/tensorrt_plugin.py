@@ -191,8 +191,8 @@ def register(tensorrt_module: Any = None, target: str | None = None, ptx_isa: st
         The plugin's definition. Call it with input tensors to get the argument of `INetworkDefinition.add_plugin(…, aot=True)`.
 
     Raises:
-        SliderEditError: TensorRT is missing or has no ahead-of-time plugins, there is no kernel for the target, or the process
-            has already registered the plugin for another target.
+        SliderEditError: TensorRT is missing or has no ahead-of-time plugins, there is no kernel for the target, Triton compiles
+            it wrongly (see `aot.compile_job`), or the process has already registered the plugin for another target.
     """
     trtp = _plugin_package(tensorrt_module)
     target = target or this_card()
@@ -200,6 +200,8 @@ def register(tensorrt_module: Any = None, target: str | None = None, ptx_isa: st
         raise SliderEditError(f"no kernel is compiled for {target!r}; choose from {', '.join(aot.TARGETS)}")
     known = _registered.get(trtp.__name__)
     if known is None:
+        # Compile one kernel before the builder asks for others: an exception in a callback has to pass through native code.
+        compiled(job_of(1, 64, 16, 16, "bfloat16", target, ptx_isa))
         _define(trtp, target, ptx_isa)
         _registered[trtp.__name__] = target, ptx_isa
     elif known != (target, ptx_isa):

@@ -35,6 +35,7 @@ from slideredit_rt.files import atomic_file
 from slideredit_rt.kernels import triton_linear, triton_update
 from slideredit_rt.kernels.arguments import MAX_RANK
 from slideredit_rt.kernels.configurations import SHARED_KIB, Configuration, configurations, padded_rank
+from slideredit_rt.kernels.ptx import parse, unfenced_product
 from slideredit_rt.kernels.spec import UNALIGNED, KernelSpec, Size
 
 SPECS = (
@@ -120,7 +121,8 @@ def compile_job(job: Job) -> tuple[str, dict[str, Any]]:
     """Compile one kernel and return its PTX and its description.
 
     Raises:
-        SliderEditError: Triton's interpreter is on, the kernel needs scratch memory, or ptxas rejects it.
+        SliderEditError: Triton's interpreter is on, the kernel needs scratch memory, ptxas rejects it, or Triton has left out
+            a fence that the kernel needs, as versions before 3.7.1 do on sm90, sm100 and sm103.
     """
     if triton.knobs.runtime.interpret:
         raise SliderEditError("TRITON_INTERPRET is set, so Triton does not compile kernels; unset it")
@@ -135,6 +137,11 @@ def compile_job(job: Job) -> tuple[str, dict[str, Any]]:
             "choose another configuration in configurations.json"
         )
     ptx = _without_scratch_pointers(_without_debug_information(compiled.asm["ptx"]), len(arguments), job)
+    if product := unfenced_product(parse(ptx)):
+        raise SliderEditError(
+            f"{job.name} for {job.target} may compute wrong results: Triton {triton.__version__} puts no fence.proxy.async "
+            f"between cp.async and {product.opcode}.{product.modifiers[0]}; install Triton 3.7.1 or newer"
+        )
     return ptx, {
         "kernel": spec.name,
         "target": job.target,
@@ -254,19 +261,18 @@ def _up_to_date(job: Job, folder: Path) -> bool:
         return False
 
 
-def _build_one(job: Job, folder: Path) -> None:
-    ptx, description = compile_job(job)
+def _write(job: Job, folder: Path, ptx: str, description: dict[str, Any]) -> None:
     ptx_path, json_path = _paths(job, folder)
     with atomic_file(ptx_path) as temporary:
         temporary.write_text(ptx)
     # The description is written last, because PTX without a description does not count as built.
     with atomic_file(json_path) as temporary:
-        description["ptx_sha256"] = hashlib.sha256(ptx.encode()).hexdigest()
-        temporary.write_text(json.dumps(description, indent=2) + "\n")
+        described = description | {"ptx_sha256": hashlib.sha256(ptx.encode()).hexdigest()}
+        temporary.write_text(json.dumps(described, indent=2) + "\n")
 
 
 def build(work: Sequence[Job], folder: Path, *, processes: int | None = None, progress: bool = True) -> tuple[int, int]:
-    """Compile the kernels that are missing or out of date in `folder`.
+    """Compile the kernels that are missing or out of date in `folder`. Files are written once all of them have compiled.
 
     Args:
         work: Kernels that the folder shall hold.
@@ -276,31 +282,35 @@ def build(work: Sequence[Job], folder: Path, *, processes: int | None = None, pr
 
     Returns:
         The number of kernels compiled and the number that were already up to date.
+
+    Raises:
+        SliderEditError: A kernel cannot be compiled (see `compile_job`). Nothing has been written then.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     pending = [job for job in work if not _up_to_date(job, folder)]
     workers = min(processes or os.cpu_count() or 1, len(pending))
-    bar = tqdm(total=len(pending), desc="kernels", unit="kernel", disable=not progress or not pending)
-    with bar:
-        for name in _build_all(pending, folder, workers):
-            bar.set_postfix_str(name)
+    compiled = {}
+    with tqdm(total=len(pending), desc="kernels", unit="kernel", disable=not progress or not pending) as bar:
+        for job, result in _compile_all(pending, workers):
+            compiled[job] = result
+            bar.set_postfix_str(job.name)
             bar.update()
+    folder.mkdir(parents=True, exist_ok=True)
+    for job, (ptx, description) in compiled.items():
+        _write(job, folder, ptx, description)
     return len(pending), len(work) - len(pending)
 
 
-def _build_all(pending: Sequence[Job], folder: Path, workers: int) -> Iterator[str]:
+def _compile_all(pending: Sequence[Job], workers: int) -> Iterator[tuple[Job, tuple[str, dict[str, Any]]]]:
     if workers <= 1:
         for job in pending:
-            _build_one(job, folder)
-            yield job.name
+            yield job, compile_job(job)
         return
     # Spawn, because forking is unsafe once the compiler has started threads.
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        futures = {pool.submit(_build_one, job, folder): job for job in pending}
+        futures = {pool.submit(compile_job, job): job for job in pending}
         try:
             for future in as_completed(futures):
-                future.result()
-                yield futures[future].name
+                yield futures[future], future.result()
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise

@@ -78,6 +78,36 @@ def parse(text: str) -> Kernel:
     return kernel
 
 
+def unfenced_product(kernel: Kernel) -> Instruction | None:
+    """Return a product of tensor cores that may read copied data without a `fence.proxy.async`; None if there is none.
+
+    `wgmma` and `tcgen05.mma` read shared memory through the asynchronous proxy. What `cp.async` brought is visible there only
+    after such a fence (PTX ISA, Memory Consistency Model, Proxies). Every path through the code is followed, from each
+    `cp.async.wait_group` or `cp.async.wait_all` to the next fence.
+
+    Args:
+        kernel: Kernel to check.
+    """
+    pending, seen = [(0, False)], set[tuple[int, bool]]()
+    while pending:
+        place, arrived = state = pending.pop()
+        if state in seen or place == len(kernel.code):
+            continue
+        seen.add(state)
+        instruction = kernel.code[place]
+        if arrived and instruction.name.startswith(("wgmma.mma_async", "tcgen05.mma")):
+            return instruction
+        if instruction.name.startswith("cp.async.wait"):
+            arrived = True
+        elif instruction.name.startswith("fence.proxy.async") and instruction.guard is None:
+            arrived = False
+        if instruction.opcode == "bra":
+            pending.append((kernel.labels[instruction.operands[0]], arrived))
+        if instruction.opcode not in ("bra", "ret") or instruction.guard is not None:
+            pending.append((place + 1, arrived))
+    return None
+
+
 def split(text: str) -> list[str]:
     """Split at commas outside braces and brackets."""
     parts, depth, start = [], 0, 0

@@ -5,7 +5,9 @@ CPU tensors need Triton's interpreter, in a process started with `TRITON_INTERPR
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -39,12 +41,38 @@ def _scales(row_scale: Tensor) -> Tensor:
     return row_scale.reshape(-1).contiguous()
 
 
+def _capability(x: Tensor) -> int:
+    if not (x.is_cuda and torch.cuda.is_available()):
+        return 80
+    major, minor = torch.cuda.get_device_capability(x.device)
+    return 10 * major + minor
+
+
+def leaves_out_fences(capability: int) -> bool:
+    """Return whether this version of Triton compiles no `fence.proxy.async` between `cp.async` and the products of a card.
+
+    Versions before 3.7.1 leave it out, and on sm90, sm100 and sm103, products read shared memory through the asynchronous proxy
+    (see `slideredit_rt.kernels.ptx.unfenced_product`).
+
+    Args:
+        capability: Compute capability, such as 90.
+    """
+    version = tuple(map(int, re.findall(r"\d+", triton.__version__)[:3]))
+    return version < (3, 7, 1) and 90 <= capability < 120
+
+
 def _configuration(kernel: str, x: Tensor, rank: int) -> Configuration:
-    capability = 80
-    if x.is_cuda and torch.cuda.is_available():
-        major, minor = torch.cuda.get_device_capability(x.device)
-        capability = 10 * major + minor
-    return configuration(kernel, x.shape[0], rank, x.dtype, capability)
+    return configuration(kernel, x.shape[0], rank, x.dtype, _capability(x))
+
+
+def _linear_configuration(x: Tensor, rank: int) -> Configuration:
+    """Return the tile sizes of `masked_lora_linear`, in one stage where Triton would leave out a fence.
+
+    A kernel of one stage copies through registers instead of `cp.async`, and every version of Triton fences what registers
+    store. It is slower. The other kernels never multiply what `cp.async` brought through the asynchronous proxy.
+    """
+    tiles = _configuration("masked_lora_linear", x, rank)
+    return replace(tiles, num_stages=1) if leaves_out_fences(_capability(x)) else tiles
 
 
 def _require_launchable(x: Tensor) -> None:
@@ -64,9 +92,9 @@ def _masked_lora_linear_triton(
 ) -> Tensor:
     flat, n = _flat(x), weight.shape[0]
     y = flat.new_empty(flat.shape[0], n)
-    configuration = _configuration("masked_lora_linear", flat, lora_a.shape[0])
+    tiles = _linear_configuration(flat, lora_a.shape[0])
     launch_masked_lora_linear(
-        flat, weight.contiguous(), bias, lora_a.contiguous(), lora_b.contiguous(), _scales(row_scale), configuration, y
+        flat, weight.contiguous(), bias, lora_a.contiguous(), lora_b.contiguous(), _scales(row_scale), tiles, y
     )
     return y.view(*x.shape[:-1], n)
 
@@ -101,7 +129,8 @@ def masked_lora_linear_triton(
     """Compute `masked_lora_linear` in one Triton kernel. Tiles without an active row skip the low-rank product.
 
     The result of an inactive row does not depend on the other rows, but may differ from the vendor's GEMM in the last bit.
-    The operator has no gradients.
+    The operator has no gradients. With Triton before 3.7.1, it is slower on sm90, sm100 and sm103, where it does without
+    copies that such a Triton compiles wrongly.
 
     Args:
         x: `[..., S, K]`, bfloat16, float16 or float32.

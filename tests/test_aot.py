@@ -186,6 +186,48 @@ def test_another_ptx_version_only_when_asked_for() -> None:
     assert ".version 8.6\n" in ptx
 
 
+# A Triton that leaves out every fence, as versions before 3.7.1 do between `cp.async` and the products of sm90.
+WITHOUT_FENCES = """
+import re, sys
+from slideredit_rt import cli
+from slideredit_rt.kernels import aot
+
+compile_with_fences = aot._compile
+
+
+def compile_without_fences(job, arguments):
+    compiled = compile_with_fences(job, arguments)
+    compiled.asm["ptx"] = re.sub(r"fence\\.proxy\\.async[^;]*;", "", compiled.asm["ptx"])
+    return compiled
+
+
+aot._compile = compile_without_fences
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize(("target", "product"), [("sm90", "wgmma.mma_async"), ("sm100", "tcgen05.mma")])
+def test_a_compiler_that_leaves_out_a_fence_is_refused_and_nothing_is_written(
+    target: str, product: str, tmp_path: Path
+) -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    arguments = ["kernels", "build", "--dtypes", "bfloat16", "--processes", "1", "--quiet", "--targets"]
+    line = [sys.executable, "-c", WITHOUT_FENCES, *arguments]
+
+    def build(targets: str, out: Path) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([*line, targets, "--out", str(out)], capture_output=True, text=True, env=environment, check=False)
+
+    done = build(f"sm80,{target}", tmp_path / "out")
+    assert done.returncode == 2, done.stderr
+    assert re.search(
+        rf"masked_lora_linear-bf16-\S+ for {target} may compute wrong results: Triton \S+ puts no fence\.proxy\.async "
+        rf"between cp\.async and {re.escape(product)}; install Triton 3\.7\.1 or newer$",
+        done.stderr.strip(),
+    )
+    assert not (tmp_path / "out").exists(), "the kernels of sm80 compiled, but an incomplete folder looks complete"
+    assert build("sm80", tmp_path / "sm80").returncode == 0, "these products need no fence"
+
+
 def test_list_shows_what_each_kernel_uses(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["kernels", "list", str(folder)]) == 0
     lines = capsys.readouterr().out.splitlines()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from dataclasses import replace
 from functools import reduce
 
 import pytest
@@ -42,6 +43,12 @@ def plugin_jobs() -> list[aot.Job]:
 
 PROJECTION = (192, 272, 16)  # K, N, rank
 JOBS = one_of_each_configuration()
+ONE_STAGE = [
+    replace(job, configuration=replace(job.configuration, num_stages=1))
+    for job in JOBS
+    if (job.target, job.spec_name) == ("sm90", "masked_lora_linear")
+]
+"""What `masked_lora_linear_triton` launches where Triton would leave out a fence."""
 
 
 def label(job: aot.Job) -> str:
@@ -54,13 +61,21 @@ BY_LABEL = {label(job): job for job in JOBS}
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory: pytest.TempPathFactory) -> dict[aot.Job, Compiled]:
     """All kernels of this file, compiled in one process."""
-    return compiling.build(list(dict.fromkeys([*JOBS, *plugin_jobs()])), tmp_path_factory.mktemp("ptx"))
+    return compiling.build(list(dict.fromkeys([*JOBS, *plugin_jobs(), *ONE_STAGE])), tmp_path_factory.mktemp("ptx"))
 
 
 @pytest.mark.parametrize("number", range(len(JOBS)), ids=[label(job) for job in JOBS])
 def test_every_shipped_configuration_agrees_with_float64(kernels: dict[aot.Job, Compiled], number: int) -> None:
     """Of odd sizes, with every mask, with NaN in an inactive row; every byte of the output is written once."""
     compiled = kernels[JOBS[number]]
+    for p in standard_problems(compiled, number):
+        assert faults(compiled, p, *run(compiled, p)) == []
+
+
+@pytest.mark.parametrize("number", range(len(ONE_STAGE)), ids=[label(job) for job in ONE_STAGE])
+def test_kernels_of_one_stage_copy_through_registers(kernels: dict[aot.Job, Compiled], number: int) -> None:
+    compiled = kernels[ONE_STAGE[number]]
+    assert "cp.async" not in compiled.text
     for p in standard_problems(compiled, number):
         assert faults(compiled, p, *run(compiled, p)) == []
 

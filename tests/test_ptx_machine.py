@@ -13,7 +13,7 @@ from ptx.memory import Buffer
 from ptx.numbers import Array
 
 from slideredit_rt import SliderEditError
-from slideredit_rt.kernels.ptx import parse
+from slideredit_rt.kernels.ptx import parse, unfenced_product
 
 HEAD = """
 .version 8.7
@@ -299,6 +299,33 @@ COPY = "cp.async.cg.shared.global [%r2], [%a4], 16;"
 )
 def test_what_hardware_would_not_forgive_is_refused(body: str, message: str) -> None:
     assert message in refused(body)
+
+
+WAIT, FENCE = "cp.async.commit_group; cp.async.wait_group 0;", "fence.proxy.async.shared::cta;"
+PRODUCT = "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%d0,%d1,%d2,%d3}, %a0, %a1, 1, 1, 1, 0, 0;"
+
+
+@pytest.mark.parametrize(
+    ("body", "found"),
+    [
+        (COPY + WAIT + PRODUCT, True),
+        (COPY + WAIT + FENCE + "bar.sync 0;" + PRODUCT, False),
+        (COPY + WAIT + PRODUCT.replace("wgmma.mma_async", "tcgen05.mma"), True),
+        (COPY + FENCE + WAIT + PRODUCT, True),
+        (COPY + WAIT + "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%d0}, {%r0}, {%r1}, {%d0};", False),
+        (COPY + WAIT + "@%p0 " + FENCE + PRODUCT, True),
+        # The second turn of a loop reads what its first turn waited for.
+        (f"{FENCE}\nturn: {PRODUCT}{COPY}{WAIT} @%p0 bra turn;", True),
+        (f"{FENCE}\nturn: {PRODUCT}{COPY}{WAIT}{FENCE} @%p0 bra turn;", False),
+        # The product stands after the fence in the text, and one path reaches it without the fence.
+        (f"{COPY}{WAIT} @%p0 bra past; {FENCE}\npast: {PRODUCT}", True),
+        (f"bra.uni last;\nfirst: {PRODUCT} ret;\nlast: {COPY}{WAIT} bra.uni first;", True),
+    ],
+)
+def test_a_product_of_copies_without_a_fence_is_found_on_every_path(body: str, found: bool) -> None:
+    product = unfenced_product(parse(HEAD.format(threads=128) + body + "\n    ret;\n}\n"))
+    assert (product is not None) is found
+    assert product is None or "mma" in product.name
 
 
 def test_copies_arrive_at_their_wait_and_barriers_end_races() -> None:

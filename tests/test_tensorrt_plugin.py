@@ -7,8 +7,10 @@ the plugin as a builder would. Engines need real TensorRT.
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+import textwrap
 from collections.abc import Iterator
 from math import floor
 from typing import Any
@@ -136,6 +138,34 @@ def report(nvidia_bindings: dict[str, str]) -> dict[str, Any]:
     assert done.returncode == 0, done.stderr
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
+
+
+def test_a_compiler_that_leaves_out_a_fence_is_refused_before_the_plugin_is_defined(nvidia_bindings: dict[str, str]) -> None:
+    """With every fence removed from what Triton compiles."""
+    script = """
+        import re
+        import tensorrt as trt
+        from tensorrt.plugin._lib import QDP_REGISTRY
+        from slideredit_rt.errors import SliderEditError
+        from slideredit_rt.export import tensorrt_plugin
+        from slideredit_rt.kernels import aot
+
+        compile_with_fences = aot._compile
+
+        def compile_without_fences(job, arguments):
+            compiled = compile_with_fences(job, arguments)
+            compiled.asm["ptx"] = re.sub("fence[.]proxy[.]async[^;]*;", "", compiled.asm["ptx"])
+            return compiled
+
+        aot._compile = compile_without_fences
+        try:
+            tensorrt_plugin.register(trt, "sm90")
+        except SliderEditError as error:
+            print(len(QDP_REGISTRY), error)
+    """
+    line = [sys.executable, "-c", textwrap.dedent(script)]
+    done = subprocess.run(line, capture_output=True, text=True, env=nvidia_bindings, check=True)
+    assert re.search(r"^0 masked_lora_linear-bf16-r16-\S+ for sm90 may compute wrong results", done.stdout, re.MULTILINE)
 
 
 def launches(report: dict[str, Any]) -> Iterator[tuple[tuple[str, int, int, int], dict[str, Any]]]:

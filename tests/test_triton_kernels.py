@@ -10,6 +10,8 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -342,6 +344,40 @@ def test_nothing_on_a_gpu_computes_with_the_reference(members: int | None, monke
         monkeypatch.setattr(reference, name, refuse)
     y = kernels.masked_lora_linear(**p) if DEVICE == "cuda" else triton_ops.linear_then_update(**p)
     assert_close_to_exact("on a GPU", y, p)
+
+
+@pytest.mark.parametrize(
+    ("version", "capability", "one_stage"),
+    [
+        ("3.6.0", 90, True),
+        ("3.7.0+git12ab34", 90, True),
+        ("3.6.0", 100, True),
+        ("3.7.1", 90, False),
+        ("3.10.0", 90, False),
+        ("3.6.0", 89, False),
+        ("3.6.0", 120, False),
+    ],
+)
+def test_one_stage_where_this_triton_would_leave_out_a_fence(
+    version: str, capability: int, one_stage: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only copies that are pipelined go through `cp.async`."""
+    from slideredit_rt.kernels import triton_ops
+
+    launched, launch = [], triton_ops.launch_masked_lora_linear
+
+    def record(*arguments: Any) -> None:
+        launched.append(arguments[6])
+        launch(*arguments)
+
+    monkeypatch.setattr(triton_ops.triton, "__version__", version)
+    monkeypatch.setattr(triton_ops, "_capability", lambda x: capability)
+    monkeypatch.setattr(triton_ops, "launch_masked_lora_linear", record)
+    p = problem(1, 5, 64, 16, 4, torch.bfloat16)
+    assert_close_to_exact("linear", kernels.masked_lora_linear_triton(**p), p)
+    table_choice = configuration("masked_lora_linear", 5, 4, torch.bfloat16, capability)
+    assert launched == [replace(table_choice, num_stages=1) if one_stage else table_choice]
+    assert table_choice.num_stages > 1
 
 
 def test_bad_arguments_get_one_sentence(kernel: Callable[..., Tensor]) -> None:

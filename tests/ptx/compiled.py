@@ -36,15 +36,7 @@ class Compiled:
     def machine(self, text: str | None = None, shared_bytes: int | None = None) -> Machine:
         """Return a machine that runs the kernel, or another text in its place, by default with the memory that it states."""
         shared_bytes = self.description["shared_bytes"] if shared_bytes is None else shared_bytes
-        return Machine(parse(text or self.text), shared_bytes, self.shared_base, fences_copies(self.description["triton"]))
-
-
-def fences_copies(version: str) -> bool:
-    """Return whether a version of Triton puts a fence between `cp.async` and `wgmma`.
-
-    Those before 3.7.1 do not (triton-lang/triton, pull request 10537). What they compile is right on an H200 nevertheless.
-    """
-    return tuple(map(int, version.split("+")[0].split("."))) >= (3, 7, 1)
+        return Machine(parse(text or self.text), shared_bytes, self.shared_base)
 
 
 def build(jobs: Sequence[aot.Job], folder: Path) -> dict[aot.Job, Compiled]:

@@ -19,13 +19,12 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ptx.compiled import SYSTEM_BYTES, fences_copies
+from ptx.compiled import SYSTEM_BYTES
 from ptx.fault import Fault
 from ptx.machine import Machine
 from ptx.memory import Buffer
 from ptx.problems import content, raw
 from slideredit_rt.kernels import aot, triton_linear, triton_ops, triton_update
-from slideredit_rt.kernels.configurations import configuration
 from slideredit_rt.kernels.ptx import parse
 
 TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
@@ -101,7 +100,7 @@ class Emulator:
             options={**options, "ptx_version": version, "enable_fp_fusion": True},
         )
         base = SYSTEM_BYTES if self.capability >= 90 else 0
-        return Machine(parse(built.asm["ptx"]), built.metadata.shared, base, fences_copies(triton.__version__))
+        return Machine(parse(built.asm["ptx"]), built.metadata.shared, base)
 
 
 class _Indexed:
@@ -133,15 +132,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def _emulator(request: pytest.FixtureRequest) -> Any:
-    """Launch through the interpreter, with the configurations of the target."""
+    """Launch through the interpreter, as on a GPU of the target."""
     emulator = Emulator(request.config.getoption("--ptx-target"))
     with pytest.MonkeyPatch.context() as patch:
         for module in (triton_linear, triton_update):
             patch.setattr(module, "wrap_triton", emulator.wrap)
         patch.setattr(triton_ops, "INTERPRETED", True)
-        chosen = emulator.capability
-        patch.setattr(
-            triton_ops, "_configuration", lambda kernel, x, rank: configuration(kernel, x.shape[0], rank, x.dtype, chosen)
-        )
+        patch.setattr(triton_ops, "_capability", lambda x: emulator.capability)
         yield
     assert emulator.launches

@@ -43,15 +43,14 @@ class Machine:
         kernel: Parsed kernel.
         shared_bytes: Dynamic shared memory of a block.
         shared_base: Address of its first byte. On sm90 and newer, 1,024 bytes of the system come first.
-        copies_need_fence: Whether `wgmma` may only read what `cp.async` brought after a `fence.proxy.async`, as the ISA says.
 
     Raises:
         Fault: The kernel has an instruction that the interpreter does not know; the message names its line.
     """
 
-    def __init__(self, kernel: Kernel, shared_bytes: int, shared_base: int = 0, copies_need_fence: bool = True) -> None:
+    def __init__(self, kernel: Kernel, shared_bytes: int, shared_base: int = 0) -> None:
         self.kernel = kernel
-        shared = Shared(shared_bytes, shared_base, kernel.threads, copies_need_fence)
+        shared = Shared(shared_bytes, shared_base, kernel.threads)
         self.state = State(kernel, Registers(kernel, shared_base), Global(), shared)
         self._warp = np.arange(kernel.threads) // 32
         self._steps = [self._bind(instruction) for instruction in kernel.code]

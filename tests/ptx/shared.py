@@ -37,11 +37,10 @@ class Shared:
         size: Number of bytes, as given to the launch.
         base: Address of the first byte.
         threads: Number of threads in the block.
-        copies_need_fence: Whether what `cp.async` brings is hidden from the asynchronous proxy until a fence.
     """
 
-    def __init__(self, size: int, base: int, threads: int, copies_need_fence: bool) -> None:
-        self.size, self.base, self._threads, self._copies_need_fence = size, base, threads, copies_need_fence
+    def __init__(self, size: int, base: int, threads: int) -> None:
+        self.size, self.base, self._threads = size, base, threads
         self._warp = np.arange(threads) // 32
         self.reset()
 
@@ -116,7 +115,7 @@ class Shared:
         self._inflight.reshape(-1, size)[copy.place] = False
         self._check_write(copy.place, size, copy.lanes, copy.data)
         self._bytes.reshape(-1, size)[copy.place] = copy.data
-        self._unfenced.reshape(-1, size)[copy.place] = self._copies_need_fence
+        self._unfenced.reshape(-1, size)[copy.place] = True
 
     # The asynchronous proxy (ISA: Memory Consistency Model, Proxies)
 
