@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -19,6 +20,22 @@ def frozen_steps(slider_start: float, steps: int) -> int:
         steps: Denoising steps.
     """
     return sum((step + 1) / steps <= slider_start for step in range(steps))
+
+
+def fill_batch(alphas: Tensor, smallest: int) -> Tensor:
+    """Repeat the last row of a batch that has fewer rows than an engine takes; return other batches as they are.
+
+    Rows of a batch do not affect each other, so the first rows of the result are those of the smaller batch.
+
+    Args:
+        alphas: Alphas of every step of the run, `[run, B, K]`, for a bank `[run, B, K, G]`; B is at least 1.
+        smallest: Smallest batch of the engine.
+
+    Returns:
+        `alphas` with at least `smallest` rows in place of B.
+    """
+    rows = torch.arange(max(alphas.shape[1], smallest)).clamp(max=alphas.shape[1] - 1)
+    return alphas[:, rows]
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from slideredit_rt.adapters import AdapterSource, Fused, load_adapters, read_updates
 from slideredit_rt.assets import resolve_base
-from slideredit_rt.denoising import Denoising, frozen_steps
+from slideredit_rt.denoising import Denoising, fill_batch, frozen_steps
 from slideredit_rt.engines import check_run, open_engine
 from slideredit_rt.engines.adapter_inputs import AdaptedEngine, no_adapter
 from slideredit_rt.engines.eager import EagerEngine
@@ -379,7 +379,8 @@ class SliderEditor:
     ) -> list[Image.Image]:
         """Denoise one image per slider setting, all from the same noise, in batches up to the engine's limit.
 
-        The steps before `slider_start` are made once for all settings.
+        A batch below the engine's smallest is filled with rows whose results are dropped. The steps before `slider_start` are
+        made once for all settings.
 
         Args:
             prepared: Result of `prepare`.
@@ -447,20 +448,30 @@ class SliderEditor:
         with tqdm(total=frozen + (run - frozen) * len(chunks), desc="denoise", disable=not progress, leave=False) as bar:
             latents = conditioning.latents
             if frozen:
-                # One row makes the steps that all settings share, whatever their number. Equal rows fill the smallest batch.
-                equal = alphas[:, :1].repeat_interleave(self.min_batch, dim=1)
-                shared = self._denoising(conditioning, self.backbone_inputs(prepared, equal[0]), run)
-                rows = latents.repeat(self.min_batch, 1, 1)
-                latents = shared.run(rows, equal.to(latents.device), range(frozen), bar)[:1]
+                # One row makes the steps that all settings share, whatever their number.
+                latents = self._denoise_rows(prepared, latents, alphas[:, :1], range(frozen), bar)
             for chunk in chunks:
-                denoising = self._denoising(conditioning, self.backbone_inputs(prepared, chunk[0]), run)
-                rows = latents.repeat(chunk.shape[1], 1, 1)
-                rows = denoising.run(rows, chunk.to(latents.device), range(frozen, run), bar)
+                rows = self._denoise_rows(prepared, latents, chunk, range(frozen, run), bar)
                 images.append(self.decode(rows, conditioning.height, conditioning.width))
         together = torch.cat(images).cpu()
         for row in broken_rows(together):
             raise not_finite(prepared.instructions, strengths[row])
         return together
+
+    def _denoise_rows(self, prepared: Prepared, latents: Tensor, alphas: Tensor, steps: range, bar: tqdm[Any]) -> Tensor:
+        """Return `[B, latent_rows, C]` after some of the steps of B settings, all from the same `latents` of one row.
+
+        Args:
+            prepared: Result of `prepare`.
+            latents: `[1, latent_rows, C]` before the first of the steps.
+            alphas: Alphas of every step of the run, `[run, B, K]`, for a bank `[run, B, K, G]`; B is at most `max_batch`.
+            steps: Indices of the steps to make.
+            bar: Progress bar that advances by one per step.
+        """
+        filled = fill_batch(alphas, self.min_batch)
+        denoising = self._denoising(prepared.conditioning, self.backbone_inputs(prepared, filled[0]), len(alphas))
+        rows = denoising.run(latents.repeat(filled.shape[1], 1, 1), filled.to(latents.device), steps, bar)
+        return rows[: alphas.shape[1]]
 
     @torch.no_grad()
     def denoise(

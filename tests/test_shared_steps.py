@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from slideredit_rt import cli
-from slideredit_rt.denoising import frozen_steps
+from slideredit_rt.denoising import fill_batch, frozen_steps
 from slideredit_rt.editor import SliderEditor
 from slideredit_rt.engines import read_manifest
 from slideredit_rt.errors import SliderEditError
@@ -104,6 +104,33 @@ class TestEditor:
         found = editor.render_tensor(prepared, [[0.0], [1.5]], steps=2, slider_start=0.5)
         assert calls == [[0.0, 0.0], [1.0, -0.5]]
         assert (found - expected).abs().max() <= 1e-5
+
+    def test_a_last_batch_below_the_smallest_of_an_engine_is_filled(
+        self, editor: SliderEditor, calls: list[list[float]], scene: Image.Image
+    ) -> None:
+        """An engine refuses batches outside its range, and the rows that fill one change no result."""
+        accepts, strengths = editor.engine, [[0.0], [0.5], [1.0], [1.25], [1.5]]
+        prepared = editor.prepare(scene, [RED], prompt=BOTH)
+        alone = torch.cat([editor.render_tensor(prepared, [setting], steps=2) for setting in strengths])
+        calls.clear()
+
+        def refuse_small(inputs: Mapping[str, Tensor]) -> Tensor:
+            assert 2 <= len(inputs["alpha"]) <= 4
+            return accepts(inputs)
+
+        editor.engine, editor.min_batch, editor.max_batch = refuse_small, 2, 4
+        found = editor.render_tensor(prepared, strengths, steps=2)
+        assert calls == [[1.0, 0.5, 0.0, -0.25]] * 2 + [[-0.5, -0.5]] * 2
+        assert found.shape == alone.shape
+        assert (found - alone).abs().max() <= 1e-5
+        assert (editor.render_tensor(prepared, strengths[2:3], steps=2) - alone[2:3]).abs().max() <= 1e-5
+
+    @pytest.mark.parametrize("shape", [(3, 2, 1), (3, 2, 2, 4)], ids=["one adapter", "a bank"])
+    def test_the_last_row_fills_a_batch_and_a_large_enough_one_stays(self, shape: tuple[int, ...]) -> None:
+        alphas = torch.rand(shape)
+        assert torch.equal(fill_batch(alphas, 4), torch.cat([alphas, alphas[:, 1:], alphas[:, 1:]], dim=1))
+        assert torch.equal(fill_batch(alphas, 2), alphas)
+        assert torch.equal(fill_batch(alphas, 1), alphas)
 
     def test_shared_steps_are_those_of_each_position_bit_for_bit(self, editor: SliderEditor, scene: Image.Image) -> None:
         prepared = editor.prepare(scene, [RED], prompt=BOTH, slider_start=0.5)
