@@ -26,6 +26,7 @@ from slideredit_rt.errors import OutOfDeviceMemory, SliderEditError
 from slideredit_rt.families import Backbone, Conditioning, EncodedImages, Family, family_of, get_family
 from slideredit_rt.images import ImageSource
 from slideredit_rt.loaded_adapters import LoadedAdapter, LoadedAdapters
+from slideredit_rt.memory import ServerParts
 from slideredit_rt.modules import SliderBackbone
 from slideredit_rt.placement import Placement, choose_placement
 from slideredit_rt.preparing import Guidance, Prepared, Preparer, Remember
@@ -139,6 +140,7 @@ class SliderEditor:
         path: str | Path,
         base: str | Path | None = None,
         run: RunSettings | None = None,
+        server: ServerParts | None = None,
     ) -> SliderEditor:
         """Open an engine folder.
 
@@ -150,6 +152,7 @@ class SliderEditor:
                 source recorded in the manifest.
             run: Device, threads and options of the engine, dtype of encoders and autoencoder, and what is offloaded; None
                 uses the defaults. The logger `slideredit_rt.notes` tells what `auto` decided.
+            server: Parts that a server will keep on the device, for the decision of `auto`; None without a server.
 
         Raises:
             SliderEditError: The engine is damaged or cannot run here, it was built from another base, or an edit does not fit
@@ -170,7 +173,7 @@ class SliderEditor:
             )
         check_base(manifest, Path(path), folder, skip=("transformer",))
         with _LOADING:
-            placement = choose_placement(Path(path), manifest, folder, run, device)
+            placement = choose_placement(Path(path), manifest, folder, run, device, server=server)
         _, engine = open_engine(Path(path), placement.run, manifest)
         with _LOADING:
             pipeline = family.load_pipeline(folder, transformer=False, dtype=run.choose_dtype(engine.device))

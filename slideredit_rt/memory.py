@@ -40,6 +40,7 @@ from slideredit_rt.errors import SliderEditError
 from slideredit_rt.families import get_family
 from slideredit_rt.families.base import decode_in_tiles
 from slideredit_rt.files import atomic_file, cache_directory, read_json
+from slideredit_rt.preview_decoder import PreviewDecoder
 from slideredit_rt.tensor_files import Stored, read_header
 
 MemoryMode = Literal["none", "encoders", "all"]
@@ -50,6 +51,24 @@ DEPLOYED = torch.bfloat16
 """Dtype of encoders and autoencoder on a GPU."""
 STREAMED_SHARE = 0.1
 """Least share of a plan's weights that must stay on the card for weight streaming to be offered."""
+
+
+@dataclass(frozen=True)
+class ServerParts:
+    """Parts that a server keeps on the device beside an edit.
+
+    Attributes:
+        adapters: Limit of the adapters of an engine with adapter inputs, in bytes (see `LoadedAdapters`); None counts the one
+            in use only.
+        preview_decoder: Folder of the tiny autoencoder that decodes previews; None without one.
+        cache: Limit of the cache of encodings and latents, in bytes.
+        caches_keys_values: The cache has room for the keys and values of one source image in addition.
+    """
+
+    adapters: int | None = None
+    preview_decoder: Path | None = None
+    cache: int = 0
+    caches_keys_values: bool = False
 
 
 @dataclass(frozen=True)
@@ -69,7 +88,10 @@ class Footprint:
         streams: True if weights can be streamed from the host.
         keys_values: Keys and values of the source image of an edit, for a family that reads source images once. Edits of the
             same image share them; the plan counts them for each image of a batch.
-        adapters: Adapter inputs of an engine that has them: those of the adapter in use and the engine's buffers for them.
+        adapters: Adapter inputs of an engine that has them: those of all adapters that are kept and the engine's buffers for
+            one (see `adapters_size`).
+        preview_decoder: Weights of the preview decoder.
+        cache: Encodings and latents that a server keeps.
     """
 
     weights: int
@@ -83,6 +105,13 @@ class Footprint:
     streams: bool
     keys_values: int = 0
     adapters: int = 0
+    preview_decoder: int = 0
+    cache: int = 0
+
+    @property
+    def beside(self) -> int:
+        """Bytes that stay on the card whatever is offloaded, besides the autoencoder."""
+        return self.adapters + self.preview_decoder + self.cache
 
     @property
     def per_image(self) -> int:
@@ -102,6 +131,8 @@ class MemoryPlan:
         activations_gib: Activations of a batch of 1.
         keys_values_gib: Keys and values of the source image of an edit; 0 for a family that reads source images in every step.
         adapters_gib: Adapter inputs, see `Footprint.adapters`; 0 for an engine that contains its adapter.
+        preview_decoder_gib: Weights of a server's preview decoder; 0 without one.
+        cache_gib: Limit of a server's cache of encodings and latents; 0 without a server.
         offload: First of `none`, `encoders` and, for engines with weight streaming, `all` that fits, or the last of them.
         max_batch: The largest batch that fits, up to the engine's; 0 where not even one image does.
         fits: True if one image fits.
@@ -116,6 +147,8 @@ class MemoryPlan:
     activations_gib: float
     keys_values_gib: float
     adapters_gib: float
+    preview_decoder_gib: float
+    cache_gib: float
     offload: MemoryMode
     max_batch: int
     fits: bool
@@ -134,7 +167,7 @@ def plan_memory(footprint: Footprint, vram: int, modes: Sequence[MemoryMode] = M
         vram: Memory of the card, in bytes.
         modes: Choices that are allowed, in order.
     """
-    room = vram - RESERVED - footprint.decoder - footprint.adapters
+    room = vram - RESERVED - footprint.decoder - footprint.beside
     # A text encoder visits the card a layer at a time, and not while an image is decoded.
     offloaded = max(footprint.tiled_decode, footprint.largest_encoder_weight)
     streamed = min(footprint.weights, max(int(STREAMED_SHARE * footprint.weights), room - offloaded - footprint.per_image))
@@ -177,10 +210,12 @@ def _plan(footprint: Footprint, vram: int, mode: MemoryMode, choice: _Choice, ro
         activations_gib=_gib(footprint.step + choice.other),
         keys_values_gib=_gib(footprint.keys_values),
         adapters_gib=_gib(footprint.adapters),
+        preview_decoder_gib=_gib(footprint.preview_decoder),
+        cache_gib=_gib(footprint.cache),
         offload=mode,
         max_batch=batch,
         fits=not missing,
-        needed_gib=_gib(everything + footprint.decoder + footprint.adapters + RESERVED),
+        needed_gib=_gib(everything + footprint.decoder + footprint.beside + RESERVED),
         missing_gib=_gib(missing),
     )
 
@@ -198,8 +233,14 @@ class _Activations:
     tiled_decode: int
 
 
-def engine_footprint(folder: Path, manifest: Manifest, base: Path, dtype: torch.dtype = DEPLOYED) -> Footprint:
+def engine_footprint(
+    folder: Path, manifest: Manifest, base: Path, dtype: torch.dtype = DEPLOYED, server: ServerParts | None = None
+) -> Footprint:
     """Return what an engine and its base take on a device, for edits of one image at the base's usual size.
+
+    Weights are the sizes of all tensors: the product of the shape, times the bytes of an element of the dtype on the device. An
+    image is decoded by the autoencoder or by the preview decoder, so the larger of their activations counts. The cache counts
+    as if it were full.
 
     Activations take seconds to count the first time. They are then kept in the user's cache, by the configurations of the
     transformer and the autoencoder.
@@ -208,28 +249,54 @@ def engine_footprint(folder: Path, manifest: Manifest, base: Path, dtype: torch.
         folder: Engine folder.
         manifest: Manifest of the folder.
         base: Folder of the checkpoint that encodes and decodes.
-        dtype: Dtype of encoders and autoencoder.
+        dtype: Dtype of encoders, autoencoder and preview decoder.
+        server: Parts that a server keeps in addition; None counts an edit alone.
 
     Raises:
-        SliderEditError: Files of the engine or the base that cannot be read.
+        SliderEditError: Files of the engine, the base or the preview decoder cannot be read, or the preview decoder does not
+            fit the base.
     """
+    server = server or ServerParts()
     stored = [one for name, library in _encoders(base) for one in read_weights(base / name, library).values()]
     encoders = [_size(one, dtype) for one in stored]
     keys_values = 0
     if get_family(manifest.family).reads_images_once:
         with quiet_libraries():
             keys_values = keys_values_size(manifest, _decoding_pipeline(manifest, base, dtype))
+    activations, preview_decoder = _kept_activations(manifest, base, dtype), 0
+    if server.preview_decoder is not None:
+        preview_decoder = sum(_size(one, dtype) for one in read_weights(server.preview_decoder).values())
+        preview = _preview_activations(server.preview_decoder, manifest, base, dtype)
+        activations = _Activations(activations.step, max(activations.decode, preview), max(activations.tiled_decode, preview))
     return Footprint(
         weights=_engine_weights(folder, manifest),
         encoders=sum(encoders),
         largest_encoder_weight=max(encoders),
         decoder=sum(_size(one, dtype) for one in read_weights(base / "vae").values()),
-        **vars(_kept_activations(manifest, base, dtype)),
+        **vars(activations),
         max_batch=manifest.max_batch,
         streams=manifest.weight_streaming,
         keys_values=keys_values,
-        adapters=0 if manifest.layout is None else 2 * manifest.layout.bytes,
+        adapters=adapters_size(manifest, server.adapters),
+        preview_decoder=preview_decoder,
+        cache=server.cache + (keys_values if server.caches_keys_values else 0),
     )
+
+
+def adapters_size(manifest: Manifest, limit: int | None = None) -> int:
+    """Return the bytes of the adapter inputs of an engine, `(kept + 1) · bytes`; 0 if it contains its adapter.
+
+    `bytes` is the size of one adapter's float32 inputs, the same for every adapter. `kept = max(1, limit // bytes)` adapters
+    stay within the limit, and the engine has buffers for one more.
+
+    Args:
+        manifest: Manifest of the engine.
+        limit: Limit of the adapters on the device, in bytes; None counts the one in use only.
+    """
+    if manifest.layout is None:
+        return 0
+    one = manifest.layout.bytes
+    return one * (1 + (1 if limit is None else max(1, limit // one)))
 
 
 def keys_values_size(manifest: Manifest, pipeline: Any) -> int:
@@ -293,6 +360,17 @@ def _activations(manifest: Manifest, base: Path, dtype: torch.dtype) -> _Activat
     whole = live_peak(decode, pipeline.vae)
     decode_in_tiles(pipeline.vae)
     return _Activations(step, whole, live_peak(decode, pipeline.vae))
+
+
+def _preview_activations(folder: Path, manifest: Manifest, base: Path, dtype: torch.dtype) -> int:
+    """Count the activations of a preview decoder on the `meta` device, for one image of the base's usual size."""
+    family = get_family(manifest.family)
+    with quiet_libraries():
+        pipeline = _decoding_pipeline(manifest, base, dtype)
+        decoder = PreviewDecoder(family, pipeline, meta_transformer(folder).to(dtype), str(folder))
+    side, channels = family.side(pipeline), int(manifest.config["in_channels"])
+    latents = torch.empty(1, _usual_rows(manifest, pipeline), channels, device="meta")
+    return live_peak(lambda: decoder.decode(latents, side, side), decoder.vae)
 
 
 def _text_rows(manifest: Manifest) -> int:

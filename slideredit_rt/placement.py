@@ -9,7 +9,15 @@ import torch
 
 from slideredit_rt.engines import Manifest, get_backend
 from slideredit_rt.errors import SliderEditError
-from slideredit_rt.memory import STREAMED_SHARE, Footprint, MemoryMode, MemoryPlan, engine_footprint, plan_memory
+from slideredit_rt.memory import (
+    STREAMED_SHARE,
+    Footprint,
+    MemoryMode,
+    MemoryPlan,
+    ServerParts,
+    engine_footprint,
+    plan_memory,
+)
 from slideredit_rt.notes import note
 from slideredit_rt.settings import RunSettings
 
@@ -30,7 +38,14 @@ class Placement:
 
 
 def choose_placement(
-    folder: Path, manifest: Manifest, base: Path, run: RunSettings, device: torch.device, *, encoders: bool = True
+    folder: Path,
+    manifest: Manifest,
+    base: Path,
+    run: RunSettings,
+    device: torch.device,
+    *,
+    encoders: bool = True,
+    server: ServerParts | None = None,
 ) -> Placement:
     """Decide what leaves a device, from its free memory and an engine's files. Loads no weights. The decision is a note.
 
@@ -43,9 +58,10 @@ def choose_placement(
         run: Settings that `slideredit_rt.engines.check_run` accepts.
         device: Device that the engine will run on.
         encoders: Encoders and autoencoder will be on the device as well.
+        server: Parts that a server keeps on the device in addition; None without a server.
 
     Raises:
-        SliderEditError: An edit of one image does not fit, or files of the engine or the base cannot be read.
+        SliderEditError: An edit of one image does not fit, or files cannot be read (see `engine_footprint`).
     """
     if device.type == "cpu":
         return Placement(replace(run, offload="none"))
@@ -53,7 +69,7 @@ def choose_placement(
     budget = backend.weight_budget(run.options)
     if run.offload in ("none", "encoders") or (run.offload == "all" and budget is not None):
         return Placement(run)
-    footprint = engine_footprint(folder, manifest, base, run.choose_dtype(device))
+    footprint = engine_footprint(folder, manifest, base, run.choose_dtype(device), server)
     if not encoders:
         footprint = replace(footprint, encoders=0, largest_encoder_weight=0, decoder=0, decode=0, tiled_decode=0)
     if isinstance(budget, int):
@@ -62,16 +78,16 @@ def choose_placement(
     modes: tuple[MemoryMode, ...] = ("all",) if run.offload == "all" else ("none", "encoders", "all")
     plan = plan_memory(footprint, free, modes)
     if not plan.fits:
-        raise SliderEditError(_refusal(plan, manifest, run, device, (total - free) / 2**30))
+        raise SliderEditError(_refusal(plan, manifest, run, device, (total - free) / 2**30, server))
     options = run.options
     if plan.offload == "all" and budget is None:
         options = backend.with_weight_budget(options, int(plan.weights_gib * 2**30))
-    reason = _reason(plan, footprint, run, device)
+    reason = _reason(plan, footprint, run, device, server)
     note(reason)
     return Placement(replace(run, offload=plan.offload, options=options), plan, reason)
 
 
-def _reason(plan: MemoryPlan, footprint: Footprint, run: RunSettings, device: torch.device) -> str:
+def _reason(plan: MemoryPlan, footprint: Footprint, run: RunSettings, device: torch.device, server: ServerParts | None) -> str:
     weights = footprint.weights / 2**30
     kept = {
         "none": "keeps everything on the GPU",
@@ -79,12 +95,22 @@ def _reason(plan: MemoryPlan, footprint: Footprint, run: RunSettings, device: to
         "all": f"keeps the text encoders and {weights - plan.weights_gib:.1f} of {weights:.1f} GiB of weights in host memory",
     }[plan.offload]
     return (
-        f"--offload {run.offload} {kept}: with everything on it, an edit takes {plan.needed_gib:.1f} GiB, and {device} has "
-        f"{plan.vram_gib:.1f} GiB free; batches of up to {plan.max_batch} fit"
+        f"--offload {run.offload} {kept}: with everything on it, an edit takes {plan.needed_gib:.1f} GiB{_kept(plan, server)}, "
+        f"and {device} has {plan.vram_gib:.1f} GiB free; batches of up to {plan.max_batch} fit"
     )
 
 
-def _refusal(plan: MemoryPlan, manifest: Manifest, run: RunSettings, device: torch.device, used: float) -> str:
+def _kept(plan: MemoryPlan, server: ServerParts | None) -> str:
+    """Name the share of what a server keeps."""
+    if server is None:
+        return ""
+    kept = plan.adapters_gib + plan.preview_decoder_gib + plan.cache_gib
+    return f" with {kept:.1f} GiB of adapters, preview decoder and cache"
+
+
+def _refusal(
+    plan: MemoryPlan, manifest: Manifest, run: RunSettings, device: torch.device, used: float, server: ServerParts | None
+) -> str:
     """Describe what is missing, and the options that would help this engine.
 
     Args:
@@ -93,6 +119,7 @@ def _refusal(plan: MemoryPlan, manifest: Manifest, run: RunSettings, device: tor
         run: Requested settings.
         device: Device that is too small.
         used: Memory of the device that is not free, in GiB.
+        server: Parts that a server keeps on the device in addition; None without a server.
     """
     backend = get_backend(manifest.backend)
     helps = []
@@ -104,6 +131,10 @@ def _refusal(plan: MemoryPlan, manifest: Manifest, run: RunSettings, device: tor
         helps.append("lower --weight-budget-mib")
     if run.dtype == "float32":
         helps.append("leave out --dtype float32")
+    if server is not None and server.adapters is not None and manifest.layout is not None:
+        helps.append("lower --adapters-mib")
+    if plan.cache_gib:
+        helps.append("lower --cache-mib")
     if used > plan.missing_gib:
         helps.append(f"free some of the {used:.1f} GiB in use")
     beside = {
@@ -113,6 +144,6 @@ def _refusal(plan: MemoryPlan, manifest: Manifest, run: RunSettings, device: tor
     }[plan.offload]
     return (
         f"{plan.missing_gib:.1f} GiB are missing on {device}: an edit of one image takes "
-        f"{plan.vram_gib + plan.missing_gib:.1f} GiB{beside}, and {plan.vram_gib:.1f} GiB are free; "
+        f"{plan.vram_gib + plan.missing_gib:.1f} GiB{_kept(plan, server)}{beside}, and {plan.vram_gib:.1f} GiB are free; "
         f"{', or '.join(helps) or 'use a GPU with more memory'}"
     )

@@ -16,6 +16,30 @@ from slideredit_rt.families import Family
 from slideredit_rt.files import read_json
 
 
+def decoder_folder(source: str | Path) -> Path:
+    """Return the folder of a preview decoder, without reading its weights.
+
+    Args:
+        source: Folder or hub repository with an `AutoencoderTiny` saved by diffusers.
+
+    Raises:
+        SliderEditError: It cannot be found, or is another class.
+    """
+    folder = resolve_decoder(source)
+    try:
+        found = read_json(folder / "config.json").get("_class_name")
+    except (OSError, ValueError, AttributeError) as error:
+        raise SliderEditError(
+            f"preview decoder {str(source)!r} has no readable config.json ({error}); give the folder of an AutoencoderTiny"
+        ) from None
+    if found != AutoencoderTiny.__name__:
+        raise SliderEditError(
+            f"preview decoder {str(source)!r} is of class {found}; "
+            "give an AutoencoderTiny, such as madebyollin/taef1 for FLUX.1"
+        )
+    return folder
+
+
 class PreviewDecoder:
     """Decoder of previews: diffusers' `AutoencoderTiny`, which reads the latents as the transformer has them.
 
@@ -42,6 +66,8 @@ class PreviewDecoder:
         self.family = family
         self.pipeline = pipeline
         self.vae = vae.to(pipeline.vae.device).requires_grad_(False).eval()
+        # One image at a time, as the base's autoencoder decodes, so that memory does not grow with the batch.
+        self.vae.enable_slicing()
 
     @classmethod
     def load(cls, source: str | Path, family: Family, pipeline: Any) -> PreviewDecoder:
@@ -55,18 +81,7 @@ class PreviewDecoder:
         Raises:
             SliderEditError: It cannot be found, is another class, is damaged, or does not fit the base.
         """
-        folder = resolve_decoder(source)
-        try:
-            found = read_json(folder / "config.json").get("_class_name")
-        except (OSError, ValueError, AttributeError) as error:
-            raise SliderEditError(
-                f"preview decoder {str(source)!r} has no readable config.json ({error}); give the folder of an AutoencoderTiny"
-            ) from None
-        if found != AutoencoderTiny.__name__:
-            raise SliderEditError(
-                f"preview decoder {str(source)!r} is of class {found}; give an "
-                "AutoencoderTiny, such as madebyollin/taef1 for FLUX.1"
-            )
+        folder = decoder_folder(source)
         stored, options = read_weights(folder), {"dtype": pipeline.vae.dtype, "local_files_only": True}
         with quiet_libraries():
             vae = load_components(folder, lambda: AutoencoderTiny.from_pretrained(folder, **options))

@@ -19,12 +19,13 @@ from slideredit_rt.cli import main
 from slideredit_rt.editor import SliderEditor
 from slideredit_rt.engines import BuildSettings, get_backend, open_engine, read_manifest
 from slideredit_rt.engines.adapter_inputs import AdaptedEngine, AdapterBuffers
+from slideredit_rt.engines.manifest import ADAPTER_FILE
 from slideredit_rt.errors import OutOfDeviceMemory, SliderEditError
 from slideredit_rt.export.build import build_engine
 from slideredit_rt.export.lowering import choose
 from slideredit_rt.export.onnx_graph import example_inputs
 from slideredit_rt.families import Family, Kind
-from slideredit_rt.memory import RESERVED, engine_footprint, plan_memory
+from slideredit_rt.memory import RESERVED, ServerParts, adapters_size, engine_footprint, plan_memory
 from slideredit_rt.modules import SliderBackbone, without_sliders
 from slideredit_rt.sliders import Slider
 from slideredit_rt.strength import StrengthCurve
@@ -230,6 +231,24 @@ def test_adapter_inputs_are_planned_with(engine: Path, editor: SliderEditor) -> 
     )
     assert (without.fits, beside.fits, beside.adapters_gib) == (True, False, 2.0)
     assert beside.needed_gib == pytest.approx(without.needed_gib + 2, abs=0.02)
+
+
+@pytest.mark.parametrize("kind", ["st"], indirect=True)
+def test_the_adapters_of_a_server_are_planned_with(engine: Path, engines: dict[str, Path], others: Path) -> None:
+    manifest, adapters = read_manifest(engine), SliderEditor.from_engine(engine).adapters
+    assert adapters is not None
+    one = adapters.bytes
+    for limit, kept in ((0, 1), (one - 1, 1), (one, 1), (3 * one - 1, 2), (3 * one, 3)):
+        # The buffers of the engine hold one more.
+        assert adapters_size(manifest, limit) == (kept + 1) * one
+        planned = engine_footprint(engine, manifest, resolve_base("shapes-kontext"), server=ServerParts(adapters=limit))
+        assert planned.adapters == (kept + 1) * one
+        adapters.max_bytes = limit
+        for file in (others / "full.safetensors", others / "small.safetensors", engine / ADAPTER_FILE):
+            adapters.of(file)
+        assert adapters.bytes == kept * one
+    assert adapters_size(manifest) == 2 * one
+    assert adapters_size(read_manifest(engines["st"]), 3 * one) == 0, "an engine that contains its adapter"
 
 
 @pytest.mark.parametrize("kind", ["st"], indirect=True)

@@ -26,7 +26,7 @@ from slideredit_rt.errors import SliderEditError
 from slideredit_rt.export.build import build_engine
 from slideredit_rt.export.inference_server import export_triton
 from slideredit_rt.families import KINDS, Family, Kind, Reader, family_of, get_family
-from slideredit_rt.memory import engine_footprint, plan_memory
+from slideredit_rt.memory import ServerParts, engine_footprint, plan_memory
 from slideredit_rt.serving.batch import Batch, make_rows
 from slideredit_rt.serving.cache import EncodingCache
 from slideredit_rt.serving.run import cache_size
@@ -404,6 +404,11 @@ def test_the_memory_of_keys_and_values_is_planned_with(
     footprint = engine_footprint(engines["st"], read_manifest(engines["st"]), base)
     # 4 blocks, keys and values, 64 rows, 2 heads of 16, float32.
     assert footprint.keys_values == 4 * 2 * 64 * 2 * 16 * 4
+    cached = [ServerParts(cache=2**20, caches_keys_values=room) for room in (False, True)]
+    assert [engine_footprint(engines["st"], read_manifest(engines["st"]), base, server=parts).cache for parts in cached] == [
+        2**20,
+        2**20 + footprint.keys_values,
+    ]
     large = type(footprint)(**{**vars(footprint), "keys_values": 2**30})
     (small, more) = (plan_memory(one, 8 * 2**30) for one in (footprint, large))
     assert more.keys_values_gib == 1.0

@@ -151,6 +151,17 @@ def test_a_plan_never_promises_more_than_the_card_has() -> None:
             assert plan.max_batch == 0
 
 
+def test_what_a_server_keeps_leaves_less_for_edits() -> None:
+    kept = {"adapters": GIB, "preview_decoder": GIB // 4, "cache": GIB // 2}
+    plan, served = plan_memory(FLUX, 36 * GIB), plan_memory(replace(FLUX, **kept), 36 * GIB)
+    assert (served.adapters_gib, served.preview_decoder_gib, served.cache_gib) == (1, 0.25, 0.5)
+    assert served.needed_gib == pytest.approx(plan.needed_gib + 1.75, abs=0.02)
+    assert (plan.offload, served.offload) == ("none", "encoders")
+    for name in kept:
+        alone = plan_memory(replace(FLUX, **{name: 20 * GIB}), 36 * GIB)
+        assert (alone.offload, alone.fits) == ("all", True), name
+
+
 def test_without_weight_streaming_a_small_card_does_not_fit() -> None:
     still = Footprint(**{**vars(FLUX), "streams": False})
     plan = plan_memory(still, 16 * GIB)

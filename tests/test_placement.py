@@ -21,9 +21,11 @@ from slideredit_rt.engines.manifest import Manifest, read_manifest
 from slideredit_rt.engines.tensorrt import RuntimeOptions
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.families.flux_kontext import FluxKontext
-from slideredit_rt.memory import Footprint, engine_footprint
+from slideredit_rt.memory import Footprint, ServerParts, engine_footprint
 from slideredit_rt.notes import print_notes
 from slideredit_rt.placement import Placement, choose_placement
+from slideredit_rt.serving.run import make_app
+from slideredit_rt.serving.settings import ServeSettings
 from slideredit_rt.settings import RunSettings
 
 GPU = torch.device("cuda", 0)
@@ -228,6 +230,63 @@ def test_the_editor_opens_and_places_as_decided(card: Card, engines: dict[str, P
         editor = SliderEditor.from_engine(engines["st"], run=RunSettings("cuda"))
         assert (editor.placement.run.offload, opened.pop().offload, placed.pop()) == (offload,) * 3
         assert f"--offload auto keeps {'everything' if offload == 'none' else 'the text encoders'}" in editor.placement.reason
+
+
+def test_what_a_server_keeps_counts(
+    card: Card, monkeypatch: pytest.MonkeyPatch, manifest: Manifest, engines: dict[str, Path]
+) -> None:
+    """The decision for the same card with and without a server's cache."""
+    own, base = read_manifest(engines["st"]), resolve_base("shapes-kontext")
+    own = dataclasses.replace(own, backend="tensorrt")
+    footprint = engine_footprint(engines["st"], own, base)
+    needed = footprint.weights + footprint.encoders + footprint.decoder + footprint.step + footprint.decode + memory.RESERVED
+    server = ServerParts(cache=256 * 2**20)
+    card.free = needed / GIB
+    assert choose_placement(engines["st"], own, base, RunSettings(), GPU).run.offload == "none"
+    with pytest.raises(SliderEditError) as refused:
+        choose_placement(engines["st"], own, base, RunSettings(), GPU, server=server)
+    assert "with 0.2 GiB of adapters, preview decoder and cache" in str(refused.value)
+    assert "or lower --cache-mib" in str(refused.value)
+    assert "--adapters-mib" not in str(refused.value), "the engine contains its adapter"
+    card.free = (needed + server.cache) / GIB
+    found = choose_placement(engines["st"], own, base, RunSettings(), GPU, server=server)
+    assert found.run.offload == "none"
+    assert "GiB with 0.2 GiB of adapters, preview decoder and cache, and cuda:0 has" in found.reason
+
+
+def test_a_server_says_what_it_keeps(engines: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def opened(*arguments: Any) -> None:
+        asked.append(arguments[3])
+        raise Opened
+
+    monkeypatch.setattr(SliderEditor, "from_engine", opened)
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "AutoencoderTiny"}))
+    chosen = {"adapters": tmp_path, "adapters_mib": 7, "preview_decoder": str(tmp_path), "cache_mib": 3}
+    for options in ({}, {"adapters_mib": 7}, chosen):
+        with pytest.raises(Opened):
+            make_app(ServeSettings(engines["st"], **options), None)
+    default = ServerParts(cache=256 * 2**20, caches_keys_values=True)
+    assert asked == [default, default, ServerParts(7 * 2**20, tmp_path, 3 * 2**20)]
+
+
+def test_inspect_counts_what_a_server_keeps(engines: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    line = ["inspect", str(engines["st"]), "--vram", "8", "--json"]
+
+    def memory_of(*options: str) -> dict[str, Any]:
+        assert cli.main([*line, *options]) == 0
+        found: dict[str, Any] = json.loads(capsys.readouterr().out)["memory"]
+        return found
+
+    alone, served = memory_of(), memory_of("--cache-mib", "2048")
+    assert (alone["cache_gib"], served["cache_gib"]) == (0, 2)
+    assert served["needed_gib"] == pytest.approx(alone["needed_gib"] + 2, abs=0.02)
+    assert cli.main([*line[:-1], "--cache-mib", "2048"]) == 0
+    assert "preview decoder 0, cache 2 GiB" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        cli.main([*line, "--adapters-mib", "-1"])
+    assert "'-1' is not a number of MiB" in capsys.readouterr().err
 
 
 def test_on_a_cpu_there_is_nothing_to_decide(

@@ -15,10 +15,13 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 from PIL import Image, ImageChops, ImageStat
 from safetensors.torch import load_file, save_file
 
+from slideredit_rt.assets import resolve_base
 from slideredit_rt.cli import main
 from slideredit_rt.editor import SliderEditor
+from slideredit_rt.engines.manifest import read_manifest
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.families import Family, family_of, get_family
+from slideredit_rt.memory import ServerParts, engine_footprint
 from slideredit_rt.preview_decoder import PreviewDecoder
 from slideredit_rt.serving import EditRequest, EditService, Partial
 from slideredit_rt.settings import EditSettings
@@ -27,10 +30,10 @@ from slideredit_rt.sliders import Slider
 RED = Slider("make the circle red")
 
 
-def save_tiny(folder: Path, channels: int = 16, stages: int = 3) -> Path:
+def save_tiny(folder: Path, channels: int = 16, stages: int = 3, width: int = 8) -> Path:
     """Save a random tiny autoencoder; by default it fits the embedded base."""
     torch.manual_seed(0)
-    widths, blocks = (8,) * stages, (1,) * stages
+    widths, blocks = (width,) * stages, (1,) * stages
     AutoencoderTiny(
         encoder_block_out_channels=widths,
         decoder_block_out_channels=widths,
@@ -86,6 +89,41 @@ def test_previews_and_partial_images_use_it_and_finished_edits_do_not(
     # A random decoder makes other images than the base's.
     assert difference(previewed, expected) > 20
     assert [difference(partial.image, expected) > 20 for partial in partials] == [True]
+
+
+def test_batches_are_decoded_one_image_at_a_time(editor: SliderEditor, scene: Image.Image) -> None:
+    """As the memory plan counts them."""
+    assert editor.preview_decoder is not None
+    together: list[int] = []
+    editor.preview_decoder.vae.decoder.register_forward_hook(lambda module, given, found: together.append(len(given[0])))
+    latents = editor.family.encode_sources(editor.pipeline, [scene]).reference.repeat(3, 1, 1)
+    images = editor.decode(latents * torch.tensor([1.0, 0.5, -1.0])[:, None, None], 64, 64, preview=True)
+    assert together == [1, 1, 1]
+    assert torch.equal(images[:1], editor.decode(latents[:1], 64, 64, preview=True))
+
+
+@pytest.mark.parametrize("width", [8, 512])
+def test_its_weights_and_activations_are_planned_with(engines: dict[str, Path], tmp_path: Path, width: int) -> None:
+    """A wide decoder takes more activations than the base's own autoencoder, and a narrow one does not."""
+    folder, manifest = save_tiny(tmp_path / "tiny", width=width), read_manifest(engines["st"])
+    base = resolve_base("shapes-kontext")
+    plain = engine_footprint(engines["st"], manifest, base)
+    found = engine_footprint(engines["st"], manifest, base, server=ServerParts(preview_decoder=folder))
+    numbers = sum(tensor.numel() for tensor in load_file(folder / "diffusion_pytorch_model.safetensors").values())
+    assert (plain.preview_decoder, found.preview_decoder) == (0, 2 * numbers)
+    exact = engine_footprint(engines["st"], manifest, base, torch.float32, ServerParts(preview_decoder=folder))
+    assert exact.preview_decoder == 4 * numbers
+    if width == 8:
+        assert (found.decode, found.tiled_decode) == (plain.decode, plain.tiled_decode)
+    else:
+        # At least the input and the output of a convolution at full size, in bfloat16.
+        assert found.decode == found.tiled_decode >= 2 * width * 64 * 64 * 2 > plain.decode
+
+
+def test_one_that_does_not_fit_the_base_is_refused_by_the_plan(engines: dict[str, Path], tmp_path: Path) -> None:
+    other = ServerParts(preview_decoder=save_tiny(tmp_path / "other", channels=4))
+    with pytest.raises(SliderEditError, match="has 4 latent channels and 4 pixels per latent, but this base has 16 and 4"):
+        engine_footprint(engines["st"], read_manifest(engines["st"]), resolve_base("shapes-kontext"), server=other)
 
 
 @pytest.mark.parametrize(

@@ -179,10 +179,16 @@ def _memory(args: argparse.Namespace, manifest: Manifest) -> tuple[dict[str, Any
     from dataclasses import asdict
 
     from slideredit_rt.assets import resolve_base
-    from slideredit_rt.memory import engine_footprint, plan_memory
+    from slideredit_rt.memory import DEPLOYED, ServerParts, engine_footprint, plan_memory
+    from slideredit_rt.preview_decoder import decoder_folder
 
     base = resolve_base(args.base or manifest.base["source"])
-    plan = plan_memory(engine_footprint(args.engine, manifest, base), int(args.vram * 2**30))
+    server = ServerParts(
+        adapters=None if args.adapters_mib is None else args.adapters_mib * 2**20,
+        preview_decoder=None if args.preview_decoder is None else decoder_folder(args.preview_decoder),
+        cache=args.cache_mib * 2**20,
+    )
+    plan = plan_memory(engine_footprint(args.engine, manifest, base, DEPLOYED, server), int(args.vram * 2**30))
     verdict = f"fits, batch {plan.max_batch} at most," if plan.fits else "does not fit, not even"
     how = {
         "none": "with everything on the card",
@@ -201,6 +207,11 @@ def _memory(args: argparse.Namespace, manifest: Manifest) -> tuple[dict[str, Any
             else []
         ),
         *([f"memory     adapter inputs {plan.adapters_gib:g} GiB"] if plan.adapters_gib else []),
+        *(
+            [f"memory     preview decoder {plan.preview_decoder_gib:g}, cache {plan.cache_gib:g} GiB"]
+            if args.preview_decoder is not None or args.cache_mib
+            else []
+        ),
     ]
 
 
@@ -223,6 +234,13 @@ def _card_size(text: str) -> float:
     if not 0 < size <= 4096:
         raise argparse.ArgumentTypeError(f"{text!r} is not the memory of a card in GiB; give a number such as 24")
     return size
+
+
+def _whole_mib(text: str) -> int:
+    """Parse a whole number of MiB from 0."""
+    if not (text.isascii() and text.isdigit()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of MiB; give a whole number such as 256")
+    return int(text)
 
 
 def _verify(args: argparse.Namespace) -> int:
@@ -381,6 +399,24 @@ def add_commands(commands: Commands) -> None:
         "--vram", type=_card_size, metavar="GIB", help="estimate whether edits fit on a card of this size; needs no GPU"
     )
     inspect.add_argument("--base", help="base checkpoint, for --vram (default: the location in the manifest)")
+    inspect.add_argument(
+        "--adapters-mib",
+        type=_whole_mib,
+        metavar="N",
+        help="device memory for the adapters of a server, in MiB, for --vram (default: the adapter in use only)",
+    )
+    inspect.add_argument(
+        "--cache-mib",
+        type=_whole_mib,
+        default=0,
+        metavar="N",
+        help="cache of a server, in MiB, for --vram (default: %(default)s)",
+    )
+    inspect.add_argument(
+        "--preview-decoder",
+        metavar="FOLDER",
+        help="tiny autoencoder of a server, or its hub repository, for --vram (default: none)",
+    )
 
     verify = commands.add("verify", _verify, "compare an engine with the eager reference")
     verify.add_argument("engine", type=user_path, metavar="ENGINE", help="engine folder, written by slideredit-rt build")

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from slideredit_rt.editor import SliderEditor
     from slideredit_rt.engines import RuntimeOptions
+    from slideredit_rt.memory import ServerParts
     from slideredit_rt.serving.service import EditService
 
 _PACKAGES = ("fastapi", "uvicorn", "python_multipart", "prometheus_client", "fastapi_swagger")
@@ -113,7 +114,7 @@ def make_app(settings: ServeSettings, options: RuntimeOptions | None) -> tuple[F
     torch.set_num_threads(max(1, torch.get_num_threads() // 2))
     assert settings.engine is not None
     print_notes()  # a replica of Ray is not started by our command
-    editor = SliderEditor.from_engine(settings.engine, settings.base, settings.run(options))
+    editor = SliderEditor.from_engine(settings.engine, settings.base, settings.run(options), server_parts(settings))
     if editor.adapters is not None:
         editor.adapters.max_bytes = settings.adapters_mib * 2**20
     if settings.preview_decoder is not None:
@@ -146,6 +147,27 @@ def make_app(settings: ServeSettings, options: RuntimeOptions | None) -> tuple[F
     gc.collect()
     gc.freeze()
     return app, service, model
+
+
+def server_parts(settings: ServeSettings) -> ServerParts:
+    """Return what the server keeps on the device beside an edit. Without a choice of adapters, it keeps the engine's own only.
+
+    Args:
+        settings: Server settings.
+
+    Raises:
+        SliderEditError: The preview decoder cannot be found, or is another class than `AutoencoderTiny`.
+    """
+    from slideredit_rt.memory import ServerParts
+    from slideredit_rt.preview_decoder import decoder_folder
+
+    cache_mib = _CACHE_MIB if settings.cache_mib is None else settings.cache_mib
+    return ServerParts(
+        adapters=None if settings.adapters is None else settings.adapters_mib * 2**20,
+        preview_decoder=None if settings.preview_decoder is None else decoder_folder(settings.preview_decoder),
+        cache=cache_mib * 2**20,
+        caches_keys_values=settings.cache_mib is None,
+    )
 
 
 def cache_size(settings: ServeSettings, editor: SliderEditor) -> int:
