@@ -152,13 +152,14 @@ def test_a_plan_never_promises_more_than_the_card_has() -> None:
 
 
 def test_what_a_server_keeps_leaves_less_for_edits() -> None:
-    kept = {"adapters": GIB, "preview_decoder": GIB // 4, "cache": GIB // 2}
+    kept: dict[str, Any] = {"adapters": GIB, "preview_decoder": GIB // 4, "cache": GIB // 2}
     plan, served = plan_memory(FLUX, 36 * GIB), plan_memory(replace(FLUX, **kept), 36 * GIB)
     assert (served.adapters_gib, served.preview_decoder_gib, served.cache_gib) == (1, 0.25, 0.5)
     assert served.needed_gib == pytest.approx(plan.needed_gib + 1.75, abs=0.02)
     assert (plan.offload, served.offload) == ("none", "encoders")
     for name in kept:
-        alone = plan_memory(replace(FLUX, **{name: 20 * GIB}), 36 * GIB)
+        large: dict[str, Any] = {name: 20 * GIB}
+        alone = plan_memory(replace(FLUX, **large), 36 * GIB)
         assert (alone.offload, alone.fits) == ("all", True), name
 
 
