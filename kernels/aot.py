@@ -32,6 +32,7 @@ from triton.compiler import ASTSource
 
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.files import atomic_file
+from slideredit_rt.kernels import ptx as ptx_check
 from slideredit_rt.kernels import triton_linear, triton_update
 from slideredit_rt.kernels.arguments import MAX_RANK
 from slideredit_rt.kernels.configurations import SHARED_KIB, Configuration, configurations, padded_rank
@@ -241,8 +242,9 @@ def _source_hashes() -> dict[str, str]:
 
 
 def content_hash(job: Job) -> str:
-    """Return a SHA-256 of everything that determines the PTX: kernel source, callees, options, target, Triton version."""
-    parts = (_source_hashes()[job.spec_name], repr(job), triton.__version__, Path(__file__).read_text())
+    """Return a SHA-256 of what determines the PTX and its checks: kernel source, callees, options, target, Triton version."""
+    checks = (Path(__file__).read_text(), Path(ptx_check.__file__).read_text())
+    parts = (_source_hashes()[job.spec_name], repr(job), triton.__version__, *checks)
     return hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()
 
 
@@ -272,7 +274,9 @@ def _write(job: Job, folder: Path, ptx: str, description: dict[str, Any]) -> Non
 
 
 def build(work: Sequence[Job], folder: Path, *, processes: int | None = None, progress: bool = True) -> tuple[int, int]:
-    """Compile the kernels that are missing or out of date in `folder`. Files are written once all of them have compiled.
+    """Compile the kernels that are missing or out of date in `folder`.
+
+    Files are written once all of them have compiled, so an interrupted build leaves nothing.
 
     Args:
         work: Kernels that the folder shall hold.

@@ -83,7 +83,7 @@ def unfenced_product(kernel: Kernel) -> Instruction | None:
 
     `wgmma` and `tcgen05.mma` read shared memory through the asynchronous proxy. What `cp.async` brought is visible there only
     after such a fence (PTX ISA, Memory Consistency Model, Proxies). Every path through the code is followed, from each
-    `cp.async.wait_group` or `cp.async.wait_all` to the next fence.
+    `cp.async.wait_group`, `cp.async.wait_all` or `cp.async.mbarrier.arrive` to the next fence for shared memory.
 
     Args:
         kernel: Kernel to check.
@@ -97,9 +97,9 @@ def unfenced_product(kernel: Kernel) -> Instruction | None:
         instruction = kernel.code[place]
         if arrived and instruction.name.startswith(("wgmma.mma_async", "tcgen05.mma")):
             return instruction
-        if instruction.name.startswith("cp.async.wait"):
+        if instruction.name.startswith(("cp.async.wait", "cp.async.mbarrier")):
             arrived = True
-        elif instruction.name.startswith("fence.proxy.async") and instruction.guard is None:
+        elif re.fullmatch(r"fence\.proxy\.async(\.shared::\w+)?", instruction.name) and instruction.guard is None:
             arrived = False
         if instruction.opcode == "bra":
             pending.append((kernel.labels[instruction.operands[0]], arrived))

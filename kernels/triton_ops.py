@@ -68,8 +68,8 @@ def _configuration(kernel: str, x: Tensor, rank: int) -> Configuration:
 def _linear_configuration(x: Tensor, rank: int) -> Configuration:
     """Return the tile sizes of `masked_lora_linear`, in one stage where Triton would leave out a fence.
 
-    A kernel of one stage copies through registers instead of `cp.async`, and every version of Triton fences what registers
-    store. It is slower. The other kernels never multiply what `cp.async` brought through the asynchronous proxy.
+    In one stage, a kernel copies through registers instead of by `cp.async`, and every version of Triton fences such copies. It
+    is slower. The other kernels do not need the fence.
     """
     tiles = _configuration("masked_lora_linear", x, rank)
     return replace(tiles, num_stages=1) if leaves_out_fences(_capability(x)) else tiles

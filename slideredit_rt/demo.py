@@ -46,7 +46,7 @@ class Demo:
 
 
 def _shapes() -> Demo:
-    """Show a scene with a blue circle and a yellow square, and a held-out one."""
+    """Return the demo of a scene with a blue circle and a yellow square, and of a held-out one."""
     from slideredit_rt.evaluation.shapes import ShapesScenes
     from slideredit_rt.shapes.world import Example, Instruction, draw_scene, held_out_examples
 
@@ -68,7 +68,7 @@ _PORTRAITS = ("make the person smile", "make the hair red", "add glasses", "make
 
 
 def _portraits() -> Demo:
-    """Show four held-out people, each with an instruction of its own."""
+    """Return the demo of four held-out people, each with an instruction of its own."""
     from slideredit_rt.evaluation.portraits import PortraitsPeople
     from slideredit_rt.portraits.world import find_instruction, held_out_examples
 

@@ -284,10 +284,11 @@ def engine_footprint(
 
 
 def adapters_size(manifest: Manifest, limit: int | None = None) -> int:
-    """Return the bytes of the adapter inputs of an engine, `(kept + 1) · bytes`; 0 if it contains its adapter.
+    """Return the bytes of the adapter inputs of an engine, `(kept + own + 1) · bytes`; 0 if it contains its adapter.
 
     `bytes` is the size of one adapter's float32 inputs, the same for every adapter. `kept = max(1, limit // bytes)` adapters
-    stay within the limit, and the engine has buffers for one more.
+    stay within the limit, and the engine has buffers for one more. A server also keeps the engine's default adapter in use
+    when others replace it within the limit; `own` is 1 then.
 
     Args:
         manifest: Manifest of the engine.
@@ -295,8 +296,8 @@ def adapters_size(manifest: Manifest, limit: int | None = None) -> int:
     """
     if manifest.layout is None:
         return 0
-    one = manifest.layout.bytes
-    return one * (1 + (1 if limit is None else max(1, limit // one)))
+    one, own = manifest.layout.bytes, manifest.adapter is not None
+    return 2 * one if limit is None else (max(1, limit // one) + own + 1) * one
 
 
 def keys_values_size(manifest: Manifest, pipeline: Any) -> int:

@@ -101,7 +101,7 @@ def _reason(plan: MemoryPlan, footprint: Footprint, run: RunSettings, device: to
 
 
 def _kept(plan: MemoryPlan, server: ServerParts | None) -> str:
-    """Name the share of what a server keeps."""
+    """Return the part of a message that says what a server keeps."""
     if server is None:
         return ""
     kept = plan.adapters_gib + plan.preview_decoder_gib + plan.cache_gib

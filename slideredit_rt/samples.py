@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from slideredit_rt.assets import DEFAULT_WORLD, base_of, resolve_base
+from slideredit_rt.assets import DEFAULT_WORLD, WORLDS, base_of, is_embedded, resolve_base
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,8 @@ def world_of(base: str | Path) -> str | None:
     Args:
         base: Folder of the base.
     """
-    return next((world for world in SAMPLES if Path(base) == resolve_base(base_of(world))), None)
+    shipped = (world for world in WORLDS if is_embedded(base_of(world)))
+    return next((world for world in shipped if Path(base) == resolve_base(base_of(world))), None)
 
 
 def sample_of(base: str | Path) -> Sample:

@@ -181,7 +181,7 @@ class CardGenerator(torch.Generator):
 
 
 def run_editor_stages(folder: Path) -> dict[str, Any]:
-    """Train every stage of the portraits recipe for three steps on the card, with a tiny model."""
+    """Train every stage of the portraits recipe on the card, with a tiny model, until pools have drawn new examples."""
     recipe = editor_recipe(replace(SIZES, widths=(8, 8, 8, 8), heads=1, dual=1, single=1))
     card, plain = StandIn(), torch.Generator
     with pytest.MonkeyPatch.context() as patch, card:
@@ -200,7 +200,7 @@ def run_editor_stages(folder: Path) -> dict[str, Any]:
                 card.phase = name if step else "first step"
                 return losses(step)
 
-            loop.train(watched, Budget(steps=3), progress=False)
+            loop.train(watched, Budget(steps=10), progress=False)
             card.phase = "between"
     return counts(card)
 

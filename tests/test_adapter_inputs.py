@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,6 @@ from slideredit_rt.cli import main
 from slideredit_rt.editor import SliderEditor
 from slideredit_rt.engines import BuildSettings, get_backend, open_engine, read_manifest
 from slideredit_rt.engines.adapter_inputs import AdaptedEngine, AdapterBuffers
-from slideredit_rt.engines.manifest import ADAPTER_FILE
 from slideredit_rt.errors import OutOfDeviceMemory, SliderEditError
 from slideredit_rt.export.build import build_engine
 from slideredit_rt.export.lowering import choose
@@ -235,18 +235,23 @@ def test_adapter_inputs_are_planned_with(engine: Path, editor: SliderEditor) -> 
 
 @pytest.mark.parametrize("kind", ["st"], indirect=True)
 def test_the_adapters_of_a_server_are_planned_with(engine: Path, engines: dict[str, Path], others: Path) -> None:
-    manifest, adapters = read_manifest(engine), SliderEditor.from_engine(engine).adapters
+    manifest, editor = read_manifest(engine), SliderEditor.from_engine(engine)
+    own, adapters = editor.adapter, editor.adapters
+    assert own is not None
     assert adapters is not None
-    one = adapters.bytes
+    one, copies = adapters.bytes, [others / f"{number}.safetensors" for number in range(3)]
+    for file in copies:
+        shutil.copy(others / "full.safetensors", file)
     for limit, kept in ((0, 1), (one - 1, 1), (one, 1), (3 * one - 1, 2), (3 * one, 3)):
-        # The buffers of the engine hold one more.
-        assert adapters_size(manifest, limit) == (kept + 1) * one
+        # The editor holds the engine's own adapter for as long as it lives, and the buffers of the engine hold one more.
+        assert adapters_size(manifest, limit) == (kept + 2) * one
         planned = engine_footprint(engine, manifest, resolve_base("shapes-kontext"), server=ServerParts(adapters=limit))
-        assert planned.adapters == (kept + 1) * one
+        assert planned.adapters == (kept + 2) * one
         adapters.max_bytes = limit
-        for file in (others / "full.safetensors", others / "small.safetensors", engine / ADAPTER_FILE):
-            adapters.of(file)
+        held = [own, *[adapters.of(file) for file in copies][-kept:]]
         assert adapters.bytes == kept * one
+        tensors = {id(tensor): tensor.nbytes for adapter in held for tensor in adapter.tensors}
+        assert sum(tensors.values()) == (kept + 1) * one
     assert adapters_size(manifest) == 2 * one
     assert adapters_size(read_manifest(engines["st"]), 3 * one) == 0, "an engine that contains its adapter"
 

@@ -6,10 +6,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 from PIL import Image
 
+from slideredit_rt.assets import WORLDS
 from slideredit_rt.cli import main
+from slideredit_rt.demo import DEMOS
 from slideredit_rt.editor import SliderEditor
+from slideredit_rt.evaluation.worlds import EVALUATION
+from slideredit_rt.samples import SAMPLES
 
 
 def test_demo_leaves_engines_images_and_a_report(tmp_path: Path, capsys: Any) -> None:
@@ -28,3 +33,16 @@ def test_demo_leaves_engines_images_and_a_report(tmp_path: Path, capsys: Any) ->
     for name in ("strip.png", "grid.png"):
         assert Image.open(tmp_path / name).width > 400
     assert set(report["seconds"]) >= {"build st", "sweep gst", "total"}
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_every_world_has_cases_to_show_and_a_sample(world: str) -> None:
+    demo = DEMOS[world]()
+    cases = [*demo.rows["st"], *demo.rows["gst"]]
+    for case, index in cases:
+        assert case.instructions[index] in case.prompt
+        assert demo.dataset.source_scores(case).attributes["response"] == pytest.approx((0,) * len(case.instructions), abs=0.1)
+    assert {len(case.instructions) for case, _ in demo.rows["gst"]} == {1}
+    assert len(demo.crossed.instructions) == 2
+    assert len({case.name for case, _ in demo.rows["st"]}) > 1
+    assert set(SAMPLES[world].instructions) <= set(EVALUATION[world].instructions)

@@ -284,6 +284,12 @@ def test_inspect_counts_what_a_server_keeps(engines: dict[str, Path], capsys: py
     assert served["needed_gib"] == pytest.approx(alone["needed_gib"] + 2, abs=0.02)
     assert cli.main([*line[:-1], "--cache-mib", "2048"]) == 0
     assert "preview decoder 0, cache 2 GiB" in capsys.readouterr().out
+    for options, message in (
+        (["--vram", "8", "--adapters-mib", "4"], "contains its adapter; leave --adapters-mib out"),
+        (["--cache-mib", "4"], "--cache-mib belongs to the estimate of --vram; pass --vram as well, or leave it out"),
+    ):
+        assert cli.main(["inspect", str(engines["st"]), *options]) == 2
+        assert message in capsys.readouterr().err
     with pytest.raises(SystemExit):
         cli.main([*line, "--adapters-mib", "-1"])
     assert "'-1' is not a number of MiB" in capsys.readouterr().err

@@ -199,7 +199,7 @@ def _demo(args: argparse.Namespace) -> int:
 
     report = run_demo(args.out, progress=not args.quiet)
     strengths = " ".join(f"{s:5g}" for s in report["sliders"][0]["strengths"])
-    lines = [f"{'kind':<4} {'image':<10} {'slider':<26} response at {strengths}  spearman   leak"]
+    lines = [f"{'kind':<4} {'image':<12} {'slider':<26} response at {strengths}  spearman   leak"]
     for s in report["sliders"]:
         curve = " ".join(f"{r:5.2f}" for r in s["response"])
         leak = "" if s["leak"] is None else f"{s['leak']:.3f}"

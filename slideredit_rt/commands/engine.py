@@ -98,6 +98,9 @@ def _build_options(args: argparse.Namespace, backend: Backend) -> Any:
 
 
 def _inspect(args: argparse.Namespace) -> int:
+    if args.vram is None and (unused := options_given(args, "adapters_mib", "cache_mib", "preview_decoder")):
+        option = next(iter(unused)).replace("_", "-")
+        raise SliderEditError(f"--{option} belongs to the estimate of --vram; pass --vram as well, or leave it out")
     if (args.engine / "model_index.json").exists():
         return _inspect_base(args)
     check_engine_folder(args.engine)
@@ -142,6 +145,8 @@ def _inspect(args: argparse.Namespace) -> int:
     ]
     result = manifest.to_json()
     if args.vram is not None:
+        if args.adapters_mib is not None and manifest.layout is None:
+            raise SliderEditError(f"{str(args.engine)!r} contains its adapter; leave --adapters-mib out")
         result["memory"], more = _memory(args, manifest)
         lines += more
     if backend := BACKENDS.get(manifest.backend):
@@ -186,7 +191,7 @@ def _memory(args: argparse.Namespace, manifest: Manifest) -> tuple[dict[str, Any
     server = ServerParts(
         adapters=None if args.adapters_mib is None else args.adapters_mib * 2**20,
         preview_decoder=None if args.preview_decoder is None else decoder_folder(args.preview_decoder),
-        cache=args.cache_mib * 2**20,
+        cache=(args.cache_mib or 0) * 2**20,
     )
     plan = plan_memory(engine_footprint(args.engine, manifest, base, DEPLOYED, server), int(args.vram * 2**30))
     verdict = f"fits, batch {plan.max_batch} at most," if plan.fits else "does not fit, not even"
@@ -408,9 +413,8 @@ def add_commands(commands: Commands) -> None:
     inspect.add_argument(
         "--cache-mib",
         type=_whole_mib,
-        default=0,
         metavar="N",
-        help="cache of a server, in MiB, for --vram (default: %(default)s)",
+        help="cache of a server, in MiB, for --vram (default: none)",
     )
     inspect.add_argument(
         "--preview-decoder",

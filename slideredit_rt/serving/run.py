@@ -150,7 +150,9 @@ def make_app(settings: ServeSettings, options: RuntimeOptions | None) -> tuple[F
 
 
 def server_parts(settings: ServeSettings) -> ServerParts:
-    """Return what the server keeps on the device beside an edit. Without a choice of adapters, it keeps the engine's own only.
+    """Return what the server keeps on the device beside an edit.
+
+    Without `--adapters`, only the engine's own adapter is counted.
 
     Args:
         settings: Server settings.

@@ -76,6 +76,7 @@ function addRow(text = "") {
   const range = rangeOf(row);
   const adapter = row.querySelector(".adapter");
   input.value = text;
+  input.placeholder = engine.sample_instructions[0];
   adapter.append(...engine.adapters.map((name) => new Option(name)));
   adapter.selectedIndex = rows().length % engine.adapters.length;
   adapter.hidden = !engine.adapters.length;

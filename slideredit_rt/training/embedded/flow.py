@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from functools import wraps
+from typing import Any
 
 import torch
 from diffusers import FluxKontextPipeline
@@ -71,9 +73,18 @@ def add_noise(source: Tensor, target: Tensor, pooled: Tensor, generator: torch.G
     return Noisy(torch.lerp(target, noise, sigma[:, None, None]), source, sigma, noise - target, pooled)
 
 
+def _autocast(forward: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
+    @wraps(forward)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with torch.autocast(device.type, torch.bfloat16):
+            return forward(*args, **kwargs)
+
+    return run
+
+
 @contextmanager
 def bfloat16_blocks(transformer: nn.Module, device: torch.device) -> Iterator[None]:
-    """Let the blocks of a FLUX transformer multiply in bfloat16, which is two to three times as fast as in float32.
+    """Let the blocks of a FLUX transformer multiply in bfloat16. On two cores, a step takes 0.49 s instead of 0.70 s.
 
     Everything around the blocks stays in float32: bfloat16 has numbers 4 apart near 1000, by which a noise level is multiplied
     before it is embedded.
@@ -85,7 +96,7 @@ def bfloat16_blocks(transformer: nn.Module, device: torch.device) -> Iterator[No
     """
     blocks = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]  # type: ignore[misc]
     for block in blocks:
-        block.forward = torch.autocast(device.type, torch.bfloat16)(block.forward)
+        block.forward = _autocast(block.forward, device)
     try:
         with sdpa_kernel([SDPBackend.MATH] if device.type == "cpu" else [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]):
             yield

@@ -110,8 +110,7 @@ class EditorRecipe:
 def fast_arithmetic(device: torch.device) -> Iterator[None]:
     """Let a GPU multiply float32 matrices in TF32 and choose the fastest convolutions.
 
-    Autocast would also round the noise level and the guidance scale, which the transformer multiplies by 1000 and embeds, to
-    bfloat16, whose numbers near 1000 are 4 apart.
+    What the blocks of the transformer multiply is in bfloat16 (see `slideredit_rt.training.embedded.flow.bfloat16_blocks`).
     """
     if device.type != "cuda":
         yield
