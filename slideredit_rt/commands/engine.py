@@ -98,9 +98,7 @@ def _build_options(args: argparse.Namespace, backend: Backend) -> Any:
 
 
 def _inspect(args: argparse.Namespace) -> int:
-    if args.vram is None and (unused := options_given(args, "adapters_mib", "cache_mib", "preview_decoder")):
-        option = next(iter(unused)).replace("_", "-")
-        raise SliderEditError(f"--{option} belongs to the estimate of --vram; pass --vram as well, or leave it out")
+    _check_estimate(args)
     if (args.engine / "model_index.json").exists():
         return _inspect_base(args)
     check_engine_folder(args.engine)
@@ -145,8 +143,6 @@ def _inspect(args: argparse.Namespace) -> int:
     ]
     result = manifest.to_json()
     if args.vram is not None:
-        if args.adapters_mib is not None and manifest.layout is None:
-            raise SliderEditError(f"{str(args.engine)!r} contains its adapter; leave --adapters-mib out")
         result["memory"], more = _memory(args, manifest)
         lines += more
     if backend := BACKENDS.get(manifest.backend):
@@ -179,6 +175,13 @@ def _inspect_base(args: argparse.Namespace) -> int:
     return 0
 
 
+def _check_estimate(args: argparse.Namespace) -> None:
+    """Refuse options of a server without the card that they are estimated for."""
+    if args.vram is None and (unused := options_given(args, "adapters_mib", "cache_mib", "preview_decoder")):
+        option = next(iter(unused)).replace("_", "-")
+        raise SliderEditError(f"--{option} belongs to the estimate of --vram; pass --vram as well, or leave it out")
+
+
 def _memory(args: argparse.Namespace, manifest: Manifest) -> tuple[dict[str, Any], list[str]]:
     """Estimate what fits on a card of `--vram` GiB."""
     from dataclasses import asdict
@@ -187,6 +190,8 @@ def _memory(args: argparse.Namespace, manifest: Manifest) -> tuple[dict[str, Any
     from slideredit_rt.memory import DEPLOYED, ServerParts, engine_footprint, plan_memory
     from slideredit_rt.preview_decoder import decoder_folder
 
+    if args.adapters_mib is not None and manifest.layout is None:
+        raise SliderEditError(f"{str(args.engine)!r} contains its adapter; leave --adapters-mib out")
     base = resolve_base(args.base or manifest.base["source"])
     server = ServerParts(
         adapters=None if args.adapters_mib is None else args.adapters_mib * 2**20,
