@@ -13,6 +13,7 @@ import pytest
 import torch
 from diffusers import FluxTransformer2DModel
 from peft import PeftModel
+from refusals import refused
 from safetensors.torch import load_file, save_file
 
 from slideredit_rt.adapters import FORMATS, Adapter, load_adapter, save_adapter
@@ -27,14 +28,6 @@ from slideredit_rt.families import Family
 def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     assert main([str(a) for a in arguments]) == 0
     return capsys.readouterr().out
-
-
-def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    """Exit code 2, one line on standard error, nothing on standard output."""
-    code = main([str(a) for a in arguments])
-    out, err = capsys.readouterr()
-    assert (code, out, err.count("\n")) == (2, "", 1), err
-    return err
 
 
 def equal(first: Adapter, second: Adapter) -> bool:

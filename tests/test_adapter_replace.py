@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from refusals import refused
 
 from slideredit_rt.adapters import Adapter, load_adapter, save_adapter
 from slideredit_rt.assets import resolve_adapter
@@ -49,14 +50,6 @@ def first(family: Family, kind: str) -> Adapter:
 def saved(adapter: Adapter, folder: Path) -> str:
     save_adapter(adapter, folder / "new.safetensors")
     return str(folder / "new.safetensors")
-
-
-def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    """Exit code 2, one line on standard error, nothing on standard output."""
-    code = main([str(a) for a in arguments])
-    out, err = capsys.readouterr()
-    assert (code, out, err.count("\n")) == (2, "", 1)
-    return err
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -18,6 +18,7 @@ from diffusers.loaders.single_file_utils import (
     convert_flux_transformer_checkpoint_to_diffusers,
 )
 from qwen_checkpoint import save_tiny_checkpoint
+from refusals import refused
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -364,16 +365,6 @@ def test_qwen_files_have_diffusers_names_after_a_prefix(tmp_path: Path) -> None:
 
 
 # Refusals
-
-
-def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    """Run a command that must be refused in one sentence."""
-    capsys.readouterr()
-    assert main([str(a) for a in arguments]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("slideredit-rt: ")
-    assert error.count("\n") == 1
-    return error
 
 
 def without(*names: str) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:

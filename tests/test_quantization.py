@@ -14,7 +14,8 @@ import pytest
 import torch
 from accelerate import init_empty_weights
 from diffusers import Flux2Transformer2DModel, FluxTransformer2DModel, QwenImageTransformer2DModel
-from quantized_base import TO_Q, WEIGHTS, refused, weights_of
+from quantized_base import TO_Q, WEIGHTS, weights_of
+from refusals import refused
 from safetensors.torch import save_file
 from torch import Tensor
 

@@ -18,7 +18,8 @@ import pytest
 import torch
 from accelerate import init_empty_weights
 from diffusers import FluxTransformer2DModel
-from quantized_base import TO_Q, WEIGHTS, refused, weights_of
+from quantized_base import TO_Q, WEIGHTS, weights_of
+from refusals import refused
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 

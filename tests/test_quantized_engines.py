@@ -17,9 +17,9 @@ import pytest
 import torch
 from diffusers import FluxTransformer2DModel
 from PIL import Image
+from refusals import refused
 from torch import Tensor, nn
 
-from slideredit_rt import cli
 from slideredit_rt.adapters import load_adapter
 from slideredit_rt.assets import resolve_base
 from slideredit_rt.checkpoint import meta_transformer
@@ -157,11 +157,6 @@ def test_sliders_hold_the_marks_of_the_unquantised_editor(precision: str, engine
 
 
 # Refusals
-
-
-def refused(capsys: pytest.CaptureFixture[str], *command: object) -> str:
-    assert cli.main([str(part) for part in command]) == 2
-    return capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from PIL import Image
 from torch import Tensor
 
-from slideredit_rt.evaluation.dataset import SEEDS, Case, Phase, Scores
+from slideredit_rt.evaluation.dataset import SEEDS, Phase, Scores
+from slideredit_rt.evaluation.held_out import HeldOutExamples
 from slideredit_rt.portraits.measurer import Reader, read_jointly
 from slideredit_rt.portraits.world import INSTRUCTIONS, Example, Instruction, held_out_examples, portrait_image, render
 
 
-class PortraitsPeople:
+class PortraitsPeople(HeldOutExamples[Example]):
     """Held-out people and the exact scorers `response` and `elsewhere` (see `score_portraits`).
 
     Args:
@@ -19,33 +21,23 @@ class PortraitsPeople:
         seeds: Seed of the people of each phase.
     """
 
+    noun = "person"
+
     def __init__(self, known: Sequence[Instruction] = INSTRUCTIONS, seeds: dict[Phase, int] = SEEDS) -> None:
-        self.known, self.seeds = known, seeds
-        self.examples: dict[str, Example] = {}
+        super().__init__(seeds)
+        self.known = known
 
-    def cases(self, phase: Phase, count: int, sliders: int) -> list[Case]:
-        seed, found = self.seeds[phase], []
-        for index, example in enumerate(held_out_examples(count, sliders, seed, self.known)):
-            found.append(self.add(f"person-{seed}-{sliders}-{index:03d}", example, index))
-        return found
+    def draw(self, count: int, sliders: int, seed: int) -> list[Example]:
+        return held_out_examples(count, sliders, seed, self.known)
 
-    def add(self, name: str, example: Example, seed: int = 0) -> Case:
-        """Make a case of an example, so that its edits can be scored.
+    def image(self, example: Example) -> Image.Image:
+        return portrait_image(example)
 
-        Args:
-            name: Name of the case.
-            example: Person and instructions.
-            seed: Seed of the initial noise.
-        """
-        self.examples[name] = example
-        return Case(name, portrait_image(example), example.prompt, tuple(i.text for i in example.instructions), seed)
+    def source(self, example: Example) -> Tensor:
+        return render(example.people)
 
-    def source_scores(self, case: Case) -> Scores:
-        example = self.examples[case.name]
-        return score_portraits(example, render(example.people))[0]
-
-    def score(self, case: Case, images: Tensor) -> list[Scores]:
-        return score_portraits(self.examples[case.name], images)
+    def score_example(self, example: Example, images: Tensor) -> list[Scores]:
+        return score_portraits(example, images)
 
 
 def score_portraits(example: Example, images: Tensor) -> list[Scores]:

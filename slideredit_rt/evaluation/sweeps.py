@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from PIL import Image
 from scipy.stats import spearmanr
@@ -30,8 +31,7 @@ class SliderSweep:
         response: Measured attribute at each strength, 0 for the source and 1 for the exact edit.
         spearman: Rank correlation of strength and response, over strengths up to 1.
         linearity: Mean |response − strength| with the response scaled to 0 at strength 0 and 1 at strength 1; lower is better.
-        erased: Distance to the source at strength 0, as a share of the distance at strength 1. The source is taken after the
-            autoencoder, whose error is in every edited image and can be larger than a small edit.
+        erased: Distance to the source at strength 0, as a share of the distance at strength 1.
         leak: Largest change of the other instruction's attribute over strengths up to 1, as a share of its own full range;
             None if the prompt has one instruction.
         identity: Distance to the exact image where no instruction changes anything, mean over strengths up to 1, as a multiple
@@ -48,6 +48,11 @@ class SliderSweep:
     leak: float | None
     identity: float | None
     beyond: bool | None
+
+
+def _pixels(image: Image.Image) -> Tensor:
+    """Return an image as float32 `[3, H, W]` in [0, 1]."""
+    return torch.from_numpy(np.asarray(image.convert("RGB"), dtype=np.float32) / 255).permute(2, 0, 1)
 
 
 def summarise(dataset: Dataset, case: Case, index: int, strengths: Sequence[float], images: Tensor) -> SliderSweep:
@@ -69,7 +74,7 @@ def summarise(dataset: Dataset, case: Case, index: int, strengths: Sequence[floa
     inner = [i for i, s in enumerate(strengths) if s <= 1]
     span = curve[one] - curve[zero]
     scaled = [(curve[i] - curve[zero]) / span if span else float("inf") for i in inner]
-    distance = (images[1:] - images[:1]).square().flatten(1).mean(1).sqrt()
+    distance = (images[1:] - _pixels(case.image)).square().flatten(1).mean(1).sqrt()
     leak = None
     if len(case.instructions) == 2:
         other = [responses[i][1 - index] for i in inner]
