@@ -83,7 +83,7 @@ few-step-marks: $(STAMP) ## measure edits in few steps with the embedded editor'
 
 # Both continue a killed run; delete the folder to start anew.
 EVALUATION := runs/evaluation
-evaluation: $(STAMP) ## compare sliders with other ways to scale an edit, on held-out scenes: half an hour
+evaluation: $(STAMP) ## compare sliders with other ways to scale an edit, on held-out shapes: half an hour
 	$(BIN)/slideredit-rt evaluate --adapter shapes-st --adapter shapes-gst --sliders 1,2,3 --scenes 64,24,8 --out $(EVALUATION)
 	mkdir -p bench/results/evaluation
 	cd $(EVALUATION) && cp rows.csv report.json table.md *.png $(CURDIR)/bench/results/evaluation/

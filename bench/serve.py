@@ -25,14 +25,15 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from slideredit_rt import __version__
+from slideredit_rt.assets import DEFAULT_WORLD
 from slideredit_rt.errors import SliderEditError
+from slideredit_rt.samples import SAMPLES
 
 if TYPE_CHECKING:
     import httpx
 
 ENDPOINT = "/v1/images/edits"
 PERCENTILES = (90, 95, 99)
-_INSTRUCTIONS = ("make the circle red", "make the background dark")
 _START_SECONDS = 300
 _STOP_SECONDS = 60
 
@@ -52,7 +53,7 @@ class Load:
         preview_share: Share of requests that are previews, in [0, 1].
         steps: Denoising steps of full edits and previews; None uses the server's default.
         images: Number of different source images.
-        image: File to edit; None uses scenes of the shapes world.
+        image: File to edit; None uses images of the default world.
         instructions: Instructions of the prompt, which is the same for all requests.
         seed: Seed of strengths, noise and times.
 
@@ -69,7 +70,7 @@ class Load:
     steps: int | None = None
     images: int = 4
     image: Path | None = None
-    instructions: tuple[str, ...] = _INSTRUCTIONS
+    instructions: tuple[str, ...] = SAMPLES[DEFAULT_WORLD].instructions
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -114,12 +115,10 @@ def images_of(load: Load) -> list[str]:
             raise SliderEditError(
                 f"image {str(load.image)!r} cannot be read ({error.strerror}); pass the path of an image file"
             ) from None
-    from slideredit_rt.shapes.world import held_out_examples, scene_image
-
     images = []
-    for example in held_out_examples(load.images, 1):
+    for image in SAMPLES[DEFAULT_WORLD].draw(load.images):
         file = io.BytesIO()
-        scene_image(example).save(file, "PNG")
+        image.save(file, "PNG")
         images.append(base64.b64encode(file.getvalue()).decode())
     return images
 

@@ -13,19 +13,19 @@ from slideredit_rt import Slider, SliderEditor
 from slideredit_rt.export.build import build_engine
 
 ENGINE = Path("engine")
-SCENE = Path(__file__).parents[1] / "docs" / "scene.png"
+PORTRAIT = Path(__file__).parents[1] / "docs" / "portrait.png"
 
 
 def main() -> None:
-    """Edit the sample scene."""
+    """Edit the sample portrait."""
     if not ENGINE.exists():
         # A diffusers folder or a hub repository, and an adapter file, work in place of the embedded ones.
-        build_engine("shapes-kontext", "shapes-st", ENGINE)
+        build_engine("portraits-kontext", "portraits-st", ENGINE)
     editor = SliderEditor.from_engine(ENGINE)
-    image = Image.open(SCENE)
+    image = Image.open(PORTRAIT)
 
     # Strength 0 suppresses an instruction, 1 is the base model's own edit.
-    sliders = [Slider("make the circle red", 0.5), Slider("make the background dark", 1.0)]
+    sliders = [Slider("make the hair red", 0.5), Slider("make the person smile", 1.0)]
     editor.edit(image, sliders, seed=0).save("edited.png")
 
     # Encoded once; every list of strengths is one more row of a batch.

@@ -20,7 +20,7 @@ REPOSITORY = Path("model_repository")
 def main() -> None:
     """Export, then show what a client has to send."""
     if not ENGINE.exists():
-        build_engine("shapes-kontext", "shapes-st", ENGINE)
+        build_engine("portraits-kontext", "portraits-st", ENGINE)
     # Up to 2 ms of waiting for other requests to join a batch.
     model = export_triton(ENGINE, REPOSITORY, name="slider_backbone", max_queue_delay_us=2000, overwrite=True)
     print(f"{model['model']}: {model['platform']}, batches of up to {model['max_batch_size']}")

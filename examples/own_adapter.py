@@ -16,15 +16,15 @@ from slideredit_rt.checkpoint import meta_transformer
 from slideredit_rt.export.build import build_engine
 from slideredit_rt.families import family_of
 
-BASE = "shapes-kontext"
-SCENE = Path(__file__).parents[1] / "docs" / "scene.png"
+BASE = "portraits-kontext"
+PORTRAIT = Path(__file__).parents[1] / "docs" / "portrait.png"
 
 
 def main() -> None:
     """Load, match, build, edit."""
     mine = Path("my-lora")
     if not mine.exists():
-        save_adapter(load_adapter("shapes-st"), mine, "diffusers")
+        save_adapter(load_adapter("portraits-st"), mine, "diffusers")
 
     # diffusers, PEFT, kohya, ComfyUI, XLabs and the authors' own layout are told apart by their keys.
     base = resolve_base(BASE)
@@ -39,7 +39,7 @@ def main() -> None:
     engine = Path("my-engine")
     build_engine(BASE, adapter, engine, overwrite=True, progress=False)
     editor = SliderEditor.from_engine(engine)
-    editor.edit(Image.open(SCENE), [Slider("make the circle red", 0.6)]).save("own.png")
+    editor.edit(Image.open(PORTRAIT), [Slider("make the hair red", 0.6)]).save("own.png")
     print("wrote own.png")
 
 

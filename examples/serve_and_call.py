@@ -20,20 +20,20 @@ from openai import OpenAI
 from slideredit_rt.export.build import build_engine
 
 ENGINE = Path("engine")
-SCENE = Path(__file__).parents[1] / "docs" / "scene.png"
+PORTRAIT = Path(__file__).parents[1] / "docs" / "portrait.png"
 
 
 def call(address: str) -> None:
-    """Edit the sample scene through the server at `address`."""
+    """Edit the sample portrait through the server at `address`."""
     client = OpenAI(base_url=f"{address}/v1", api_key="none")
     sliders = [
-        {"instruction": "make the circle red", "strength": 0.5},
-        {"instruction": "make the background dark", "strength": 1.0},
+        {"instruction": "make the hair red", "strength": 0.5},
+        {"instruction": "make the person smile", "strength": 1.0},
     ]
     edited = client.images.edit(
         model="shapes",
-        image=SCENE.open("rb"),
-        prompt="make the circle red and make the background dark",
+        image=PORTRAIT.open("rb"),
+        prompt="make the hair red and make the person smile",
         extra_body={"sliders": json.dumps(sliders)},
     )
     Path("served.png").write_bytes(base64.b64decode(edited.data[0].b64_json))
@@ -43,7 +43,7 @@ def call(address: str) -> None:
 def main() -> None:
     """Serve the engine on a free port for as long as the call takes."""
     if not ENGINE.exists():
-        build_engine("shapes-kontext", "shapes-st", ENGINE)
+        build_engine("portraits-kontext", "portraits-st", ENGINE)
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     command = ["serve", str(ENGINE), "--model", "shapes", "--port", str(port)]

@@ -14,17 +14,17 @@ from slideredit_rt.export.build import build_engine
 from slideredit_rt.images import draw_grid
 
 ENGINE = Path("engine")
-SCENE = Path(__file__).parents[1] / "docs" / "scene.png"
+PORTRAIT = Path(__file__).parents[1] / "docs" / "portrait.png"
 STRENGTHS = [0.0, 0.5, 1.0, 1.5]
 
 
 def main() -> None:
     """Sweep one slider, then two."""
     if not ENGINE.exists():
-        build_engine("shapes-kontext", "shapes-st", ENGINE)
+        build_engine("portraits-kontext", "portraits-st", ENGINE)
     editor = SliderEditor.from_engine(ENGINE)
-    image = Image.open(SCENE)
-    sliders = [Slider("make the circle red"), Slider("make the background dark")]
+    image = Image.open(PORTRAIT)
+    sliders = [Slider("make the hair red"), Slider("make the person smile")]
     labels = [f"{strength:g}" for strength in STRENGTHS]
 
     # Slider 0 moves, slider 1 stays at its strength of 1. All images come from the same noise.
@@ -32,7 +32,7 @@ def main() -> None:
     draw_grid([strip], labels, [""], sliders[0].instruction).save("strip.png")
 
     grid = editor.grid(image, sliders, rows=(0, STRENGTHS), columns=(1, STRENGTHS))
-    draw_grid(grid, labels, labels, "rows: circle, columns: background").save("grid.png")
+    draw_grid(grid, labels, labels, "rows: hair, columns: smile").save("grid.png")
     print(f"wrote strip.png ({len(strip)} images) and grid.png ({len(grid) * len(grid[0])} images)")
 
 

@@ -252,7 +252,7 @@ def read_index(base: Path) -> dict[str, Any]:
     except FileNotFoundError:
         what = "is not a diffusers checkpoint: model_index.json is missing" if base.exists() else "does not exist"
         raise SliderEditError(
-            f"base {str(base)!r} {what}; pass a folder saved with save_pretrained, or shapes-kontext"
+            f"base {str(base)!r} {what}; pass a folder saved with save_pretrained, or portraits-kontext"
         ) from None
     except (OSError, KeyError, ValueError) as error:
         raise SliderEditError(

@@ -64,7 +64,8 @@ def _shapes() -> Demo:
     )
 
 
-_PORTRAITS = ("make the person smile", "make the hair red", "add glasses", "make the person older")
+# Instructions and the number of the held-out person whom each edits.
+_PORTRAITS = {"make the person smile": 0, "make the hair red": 4, "add glasses": 15, "make the clothes red": 18}
 
 
 def _portraits() -> Demo:
@@ -74,14 +75,14 @@ def _portraits() -> Demo:
 
     people = PortraitsPeople()
     rows = []
-    for index, text in enumerate(_PORTRAITS):
-        instruction = find_instruction(text)
-        rows.append((people.add(f"person-{index}", held_out_examples(index + 1, 1, known=(instruction,))[index]), 0))
-    both = held_out_examples(1, 2, known=[find_instruction(text) for text in _PORTRAITS[:2]])[0]
-    return Demo(people, {"st": rows, "gst": rows}, people.add("crossed", both))
+    for text, number in _PORTRAITS.items():
+        example = held_out_examples(number + 1, 1, known=(find_instruction(text),))[number]
+        rows.append((people.add(f"person-{number}", example), 0))
+    both = held_out_examples(1, 2, known=[find_instruction(text) for text in list(_PORTRAITS)[:2]])[0]
+    return Demo(people, {"st": rows[:2], "gst": rows[2:]}, people.add("crossed", both))
 
 
-DEMOS: dict[str, Callable[[], Demo]] = {"shapes": _shapes, "portraits": _portraits}
+DEMOS: dict[str, Callable[[], Demo]] = {"portraits": _portraits, "shapes": _shapes}
 """Demos by world."""
 
 

@@ -1,4 +1,4 @@
-"""An image of each embedded world with instructions for it, which the server's page edits first."""
+"""Images of each embedded world with instructions for them: what the page edits first, and what commands edit by default."""
 
 from __future__ import annotations
 
@@ -8,49 +8,43 @@ from pathlib import Path
 
 from PIL import Image
 
-from slideredit_rt.assets import DEFAULT_WORLD, WORLDS, base_of, is_embedded, resolve_base
+from slideredit_rt.assets import DEFAULT_WORLD, world_of
 
 
 @dataclass(frozen=True)
 class Sample:
-    """An image to edit.
+    """Images to edit.
 
     Attributes:
-        open: Function that renders the image.
-        instructions: Two instructions for it.
+        draw: Function that renders a number of different images.
+        instructions: Two instructions for them.
     """
 
-    open: Callable[[], Image.Image]
+    draw: Callable[[int], list[Image.Image]]
     instructions: tuple[str, str]
 
+    def open(self) -> Image.Image:
+        """Return the first image."""
+        return self.draw(1)[0]
 
-def _scene() -> Image.Image:
+
+def _scenes(number: int) -> list[Image.Image]:
     from slideredit_rt.shapes.world import held_out_examples, scene_image
 
-    return scene_image(held_out_examples(1, 1)[0])
+    return [scene_image(example) for example in held_out_examples(number, 1)]
 
 
-def _person() -> Image.Image:
+def _people(number: int) -> list[Image.Image]:
     from slideredit_rt.portraits.world import held_out_examples, portrait_image
 
-    return portrait_image(held_out_examples(1, 1)[0])
+    return [portrait_image(example) for example in held_out_examples(number, 1)]
 
 
 SAMPLES: dict[str, Sample] = {
-    "shapes": Sample(_scene, ("make the circle red", "make the background dark")),
-    "portraits": Sample(_person, ("make the person smile", "make the hair red")),
+    "portraits": Sample(_people, ("make the person smile", "make the hair red")),
+    "shapes": Sample(_scenes, ("make the circle red", "make the background dark")),
 }
 """Samples by world."""
-
-
-def world_of(base: str | Path) -> str | None:
-    """Return the embedded world of a base, None for any other base.
-
-    Args:
-        base: Folder of the base.
-    """
-    shipped = (world for world in WORLDS if is_embedded(base_of(world)))
-    return next((world for world in shipped if Path(base) == resolve_base(base_of(world))), None)
 
 
 def sample_of(base: str | Path) -> Sample:

@@ -24,7 +24,7 @@ from slideredit_rt import __version__
 from slideredit_rt.assets import resolve_adapter, resolve_base
 from slideredit_rt.cli import _parser, main
 from slideredit_rt.commands.edit import parse_slider, parse_swept_slider
-from slideredit_rt.commands.shared import own_image_options
+from slideredit_rt.commands.shared import choose_world, own_image_options
 from slideredit_rt.editor import SliderEditor
 from slideredit_rt.engines import BACKENDS, read_manifest
 from slideredit_rt.export.build import build_engine
@@ -180,7 +180,7 @@ def test_verify_compares_with_eager(engines: dict[str, Path], capsys: Any, kind:
 
 
 def test_spans_prints_who_owns_which_row(capsys: Any) -> None:
-    code, text, _ = run(capsys, "spans", "--slider", RED, "--slider", "make the square larger")
+    code, text, _ = run(capsys, "spans", "--base", "shapes-kontext", "--slider", RED, "--slider", "make the square larger")
     assert code == 0
     owners = {line.split()[1]: line for line in text.splitlines()[1:-1]}
     assert "0: make the circle red" in owners["▁circle"]
@@ -639,3 +639,32 @@ def test_the_prompt_decides_what_an_equals_sign_means(text: str, prompt: str | N
 def test_a_sweep_of_an_instruction_with_an_equals_sign() -> None:
     slider, strengths = parse_swept_slider("write 1+1=2=0:1:3", "write 1+1=2")
     assert (slider.instruction, strengths) == ("write 1+1=2", [0.0, 0.5, 1.0])
+
+
+@pytest.mark.parametrize(
+    ("given", "sources", "world"),
+    [
+        (None, [], "portraits"),
+        (None, [None, "runs/my-kontext"], "portraits"),
+        (None, [None, "shapes-st"], "shapes"),
+        (None, [resolve_base("shapes-kontext"), "runs/my-st.safetensors"], "shapes"),
+        ("shapes", ["runs/my-kontext"], "shapes"),
+    ],
+)
+def test_embedded_sources_say_the_world(given: str | None, sources: list[str | Path | None], world: str) -> None:
+    assert choose_world(given, sources) == world
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["evaluate", "--world", "portraits", "--adapter", "shapes-st"],
+        ["evaluate", "--base", "portraits-kontext", "--adapter", "shapes-st"],
+        ["train", "adapter", "--kind", "st", "--world", "portraits", "--base", "shapes-kontext"],
+        ["train", "editor", "--world", "portraits", "--from", "shapes-kontext"],
+    ],
+)
+def test_worlds_are_not_mixed(command: list[str], tmp_path: Path, capsys: Any) -> None:
+    message = refused(capsys, *command, "--out", tmp_path / "out")
+    assert "belongs to the world 'shapes', not to 'portraits'; use one world for everything" in message
+    assert list(tmp_path.iterdir()) == []

@@ -26,7 +26,7 @@ def test_demo_leaves_engines_images_and_a_report(tmp_path: Path, capsys: Any) ->
         assert len(slider["strengths"]) == len(slider["response"])
         assert slider["response"][slider["strengths"].index(0.0)] < 0.3 < slider["response"][slider["strengths"].index(1.0)]
         assert slider["spearman"] >= 0.9
-        assert (slider["leak"] is None) == (slider["kind"] == "gst")
+        assert slider["leak"] is None  # of another instruction; each prompt has one
     for engine in report["engines"]:
         assert engine["max_abs_error"] <= 1e-4
         assert SliderEditor.from_engine(engine["path"]).kind in engine["path"]

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 FOLDER = Path(__file__).parents[1] / "examples"
-SCENE = FOLDER.parent / "docs" / "scene.png"
+PORTRAIT = FOLDER.parent / "docs" / "portrait.png"
 
 
 @pytest.fixture(scope="module")
@@ -25,23 +25,23 @@ def run(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runpy.run_path(str(FOLDER / f"{name}.py"), run_name="__main__")
 
 
-def differs_from_scene(path: Path) -> bool:
-    edited, source = (np.asarray(Image.open(file).convert("RGB")).astype(int) for file in (path, SCENE))
+def differs_from_portrait(path: Path) -> bool:
+    edited, source = (np.asarray(Image.open(file).convert("RGB")).astype(int) for file in (path, PORTRAIT))
     return bool(edited.shape == source.shape and np.abs(edited - source).max() > 50)
 
 
 @pytest.mark.parametrize(
     ("name", "image"), [("edit_image", "edited.png"), ("serve_and_call", "served.png"), ("own_adapter", "own.png")]
 )
-def test_an_example_edits_the_scene(name: str, image: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_example_edits_the_portrait(name: str, image: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(name, folder, monkeypatch)
-    assert differs_from_scene(folder / image)
+    assert differs_from_portrait(folder / image)
 
 
 def test_the_sweep_draws_a_strip_and_a_grid(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run("sweep_and_grid", folder, monkeypatch)
     strip, grid = (Image.open(folder / name) for name in ("strip.png", "grid.png"))
-    assert strip.width > 4 * 64
+    assert strip.width > 4 * 128
     assert grid.height > 2 * strip.height
 
 

@@ -26,7 +26,7 @@ def test_strength_zero_erases_and_the_slider_is_a_monotone_ramp_that_goes_on(
     request: pytest.FixtureRequest, kind: str, scenes: int
 ) -> None:
     editor: SliderEditor = request.getfixturevalue(f"{kind}_editor")
-    row: dict[str, Any] = table(evaluate_sliders(editor, 1, scenes, progress=False))
+    row: dict[str, Any] = table(evaluate_sliders(editor, 1, scenes, world="shapes", progress=False))
     assert row["scenes"] == scenes
     assert row["erased_below_quarter"] >= 0.9
     assert row["spearman_at_least_0.95"] >= 0.9
@@ -36,7 +36,7 @@ def test_strength_zero_erases_and_the_slider_is_a_monotone_ramp_that_goes_on(
 
 
 def test_st_leaves_the_other_instruction_alone(st_editor: SliderEditor, scenes: int) -> None:
-    row = table(evaluate_sliders(st_editor, 2, scenes, progress=False))
+    row = table(evaluate_sliders(st_editor, 2, scenes, world="shapes", progress=False))
     assert row["scenes"] == scenes
     assert row["median_leak"] is not None
     assert row["median_leak"] <= 0.10

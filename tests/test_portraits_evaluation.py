@@ -124,6 +124,7 @@ def test_a_sweep_of_the_source_reads_as_no_edit_and_the_autoencoder_as_its_own_m
     found = summarise(dataset, case, 0, STRENGTHS, images)
     assert found.identity == pytest.approx(2, abs=0.05)
     assert found.erased == pytest.approx(1)
+    assert found.rebuilt == pytest.approx(0.5)
 
 
 def test_a_sweep_of_exact_drawings_is_straight_and_leaks_nothing() -> None:

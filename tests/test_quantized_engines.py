@@ -147,7 +147,7 @@ def test_projections_of_the_same_rows_share_the_rounded_activations(engine: Call
 @pytest.mark.parametrize("precision", ["fp8", "int8", "int4"])
 def test_sliders_hold_the_marks_of_the_unquantised_editor(precision: str, engine: Callable[..., Path], kind: str) -> None:
     editor = SliderEditor.from_engine(engine(precision, kind))
-    row: dict[str, Any] = table(evaluate_sliders(editor, 1, 16, progress=False))
+    row: dict[str, Any] = table(evaluate_sliders(editor, 1, 16, world="shapes", progress=False))
     sys.stdout.write(f"\n{precision} {kind}: {row}\n")
     assert row["erased_below_quarter"] >= 0.9
     assert row["spearman_at_least_0.95"] >= 0.9

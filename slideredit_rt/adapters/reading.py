@@ -148,7 +148,7 @@ def load_adapter(source: str | Path, family: Family | None = None, *, mixed_dtyp
       kohya's scripts, OneTrainer, ComfyUI, XLabs and Black Forest Labs;
     - a PEFT folder or its file, including `rank_pattern`, `alpha_pattern` and `use_rslora`;
     - a `torch.save`d dictionary of tensors, read with `weights_only`;
-    - the embedded names, such as `shapes-st`.
+    - the embedded names, such as `portraits-st`.
 
     Ranks may differ between modules. The scale is read from alphas beside the tensors, PEFT's configuration and the metadata,
     which must agree.
@@ -203,7 +203,9 @@ def _file_of(source: str | Path) -> Path:
             )
         return found
     if not path.exists():
-        raise SliderEditError(f"adapter {str(source)!r} does not exist; pass a file, a PEFT folder, shapes-st or shapes-gst")
+        raise SliderEditError(
+            f"adapter {str(source)!r} does not exist; pass a file, a PEFT folder or a name such as portraits-st"
+        )
     return path
 
 

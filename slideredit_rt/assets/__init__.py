@@ -8,7 +8,7 @@ from slideredit_rt.errors import SliderEditError
 from slideredit_rt.files import user_path
 
 _HERE = Path(__file__).parent
-WORLDS = ("shapes", "portraits")
+WORLDS = ("portraits", "shapes")
 DEFAULT_WORLD = WORLDS[0]
 """World whose editor is served, shown and trained unless another one is named."""
 
@@ -32,6 +32,13 @@ _OFFSETS = _shipped(("offsets",), ".safetensors")
 def is_embedded(name: str) -> bool:
     """Return whether this is the name of an editor in this package."""
     return name in _BASES
+
+
+def world_of(source: str | Path) -> str | None:
+    """Return the world of an embedded editor or adapter, given its name or location; None for any other source."""
+    shipped = {**_BASES, **_ADAPTERS, **_OFFSETS}
+    names = (name for name, path in shipped.items() if str(source) == name or Path(source) == path)
+    return next((name.partition("-")[0] for name in names), None)
 
 
 def resolve_base(source: str | Path) -> Path:

@@ -10,6 +10,7 @@ from slideredit_rt.commands.shared import (
     add_own_image_options,
     add_run_options,
     add_world_option,
+    choose_world,
     emit,
     options_given,
     own_image_options,
@@ -113,6 +114,7 @@ def _adapter_calibrate(args: argparse.Namespace) -> int:
 
     from slideredit_rt.adapters import load_adapter, save_adapter
     from slideredit_rt.assets import resolve_base
+    from slideredit_rt.engines.manifest import read_manifest
     from slideredit_rt.evaluation.calibrate import CalibrationConfig, calibrate_adapter, draw_calibration
     from slideredit_rt.evaluation.dataset import CALIBRATION_SEEDS
     from slideredit_rt.evaluation.own_images import open_own_images
@@ -122,7 +124,8 @@ def _adapter_calibrate(args: argparse.Namespace) -> int:
     if args.destination.exists():
         raise SliderEditError(f"{str(args.destination)!r} exists already; choose another name")
     run, own = run_settings(args), own_image_options(args)
-    world = EVALUATION[args.world]
+    built = None if args.engine is None else read_manifest(args.engine).base["source"]
+    world = EVALUATION[choose_world(args.world, [args.base, args.source, built])]
     base = args.base or world.base
     folder = resolve_base(base)
     family = family_of(folder)
@@ -155,10 +158,10 @@ def add_commands(commands: Commands) -> None:
     """Add the commands of this module."""
     adapter_commands = commands.group("adapter", "show, convert or calibrate an adapter, or replace the adapter of an engine")
     shown = adapter_commands.add("show", _adapter_show, "describe an adapter and check whether it fits a base")
-    shown.add_argument("adapter", metavar="ADAPTER", help="adapter: shapes-st, shapes-gst, a file or a PEFT folder")
+    shown.add_argument("adapter", metavar="ADAPTER", help="adapter: portraits-st, portraits-gst, a file or a PEFT folder")
     shown.add_argument("--base", help="base to compare with; lists matched, missing and unexpected linears, reads no weights")
     converted = adapter_commands.add("convert", _adapter_convert, "write an adapter in another format")
-    converted.add_argument("source", metavar="SRC", help="adapter: shapes-st, shapes-gst, a file or a PEFT folder")
+    converted.add_argument("source", metavar="SRC", help="adapter: portraits-st, portraits-gst, a file or a PEFT folder")
     converted.add_argument(
         "destination", type=user_path, metavar="DST", help="file to write, or a folder for diffusers and peft"
     )
@@ -189,10 +192,10 @@ def add_commands(commands: Commands) -> None:
     calibrated = adapter_commands.add(
         "calibrate", _adapter_calibrate, "fit the map from strength to alpha that evens out the response"
     )
-    calibrated.add_argument("source", metavar="SRC", help="adapter: shapes-st, shapes-gst, a file or a PEFT folder")
+    calibrated.add_argument("source", metavar="SRC", help="adapter: portraits-st, portraits-gst, a file or a PEFT folder")
     calibrated.add_argument("destination", type=user_path, metavar="DST", help="adapter file to write, including the map")
-    calibrated.add_argument("--base", help="base to measure on (default: the world's editor, such as shapes-kontext)")
-    add_world_option(calibrated, "scenes to edit")
+    calibrated.add_argument("--base", help="base to measure on (default: the world's editor, such as portraits-kontext)")
+    add_world_option(calibrated, "scenes to edit", follows="the base or adapter")
     calibrated.add_argument("--engine", type=user_path, help="engine with this adapter (default: build one for ONNX Runtime)")
     calibrated.add_argument("--cases", type=int, help="number of edits to measure (default: 32)")
     calibrated.add_argument("--samples", type=int, help="strengths per edit, an odd number (default: 17)")

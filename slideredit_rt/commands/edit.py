@@ -7,11 +7,12 @@ import json
 from dataclasses import fields
 from typing import TYPE_CHECKING
 
-from slideredit_rt.assets import from_anywhere
+from slideredit_rt.assets import DEFAULT_WORLD, base_of, from_anywhere
 from slideredit_rt.commands.shared import (
     Commands,
     add_member_option,
     add_run_options,
+    add_world_option,
     emit,
     run_settings,
     with_members,
@@ -48,7 +49,7 @@ def parse_slider(text: str, prompt: str | None = None) -> Slider:
         return Slider(instruction, float(value))
     except ValueError:
         raise SliderEditError(
-            f"slider {text!r} has strength {value!r}, not a number; write it as 'make the circle red=0.5'"
+            f"slider {text!r} has strength {value!r}, not a number; write it as 'make the hair red=0.5'"
         ) from None
 
 
@@ -197,7 +198,7 @@ def _spans(args: argparse.Namespace) -> int:
 def _demo(args: argparse.Namespace) -> int:
     from slideredit_rt.demo import run_demo
 
-    report = run_demo(args.out, progress=not args.quiet)
+    report = run_demo(args.out, world=args.world, progress=not args.quiet)
     strengths = " ".join(f"{s:5g}" for s in report["sliders"][0]["strengths"])
     lines = [f"{'kind':<4} {'image':<12} {'slider':<26} response at {strengths}  spearman   leak"]
     for s in report["sliders"]:
@@ -257,12 +258,12 @@ def add_commands(commands: Commands) -> None:
     )
 
     spans = commands.add("spans", _spans, "print the tokens of a prompt, their rows and the slider that owns each")
-    spans.add_argument("--base", default="shapes-kontext", help="base whose tokenizer is used (default: %(default)s)")
+    spans.add_argument("--base", default=base_of(DEFAULT_WORLD), help="base whose tokenizer is used (default: %(default)s)")
     spans.add_argument(
         "--slider", action="append", required=True, metavar="INSTRUCTION", help="instruction to find; repeatable"
     )
     spans.add_argument("--prompt", help="whole prompt (default: the instructions joined by ' and ')")
 
-    commands.add("demo", _demo, "build the embedded engines, sweep sliders and measure the response").add_argument(
-        "--out", type=user_path, required=True, help="folder for engines, images and the report"
-    )
+    demo = commands.add("demo", _demo, "build the embedded engines, sweep sliders and measure the response")
+    add_world_option(demo, "editor")
+    demo.add_argument("--out", type=user_path, required=True, help="folder for engines, images and the report")

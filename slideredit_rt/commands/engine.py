@@ -255,12 +255,15 @@ def _whole_mib(text: str) -> int:
 
 def _verify(args: argparse.Namespace) -> int:
     check_engine_folder(args.engine)
+    from slideredit_rt.assets import resolve_base
+    from slideredit_rt.engines.manifest import read_manifest
     from slideredit_rt.images import open_image
-    from slideredit_rt.shapes.world import held_out_examples, scene_image
+    from slideredit_rt.samples import sample_of
     from slideredit_rt.verify import Origins, verify_engine
 
-    image = open_image(args.image) if args.image else scene_image(held_out_examples(1, 1)[0])
-    sliders = with_members(args, [parse_slider(s) for s in args.slider or ["make the circle red"]])
+    sample = sample_of(resolve_base(args.base or read_manifest(args.engine).base["source"]))
+    image = open_image(args.image) if args.image else sample.open()
+    sliders = with_members(args, [parse_slider(s) for s in args.slider or sample.instructions[:1]])
     report = verify_engine(
         args.engine,
         image,
@@ -281,12 +284,12 @@ def _verify(args: argparse.Namespace) -> int:
 
 def _add_build(commands: Commands) -> None:
     build = commands.add("build", _build, "build an engine from a checkpoint and an adapter")
-    build.add_argument("--base", required=True, help="base: shapes-kontext, a diffusers folder or a hub repository")
+    build.add_argument("--base", required=True, help="base: portraits-kontext, a diffusers folder or a hub repository")
     build.add_argument(
         "--adapter",
         action="append",
-        help="adapter: shapes-st, shapes-gst, a file or a PEFT folder; repeatable, for a bank with a strength per adapter "
-        "(default: none, the frozen backbone)",
+        help="adapter: a name such as portraits-st, a file or a PEFT folder; repeatable, for a bank with a strength per "
+        "adapter (default: none, the frozen backbone)",
     )
     build.add_argument("--out", type=user_path, required=True, help="engine folder to create")
     build.add_argument(
@@ -429,9 +432,9 @@ def add_commands(commands: Commands) -> None:
 
     verify = commands.add("verify", _verify, "compare an engine with the eager reference")
     verify.add_argument("engine", type=user_path, metavar="ENGINE", help="engine folder, written by slideredit-rt build")
-    verify.add_argument("--image", type=user_path, help="image to edit (default: a generated scene)")
+    verify.add_argument("--image", type=user_path, help="image to edit (default: one that the page edits)")
     verify.add_argument(
-        "--slider", action="append", metavar="INSTRUCTION", help="instruction; repeatable (default: 'make the circle red')"
+        "--slider", action="append", metavar="INSTRUCTION", help="instruction; repeatable (default: one for that image)"
     )
     add_member_option(verify)
     verify.add_argument("--base", help="base checkpoint (default: the location in the manifest)")

@@ -9,6 +9,7 @@ from slideredit_rt.commands.shared import (
     add_own_image_options,
     add_run_options,
     add_world_option,
+    choose_world,
     emit,
     listed,
     options_given,
@@ -36,10 +37,11 @@ def _evaluate(args: argparse.Namespace) -> int:
         scenes=tuple(args.scenes),
         **options_given(args, "samples", "joint_samples", "search_scenes", "steps"),
     )
-    base = args.base or (read_manifest(args.engine[0]).base["source"] if args.engine else EVALUATION[args.world].base)
+    base = args.base or (read_manifest(args.engine[0]).base["source"] if args.engine else None)
+    world = choose_world(args.world, [base, *args.adapter, args.concepts, args.offsets])
     report = run_evaluation(
         Setup(
-            base=base,
+            base=base or EVALUATION[world].base,
             out=args.out,
             adapters=args.adapter,
             engines=args.engine,
@@ -51,7 +53,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         systems=args.systems,
         own_images=own_images,
         instructions=args.instructions and read_lines(args.instructions),
-        world=args.world,
+        world=world,
         progress=not args.quiet,
     )
     files = ", ".join(("report.json", "table.md", "rows.csv", *report["pictures"]))
@@ -63,9 +65,9 @@ def add_commands(commands: Commands) -> None:
     """Add the commands of this module."""
     evaluate = commands.add("evaluate", _evaluate, "compare sliders with other ways to scale an edit")
     evaluate.add_argument("--base", help="base to evaluate (default: that of the first engine, else the world's editor)")
-    add_world_option(evaluate, "scenes to edit")
+    add_world_option(evaluate, "scenes to edit", follows="the base or adapter")
     evaluate.add_argument(
-        "--adapter", action="append", default=[], help="adapter: shapes-st, shapes-gst, a file or a folder; repeatable"
+        "--adapter", action="append", default=[], help="adapter: portraits-st, portraits-gst, a file or a folder; repeatable"
     )
     evaluate.add_argument("--engine", type=user_path, action="append", default=[], help="engine folder; repeatable")
     evaluate.add_argument(

@@ -79,7 +79,7 @@ def _add_import(commands: Commands) -> None:
 
 def _add_quantize(commands: Commands) -> None:
     sub = commands.add("quantize", _quantize, "write a base with 8-bit or 4-bit weights, to build engines from")
-    sub.add_argument("--base", required=True, help="base: shapes-kontext, a diffusers folder or a hub repository")
+    sub.add_argument("--base", required=True, help="base: portraits-kontext, a diffusers folder or a hub repository")
     sub.add_argument(
         "--precision",
         required=True,
@@ -97,7 +97,12 @@ def _add_quantize(commands: Commands) -> None:
     )
     sub.add_argument("--overwrite", action="store_true", help="replace an existing folder")
     run = sub.add_argument_group("calibration of activations, for fp8 and nvfp4")
-    run.add_argument("--calibrate", type=user_path, metavar="IMAGES", help="folder of images to edit (default: shapes scenes)")
+    run.add_argument(
+        "--calibrate",
+        type=user_path,
+        metavar="IMAGES",
+        help="folder of images to edit (default, for an embedded base: images of its world)",
+    )
     run.add_argument("--prompts", type=user_path, metavar="FILE", help='edits as JSON lines: {"instructions": […]}')
     run.add_argument(
         "--adapter", action="append", help="adapter whose sliders move during the edits; repeatable (default: none)"

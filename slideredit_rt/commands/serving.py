@@ -234,9 +234,9 @@ def _add_bench_options(sub: argparse.ArgumentParser) -> None:
         "--preview-share", type=float, metavar="SHARE", help="share of previews among the requests, 0 to 1 (default: 0)"
     )
     sub.add_argument("--steps", type=int, help="denoising steps (default: the server's)")
-    sub.add_argument("--image", "--picture", type=user_path, help="image to edit (default: scenes of the shapes world)")
+    sub.add_argument("--image", "--picture", type=user_path, help="image to edit (default: images of the default world)")
     sub.add_argument(
-        "--instruction", action="append", help="instruction of the prompt; repeatable (default: two of the shapes world)"
+        "--instruction", action="append", help="instruction of the prompt; repeatable (default: two of the default world)"
     )
     sub.add_argument("--seed", type=int, help="seed of strengths, noise and sending times (default: 0)")
     sub.add_argument("--save-result", action="store_true", help="write the result as JSON")

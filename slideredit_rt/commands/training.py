@@ -5,8 +5,17 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from slideredit_rt.assets import resolve_base
-from slideredit_rt.commands.shared import Commands, add_device_option, add_world_option, emit, listed, options_given, read_lines
+from slideredit_rt.assets import base_of, resolve_base
+from slideredit_rt.commands.shared import (
+    Commands,
+    add_device_option,
+    add_world_option,
+    choose_world,
+    emit,
+    listed,
+    options_given,
+    read_lines,
+)
 from slideredit_rt.errors import OutOfDeviceMemory, SliderEditError
 from slideredit_rt.files import user_path
 from slideredit_rt.settings import pick_device
@@ -19,7 +28,7 @@ if TYPE_CHECKING:
     from slideredit_rt.families import Family
     from slideredit_rt.training.data import Data
     from slideredit_rt.training.trainer import Trainer
-    from slideredit_rt.training.worlds import MakeData
+    from slideredit_rt.training.worlds import MakeData, TrainingWorld
 
 _RECIPE = "(default: the recipe's)"
 _SAMPLES = 4
@@ -30,7 +39,7 @@ def _train_editor(args: argparse.Namespace) -> int:
     from slideredit_rt.training.embedded.recipe import train_editor
     from slideredit_rt.training.worlds import TRAINING
 
-    recipe = TRAINING[args.world].editor()
+    recipe = TRAINING[choose_world(args.world, [args.start])].editor()
     plan = recipe.plan(args.stages, dict(args.steps), args.minutes)
     device = pick_device(**options_given(args, "device"))
     start = None if args.start is None else resolve_base(args.start)
@@ -55,20 +64,22 @@ def _stage_steps(text: str) -> tuple[str, int]:
     return name, int(number)
 
 
-def _frozen_base(args: argparse.Namespace) -> tuple[Family, Any, torch.device]:
-    """Return the family and the pipeline of `--base`, and the device to train on."""
+def _frozen_base(args: argparse.Namespace) -> tuple[Family, Any, torch.device, TrainingWorld]:
+    """Return the family and the pipeline of `--base`, the device to train on, and the recipes of the world."""
     import torch
 
     from slideredit_rt.families import family_of
+    from slideredit_rt.training.worlds import TRAINING
 
     device = pick_device(**options_given(args, "device"))
-    folder = resolve_base(args.base or f"{args.world}-kontext")
+    world = choose_world(args.world, [args.base])
+    folder = resolve_base(args.base or base_of(world))
     if args.base is None and not folder.exists():
         raise SliderEditError(
-            f"the package has no {args.world}-kontext; train one with 'train editor --world {args.world}' and give it as --base"
+            f"the package has no {base_of(world)}; train one with 'train editor --world {world}' and give it as --base"
         )
     family = family_of(folder)
-    return family, family.load_pipeline(folder, dtype=getattr(torch, args.dtype)), device
+    return family, family.load_pipeline(folder, dtype=getattr(torch, args.dtype)), device, TRAINING[world]
 
 
 def _training_data(args: argparse.Namespace, side: int, make: MakeData, device: torch.device) -> Data:
@@ -107,10 +118,8 @@ def _train_adapter(args: argparse.Namespace) -> int:
     import dataclasses
 
     from slideredit_rt.training.suppression import SuppressionConfig, SuppressionTrainer
-    from slideredit_rt.training.worlds import TRAINING
 
-    family, pipeline, device = _frozen_base(args)
-    world = TRAINING[args.world]
+    family, pipeline, device, world = _frozen_base(args)
     data = _training_data(args, family.side(pipeline), world.data, device)
     target = "remaining" if args.kind == "st" else "neutral"
     recipe = world.adapter(args.kind) if args.images is None else SuppressionConfig(kind=args.kind, target=target)  # type: ignore[arg-type]
@@ -136,10 +145,7 @@ def _train_contrast(args: argparse.Namespace, trainer: Any, settings: Any, what:
     """Train one slider per instruction: with the shipped recipe on examples of the world, else with the trainer's defaults."""
     import dataclasses
 
-    from slideredit_rt.training.worlds import TRAINING
-
-    family, pipeline, device = _frozen_base(args)
-    world = TRAINING[args.world]
+    family, pipeline, device, world = _frozen_base(args)
     recipe = getattr(world, what)()
     data = _training_data(args, family.side(pipeline), world.balanced, device)
     given = options_given(args, *(f.name for f in dataclasses.fields(settings) if f.name != "attributes"))
@@ -155,10 +161,8 @@ def _train_few_step(args: argparse.Namespace) -> int:
     import dataclasses
 
     from slideredit_rt.training.few_step import FewStepConfig, FewStepTrainer
-    from slideredit_rt.training.worlds import TRAINING
 
-    family, pipeline, device = _frozen_base(args)
-    world = TRAINING[args.world]
+    family, pipeline, device, world = _frozen_base(args)
     data = _training_data(args, family.side(pipeline), world.data, device)
     recipe = world.few_step() if args.images is None else FewStepConfig()
     names = (f.name for f in dataclasses.fields(FewStepConfig) if f.name != "timestep_sampling")
@@ -180,9 +184,9 @@ def _add_training_options(sub: argparse.ArgumentParser) -> None:
     """Add the options that every trainer over a frozen base has."""
     sub.add_argument(
         "--base",
-        help="base: an embedded name such as shapes-kontext, a diffusers folder or a hub repository (default: the world's)",
+        help="base: an embedded name such as portraits-kontext, a diffusers folder or a hub repository (default: the world's)",
     )
-    add_world_option(sub, "examples and recipe without --images")
+    add_world_option(sub, "examples and recipe without --images", follows="the base")
     sub.add_argument(
         "--images", type=user_path, help="folder of source images (default: examples of the world, with the shipped recipe)"
     )
@@ -262,7 +266,7 @@ def add_commands(commands: Commands) -> None:
     """Add the commands of this module."""
     kinds = commands.group("train", "train the embedded editor, an adapter, a few-step LoRA, or another method's sliders")
     editor = kinds.add("editor", _train_editor, "train an embedded editor from scratch")
-    add_world_option(editor, "editor")
+    add_world_option(editor, "editor", follows="--from")
     editor.add_argument("--out", type=user_path, required=True, help="pipeline folder to write; states are kept in OUT.work")
     editor.add_argument(
         "--steps", type=listed(_stage_steps), default=[], metavar="STAGE=N,…", help=f"optimizer steps of stages {_RECIPE}"

@@ -10,7 +10,7 @@ from functools import partial
 from importlib.metadata import version
 from typing import Any
 
-from slideredit_rt.assets import resolve_base
+from slideredit_rt.assets import DEFAULT_WORLD, resolve_base
 from slideredit_rt.checkpoint import fingerprint_base
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.evaluation.dataset import Dataset
@@ -30,7 +30,7 @@ def run_evaluation(
     systems: Sequence[str] = (),
     own_images: OwnImageOptions | None = None,
     instructions: Sequence[str] | None = None,
-    world: str = "shapes",
+    world: str = DEFAULT_WORLD,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Build an ONNX Runtime engine per adapter, run the benchmark and write the report.
@@ -39,7 +39,7 @@ def run_evaluation(
         setup: Base, adapters and engines, and the folder of the run. A killed run continues in that folder.
         config: Settings of the benchmark.
         systems: Names from `SYSTEMS`; empty for all that the setup allows.
-        own_images: Images and scorers; None uses held-out scenes of `world`, for a base such as `shapes-kontext`.
+        own_images: Images and scorers; None uses held-out scenes of `world`, for a base such as `portraits-kontext`.
         instructions: Instructions of the scenes; None uses all of the world's.
         world: Name of an embedded world from `EVALUATION`.
         progress: Show a progress bar on standard error.

@@ -100,7 +100,7 @@ class Setup:
         found = [self._of_adapter(source, adapter) for source, adapter in zip(self.adapters, self.loaded, strict=True)]
         found += [self._of_folder(folder) for folder in self.engines]
         if not found:
-            raise SliderEditError("there is nothing to evaluate; pass --adapter, such as shapes-st, or --engine")
+            raise SliderEditError("there is nothing to evaluate; pass --adapter, such as portraits-st, or --engine")
         if twice := [stem for stem, count in Counter(engine.stem for engine in found).items() if count > 1]:
             raise SliderEditError(
                 f"two adapters or engines are named {twice[0]!r}; rename one, because systems are named after them"

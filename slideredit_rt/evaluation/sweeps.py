@@ -13,6 +13,7 @@ from scipy.stats import spearmanr
 from torch import Tensor
 from tqdm import tqdm
 
+from slideredit_rt.assets import DEFAULT_WORLD
 from slideredit_rt.editor import SliderEditor
 from slideredit_rt.evaluation.dataset import MARKS_SEEDS, Case, Dataset
 from slideredit_rt.evaluation.worlds import EVALUATION
@@ -32,6 +33,8 @@ class SliderSweep:
         spearman: Rank correlation of strength and response, over strengths up to 1.
         linearity: Mean |response − strength| with the response scaled to 0 at strength 0 and 1 at strength 1; lower is better.
         erased: Distance to the source at strength 0, as a share of the distance at strength 1.
+        rebuilt: Distance of the source after the autoencoder alone to the source, as the same share. An edit at strength 0
+            comes hardly closer than this.
         leak: Largest change of the other instruction's attribute over strengths up to 1, as a share of its own full range;
             None if the prompt has one instruction.
         identity: Distance to the exact image where no instruction changes anything, mean over strengths up to 1, as a multiple
@@ -45,6 +48,7 @@ class SliderSweep:
     spearman: float
     linearity: float
     erased: float
+    rebuilt: float
     leak: float | None
     identity: float | None
     beyond: bool | None
@@ -74,7 +78,7 @@ def summarise(dataset: Dataset, case: Case, index: int, strengths: Sequence[floa
     inner = [i for i, s in enumerate(strengths) if s <= 1]
     span = curve[one] - curve[zero]
     scaled = [(curve[i] - curve[zero]) / span if span else float("inf") for i in inner]
-    distance = (images[1:] - _pixels(case.image)).square().flatten(1).mean(1).sqrt()
+    alone, *distance = (images - _pixels(case.image)).square().flatten(1).mean(1).sqrt().tolist()
     leak = None
     if len(case.instructions) == 2:
         other = [responses[i][1 - index] for i in inner]
@@ -90,7 +94,8 @@ def summarise(dataset: Dataset, case: Case, index: int, strengths: Sequence[floa
         response=tuple(curve),
         spearman=float(spearmanr([strengths[i] for i in inner], [curve[i] for i in inner]).statistic),
         linearity=statistics.fmean(abs(r - strengths[i]) for r, i in zip(scaled, inner, strict=True)),
-        erased=(distance[zero] / distance[one]).item(),
+        erased=distance[zero] / distance[one],
+        rebuilt=alone / distance[one],
         leak=leak,
         identity=statistics.fmean(apart) / max(own, 1e-6) if apart and own is not None else None,
         beyond=curve[max(above, key=lambda i: strengths[i])] > curve[one] if above else None,
@@ -132,7 +137,7 @@ def evaluate_sliders(
     steps: int = 12,
     progress: bool = True,
     slider_start: float = 0.0,
-    world: str = "shapes",
+    world: str = DEFAULT_WORLD,
 ) -> list[SliderSweep]:
     """Sweep one slider on each of `scenes` held-out scenes of a world whose prompts have `count` instructions."""
     dataset = EVALUATION[world].dataset(seeds=MARKS_SEEDS)
@@ -151,6 +156,7 @@ def table(sweeps: Sequence[SliderSweep]) -> dict[str, float | None]:
     return {
         "scenes": len(sweeps),
         "erased_below_quarter": share([s.erased < 0.25 for s in sweeps]),
+        "autoencoder_below_quarter": share([s.rebuilt < 0.25 for s in sweeps]),
         "spearman_at_least_0.95": share([s.spearman >= 0.95 for s in sweeps]),
         "linearity": statistics.fmean(s.linearity for s in sweeps),
         "beyond_at_1.5": share([bool(s.beyond) for s in sweeps]),

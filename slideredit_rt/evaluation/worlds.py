@@ -67,14 +67,14 @@ EVALUATION: dict[str, EvaluationWorld] = {
     world.name: world
     for world in (
         EvaluationWorld(
-            "shapes",
-            tuple(i.text for i in shapes.ALL_INSTRUCTIONS),
-            lambda texts, seeds: ShapesScenes([shapes.find_instruction(text) for text in texts], seeds),
-        ),
-        EvaluationWorld(
             "portraits",
             tuple(i.text for i in portraits.INSTRUCTIONS),
             lambda texts, seeds: PortraitsPeople([portraits.find_instruction(text) for text in texts], seeds),
+        ),
+        EvaluationWorld(
+            "shapes",
+            tuple(i.text for i in shapes.ALL_INSTRUCTIONS),
+            lambda texts, seeds: ShapesScenes([shapes.find_instruction(text) for text in texts], seeds),
         ),
     )
 }

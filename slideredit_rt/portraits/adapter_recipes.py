@@ -75,8 +75,8 @@ class BalancedPortraits:
 
 
 def adapter_recipe(kind: Kind) -> SuppressionConfig:
-    """Return the settings of an adapter of this kind."""
-    return dataclasses.replace(shapes.adapter_recipe(kind), steps=800)
+    """Return the settings of the shipped adapter of this kind, `portraits-st` or `portraits-gst`."""
+    return dataclasses.replace(shapes.adapter_recipe(kind), steps=500)
 
 
 def concepts_recipe() -> ConceptConfig:

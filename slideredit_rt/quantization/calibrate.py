@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from slideredit_rt.adapters import Adapter, AdapterSource, Updates, load_adapters
-from slideredit_rt.assets import resolve_base
+from slideredit_rt.assets import world_of
 from slideredit_rt.editor import SliderEditor
 from slideredit_rt.engines.eager import EagerEngine
 from slideredit_rt.errors import SliderEditError
@@ -73,13 +73,13 @@ def calibration_cases(run: ActivationRun, family: Family, base: Path) -> list[Ca
         SliderEditError: Images or prompts cannot be read or this base needs some and none are given.
     """
     if run.images is None or run.prompts is None:
-        world = next((world for world in EVALUATION.values() if base == resolve_base(world.base)), None)
+        world = world_of(base)
         if world is None:
             raise SliderEditError(
                 f"the activations of base {str(base)!r} must be calibrated on edits of your own; pass --calibrate IMAGES "
                 "--prompts FILE, or a precision that only quantises weights (int8 or int4)"
             )
-        return list(world.dataset(seeds=CALIBRATION_SEEDS).cases("bench", run.cases, 1))
+        return list(EVALUATION[world].dataset(seeds=CALIBRATION_SEEDS).cases("bench", run.cases, 1))
     entries = pair_images(run.images, run.prompts)
     return open_cases(entries, list(entries)[: run.cases])
 

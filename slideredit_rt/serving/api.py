@@ -14,9 +14,10 @@ from anyio import CapacityLimiter, to_thread
 from fastapi import Request, Response
 from PIL import Image
 
+from slideredit_rt.assets import world_of
 from slideredit_rt.editor import SliderEditor
 from slideredit_rt.images import cannot_hold, grid_size
-from slideredit_rt.samples import sample_of, world_of
+from slideredit_rt.samples import sample_of
 from slideredit_rt.serving.answers import EventStream, Form, Running
 from slideredit_rt.serving.body import Limits, read_edit
 from slideredit_rt.serving.faults import Fault

@@ -125,7 +125,7 @@ def _edit_body(max_images: int) -> dict[str, Any]:
     """Return the OpenAPI description of the body of an edit."""
     file = {"type": "string", "format": "binary"}
     files = file if max_images == 1 else {"type": "array", "items": file, "minItems": 1, "maxItems": max_images}
-    sliders = [{"instruction": "make the circle red", "strength": 0.5}, {"instruction": "make the background dark"}]
+    sliders = [{"instruction": "make the hair red", "strength": 0.5}, {"instruction": "make the person smile"}]
     example = {"image": f"data:image/png;base64,{_PIXEL}", "sliders": sliders}
     fields = EditFields.model_json_schema(ref_template="#/components/schemas/{model}")["properties"]
     form = {
@@ -225,7 +225,7 @@ def _edit_routes(api: Api, api_key: str | None) -> APIRouter:
         responses=_refusals(400, 408, 413, 415, 422),
         openapi_extra=_body(
             {"$ref": "#/components/schemas/SpansFields"},
-            {"prompt": "make the circle red and make the background dark", "sliders": [{"instruction": "make the circle red"}]},
+            {"prompt": "make the hair red and make the person smile", "sliders": [{"instruction": "make the hair red"}]},
         ),
     )
     async def spans(request: Request) -> SpansResponse:

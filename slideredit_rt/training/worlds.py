@@ -55,15 +55,6 @@ def _shapes_data(sort: Callable[..., Data]) -> MakeData:
 
 
 TRAINING: dict[str, TrainingWorld] = {
-    "shapes": TrainingWorld(
-        editor=shapes_editor,
-        data=_shapes_data(shapes.ShapesData),
-        balanced=_shapes_data(shapes.BalancedShapes),
-        adapter=shapes.adapter_recipe,
-        concepts=shapes.concepts_recipe,
-        offsets=shapes.offsets_recipe,
-        few_step=shapes.few_step_recipe,
-    ),
     "portraits": TrainingWorld(
         editor=portraits_editor,
         data=portraits.PortraitsData,
@@ -72,5 +63,14 @@ TRAINING: dict[str, TrainingWorld] = {
         concepts=portraits.concepts_recipe,
         offsets=portraits.offsets_recipe,
         few_step=portraits.few_step_recipe,
+    ),
+    "shapes": TrainingWorld(
+        editor=shapes_editor,
+        data=_shapes_data(shapes.ShapesData),
+        balanced=_shapes_data(shapes.BalancedShapes),
+        adapter=shapes.adapter_recipe,
+        concepts=shapes.concepts_recipe,
+        offsets=shapes.offsets_recipe,
+        few_step=shapes.few_step_recipe,
     ),
 }

@@ -5,7 +5,7 @@ const NEUTRAL = 1; // strength of the base model's own edit
 const STRIP_FRAMES = 7;
 const PREVIEW_START = 0.5; // fraction of the steps of a preview before the sliders act: a drag makes them once
 const TYPING_PAUSE = 300; // milliseconds without a keystroke before an instruction is sent
-const SMALL = 128; // largest side in pixels of images that are enlarged without smoothing
+const SMALL = 64; // largest side in pixels of images that are enlarged without smoothing
 const KEY = "slideredit-key";
 
 const $ = (id) => document.getElementById(id);
