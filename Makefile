@@ -78,7 +78,7 @@ wheel-test: $(STAMP) ## install the wheel into an empty environment and run the 
 marks: $(STAMP) ## measure the quality of the embedded editor's sliders
 	$(BIN)/python -m slideredit_rt.bench.marks
 
-few-step-marks: $(STAMP) ## measure edits in few steps with the embedded editor's few-step LoRA
+few-step-marks: $(STAMP) ## measure edits in few steps with the shapes editor's few-step LoRA
 	$(BIN)/python -m slideredit_rt.bench.few_step_marks $(BENCH_OPTIONS)
 
 # Both continue a killed run; delete the folder to start anew.

@@ -21,10 +21,10 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from slideredit_rt import __version__
-from slideredit_rt.assets import resolve_adapter, resolve_base
+from slideredit_rt.assets import choose_world, resolve_adapter, resolve_base
 from slideredit_rt.cli import _parser, main
 from slideredit_rt.commands.edit import parse_slider, parse_swept_slider
-from slideredit_rt.commands.shared import choose_world, own_image_options
+from slideredit_rt.commands.shared import own_image_options
 from slideredit_rt.editor import SliderEditor
 from slideredit_rt.engines import BACKENDS, read_manifest
 from slideredit_rt.export.build import build_engine

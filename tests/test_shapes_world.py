@@ -93,4 +93,4 @@ sizes = [sample.open().size for sample in SAMPLES.values()]
 print(sizes, [name for name in sys.modules if name.startswith("slideredit_rt.training")])
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout == "[(64, 64), (128, 128)] []\n"
+    assert done.stdout == "[(128, 128), (64, 64)] []\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from slideredit_rt.errors import SliderEditError
@@ -39,6 +40,24 @@ def world_of(source: str | Path) -> str | None:
     shipped = {**_BASES, **_ADAPTERS, **_OFFSETS}
     names = (name for name, path in shipped.items() if str(source) == name or Path(source) == path)
     return next((name.partition("-")[0] for name in names), None)
+
+
+def choose_world(given: str | None, sources: Sequence[str | Path | None]) -> str:
+    """Return the world that was given, else that of the first embedded source, else the default one.
+
+    Args:
+        given: World that was asked for, None for any.
+        sources: Bases and adapters, by name or location. Those that are None or not embedded count nothing.
+
+    Raises:
+        SliderEditError: An embedded source belongs to another world.
+    """
+    known = {str(source): world for source in sources if source is not None and (world := world_of(source)) is not None}
+    chosen = given or next(iter(known.values()), DEFAULT_WORLD)
+    for source, world in known.items():
+        if world != chosen:
+            raise SliderEditError(f"{source!r} belongs to the world {world!r}, not to {chosen!r}; use one world for everything")
+    return chosen
 
 
 def resolve_base(source: str | Path) -> Path:

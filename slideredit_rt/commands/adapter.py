@@ -10,7 +10,6 @@ from slideredit_rt.commands.shared import (
     add_own_image_options,
     add_run_options,
     add_world_option,
-    choose_world,
     emit,
     options_given,
     own_image_options,
@@ -113,7 +112,7 @@ def _adapter_calibrate(args: argparse.Namespace) -> int:
     import dataclasses
 
     from slideredit_rt.adapters import load_adapter, save_adapter
-    from slideredit_rt.assets import resolve_base
+    from slideredit_rt.assets import choose_world, resolve_base
     from slideredit_rt.engines.manifest import read_manifest
     from slideredit_rt.evaluation.calibrate import CalibrationConfig, calibrate_adapter, draw_calibration
     from slideredit_rt.evaluation.dataset import CALIBRATION_SEEDS

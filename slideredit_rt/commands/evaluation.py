@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 
+from slideredit_rt.assets import base_of, choose_world
 from slideredit_rt.commands.shared import (
     Commands,
     add_own_image_options,
     add_run_options,
     add_world_option,
-    choose_world,
     emit,
     listed,
     options_given,
@@ -28,7 +28,6 @@ def _evaluate(args: argparse.Namespace) -> int:
     from slideredit_rt.evaluation.report import markdown_table
     from slideredit_rt.evaluation.run import BenchmarkConfig
     from slideredit_rt.evaluation.setup import Setup
-    from slideredit_rt.evaluation.worlds import EVALUATION
 
     # Ahead of everything that is loaded: these refuse devices that do not exist.
     run, own_images = run_settings(args), own_image_options(args)
@@ -41,7 +40,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     world = choose_world(args.world, [base, *args.adapter, args.concepts, args.offsets])
     report = run_evaluation(
         Setup(
-            base=base or EVALUATION[world].base,
+            base=base or base_of(world),
             out=args.out,
             adapters=args.adapter,
             engines=args.engine,

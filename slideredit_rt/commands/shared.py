@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slideredit_rt.assets import DEFAULT_WORLD, WORLDS, world_of
+from slideredit_rt.assets import DEFAULT_WORLD, WORLDS
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.files import user_path
 from slideredit_rt.settings import COMPONENT_DTYPES, OFFLOADS, RunSettings
@@ -174,7 +174,7 @@ def add_world_option(sub: argparse.ArgumentParser, what: str, *, follows: str = 
         sub: Parser of the command.
         what: Things that come from the world, for the help.
         follows: Things that determine the world if they are embedded, for the help; empty if nothing does. The command then
-            asks `choose_world` for it.
+            asks `assets.choose_world` for it.
     """
     default = f"that of {follows}, else {DEFAULT_WORLD}" if follows else DEFAULT_WORLD
     sub.add_argument(
@@ -183,24 +183,6 @@ def add_world_option(sub: argparse.ArgumentParser, what: str, *, follows: str = 
         default=None if follows else DEFAULT_WORLD,
         help=f"embedded world of the {what} (default: {default})",
     )
-
-
-def choose_world(given: str | None, sources: Sequence[str | Path | None]) -> str:
-    """Return the world that was given, else that of the first embedded source, else the default one.
-
-    Args:
-        given: Value of `--world`; None without the option.
-        sources: Bases and adapters of the command, by name or location. Those that are None or not embedded count nothing.
-
-    Raises:
-        SliderEditError: An embedded source belongs to another world.
-    """
-    known = {str(source): world for source in sources if source is not None and (world := world_of(source)) is not None}
-    chosen = given or next(iter(known.values()), DEFAULT_WORLD)
-    for source, world in known.items():
-        if world != chosen:
-            raise SliderEditError(f"{source!r} belongs to the world {world!r}, not to {chosen!r}; use one world for everything")
-    return chosen
 
 
 def add_run_options(sub: argparse.ArgumentParser) -> None:

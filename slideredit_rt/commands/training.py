@@ -5,12 +5,11 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from slideredit_rt.assets import base_of, resolve_base
+from slideredit_rt.assets import base_of, choose_world, resolve_base
 from slideredit_rt.commands.shared import (
     Commands,
     add_device_option,
     add_world_option,
-    choose_world,
     emit,
     listed,
     options_given,

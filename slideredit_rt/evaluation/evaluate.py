@@ -10,7 +10,7 @@ from functools import partial
 from importlib.metadata import version
 from typing import Any
 
-from slideredit_rt.assets import DEFAULT_WORLD, resolve_base
+from slideredit_rt.assets import choose_world, resolve_base
 from slideredit_rt.checkpoint import fingerprint_base
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.evaluation.dataset import Dataset
@@ -30,7 +30,7 @@ def run_evaluation(
     systems: Sequence[str] = (),
     own_images: OwnImageOptions | None = None,
     instructions: Sequence[str] | None = None,
-    world: str = DEFAULT_WORLD,
+    world: str | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Build an ONNX Runtime engine per adapter, run the benchmark and write the report.
@@ -41,7 +41,7 @@ def run_evaluation(
         systems: Names from `SYSTEMS`; empty for all that the setup allows.
         own_images: Images and scorers; None uses held-out scenes of `world`, for a base such as `portraits-kontext`.
         instructions: Instructions of the scenes; None uses all of the world's.
-        world: Name of an embedded world from `EVALUATION`.
+        world: Name of an embedded world from `EVALUATION`; None takes that of the base or an adapter, else the default one.
         progress: Show a progress bar on standard error.
 
     Returns:
@@ -52,7 +52,7 @@ def run_evaluation(
     """
     if unknown := [name for name in systems if name not in SYSTEMS]:
         raise SliderEditError(f"{unknown[0]!r} is not a system of this benchmark; choose from {', '.join(SYSTEMS)}")
-    scenes = EVALUATION[world]
+    scenes = EVALUATION[choose_world(world, [setup.base, *setup.adapters, setup.concepts, setup.offsets])]
     if own_images is None and setup.folder == resolve_base(scenes.base):
         setup = replace(setup, concepts=setup.concepts or scenes.concepts, offsets=setup.offsets or scenes.offsets)
     allowed = _allowed(setup)
