@@ -13,6 +13,7 @@ from scipy.stats import spearmanr
 from slideredit_rt.files import atomic_file
 
 RESULTS = Path(__file__).parent / "results"
+PORTRAITS = "evaluation-portraits"
 PAGE = RESULTS.parents[1] / "docs" / "evaluation.md"
 _BLOCK = re.compile(r"(<!-- table (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -46,11 +47,17 @@ def _mean(entry: Mapping[str, Any] | None) -> str:
     return "–" if entry is None else f"{entry['mean']:.3f}"
 
 
-def beside_table_1() -> str:
-    """Return a table of the paper's methods with its figures and ours, and the rank correlation of the two."""
-    found = {e["system"]: e for e in _report("evaluation")["systems"] if e["sliders"] == 1}
+def beside_table_1(run: str) -> str:
+    """Return a table of the paper's methods with its figures and ours, and the rank correlation of the two.
+
+    Args:
+        run: Folder of our evaluation in the results. Methods that it lacks are left out.
+    """
+    found = {e["system"]: e for e in _report(run)["systems"] if e["sliders"] == 1}
     rows, pairs = [], []
     for name, (continuity, lpips) in _TABLE_1.items():
+        if name not in found:
+            continue
         ours, apart = found[name]["attributes"]["response"], found[name]["distances"]["elsewhere"]["distance"]
         rows.append([name, f"{continuity:.4f}", _mean(ours["continuity"]), f"{lpips:.4f}", _mean(apart)])
         pairs.append((continuity, ours["continuity"]["mean"], lpips, apart["mean"]))
@@ -84,8 +91,10 @@ def beside_table_2() -> str:
 def tables() -> dict[str, str]:
     """Return every table of the page, by the name in its marker."""
     runs = {"variants": "ablations/variants", **{n: f"ablations/{n}" for n in ("seen", "unseen-change", "unseen-shape")}}
-    found = {name: (RESULTS / folder / "table.md").read_text() for name, folder in {"evaluation": "evaluation", **runs}.items()}
-    return found | {"paper-1": beside_table_1(), "paper-2": beside_table_2()}
+    runs |= {"evaluation": "evaluation", "portraits": PORTRAITS}
+    found = {name: (RESULTS / folder / "table.md").read_text() for name, folder in runs.items()}
+    paper = {"paper-1": beside_table_1("evaluation"), "paper-2": beside_table_2(), "paper-portraits": beside_table_1(PORTRAITS)}
+    return found | paper
 
 
 def refreshed(page: str) -> str:
