@@ -335,20 +335,8 @@ def test_the_command_trains_and_the_benchmark_takes_the_result(
     lines = tmp_path / "edits.txt"
     lines.write_text("\n".join(ATTRIBUTES[:1]))
     out = tmp_path / "trained.safetensors"
-    options = [
-        "--world",
-        "shapes",
-        "--instructions",
-        str(lines),
-        "--steps",
-        "1",
-        "--batch",
-        "1",
-        "--quiet",
-        "--sample-every",
-        "0",
-    ]
-    assert main(["train", what, *options, "--out", str(out)]) == 0
+    options = ["--instructions", str(lines), "--steps", "1", "--batch", "1", "--quiet", "--sample-every", "0"]
+    assert main(["train", what, "--world", "shapes", *options, "--out", str(out)]) == 0
     assert "1 attributes" in capsys.readouterr().out
     name = {"concepts": "concept-sliders", "offsets": "attribute-offsets"}[what]
     config = BenchmarkConfig(scenes=(1,), search_scenes=1, samples=3, search_samples=3, steps=1)

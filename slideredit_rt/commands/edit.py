@@ -200,12 +200,13 @@ def _demo(args: argparse.Namespace) -> int:
 
     report = run_demo(args.out, world=args.world, progress=not args.quiet)
     strengths = " ".join(f"{s:5g}" for s in report["sliders"][0]["strengths"])
-    lines = [f"{'kind':<4} {'image':<12} {'slider':<26} response at {strengths}  spearman   leak"]
+    leaks = any(s["leak"] is not None for s in report["sliders"])
+    lines = [f"{'kind':<4} {'image':<12} {'slider':<26} response at {strengths}  spearman{'   leak' if leaks else ''}"]
     for s in report["sliders"]:
         curve = " ".join(f"{r:5.2f}" for r in s["response"])
         leak = "" if s["leak"] is None else f"{s['leak']:.3f}"
         lines.append(
-            f"{s['kind']:<4} {s['image']:<10} {s['instruction']:<26} {'':<11} {curve}  {s['spearman']:8.3f}  {leak:>5}"
+            f"{s['kind']:<4} {s['image']:<12} {s['instruction']:<26} {'':<11} {curve}  {s['spearman']:8.3f}  {leak:>5}".rstrip()
         )
     lines += [f"wrote {', '.join(report['files'])} in {report['seconds']['total']:.0f} s"]
     emit(args, report, lines)
