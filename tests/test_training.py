@@ -19,6 +19,7 @@ from slideredit_rt.errors import SliderEditError
 from slideredit_rt.families import Family
 from slideredit_rt.shapes.adapter_recipes import ShapesData, adapter_recipe
 from slideredit_rt.shapes.world import find_instruction
+from slideredit_rt.strength import StrengthCurve
 from slideredit_rt.training.data import FolderData
 from slideredit_rt.training.suppression import SuppressionConfig, SuppressionTrainer
 
@@ -150,6 +151,39 @@ def test_resuming_with_other_settings_is_refused(trainer: Any) -> None:
     run._save_state(2)
     with pytest.raises(SliderEditError, match="other settings"):
         trainer(replace(TINY, learning_rate=1.0)).train(progress=False)
+
+
+def test_training_starts_from_a_trained_adapter(trainer: Any, tmp_path: Path, family: Family, pipeline: Any) -> None:
+    """A run that hardly moves ends at the adapter that it started from, without its curve."""
+    first = replace(trainer().train(progress=False), curve=StrengthCurve((0, 1), (1, 0.25)))
+    still = replace(TINY, steps=1, learning_rate=1e-12)
+    out = tmp_path / "b.safetensors"
+    second = SuppressionTrainer(family, pipeline, ShapesData(), still, out, start=first).train(progress=False)
+    for name, (a, b) in first.pairs.items():
+        torch.testing.assert_close(second.pairs[name][0], a)
+        torch.testing.assert_close(second.pairs[name][1], b)
+    assert second.curve == StrengthCurve()
+    assert load_adapter(out, family).training["started_from"] == "a.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], None),
+        (["--rank", "8"], "differs in transformer_blocks.0.attn.add_k_proj from what this run trains (rank 8"),
+        (["--all-projections"], "differs in single_transformer_blocks.0.attn.to_k from what this run trains"),
+        (["--kind", "gst"], "is of kind st; start from a single gst adapter"),
+        (["--world", "portraits"], "belongs to the world 'shapes', not to 'portraits'"),
+    ],
+)
+def test_the_command_starts_from_an_adapter_that_fits(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str | None
+) -> None:
+    line = ["train", "adapter", "--kind", "st", "--from", "shapes-st", "--steps", "1", "--batch", "2", "--quiet"]
+    code = main([*line, "--device", "cpu", "--out", str(tmp_path / "a.safetensors"), *options])
+    error = capsys.readouterr().err
+    assert (code, bool(list(tmp_path.iterdir()))) == ((0, True) if message is None else (2, False)), error
+    assert message is None or message in error
 
 
 @pytest.mark.parametrize(("instruction", "message"), [("make the circle red " * 9, "is cut off"), ("  ", "empty instruction")])

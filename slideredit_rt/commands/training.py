@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from slideredit_rt.assets import base_of, choose_world, resolve_base
+from slideredit_rt.assets import base_of, choose_world, resolve_adapter, resolve_base
 from slideredit_rt.commands.shared import (
     Commands,
     add_device_option,
@@ -63,15 +63,18 @@ def _stage_steps(text: str) -> tuple[str, int]:
     return name, int(number)
 
 
-def _frozen_base(args: argparse.Namespace) -> tuple[Family, Any, torch.device, TrainingWorld]:
-    """Return the family and the pipeline of `--base`, the device to train on, and the recipes of the world."""
+def _frozen_base(args: argparse.Namespace, start: str | None = None) -> tuple[Family, Any, torch.device, TrainingWorld]:
+    """Return the family and the pipeline of `--base`, the device to train on, and the recipes of the world.
+
+    `start` is the adapter that training starts from, which has to be of the same world.
+    """
     import torch
 
     from slideredit_rt.families import family_of
     from slideredit_rt.training.worlds import TRAINING
 
     device = pick_device(**options_given(args, "device"))
-    world = choose_world(args.world, [args.base])
+    world = choose_world(args.world, [args.base, start])
     folder = resolve_base(args.base or base_of(world))
     if args.base is None and not folder.exists():
         raise SliderEditError(
@@ -116,14 +119,19 @@ def default_sampling(steps: int) -> int:
 def _train_adapter(args: argparse.Namespace) -> int:
     import dataclasses
 
+    from slideredit_rt.adapters import load_adapter
     from slideredit_rt.training.suppression import SuppressionConfig, SuppressionTrainer
 
-    family, pipeline, device, world = _frozen_base(args)
+    family, pipeline, device, world = _frozen_base(args, args.start)
     data = _training_data(args, family.side(pipeline), world.data, device)
     target = "remaining" if args.kind == "st" else "neutral"
     recipe = world.adapter(args.kind) if args.images is None else SuppressionConfig(kind=args.kind, target=target)  # type: ignore[arg-type]
-    config = dataclasses.replace(recipe, **options_given(args, *(f.name for f in dataclasses.fields(SuppressionConfig))))
-    adapter = _train(args, lambda: SuppressionTrainer(family, pipeline, data, config, args.out, device))
+    start = None if args.start is None else load_adapter(resolve_adapter(args.start), family)
+    given = options_given(args, *(f.name for f in dataclasses.fields(SuppressionConfig)))
+    if start is not None:
+        given = {"rank": start.rank} | given
+    config = dataclasses.replace(recipe, **given)
+    adapter = _train(args, lambda: SuppressionTrainer(family, pipeline, data, config, args.out, device, start=start))
     emit(args, {"out": str(args.out), "modules": len(adapter.pairs), **adapter.training}, [f"wrote {args.out}"])
     return 0
 
@@ -224,6 +232,12 @@ def _add_adapter(kinds: Commands) -> None:
         choices=("st", "gst"),
         required=True,
         help="st: a slider scales its own words; gst: one slider scales everything",
+    )
+    adapter.add_argument(
+        "--from",
+        dest="start",
+        metavar="ADAPTER",
+        help="trained adapter to start from, which gives the rank (default: an adapter that changes nothing)",
     )
     adapter.add_argument(
         "--target",

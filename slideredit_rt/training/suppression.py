@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from slideredit_rt.adapters import Adapter, save_adapter
 from slideredit_rt.editor import SliderEditor
+from slideredit_rt.errors import SliderEditError
 from slideredit_rt.families import Family, Kind
 from slideredit_rt.modules import SliderBackbone
 from slideredit_rt.sliders import Controls, Slider, compose_prompt
@@ -81,7 +82,15 @@ class _Batch:
 
 
 class SuppressionTrainer(Trainer[Adapter]):
-    """Trainer of the A and B matrices of one adapter. Arguments are those of `Trainer`."""
+    """Trainer of the A and B matrices of one adapter. Further arguments are those of `Trainer`.
+
+    Args:
+        start: Trained adapter to start from, of the kind and the rank in `config`; None starts at the frozen model. Its
+            strength curve is not taken over.
+
+    Raises:
+        SliderEditError: `start` updates other linears than the run would, or with other sizes, or is of another kind.
+    """
 
     def __init__(
         self,
@@ -91,8 +100,11 @@ class SuppressionTrainer(Trainer[Adapter]):
         config: SuppressionConfig,
         out: Path,
         device: torch.device | None = None,
+        *,
+        start: Adapter | None = None,
     ) -> None:
         self.config = config
+        self.start = start
         self.what = config.kind
         super().__init__(family, pipeline, data, config, out, device)
 
@@ -109,7 +121,22 @@ class SuppressionTrainer(Trainer[Adapter]):
             for name, module in self.pipeline.transformer.named_modules()
             if isinstance(module, nn.Linear) and pattern.fullmatch(name)
         }
+        if self.start is not None:
+            self._check_start(self.start, pairs)
+            pairs = self.start.pairs
         return Adapter(self.family.name, self.config.kind, self.config.rank, pairs, "training")
+
+    def _check_start(self, start: Adapter, pairs: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        """Check that an adapter has the kind and the matrices that this run trains."""
+        if start.members or start.kind != self.config.kind:
+            what = "a bank" if start.members else f"of kind {start.kind}"
+            raise SliderEditError(f"adapter {start.source!r} is {what}; start from a single {self.config.kind} adapter")
+        sizes, own = ({name: (a.shape, b.shape) for name, (a, b) in group.items()} for group in (start.pairs, pairs))
+        if different := next((name for name in sorted(sizes.keys() | own.keys()) if sizes.get(name) != own.get(name)), None):
+            raise SliderEditError(
+                f"adapter {start.source!r} differs in {different} from what this run trains (rank {self.config.rank}, "
+                f"{len(own)} linears); give the base, the rank and the projections that it was trained with"
+            )
 
     def _check_masks(self) -> None:
         """Raise an error if an instruction has no text row. Training would run, but learn nothing from it."""
@@ -128,6 +155,8 @@ class SuppressionTrainer(Trainer[Adapter]):
     def result(self) -> Adapter:
         pairs = {n: (m.lora_A.detach().cpu().float(), m.lora_B.detach().cpu().float()) for n, m in self.own.adapted.items()}
         training = dataclasses.asdict(self.config)
+        if self.start is not None:
+            training["started_from"] = Path(self.start.source).name
         return Adapter(self.family.name, self.config.kind, self.config.rank, pairs, str(self.out), training)
 
     def write(self, trained: Adapter, path: Path) -> None:
