@@ -22,20 +22,21 @@ def frozen_steps(slider_start: float, steps: int) -> int:
     return sum((step + 1) / steps <= slider_start for step in range(steps))
 
 
-def fill_batch(alphas: Tensor, smallest: int) -> Tensor:
+def fill_batch(rows: Tensor, smallest: int, dim: int = 0) -> Tensor:
     """Repeat the last row of a batch that has fewer rows than an engine takes; return other batches as they are.
 
     Rows of a batch do not affect each other, so the first rows of the result are those of the smaller batch.
 
     Args:
-        alphas: Alphas of every step of the run, `[run, B, K]`, for a bank `[run, B, K, G]`; B is at least 1.
+        rows: A value for each row of the batch, with B ≥ 1 of them along `dim`.
         smallest: Smallest batch of the engine.
+        dim: Dimension of the rows.
 
     Returns:
-        `alphas` with at least `smallest` rows in place of B.
+        `rows` with at least `smallest` in place of B.
     """
-    rows = torch.arange(max(alphas.shape[1], smallest)).clamp(max=alphas.shape[1] - 1)
-    return alphas[:, rows]
+    count = rows.shape[dim]
+    return rows.index_select(dim, torch.arange(max(count, smallest), device=rows.device).clamp(max=count - 1))
 
 
 @dataclass(frozen=True)

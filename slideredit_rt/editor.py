@@ -471,7 +471,7 @@ class SliderEditor:
             steps: Indices of the steps to make.
             bar: Progress bar that advances by one per step.
         """
-        filled = fill_batch(alphas, self.min_batch)
+        filled = fill_batch(alphas, self.min_batch, dim=1)
         denoising = self._denoising(prepared.conditioning, self.backbone_inputs(prepared, filled[0]), len(alphas))
         rows = denoising.run(latents.repeat(filled.shape[1], 1, 1), filled.to(latents.device), steps, bar)
         return rows[: alphas.shape[1]]

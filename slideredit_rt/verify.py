@@ -14,6 +14,7 @@ from torch import Tensor
 
 from slideredit_rt.adapters import Adapter, Fused, load_adapters
 from slideredit_rt.assets import resolve_base
+from slideredit_rt.denoising import fill_batch
 from slideredit_rt.editor import SliderEditor
 from slideredit_rt.engines import Engine, Manifest, check_run, open_engine, read_manifest
 from slideredit_rt.engines.manifest import ADAPTER_FILE, check_base
@@ -170,7 +171,7 @@ def compare(case: str, actual: Tensor, expected: Tensor, same_dtype: Tensor | No
 
 
 def compare_backbones(
-    editor: SliderEditor, eager: Backbone, same_dtype: Backbone | None, prepared: Prepared, max_batch: int
+    editor: SliderEditor, eager: Backbone, same_dtype: Backbone | None, prepared: Prepared
 ) -> list[Comparison]:
     """Run an engine and eager backbones on a real edit and on random inputs, for each of `ALPHAS` and a mixed batch.
 
@@ -179,12 +180,9 @@ def compare_backbones(
         eager: Eager backbone in float32.
         same_dtype: Eager backbone in the engine's dtype; None for a float32 engine.
         prepared: Real edit.
-        max_batch: Largest batch of the engine.
     """
     comparisons = []
-    batches: dict[str, list[float]] = {f"alpha {a:+.2f}": [a] for a in ALPHAS}
-    batches["mixed batch"] = list(ALPHAS[:max_batch])
-    for name, alphas in batches.items():
+    for name, alphas in _cases(editor).items():
         one = torch.tensor(alphas)[:, None]
         if editor.members:
             # Use all members, each with a different share.
@@ -200,9 +198,7 @@ def compare_backbones(
     return comparisons
 
 
-def compare_quantised(
-    editor: SliderEditor, eager: Backbone, prepared: Prepared, max_batch: int, limit: float
-) -> list[Comparison]:
+def compare_quantised(editor: SliderEditor, eager: Backbone, prepared: Prepared, limit: float) -> list[Comparison]:
     """Run a quantised engine and the unquantised eager backbone on a real edit, for each of `ALPHAS` and a mixed batch.
 
     Activations are calibrated on edits, so random inputs would say nothing. Predictions for the rows of source images are not
@@ -212,14 +208,11 @@ def compare_quantised(
         editor: Editor with the engine to verify.
         eager: Unquantised eager backbone in float32.
         prepared: Real edit.
-        max_batch: Largest batch of the engine.
         limit: Largest accepted relative RMS.
     """
     rows = prepared.conditioning.latents.shape[1]
-    batches: dict[str, list[float]] = {f"alpha {a:+.2f}": [a] for a in ALPHAS}
-    batches["mixed batch"] = list(ALPHAS[:max_batch])
     found = []
-    for name, alphas in batches.items():
+    for name, alphas in _cases(editor).items():
         inputs = editor.backbone_inputs(prepared, _alphas(editor, prepared, alphas))
         inputs["timestep"].fill_(0.7)
         comparison = compare(f"real inputs, {name}", editor.engine(inputs)[:, :rows].clone(), eager(inputs)[:, :rows])
@@ -246,6 +239,12 @@ def compare_reading(
     return [replace(compare("source image", editor.read(sources), eager.read(sources), half), limit=limit)]
 
 
+def _cases(editor: SliderEditor) -> dict[str, list[float]]:
+    """Return the alphas of each case, every one of `ALPHAS` alone and several at once, in batches that the engine takes."""
+    cases = {f"alpha {a:+.2f}": [a] for a in ALPHAS} | {"mixed batch": list(ALPHAS[: editor.max_batch])}
+    return {name: fill_batch(torch.tensor(alphas), editor.min_batch).tolist() for name, alphas in cases.items()}
+
+
 def _alphas(editor: SliderEditor, prepared: Prepared, alphas: Sequence[float]) -> Tensor:
     """Return the engine's alphas for settings in which all sliders have the same alpha: `[N, K]`, for a bank `[N, K, G]`."""
     alpha = torch.tensor(alphas)[:, None].repeat(1, len(prepared.token_mask))
@@ -257,13 +256,11 @@ def _alphas(editor: SliderEditor, prepared: Prepared, alphas: Sequence[float]) -
 
 def _final_images(editor: SliderEditor, prepared: Prepared, steps: int) -> Tensor:
     """Denoise an image for each of `ALPHAS`, without the adapter's strength curve; return `[N, 3, H, W]`."""
-    conditioning, chunks = prepared.conditioning, _alphas(editor, prepared, ALPHAS).split(editor.max_batch)
-    return torch.cat(
-        [
-            editor.denoise(conditioning, editor.backbone_inputs(prepared, chunk), steps, conditioning.true_cfg_scale)
-            for chunk in chunks
-        ]
-    )
+    conditioning, images = prepared.conditioning, []
+    for chunk in _alphas(editor, prepared, ALPHAS).split(editor.max_batch):
+        inputs = editor.backbone_inputs(prepared, fill_batch(chunk, editor.min_batch))
+        images.append(editor.denoise(conditioning, inputs, steps, conditioning.true_cfg_scale)[: len(chunk)])
+    return torch.cat(images)
 
 
 def _random_inputs(editor: SliderEditor, like: Mapping[str, Tensor], batch: int) -> dict[str, Tensor]:
@@ -301,7 +298,7 @@ def _on_cpu(eager: SliderEditor, manifest: Manifest, engine: Engine) -> SliderEd
     controls = Controls(manifest.kind, manifest.curve, manifest.members, manifest.member_kinds)
     limits = {"max_batch": manifest.max_batch, "max_sliders": manifest.max_sliders}
     editor = SliderEditor(eager.family, eager.pipeline, _Carried(engine), manifest.config, controls, **limits)
-    editor.defaults = manifest.edit_defaults
+    editor.defaults, editor.min_batch = manifest.edit_defaults, manifest.min_batch
     return editor
 
 
@@ -394,7 +391,7 @@ def verify_engine(
     if manifest.precision is not None:
         limit = PRECISIONS[manifest.precision].limits.step_rms
         comparisons = compare_reading(engine, eager, None, image, limit)
-        comparisons += compare_quantised(engine, eager.engine, prepared, manifest.max_batch, limit)
+        comparisons += compare_quantised(engine, eager.engine, prepared, limit)
     else:
         same_dtype = None
         if manifest.dtype != "float32":
@@ -402,7 +399,7 @@ def verify_engine(
             same_dtype = SliderEditor.from_pretrained(base, loaded, dtype=dtype, fuse=loras)
         comparisons = compare_reading(engine, eager, same_dtype, image)
         half = None if same_dtype is None else same_dtype.engine
-        comparisons += compare_backbones(engine, eager.engine, half, prepared, manifest.max_batch)
+        comparisons += compare_backbones(engine, eager.engine, half, prepared)
     if not math.isfinite(_largest(c.max_abs_error for c in comparisons)):
         return Verification(manifest.dtype, comparisons, {f"alpha {a:+.2f}": math.nan for a in ALPHAS}, manifest.precision)
     # An engine that reads source images once has prepared the edit itself, so eager torch prepares its own.

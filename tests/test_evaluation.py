@@ -59,6 +59,24 @@ def test_every_system_makes_the_same_plain_edit(eager_st: SliderEditor, case: Ca
         torch.testing.assert_close(_render(system, case, [system.plain]), plain, atol=1e-5, rtol=0, msg=system.name)
 
 
+@pytest.mark.parametrize("system", [ExplicitGuidance, ImplicitGuidance])
+def test_guidance_fills_batches_below_the_smallest_of_an_engine(
+    eager_st: SliderEditor, case: Case, system: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values, accepts = [1.0, 2.0, 3.0, 4.0, 5.0], eager_st.engine
+    expected = _render(system(eager_st), case, values)
+
+    def refuse_small(inputs: dict[str, Tensor]) -> Tensor:
+        assert len(inputs["alpha"]) >= 3
+        return accepts(inputs)
+
+    monkeypatch.setattr(eager_st, "engine", refuse_small)
+    monkeypatch.setattr(eager_st, "min_batch", 3)
+    found = _render(system(eager_st), case, values)
+    assert found.shape == expected.shape
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
 def test_explicit_guidance_of_zero_is_the_edit_without_a_prompt(eager_st: SliderEditor, case: Case) -> None:
     # More settings than a batch holds, so that every row is seen to keep its own weight.
     images = _render(ExplicitGuidance(eager_st), case, [0.5, 1.0, 0.0, 1.5, 0.25])

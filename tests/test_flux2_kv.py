@@ -355,7 +355,7 @@ def test_tensorrt_rtx_builds_a_plan_that_takes_a_reading_and_a_step(
         (0, 0, 48),
         (TEXT_ROWS, 48, 0),
     ]
-    assert all(found.passed for found in compare_backbones(editor, editor.engine, None, prepared, manifest.max_batch))
+    assert all(found.passed for found in compare_backbones(editor, editor.engine, None, prepared))
     assert max(sizes["batch"] for sizes in called) == 4
     assert cli.main(["inspect", str(tmp_path / "rtx")]) == 0
     lines = capsys.readouterr().out.splitlines()

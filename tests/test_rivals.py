@@ -372,6 +372,24 @@ def test_data_with_another_instruction_is_refused(make: Any) -> None:
         make(BalancedShapes([find_instruction("make the circle blue")])).loss(0)
 
 
+def test_offsets_fill_batches_below_the_smallest_of_an_engine(
+    st_editor: SliderEditor, family: Family, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    offsets, accepts = load_offsets(resolve_offsets("shapes-offsets"), family), st_editor.engine
+    prepared = offsets.prepare(st_editor, scene_image(held_out_examples(1, 1)[0]), seed=0)
+    scales = torch.linspace(-1, 1, 5)[:, None].expand(-1, len(offsets.attributes))
+    monkeypatch.setattr(st_editor, "max_batch", 4)
+    expected = offsets.render(st_editor, prepared, scales, steps=2)
+
+    def refuse_small(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        assert len(inputs["alpha"]) >= 3
+        return accepts(inputs)
+
+    monkeypatch.setattr(st_editor, "engine", refuse_small)
+    monkeypatch.setattr(st_editor, "min_batch", 3)
+    torch.testing.assert_close(offsets.render(st_editor, prepared, scales, steps=2), expected, atol=1e-5, rtol=0)
+
+
 # ------------------------------------------------------------------------------------------------ what the package ships
 
 

@@ -128,9 +128,9 @@ class TestEditor:
     @pytest.mark.parametrize("shape", [(3, 2, 1), (3, 2, 2, 4)], ids=["one adapter", "a bank"])
     def test_the_last_row_fills_a_batch_and_a_large_enough_one_stays(self, shape: tuple[int, ...]) -> None:
         alphas = torch.rand(shape)
-        assert torch.equal(fill_batch(alphas, 4), torch.cat([alphas, alphas[:, 1:], alphas[:, 1:]], dim=1))
-        assert torch.equal(fill_batch(alphas, 2), alphas)
-        assert torch.equal(fill_batch(alphas, 1), alphas)
+        assert torch.equal(fill_batch(alphas, 4, dim=1), torch.cat([alphas, alphas[:, 1:], alphas[:, 1:]], dim=1))
+        assert torch.equal(fill_batch(alphas, 2, dim=1), alphas)
+        assert torch.equal(fill_batch(alphas, 1, dim=1), alphas)
 
     def test_shared_steps_are_those_of_each_position_bit_for_bit(self, editor: SliderEditor, scene: Image.Image) -> None:
         prepared = editor.prepare(scene, [RED], prompt=BOTH, slider_start=0.5)

@@ -12,6 +12,7 @@ import torch
 
 from slideredit_rt import cli
 from slideredit_rt.editor import SliderEditor
+from slideredit_rt.engines import open_engine
 from slideredit_rt.engines.manifest import describe_files, read_manifest, write_manifest
 from slideredit_rt.sliders import Slider
 from slideredit_rt.verify import ALPHAS, Comparison, Verification, compare, compare_backbones, verify_engine
@@ -34,7 +35,7 @@ def verified(eager: SliderEditor, engine: Any, same_dtype: Any, scene: Any) -> V
     parts = eager.family, eager.pipeline, engine, eager.config, eager.controls
     editor = SliderEditor(*parts, max_batch=4, max_sliders=8)
     prepared = eager.prepare(scene, ["make the circle red"])
-    return Verification("bfloat16", compare_backbones(editor, eager.engine, same_dtype, prepared, 4), {})
+    return Verification("bfloat16", compare_backbones(editor, eager.engine, same_dtype, prepared), {})
 
 
 def test_half_precision_passes_when_it_errs_as_eager_does(eager: SliderEditor, bfloat16: SliderEditor, scene: Any) -> None:
@@ -141,15 +142,45 @@ def test_command_holds_a_half_precision_engine_against_eager_in_its_dtype(
     assert all(c["relative_rms"] < 1e-4 < 1e-3 < c["same_dtype_rms"] for c in report["comparisons"])
 
 
+def link_engine(engine: Path, path: Path, **changes: Any) -> None:
+    """Link the files of an engine into another folder, with a changed manifest."""
+    for file in engine.iterdir():
+        if file.name != "manifest.json":
+            (path / file.name).hardlink_to(file)
+    write_manifest(dataclasses.replace(read_manifest(engine), **changes), path)
+
+
+def test_an_engine_whose_smallest_batch_is_above_one_gets_no_smaller_one(
+    engines: dict[str, Path], tmp_path: Path, scene: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    link_engine(engines["gst"], tmp_path, ranges={"batch": [3, 3, 4]}, max_batch=4)
+    given: set[int] = set()
+
+    def open_and_count(*args: Any) -> tuple[Any, Any]:
+        manifest, engine = open_engine(*args)
+
+        class Counted:
+            device = engine.device
+
+            def __call__(self, inputs: Any) -> torch.Tensor:
+                given.add(len(inputs["alpha"]))
+                return engine(inputs)
+
+        return manifest, Counted()
+
+    monkeypatch.setattr("slideredit_rt.verify.open_engine", open_and_count)
+    report = verify_engine(tmp_path, scene, [Slider(RED)], steps=2)
+    assert given == {3, 4}
+    assert report.passed
+    assert report.psnr == verify_engine(engines["gst"], scene, [Slider(RED)], steps=2).psnr
+
+
 def test_alphas_are_compared_whatever_strengths_a_curve_calls_them(
     engines: dict[str, Path], tmp_path: Path, scene: Any
 ) -> None:
-    for file in engines["gst"].iterdir():
-        if file.name != "manifest.json":
-            (tmp_path / file.name).hardlink_to(file)
     manifest = read_manifest(engines["gst"])
     curve = {"strengths": [0.0, 1.0], "alphas": [0.25, 0.75]}
-    write_manifest(dataclasses.replace(manifest, adapter=(manifest.adapter or {}) | {"strength_curve": curve}), tmp_path)
+    link_engine(engines["gst"], tmp_path, adapter=(manifest.adapter or {}) | {"strength_curve": curve})
     plain, curved = (verify_engine(path, scene, [Slider(RED)], steps=2) for path in (engines["gst"], tmp_path))
     assert plain.passed
     assert curved.psnr == plain.psnr

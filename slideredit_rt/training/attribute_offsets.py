@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from slideredit_rt.denoising import fill_batch
 from slideredit_rt.editor import SliderEditor
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.families import Family
@@ -89,11 +90,12 @@ class AttributeOffsets:
         """
         images, steps = [], editor.default_steps if steps is None else steps
         for chunk in scales.split(editor.max_batch):
-            inputs = editor.frozen_inputs(prepared, len(chunk))
+            filled = fill_batch(chunk, editor.min_batch)
+            inputs = editor.frozen_inputs(prepared, len(filled))
             embeddings = inputs["encoder_hidden_states"]
-            offset = add_offsets(embeddings, prepared.spans[0], chunk.to(embeddings), self.vectors.to(embeddings))
+            offset = add_offsets(embeddings, prepared.spans[0], filled.to(embeddings), self.vectors.to(embeddings))
             inputs["encoder_hidden_states"] = offset.contiguous()
-            images.append(editor.denoise(prepared.conditioning, inputs, steps))
+            images.append(editor.denoise(prepared.conditioning, inputs, steps)[: len(chunk)])
         return torch.cat(images)
 
 

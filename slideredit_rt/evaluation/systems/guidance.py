@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from slideredit_rt.denoising import fill_batch
 from slideredit_rt.editor import SliderEditor
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.evaluation.dataset import Case
@@ -25,15 +26,15 @@ class _Guidance(System):
 
     def _denoise(self, prepared: Prepared, values: Sequence[float], steps: int, *, embedded: bool) -> Tensor:
         editor, images = self.editor, []
-        for start in range(0, len(values), editor.max_batch):
-            chunk = torch.tensor(values[start : start + editor.max_batch], dtype=torch.float32)
-            inputs = editor.frozen_inputs(prepared, len(chunk))
+        scale: float | Tensor
+        for chunk in torch.tensor(values, dtype=torch.float32).split(editor.max_batch):
+            filled = fill_batch(chunk, editor.min_batch)
+            inputs, scale = editor.frozen_inputs(prepared, len(filled)), 1.0
             if embedded:
-                inputs["guidance"] = chunk.to(inputs["guidance"])
-                images.append(editor.denoise(prepared.conditioning, inputs, steps))
+                inputs["guidance"] = filled.to(inputs["guidance"])
             else:
-                scale = chunk[:, None, None].to(prepared.conditioning.latents)
-                images.append(editor.denoise(prepared.conditioning, inputs, steps, scale))
+                scale = filled[:, None, None].to(prepared.conditioning.latents)
+            images.append(editor.denoise(prepared.conditioning, inputs, steps, scale)[: len(chunk)])
         return torch.cat(images)
 
 
