@@ -20,7 +20,7 @@ from typing import Any
 from slideredit_rt.assets import DEFAULT_WORLD, WORLDS, resolve_base
 from slideredit_rt.bench.results import Mark, verdicts
 from slideredit_rt.editor import SliderEditor
-from slideredit_rt.evaluation.sweeps import evaluate_sliders, table
+from slideredit_rt.evaluation.sweeps import evaluate_sliders, linearity_by_instruction, table
 from slideredit_rt.export.build import build_engine
 from slideredit_rt.families import family_of
 from slideredit_rt.files import atomic_file, user_path
@@ -85,7 +85,9 @@ def measure_sliders(world: str, base: str, adapters: Mapping[str, str], scenes: 
             build_engine(base, adapter, path)
             editor = SliderEditor.from_engine(path, base)
             for count in COUNTS[kind]:
-                rows[f"{kind}, {count} instruction(s)"] = table(evaluate_sliders(editor, count, scenes, world=world))
+                sweeps = evaluate_sliders(editor, count, scenes, world=world)
+                by_instruction = {"linearity_by_instruction": linearity_by_instruction(sweeps)}
+                rows[f"{kind}, {count} instruction(s)"] = table(sweeps) | by_instruction
     return rows
 
 

@@ -18,7 +18,7 @@ from slideredit_rt.cli import main as cli
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.evaluation.dataset import CALIBRATION_SEEDS, MARKS_SEEDS, SEEDS
 from slideredit_rt.evaluation.portraits import PortraitsPeople
-from slideredit_rt.evaluation.sweeps import STRENGTHS, summarise
+from slideredit_rt.evaluation.sweeps import STRENGTHS, SliderSweep, linearity_by_instruction, summarise
 from slideredit_rt.evaluation.worlds import EVALUATION
 from slideredit_rt.families import Kind, get_family
 from slideredit_rt.portraits.editor_recipe import SIZES, editor_recipe
@@ -196,6 +196,13 @@ def test_people_are_evaluated_with_the_systems_that_can_run(
     assert not (tmp_path / "other").exists()
 
 
+def test_linearity_is_averaged_by_instruction_and_the_worst_comes_first() -> None:
+    sweep = SliderSweep("smile", (0.0, 1.0), (0.0, 1.0), 1.0, 0.1, 0.0, 0.0, None, None, None)
+    sweeps = [dataclasses.replace(sweep, instruction=text, linearity=value) for text, value in (("red", 0.0), ("blue", 0.5))]
+    found = linearity_by_instruction([sweep, *sweeps, dataclasses.replace(sweep, linearity=0.3)])
+    assert list(found.items()) == [("blue", 0.5), ("smile", 0.2), ("red", 0.0)]
+
+
 @constant
 def test_the_command_of_marks_writes_them(
     random_editor: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -206,5 +213,6 @@ def test_the_command_of_marks_writes_them(
     written = json.loads(out.read_text())
     assert set(written["sliders"]) == {"st, 1 instruction(s)", "st, 2 instruction(s)", "gst, 1 instruction(s)"}
     assert {row["scenes"] for row in written["sliders"].values()} == {1}
+    assert all([row["linearity"]] == list(row["linearity_by_instruction"].values()) for row in written["sliders"].values())
     assert len(written["marks"]) == 3 * 2 + 2 * 4 + 1
     assert str(random_editor["base"]) in written["command"]

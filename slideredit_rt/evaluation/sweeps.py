@@ -145,6 +145,15 @@ def evaluate_sliders(
     return [sweep_case(editor, dataset, c, n % count, STRENGTHS, steps, slider_start)[0] for n, c in enumerate(bar)]
 
 
+def linearity_by_instruction(sweeps: Sequence[SliderSweep]) -> dict[str, float]:
+    """Return the mean linearity of the sweeps of each instruction, worst first."""
+    found: dict[str, list[float]] = {}
+    for sweep in sweeps:
+        found.setdefault(sweep.instruction, []).append(sweep.linearity)
+    means = {instruction: statistics.fmean(values) for instruction, values in found.items()}
+    return dict(sorted(means.items(), key=lambda item: -item[1]))
+
+
 def table(sweeps: Sequence[SliderSweep]) -> dict[str, float | None]:
     """Summarise sweeps as the shares and means that the quality marks use."""
 
