@@ -172,7 +172,7 @@ def test_training_starts_from_a_trained_adapter(trainer: Any, tmp_path: Path, fa
         ([], None),
         (["--rank", "8"], "differs in transformer_blocks.0.attn.add_k_proj from what this run trains (rank 8"),
         (["--all-projections"], "differs in single_transformer_blocks.0.attn.to_k from what this run trains"),
-        (["--kind", "gst"], "is of kind st; start from a single gst adapter"),
+        (["--kind", "gst"], "adapter 'shapes-st' is of kind st; start from a single gst adapter"),
         (["--world", "portraits"], "belongs to the world 'shapes', not to 'portraits'"),
     ],
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from slideredit_rt.assets import base_of, choose_world, resolve_adapter, resolve_base
+from slideredit_rt.assets import base_of, choose_world, resolve_base
 from slideredit_rt.commands.shared import (
     Commands,
     add_device_option,
@@ -126,7 +126,7 @@ def _train_adapter(args: argparse.Namespace) -> int:
     data = _training_data(args, family.side(pipeline), world.data, device)
     target = "remaining" if args.kind == "st" else "neutral"
     recipe = world.adapter(args.kind) if args.images is None else SuppressionConfig(kind=args.kind, target=target)  # type: ignore[arg-type]
-    start = None if args.start is None else load_adapter(resolve_adapter(args.start), family)
+    start = None if args.start is None else load_adapter(args.start, family)
     given = options_given(args, *(f.name for f in dataclasses.fields(SuppressionConfig)))
     if start is not None:
         given = {"rank": start.rank} | given
