@@ -29,7 +29,7 @@ demo: $(RUNTIME) ## install the runtime (2.2 GB) and run the demo: 2 minutes on 
 	$(BIN)/slideredit-rt demo --out demo
 
 # A file's tests stay in one process: they share what is slow to make. tests/conftest.py orders the files.
-test: $(STAMP) ## install the development tools and run the tests: about 18 minutes on 2 cores
+test: $(STAMP) ## install the development tools and run the tests: 20 to 25 minutes on 2 cores
 	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 slow-test: $(STAMP) ## run the tests marked slow: long, and 4 GiB of free disk

@@ -166,6 +166,16 @@ def test_training_starts_from_a_trained_adapter(trainer: Any, tmp_path: Path, fa
     assert load_adapter(out, family).training["started_from"] == "a.safetensors"
 
 
+def test_a_run_that_started_elsewhere_is_not_resumed(trainer: Any, tmp_path: Path, family: Family, pipeline: Any) -> None:
+    first = trainer().train(progress=False)
+    trainer()._save_state(2)
+    other = SuppressionTrainer(family, pipeline, ShapesData(), TINY, tmp_path / "a.safetensors", start=first)
+    with pytest.raises(SliderEditError, match="unfinished run with other settings"):
+        other.train(progress=False)
+    other._save_state(2)
+    assert other._resume() == 2
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -152,6 +152,9 @@ class SuppressionTrainer(Trainer[Adapter]):
         spans = find_spans(prompt, [Slider(i) for i in instructions], tokens, most)
         return [row for index in sorted(suppressed) for row in spans[index]]
 
+    def run_settings(self) -> dict[str, Any]:
+        return super().run_settings() | ({} if self.start is None else {"start": self.start.fingerprint})
+
     def result(self) -> Adapter:
         pairs = {n: (m.lora_A.detach().cpu().float(), m.lora_B.detach().cpu().float()) for n, m in self.own.adapted.items()}
         training = dataclasses.asdict(self.config)

@@ -266,12 +266,16 @@ class Trainer(ABC, Generic[Trained]):
         self.state_path.unlink(missing_ok=True)
         return trained
 
+    def run_settings(self) -> dict[str, Any]:
+        """Return what a saved state must agree with to be resumed."""
+        return dataclasses.asdict(self.settings)
+
     def _trained_parameters(self) -> dict[str, Tensor]:
         return {name: p for name, p in self.own.named_parameters() if p.requires_grad}
 
     def _save_state(self, step: int) -> None:
         parameters = {name: p.detach().cpu() for name, p in self._trained_parameters().items()}
-        state = {"step": step, "config": dataclasses.asdict(self.settings), "parameters": parameters}
+        state = {"step": step, "config": self.run_settings(), "parameters": parameters}
         state |= {"optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict()}
         save_checkpoint(self.state_path, state)
 
@@ -279,7 +283,7 @@ class Trainer(ABC, Generic[Trained]):
         state = load_checkpoint(self.state_path)
         if state is None:
             return 0
-        if state.get("config") != dataclasses.asdict(self.settings) or "parameters" not in state:
+        if state.get("config") != self.run_settings() or "parameters" not in state:
             raise SliderEditError(
                 f"{str(self.state_path)!r} contains an unfinished run with other settings; "
                 "delete it, or continue with the same settings"
