@@ -6,7 +6,8 @@ The latents are the low frequencies of each 8×8 patch and the shares of it that
 - `editor`: flow matching on exact pairs, with and without instructions, at the family's default guidance.
 - `guidance`: a guidance scale of g stands for classifier-free guidance with the weight w = g / default, so the default is the
   exact edit. The editor of the first stage is the teacher, `v(∅) + w (v(P) − v(∅))`, at noisy states around the exact drawing
-  of strength w. Half of each batch repeats the first stage.
+  of strength w. Half of each batch repeats the first stage. Sources are encoded here, so the editor gets to know the encoder's
+  errors.
 
 Pairs are drawn and rendered on the device that trains. Generators are seeded by the number of the batch or the step.
 """
@@ -41,7 +42,7 @@ from slideredit_rt.portraits.world import (
     render_with_layers,
     sample_instructions,
 )
-from slideredit_rt.training.embedded.autoencoder import autoencoder_losses, decoder_losses, patch_filters
+from slideredit_rt.training.embedded.autoencoder import Draw, autoencoder_losses, decoder_losses, patch_filters
 from slideredit_rt.training.embedded.flow import Backbone, add_noise, edit_images, position_ids
 from slideredit_rt.training.embedded.loop import Losses
 from slideredit_rt.training.embedded.model import Sizes, build_pipeline
@@ -60,9 +61,9 @@ _LEAST_GUIDANCE, _MOST_GUIDANCE, _MOST_STRENGTH = 1.0, 5.0, 2.0
 _SHIFT = 8.0
 # Seeds of steps and of drawn pairs are apart, also between the stages.
 _EDITOR_SEED, _GUIDANCE_SEED = 10_000_000, 20_000_000
-_EDITOR_PAIRS, _PLAIN_PAIRS, _GUIDED_PAIRS = 30_000_000, 40_000_000, 50_000_000
-# Drawing a batch of pairs takes a fifth of a step on two cores, and most of a step on a GPU. The pool takes 2.1 GB with batches
-# of 512, and every start of a stage fills it.
+_EDITOR_PAIRS, _PLAIN_PAIRS, _GUIDED_PAIRS, _PEOPLE = 30_000_000, 40_000_000, 50_000_000, 60_000_000
+# Drawing a batch of pairs takes a fifth of a step on two cores, and most of a step on a GPU. The pool takes 1.1 GB with batches
+# of 256, and every start of a stage fills it.
 _POOLED_BATCHES, _STEPS_PER_DRAW = 64, 8
 
 # Luminance has more frequencies than the two colour differences, and all parts of a drawing have a channel.
@@ -123,14 +124,21 @@ def ideal_latents(device: torch.device) -> IdealLatents:
     return IdealLatents(device)
 
 
-def _image_draw(device: torch.device) -> Callable[[int, int], tuple[Tensor, Tensor]]:
+def _image_draw(device: torch.device, batch: int) -> Draw:
+    """Return batches of drawings and their latents. They come from a pool: a GPU draws longer than a step takes."""
     ideal = ideal_latents(device)
 
-    def draw(step: int, batch: int) -> tuple[Tensor, Tensor]:
-        with torch.no_grad():
-            return ideal(varied_people(batch, torch.Generator(device).manual_seed(step), device))
+    def draw(number: int) -> tuple[Tensor, Tensor]:
+        return ideal(varied_people(batch, torch.Generator(device).manual_seed(_PEOPLE + number), device))
 
-    return draw
+    pool = Pool(draw, _POOLED_BATCHES, _STEPS_PER_DRAW)
+
+    @torch.no_grad()
+    def take(step: int, count: int) -> tuple[Tensor, Tensor]:
+        images, latents = pool.take(step, count, torch.Generator(device).manual_seed(step))
+        return images, latents
+
+    return take
 
 
 class _Edits:
@@ -139,10 +147,12 @@ class _Edits:
     Args:
         pipeline: Pipeline of the editor.
         device: Device of the pipeline.
+        encode: Encode sources with the autoencoder, whose errors an edit has to cope with, instead of taking their ideal
+            latents.
     """
 
-    def __init__(self, pipeline: FluxKontextPipeline, device: torch.device) -> None:
-        self.pipeline, self.device = pipeline, device
+    def __init__(self, pipeline: FluxKontextPipeline, device: torch.device, *, encode: bool = False) -> None:
+        self.pipeline, self.device, self.encode = pipeline, device, encode
         self.ideal, self.prompts = ideal_latents(device), Prompts(pipeline, device)
         self.counts = torch.tensor(_COUNT_WEIGHTS, device=device).cumsum(0)[:-1]
 
@@ -169,7 +179,9 @@ class _Edits:
         people = draw_people(count, generator, self.device)
         counts = torch.bucketize(torch.rand(count, generator=generator, device=self.device), self.counts)
         strengths = sample_instructions(people, counts, generator)
-        _, latents = self.ideal(torch.cat([people, edit(people, strengths * weight[:, None])]))
+        images, latents = self.ideal(torch.cat([people, edit(people, strengths * weight[:, None])]))
+        if self.encode:
+            latents[:count] = self.pipeline.vae.encode(images[:count]).latent_dist.mean
         source, target = self.pipeline._pack_latents(latents, *latents.shape).chunk(2)
         return source, target, self.prompts.draw_order(strengths, generator)
 
@@ -211,7 +223,7 @@ def guided(unconditional: Tensor, conditional: Tensor, weight: Tensor) -> Tensor
 
 def guidance_losses(pipeline: FluxKontextPipeline, device: torch.device, batch: int) -> Callable[[int], Losses]:
     """Return the losses of the guidance stage. The teacher is the pipeline as it is now."""
-    edits = _Edits(pipeline, device)
+    edits = _Edits(pipeline, device, encode=True)
     backbone = edits.backbone()
     frozen = [copy.deepcopy(part).requires_grad_(False).eval() for part in (pipeline.transformer, pipeline.text_encoder_2)]
     teacher = Backbone(frozen[0], frozen[1], backbone.img_ids)
@@ -343,21 +355,21 @@ def editor_recipe(sizes: Sizes = SIZES) -> EditorRecipe:
             Stage(
                 name="autoencoder",
                 modules=lambda pipeline: {"vae": pipeline.vae},
-                prepare=lambda pipeline, device, batch: autoencoder_losses(pipeline.vae, _image_draw(device), batch),
+                prepare=lambda pipeline, device, batch: autoencoder_losses(pipeline.vae, _image_draw(device, batch), batch),
                 steps=2500,
                 batch={"cpu": 16, "cuda": 64},
                 peak=2e-3,
-                share=0.25,
+                share=0.15,
                 average=True,
             ),
             Stage(
                 name="decoder",
                 modules=lambda pipeline: {"decoder": pipeline.vae.decoder},
-                prepare=lambda pipeline, device, batch: decoder_losses(pipeline.vae, _image_draw(device), batch, 0.5),
+                prepare=lambda pipeline, device, batch: decoder_losses(pipeline.vae, _image_draw(device, batch), batch, 0.5),
                 steps=3000,
                 batch={"cpu": 8, "cuda": 64},
                 peak=1.5e-3,
-                share=0.1,
+                share=0.2,
                 needs=("autoencoder",),
                 average=True,
             ),
@@ -366,9 +378,9 @@ def editor_recipe(sizes: Sizes = SIZES) -> EditorRecipe:
                 modules=lambda pipeline: {"transformer": pipeline.transformer, "t5": pipeline.text_encoder_2},
                 prepare=editor_losses,
                 steps=6000,
-                batch={"cpu": 32, "cuda": 512},
+                batch={"cpu": 32, "cuda": 256},
                 peak=1e-3,
-                share=0.5,
+                share=0.55,
                 average=True,
             ),
             Stage(
@@ -376,10 +388,10 @@ def editor_recipe(sizes: Sizes = SIZES) -> EditorRecipe:
                 modules=lambda pipeline: {"transformer": pipeline.transformer, "t5": pipeline.text_encoder_2},
                 prepare=guidance_losses,
                 steps=1200,
-                batch={"cpu": 32, "cuda": 512},
+                batch={"cpu": 32, "cuda": 256},
                 peak=4e-4,
-                share=0.15,
-                needs=("editor",),
+                share=0.1,
+                needs=("autoencoder", "editor"),
                 average=True,
             ),
         ),
