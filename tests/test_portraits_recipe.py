@@ -8,6 +8,7 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from slideredit_rt.portraits import editor_recipe as recipe_module
 from slideredit_rt.portraits.adapter_recipes import BalancedPortraits, PortraitsData
 from slideredit_rt.portraits.editor_recipe import SIZES, editor_recipe, evaluate_editor, guidance_losses, guided
 from slideredit_rt.portraits.prompts import MOST, Prompts, some_prompts
-from slideredit_rt.portraits.world import INSTRUCTIONS, draw_people, sample_instructions
+from slideredit_rt.portraits.world import INSTRUCTIONS, draw_people, render, sample_instructions
 from slideredit_rt.shapes.editor_recipe import editor_recipe as shapes_recipe
 from slideredit_rt.training.checkpoint import load_checkpoint
 from slideredit_rt.training.embedded import recipe as recipe_in_training
@@ -93,6 +94,29 @@ def test_latents_are_centred_features_of_about_unit_size() -> None:
     spread = latents.std(dim=(0, 2, 3))
     assert spread.argmax() == 0
     assert spread.min() > 0.1
+
+
+def test_drawings_for_the_autoencoder_are_used_several_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = Mock(side_effect=recipe_module.varied_people)
+    monkeypatch.setattr(recipe_module, "varied_people", drawn)
+    take = recipe_module._image_draw(CPU, 2)
+    drawn.reset_mock()
+    for step in range(16):
+        images, latents = take(step, 3)
+        assert (images.shape, latents.shape) == ((3, 3, 128, 128), (3, SIZES.channels, 16, 16))
+    assert drawn.call_count == 3, "two batches at the start, another after eight steps"
+
+
+def test_the_guidance_stage_gets_sources_as_the_autoencoder_encodes_them() -> None:
+    pipeline, weight = tiny().build(), torch.ones(2)
+    ideal = recipe_module._Edits(pipeline, CPU).draw(weight, torch.Generator().manual_seed(4))
+    with torch.no_grad():
+        source, target, order = recipe_module._Edits(pipeline, CPU, encode=True).draw(weight, torch.Generator().manual_seed(4))
+        images = render(draw_people(2, torch.Generator().manual_seed(4)))
+        encoded = pipeline.vae.encode(images * 2 - 1).latent_dist.mean
+    torch.testing.assert_close(source, pipeline._pack_latents(encoded, *encoded.shape))
+    assert torch.equal(target, ideal[1])
+    assert torch.equal(order, ideal[2])
 
 
 def test_guidance_stands_for_classifier_free_guidance() -> None:
@@ -327,7 +351,7 @@ def test_minutes_are_divided_by_the_shares_of_the_stages() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--stages", "guidance"], "needs 'editor', which is not finished"),
+        (["--stages", "guidance"], "needs 'autoencoder', which is not finished"),
         (["--steps", "editor"], "not a stage and its number of steps"),
         (["--minutes", "0"], "give a positive number"),
     ],

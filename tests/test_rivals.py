@@ -27,10 +27,11 @@ from slideredit_rt.evaluation.setup import Setup
 from slideredit_rt.evaluation.systems import System
 from slideredit_rt.evaluation.systems.attribute_offsets import OffsetControl
 from slideredit_rt.evaluation.systems.concept_sliders import ConceptSliders
+from slideredit_rt.evaluation.worlds import EVALUATION
 from slideredit_rt.families import Family, get_family
-from slideredit_rt.shapes.adapter_recipes import BalancedShapes, concepts_recipe, offsets_recipe
+from slideredit_rt.shapes.adapter_recipes import BalancedShapes
 from slideredit_rt.shapes.measurer import measure, response
-from slideredit_rt.shapes.world import ALL_INSTRUCTIONS, find_instruction, held_out_examples, scene_image
+from slideredit_rt.shapes.world import find_instruction, held_out_examples, scene_image
 from slideredit_rt.strength import StrengthCurve
 from slideredit_rt.training.attribute_offsets import (
     AttributeOffsets,
@@ -43,6 +44,7 @@ from slideredit_rt.training.attribute_offsets import (
 from slideredit_rt.training.concepts import ConceptConfig, ConceptTrainer, concept_target
 from slideredit_rt.training.contrast import ContrastTrainer
 from slideredit_rt.training.trainer import Trainer
+from slideredit_rt.training.worlds import TRAINING
 
 ATTRIBUTES = ("make the circle red", "make the square larger", "make the background dark")
 KNOWN = [find_instruction(text) for text in ATTRIBUTES]
@@ -393,13 +395,14 @@ def test_offsets_fill_batches_below_the_smallest_of_an_engine(
 # ------------------------------------------------------------------------------------------------ what the package ships
 
 
-def test_the_shipped_rivals_come_from_the_shipped_recipes(family: Family) -> None:
-    texts = tuple(i.text for i in ALL_INSTRUCTIONS)
-    bank, offsets = load_adapter("shapes-concepts", family), load_offsets(resolve_offsets("shapes-offsets"), family)
-    assert tuple(bank.members) == offsets.attributes == texts
-    for training, recipe in ((bank.training, concepts_recipe()), (offsets.training, offsets_recipe())):
+@pytest.mark.parametrize(("world", "largest"), [("portraits", 3_600_000), ("shapes", 1_200_000)])
+def test_the_shipped_rivals_come_from_the_shipped_recipes(world: str, largest: int, family: Family) -> None:
+    bank, offsets = load_adapter(f"{world}-concepts", family), load_offsets(resolve_offsets(f"{world}-offsets"), family)
+    assert tuple(bank.members) == offsets.attributes == tuple(EVALUATION[world].instructions)
+    recipes = TRAINING[world]
+    for training, recipe in ((bank.training, recipes.concepts()), (offsets.training, recipes.offsets())):
         assert training == json.loads(json.dumps(dataclasses.asdict(recipe)))
-    assert resolve_adapter("shapes-concepts").stat().st_size < 1_200_000
+    assert resolve_adapter(f"{world}-concepts").stat().st_size < largest
 
 
 def test_the_shipped_rivals_carry_out_an_instruction_and_leave_the_image_alone_at_zero(
