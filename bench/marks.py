@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
+import statistics
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -17,14 +18,19 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from slideredit_rt.assets import DEFAULT_WORLD, WORLDS, resolve_base
 from slideredit_rt.bench.results import Mark, verdicts
 from slideredit_rt.editor import SliderEditor
-from slideredit_rt.evaluation.sweeps import evaluate_sliders, linearity_by_instruction, table
+from slideredit_rt.evaluation.dataset import MARKS_SEEDS
+from slideredit_rt.evaluation.portraits import PortraitsPeople
+from slideredit_rt.evaluation.sweeps import STRENGTHS, SliderSweep, evaluate_sliders, linearity_by_instruction, summarise, table
 from slideredit_rt.export.build import build_engine
 from slideredit_rt.families import family_of
 from slideredit_rt.files import atomic_file, user_path
 from slideredit_rt.portraits.editor_recipe import evaluate_editor as evaluate_portraits
+from slideredit_rt.portraits.world import render
 from slideredit_rt.shapes.editor_recipe import evaluate_editor as evaluate_shapes
 
 RESULTS = Path(__file__).parent / "results"
@@ -43,6 +49,7 @@ class MeasuredWorld:
         leak: Largest median leak into another instruction.
         psnr: Smallest median PSNR to the exact edit, in decibels; None without a mark.
         identity: Largest median distance outside the edit, as a multiple of the autoencoder's own; None without a mark.
+        fades: Function of the number of scenes that sweeps cross-fades, to compare the linearity with; None without.
     """
 
     evaluate: Callable[[Any, int], Mapping[str, Any]]
@@ -51,6 +58,21 @@ class MeasuredWorld:
     leak: float
     psnr: float | None = None
     identity: float | None = None
+    fades: Callable[[int], list[SliderSweep]] | None = None
+
+
+def cross_fades(scenes: int) -> list[SliderSweep]:
+    """Sweep blends of the source and the exact edit of `scenes` people, whose weight is the strength.
+
+    The training target of an adapter mixes two predictions, so this is what a slider without any error would show.
+    """
+    people, found = PortraitsPeople(seeds=MARKS_SEEDS), []
+    for case in people.cases("bench", scenes, 1):
+        example = people.examples[case.name]
+        source, exact = render(example.people), render(example.target)
+        blends = [torch.lerp(source, exact, strength) for strength in STRENGTHS]
+        found.append(summarise(people, case, 0, STRENGTHS, torch.cat([source, *blends])))
+    return found
 
 
 MEASURED: dict[str, MeasuredWorld] = {
@@ -61,6 +83,7 @@ MEASURED: dict[str, MeasuredWorld] = {
         leak=0.05,
         psnr=28.0,
         identity=1.5,
+        fades=cross_fades,
     ),
     "shapes": MeasuredWorld(
         evaluate=lambda pipeline, scenes: evaluate_shapes(pipeline, 4 * scenes), ratio=0.1, linearity={"st": 0.12}, leak=0.1
@@ -89,6 +112,14 @@ def measure_sliders(world: str, base: str, adapters: Mapping[str, str], scenes: 
                 by_instruction = {"linearity_by_instruction": linearity_by_instruction(sweeps)}
                 rows[f"{kind}, {count} instruction(s)"] = table(sweeps) | by_instruction
     return rows
+
+
+def linearity_of(sweeps: Sequence[SliderSweep]) -> dict[str, Any]:
+    """Return the mean linearity of sweeps, and that of each instruction."""
+    return {
+        "linearity": statistics.fmean(sweep.linearity for sweep in sweeps),
+        "linearity_by_instruction": linearity_by_instruction(sweeps),
+    }
 
 
 def marks_of(world: MeasuredWorld, editor: Mapping[str, Any], sliders: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -137,6 +168,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "versions": {name: version(name) for name in ("torch", "onnxruntime", "diffusers")},
         "editor": editor,
         "sliders": sliders,
+        **({} if world.fades is None else {"cross_fade": linearity_of(world.fades(args.scenes))}),
         "marks": marks_of(world, editor, sliders),
     }
     text = json.dumps(result, indent=2) + "\n"
