@@ -13,7 +13,7 @@ from torch import Tensor
 
 from slideredit_rt.adapters import Adapter, save_adapter
 from slideredit_rt.assets import WORLDS
-from slideredit_rt.bench.marks import MEASURED, main, marks_of
+from slideredit_rt.bench.marks import MEASURED, cross_fades, main, marks_of
 from slideredit_rt.cli import main as cli
 from slideredit_rt.errors import SliderEditError
 from slideredit_rt.evaluation.dataset import CALIBRATION_SEEDS, MARKS_SEEDS, SEEDS
@@ -161,6 +161,14 @@ def test_marks_hold_figures_against_the_limits_of_the_world() -> None:
     assert list(found.values()) == [True, True, False, True]
 
 
+def test_a_cross_fade_begins_at_the_source_and_ends_at_the_exact_edit() -> None:
+    sweeps = cross_fades(8)
+    assert all(sweep.response[0] == pytest.approx(0, abs=1e-3) for sweep in sweeps)
+    assert all(sweep.response[STRENGTHS.index(1.0)] == pytest.approx(1, abs=1e-3) for sweep in sweeps)
+    straight = {sweep.instruction for sweep in sweeps if sweep.linearity < 1e-3}
+    assert 0 < len(straight) < len(sweeps), "colours blend into colours, shapes do not blend into shapes"
+
+
 @pytest.fixture(scope="module")
 def random_editor(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """An untrained tiny editor of people and adapters for it, by `base`, `st` and `gst`."""
@@ -215,4 +223,5 @@ def test_the_command_of_marks_writes_them(
     assert {row["scenes"] for row in written["sliders"].values()} == {1}
     assert all([row["linearity"]] == list(row["linearity_by_instruction"].values()) for row in written["sliders"].values())
     assert len(written["marks"]) == 3 * 2 + 2 * 4 + 1
+    assert [written["cross_fade"]["linearity"]] == list(written["cross_fade"]["linearity_by_instruction"].values())
     assert str(random_editor["base"]) in written["command"]
