@@ -83,11 +83,11 @@ few-step-marks: $(STAMP) ## measure edits in few steps with the shapes editor's 
 
 # Both continue a killed run; delete the folder to start anew.
 EVALUATION := runs/evaluation
-evaluation: $(STAMP) ## compare sliders with other ways to scale an edit, on held-out shapes and people: an hour
+evaluation: $(STAMP) ## compare sliders with other ways to scale an edit, on held-out shapes and people: over an hour
 	$(BIN)/slideredit-rt evaluate --adapter shapes-st --adapter shapes-gst --sliders 1,2,3 --scenes 64,24,8 --out $(EVALUATION)
 	mkdir -p bench/results/evaluation
 	cd $(EVALUATION) && cp rows.csv report.json table.md *.png $(CURDIR)/bench/results/evaluation/
-	$(BIN)/slideredit-rt evaluate --adapter portraits-st --adapter portraits-gst --scenes 24 --out $(EVALUATION)-portraits
+	$(BIN)/slideredit-rt evaluate --adapter portraits-st --adapter portraits-gst --sliders 1,2,3 --scenes 64,24,8 --out $(EVALUATION)-portraits
 	mkdir -p bench/results/evaluation-portraits
 	cd $(EVALUATION)-portraits && cp rows.csv report.json table.md *.png $(CURDIR)/bench/results/evaluation-portraits/
 

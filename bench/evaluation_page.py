@@ -67,9 +67,13 @@ def beside_table_1(run: str) -> str:
     return _table(["system", "continuity, paper ↑", "here ↑", "LPIPS, paper ↓", "elsewhere, here ↓"], rows)
 
 
-def beside_table_2() -> str:
-    """Return a table of ST with one, two and three sliders, with the paper's figures and ours."""
-    found = {e["sliders"]: e for e in _report("evaluation")["systems"] if e["system"] == "st"}
+def beside_table_2(run: str) -> str:
+    """Return a table of ST with one, two and three sliders, with the paper's figures and ours.
+
+    Args:
+        run: Folder of our evaluation in the results.
+    """
+    found = {e["sliders"]: e for e in _report(run)["systems"] if e["system"] == "st"}
     rows = []
     for count, (extrapolation, continuity, disentanglement) in _TABLE_2.items():
         ours, apart = found[count]["attributes"]["response"], found[count]["distances"]["elsewhere"]["distance"]
@@ -93,8 +97,9 @@ def tables() -> dict[str, str]:
     runs = {"variants": "ablations/variants", **{n: f"ablations/{n}" for n in ("seen", "unseen-change", "unseen-shape")}}
     runs |= {"evaluation": "evaluation", "portraits": PORTRAITS}
     found = {name: (RESULTS / folder / "table.md").read_text() for name, folder in runs.items()}
-    paper = {"paper-1": beside_table_1("evaluation"), "paper-2": beside_table_2(), "paper-portraits": beside_table_1(PORTRAITS)}
-    return found | paper
+    for name, run in (("", "evaluation"), ("-portraits", PORTRAITS)):
+        found |= {f"paper-1{name}": beside_table_1(run), f"paper-2{name}": beside_table_2(run)}
+    return found
 
 
 def refreshed(page: str) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 SOURCE_NOISE = 0.03
-"""Standard deviation of the noise on source latents. The encoder has errors of about this size."""
+"""Standard deviation of the noise on source latents, in place of the encoder's errors (0.05 in the portraits editor)."""
 
 
 def position_ids(pipeline: FluxKontextPipeline, side: int, device: torch.device) -> Tensor:
