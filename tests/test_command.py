@@ -668,3 +668,31 @@ def test_worlds_are_not_mixed(command: list[str], tmp_path: Path, capsys: Any) -
     message = refused(capsys, *command, "--out", tmp_path / "out")
     assert "belongs to the world 'shapes', not to 'portraits'; use one world for everything" in message
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (
+            ["build", "--base", "shapes-st", "--adapter", "shapes-st"],
+            "'shapes-st' is an adapter, not an editor; pass a path or",
+        ),
+        (
+            ["build", "--base", "shapes-kontext", "--adapter", "shapes-kontext"],
+            "is an editor, not an adapter; pass a path or one",
+        ),
+        (
+            ["evaluate", "--adapter", "shapes-st", "--concepts", "shapes-offsets"],
+            "is a file of attribute offsets, not an adapter",
+        ),
+        (
+            ["evaluate", "--adapter", "shapes-st", "--offsets", "shapes-concepts"],
+            "is an adapter, not a file of attribute offsets",
+        ),
+    ],
+)
+def test_an_embedded_name_in_the_wrong_place_is_said_to_be_what_it_is(
+    command: list[str], message: str, tmp_path: Path, capsys: Any
+) -> None:
+    assert message in refused(capsys, *command, "--out", tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []

@@ -28,6 +28,20 @@ def _shipped(parts: tuple[str, ...], suffix: str = "") -> dict[str, Path]:
 _BASES = _shipped(("kontext",))
 _ADAPTERS = _shipped(("st", "gst", "concepts", "turbo"), ".safetensors")
 _OFFSETS = _shipped(("offsets",), ".safetensors")
+_EDITOR, _ADAPTER, _OFFSET_FILE = "an editor", "an adapter", "a file of attribute offsets"
+_KINDS = {_EDITOR: _BASES, _ADAPTER: _ADAPTERS, _OFFSET_FILE: _OFFSETS}
+
+
+def _embedded(text: str, wanted: str) -> Path | None:
+    """Return the location of an embedded name, or None if it is not one.
+
+    Raises:
+        SliderEditError: The name is of something other than what is wanted.
+    """
+    kind = next((kind for kind, names in _KINDS.items() if text in names), None)
+    if kind not in (None, wanted):
+        raise SliderEditError(f"{text!r} is {kind}, not {wanted}; pass a path or one of {', '.join(_KINDS[wanted])}")
+    return _KINDS[wanted].get(text)
 
 
 def is_embedded(name: str) -> bool:
@@ -37,7 +51,7 @@ def is_embedded(name: str) -> bool:
 
 def world_of(source: str | Path) -> str | None:
     """Return the world of an embedded editor or adapter, given its name or location; None for any other source."""
-    shipped = {**_BASES, **_ADAPTERS, **_OFFSETS}
+    shipped = {name: path for names in _KINDS.values() for name, path in names.items()}
     names = (name for name, path in shipped.items() if str(source) == name or Path(source) == path)
     return next((name.partition("-")[0] for name in names), None)
 
@@ -64,11 +78,11 @@ def resolve_base(source: str | Path) -> Path:
     """Folder of a base checkpoint: an embedded name, a local folder, or a repository on the Hugging Face hub.
 
     Raises:
-        SliderEditError: Nothing of that name can be found.
+        SliderEditError: Nothing of that name can be found, or the name is that of an embedded adapter or offsets.
     """
     text = str(source)
-    if text in _BASES:
-        return _BASES[text]
+    if (found := _embedded(text, _EDITOR)) is not None:
+        return found
     path = user_path(text)
     return _download(text, path, f"base {text!r}", f"a folder saved with save_pretrained, or one of {', '.join(_BASES)}")
 
@@ -114,10 +128,18 @@ def from_anywhere(source: str | Path) -> str:
 
 
 def resolve_adapter(source: str | Path) -> Path:
-    """File or folder of an adapter: an embedded name or a local path."""
-    return _ADAPTERS.get(str(source), user_path(source))
+    """File or folder of an adapter: an embedded name or a local path.
+
+    Raises:
+        SliderEditError: The name is that of an embedded editor or of attribute offsets.
+    """
+    return _embedded(str(source), _ADAPTER) or user_path(source)
 
 
 def resolve_offsets(source: str | Path) -> Path:
-    """File of attribute offsets: an embedded name or a local path."""
-    return _OFFSETS.get(str(source), user_path(source))
+    """File of attribute offsets: an embedded name or a local path.
+
+    Raises:
+        SliderEditError: The name is that of an embedded editor or adapter.
+    """
+    return _embedded(str(source), _OFFSET_FILE) or user_path(source)
