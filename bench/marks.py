@@ -109,8 +109,7 @@ def measure_sliders(world: str, base: str, adapters: Mapping[str, str], scenes: 
             editor = SliderEditor.from_engine(path, base)
             for count in COUNTS[kind]:
                 sweeps = evaluate_sliders(editor, count, scenes, world=world)
-                by_instruction = {"linearity_by_instruction": linearity_by_instruction(sweeps)}
-                rows[f"{kind}, {count} instruction(s)"] = table(sweeps) | by_instruction
+                rows[f"{kind}, {count} instruction(s)"] = table(sweeps) | linearity_of(sweeps)
     return rows
 
 
@@ -133,12 +132,12 @@ def marks_of(world: MeasuredWorld, editor: Mapping[str, Any], sliders: Mapping[s
     for name, row in sliders.items():
         if row["median_leak"] is not None:
             found.append(Mark(f"{name}: median leak", row["median_leak"], "<=", world.leak))
-            continue
-        kind = name.partition(",")[0]
-        found.append(Mark(f"{name}: erased below a quarter", row["erased_below_quarter"], ">=", 0.9))
-        found.append(Mark(f"{name}: Spearman at least .95", row["spearman_at_least_0.95"], ">=", 0.9))
-        if kind in world.linearity:
-            found.append(Mark(f"{name}: distance from linear", row["linearity"], "<=", world.linearity[kind]))
+        else:
+            kind = name.partition(",")[0]
+            found.append(Mark(f"{name}: erased below a quarter", row["erased_below_quarter"], ">=", 0.9))
+            found.append(Mark(f"{name}: Spearman at least .95", row["spearman_at_least_0.95"], ">=", 0.9))
+            if kind in world.linearity:
+                found.append(Mark(f"{name}: distance from linear", row["linearity"], "<=", world.linearity[kind]))
         if world.identity is not None and row["median_identity"] is not None:
             found.append(Mark(f"{name}: identity, over the autoencoder", row["median_identity"], "<=", world.identity))
     return verdicts(found, timed=True)
