@@ -445,6 +445,7 @@ def test_the_adapters_of_a_folder_can_be_chosen(
             choice.select_option(name)
             settled(page)
             seen.append(shown(page))
+            assert page.locator("#error").inner_text() == "", "a refused request leaves the last edit and its status"
             assert same(seen[-1], ask(url, image, sliders, adapter=name)[0])
             expect(page.locator("#curl")).to_contain_text(f"--form-string 'adapter={name}'")
         assert not same(*seen)
